@@ -1,0 +1,141 @@
+"""From pixels to one difficulty an image, and from difficulties to epsilons (section 3.4).
+
+The functions take NumPy arrays or torch tensors and answer in kind, in float64.
+"""
+
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+Array = TypeVar("Array", NDArray[np.float64], Tensor)
+Region = Literal["mask", "prediction", "union", "boundary", "image"]
+
+FALLBACKS = ("none", "prediction", "empty")
+"""What `select_region` had to do for an image, by code."""
+
+
+def foreground_mean(pixel_map: Array, region: Array) -> Array:
+    """Return the difficulty D, the mean of a pixel map over the foreground (section 3.4.1).
+
+    Args:
+        pixel_map: (B, H, W).
+        region: (B, H, W) in {0, 1}, the foreground of each image.
+
+    Returns:
+        (B,) float64; 0 where the region is empty.
+
+    >>> foreground_mean(np.array([[[0.2, 0.4], [0.9, 0.9]]]), np.array([[[1, 1], [0, 0]]]))
+    array([0.3])
+    """
+    chosen = _float64(region)
+    # The axes stand without a name, which NumPy and torch spell differently.
+    total = (_float64(pixel_map) * chosen).sum((1, 2))
+    mean: Array = total / chosen.sum((1, 2)).clip(min=1.0)
+    return mean
+
+
+def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) -> Array:
+    """Return (D - D_pct) / (sigma_D + delta) over the images given (eq. 11).
+
+    Args:
+        difficulty: (n,), n at least 1.
+        percentile: pct in [0, 100], by linear interpolation.
+        delta: keeps equal difficulties from dividing by zero.
+
+    Returns:
+        (n,) float64, without bound; 0 for a single image. sigma has divisor n.
+
+    >>> normalise(np.array([0.1, 0.2, 0.3])).round(3)
+    array([-1.225,  0.   ,  1.225])
+    """
+    values = np.asarray(difficulty, dtype=np.float64)
+    result = (values - np.percentile(values, percentile)) / (values.std() + delta)
+    return _like(result, difficulty)
+
+
+def epsilon_from_difficulty(
+    normalised: Array, epsilon_min: float, epsilon_max: float, sensitivity: float
+) -> Array:
+    """Return eps_min + (eps_max - eps_min) sigmoid(lambda D_norm) (eq. 12).
+
+    Args:
+        normalised: (n,) normalised difficulties.
+        epsilon_min: what the easiest images tend to.
+        epsilon_max: what the hardest images tend to.
+        sensitivity: lambda, how sharply epsilon answers to difficulty.
+
+    Returns:
+        (n,) float64 in [epsilon_min, epsilon_max].
+
+    >>> epsilon_from_difficulty(np.array([-50.0, 0.0, 50.0]), -0.4, 1.0, 1.0)
+    array([-0.4,  0.3,  1. ])
+    """
+    # tanh never overflows, and the clip keeps rounding inside the range.
+    x = _float64(normalised) * (0.5 * sensitivity)
+    share = 0.5 * (1 + (x.tanh() if isinstance(x, Tensor) else np.tanh(x)))
+    epsilon: Array = epsilon_min + (epsilon_max - epsilon_min) * share
+    return epsilon.clip(epsilon_min, epsilon_max)
+
+
+def select_region(
+    region: Region, mask: Tensor | None, mean: Tensor, *, boundary_width: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Return the pixels that count as foreground, and what had to be done to find some.
+
+    Without a mask, or with an empty one, "mask" and "boundary" go by the prediction instead; where
+    that is empty too, nothing is chosen and D is 0: the network agrees that nothing is there.
+
+    Args:
+        region: "mask"; "prediction", mean >= 0.5; "union" of both; "boundary", the pixels within
+            `boundary_width` of the mask's edge on either side; "image", all pixels.
+        mask: (B, H, W) in {0, 1}, or None.
+        mean: (B, H, W) mean prediction in [0, 1].
+        boundary_width: pixels.
+
+    Returns:
+        (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`.
+
+    >>> mean = torch.tensor([[[0.9, 0.1]]])
+    >>> select_region("mask", torch.zeros(1, 1, 2), mean)
+    (tensor([[[ True, False]]]), tensor([1], dtype=torch.int8))
+    """
+    predicted = mean >= 0.5
+    truth = torch.zeros_like(predicted) if mask is None else mask > 0
+    fallback = torch.zeros(len(mean), dtype=torch.int8, device=mean.device)
+    if region in ("mask", "boundary"):
+        without_truth = ~truth.flatten(1).any(dim=1)
+        fallback[without_truth] = FALLBACKS.index("prediction")
+        outline = torch.where(without_truth[:, None, None], predicted, truth)
+        chosen = _edge_band(outline, boundary_width) if region == "boundary" else outline
+    elif region == "union":
+        chosen = truth | predicted
+    else:
+        chosen = predicted if region == "prediction" else torch.ones_like(predicted)
+    fallback[~chosen.flatten(1).any(dim=1)] = FALLBACKS.index("empty")
+    return chosen, fallback
+
+
+def _edge_band(outline: Tensor, width: int) -> Tensor:
+    """Return the pixels within `width` (chessboard distance) of the edge of the True region."""
+    inside = outline[:, None].float()
+    grown, grown_outside = (
+        max_pool2d(part, kernel_size=2 * width + 1, stride=1, padding=width) > 0
+        for part in (inside, 1 - inside)
+    )
+    return (grown & grown_outside)[:, 0]
+
+
+def _float64(values: Array) -> Array:
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return np.asarray(values, dtype=np.float64)
+
+
+def _like(result: NDArray[np.float64], given: Array) -> Array:
+    if isinstance(given, Tensor):
+        return torch.as_tensor(result, device=given.device)
+    return result

@@ -1,0 +1,110 @@
+"""Durable files: whole or not at all, their hashes, and one writer at a time."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from polyseg.errors import PolysegError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of `path` when the block ends well.
+
+    The bytes reach the disk before the name does, and an error in the block leaves neither a
+    torn file nor a leftover. The temporary name keeps the suffix, for writers that go by it.
+
+    Raises:
+        PolysegError: the folder cannot be written, or the disk is full.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_path(Path(folder) / "table.csv") as temporary:
+    ...         _ = temporary.write_text("id,dice")
+    ...     (Path(folder) / "table.csv").read_text()
+    'id,dice'
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+    except OSError as error:
+        raise PolysegError(f"{path}: cannot be written: {error.strerror}") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        _readable_by_umask(temporary)
+        _flush_to_disk(temporary)
+        temporary.replace(path)
+        _flush_to_disk(path.parent)
+    except OSError as error:
+        raise PolysegError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) whole or not at all.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text(Path(folder) / "note.txt", "done")
+    ...     (Path(folder) / "note.txt").read_text()
+    'done'
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text(Path(folder) / "empty", "")
+    ...     sha256_of_file(Path(folder) / "empty")[:12]
+    'e3b0c44298fc'
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
+    """Hold the lock file `path` for the length of the block; a dead process holds none.
+
+    Raises:
+        PolysegError: another process holds it; `owner` names what is in use.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with exclusive_lock(Path(folder) / ".lock", owner="this run"):
+    ...         "one writer"
+    'one writer'
+    """
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PolysegError(
+                f"{owner} is being written by another process; "
+                "wait for it to end or choose another --out"
+            ) from error
+        yield
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _readable_by_umask(path: Path) -> None:
+    """Undo mkstemp's private mode: results are shared like any other file of the user."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

@@ -1,0 +1,300 @@
+"""Dice and its polynomial relatives as functions of (probability, mask, epsilon), image by image.
+
+Notation: p the probabilities and y the mask of one image, flattened; a = ||p||, b = ||y||,
+q = <p, y>. Everything follows from these three sums, so the gradient with respect to p is a
+combination of p and y, and the maps are read once forward and once backward.
+
+Smoothing turns cos(theta) = q / (ab) into (2q + smooth) / (2ab + smooth) and s = 2ab / (a^2 + b^2)
+into (2ab + smooth) / (a^2 + b^2 + smooth). Their product is Dice with the same smoothing, so the
+identity Dice loss = 1 - s cos(theta) holds for every value of `smooth`.
+
+An empty mask (b = q = 0) then has cos(theta) = 1 and theta = 0, and every loss of this room is
+1 - s = a^2 / (a^2 + smooth), with gradient 2 p smooth / (a^2 + smooth)^2: predictions are pushed
+towards zero, strongly only while a^2 is not far above `smooth`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Scale = Literal["norms", "printed"]
+ScaleGradient = Literal["guarded", "full", "detached"]
+
+
+def dice_loss(probability: Tensor, mask: Tensor, *, smooth: float = 1e-6) -> Tensor:
+    """Return the Dice loss with squared denominator, 1 - 2q / (a^2 + b^2) (eq. 2).
+
+    Args:
+        probability: (B, ...) in [0, 1].
+        mask: (B, ...) in {0, 1}, any dtype.
+        smooth: added to the numerator and the denominator.
+
+    Returns:
+        (B,) in [0, 1], float32 or wider.
+
+    >>> p, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1, 0], [1, 0]])
+    >>> dice_loss(p, y, smooth=0.0)
+    tensor([0., 1.])
+    """
+    q, a2, b2 = _moments(probability, mask)
+    return 1 - (2 * q + smooth) / (a2 + b2 + smooth)
+
+
+def scale_and_angle(
+    probability: Tensor, mask: Tensor, *, scale: Scale = "norms", smooth: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return s and theta, the geometry of the Dice loss, 1 - s cos(theta) (eq. 3).
+
+    Args:
+        probability: (B, ...) in [0, 1].
+        mask: (B, ...) in {0, 1}, any dtype.
+        scale: "norms", s = 2ab / (a^2 + b^2), for which the identity holds, or "printed",
+            s = 2q / (a^2 + b^2), as section 3.1.2 has it.
+        smooth: see the head of this room.
+
+    Returns:
+        s in [0, 1] and theta in [0, pi/2], each (B,). The derivative of theta is infinite at 0:
+        losses are built on theta squared, whose derivative is finite.
+
+    >>> s, theta = scale_and_angle(torch.tensor([[0.5, 0.0]]), torch.tensor([[1, 0]]), smooth=0.0)
+    >>> s.item(), theta.item()
+    (0.800000011920929, 0.0)
+    """
+    s, cosine = _scale_and_cosine(probability, mask, scale=scale, smooth=smooth)
+    return s, torch.arccos(cosine.clamp(-1, 1))
+
+
+def polydice_loss(
+    probability: Tensor,
+    mask: Tensor,
+    epsilon: float | Tensor = 0.0,
+    *,
+    terms: int = 1,
+    scale: Scale = "norms",
+    scale_gradient: ScaleGradient = "guarded",
+    smooth: float = 1e-6,
+) -> Tensor:
+    """Return PolyDice of K terms, (1 - s) + s sum_k alpha_k theta^(2k) (eq. 5).
+
+    alpha_k = (-1)^(k-1) / (2k)!, and alpha_1 = 1/2 + epsilon; at epsilon = 0 the sum tends to
+    1 - cos(theta) with K, so the loss tends to Dice.
+
+    Args:
+        probability: (B, ...) in [0, 1].
+        mask: (B, ...) in {0, 1}, any dtype.
+        epsilon: one steepness for all or one an image, (B,); below -1/2 misalignment is rewarded.
+        terms: K, at least 1.
+        scale: see `scale_and_angle`.
+        scale_gradient: where the sum exceeds 1 the loss falls with s, and rewards predicting
+            everything or nothing. "guarded" holds the factor s of the sum constant in the backward
+            pass of those images, "detached" of all images, "full" of none. The value is the same.
+        smooth: see the head of this room.
+
+    Returns:
+        (B,), float32 or wider. The gradient is finite everywhere, theta = 0 included.
+
+    Raises:
+        ValueError: terms below 1, an unknown scale or scale_gradient, or shapes that differ.
+
+    >>> p, y = torch.tensor([[0.9, 0.2]]), torch.tensor([[1, 0]])
+    >>> torch.allclose(polydice_loss(p, y, terms=8), dice_loss(p, y))
+    True
+    """
+    if terms < 1:
+        raise ValueError(f"terms = {terms}: PolyDice has at least one term")
+    s, cosine = _scale_and_cosine(probability, mask, scale=scale, smooth=smooth)
+    penalty = _penalty(_squared_angle(cosine), _as_steepness(epsilon, s), terms)
+    return (1 - s) + _guarded(s, penalty, scale_gradient) * penalty
+
+
+def polydice1_loss(
+    probability: Tensor,
+    mask: Tensor,
+    epsilon: float | Tensor = 0.0,
+    *,
+    scale: Scale = "norms",
+    scale_gradient: ScaleGradient = "guarded",
+    smooth: float = 1e-6,
+) -> Tensor:
+    """Return PolyDice-1, (1 - s) + s (1/2 + epsilon) theta^2 (eq. 6).
+
+    Arguments, result and errors are those of `polydice_loss` with terms = 1. epsilon = 0 is the
+    quadratic approximation of the Dice loss and never below it.
+
+    >>> p, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1, 0], [1, 0]])
+    >>> polydice1_loss(p, y, torch.tensor([0.0, 0.5]))
+    tensor([0.0000, 2.4674])
+    """
+    return polydice_loss(
+        probability,
+        mask,
+        epsilon,
+        terms=1,
+        scale=scale,
+        scale_gradient=scale_gradient,
+        smooth=smooth,
+    )
+
+
+def in_wrong_sign_region(theta: Tensor, epsilon: float | Tensor, *, terms: int = 1) -> Tensor:
+    """Return for each image whether the loss falls as s grows: sum_k alpha_k theta^(2k) > 1.
+
+    Args:
+        theta: (B,) radians.
+        epsilon: one steepness for all or (B,).
+        terms: K, at least 1.
+
+    Returns:
+        (B,) bool.
+
+    >>> in_wrong_sign_region(torch.tensor([0.8, 0.9]), 1.0)
+    tensor([False,  True])
+    """
+    return _penalty(theta.square(), _as_steepness(epsilon, theta), terms) > 1
+
+
+def polydice1_curve(
+    theta: NDArray[np.float64], epsilon: float, s: float, *, terms: int = 1
+) -> NDArray[np.float64]:
+    """Return PolyDice as a function of the angle at constant s; one term unless told otherwise.
+
+    Args:
+        theta: radians, any shape.
+        epsilon: steepness.
+        s: scale, in [0, 1].
+        terms: K, at least 1.
+
+    Returns:
+        The loss, of theta's shape, float64.
+
+    >>> polydice1_curve(np.array([0.0, 1.0]), epsilon=0.5, s=0.1)
+    array([0.9, 1. ])
+    """
+    squared = torch.as_tensor(np.asarray(theta, dtype=np.float64)).square()
+    penalty = _penalty(squared, _as_steepness(epsilon, squared), terms)
+    return np.asarray((1 - s) + s * penalty.numpy())
+
+
+def tvmf_dice_loss(
+    probability: Tensor, mask: Tensor, concentration: float = 32.0, *, smooth: float = 1e-6
+) -> Tensor:
+    """Return the t-vMF Dice loss, (1 - phi)^2 with the t-vMF similarity phi of p and y.
+
+    phi = (1 + cos(theta)) / (1 + concentration (1 - cos(theta))) - 1, after Kato and Hotta,
+    "Adaptive t-vMF Dice Loss for Multi-class Medical Image Segmentation" (2022), with a fixed
+    concentration.
+
+    Args:
+        probability: (B, ...) in [0, 1].
+        mask: (B, ...) in {0, 1}, any dtype.
+        concentration: how narrow the similarity is, at least 0; at 0 phi is cos(theta).
+        smooth: see the head of this room.
+
+    Returns:
+        (B,) in [0, 4], float32 or wider.
+
+    >>> tvmf_dice_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 0]]))
+    tensor([0.])
+    """
+    _, cosine = _scale_and_cosine(probability, mask, scale="norms", smooth=smooth)
+    similarity = (1 + cosine) / (1 + concentration * (1 - cosine)) - 1
+    return (1 - similarity).square()
+
+
+def _moments(probability: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, a^2 and b^2, each (B,), in float32 or wider whatever the autocast."""
+    if probability.shape != mask.shape or probability.ndim == 0:
+        raise ValueError(
+            f"probability {tuple(probability.shape)} and mask {tuple(mask.shape)} "
+            "must have one shape (B, ...)"
+        )
+    dtype = torch.promote_types(probability.dtype, torch.float32)
+    with torch.autocast(probability.device.type, enabled=False):
+        p = probability.flatten(1) if probability.ndim > 1 else probability[:, None]
+        y = mask.reshape(p.shape)
+        return _moments_of_rows(p.to(dtype), y.to(dtype))
+
+
+def _scale_and_cosine(
+    probability: Tensor, mask: Tensor, *, scale: Scale, smooth: float
+) -> tuple[Tensor, Tensor]:
+    q, a2, b2 = _moments(probability, mask)
+    # The floor keeps the root's derivative finite for a prediction of zeros only.
+    norms = a2.clamp_min(torch.finfo(a2.dtype).tiny).sqrt() * b2.sqrt()
+    cosine = (2 * q + smooth) / (2 * norms + smooth)
+    if scale == "norms":
+        numerator = 2 * norms
+    elif scale == "printed":
+        numerator = 2 * q
+    else:
+        raise ValueError(f"scale = {scale!r}: choose 'norms' or 'printed'")
+    return (numerator + smooth) / (a2 + b2 + smooth), cosine
+
+
+def _as_steepness(epsilon: float | Tensor, like: Tensor) -> Tensor:
+    """Return 1/2 + epsilon in the type and on the device of `like`."""
+    return 0.5 + torch.as_tensor(epsilon, dtype=like.dtype, device=like.device)
+
+
+def _penalty(squared_angle: Tensor, steepness: Tensor, terms: int) -> Tensor:
+    """Return sum_k alpha_k theta^(2k) with alpha_1 = steepness, by Horner's rule."""
+    total = torch.zeros_like(squared_angle)
+    for k in range(terms, 1, -1):
+        total = (total + (-1) ** (k - 1) / math.factorial(2 * k)) * squared_angle
+    return (total + steepness) * squared_angle
+
+
+def _guarded(s: Tensor, penalty: Tensor, scale_gradient: ScaleGradient) -> Tensor:
+    """Return s, cut off from the backward pass where `scale_gradient` asks for it."""
+    if scale_gradient == "full":
+        return s
+    if scale_gradient == "detached":
+        return s.detach()
+    if scale_gradient == "guarded":
+        return torch.where(penalty > 1, s.detach(), s)
+    raise ValueError(f"scale_gradient = {scale_gradient!r}: 'guarded', 'full' or 'detached'")
+
+
+class _Moments(torch.autograd.Function):
+    """(q, a^2, b^2) of each image; nothing is kept for the backward pass but p and y."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(p, y)
+        # y is 0 or 1, so its squared norm is its sum.
+        return torch.linalg.vecdot(p, y), torch.linalg.vecdot(p, p), y.sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, da2: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        p, y = ctx.saved_tensors
+        # In place: as one broadcast addcmul it takes nine times as long on a CPU.
+        return (dq[:, None] * y).addcmul_(2 * da2[:, None], p), None
+
+
+class _SquaredAngle(torch.autograd.Function):
+    """theta^2 = arccos(c)^2 with derivative -2 theta / sin(theta), which tends to -2 at c = 1."""
+
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor) -> Tensor:
+        theta = torch.arccos(cosine.clamp(-1, 1))
+        ctx.save_for_backward(theta)
+        return theta.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (theta,) = ctx.saved_tensors
+        # torch.sinc(x) is sin(pi x) / (pi x), which is 1 at x = 0.
+        return gradient * (-2 / torch.sinc(theta / math.pi))
+
+
+# Function.apply carries no types of its own.
+_moments_of_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = _Moments.apply
+_squared_angle: Callable[[Tensor], Tensor] = _SquaredAngle.apply

@@ -1,0 +1,134 @@
+"""What N stochastic predictions say of each pixel: functions of the samples, and a running record.
+
+Samples are foreground probabilities, so all entropies are binary and at most log 2.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def binary_entropy(probability: Tensor) -> Tensor:
+    """Return H(u) = -u log u - (1-u) log(1-u) in nats, with 0 log 0 = 0.
+
+    Args:
+        probability: any shape, in [0, 1].
+
+    Returns:
+        Same shape, in [0, log 2].
+
+    >>> binary_entropy(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([0.0000, 0.6931, 0.0000])
+    """
+    entropy: Tensor = torch.special.entr(probability) + torch.special.entr(1 - probability)
+    return entropy
+
+
+def prediction_variance(samples: Tensor) -> Tensor:
+    """Return the variance of the predictions over the samples, divisor N (eq. 8).
+
+    Args:
+        samples: (N, ...) in [0, 1], N at least 1.
+
+    Returns:
+        (...) in [0, 1/4], float32 or wider.
+
+    >>> prediction_variance(torch.tensor([[0.0], [1.0]]))
+    tensor([0.2500])
+    """
+    return _at_least_float32(samples).var(dim=0, correction=0)
+
+
+def predictive_entropy(samples: Tensor) -> Tensor:
+    """Return the entropy of the mean prediction, H(mean p), in nats (eq. 9).
+
+    Args:
+        samples: (N, ...) in [0, 1], N at least 1.
+
+    Returns:
+        (...) in [0, log 2], float32 or wider.
+
+    >>> predictive_entropy(torch.tensor([[0.0], [1.0]]))
+    tensor([0.6931])
+    """
+    return binary_entropy(_at_least_float32(samples).mean(dim=0))
+
+
+def mutual_information(samples: Tensor) -> Tensor:
+    """Return H(mean p) - mean H(p) in nats, what the passes disagree on, never below 0 (eq. 10).
+
+    Args:
+        samples: (N, ...) in [0, 1], N at least 1.
+
+    Returns:
+        (...) in [0, log 2], float32 or wider.
+
+    >>> mutual_information(torch.tensor([[0.0, 0.5], [1.0, 0.5]]))
+    tensor([0.6931, 0.0000])
+    """
+    mean_entropy = binary_entropy(_at_least_float32(samples)).mean(dim=0)
+    return (predictive_entropy(samples) - mean_entropy).clamp_min(0)
+
+
+@dataclass
+class UncertaintyAccumulator:
+    """The same maps from one sample at a time, in memory that does not grow with N.
+
+    Sums are kept in float64 where the device has it, by Welford's update for the variance.
+
+    >>> record = UncertaintyAccumulator()
+    >>> for sample in torch.tensor([[0.0], [1.0]]):
+    ...     record.update(sample)
+    >>> record.count, record.variance.item(), round(record.mutual_information.item(), 4)
+    (2, 0.25, 0.6931)
+    """
+
+    count: int = 0
+    _mean: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+    _squares: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+    _entropy: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+
+    def update(self, sample: Tensor) -> None:
+        """Take in one sample, (...) in [0, 1]; all samples have one shape."""
+        if self.count == 0:
+            wide = torch.float32 if sample.device.type == "mps" else torch.float64
+            self._mean = torch.zeros_like(sample, dtype=wide)
+            self._squares, self._entropy = self._mean.clone(), self._mean.clone()
+        if sample.shape != self._mean.shape:
+            raise ValueError(f"sample {tuple(sample.shape)} after {tuple(self._mean.shape)}")
+        self.count += 1
+        value = sample.to(self._mean.dtype)
+        change = value - self._mean
+        self._mean += change / self.count
+        self._squares.addcmul_(change, value - self._mean)
+        self._entropy += binary_entropy(_at_least_float32(sample))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean prediction, (...) in [0, 1]."""
+        return self._filled(self._mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """As `prediction_variance`."""
+        return self._filled(self._squares) / self.count
+
+    @property
+    def entropy(self) -> Tensor:
+        """As `predictive_entropy`."""
+        return binary_entropy(self._filled(self._mean).clamp(0, 1))
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """As the function of that name."""
+        return (self.entropy - self._entropy / self.count).clamp_min(0)
+
+    def _filled(self, total: Tensor) -> Tensor:
+        if self.count == 0:
+            raise ValueError("no sample was taken in yet")
+        return total
+
+
+def _at_least_float32(samples: Tensor) -> Tensor:
+    return samples.to(torch.promote_types(samples.dtype, torch.float32))
