@@ -1,0 +1,411 @@
+"""The one configuration: every setting with its default, unit, bounds and meaning.
+
+Precedence: flags and --set over the file over the defaults. Unknown keys are errors.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from polyseg.errors import PolysegError
+
+_LARGEST_FILE = 1_000_000
+_LARGEST_SIDE = 8192
+
+POLYDICE_LOSSES = ("polydice1", "polydice")
+
+
+def _setting(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
+    """Return a field that knows its meaning, its unit and its bounds."""
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
+
+
+Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
+
+
+class DataConfig(_Section):
+    """Which images, and what they go through before the network."""
+
+    path: str = _setting(
+        "demo", "folder with images/ and masks/ of equal stems, or 'demo' for generated phantoms"
+    )
+    size: Side | tuple[Side, Side] | None = _setting(
+        128, "images are resized to this square, or [height, width]; null keeps them", "pixels"
+    )
+    split: tuple[float, float, float] = _setting(
+        (0.7, 0.15, 0.15), "shares of training, validation and test images"
+    )
+    split_seed: int = _setting(0, "seed of the split, apart from training.seed", ge=0)
+    foreground: int | tuple[int, ...] | None = _setting(
+        None, "label values that count as foreground; null: masks are 0/1 or 0/255"
+    )
+    normalise: Literal["zscore", "unit"] = _setting(
+        "zscore", "zscore: mean 0 and deviation 1 per image and channel; unit: full range to [0, 1]"
+    )
+    augmentation: Literal["none", "light", "medium", "strong"] = _setting(
+        "light", "flips, rotation, scale and intensity of the training images, by strength"
+    )
+    demo_images: int = _setting(160, "number of phantoms of the demo data", ge=8, le=100_000)
+    demo_modality: Literal["ultrasound", "endoscopy"] = _setting(
+        "ultrasound", "what the phantoms look like"
+    )
+
+    @model_validator(mode="after")
+    def _shares_make_a_whole(self) -> Self:
+        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6 or self.split[0] == 0:
+            raise ValueError(
+                f"data.split {list(self.split)}: three shares, the first above 0, sum 1"
+            )
+        return self
+
+
+class NetworkConfig(_Section):
+    """The network and its dropout."""
+
+    name: str = _setting(
+        "unet",
+        "unet, basic-unet, attention-unet, dynunet, segresnet, or package.module:factory",
+    )
+    dropout: float = _setting(0.2, "dropout rate; 0 leaves none", ge=0, lt=1)
+    dropout_kind: Literal["channel", "element"] = _setting(
+        "channel", "whether whole feature maps or single values are dropped"
+    )
+    dropout_layers: str | tuple[str, ...] = _setting(
+        "auto",
+        "active dropout layers: decoder (from the bottleneck on), bottleneck, all, or patterns of "
+        "layer names; auto is decoder, and all for a factory's network",
+    )
+    multiple_of: int = _setting(
+        32, "a factory's network gets images padded to a multiple of this", "pixels", ge=1, le=512
+    )
+    kwargs: dict[str, Any] = _setting({}, "further arguments of the network")
+
+
+class LossConfig(_Section):
+    """The loss."""
+
+    name: Literal[
+        "polydice1", "polydice", "dice", "dice_bce", "bce", "tversky", "focal", "tvmf"
+    ] = _setting("polydice1", "polydice1 is eq. 6, polydice eq. 5, dice eq. 2")
+    epsilon: float = _setting(
+        0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
+    )
+    terms: int = _setting(3, "K of polydice", ge=1, le=10)
+    scale: Literal["norms", "printed"] = _setting(
+        "norms", "s = 2ab/(a^2+b^2), or the printed 2q/(a^2+b^2)"
+    )
+    scale_gradient: Literal["guarded", "full", "detached"] = _setting(
+        "guarded",
+        "whether s is held constant in the backward pass: where its sign is wrong, never, always",
+    )
+    smooth: float = _setting(1e-6, "added to numerators and denominators", ge=1e-9, le=1e6)
+    bce_weight: float = _setting(
+        0.0, "weight of binary cross-entropy added to the loss", ge=0, le=1000
+    )
+    tversky_alpha: float = _setting(0.3, "weight of false positives in tversky", ge=0, le=1)
+    tversky_beta: float = _setting(0.7, "weight of false negatives in tversky", ge=0, le=1)
+    focal_gamma: float = _setting(2.0, "focusing exponent of focal", ge=0, le=10)
+    tvmf_concentration: float = _setting(32.0, "concentration of tvmf", ge=0, le=10_000)
+
+
+class UncertaintyConfig(_Section):
+    """MC Dropout and what is read off it."""
+
+    samples: int = _setting(20, "N, passes an assessment", "passes", ge=2, le=10_000)
+    metric: Literal["mutual_information", "entropy", "variance"] = _setting(
+        "mutual_information", "pixel map whose foreground mean is the difficulty D"
+    )
+    region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
+        "mask", "foreground that D is averaged over; without masks it is the prediction"
+    )
+    boundary_width: int = _setting(
+        3, "half width of the band of region boundary", "pixels", ge=1, le=64
+    )
+    masks: Literal["consistent", "independent"] = _setting(
+        "consistent", "whether pass n drops the same for every image"
+    )
+    save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
+
+
+class ControlConfig(_Section):
+    """How difficulty sets epsilon."""
+
+    enabled: bool | Literal["auto"] = _setting(
+        "auto", "adapt epsilon; auto: with the PolyDice losses"
+    )
+    start: float = _setting(
+        0.2, "E0, first assessment: whole epochs, or a share of them below 1", "epochs", ge=0
+    )
+    every: int = _setting(5, "tau, epochs between assessments", "epochs", ge=1)
+    percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
+    sensitivity: float = _setting(1.0, "lambda of eq. 12", ge=0, le=1000)
+    epsilon_min: float = _setting(-0.4, "epsilon that the easiest images tend to", ge=-0.5, le=100)
+    epsilon_max: float = _setting(1.0, "epsilon that the hardest images tend to", ge=-0.5, le=100)
+    statistics: Literal["batch", "dataset"] = _setting(
+        "batch", "images that percentile and sigma of eq. 11 are taken over"
+    )
+    delta: float = _setting(1e-9, "delta of eq. 11", gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epsilon_min > self.epsilon_max:
+            raise ValueError(
+                f"control.epsilon_min {self.epsilon_min} is above epsilon_max {self.epsilon_max}"
+            )
+        if self.start >= 1 and self.start != int(self.start):
+            raise ValueError(f"control.start {self.start}: whole epochs, or a share below 1")
+        return self
+
+    def assessment_epochs(self, epochs: int) -> list[int]:
+        """Return E0, E0 + tau, ... up to the last epoch.
+
+        >>> ControlConfig(start=0.2, every=5).assessment_epochs(20)
+        [4, 9, 14, 19]
+        """
+        share = 0 < self.start < 1
+        first = max(1, round(self.start * epochs)) if share else int(self.start)
+        return list(range(first, epochs + 1, self.every))
+
+
+class TrainingConfig(_Section):
+    """How long, how fast, on what."""
+
+    epochs: int = _setting(40, "passes over the training images", "epochs", ge=1, le=100_000)
+    batch_size: int = _setting(8, "images a step", "images", ge=1, le=4096)
+    learning_rate: float = _setting(1e-3, "at the start", gt=0, le=10)
+    optimizer: Literal["adamw", "adam", "sgd"] = _setting("adamw", "sgd has momentum 0.9")
+    weight_decay: float = _setting(1e-2, "of the optimizer", ge=0, le=1)
+    scheduler: Literal["cosine", "polynomial", "constant"] = _setting(
+        "cosine", "learning rate over the epochs: to 1 % by a cosine, to 0 by (1 - e/E)^0.9, as is"
+    )
+    early_stopping: int = _setting(
+        0, "end after so many epochs without a better validation Dice; 0: never", "epochs", ge=0
+    )
+    precision: Literal["fp32", "bf16"] = _setting(
+        "fp32", "of the network's forward pass; losses and D are always float32 or wider"
+    )
+    compile: bool = _setting(False, "torch.compile the network")
+    workers: int = _setting(0, "processes that read and augment", "processes", ge=0, le=64)
+    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "auto: cuda, mps, then cpu")
+    seed: int = _setting(0, "of weights, order, augmentation and dropout", ge=0, le=2**31)
+
+
+class OutputConfig(_Section):
+    """What a run leaves."""
+
+    path: str | None = _setting(None, "the run's folder; null: runs/ and the time")
+    overlays: int = _setting(6, "images in each overlay figure", "images", ge=0, le=50)
+    figures: bool = _setting(True, "draw the figures")
+
+
+class Config(_Section):
+    """All settings of a run.
+
+    >>> Config().loss.name
+    'polydice1'
+    """
+
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    loss: LossConfig = LossConfig()
+    uncertainty: UncertaintyConfig = UncertaintyConfig()
+    control: ControlConfig = ControlConfig()
+    training: TrainingConfig = TrainingConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check_control(self) -> Self:
+        if self.control.enabled is True and self.loss.name not in POLYDICE_LOSSES:
+            raise ValueError(
+                f"control.enabled: loss.name {self.loss.name} has no epsilon to adapt; "
+                f"choose {' or '.join(POLYDICE_LOSSES)}, or control.enabled=false"
+            )
+        if not self.adaptive:
+            return self
+        if ":" not in self.network.name and self.network.dropout == 0:
+            raise ValueError(
+                "network.dropout is 0, so MC Dropout has nothing to sample; "
+                "set it above 0, or control.enabled=false"
+            )
+        if not self.control.assessment_epochs(self.training.epochs):
+            raise ValueError(
+                f"control.start {self.control.start:g} is beyond training.epochs "
+                f"{self.training.epochs}: nothing would ever be assessed"
+            )
+        return self
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether epsilon is adapted."""
+        if self.control.enabled == "auto":
+            return self.loss.name in POLYDICE_LOSSES
+        return self.control.enabled
+
+    def to_yaml(self) -> str:
+        """Return the whole configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and lay dotted overrides over it.
+
+    Args:
+        file: YAML, or None for the defaults.
+        overrides: such as "loss.epsilon=0.5"; the value is YAML.
+
+    Raises:
+        PolysegError: names the file or override, the key and what was expected.
+
+    >>> load_config(overrides=["training.epochs=3"]).training.epochs
+    3
+    """
+    tree = {} if file is None else parse_yaml(_read(file), str(file))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise PolysegError(f"--set {override}: give key.sub=value, such as loss.epsilon=0.5")
+        _lay(tree, key.strip(), parse_yaml(value, f"--set {override}"))
+    return build_config(tree, str(file) if file else "configuration")
+
+
+def build_config(tree: Any, source: str) -> Config:
+    """Check a tree of settings.
+
+    Raises:
+        PolysegError: all that is wrong with it, in one line that starts with `source`.
+
+    >>> build_config({"loss": {"epsilom": 1}}, "a.yaml")
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: a.yaml: loss.epsilom: unknown key; did you mean loss.epsilon?
+    """
+    try:
+        return Config.model_validate({} if tree is None else tree)
+    except ValidationError as error:
+        raise PolysegError(f"{source}: {'; '.join(_describe(error))}") from None
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML that may come from anywhere: no tags that build objects, no aliases, no bombs.
+
+    Raises:
+        PolysegError: what is wrong, in one line that starts with `source`.
+
+    >>> parse_yaml("[1, 2]", "here")
+    [1, 2]
+    """
+    if len(text) > _LARGEST_FILE:
+        raise PolysegError(f"{source}: is over {_LARGEST_FILE:,} characters; no configuration is")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise PolysegError(f"{source}: YAML aliases (*name) are not taken; write it out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
+
+
+def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Yield every setting: key, default, description, unit and bounds, for docs and templates.
+
+    >>> next(settings_of())["key"]
+    'data.path'
+    """
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, _Section):
+            yield from settings_of(type(field.default), f"{prefix}{name}.")
+            continue
+        extra = field.json_schema_extra
+        yield {
+            "key": prefix + name,
+            "default": field.default,
+            "description": field.description,
+            "unit": extra.get("unit", "") if isinstance(extra, Mapping) else "",
+            "bounds": ", ".join(_bounds(field.metadata)),
+        }
+
+
+def template() -> str:
+    """Return a configuration file of all defaults, each with its meaning, unit and bounds."""
+    lines = ["# polyseg configuration; every line may be left out"]
+    section = ""
+    for setting in settings_of():
+        head, _, name = setting["key"].rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"{section}:"]
+        notes = "; ".join(
+            note for note in (setting["description"], setting["unit"], setting["bounds"]) if note
+        )
+        value = yaml.safe_dump(
+            _plain(setting["default"]), default_flow_style=True, explicit_end=False
+        ).replace("...", "")
+        lines += [f"  # {notes}", f"  {name}: {value.strip()}"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    for constraint in metadata:
+        for attribute, words in signs.items():
+            if hasattr(constraint, attribute):
+                yield f"{words} {getattr(constraint, attribute):g}"
+
+
+def _read(file: Path) -> str:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(_LARGEST_FILE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not a text file"
+        raise PolysegError(f"{file}: cannot be read: {reason}") from None
+
+
+def _lay(tree: Any, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(tree, dict):
+            break
+        tree = tree.setdefault(section, {})
+    if not isinstance(tree, dict):
+        raise PolysegError(f"--set {key}: the file holds no section there")
+    tree[name] = value
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    """Yield one problem a setting; pydantic has one for each branch of a union."""
+    settings = {setting["key"]: setting for setting in settings_of()}
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        prefixes = (".".join(location[:end]) for end in range(len(location), 0, -1))
+        key = next((prefix for prefix in prefixes if prefix in settings), ".".join(location))
+        problems.setdefault(key, []).append(problem)
+    for key, (first, *others) in problems.items():
+        if first["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; {_nearest(key, list(settings))}"
+        elif first["type"] == "value_error":
+            yield first["msg"].removeprefix("Value error, ")
+        elif others:
+            yield f"{key}: expected {settings[key]['description']}; got {first['input']!r:.60}"
+        else:
+            message = first["msg"][:1].lower() + first["msg"][1:]
+            yield f"{key}: {message}, got {first['input']!r:.60}"
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    near = difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "`polyseg config show` lists the keys"
