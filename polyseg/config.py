@@ -400,7 +400,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif first["type"] == "value_error":
             yield first["msg"].removeprefix("Value error, ")
         elif others:
-            yield f"{key}: expected {settings[key]['description']}; got {first['input']!r:.60}"
+            yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
         else:
             message = first["msg"][:1].lower() + first["msg"][1:]
             yield f"{key}: {message}, got {first['input']!r:.60}"

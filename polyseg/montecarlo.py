@@ -5,8 +5,7 @@ and a hook multiplies the output of each active one by its mask, drawn from a ge
 so normalisation statistics do not move and torch's random stream is not advanced.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 
 from polyseg.difficulty import Region, foreground_mean, select_region
 from polyseg.errors import PolysegError
-from polyseg.networks import refuse_functional_dropout, stochastic_layers
+from polyseg.inference import device_of, evaluation_mode
+from polyseg.networks import hash_weights, refuse_functional_dropout, stochastic_layers
+from polyseg.overlap import dice_coefficient
 from polyseg.records import (
     MAPS,
     METRICS,
@@ -80,7 +81,7 @@ def assess(
     if samples < 2:
         raise PolysegError(f"uncertainty.samples = {samples}: MC Dropout takes at least 2 passes")
     layers = active_layers(network)
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     table = _Table(save_maps)
     with evaluation_mode(network), torch.inference_mode():
         for batch in batches:
@@ -96,6 +97,7 @@ def assess(
     if not table.ids:
         raise PolysegError("MC Dropout: there are no images to assess")
     return Assessment(
+        weights_sha256=hash_weights(network),
         epoch=epoch,
         samples=samples,
         rate=max(layer.p for layer in layers.values()),
@@ -126,26 +128,6 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
         if layer.p == 1:
             raise PolysegError(f"network layer {name}: a dropout rate of 1 drops everything")
     return layers
-
-
-@contextlib.contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Hold a network in evaluation mode, then give each module its own mode back.
-
-    >>> layer = nn.Dropout(0.5)
-    >>> with evaluation_mode(layer):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def stochastic_pass(
@@ -234,7 +216,9 @@ class _Table:
             entropy_sd=spread.where(settled, torch.nan),
             foreground_pixels=chosen.flatten(1).sum(dim=1),
             fallback=fallback,
-            dice=_dice(record.mean >= 0.5, truth),
+            dice=torch.full((len(fallback),), torch.nan, dtype=torch.float64)
+            if truth is None
+            else dice_coefficient(record.mean >= 0.5, truth),
             **{name: foreground_mean(getattr(record, name), chosen) for name in METRICS},
         )
         self._refuse_what_is_not_finite(len(batch.ids))
@@ -269,12 +253,3 @@ class _Table:
                     f"image {self.ids[-count:][int(finite.argmin())]}: its {name} is not finite; "
                     "the weights have probably diverged, train with a lower training.learning_rate"
                 )
-
-
-def _dice(predicted: Tensor, truth: Tensor | None) -> Tensor:
-    """Return Dice of (B, H, W) predictions, 1 where both are empty, NaN without masks."""
-    if truth is None:
-        return torch.full((len(predicted),), torch.nan, dtype=torch.float64)
-    both = (predicted & (truth > 0)).flatten(1).sum(dim=1).double()
-    either = (predicted.flatten(1).sum(dim=1) + (truth > 0).flatten(1).sum(dim=1)).double()
-    return torch.where(either > 0, 2 * both / either.clamp_min(1), 1.0)

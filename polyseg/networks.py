@@ -7,6 +7,7 @@ Dropout (eq. 7 needs the same masks' distribution in both) see the same layers.
 
 import copy
 import fnmatch
+import hashlib
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -135,6 +136,19 @@ def stochastic_layers(network: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, _DROPOUT_LAYERS) and module.p > 0:
             layers[name] = module
     return layers
+
+
+def hash_weights(network: nn.Module) -> str:
+    """Return the sha256 of a network's weights and buffers, names included.
+
+    >>> hash_weights(nn.Identity())[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for name, values in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def refuse_functional_dropout(network: nn.Module, images: Tensor) -> None:

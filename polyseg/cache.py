@@ -1,0 +1,220 @@
+"""The HDF5 files: one an assessment, written once and whole, and the schedule of epsilons.
+
+Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings;
+`difficulty`, `dice`, and where the statistics are the data set's `epsilon` (n) float64;
+`scores/NAME` and `scores_sd/NAME` (n) float64; `foreground_pixels` (n) int64; `fallback` (n) int8;
+`maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11, so that eq. 11 and 12 can be
+computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon` (E, n) float32.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.errors import PolysegError
+from polyseg.files import atomic_path, sha256_of_file
+from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
+
+SCHEMA = 1
+"""Raised when a file's layout changes so that an older reader would misread it."""
+
+_ASSESSMENT = "polyseg assessment"
+_SCHEDULE = "polyseg schedule"
+_MOST_IMAGES = 10_000_000
+
+
+def write_assessment(path: Path, assessment: Assessment) -> str:
+    """Write an assessment file whole or not at all, and return its sha256.
+
+    Raises:
+        PolysegError: the file cannot be written, or maps differ in size.
+    """
+    with _writing(path, _ASSESSMENT) as file:
+        file.attrs.update(
+            {
+                "epoch": assessment.epoch,
+                "samples": assessment.samples,
+                "rate": assessment.rate,
+                "metric": assessment.metric,
+                "region": assessment.region,
+                "masks": assessment.masks,
+                "seed": assessment.seed,
+                "weights_sha256": assessment.weights_sha256,
+            }
+        )
+        # A dataset, because an attribute holds no more than 64 KiB.
+        file.create_dataset("config", data=assessment.config_yaml, dtype=h5py.string_dtype())
+        file.create_dataset("id", data=assessment.ids, dtype=h5py.string_dtype())
+        file["difficulty"] = assessment.difficulty
+        for name in METRICS:
+            file[f"scores/{name}"] = assessment.scores[name]
+            if name in assessment.scores_sd:
+                file[f"scores_sd/{name}"] = assessment.scores_sd[name]
+        for column in ("foreground_pixels", "fallback", "dice"):
+            file[column] = getattr(assessment, column)
+        if assessment.epsilon is not None:
+            file["epsilon"] = assessment.epsilon
+        for map_name, maps in assessment.maps.items():
+            _write_maps(file, map_name, maps)
+    return sha256_of_file(path)
+
+
+def read_assessment(
+    path: Path, *, sha256: str | None = None, with_maps: bool = False
+) -> Assessment:
+    """Read an assessment file.
+
+    Args:
+        path: the file.
+        sha256: what its hash must be, where it is known.
+        with_maps: read the pixel maps too.
+
+    Raises:
+        PolysegError: the file is missing, damaged, of a newer layout or something else.
+    """
+    with _reading(path, _ASSESSMENT, sha256) as file:
+        ids = _ids(file)
+        n = len(ids)
+        attributes = {
+            name: file.attrs[name].item() for name in ("epoch", "samples", "rate", "seed")
+        } | {name: str(file.attrs[name]) for name in ("region", "masks", "weights_sha256")}
+        metric = str(file.attrs["metric"])
+        if metric not in get_args(Metric):
+            raise ValueError(f"metric {metric!r} is unknown")
+        return Assessment(
+            **attributes,
+            metric=cast(Metric, metric),
+            ids=ids,
+            scores={name: _column(file, f"scores/{name}", n, "f8") for name in METRICS},
+            scores_sd={
+                name: _column(file, f"scores_sd/{name}", n, "f8")
+                for name in METRICS
+                if f"scores_sd/{name}" in file
+            },
+            foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
+            fallback=_column(file, "fallback", n, "i1"),
+            dice=_column(file, "dice", n, "f8"),
+            epsilon=_column(file, "epsilon", n, "f8") if "epsilon" in file else None,
+            maps=_read_maps(file, n) if with_maps and "maps" in file else {},
+            config_yaml=_dataset(file, "config").asstr()[()],
+        )
+
+
+def write_schedule(path: Path, schedule: Schedule) -> str:
+    """Write a schedule file whole or not at all, and return its sha256.
+
+    Raises:
+        PolysegError: the file cannot be written.
+    """
+    with _writing(path, _SCHEDULE) as file:
+        file.create_dataset("id", data=schedule.ids, dtype=h5py.string_dtype())
+        file["epoch"] = schedule.epochs.astype(np.int64)
+        file["epsilon"] = schedule.epsilon.astype(np.float32)
+    return sha256_of_file(path)
+
+
+def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
+    """Read a schedule file.
+
+    Raises:
+        PolysegError: the file is missing, damaged, of a newer layout or something else.
+    """
+    with _reading(path, _SCHEDULE, sha256) as file:
+        ids = _ids(file)
+        epochs = _dataset(file, "epoch")
+        if epochs.ndim != 1 or epochs.dtype != np.int64:
+            raise ValueError("epoch must be (E) int64")
+        epsilon = _dataset(file, "epsilon")
+        if epsilon.shape != (*epochs.shape, len(ids)) or epsilon.dtype != np.float32:
+            raise ValueError("epsilon must be (E, n) float32")
+        return Schedule(ids=ids, epochs=epochs[()], epsilon=epsilon[()])
+
+
+@contextlib.contextmanager
+def _writing(path: Path, kind: str) -> Iterator[Any]:
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["kind"] = kind
+        file.attrs["schema"] = SCHEMA
+        yield file
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str, sha256: str | None) -> Iterator[Any]:
+    """Yield the open file once it is known to be what it should be; any misfit is one line."""
+    if not path.is_file():
+        raise PolysegError(f"{path}: there is no such file")
+    if sha256 is not None and sha256_of_file(path) != sha256:
+        raise PolysegError(
+            f"{path}: is not the file that the run recorded (its sha256 differs); it was damaged "
+            "or replaced"
+        )
+    try:
+        # No lock: files are never changed once they have their name.
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("kind") != kind:
+                raise ValueError(f"is no {kind} file")
+            if file.attrs["schema"] > SCHEMA:
+                raise ValueError(
+                    f"has layout {file.attrs['schema']}, newer than {SCHEMA}; update polyseg"
+                )
+            yield file
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PolysegError(f"{path}: cannot be read as a {kind}: {reason}") from error
+
+
+def _dataset(file: Any, name: str) -> Any:
+    """Return a dataset whose bytes lie in this file: links, external and virtual ones are not."""
+    group = file
+    for part in name.split("/"):
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name} is missing, or a link")
+        group = group[part]
+    if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
+        raise ValueError(f"{name} is not a plain dataset")
+    return group
+
+
+def _ids(file: Any) -> list[str]:
+    dataset = _dataset(file, "id")
+    if dataset.ndim != 1 or dataset.size > _MOST_IMAGES:
+        raise ValueError("id must be (n) strings")
+    return [str(identity) for identity in dataset.asstr()[()]]
+
+
+def _column(file: Any, name: str, n: int, dtype: str) -> NDArray[Any]:
+    dataset = _dataset(file, name)
+    if dataset.shape != (n,) or dataset.dtype != np.dtype(dtype):
+        raise ValueError(f"{name} must be ({n}) {np.dtype(dtype)}")
+    return cast(NDArray[Any], dataset[()])
+
+
+def _write_maps(file: Any, name: str, maps: list[NDArray[np.float16]]) -> None:
+    if len({one.shape for one in maps}) > 1:
+        raise PolysegError(
+            "uncertainty.save_maps: images differ in size; set data.size to keep their maps"
+        )
+    stack = np.stack(maps)
+    file.create_dataset(
+        f"maps/{name}",
+        data=stack,
+        chunks=(1, *stack.shape[1:]),
+        compression="gzip",
+        shuffle=True,
+        fletcher32=True,
+    )
+
+
+def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.float16]]]:
+    maps = {}
+    for name in MAPS:
+        dataset = _dataset(file, f"maps/{name}")
+        if dataset.ndim != 3 or len(dataset) != n or dataset.dtype != np.float16:
+            raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
+        maps[name] = [dataset[i] for i in range(n)]
+    return maps

@@ -1,0 +1,98 @@
+"""The losses by name, as functions of (logits, mask, epsilon): ours, MONAI's and torch's."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from polyseg import losses
+from polyseg.config import POLYDICE_LOSSES, LossConfig
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(B, 1, H, W) logits and mask, (B,) epsilon -> (B,) losses."""
+
+
+def build_objective(config: LossConfig) -> Objective:
+    """Return the loss that the settings name; each image's is weighted by its own epsilon.
+
+    Losses without an epsilon ignore it.
+
+    >>> objective = build_objective(LossConfig(name="dice"))
+    >>> objective(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4), torch.zeros(2))
+    tensor([0.2000, 0.2000])
+    """
+    loss = _by_name(config)
+    weight = config.bce_weight
+    if weight == 0:
+        return loss
+    return lambda logits, mask, epsilon: (
+        loss(logits, mask, epsilon) + weight * _cross_entropy(logits, mask)
+    )
+
+
+def count_wrong_sign(config: LossConfig, logits: Tensor, mask: Tensor, epsilon: Tensor) -> int:
+    """Return how many images are where a PolyDice loss falls with s; 0 for other losses.
+
+    >>> far_off = torch.tensor([[[[9.0, -9.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    >>> count_wrong_sign(LossConfig(), *far_off, torch.zeros(1))
+    1
+    """
+    if config.name not in POLYDICE_LOSSES:
+        return 0
+    with torch.no_grad():
+        _, theta = losses.scale_and_angle(
+            logits.sigmoid(), mask, scale=config.scale, smooth=config.smooth
+        )
+        terms = config.terms if config.name == "polydice" else 1
+        return int(losses.in_wrong_sign_region(theta, epsilon, terms=terms).sum())
+
+
+def _by_name(config: LossConfig) -> Objective:
+    if config.name in POLYDICE_LOSSES:
+        return lambda logits, mask, epsilon: losses.polydice_loss(
+            logits.sigmoid(),
+            mask,
+            epsilon,
+            terms=config.terms if config.name == "polydice" else 1,
+            scale=config.scale,
+            scale_gradient=config.scale_gradient,
+            smooth=config.smooth,
+        )
+    if config.name == "dice":
+        return lambda logits, mask, _: losses.dice_loss(
+            logits.sigmoid(), mask, smooth=config.smooth
+        )
+    if config.name == "tvmf":
+        return lambda logits, mask, _: losses.tvmf_dice_loss(
+            logits.sigmoid(), mask, config.tvmf_concentration, smooth=config.smooth
+        )
+    if config.name == "bce":
+        return lambda logits, mask, _: _cross_entropy(logits, mask)
+    return _from_monai(config)
+
+
+def _from_monai(config: LossConfig) -> Objective:
+    from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+
+    loss = {
+        "dice_bce": lambda: DiceLoss(sigmoid=True, reduction="none"),
+        "focal": lambda: FocalLoss(gamma=config.focal_gamma, reduction="none"),
+        "tversky": lambda: TverskyLoss(
+            sigmoid=True,
+            alpha=config.tversky_alpha,
+            beta=config.tversky_beta,
+            reduction="none",
+        ),
+    }[config.name]()
+
+    def objective(logits: Tensor, mask: Tensor, _: Tensor) -> Tensor:
+        value: Tensor = loss(logits, mask).flatten(1).mean(dim=1)
+        return value + _cross_entropy(logits, mask) if config.name == "dice_bce" else value
+
+    return objective
+
+
+def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean binary cross-entropy of each image, (B,)."""
+    return binary_cross_entropy_with_logits(logits, mask, reduction="none").flatten(1).mean(dim=1)

@@ -1,0 +1,25 @@
+"""Dice of binary predictions, on tensors, where training and assessments need it fast."""
+
+import torch
+from torch import Tensor
+
+
+def dice_coefficient(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Return 2 |P and T| / (|P| + |T|) of each image; 1 where both are empty.
+
+    IoU follows as dice / (2 - dice).
+
+    Args:
+        predicted: (B, ...) bool.
+        truth: (B, ...), foreground above 0.
+
+    Returns:
+        (B,) float64 in [0, 1].
+
+    >>> dice_coefficient(torch.tensor([[True, True]]), torch.tensor([[1, 0]]))
+    tensor([0.6667], dtype=torch.float64)
+    """
+    foreground = truth > 0
+    both = (predicted & foreground).flatten(1).sum(dim=1).double()
+    either = (predicted.flatten(1).sum(dim=1) + foreground.flatten(1).sum(dim=1)).double()
+    return torch.where(either > 0, 2 * both / either.clamp_min(1), 1.0)

@@ -1,0 +1,294 @@
+"""A run's folder: who may write it, its checkpoints, its history, what it was made with.
+
+An epoch is committed by the renaming of `checkpoints/last.safetensors`, which comes after all that
+it relies on. Checkpoints hold tensors and a JSON header; nothing in them can run.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from polyseg import __version__
+from polyseg.config import Config, build_config
+from polyseg.data.splits import Split
+from polyseg.errors import PolysegError
+from polyseg.files import atomic_path, exclusive_lock, write_text
+from polyseg.networks import SegmentationNetwork, build_network
+
+_KIND = "polyseg checkpoint"
+_SCHEMA = 1
+_RECORDED_VERSIONS = ("torch", "numpy", "monai", "scipy", "h5py", "safetensors", "pillow")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and what is known of them."""
+
+    config: Config
+    channels: int
+    """Of the images that the network takes."""
+    epoch: int
+    """Epochs completed."""
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    """The optimizer's tensors by "index/name"; empty where training cannot go on from here."""
+    best_epoch: int = 0
+    best_dice: float = -1.0
+    assessments: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the assessment files written so far, by file name."""
+
+    def build(self, *, trust: bool = False) -> SegmentationNetwork:
+        """Return the network with these weights.
+
+        Raises:
+            PolysegError: the network is somebody's own code and `trust` does not allow it, or the
+                weights do not fit it.
+        """
+        name = self.config.network.name
+        if ":" in name and not trust:
+            raise PolysegError(
+                f"checkpoint: its network {name} is code outside polyseg; --trust imports and runs "
+                "it, if you know where it is from"
+            )
+        network = new_network(self.config, self.channels)
+        fit_weights(network, self.weights)
+        return network
+
+
+class RunDirectory:
+    """The paths of a run's folder, and the writing of what is written every epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = path / "checkpoints" / "last.safetensors"
+        self.best = path / "checkpoints" / "best.safetensors"
+        self.config = path / "config.yaml"
+        self.split = path / "split.json"
+        self.log = path / "log.txt"
+        self.history = path / "history.csv"
+        self.schedule = path / "schedule.h5"
+        self.figures = path / "figures"
+        self.evaluation = path / "evaluation"
+
+    @contextlib.contextmanager
+    def writing(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder for writing; a new run wants it empty, a resumed one a checkpoint.
+
+        Raises:
+            PolysegError: the folder is in use, is not empty, or holds nothing to resume.
+        """
+        if resume and not self.last.is_file():
+            raise PolysegError(
+                f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
+                "leave --resume out to start one"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PolysegError(f"{self.path}: cannot be made: {error.strerror}") from error
+        with exclusive_lock(self.path / ".lock", owner=str(self.path)):
+            if not resume and any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise PolysegError(
+                    f"{self.path}: is not empty; --resume continues a run, another --out starts one"
+                )
+            yield
+
+    def assessment(self, epoch: int) -> Path:
+        """Return the path of an epoch's assessment file."""
+        return self.path / "uncertainty" / f"epoch_{epoch:04d}.h5"
+
+    def begin(self, config: Config, split: Split, hashes: Mapping[str, str]) -> None:
+        """Write what stays as it is over the run."""
+        write_text(self.config, config.to_yaml())
+        write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        record = {
+            part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
+            for part, ids in split.items()
+        }
+        write_text(self.split, json.dumps(record, indent=1) + "\n")
+
+    def read_split(self) -> Split:
+        """Return the ids by part.
+
+        Raises:
+            PolysegError: split.json is missing or not what this run wrote.
+        """
+        try:
+            record = json.loads(self.split.read_text(encoding="utf-8"))
+            return {part: [str(row["id"]) for row in rows] for part, rows in record.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PolysegError(f"{self.split}: cannot be read: {error}") from None
+
+    def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv, a row an epoch."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in rows)
+        write_text(self.history, text.getvalue())
+
+    def read_history(self, up_to: int) -> list[dict[str, float]]:
+        """Return the rows of the epochs up to and with `up_to`.
+
+        Raises:
+            PolysegError: history.csv is damaged.
+        """
+        if not self.history.exists():
+            return []
+        try:
+            with self.history.open(newline="", encoding="utf-8") as stream:
+                rows = [
+                    {key: float(value) for key, value in row.items()}
+                    for row in csv.DictReader(stream)
+                ]
+            return [row for row in rows if row["epoch"] <= up_to]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PolysegError(f"{self.history}: cannot be read: {error}") from None
+
+
+def new_run_path() -> Path:
+    """Return a name for a run that gives none: runs/ and the time."""
+    return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint file that a path stands for: itself, or a run's best one.
+
+    Raises:
+        PolysegError: there is none.
+    """
+    if path.is_file():
+        return path
+    run = RunDirectory(path)
+    for candidate in (run.best, run.last):
+        if candidate.is_file():
+            return candidate
+    raise PolysegError(
+        f"{path}: is neither a checkpoint nor a run (no checkpoints/best.safetensors)"
+    )
+
+
+def new_network(config: Config, channels: int) -> SegmentationNetwork:
+    """Build the network of a configuration, with weights from torch's global generator."""
+    settings = config.network
+    return build_network(
+        settings.name,
+        in_channels=channels,
+        dropout=settings.dropout,
+        dropout_kind=settings.dropout_kind,
+        dropout_layers=settings.dropout_layers,
+        multiple_of=settings.multiple_of,
+        settings=settings.kwargs,
+    )
+
+
+def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights into a network that must have them all and no others.
+
+    Raises:
+        PolysegError: names, shapes or types differ.
+    """
+    expected = network.state_dict()
+    wrong = sorted(expected.keys() ^ weights.keys()) + [
+        name
+        for name, values in expected.items()
+        if name in weights
+        and (weights[name].shape != values.shape or weights[name].dtype != values.dtype)
+    ]
+    if wrong:
+        raise PolysegError(
+            f"checkpoint: {len(wrong)} weights do not fit its own configuration, such as {wrong[0]}"
+        )
+    network.load_state_dict(dict(weights))
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        PolysegError: the file cannot be written.
+    """
+    header = {
+        "kind": _KIND,
+        "schema": _SCHEMA,
+        "polyseg": __version__,
+        "epoch": checkpoint.epoch,
+        "channels": checkpoint.channels,
+        "best_epoch": checkpoint.best_epoch,
+        "best_dice": checkpoint.best_dice,
+        "assessments": dict(checkpoint.assessments),
+        "config": checkpoint.config.model_dump(mode="json"),
+    }
+    tensors = {f"weights/{name}": values for name, values in checkpoint.weights.items()}
+    tensors |= {f"optimizer/{name}": values for name, values in checkpoint.optimizer.items()}
+    # Copies, because two names may share one storage, which the format does not know.
+    tensors = {name: values.detach().cpu().clone() for name, values in tensors.items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"polyseg": json.dumps(header)})
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        PolysegError: the file is missing, damaged, or not polyseg's.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("polyseg", "{}"))
+            if not isinstance(header, dict) or header.get("kind") != _KIND:
+                raise PolysegError(f"{path}: is no polyseg checkpoint")
+            if header["schema"] > _SCHEMA:
+                raise PolysegError(f"{path}: is from a newer polyseg; update to read it")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Checkpoint(
+            config=build_config(header["config"], str(path)),
+            channels=int(header["channels"]),
+            epoch=int(header["epoch"]),
+            weights=_with_prefix(tensors, "weights/"),
+            optimizer=_with_prefix(tensors, "optimizer/"),
+            best_epoch=int(header["best_epoch"]),
+            best_dice=float(header["best_dice"]),
+            assessments={str(k): str(v) for k, v in header["assessments"].items()},
+        )
+    except PolysegError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PolysegError(f"{path}: cannot be read as a checkpoint: {error}") from None
+    except safetensors.SafetensorError as error:
+        raise PolysegError(f"{path}: is damaged or no checkpoint: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Return what the run was made with: versions, machine, command."""
+    return {
+        "polyseg": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _RECORDED_VERSIONS},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): values
+        for name, values in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,388 @@
+"""Training: epochs, validation, assessments, and the commit that ends each epoch."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
+from polyseg.config import Config, TrainingConfig
+from polyseg.control import EpsilonControl
+from polyseg.data.dataset import ImageSet, training_batches
+from polyseg.data.splits import Split
+from polyseg.errors import PolysegError
+from polyseg.inference import choose_device, predict
+from polyseg.montecarlo import active_layers, assess
+from polyseg.objective import build_objective, count_wrong_sign
+from polyseg.overlap import dice_coefficient
+from polyseg.records import Assessment, Progress, Schedule, no_progress
+from polyseg.run import (
+    Checkpoint,
+    RunDirectory,
+    fit_weights,
+    new_network,
+    read_checkpoint,
+    write_checkpoint,
+)
+from polyseg.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percentiles of epsilon in the history."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A signal asked the run to end; the last completed epoch is committed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Trainer:
+    """The state of a training run: weights, optimizer, the last assessment, and the record so far.
+
+    What an epoch does follows from (config, images, split, the state before it) alone, so a run
+    that was resumed equals one that was not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        images: ImageSet,
+        split: Split,
+        run: RunDirectory,
+        progress: Progress = no_progress,
+    ) -> None:
+        self.config, self.images, self.split, self.run = config, images, split, run
+        self.progress = progress
+        self.device = choose_device(config.training.device)
+        torch.manual_seed(derive_seed(config.training.seed, "weights"))
+        self.network = new_network(config, images.channels).to(self.device)
+        if config.adaptive:
+            active_layers(self.network)
+        self.forward: nn.Module = self.network
+        if config.training.compile:
+            self.forward = torch.compile(self.network)  # type: ignore[assignment]
+        self.optimizer = _build_optimizer(config.training, self.network)
+        self.objective = build_objective(config.loss)
+        self.control = EpsilonControl(config.control, config.loss.epsilon)
+        self.epoch = 0
+        self.best_epoch, self.best_dice = 0, -1.0
+        self.history: list[dict[str, float]] = []
+        self.epsilons: list[NDArray[np.float32]] = []
+        self.assessments: dict[str, str] = {}
+        self.signal = 0
+
+    def fit(self) -> None:
+        """Train to the last epoch, or until early stopping or a signal.
+
+        Raises:
+            Interrupted: a signal came; the last completed epoch is committed.
+            PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
+        """
+        epochs = self.config.training.epochs
+        with self._signals():
+            if self.epoch == 0:
+                self._start()
+            while self.epoch < epochs and not self._stopped_early():
+                self._run_epoch(self.epoch + 1)
+                self._leave_on_signal()
+        log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
+
+    def resume(self) -> None:
+        """Take up the state of the last committed epoch.
+
+        Raises:
+            PolysegError: a file of the run is damaged or missing.
+        """
+        checkpoint = read_checkpoint(self.run.last)
+        fit_weights(self.network, checkpoint.weights)
+        _restore_optimizer(self.optimizer, checkpoint.optimizer)
+        self.epoch = checkpoint.epoch
+        self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
+        self.assessments = dict(checkpoint.assessments)
+        self.history = self.run.read_history(self.epoch)
+        if self.epoch:
+            schedule = read_schedule(self.run.schedule)
+            self.epsilons = list(schedule.epsilon[: self.epoch])
+        if self.assessments:
+            name = max(self.assessments)
+            path = self.run.path / "uncertainty" / name
+            self._adopt(read_assessment(path, sha256=self.assessments[name]))
+        for path in (self.run.path / "uncertainty").glob("*.h5"):
+            if path.name not in self.assessments:
+                path.unlink()
+
+    def _start(self) -> None:
+        if 0 in self._assessment_epochs():
+            self._assess(0)
+        self._commit()
+
+    def _run_epoch(self, epoch: int) -> None:
+        seconds: dict[str, float] = {}
+        with _stopwatch(seconds, "train"):
+            row = self._train(epoch)
+        with _stopwatch(seconds, "validation"):
+            row |= self._validate()
+        self.epoch = epoch
+        assessed = epoch in self._assessment_epochs()
+        with _stopwatch(seconds, "assessment"):
+            if assessed:
+                self._assess(epoch)
+        row["assessed"] = float(assessed)
+        if not row["validation_dice"] <= self.best_dice:
+            self.best_epoch, self.best_dice = epoch, row["validation_dice"]
+        row |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        self.history.append(row)
+        self._commit()
+        log.info("%s", _epoch_line(row, self))
+
+    def _train(self, epoch: int) -> dict[str, float]:
+        """Return the history's columns that training has to tell."""
+        settings = self.config.training
+        rate = learning_rate(settings, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(derive_seed(settings.seed, epoch, "dropout"))
+        self.network.train()
+        ids = self.split["train"]
+        epsilon_of: dict[str, float] = {}
+        total = torch.zeros((), device=self.device)
+        wrong = 0
+        batches = training_batches(
+            self.images,
+            ids,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            strength=self.config.data.augmentation,
+            workers=settings.workers,
+        )
+        for names, images, masks in batches:
+            self._leave_on_signal()
+            epsilon = self.control.epsilon(names).astype(np.float32)
+            epsilon_of.update(zip(names, epsilon.tolist(), strict=True))
+            losses, in_wrong_region = self._step(images, masks, torch.from_numpy(epsilon))
+            self._refuse_what_is_not_finite(losses, names, epoch)
+            total += losses.sum()
+            wrong += in_wrong_region
+            self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
+        self.epsilons.append(np.array([epsilon_of[name] for name in ids], dtype=np.float32))
+        quantiles = np.percentile(self.epsilons[-1], QUANTILES)
+        return {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "train_loss": float(total) / len(ids),
+            **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
+            "wrong_sign_images": wrong,
+        }
+
+    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, int]:
+        """Take one step; return the losses, (B,), and how many images met the wrong sign."""
+        images, epsilon = images.to(self.device), epsilon.to(self.device)
+        target = masks.to(self.device)[:, None].float()
+        reduced = self.config.training.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
+            logits = self.forward(images)
+        logits = logits.float()
+        losses = self.objective(logits, target, epsilon)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return losses.detach(), count_wrong_sign(self.config.loss, logits, target, epsilon)
+
+    def _validate(self) -> dict[str, float]:
+        """Return mean loss (at the constant epsilon), Dice and IoU of the validation images."""
+        losses, dices = [], []
+        batches = self.images.batches(self.split["val"], self.config.training.batch_size)
+        for batch, logits in predict(self.network, batches):
+            if batch.masks is None:
+                raise ValueError("validation images have no masks")
+            target = batch.masks[:, None].float()
+            epsilon = torch.full((len(logits),), self.config.loss.epsilon)
+            losses.append(self.objective(logits, target, epsilon))
+            dices.append(dice_coefficient(logits[:, 0] >= 0, batch.masks))
+        if not dices:
+            return dict.fromkeys(("validation_loss", "validation_dice", "validation_iou"), math.nan)
+        dice = torch.cat(dices)
+        return {
+            "validation_loss": float(torch.cat(losses).mean()),
+            "validation_dice": float(dice.mean()),
+            "validation_iou": float((dice / (2 - dice)).mean()),
+        }
+
+    def _assess(self, epoch: int) -> None:
+        """Measure the training images by MC Dropout, keep the file, and adapt epsilon to it."""
+        settings = self.config.uncertainty
+        ids = self.split["train"]
+        assessment = assess(
+            self.network,
+            self.images.batches(ids, self.config.training.batch_size),
+            samples=settings.samples,
+            metric=settings.metric,
+            region=settings.region,
+            boundary_width=settings.boundary_width,
+            masks=settings.masks,
+            seed=self.config.training.seed,
+            epoch=epoch,
+            save_maps=settings.save_maps,
+            progress=lambda _, done, total: self._report_assessment(epoch, done, total),
+            total=len(ids),
+        )
+        assessment = dataclasses.replace(assessment, config_yaml=self.config.to_yaml())
+        self._adopt(assessment)
+        if self.config.control.statistics == "dataset":
+            assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set())
+        path = self.run.assessment(epoch)
+        self.assessments[path.name] = write_assessment(path, assessment)
+
+    def _adopt(self, assessment: Assessment) -> None:
+        # What feeds the next epochs needs no maps, which may be large.
+        self.control = dataclasses.replace(
+            self.control, assessment=dataclasses.replace(assessment, maps={})
+        )
+
+    def _report_assessment(self, epoch: int, done: int, total: int) -> None:
+        self._leave_on_signal()
+        self.progress(f"MC Dropout after epoch {epoch}", done, total)
+
+    def _commit(self) -> None:
+        """Write all of this epoch; the last renaming makes it count."""
+        if self.history:
+            epochs = np.arange(1, self.epoch + 1)
+            epsilon = np.stack(self.epsilons)
+            write_schedule(self.run.schedule, Schedule(self.split["train"], epochs, epsilon))
+            self.run.write_history(self.history)
+        checkpoint = Checkpoint(
+            config=self.config,
+            channels=self.images.channels,
+            epoch=self.epoch,
+            weights=self.network.state_dict(),
+            best_epoch=self.best_epoch,
+            best_dice=self.best_dice,
+            assessments=self.assessments,
+        )
+        if self.best_epoch == self.epoch:
+            write_checkpoint(self.run.best, checkpoint)
+        optimizer = _optimizer_tensors(self.optimizer)
+        write_checkpoint(self.run.last, dataclasses.replace(checkpoint, optimizer=optimizer))
+
+    def _assessment_epochs(self) -> list[int]:
+        if not self.config.adaptive:
+            return []
+        return self.config.control.assessment_epochs(self.config.training.epochs)
+
+    def _stopped_early(self) -> bool:
+        patience = self.config.training.early_stopping
+        stopped = patience > 0 and self.epoch - self.best_epoch >= patience
+        if stopped:
+            log.info("no better validation Dice for %d epochs: training ends here", patience)
+        return stopped
+
+    def _refuse_what_is_not_finite(self, losses: Tensor, names: list[str], epoch: int) -> None:
+        finite = losses.isfinite()
+        if not bool(finite.all()):
+            bad = ", ".join(
+                name for name, good in zip(names, finite.tolist(), strict=True) if not good
+            )
+            raise PolysegError(
+                f"epoch {epoch}: the loss of {bad} is not finite; the last good epoch is kept in "
+                f"{self.run.last}; try a lower training.learning_rate"
+            )
+
+    def _leave_on_signal(self) -> None:
+        if self.signal:
+            raise Interrupted(self.signal)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into a wish that is granted between two steps."""
+
+        def remember(number: int, _: FrameType | None) -> None:
+            if self.signal:
+                raise Interrupted(number)
+            self.signal = number
+            log.warning("ending after this step; once more to leave at once")
+
+        before = {
+            number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def learning_rate(config: TrainingConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch, 1 to E, which depends on nothing else.
+
+    >>> learning_rate(TrainingConfig(scheduler="constant", learning_rate=0.5), 7)
+    0.5
+    """
+    share = (epoch - 1) / config.epochs
+    if config.scheduler == "cosine":
+        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+    if config.scheduler == "polynomial":
+        return config.learning_rate * math.pow(1 - share, 0.9)
+    return config.learning_rate
+
+
+def _build_optimizer(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
+    parameters = network.parameters()
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, **settings)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors by "parameter/name"."""
+    return {
+        f"{parameter}/{name}": value
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parameter, _, name = key.partition("/")
+        state.setdefault(int(parameter), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@contextlib.contextmanager
+def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
+    """Return what the log says of an epoch."""
+    middle = "/".join(f"{row[f'epsilon_q{q:02d}']:.2f}" for q in (5, 50, 95))
+    parts = [
+        f"epoch {row['epoch']:.0f}/{trainer.config.training.epochs}",
+        f"loss {row['train_loss']:.4f}",
+        f"val Dice {row['validation_dice']:.4f} (best {trainer.best_dice:.4f})",
+        f"epsilon {middle}" + (" assessed" if row["assessed"] else ""),
+        f"{sum(value for name, value in row.items() if name.startswith('seconds')):.1f} s",
+    ]
+    return "  ".join(parts)
