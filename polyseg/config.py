@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from polyseg.errors import PolysegError
 
 _LARGEST_FILE = 1_000_000
+_DEEPEST_NESTING = 30
 _LARGEST_SIDE = 8192
 
 POLYDICE_LOSSES = ("polydice1", "polydice")
@@ -306,12 +307,23 @@ def parse_yaml(text: str, source: str) -> Any:
     if len(text) > _LARGEST_FILE:
         raise PolysegError(f"{source}: is over {_LARGEST_FILE:,} characters; no configuration is")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise PolysegError(f"{source}: YAML aliases (*name) are not taken; write it out")
+        _refuse_bombs(text, source)
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
+
+
+def _refuse_bombs(text: str, source: str) -> None:
+    """Raise on what is small to write and huge to read: aliases, and nesting without end."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise PolysegError(f"{source}: YAML aliases (*name) are not taken; write it out")
+        if depth > _DEEPEST_NESTING:
+            raise PolysegError(f"{source}: is nested over {_DEEPEST_NESTING} deep; no setting is")
 
 
 def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The one error that a user is expected to meet."""
+"""How work ends early: by the one error that a user is expected to meet, or by a signal."""
 
 
 class PolysegError(Exception):
@@ -10,3 +10,14 @@ class PolysegError(Exception):
     Traceback (most recent call last):
     polyseg.errors.PolysegError: data.size: 0 is too small; give at least 16
     """
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A signal asked for the end; what was committed is whole, and the message says how to go on.
+
+    The command line exits with 128 + the signal's number.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from polyseg import __version__
 from polyseg.config import Config, build_config
-from polyseg.data.splits import Split
+from polyseg.data.splits import PARTS, Split
 from polyseg.errors import PolysegError
 from polyseg.files import atomic_path, exclusive_lock, write_text
 from polyseg.networks import SegmentationNetwork, build_network
@@ -121,16 +121,18 @@ class RunDirectory:
         }
         write_text(self.split, json.dumps(record, indent=1) + "\n")
 
-    def read_split(self) -> Split:
-        """Return the ids by part.
+    def read_split(self) -> tuple[Split, dict[str, str]]:
+        """Return the ids by part, and the hashes of the images by id.
 
         Raises:
-            PolysegError: split.json is missing or not what this run wrote.
+            PolysegError: split.json is missing or not what a run writes.
         """
         try:
             record = json.loads(self.split.read_text(encoding="utf-8"))
-            return {part: [str(row["id"]) for row in rows] for part, rows in record.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
+            rows = [row for part in PARTS for row in record[part]]
+            return split, {str(row["id"]): str(row["sha256"]) for row in rows}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
 
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:

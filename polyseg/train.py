@@ -20,7 +20,7 @@ from polyseg.config import Config, TrainingConfig
 from polyseg.control import EpsilonControl
 from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
-from polyseg.errors import PolysegError
+from polyseg.errors import Interrupted, PolysegError
 from polyseg.inference import choose_device, predict
 from polyseg.montecarlo import active_layers, assess
 from polyseg.objective import build_objective, count_wrong_sign
@@ -40,14 +40,6 @@ log = logging.getLogger(__name__)
 
 QUANTILES = (5, 25, 50, 75, 95)
 """Percentiles of epsilon in the history."""
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """A signal asked the run to end; the last completed epoch is committed."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class Trainer:
@@ -98,6 +90,7 @@ class Trainer:
                 self._start()
             while self.epoch < epochs and not self._stopped_early():
                 self._run_epoch(self.epoch + 1)
+                self.progress("training", self.epoch, epochs)
                 self._leave_on_signal()
         log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
 
@@ -304,7 +297,15 @@ class Trainer:
 
     def _leave_on_signal(self) -> None:
         if self.signal:
-            raise Interrupted(self.signal)
+            raise self._interruption(self.signal)
+
+    def _interruption(self, number: int) -> Interrupted:
+        name = signal.Signals(number).name
+        return Interrupted(
+            number,
+            f"ended by {name} after epoch {self.epoch}; "
+            f"`polyseg train --resume --out {self.run.path}` goes on from there",
+        )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -312,7 +313,7 @@ class Trainer:
 
         def remember(number: int, _: FrameType | None) -> None:
             if self.signal:
-                raise Interrupted(number)
+                raise self._interruption(number)
             self.signal = number
             log.warning("ending after this step; once more to leave at once")
 

@@ -102,14 +102,16 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
     return read_pairs(find_pairs(Path(config.path)), config, progress)
 
 
-def load_unlabelled(folder: Path, config: DataConfig, progress: Progress = no_progress) -> ImageSet:
-    """Read the images of a folder, with masks where it has a folder of them.
+def load_folder(
+    folder: Path, config: DataConfig, channels: int, progress: Progress = no_progress
+) -> ImageSet:
+    """Read a folder for a network of so many channels; masks are read where it has them.
 
     Raises:
         PolysegError: names the folder or file and what is wrong with it.
     """
     pairs = find_pairs(folder) if (folder / "masks").is_dir() else find_images(folder)
-    return read_pairs(pairs, config, progress)
+    return read_pairs(pairs, config, progress, channels)
 
 
 def make_demo(config: DataConfig) -> ImageSet:
@@ -128,9 +130,12 @@ def make_demo(config: DataConfig) -> ImageSet:
 
 
 def read_pairs(
-    pairs: Sequence[Pair], config: DataConfig, progress: Progress = no_progress
+    pairs: Sequence[Pair],
+    config: DataConfig,
+    progress: Progress = no_progress,
+    channels: int | None = None,
 ) -> ImageSet:
-    """Read pairs of files; all become RGB if one is.
+    """Read pairs of files; without a wish for channels all become RGB if one is.
 
     Raises:
         PolysegError: all the problems of the files, joined.
@@ -150,10 +155,12 @@ def read_pairs(
         progress("reading images", done, len(pairs))
     if problems:
         raise PolysegError("\n".join(problems))
-    channels = 3 if any(image.ndim == 3 for image in images) else 1
+    found = 3 if any(image.ndim == 3 for image in images) else 1
+    if channels is not None and found > channels:
+        raise PolysegError("data: the images are RGB, the network was trained on gray ones")
     return ImageSet(
         ids=[pair.id for pair in pairs],
-        images=[_with_channels(image, channels) for image in images],
+        images=[_with_channels(image, channels or found) for image in images],
         masks=masks or None,
         normalise=config.normalise,
         hashes=hashes,

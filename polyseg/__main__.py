@@ -1,0 +1,5 @@
+"""`python -m polyseg` is `polyseg`."""
+
+from polyseg.cli import main
+
+main()

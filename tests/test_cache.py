@@ -1,0 +1,160 @@
+"""The HDF5 files: round trip, and refusal of what is not what it seems."""
+
+import contextlib
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+
+from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
+from polyseg.errors import PolysegError
+from polyseg.files import sha256_of_file
+from polyseg.records import MAPS, METRICS, Assessment, Schedule
+
+
+@pytest.fixture
+def assessment():
+    generator = np.random.default_rng(0)
+    n = 4
+    return Assessment(
+        epoch=8,
+        samples=20,
+        rate=0.2,
+        metric="entropy",
+        region="mask",
+        masks="consistent",
+        seed=7,
+        ids=["a", "ß image", "c.d", "e"],
+        scores={name: generator.random(n) for name in METRICS},
+        scores_sd={"entropy": generator.random(n)},
+        foreground_pixels=np.arange(n),
+        fallback=np.zeros(n, dtype=np.int8),
+        dice=np.array([0.5, 1.0, np.nan, 0.0]),
+        epsilon=generator.random(n),
+        maps={name: list(generator.random((n, 6, 5)).astype(np.float16)) for name in MAPS},
+        weights_sha256="0" * 64,
+        config_yaml="loss: {}\n" * 20_000,
+    )
+
+
+def test_assessment_round_trip(tmp_path, assessment):
+    path = tmp_path / "epoch_0008.h5"
+    assert write_assessment(path, assessment) == sha256_of_file(path)
+    again = read_assessment(path, with_maps=True)
+    for field in dataclasses.fields(Assessment):
+        np.testing.assert_equal(getattr(again, field.name), getattr(assessment, field.name))
+    np.testing.assert_array_equal(again.difficulty, assessment.scores["entropy"])
+    assert read_assessment(path).maps == {}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["epoch_0008.h5"]
+
+
+def test_plain_h5py_reads_it(tmp_path, assessment):
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+    with h5py.File(path) as file:
+        assert file.attrs["schema"] == 1 and file.attrs["samples"] == 20
+        assert file["id"].asstr()[1] == "ß image"
+        assert file["difficulty"].shape == (4,) and file["difficulty"].dtype == np.float64
+        assert file["maps/mean"].chunks == (1, 6, 5) and file["maps/mean"].fletcher32
+
+
+def test_schedule_round_trip(tmp_path):
+    schedule = Schedule(
+        ["a", "b"], np.arange(1, 4), np.random.default_rng(0).random((3, 2), dtype=np.float32)
+    )
+    write_schedule(tmp_path / "schedule.h5", schedule)
+    again = read_schedule(tmp_path / "schedule.h5")
+    assert again.ids == schedule.ids
+    np.testing.assert_array_equal(again.epochs, schedule.epochs)
+    np.testing.assert_array_equal(again.epsilon, schedule.epsilon)
+
+
+def test_a_hash_that_differs_is_refused(tmp_path, assessment):
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+    with pytest.raises(PolysegError, match=r"a\.h5: is not the file that the run recorded"):
+        read_assessment(path, sha256="1" * 64)
+
+
+def test_maps_of_several_sizes_are_refused_and_leave_nothing(tmp_path, assessment):
+    maps = {"mean": [np.zeros((2, 2), np.float16), np.zeros((3, 2), np.float16)]}
+    with pytest.raises(PolysegError, match=r"data\.size"):
+        write_assessment(tmp_path / "a.h5", dataclasses.replace(assessment, maps=maps))
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoil(path, change):
+    with h5py.File(path, "r+") as file:
+        change(file)
+
+
+def replace(name, value):
+    def change(file):
+        del file[name]
+        file[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.attrs.__setitem__("kind", "something else"),
+        lambda file: file.attrs.__setitem__("schema", 2),
+        lambda file: file.attrs.__setitem__("metric", "no such"),
+        lambda file: file.attrs.__delitem__("epoch"),
+        lambda file: file.__delitem__("dice"),
+        replace("dice", np.zeros(3)),
+        replace("dice", np.zeros(4, np.float32)),
+        replace("fallback", "text"),
+        replace("dice", h5py.ExternalLink("/etc/passwd", "/")),
+        replace("dice", h5py.SoftLink("/difficulty")),
+    ],
+)
+def test_misfits_are_one_line(tmp_path, assessment, change):
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+    spoil(path, change)
+    with pytest.raises(PolysegError, match=r"a\.h5: cannot be read as a polyseg assessment") as e:
+        read_assessment(path)
+    assert "\n" not in str(e.value)
+
+
+def test_data_outside_the_file_is_refused(tmp_path, assessment):
+    path, outside = tmp_path / "a.h5", tmp_path / "outside.bin"
+    outside.write_bytes(bytes(32))
+    write_assessment(path, assessment)
+
+    def change(file):
+        del file["dice"]
+        file.create_dataset("dice", (4,), "f8", external=[(str(outside), 0, 32)])
+
+    spoil(path, change)
+    with pytest.raises(PolysegError, match="not a plain dataset"):
+        read_assessment(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no hdf5", bytes(5000)])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "a.h5"
+    path.write_bytes(content)
+    for read in (read_assessment, read_schedule):
+        with pytest.raises(PolysegError, match=r"a\.h5: cannot be read"):
+            read(path)
+
+
+def test_truncation_anywhere_is_refused_or_read_the_same(tmp_path, assessment):
+    path = tmp_path / "a.h5"
+    write_assessment(path, dataclasses.replace(assessment, maps={}, config_yaml="x"))
+    whole = path.read_bytes()
+    expected = read_assessment(path)
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with contextlib.suppress(PolysegError):
+            np.testing.assert_equal(read_assessment(path).scores, expected.scores)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(PolysegError, match=r"none\.h5: there is no such file"):
+        read_schedule(tmp_path / "none.h5")

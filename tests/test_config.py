@@ -1,0 +1,124 @@
+"""The configuration: what it takes, what it refuses, and what it says then."""
+
+import itertools
+import json
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyseg.config import (
+    Config,
+    ControlConfig,
+    build_config,
+    load_config,
+    parse_yaml,
+    settings_of,
+    template,
+)
+from polyseg.errors import PolysegError
+
+
+def test_every_setting_is_described_and_every_number_bounded():
+    for setting in settings_of():
+        assert setting["description"], setting["key"]
+        if isinstance(setting["default"], int | float) and not isinstance(setting["default"], bool):
+            assert setting["bounds"] or setting["key"] == "data.size", setting["key"]
+
+
+def test_the_template_is_the_defaults():
+    text = template()
+    assert build_config(yaml.safe_load(text), "template") == Config()
+    assert all(f"  {s['key'].split('.')[1]}: " in text for s in settings_of())
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load_config(overrides=["data.size=[64, 96]", "loss.name=bce", "network.kwargs={a: 1}"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_overrides_are_laid_over_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("training: {epochs: 7, seed: 3}\n")
+    config = load_config(file, ["training.epochs=9"])
+    assert (config.training.epochs, config.training.seed) == (9, 3)
+
+
+def test_the_schema_is_json():
+    assert "LossConfig" in json.dumps(Config.model_json_schema())
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("loss.epsilon=-0.51", r"loss\.epsilon: input should be greater than or equal to -0\.5"),
+        ("control.epsilon_min=-1", r"control\.epsilon_min: .* -0\.5, got -1"),
+        ("loss.epsilom=1", r"loss\.epsilom: unknown key; did you mean loss\.epsilon\?"),
+        ("los.name=dice", "los: unknown key; did you mean loss"),
+        ("data.size=big", r"data\.size: 'big' does not fit: images are resized"),
+        ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
+        ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
+        ("control.start=41", r"control\.start 41 is beyond training\.epochs 40"),
+        ("control.epsilon_min=2", r"control\.epsilon_min 2\.0 is above epsilon_max 1\.0"),
+        ("network.dropout=0", r"network\.dropout is 0"),
+        ("training.learning_rate=.nan", "finite"),
+        ("uncertainty.samples=1", "greater than or equal to 2"),
+        ("loss", "give key.sub=value"),
+        ("loss.name.x=1", r"loss\.name: input should be .*, got {'x': 1}"),
+        ("training.epochs=!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("training.epochs=" + "[" * 900_000, "is nested over 30 deep"),
+        ("network.kwargs={a: &x 1, b: *x}", "aliases"),
+    ],
+)
+def test_refusals_are_one_line_that_names_the_setting(override, expected):
+    with pytest.raises(PolysegError, match=expected) as caught:
+        load_config(overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_control_with_a_loss_without_epsilon_is_an_error():
+    with pytest.raises(PolysegError, match="dice has no epsilon to adapt"):
+        load_config(overrides=["loss.name=dice", "control.enabled=true"])
+    assert not load_config(overrides=["loss.name=dice"]).adaptive
+    assert load_config().adaptive
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(PolysegError, match=r"a: loss\.name.*; training\.epochs"):
+        build_config({"training": {"epochs": 0}, "loss": {"name": "none"}}, "a")
+
+
+def test_the_file_is_named(tmp_path):
+    with pytest.raises(PolysegError, match=r"missing\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "missing.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PolysegError, match="is not a text file"):
+        load_config(binary)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_parsed_or_refused(text):
+    try:
+        build_config(parse_yaml(text, "text"), "text")
+    except PolysegError as error:
+        assert str(error).startswith("text")
+
+
+@given(st.integers(1, 300), st.floats(0, 0.999), st.integers(1, 40))
+def test_assessment_epochs(epochs, start, every):
+    moments = ControlConfig(start=start, every=every).assessment_epochs(epochs)
+    assert moments == sorted(set(moments))
+    assert all(0 <= moment <= epochs for moment in moments)
+    assert all(b - a == every for a, b in itertools.pairwise(moments))
+    if moments:
+        assert abs(moments[0] - start * epochs) <= 1
+        assert moments[-1] + every > epochs
+
+
+def test_the_schedule_of_the_text():
+    """E0 = 20 % of the epochs, tau = 5; the last may be the final model's record."""
+    assert ControlConfig().assessment_epochs(40) == [8, 13, 18, 23, 28, 33, 38]
+    assert ControlConfig(start=10, every=10).assessment_epochs(40) == [10, 20, 30, 40]

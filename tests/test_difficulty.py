@@ -1,0 +1,131 @@
+"""Section 3.4: D, eq. 11 and eq. 12 against NumPy and SciPy, and their order."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage, special
+
+from polyseg.difficulty import (
+    FALLBACKS,
+    epsilon_from_difficulty,
+    foreground_mean,
+    normalise,
+    select_region,
+)
+
+difficulties = arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 0.7))
+
+
+def test_foreground_mean_is_the_mean_over_the_foreground():
+    generator = np.random.default_rng(0)
+    pixel_map = generator.random((3, 5, 7))
+    region = generator.random((3, 5, 7)) < 0.4
+    expected = [pixel_map[i][region[i]].mean() for i in range(3)]
+    np.testing.assert_allclose(foreground_mean(pixel_map, region), expected)
+    ours = foreground_mean(torch.from_numpy(pixel_map).float(), torch.from_numpy(region))
+    assert ours.dtype == torch.float64
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_an_empty_region_has_difficulty_zero():
+    assert foreground_mean(np.ones((1, 2, 2)), np.zeros((1, 2, 2))).tolist() == [0.0]
+
+
+@given(difficulties, st.floats(0, 100))
+def test_normalise_against_numpy(values, percentile):
+    expected = (values - np.percentile(values, percentile, method="linear")) / (
+        np.sqrt(((values - values.mean()) ** 2).mean()) + 1e-9
+    )
+    np.testing.assert_allclose(normalise(values, percentile), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_one_image_alone_gets_the_middle():
+    assert normalise(np.array([0.3])).tolist() == [0.0]
+    assert epsilon_from_difficulty(np.array([0.0]), -0.4, 1.0, 1.0)[0] == pytest.approx(0.3)
+
+
+@given(
+    arrays(np.float64, st.integers(1, 20), elements=st.floats(-1e6, 1e6)),
+    st.floats(-0.5, 3),
+    st.floats(0, 3),
+    st.floats(0, 1000),
+)
+def test_epsilon_against_scipy_and_in_its_range(normalised, low, width, sensitivity):
+    ours = epsilon_from_difficulty(normalised, low, low + width, sensitivity)
+    expected = low + width * special.expit(sensitivity * normalised)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
+    assert (ours >= low).all() and (ours <= low + width).all()
+
+
+@given(difficulties, st.floats(0, 100), st.floats(0.01, 10))
+def test_a_harder_image_gets_no_smaller_epsilon(values, percentile, sensitivity):
+    epsilon = epsilon_from_difficulty(normalise(values, percentile), -0.4, 1.0, sensitivity)
+    assert (np.diff(epsilon[np.argsort(values)]) >= 0).all()
+
+
+@given(difficulties)
+def test_strictly_so_where_difficulties_differ_enough(values):
+    values = np.unique(values.round(3))
+    assume(len(values) > 1)
+    epsilon = epsilon_from_difficulty(normalise(values), -0.4, 1.0, 1.0)
+    assert (np.diff(epsilon) > 0).all()
+
+
+def test_a_pinned_range_is_exact():
+    assert (epsilon_from_difficulty(np.linspace(-9, 9, 50), 0.3, 0.3, 1.0) == 0.3).all()
+
+
+def test_tensors_in_tensors_out():
+    values = torch.tensor([0.1, 0.2, 0.4])
+    result = epsilon_from_difficulty(normalise(values), -0.4, 1.0, 1.0)
+    assert isinstance(result, torch.Tensor) and result.dtype == torch.float64
+    expected = epsilon_from_difficulty(normalise(values.double().numpy()), -0.4, 1.0, 1.0)
+    np.testing.assert_allclose(result, expected)
+
+
+@pytest.fixture
+def blob():
+    mask = torch.zeros(1, 20, 20)
+    mask[0, 5:12, 6:15] = 1
+    mean = torch.zeros(1, 20, 20)
+    mean[0, 8:16, 6:15] = 0.9
+    return mask, mean
+
+
+def test_regions(blob):
+    mask, mean = blob
+    chosen = {
+        name: select_region(name, mask, mean)[0]
+        for name in ("mask", "prediction", "union", "image")
+    }
+    assert torch.equal(chosen["mask"], mask > 0)
+    assert torch.equal(chosen["prediction"], mean >= 0.5)
+    assert torch.equal(chosen["union"], (mask > 0) | (mean >= 0.5))
+    assert chosen["image"].all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_boundary_band_against_scipy(blob, width):
+    mask, mean = blob
+    square = np.ones((3, 3))
+    inside = mask[0].numpy() > 0
+    grown = ndimage.binary_dilation(inside, square, iterations=width)
+    shrunk = ndimage.binary_erosion(inside, square, iterations=width)
+    chosen, _ = select_region("boundary", mask, mean, boundary_width=width)
+    np.testing.assert_array_equal(chosen[0].numpy(), grown & ~shrunk)
+
+
+@pytest.mark.parametrize("region", ["mask", "boundary"])
+def test_without_truth_the_prediction_stands_in_and_it_is_recorded(blob, region):
+    mask, mean = blob
+    means = torch.cat([mean, mean, torch.zeros_like(mean)])
+    masks = torch.cat([mask, torch.zeros_like(mask), torch.zeros_like(mask)])
+    chosen, fallback = select_region(region, masks, means)
+    assert [FALLBACKS[code] for code in fallback] == ["none", "prediction", "empty"]
+    assert chosen[1].any() and not chosen[2].any()
+    without, codes = select_region(region, None, means[:1])
+    assert FALLBACKS[codes[0]] == "prediction"
+    assert torch.equal(without[0], chosen[1])

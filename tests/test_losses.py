@@ -1,0 +1,291 @@
+"""Eq. 2, 3, 5 and 6 against closed forms, float64 NumPy and finite differences."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyseg.losses import (
+    dice_loss,
+    in_wrong_sign_region,
+    polydice1_curve,
+    polydice1_loss,
+    polydice_loss,
+    scale_and_angle,
+    tvmf_dice_loss,
+)
+
+
+def make_case(seed: int, images: int = 4, pixels: int = 200, foreground: float = 0.3):
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.rand(images, pixels, generator=generator, dtype=torch.float64)
+    y = (torch.rand(images, pixels, generator=generator) < foreground).to(torch.float64)
+    return p, y
+
+
+def reference(p, y, epsilon, *, scale="norms", smooth=0.0, terms=1):
+    """Eq. 5 by the text, in float64 NumPy, for one image."""
+    q, a2, b2 = float(p @ y), float(p @ p), float(y @ y)
+    ab = math.sqrt(a2) * math.sqrt(b2)
+    s = ((2 * ab if scale == "norms" else 2 * q) + smooth) / (a2 + b2 + smooth)
+    theta = math.acos(min(1.0, (2 * q + smooth) / (2 * ab + smooth)))
+    total = (0.5 + epsilon) * theta**2
+    for k in range(2, terms + 1):
+        total += (-1) ** (k - 1) / math.factorial(2 * k) * theta ** (2 * k)
+    return (1 - s) + s * total
+
+
+@pytest.mark.parametrize("scale", ["norms", "printed"])
+@pytest.mark.parametrize("smooth", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_agrees_with_numpy_in_float64(scale, smooth, terms):
+    p, y = make_case(1)
+    epsilon = torch.tensor([-0.4, 0.0, 0.5, 2.0], dtype=torch.float64)
+    ours = polydice_loss(p, y, epsilon, terms=terms, scale=scale, smooth=smooth)
+    expected = [
+        reference(pi.numpy(), yi.numpy(), e, scale=scale, smooth=smooth, terms=terms)
+        for pi, yi, e in zip(p, y, epsilon.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1e-6, 1.0, 50.0])
+def test_dice_is_one_minus_s_cosine_theta_at_any_smoothing(smooth):
+    p, y = make_case(2)
+    s, theta = scale_and_angle(p, y, smooth=smooth)
+    torch.testing.assert_close(dice_loss(p, y, smooth=smooth), 1 - s * theta.cos())
+
+
+def test_dice_is_the_closed_form():
+    p, y = make_case(3)
+    expected = 1 - 2 * (p * y).sum(1) / ((p**2).sum(1) + (y**2).sum(1))
+    torch.testing.assert_close(dice_loss(p, y, smooth=0.0), expected)
+
+
+def test_the_printed_scale_breaks_the_identity():
+    p, y = make_case(2)
+    s, theta = scale_and_angle(p, y, scale="printed", smooth=0.0)
+    assert ((1 - s * theta.cos()) - dice_loss(p, y, smooth=0.0)).abs().min() > 0.01
+
+
+def test_tends_to_dice_with_the_number_of_terms():
+    p, y = make_case(4)
+    errors = [
+        float((polydice_loss(p, y, terms=k) - dice_loss(p, y)).abs().max()) for k in range(1, 9)
+    ]
+    assert all(b < a / 5 for a, b in itertools.pairwise(errors))
+    assert errors[-1] < 1e-10
+
+
+@given(seed=st.integers(0, 10_000), foreground=st.floats(0.05, 0.9))
+def test_epsilon_zero_is_never_below_dice(seed, foreground):
+    p, y = make_case(seed, foreground=foreground)
+    assert (polydice1_loss(p, y) - dice_loss(p, y)).min() >= -1e-12
+
+
+@given(seed=st.integers(0, 10_000), low=st.floats(-0.5, 2), more=st.floats(0.001, 2))
+def test_grows_with_epsilon(seed, low, more):
+    p, y = make_case(seed)
+    assert (polydice1_loss(p, y, low + more) > polydice1_loss(p, y, low)).all()
+
+
+@given(seed=st.integers(0, 10_000), scaling=st.floats(0.1, 1.0))
+def test_the_angle_does_not_depend_on_the_length_of_the_prediction(seed, scaling):
+    p, y = make_case(seed)
+    _, theta = scale_and_angle(p, y, smooth=0.0)
+    _, scaled = scale_and_angle(p * scaling, y, smooth=0.0)
+    torch.testing.assert_close(theta, scaled)
+
+
+def test_epsilon_is_an_images_own():
+    p, y = make_case(5)
+    epsilon = torch.tensor([-0.4, 0.0, 0.5, 2.0], dtype=torch.float64)
+    together = polydice1_loss(p, y, epsilon)
+    alone = [
+        polydice1_loss(p[i : i + 1], y[i : i + 1], float(epsilon[i])) for i in range(len(epsilon))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_shape_beyond_the_first_axis_does_not_matter():
+    p, y = make_case(6, pixels=240)
+    maps = polydice1_loss(p.view(4, 1, 12, 20), y.view(4, 1, 12, 20).bool())
+    torch.testing.assert_close(maps, polydice1_loss(p, y))
+
+
+@pytest.mark.parametrize("scale", ["norms", "printed"])
+@pytest.mark.parametrize("terms", [1, 3])
+@pytest.mark.parametrize("smooth", [1e-6, 1.0])
+def test_gradient_by_finite_differences(scale, terms, smooth):
+    p, y = make_case(7, images=2, pixels=12)
+    p = (0.05 + 0.9 * p).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: polydice_loss(
+            x, y, 0.7, terms=terms, scale=scale, scale_gradient="full", smooth=smooth
+        ),
+        (p,),
+    )
+    assert torch.autograd.gradcheck(lambda x: dice_loss(x, y, smooth=smooth), (p,))
+    assert torch.autograd.gradcheck(lambda x: tvmf_dice_loss(x, y, smooth=smooth), (p,))
+
+
+def gradient(p, y, epsilon=0.0, **settings):
+    p = p.clone().requires_grad_()
+    polydice1_loss(p, y, epsilon, **settings).sum().backward()
+    assert p.grad is not None
+    return p.grad
+
+
+def test_detached_scale_is_the_gradient_with_s_held_constant():
+    p, y = make_case(8)
+    s, _ = scale_and_angle(p, y)
+    x = p.clone().requires_grad_()
+    s_live, theta = scale_and_angle(x, y)
+    ((1 - s_live) + s * 1.2 * theta.square()).sum().backward()
+    torch.testing.assert_close(gradient(p, y, 0.7, scale_gradient="detached"), x.grad)
+
+
+def test_guard_acts_where_the_sign_is_wrong_and_only_there():
+    y = torch.zeros(2, 64, dtype=torch.float64)
+    y[:, :8] = 1
+    p = torch.full((2, 64), 0.3, dtype=torch.float64)
+    p[0, :8] = 0.95  # near the mask
+    _, theta = scale_and_angle(p, y)
+    assert in_wrong_sign_region(theta, 1.0).tolist() == [False, True]
+    guarded = gradient(p, y, 1.0)
+    torch.testing.assert_close(guarded[0], gradient(p, y, 1.0, scale_gradient="full")[0])
+    torch.testing.assert_close(guarded[1], gradient(p, y, 1.0, scale_gradient="detached")[1])
+    assert (guarded[1] - gradient(p, y, 1.0, scale_gradient="full")[1]).abs().max() > 1e-4
+
+
+def test_the_guard_leaves_the_value_alone():
+    p, y = make_case(9)
+    values = [polydice1_loss(p, y, 3.0, scale_gradient=g) for g in ("guarded", "full", "detached")]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+    torch.testing.assert_close(values[0], values[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_perfect_prediction_has_zero_loss_and_a_finite_gradient(dtype):
+    y = torch.tensor([[1, 1, 0, 0]], dtype=dtype)
+    assert polydice1_loss(y, y, 1.0).item() == pytest.approx(0, abs=1e-6)
+    assert gradient(y, y, 1.0).isfinite().all()
+
+
+@settings(max_examples=30)
+@given(exponent=st.floats(-12, -1))
+def test_the_gradient_near_angle_zero_is_that_of_float64(exponent):
+    y = torch.zeros(1, 100, dtype=torch.float64)
+    y[:, :30] = 1
+    p = (y * 0.8 + 10.0**exponent).clamp(0, 1)
+    exact = gradient(p, y, 0.5)
+    single = gradient(p.float(), y.float(), 0.5).double()
+    assert (single - exact).abs().max() < 1e-4 * max(1e-3, float(exact.abs().max()))
+
+
+def test_orthogonal_prediction_has_a_right_angle():
+    p, y = torch.tensor([[0.0, 0.0, 0.7]]), torch.tensor([[1, 1, 0]])
+    _, theta = scale_and_angle(p, y, smooth=0.0)
+    assert theta.item() == pytest.approx(math.pi / 2)
+    s = 2 * 0.7 * math.sqrt(2) / (0.49 + 2)
+    expected = (1 - s) + s * 0.5 * (math.pi / 2) ** 2
+    assert polydice1_loss(p, y, smooth=0.0).item() == pytest.approx(expected, rel=1e-6)
+    assert gradient(p, y).isfinite().all()
+
+
+@pytest.mark.parametrize("smooth", [1e-6, 0.1, 1.0])
+def test_empty_mask_is_pushed_to_zero_by_the_stated_rule(smooth):
+    p = torch.rand(1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros_like(p)
+    a2 = float((p**2).sum())
+    for epsilon in (-0.4, 0.0, 2.0):
+        loss = polydice1_loss(p, y, epsilon, smooth=smooth)
+        assert loss.item() == pytest.approx(a2 / (a2 + smooth))
+        expected = 2 * p * smooth / (a2 + smooth) ** 2
+        torch.testing.assert_close(gradient(p, y, epsilon, smooth=smooth), expected)
+
+
+@pytest.mark.parametrize("mask", [0.0, 1.0])
+def test_a_prediction_of_zeros_has_a_finite_gradient(mask):
+    p, y = torch.zeros(1, 16), torch.full((1, 16), mask)
+    assert gradient(p, y, 0.5).isfinite().all()
+    assert polydice1_loss(p, y).item() == pytest.approx(mask, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    p, y = make_case(10, pixels=40_000)  # a^2 is beyond what float16 can hold
+    half = p.to(dtype)
+    loss = polydice1_loss(half, y, 0.5)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, polydice1_loss(half.double(), y, 0.5).float())
+    assert gradient(half, y, 0.5).dtype == dtype
+
+
+def test_autocast_does_not_reach_inside():
+    p, y = make_case(11, pixels=10_000)
+    p, y = p.float(), y.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = polydice1_loss(p, y, 0.5)
+    assert torch.equal(inside, polydice1_loss(p, y, 0.5))
+
+
+def test_float64_stays_float64():
+    p, y = make_case(12)
+    assert polydice1_loss(p, y.bool(), 0.5).dtype == torch.float64
+
+
+def test_float32_is_close_to_float64_on_a_large_image():
+    p, y = make_case(13, pixels=512 * 512)
+    single = polydice1_loss(p.float(), y.float(), 0.5).double()
+    torch.testing.assert_close(single, polydice1_loss(p, y, 0.5), rtol=2e-6, atol=0)
+
+
+def test_the_curve_is_the_loss_over_the_angle():
+    p, y = make_case(14)
+    s, theta = scale_and_angle(p, y, smooth=0.0)
+    for i in range(len(p)):
+        curve = polydice1_curve(theta[i : i + 1].numpy(), 0.5, float(s[i]))
+        assert curve[0] == pytest.approx(
+            polydice1_loss(p[i : i + 1], y[i : i + 1], 0.5, smooth=0.0).item()
+        )
+
+
+def test_the_angles_of_the_wrong_sign_region():
+    """(1/2 + epsilon) theta^2 > 1 from 1.41 rad at epsilon 0 and from 0.82 rad at epsilon 1."""
+    for epsilon, start in ((0.0, math.sqrt(2)), (1.0, math.sqrt(2 / 3))):
+        angles = torch.tensor([start - 1e-3, start + 1e-3])
+        assert in_wrong_sign_region(angles, epsilon).tolist() == [False, True]
+
+
+@given(cosine=st.floats(0, 1), concentration=st.floats(0, 100))
+def test_tvmf_against_its_formula(cosine, concentration):
+    y = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    p = torch.tensor([[cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64)
+    phi = (1 + cosine) / (1 + concentration * (1 - cosine)) - 1
+    assert tvmf_dice_loss(p, y, concentration, smooth=0.0).item() == pytest.approx(
+        (1 - phi) ** 2, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"terms": 0}, "at least one term"),
+        ({"scale": "other"}, "scale"),
+        ({"scale_gradient": "other"}, "scale_gradient"),
+    ],
+)
+def test_unknown_settings_are_refused(settings, match):
+    p, y = make_case(1)
+    with pytest.raises(ValueError, match=match):
+        polydice_loss(p, y, **settings)
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        dice_loss(torch.zeros(2, 3), torch.zeros(2, 4))

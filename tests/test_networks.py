@@ -1,0 +1,169 @@
+"""Networks by name, any image size, and which of their dropout layers stay."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from polyseg.errors import PolysegError
+from polyseg.networks import (
+    SegmentationNetwork,
+    build_network,
+    hash_weights,
+    network_names,
+    refuse_functional_dropout,
+    stochastic_layers,
+)
+
+
+class WithFunctionalDropout(nn.Module):
+    def __init__(self, in_channels: int = 1, out_channels: int = 1) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, 4, 3, padding=1)
+        self.dropout = nn.Dropout2d(0.3)
+        self.head = nn.Conv2d(4, out_channels, 1)
+
+    def forward(self, x):
+        x = self.dropout(self.convolution(x))
+        return self.head(functional.dropout(x, 0.5, self.training))
+
+
+class OnlyInTraining(nn.Module):
+    def forward(self, x):
+        return functional.dropout2d(x, 0.5) if self.training else x
+
+
+class AttentionDropout(nn.Module):
+    def forward(self, x):
+        rate = 0.1 if self.training else 0.0
+        return functional.scaled_dot_product_attention(x, x, x, dropout_p=rate)
+
+
+def plain_factory(in_channels, out_channels, width=4):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3, padding=1),
+        nn.Dropout2d(0.4),
+        nn.Conv2d(width, out_channels, 1),
+    )
+
+
+def wrong_shape(in_channels, out_channels):
+    return nn.Conv2d(in_channels, out_channels + 1, 1)
+
+
+def not_a_module(in_channels, out_channels):
+    return "no network"
+
+
+@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("size", [(64, 64), (33, 50), (16, 130)])
+def test_every_network_takes_any_size_and_keeps_it(name, size):
+    network = build_network(name, in_channels=3).eval()
+    with torch.no_grad():
+        assert network(torch.rand(2, 3, *size)).shape == (2, 1, *size)
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_the_encoder_is_deterministic_and_the_answer_is_never_dropped(name):
+    """In the default choice the first thing that is random has the smallest size of all."""
+    network = build_network(name, in_channels=1, dropout=0.3)
+    seen = []
+    for layer in stochastic_layers(network).values():
+        assert isinstance(layer, nn.Dropout2d) and layer.p == 0.3
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape[1:])))
+    with torch.no_grad():
+        network.eval()(torch.rand(1, 1, 64, 64))
+    areas = [height * width for _, height, width in seen]
+    assert areas[0] == min(areas) < max(areas)
+    assert min(channels for channels, _, _ in seen) > 1
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_kind_and_rate(name):
+    network = build_network(name, in_channels=1, dropout=0.1, dropout_kind="element")
+    kinds = {type(layer) for layer in stochastic_layers(network).values()}
+    assert kinds == {nn.Dropout}
+    assert not stochastic_layers(build_network(name, in_channels=1, dropout=0.0))
+
+
+def test_choices_of_layers():
+    def count(choice):
+        return len(stochastic_layers(build_network("unet", in_channels=1, dropout_layers=choice)))
+
+    assert 0 < count("bottleneck") < count("decoder") < count("all")
+    # A pattern also reaches the layer in front of the logits, whose only channel no one else drops.
+    assert count(["*adn.D"]) == count("all") + 1
+    with pytest.raises(PolysegError, match=r"'nothing\*' matches none of the dropout layers: core"):
+        count(["nothing*"])
+
+
+def test_choosing_layers_does_not_change_the_initial_weights():
+    hashes = set()
+    for choice in ("decoder", "all"):
+        torch.manual_seed(1)
+        hashes.add(hash_weights(build_network("unet", in_channels=1, dropout_layers=choice)))
+    assert len(hashes) == 1
+
+
+def test_padding_is_not_seen_in_the_middle():
+    """Far from the border a padded image gets what the larger one gets that it was cut from."""
+    core = nn.Conv2d(1, 1, 3, padding=1)
+    image = torch.rand(1, 1, 20, 30)
+    with torch.no_grad():
+        padded = SegmentationNetwork(core, 16)(image)
+    torch.testing.assert_close(padded[..., 1:-1, 1:-1], core(image)[..., 1:-1, 1:-1])
+
+
+def test_a_users_own_network_keeps_its_dropout():
+    network = build_network(
+        f"{__name__}:plain_factory", in_channels=2, settings={"width": 6}, multiple_of=4
+    )
+    assert [layer.p for layer in stochastic_layers(network).values()] == [0.4]
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("resnet", "unknown; choose unet, basic-unet"),
+        ("no_such_module:factory", "No module named"),
+        (f"{__name__}:nothing", "no attribute 'nothing'"),
+        (f"{__name__}:wrong_shape", r"must return logits of shape \(B, 1, H, W\), gave \(1, 2"),
+        (f"{__name__}:not_a_module", "must return a torch.nn.Module"),
+    ],
+)
+def test_wrong_names_are_explained(name, match):
+    with pytest.raises(PolysegError, match=match):
+        build_network(name, in_channels=1)
+
+
+def test_wrong_settings_are_explained():
+    with pytest.raises(PolysegError, match=r"network\.kwargs: unet refuses them"):
+        build_network("unet", in_channels=1, settings={"colour": "red"})
+
+
+@pytest.mark.parametrize("network", [WithFunctionalDropout(), OnlyInTraining()])
+def test_functional_dropout_is_refused(network):
+    images = torch.rand(2, 1, 8, 8)
+    before = torch.random.get_rng_state()
+    with pytest.raises(PolysegError, match="1 calls of functional dropout"):
+        refuse_functional_dropout(network, images)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_dropout_inside_attention_is_refused():
+    with pytest.raises(PolysegError, match="functional dropout"):
+        refuse_functional_dropout(AttentionDropout(), torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_library_networks_have_no_functional_dropout(name):
+    network = build_network(name, in_channels=1)
+    before = hash_weights(network)
+    refuse_functional_dropout(network, torch.rand(2, 1, 32, 32))
+    assert hash_weights(network) == before
+
+
+@pytest.mark.parametrize("layer", [nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.1)])
+def test_alpha_dropout_is_refused_with_its_reason(layer):
+    with pytest.raises(PolysegError, match="changes the mean"):
+        stochastic_layers(nn.Sequential(layer))
