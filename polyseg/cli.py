@@ -1,4 +1,4 @@
-"""The command line: parse, call one function of `experiment`, print.
+"""The command line: parse, call one job, print.
 
 Heavy imports wait inside the commands, so that help comes at once.
 """
@@ -24,7 +24,8 @@ from polyseg import __version__
 from polyseg.errors import Interrupted, PolysegError
 
 if TYPE_CHECKING:
-    from polyseg.experiment import Outcome
+    from polyseg.evaluate import RunScores
+    from polyseg.report import Outcome
 
 app = typer.Typer(
     name="polyseg",
@@ -143,8 +144,8 @@ def train(
 
     Example: polyseg train --data my/images --out runs/first --set data.size=256
     """
-    from polyseg import experiment
     from polyseg.config import load_config
+    from polyseg.jobs import training
 
     if resume and out is None:
         raise PolysegError("--resume: name the run by --out")
@@ -162,9 +163,9 @@ def train(
     settings = load_config(config, [*(overrides or []), *given])
     with _talking(quiet, verbose) as display:
         if dry_run:
-            _print_mapping("Plan", experiment.plan(settings), as_json)
+            _print_mapping("Plan", training.plan(settings), as_json)
             return
-        _print_outcome(experiment.train(settings, resume=resume, progress=display), as_json)
+        _print_outcome(training.train(settings, resume=resume, progress=display), as_json)
 
 
 @app.command(rich_help_panel=_THE_PRODUCT)
@@ -189,10 +190,10 @@ def estimate_uncertainty(
 
     Example: polyseg estimate-uncertainty runs/first --data new/images --samples 50
     """
-    from polyseg import experiment
+    from polyseg.jobs import uncertainty
 
     with _talking(quiet, verbose) as display:
-        outcome = experiment.estimate_uncertainty(
+        outcome = uncertainty.estimate_uncertainty(
             source,
             data=data,
             part=part,
@@ -222,10 +223,10 @@ def evaluate(
 
     Example: polyseg evaluate runs/dice runs/adaptive --out runs/comparison
     """
-    from polyseg import experiment
+    from polyseg.jobs import evaluation
 
     with _talking(quiet, verbose) as display:
-        outcome = experiment.evaluate_runs(
+        outcome = evaluation.evaluate_runs(
             sources, data=data, part=part, out=out, device=device, trust=trust, progress=display
         )
         _print_outcome(outcome, as_json)
@@ -255,10 +256,10 @@ def plot_loss(
 
     Example: polyseg plot-loss --epsilon=-0.4,0,1 --out fig2.pdf
     """
-    from polyseg import experiment
+    from polyseg.jobs import figure
 
     with _talking(quiet, verbose):
-        for path in experiment.plot_loss(
+        for path in figure.plot_loss(
             s=s, epsilons=_numbers(epsilon), terms=terms, gradient=gradient, out=out
         ):
             print(path)
@@ -276,12 +277,12 @@ def data_check(
 
     Example: polyseg data check my/images
     """
-    from polyseg import experiment
     from polyseg.config import load_config
+    from polyseg.jobs import data
 
     settings = load_config(None, [*(overrides or []), f"data.path={json.dumps(str(path))}"])
     with _talking(quiet, verbose) as display:
-        _print_mapping(str(path), experiment.check_data(settings, display), as_json)
+        _print_mapping(str(path), data.check_data(settings, display), as_json)
 
 
 @data_app.command("demo")
@@ -302,10 +303,10 @@ def data_demo(
 
     Example: polyseg data demo phantoms --images 20 --modality endoscopy
     """
-    from polyseg import experiment
+    from polyseg.jobs import data
 
     with _talking(quiet, verbose):
-        experiment.write_demo(path, count=images, size=size, modality=modality, seed=seed)
+        data.write_demo(path, count=images, size=size, modality=modality, seed=seed)
         print(path)
 
 
@@ -337,7 +338,7 @@ def config_init(
 ) -> None:
     """Write a configuration file of all defaults, each with its meaning.
 
-    Example: polyseg config init experiment.yaml
+    Example: polyseg config init my-settings.yaml
     """
     from polyseg.config import template
     from polyseg.files import write_text
@@ -438,7 +439,7 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
         record = {
             "folder": str(outcome.folder),
             "files": [str(path) for path in outcome.files],
-            "runs": json.loads(evaluate.summary_json(outcome.runs)) if outcome.runs else None,
+            "runs": evaluate.summary(outcome.runs) if outcome.runs else None,
             "correlations": list(outcome.correlations),
         }
         print(json.dumps(_without_nan(record), indent=2))
@@ -452,6 +453,22 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
     for path in outcome.files:
         shown = path.relative_to(outcome.folder) if path.is_relative_to(outcome.folder) else path
         print(f"  {shown}")
+
+
+def _print_scores(console: Console, runs: "Sequence[RunScores]") -> None:
+    """Print a table of metrics, a row a metric, so that it fits however many there are."""
+    from polyseg import evaluate
+
+    table = Table(title="Mean ± deviation over the images", title_justify="left")
+    table.add_column("metric")
+    for run in runs:
+        table.add_column(f"{run.name} ({len(run.scores)} images)", justify="right")
+    cells = [evaluate.table_cells(run) for run in runs]
+    for row, metric in enumerate(evaluate.METRICS):
+        table.add_row(metric.title, *(column[row] for column in cells))
+    console.print(table)
+    for note in evaluate.notes(runs):
+        console.print(note, highlight=False)
 
 
 def _print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import matplotlib.style
@@ -28,7 +28,8 @@ Numbers = NDArray[Any]
 P = ParamSpec("P")
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.0
-"""Widths in inches."""
+LABELS, CELL, GAP = 1.2, 1.39, 0.07
+"""Widths in inches: of figures, and of what stands in a row of `overlays`."""
 
 # The colours of Okabe and Ito, which stay apart for colour-blind readers.
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
@@ -160,10 +161,12 @@ def loss_curves(
     >>> [line.get_label() for line in figure.axes[0].lines]
     ['ε = 0', 'true Dice']
     """
-    figure = Figure(figsize=(ONE_COLUMN, 3.0))
+    legend_lines = math.ceil((len(curves) + 2) / 3)
+    figure = Figure(figsize=(ONE_COLUMN, 2.8 + 0.17 * legend_lines))
     axes = figure.add_subplot(xlabel="angle θ (rad)", ylabel=ylabel, title=title or "")
     thresholds = wrong_sign or {}
-    for epsilon, colour in zip(sorted(curves, reverse=True), _ramp(len(curves)), strict=True):
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # its light end left out
+    for epsilon, colour in zip(sorted(curves, reverse=True), colours, strict=True):
         wrong = theta >= thresholds.get(epsilon, math.inf)
         loss = np.asarray(curves[epsilon], dtype=float)
         label = f"ε = {_number(epsilon)}"
@@ -275,7 +278,7 @@ def difficulty_against_dice(
     shown = np.isfinite(difficulty) & np.isfinite(dice)
     figure = Figure(figsize=(ONE_COLUMN, 2.8))
     axes = figure.add_subplot(xlabel=_difficulty_label(metric), ylabel="Dice")
-    axes.set_title(f"epoch {epoch}, {shown.sum()} image{'s' * (shown.sum() != 1)}")
+    axes.set_title(f"epoch {epoch}, {_count(shown.sum(), 'image')}")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.scatter(difficulty[shown], dice[shown], s=12, color=BLUE, alpha=0.5, linewidth=0)
     if correlation is not None and math.isfinite(correlation):
@@ -306,7 +309,7 @@ def difficulty_distribution(
     axes = figure.add_subplot(ylabel=_difficulty_label(metric))
     samples = [_finite(values) for values in difficulties]
     width = 0.6 * min(np.diff(epochs), default=1)
-    _boxes(axes, samples, epochs, [BLUE] * len(samples), widths=width, orientation="vertical")
+    _boxes(axes, samples, epochs, [BLUE] * len(samples), width=width)
     _finish_epochs(axes, np.add.outer(epochs, (-width / 2, width / 2)))
     everything = np.concatenate([*samples, np.empty(0)])
     if everything.size and everything.max() > 30 * everything.min() > 0:
@@ -321,29 +324,37 @@ def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure
     """Draw a row an image: the image, its mask, the mean prediction and the uncertainty.
 
     Args:
-        cases: at least one.
+        cases: at least one. Heights are cut to between 0.4 and 2 widths, with room beside.
         metric: what the uncertainty is; its colours are the same in all rows, from 0 on.
         title: of the figure.
 
     >>> blank = np.zeros((4, 6))
     >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=math.nan)
     >>> figure = overlays([case], metric="entropy", title="the hardest")
-    >>> figure.axes[0].get_ylabel().split("\\n")
-    ['a', 'D = 0.1', 'Dice = –']
+    >>> [axes.get_title() for axes in figure.axes[:4]]
+    ['image', 'mask', 'mean prediction', 'uncertainty']
     """
-    ratios = [case.mean.shape[0] / case.mean.shape[1] for case in cases]
-    figure, grid = _image_grid(np.clip(ratios, 0.4, 2))
+    shapes = [case.mean.shape for case in cases]
+    heights = [CELL * float(np.clip(height / width, 0.4, 2)) for height, width in shapes]
     highest = max(_finite(case.uncertainty).max(initial=0) for case in cases) or 1.0
-    for case, axes in zip(cases, grid, strict=True):
-        mean, uncertainty = _overlay_row(axes, case, highest)
-    for axes, name in zip(
-        grid[0], ("image", "mask", "mean prediction", "uncertainty"), strict=True
-    ):
+    lefts = [LABELS + column * (CELL + GAP) for column in range(4)]
+    top = 0.55  # room for the title and the columns' names, as 0.75 below is for the colour bars
+    figure = Figure(figsize=(TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
+    figure.set_layout_engine("none")
+    figure.suptitle(title, y=1 - 0.08 / figure.get_figheight(), va="top")
+    for case, height in zip(cases, heights, strict=True):
+        row = [_place(figure, left, top, CELL, height) for left in lefts]
+        mean, uncertainty = _overlay_row(row, case, highest)
+        top += height + GAP
+    names = ("image", "mask", "mean prediction", "uncertainty")
+    for axes, name in zip(figure.axes[:4], names, strict=True):
         axes.set_title(name)
-    for column, shown, label in ((2, mean, "probability"), (3, uncertainty, _metric_name(metric))):
-        bar = figure.add_axes(_below(grid[-1, column]))
+    for left, shown, label in (
+        (lefts[2], mean, "probability"),
+        (lefts[3], uncertainty, _metric_name(metric).replace(" (", "\n(")),
+    ):
+        bar = _place(figure, left + 0.1 * CELL, top + 0.05, 0.8 * CELL, 0.08)
         figure.colorbar(shown, cax=bar, orientation="horizontal", label=label)
-    figure.suptitle(title)
     return figure
 
 
@@ -403,28 +414,21 @@ def _boxes(
     positions: Sequence[float],
     colours: Sequence[str],
     *,
-    widths: float,
-    orientation: Literal["vertical", "horizontal"],
+    width: float,
+    horizontal: bool = False,
 ) -> None:
-    if not samples:
-        return
-    thin = {"linewidth": 0.8}
-    parts = axes.boxplot(
-        samples,
-        positions=positions,
-        widths=widths,
-        orientation=orientation,
-        whis=(5, 95),
-        showfliers=False,
-        patch_artist=True,
-        manage_ticks=False,
-        boxprops=thin,
-        whiskerprops=thin,
-        capprops=thin,
-        medianprops={"color": BLACK, "linewidth": 1.4},
-    )
-    for box, colour in zip(parts["boxes"], colours, strict=True):
-        box.set_facecolor((colour, 0.35))
+    """Draw quartiles as boxes, whiskers from 5 to 95 %; matplotlib's boxplot imports pyplot."""
+    upright: tuple[Callable[..., Any], ...] = (axes.bar, axes.vlines, axes.hlines)
+    lying: tuple[Callable[..., Any], ...] = (axes.barh, axes.hlines, axes.vlines)
+    bar, along, across = lying if horizontal else upright
+    edge = {"edgecolor": BLACK, "linewidth": 0.8}
+    for values, position, colour in zip(samples, positions, colours, strict=True):
+        if values.size:
+            low, lower, median, upper, high = np.percentile(values, (5, 25, 50, 75, 95))
+            bar(position, upper - lower, width, lower, facecolor=(colour, 0.35), **edge)
+            along([position, position], [low, upper], [lower, high], **edge)
+            ends = position - width / 2, position + width / 2
+            across(median, *ends, colors=BLACK, linewidth=1.6)
 
 
 def _comparison_panel(axes: Axes, names: Sequence[str], runs: Sequence[Numbers]) -> None:
@@ -437,36 +441,18 @@ def _comparison_panel(axes: Axes, names: Sequence[str], runs: Sequence[Numbers])
         axes.scatter(values, row + jitter, s=3, color=colour, linewidth=0, rasterized=True)
         if values.size:
             axes.plot(values.mean(), row, "D", color="white", markeredgecolor=BLACK, zorder=4)
-    _boxes(axes, samples, rows, colours, widths=0.6, orientation="horizontal")
+    _boxes(axes, samples, rows, colours, width=0.6, horizontal=True)
     axes.set_yticks(rows, [_shorten(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     if lost := sum(np.size(values) for values in runs) - sum(values.size for values in samples):
-        axes.set_xlabel(f"{lost} value{'s' * (lost > 1)} not finite")
+        axes.set_xlabel(f"{_count(lost, 'value')} not finite")
 
 
-def _image_grid(heights: Numbers) -> tuple[Figure, Any]:
-    """Return a figure and its (n, 4) axes, placed in inches: rows keep the images' proportions.
-
-    The heights (n,) are in units of a cell's width. Labels have room to the left, titles above,
-    colour bars below.
-    """
-    left, gap, above, below = 1.2, 0.07, 0.55, 0.6
-    cell = (TWO_COLUMNS - left - 4 * gap) / 4
-    height = cell * heights.sum() + gap * (len(heights) - 1) + above + below
-    figure = Figure(figsize=(TWO_COLUMNS, height), layout="none")
-    return figure, figure.subplots(
-        len(heights),
-        4,
-        squeeze=False,
-        height_ratios=heights,
-        gridspec_kw={
-            "left": left / TWO_COLUMNS,
-            "right": 1 - gap / TWO_COLUMNS,
-            "bottom": below / height,
-            "top": 1 - above / height,
-            "wspace": gap / cell,
-            "hspace": gap / (cell * heights.mean()),
-        },
+def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Add axes at a place in inches from the upper left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes(
+        (left / across, 1 - (top + height) / down, width / across, height / down)
     )
 
 
@@ -501,24 +487,13 @@ def _outline(axes: Axes, mask: Numbers | None) -> None:
         edge.set(linewidth=0.6, path_effects=[withStroke(linewidth=1.3, foreground=BLACK)])
 
 
-def _below(axes: Axes) -> tuple[float, float, float, float]:
-    """Return where the colour bar of a column stands, in shares of the figure."""
-    place, height = axes.get_position(), axes.get_figure().get_figheight()
-    return (
-        place.x0 + 0.1 * place.width,
-        place.y0 - 0.16 / height,
-        0.8 * place.width,
-        0.08 / height,
-    )
-
-
 def _displayable(image: Numbers) -> Numbers:
     """Return an image as imshow takes it: colours beyond [0, 1] are brought into it."""
     if image.ndim == 2 or image.dtype == np.uint8:
         return image
     finite = _finite(image)
     low, high = finite.min(initial=0), finite.max(initial=1)
-    return np.nan_to_num((image - low) / (high - low))
+    return np.asarray(np.nan_to_num((image - low) / (high - low)))
 
 
 def _finite(values: Numbers) -> Numbers:
@@ -526,14 +501,12 @@ def _finite(values: Numbers) -> Numbers:
     return values[np.isfinite(values)]
 
 
-def _ramp(count: int) -> Numbers:
-    """Return colours for ordered values, (count, 4), the light end of the map left out."""
-    colours: Numbers = mpl.colormaps["viridis"](np.linspace(0, 0.85, count))
-    return colours
-
-
 def _number(value: float) -> str:
     return f"{value:g}".replace("-", "−")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _shorten(name: str, length: int = 20) -> str:

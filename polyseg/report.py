@@ -5,6 +5,7 @@ import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from polyseg.records import METRICS, Assessment
 from polyseg.run import RunDirectory
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job has to show."""
+
+    folder: Path
+    files: list[Path]
+    runs: Sequence[evaluate.RunScores] = ()
+    correlations: Sequence[Mapping[str, Any]] = ()
+
 
 _COMPARED = ("dice", "iou", "sensitivity", "hd95")
 

@@ -11,7 +11,6 @@ from polyseg.data.lesions import (
     Size,
     center_of,
     draw_blob,
-    draw_center,
     far_center,
     pixel_unit,
     smooth_noise,
@@ -33,7 +32,7 @@ def paint(rng: np.random.Generator, size: Size, factors: Factors) -> tuple[NDArr
         area=factors.area,
         raggedness=factors.raggedness,
         elongation=rng.uniform(0.8, 1.4),
-        center=draw_center(rng, factors.area, rows=(0.36, 0.64)),
+        center=(rng.uniform(0.36, 0.64), rng.uniform(0.2, 0.8)),
     )
     inside = soften(polyp, factors.blur * unit)
     lumen = _draw_lumen(rng, center_of(polyp))

@@ -61,7 +61,7 @@ def draw_blob(
         area: share of the image.
         raggedness: standard deviation of the radius, as a share of its mean.
         elongation: width over height; limited so that the blob fits into a narrow image.
-        center: row and column as shares of the height and width.
+        center: row and column as shares of the height and width; moved if the border is too near.
 
     >>> rng = np.random.default_rng(0)
     >>> shape = {"area": 0.1, "raggedness": 0.1, "elongation": 1.5}
@@ -72,8 +72,10 @@ def draw_blob(
     height, width = size
     limit = np.pi * _WIDEST**2 / area
     elongation = float(np.clip(elongation, width / height / limit, width / height * limit))
-    row, column = center
-    tilt = rng.uniform(-0.4, 0.4) / elongation
+    row, column = _keep_inside(
+        center, area * width / height / elongation, area * height / width * elongation
+    )
+    tilt = rng.uniform(-0.4, 0.4) * min(elongation, 1 / elongation)
     y, x = np.ogrid[:height, :width]
     offset = (x + 0.5 - column * width) + 1j * (y + 0.5 - row * height)
     offset *= np.exp(1j * tilt)
@@ -83,12 +85,6 @@ def draw_blob(
     blob = np.zeros(level.size, dtype=np.bool_)
     blob[np.argpartition(level, count - 1, axis=None)[:count]] = True
     return blob.reshape(size)
-
-
-def draw_center(rng: np.random.Generator, area: float, rows: tuple[float, float]) -> Place:
-    """Draw the place of a lesion, within some rows and with a margin that fits its area."""
-    margin = 0.15 + 0.6 * area**0.5
-    return rng.uniform(*rows), rng.uniform(margin, 1 - margin)
 
 
 def far_center(rng: np.random.Generator, taken: list[Place]) -> Place:
@@ -127,6 +123,13 @@ def pixel_unit(size: Size) -> float:
 
 def _between(easy: float, hard: float, share: float) -> float:
     return easy + (hard - easy) * share
+
+
+def _keep_inside(center: Place, tall: float, wide: float) -> Place:
+    """Move a center away from the border, given the areas of circles as tall and as wide."""
+    reach = np.minimum(1.5 * np.sqrt(np.array([tall, wide]) / np.pi), 0.5)
+    row, column = np.clip(center, reach, 1 - reach)
+    return float(row), float(column)
 
 
 def _radius(rng: np.random.Generator, angle: Field, raggedness: float) -> Field:

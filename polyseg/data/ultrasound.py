@@ -11,7 +11,6 @@ from polyseg.data.lesions import (
     Size,
     center_of,
     draw_blob,
-    draw_center,
     far_center,
     pixel_unit,
     smooth_noise,
@@ -28,7 +27,7 @@ def paint(rng: np.random.Generator, size: Size, factors: Factors) -> tuple[NDArr
         area=factors.area,
         raggedness=factors.raggedness,
         elongation=rng.uniform(0.95, 1.7),
-        center=draw_center(rng, factors.area, rows=(0.36, 0.6)),
+        center=(rng.uniform(0.36, 0.6), rng.uniform(0.2, 0.8)),
     )
     echo = _draw_tissue(rng, size)
     _add_distractors(rng, echo, lesion, factors)
@@ -54,7 +53,7 @@ def _draw_tissue(rng: np.random.Generator, size: Size) -> Field:
     echo += (fat - echo) * _step(depth - gland_ends, 0.02)
     echo += (muscle - echo) * _step(depth - muscle_begins, 0.01)
     echo += 0.30 * _ridge(depth - muscle_begins, 0.010) + 0.15 * _ridge(depth - fat_ends, 0.012)
-    echo -= 0.16 * depth**2 + 0.05 * (smooth_noise(rng, (1, size[1]), 2, 7))
+    echo -= 0.16 * depth**2 + 0.05 * smooth_noise(rng, (1, size[1]), 2, 7)
     skin = _draw_boundary(rng, size, 0.055, 0.07)
     echo += 0.35 * _ridge(depth - skin, 0.012) + 0.5 * _ridge(depth, 0.018)
     return echo
@@ -80,7 +79,7 @@ def _ridge(distance: Field, width: float) -> Field:
 
 
 def _add_distractors(rng: np.random.Generator, echo: Field, lesion: Blob, factors: Factors) -> None:
-    """Paint fat lobules, shadows and vessels, which are dark like the lesion."""
+    """Paint fat lobules and shadows, which are dark like the lesion."""
     taken = [center_of(lesion)]
     likeness = 0.4 + 0.1 * factors.distractors
     for _ in range(round(factors.distractors)):

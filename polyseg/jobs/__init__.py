@@ -1,0 +1,1 @@
+"""The jobs behind the commands, a room each, put together from the rooms above."""

@@ -1,0 +1,45 @@
+"""`polyseg plot-loss`: the loss over the angle, Fig. 2 of the thesis."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from polyseg import losses, plots
+from polyseg.errors import PolysegError
+
+
+def plot_loss(
+    *, s: float, epsilons: Sequence[float], terms: int, gradient: bool, out: Path
+) -> list[Path]:
+    """Draw the loss, or its derivative, over the angle, and return the files.
+
+    Raises:
+        PolysegError: s, an epsilon, the terms or the file's suffix are not in order.
+    """
+    if not 0 < s <= 1:
+        raise PolysegError(f"--s {s:g}: a scale is above 0 and at most 1")
+    if not 1 <= terms <= 10:
+        raise PolysegError(f"--terms {terms}: from 1 to 10")
+    if not epsilons or min(epsilons) < -0.5:
+        raise PolysegError("--epsilon: give numbers of at least -0.5, separated by commas")
+    theta = np.linspace(0, math.pi / 2, 1001)
+    curves = {e: losses.polydice1_curve(theta, e, s, terms=terms) for e in epsilons}
+    dice = 1 - s * np.cos(theta)
+    # Where the loss is above 1 whatever s, it falls with s.
+    wrong = {
+        e: float(theta[np.argmax(curve > 1)]) for e, curve in curves.items() if (curve > 1).any()
+    }
+    if gradient:
+        curves = {e: np.gradient(curve, theta, edge_order=2) for e, curve in curves.items()}
+        dice = s * np.sin(theta)
+    figure = plots.loss_curves(
+        theta,
+        curves,
+        dice,
+        s=s,
+        ylabel="d loss / d θ" if gradient else "loss",
+        wrong_sign=wrong,
+    )
+    return plots.save_figure(figure, out)

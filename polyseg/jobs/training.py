@@ -1,0 +1,172 @@
+"""`polyseg train`: data, split and run folder put together, and what a run ends with."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyseg import report
+from polyseg.config import POLYDICE_LOSSES, Config
+from polyseg.data.dataset import ImageSet, load_images
+from polyseg.data.splits import PARTS, Split
+from polyseg.errors import PolysegError
+from polyseg.evaluate import RunScores
+from polyseg.jobs.evaluation import score
+from polyseg.jobs.models import new_split, split_of_run
+from polyseg.jobs.uncertainty import draw_extremes
+from polyseg.records import Progress, no_progress
+from polyseg.report import Outcome
+from polyseg.run import RunDirectory, new_run_path, read_checkpoint
+from polyseg.train import Trainer
+
+log = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = ("training.epochs", "training.device", "training.workers", "output.")
+
+
+def train(config: Config, *, resume: bool = False, progress: Progress = no_progress) -> Outcome:
+    """Train, test the best checkpoint, draw the figures.
+
+    Raises:
+        PolysegError: data, settings or folder are not in order.
+        Interrupted: a signal ended the training; its last epoch is committed.
+    """
+    run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
+    config = _located(config)
+    if resume:
+        config = resumed_config(config, run)
+    images = load_images(config.data, progress)
+    with run.writing(resume=resume), _LogFile(run.log):
+        split = split_of_run(run, images) if resume else new_split(config, images)
+        if not resume:
+            run.begin(config, split, images.hashes)
+        _log_start(config, images, split, run)
+        trainer = Trainer(config, images, split, run, progress)
+        if resume:
+            trainer.resume()
+            log.info("resumed after epoch %d", trainer.epoch)
+        trainer.fit()
+        return _report(trainer, progress)
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Return what a training run would cost, without training: counts and the share of MC Dropout.
+
+    A training image is counted as three passes, one forward and two for the gradients.
+    """
+    images = load_images(config.data)
+    split = new_split(config, images)
+    epochs = config.training.epochs
+    moments = config.control.assessment_epochs(epochs) if config.adaptive else []
+    stochastic = len(moments) * config.uncertainty.samples * len(split["train"])
+    plain = epochs * (3 * len(split["train"]) + len(split["val"]))
+    return {
+        "images": {part: len(ids) for part, ids in split.items()},
+        "image sizes": sorted(f"{height} x {width}" for height, width in images.sizes()),
+        "channels": images.channels,
+        "epochs": epochs,
+        "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
+        "assessed after epochs": moments,
+        "MC-Dropout passes of an image": stochastic,
+        "share of MC Dropout": round(stochastic / (stochastic + plain), 3),
+    }
+
+
+def resumed_config(config: Config, run: RunDirectory) -> Config:
+    """Return the configuration to go on with: the run's, with what may change from `config`.
+
+    Raises:
+        PolysegError: a setting differs that would change the result, by name.
+    """
+    recorded = read_checkpoint(run.last).config
+    wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
+    differing = [
+        f"{key} {kept[key]} -> {wanted[key]}"
+        for key in wanted
+        if wanted[key] != kept.get(key) and not key.startswith(_FREE_TO_CHANGE)
+    ]
+    if differing:
+        raise PolysegError(
+            f"{run.path}: --resume cannot change {'; '.join(differing)}; start a new run instead"
+        )
+    return config
+
+
+def _located(config: Config) -> Config:
+    """Return the settings with a data path that holds from anywhere."""
+    if config.data.path == "demo":
+        return config
+    data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
+    return config.model_copy(update={"data": data})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and not prefix
+        flat |= _flat(value, f"{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+class _LogFile:
+    """Everything that the package logs, also into the run's log.txt."""
+
+    def __init__(self, path: Path) -> None:
+        self.handler = logging.FileHandler(path, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def __enter__(self) -> None:
+        logging.getLogger("polyseg").addHandler(self.handler)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("polyseg").removeHandler(self.handler)
+        self.handler.close()
+
+
+def _log_start(config: Config, images: ImageSet, split: Split, run: RunDirectory) -> None:
+    counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
+    what = "demo phantoms" if config.data.path == "demo" else config.data.path
+    log.info("%s: %s images; run folder %s", what, counts, run.path)
+    empty = [
+        identity
+        for identity in split["train"]
+        if images.masks is not None and not images.masks[images.index[identity]].any()
+    ]
+    pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
+    if empty and config.loss.name in (*POLYDICE_LOSSES, "dice") and not pushes:
+        log.warning(
+            "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
+            "set loss.smooth=1 or loss.bce_weight above 0",
+            len(empty),
+            len(split["train"]),
+            config.loss.name,
+            config.loss.smooth,
+        )
+
+
+def _report(trainer: Trainer, progress: Progress) -> Outcome:
+    """Test the best checkpoint and draw what there is to see."""
+    run, config, images = trainer.run, trainer.config, trainer.images
+    files = [run.history]
+    scores: list[RunScores] = []
+    if trainer.split["test"]:
+        best = read_checkpoint(run.best).build(trust=True).to(trainer.device)
+        scores = [
+            score(run.path.name, best, config, images, trainer.split["test"], progress=progress)
+        ]
+        files += report.write_scores(scores, run.evaluation, figures=config.output.figures)
+    correlations: list[dict[str, Any]] = []
+    if trainer.assessments:
+        assessments = report.read_assessments(run, trainer.assessments)
+        correlations = report.difficulty_correlations(assessments[-1], images.known_difficulty)
+        report.log_correlations(correlations)
+        if config.output.figures:
+            files += report.draw_assessment(assessments[-1], run.figures)
+            files += report.draw_difficulties(assessments, run.figures)
+            files += draw_extremes(trainer.network, config, images, assessments[-1], run.figures)
+    if config.output.figures:
+        files += report.draw_history(trainer.history, run.figures)
+        files += report.draw_schedule(np.stack(trainer.epsilons), config, run.figures)
+    return Outcome(run.path, files, scores, correlations)

@@ -1,0 +1,107 @@
+"""`polyseg estimate-uncertainty`: what a trained network is unsure about."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from polyseg import report
+from polyseg.cache import write_assessment
+from polyseg.config import Config
+from polyseg.data.dataset import ImageSet
+from polyseg.files import write_text
+from polyseg.jobs.models import fresh_folder, images_for, open_model, results_beside
+from polyseg.montecarlo import assess
+from polyseg.networks import SegmentationNetwork
+from polyseg.records import Assessment, Progress, no_progress
+from polyseg.report import Outcome
+
+
+def estimate_uncertainty(
+    source: Path,
+    *,
+    data: Path | None = None,
+    part: str | None = None,
+    samples: int | None = None,
+    save_maps: bool = False,
+    out: Path | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
+
+    Raises:
+        PolysegError: checkpoint, data or folder are not in order.
+    """
+    model = open_model(source, device, trust)
+    images, ids = images_for(model, data, part, "all", progress)
+    folder = fresh_folder(out or results_beside(source, "uncertainty-estimate"))
+    settings = model.config.uncertainty
+    assessment = assess(
+        model.network,
+        images.batches(ids, model.config.training.batch_size),
+        samples=samples or settings.samples,
+        metric=settings.metric,
+        region=settings.region,
+        boundary_width=settings.boundary_width,
+        masks=settings.masks,
+        seed=model.config.training.seed,
+        epoch=model.checkpoint.epoch,
+        save_maps=save_maps,
+        progress=progress,
+        total=len(ids),
+    )
+    assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
+    write_assessment(folder / "assessment.h5", assessment)
+    write_text(folder / "per_image.csv", report.assessment_csv(assessment))
+    files = [folder / "assessment.h5", folder / "per_image.csv"]
+    files += report.draw_assessment(assessment, folder / "figures")
+    files += draw_extremes(model.network, model.config, images, assessment, folder / "figures")
+    correlations = report.difficulty_correlations(assessment, images.known_difficulty)
+    return Outcome(folder, files, correlations=correlations)
+
+
+def draw_extremes(
+    network: SegmentationNetwork,
+    config: Config,
+    images: ImageSet,
+    assessment: Assessment,
+    folder: Path,
+) -> list[Path]:
+    """Draw the hardest and the easiest images; their maps are measured anew, none are kept."""
+    order = np.argsort(-assessment.difficulty, kind="stable")
+    shown = min(config.output.overlays, len(order))
+    files = []
+    for title, rows in (("hardest", order[:shown]), ("easiest", order[::-1][:shown])):
+        if len(rows) == 0:
+            continue
+        ids = [assessment.ids[i] for i in rows]
+        again = _assess_again(network, config, images, ids, assessment)
+        path = folder / f"overlays_{title}"
+        files += report.draw_overlays(again, images, path, f"The {len(ids)} {title} images")
+    return files
+
+
+def _assess_again(
+    network: SegmentationNetwork,
+    config: Config,
+    images: ImageSet,
+    ids: Sequence[str],
+    assessment: Assessment,
+) -> Assessment:
+    """Return the assessment of some of the images, with their maps."""
+    settings = config.uncertainty
+    return assess(
+        network,
+        images.batches(ids, config.training.batch_size),
+        samples=assessment.samples,
+        metric=assessment.metric,
+        region=settings.region,
+        boundary_width=settings.boundary_width,
+        masks=settings.masks,
+        seed=assessment.seed,
+        epoch=assessment.epoch,
+        save_maps=True,
+    )

@@ -1,0 +1,367 @@
+"""Figures: what is drawn is what was given, degenerate inputs are quiet, equal files are equal."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from polyseg import plots
+from polyseg.errors import PolysegError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+RANDOM = np.random.default_rng(0)
+THETA = np.linspace(0, np.pi / 2, 60)
+DICE = 1 - 0.1 * np.cos(THETA)
+NOTHING = np.full(4, np.nan)
+
+
+def curve(epsilon):
+    return 0.9 + 0.1 * (0.5 + epsilon) * THETA**2
+
+
+def history(epochs):
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "validation_loss": 1.1 / epoch,
+            "validation_dice": 1 - 1 / epoch,
+            "validation_iou": 1 - 1.2 / epoch,
+            "learning_rate": 1e-3,
+            "assessed": float(epoch % 5 == 0),
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+
+
+def case(name="a", shape=(24, 32), *, colours=(), masked=True, **changes):
+    disc = np.hypot(*np.indices(shape) - np.array(shape)[:, None, None] / 2) < 6
+    fields = {
+        "id": name,
+        "image": RANDOM.integers(0, 256, (*shape, *colours)).astype(np.uint8),
+        "mask": disc if masked else None,
+        "mean": RANDOM.random(shape).astype(np.float16),
+        "uncertainty": 0.1 * RANDOM.random(shape),
+        "difficulty": 0.0123,
+        "dice": 0.9 if masked else math.nan,
+    }
+    return plots.OverlayCase(**{**fields, **changes})
+
+
+def against_dice(difficulty, dice, correlation=None):
+    return plots.difficulty_against_dice(
+        np.array(difficulty), np.array(dice), metric="entropy", correlation=correlation, epoch=3
+    )
+
+
+def show(*cases):
+    return plots.overlays(cases, metric="mutual_information", title="hard images")
+
+
+DEGENERATE = {
+    "one curve": lambda: plots.loss_curves(THETA, {0.5: curve(0.5)}, DICE, s=0.1),
+    "no curve": lambda: plots.loss_curves(THETA, {}, DICE, s=0.1),
+    "wrong from the start": lambda: plots.loss_curves(
+        THETA, {1.0: curve(1)}, DICE, s=0.1, wrong_sign={1.0: 0.0}
+    ),
+    "no epoch": lambda: plots.training_curves([]),
+    "one epoch": lambda: plots.training_curves(history(1)),
+    "only the epoch known": lambda: plots.training_curves([{"epoch": 1}, {"epoch": 2}]),
+    "diverged": lambda: plots.training_curves([{"epoch": 1, "train_loss": math.inf}]),
+    "one epsilon": lambda: plots.epsilon_quantiles(np.array([1]), np.ones((1, 1)), limits=(1, 1)),
+    "no epsilon": lambda: plots.epsilon_quantiles(
+        np.arange(4), np.tile(NOTHING, (4, 1)), limits=(-0.4, 1)
+    ),
+    "no epochs": lambda: plots.epsilon_quantiles(np.empty(0), np.empty((0, 3)), limits=(0, 1)),
+    "one image": lambda: against_dice([0.1], [0.9]),
+    "no value": lambda: against_dice(NOTHING, NOTHING, math.nan),
+    "constant": lambda: against_dice([0.0, 0.0], [1.0, 1.0], math.nan),
+    "no assessment": lambda: plots.difficulty_distribution([], []),
+    "one assessment": lambda: plots.difficulty_distribution([5], [np.zeros(3)]),
+    "empty assessments": lambda: plots.difficulty_distribution([5, 9], [NOTHING, np.empty(0)]),
+    "one pair of values": lambda: show(case()),
+    "constant images": lambda: show(
+        case(image=np.zeros((24, 32)), uncertainty=np.zeros((24, 32)), mean=np.ones((24, 32)))
+    ),
+    "no mask": lambda: show(case(masked=False), case(masked=False, colours=(3,))),
+    "nothing finite": lambda: show(
+        case(image=np.full((24, 32, 3), np.nan), uncertainty=np.full((24, 32), np.nan))
+    ),
+    "all foreground": lambda: show(case(image=np.full((24, 32), np.nan), mask=np.ones((24, 32)))),
+    "no runs": lambda: plots.comparison([], {}),
+    "runs without values": lambda: plots.comparison(["a", "b"], {"Dice": [NOTHING, np.empty(0)]}),
+    "one value": lambda: plots.comparison(["a"], {"Dice": [np.ones(1)]}),
+}
+
+
+@pytest.mark.parametrize("draw", DEGENERATE.values(), ids=DEGENERATE.keys())
+def test_degenerate_inputs_neither_crash_nor_warn(draw, tmp_path):
+    plots.save_figure(draw(), tmp_path / "figure.png")
+
+
+def test_loss_curves_are_the_data_and_dotted_where_the_sign_is_wrong():
+    given = {0.0: curve(0.0), 1.0: curve(1.0)}
+    axes = plots.loss_curves(THETA, given, DICE, s=0.1, wrong_sign={1.0: 0.82}).axes[0]
+    solid, dotted, gentle, dice, _ = axes.lines
+    assert np.array_equal(np.r_[solid.get_ydata(), dotted.get_ydata()], given[1.0])
+    assert solid.get_xdata().max() < 0.82 <= dotted.get_xdata().min()
+    assert (solid.get_linestyle(), dotted.get_linestyle()) == ("-", ":")
+    assert np.array_equal(gentle.get_ydata(), given[0.0])
+    assert np.array_equal(dice.get_ydata(), DICE)
+    assert (dice.get_linestyle(), dice.get_color()) == ("--", "#000000")
+
+
+def test_loss_curves_explain_themselves():
+    figure = plots.loss_curves(
+        THETA,
+        {-0.4: curve(-0.4), 1.0: curve(1)},
+        DICE,
+        s=0.1,
+        wrong_sign={1.0: 0.82},
+        ylabel="d loss / dθ",
+        title="gradient",
+    )
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["ε = 1", "ε = −0.4", "true Dice", "loss rises with s"]
+    assert legend.get_title().get_text() == "s = 0.1"
+    (axes,) = figure.axes
+    assert (axes.get_ylabel(), axes.get_title()) == ("d loss / dθ", "gradient")
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "0",
+        "π/8",
+        "π/4",
+        "3π/8",
+        "π/2",
+    ]
+
+
+def test_training_curves_are_the_data():
+    rows = history(12)
+    rows[3] = {**rows[3], "validation_dice": math.nan}
+    del rows[5]["train_loss"]
+    losses, overlap, rate = plots.training_curves(rows).axes
+    training = losses.lines[0].get_ydata()
+    assert np.flatnonzero(np.isnan(training)).tolist() == [5]
+    assert training[11] == rows[11]["train_loss"]
+    assert losses.lines[1].get_ydata().tolist() == [row["validation_loss"] for row in rows]
+    assert overlap.lines[1].get_ydata().tolist() == [row["validation_iou"] for row in rows]
+    assert rate.lines[0].get_ydata().tolist() == [1e-3] * 12
+    assert [path[0, 0] for path in losses.collections[0].get_segments()] == [5, 10]
+
+
+def test_training_curves_mark_the_first_best_epoch():
+    dice = [0.2, 0.7, math.nan, 0.7]
+    rows = [{"epoch": epoch, "validation_dice": value} for epoch, value in enumerate(dice, 1)]
+    best = plots.training_curves(rows).axes[1].lines[-1]
+    assert best.get_xydata().tolist() == [[2, 0.7]]
+    assert best.get_label() == "best Dice 0.700,\nepoch 2"
+
+
+def test_values_between_gaps_are_dots():
+    values = [0.5, math.nan, 0.4, 0.3, math.nan, 0.2]
+    rows = [{"epoch": epoch, "train_loss": value} for epoch, value in enumerate(values, 1)]
+    line = plots.training_curves(rows).axes[0].lines[0]
+    assert (line.get_marker(), line.get_markevery().tolist()) == (".", [0, 5])
+
+
+def test_epsilon_bands_are_the_percentiles():
+    epsilon = RANDOM.uniform(-0.4, 1, (5, 40))
+    epsilon[2], epsilon[3, :7] = np.nan, np.nan
+    axes = plots.epsilon_quantiles(np.arange(1, 6), epsilon, limits=(-0.4, 1.0)).axes[0]
+    median, low_limit, high_limit = axes.lines
+    assert np.allclose(median.get_ydata()[::2], [*np.median(epsilon[:2], axis=1), np.nan,
+        np.nanmedian(epsilon[3]), np.median(epsilon[4])], equal_nan=True)  # fmt: skip
+    assert median.get_xdata()[:4].tolist() == [0.5, 1.5, 1.5, 2.5]
+    for band, percentages in zip(axes.collections, ((25, 75), (5, 95)), strict=True):
+        before, after = (path.vertices for path in band.get_paths())  # the gap parts the band
+        first, last = before[before[:, 0] < 1], after[after[:, 0] > 5]
+        for edge, values in ((first, epsilon[0]), (last, epsilon[4])):
+            assert np.allclose(
+                (edge[:, 1].min(), edge[:, 1].max()), np.percentile(values, percentages)
+            )
+    assert (low_limit.get_ydata()[0], high_limit.get_ydata()[0]) == (-0.4, 1.0)
+
+
+def test_scatter_shows_the_images_with_both_values():
+    figure = against_dice([0.1, 0.2, np.nan, 0.4], [0.9, np.nan, 0.7, 0.6], -0.5)
+    (axes,) = figure.axes
+    assert axes.collections[0].get_offsets().tolist() == [[0.1, 0.9], [0.4, 0.6]]
+    assert axes.get_title() == "epoch 3, 2 images"
+    assert axes.get_xlabel() == "difficulty D\nentropy (nats)"
+    assert axes.texts[0].get_text() == "Spearman −0.50"
+
+
+@pytest.mark.parametrize(("correlation", "place"), [(-0.5, "top"), (0.5, "bottom")])
+def test_the_correlation_keeps_out_of_the_cloud(correlation, place):
+    (text,) = against_dice([0.1, 0.2], [0.9, 0.8], correlation).axes[0].texts
+    assert text.get_verticalalignment() == place
+
+
+def test_boxes_show_quartiles_at_their_epochs():
+    values = [RANDOM.random(50), np.append(RANDOM.random(30), np.nan)]
+    (axes,) = plots.difficulty_distribution([5, 10], values, metric="variance").axes
+    for box, epoch, sample in zip(axes.patches, (5, 10), values, strict=True):
+        place = box.get_bbox()
+        assert (place.x0 + place.x1) / 2 == pytest.approx(epoch)
+        assert np.allclose((place.y0, place.y1), np.nanpercentile(sample, (25, 75)))
+    whiskers, median = (lines.get_segments() for lines in axes.collections[:2])
+    assert np.allclose(
+        np.array(whiskers)[:, :, 1].ravel(), np.percentile(values[0], (5, 25, 75, 95))
+    )
+    assert np.allclose(np.array(median)[0, :, 1], np.median(values[0]))
+    assert axes.get_ylabel() == "difficulty D\nvariance"
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [([1, 40], "log"), ([1, 20], "linear"), ([0, 40], "linear")]
+)
+def test_the_axis_of_difficulty_is_logarithmic_where_it_can_be_and_helps(values, scale):
+    (axes,) = plots.difficulty_distribution([5], [np.array(values)]).axes
+    assert axes.get_yscale() == scale
+
+
+def test_overlays_show_the_arrays_on_shared_scales():
+    cases = [case("first", colours=(3,)), case("second", shape=(40, 20))]
+    cases[1].uncertainty[3, 4] = 0.6
+    figure = show(*cases)
+    for row, given in enumerate(cases):
+        image, mask, mean, uncertainty = figure.axes[4 * row : 4 * row + 4]
+        assert np.array_equal(image.images[0].get_array(), given.image)
+        assert np.array_equal(mask.images[0].get_array(), given.image)
+        assert np.array_equal(mean.images[0].get_array(), given.mean)
+        assert np.allclose(uncertainty.images[0].get_array(), given.uncertainty)
+        assert mean.images[0].get_clim() == (0, 1)
+        assert uncertainty.images[0].get_clim() == (0, 0.6)
+        assert (len(mask.collections), len(mean.collections)) == (1, 1)
+        edge = np.concatenate(mask.collections[0].get_paths()[0].to_polygons())
+        centre = np.array(given.mean.shape[::-1]) / 2
+        assert np.allclose(np.hypot(*(edge - centre).T), 6, atol=1)
+    labels = [axes.get_xlabel() for axes in figure.axes[-2:]]
+    assert labels == ["probability", "mutual information\n(nats)"]
+
+
+def test_overlay_labels():
+    name = "a_very_long_name_of_an_image_slice_0042"
+    figure = show(case(name), case("$a$", masked=False), case(mask=np.zeros((24, 32))))
+    first, second = (figure.axes[index].texts[0] for index in (0, 4))
+    assert first.get_text() == "a_very_…ice_0042\nD = 0.0123\nDice = 0.900"
+    assert second.get_text() == "$a$\nD = 0.0123\nDice = –"
+    notes = [figure.axes[index].texts[0].get_text() for index in (5, 9)]
+    assert notes == ["no mask", "empty mask"]
+
+
+@pytest.mark.parametrize("shape", [(10, 90), (30, 30), (90, 10)])
+def test_overlays_keep_proportions_and_do_not_overlap(shape):
+    figure = show(case(shape=shape), case(shape=(20, 30)))
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    for index, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+    place = figure.axes[0].get_window_extent()
+    assert place.height / place.width == pytest.approx(shape[0] / shape[1])
+
+
+def test_colours_beyond_their_range_are_brought_into_it():
+    image = RANDOM.normal(size=(24, 32, 3))
+    shown = show(case(image=image)).axes[0].images[0].get_array()
+    assert (shown.min(), shown.max()) == (0, 1)
+    assert np.allclose(np.corrcoef(shown.ravel(), image.ravel()), 1)
+
+
+def test_overlays_need_a_case():
+    with pytest.raises(ValueError):
+        show()
+
+
+def test_comparison_shows_every_finite_value():
+    dice = [RANDOM.random(9), np.array([0.5, np.inf, np.nan, 0.7])]
+    figure = plots.comparison(["adaptive", "Dice"], {"Dice": dice, "IoU": dice})
+    assert [axes.get_title() for axes in figure.axes] == ["Dice", "IoU"]
+    axes = figure.axes[0]
+    for row, (points, values) in enumerate(zip(axes.collections[:2], dice, strict=True)):
+        offsets = points.get_offsets()
+        assert offsets[:, 0].tolist() == values[np.isfinite(values)].tolist()
+        assert np.all(np.abs(offsets[:, 1] - row) < 0.3)
+    assert axes.lines[0].get_xdata()[0] == dice[0].mean()
+    assert axes.get_xlabel() == "2 values not finite"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["adaptive", "Dice"]
+
+
+def test_comparison_wraps_and_checks_lengths():
+    five = {str(index): [np.ones(2)] for index in range(5)}
+    assert len(plots.comparison(["a"], five).axes) == 5
+    with pytest.raises(ValueError):
+        plots.comparison(["a", "b"], five)
+
+
+def test_without_a_suffix_png_and_pdf_are_written(tmp_path):
+    png, pdf = plots.save_figure(plots.training_curves(history(3)), tmp_path / "new" / "curves")
+    with Image.open(png) as image:
+        assert image.size == (1400, 480)
+        assert "Software" not in image.info
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert b"/FontFile2" in pdf.read_bytes()  # TrueType, embedded
+    assert {path.name for path in png.parent.iterdir()} == {"curves.png", "curves.pdf"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
+def test_equal_figures_give_equal_files(suffix, tmp_path):
+    def save(name, figure):
+        (path,) = plots.save_figure(figure, tmp_path / f"{name}{suffix}")
+        return path.read_bytes()
+
+    runs = {"Dice": [np.linspace(0, 1, 20), np.linspace(0.2, 1, 20)]}
+    figure = plots.comparison(["a", "b"], runs)
+    first = save("first", figure)
+    assert save("again", figure) == first
+    assert save("other", plots.comparison(["a", "b"], runs)) == first
+
+
+@pytest.mark.parametrize("name", ["figure.jpg", "figure.csv"])
+def test_another_suffix_is_refused_in_one_line(name, tmp_path):
+    with pytest.raises(PolysegError, match=r"\.png, \.pdf or \.svg") as error:
+        plots.save_figure(Figure(), tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+    figure = Figure()
+    monkeypatch.setattr(figure, "savefig", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plots.save_figure(figure, path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(path.name, b"old")]
+
+
+def test_settings_of_the_user_neither_change_nor_matter(tmp_path):
+    def save(name):
+        (path,) = plots.save_figure(plots.training_curves(history(4)), tmp_path / name)
+        return path.read_bytes()
+
+    plain = save("plain.png")
+    with mpl.rc_context({"lines.linewidth": 9, "font.size": 30, "axes.grid": True}):
+        before = mpl.rcParams.copy()
+        assert save("styled.png") == plain
+        assert mpl.rcParams.copy() == before
+
+
+def test_pyplot_stays_out(tmp_path):
+    script = (
+        "import sys, numpy; from pathlib import Path; from polyseg import plots;"
+        "figure = plots.comparison(['a'], {'Dice': [numpy.ones(3)]});"
+        f"plots.save_figure(figure, Path({str(tmp_path / 'figure')!r}));"
+        "sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
