@@ -88,16 +88,25 @@ ConfigFile = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"polyseg {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and leave.",
+        ),
     ] = False,
 ) -> None:
     """Take the options that stand before a command."""
-    if version:
-        print(f"polyseg {__version__}")
-        raise typer.Exit
 
 
 @app.command(rich_help_panel=_THE_PRODUCT)
@@ -149,7 +158,7 @@ def train(
 
     if resume and out is None:
         raise PolysegError("--resume: name the run by --out")
-    if resume and config is None and out is not None:
+    if resume and config is None and out is not None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
     flags = {
         "data.path": data,
@@ -408,6 +417,7 @@ class _PlainHandler(logging.Handler):
     """Flushed lines without control codes, so that a log on a cluster is never behind."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
         print(self.format(record), file=sys.stderr, flush=True)
 
 

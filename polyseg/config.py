@@ -181,9 +181,9 @@ class ControlConfig(_Section):
 class TrainingConfig(_Section):
     """How long, how fast, on what."""
 
-    epochs: int = _setting(40, "passes over the training images", "epochs", ge=1, le=100_000)
+    epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
     batch_size: int = _setting(8, "images a step", "images", ge=1, le=4096)
-    learning_rate: float = _setting(1e-3, "at the start", gt=0, le=10)
+    learning_rate: float = _setting(3e-3, "at the start", gt=0, le=10)
     optimizer: Literal["adamw", "adam", "sgd"] = _setting("adamw", "sgd has momentum 0.9")
     weight_decay: float = _setting(1e-2, "of the optimizer", ge=0, le=1)
     scheduler: Literal["cosine", "polynomial", "constant"] = _setting(
@@ -327,7 +327,7 @@ def _refuse_bombs(text: str, source: str) -> None:
 
 
 def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:
-    """Yield every setting: key, default, description, unit and bounds, for docs and templates.
+    """Yield every setting: key, default (as YAML), description, unit and bounds.
 
     >>> next(settings_of())["key"]
     'data.path'
@@ -339,7 +339,7 @@ def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
         extra = field.json_schema_extra
         yield {
             "key": prefix + name,
-            "default": field.default,
+            "default": _yaml_of(field.default),
             "description": field.description,
             "unit": extra.get("unit", "") if isinstance(extra, Mapping) else "",
             "bounds": ", ".join(_bounds(field.metadata)),
@@ -358,15 +358,14 @@ def template() -> str:
         notes = "; ".join(
             note for note in (setting["description"], setting["unit"], setting["bounds"]) if note
         )
-        value = yaml.safe_dump(
-            _plain(setting["default"]), default_flow_style=True, explicit_end=False
-        ).replace("...", "")
-        lines += [f"  # {notes}", f"  {name}: {value.strip()}"]
+        lines += [f"  # {notes}", f"  {name}: {setting['default']}"]
     return "\n".join(lines) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _yaml_of(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).replace("\n...", "").strip()
 
 
 def _bounds(metadata: Sequence[Any]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def build_network(
         dropout: the rate, in [0, 1), for the networks by name.
         dropout_kind: "channel" drops whole feature maps, "element" single values.
         dropout_layers: "decoder" for those from the bottleneck on, "bottleneck", "all", or patterns
-            of layer names such as "core.model.1.*"; "auto" is "decoder" for the networks by name
+            of layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
             and "all" for a factory's.
         multiple_of: what a factory's network wants height and width to be a multiple of.
         settings: further arguments of the network.
@@ -338,17 +338,20 @@ def _from_monai(
     recipe = _RECIPES[name]
     arguments = {**recipe.settings, **(settings or {})}
     rate = {} if recipe.add_dropout else {"dropout": dropout}
+    features = arguments["channels"][0] if recipe.wants_head else out_channels
     core = _call(
         name,
         getattr(nets, recipe.class_name),
         spatial_dims=2,
         in_channels=in_channels,
-        out_channels=out_channels,
+        out_channels=features,
         **rate,
         **arguments,
     )
     if recipe.add_dropout:
         recipe.add_dropout(core, dropout)
+    if recipe.wants_head:
+        core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
     return core, recipe.multiple(arguments)
 
 
@@ -376,6 +379,9 @@ class _Recipe:
     settings: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
+    wants_head: bool = False
+    """Whether it normalises its very output, so that logits could hardly leave [-3, 3]: it then
+    ends in features, and a 1 x 1 convolution makes logits of them."""
 
 
 def _product_of_strides(settings: Mapping[str, Any]) -> int:
@@ -387,6 +393,7 @@ _RECIPES = {
         "UNet",
         {"channels": _CHANNELS, "strides": (2, 2, 2, 2), "num_res_units": 2, "norm": "batch"},
         _product_of_strides,
+        wants_head=True,
     ),
     "basic-unet": _Recipe(
         "BasicUNet", {"features": (*_CHANNELS, 16), "norm": "batch"}, lambda _: 16

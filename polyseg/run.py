@@ -86,40 +86,61 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self, *, resume: bool) -> Iterator[None]:
-        """Hold the folder for writing; a new run wants it empty, a resumed one a checkpoint.
+        """Hold the folder for writing; a new run wants it empty.
 
         Raises:
-            PolysegError: the folder is in use, is not empty, or holds nothing to resume.
+            PolysegError: the folder is in use, or is not empty.
         """
-        if resume and not self.last.is_file():
-            raise PolysegError(
-                f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
-                "leave --resume out to start one"
-            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PolysegError(f"{self.path}: cannot be made: {error.strerror}") from error
         with exclusive_lock(self.path / ".lock", owner=str(self.path)):
-            if not resume and any(entry.name != ".lock" for entry in self.path.iterdir()):
-                raise PolysegError(
-                    f"{self.path}: is not empty; --resume continues a run, another --out starts one"
-                )
+            if not resume:
+                self.refuse_occupied()
             yield
+
+    def refuse_occupied(self) -> None:
+        """Raise if there is something in the folder, which a new run would write over.
+
+        Raises:
+            PolysegError: there is.
+        """
+        if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise PolysegError(
+                f"{self.path}: is not empty; --resume continues a run, another --out starts one"
+            )
+
+    def checkpoint_to_resume(self) -> Checkpoint:
+        """Read the last checkpoint.
+
+        Raises:
+            PolysegError: there is none, or it is damaged.
+        """
+        if not self.last.is_file():
+            raise PolysegError(
+                f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
+                "leave --resume out to start one"
+            )
+        return read_checkpoint(self.last)
 
     def assessment(self, epoch: int) -> Path:
         """Return the path of an epoch's assessment file."""
         return self.path / "uncertainty" / f"epoch_{epoch:04d}.h5"
 
     def begin(self, config: Config, split: Split, hashes: Mapping[str, str]) -> None:
-        """Write what stays as it is over the run."""
-        write_text(self.config, config.to_yaml())
+        """Write what a run is known by, before its first epoch."""
+        self.write_config(config)
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         record = {
             part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
             for part, ids in split.items()
         }
         write_text(self.split, json.dumps(record, indent=1) + "\n")
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml; a resumed run may have been given more epochs."""
+        write_text(self.config, config.to_yaml())
 
     def read_split(self) -> tuple[Split, dict[str, str]]:
         """Return the ids by part, and the hashes of the images by id.

@@ -31,7 +31,6 @@ from polyseg.run import (
     RunDirectory,
     fit_weights,
     new_network,
-    read_checkpoint,
     write_checkpoint,
 )
 from polyseg.seeds import derive_seed
@@ -100,7 +99,7 @@ class Trainer:
         Raises:
             PolysegError: a file of the run is damaged or missing.
         """
-        checkpoint = read_checkpoint(self.run.last)
+        checkpoint = self.run.checkpoint_to_resume()
         fit_weights(self.network, checkpoint.weights)
         _restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch = checkpoint.epoch
@@ -218,19 +217,13 @@ class Trainer:
 
     def _assess(self, epoch: int) -> None:
         """Measure the training images by MC Dropout, keep the file, and adapt epsilon to it."""
-        settings = self.config.uncertainty
         ids = self.split["train"]
         assessment = assess(
             self.network,
             self.images.batches(ids, self.config.training.batch_size),
-            samples=settings.samples,
-            metric=settings.metric,
-            region=settings.region,
-            boundary_width=settings.boundary_width,
-            masks=settings.masks,
+            **self.config.uncertainty.model_dump(),
             seed=self.config.training.seed,
             epoch=epoch,
-            save_maps=settings.save_maps,
             progress=lambda _, done, total: self._report_assessment(epoch, done, total),
             total=len(ids),
         )

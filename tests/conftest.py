@@ -1,16 +1,73 @@
 """What all tests share."""
 
+import sys
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+from polyseg import cli
+from polyseg.config import load_config
+
 # Machines differ in speed, and no test may fail by the clock.
 settings.register_profile("polyseg", deadline=None, max_examples=50)
 settings.load_profile("polyseg")
+
+# Tensors of tests are tiny: threads would only wait for one another.
+torch.set_num_threads(1)
+
+TINY = (
+    "data.demo_images=16",
+    "data.size=32",
+    "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1}",
+    "training.batch_size=4",
+    "training.epochs=3",
+    "uncertainty.samples=3",
+    "control.start=1",
+    "control.every=1",
+    "output.overlays=2",
+)
+"""Settings of a run of a second or two."""
+
+
+class Answer(NamedTuple):
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - for libraries that still read it
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Make a configuration of TINY with other settings laid over it, its run below tmp_path."""
+
+    def make(name="run", *overrides):
+        place = f"output.path={tmp_path / name}"
+        return load_config(overrides=[*TINY, place, "output.figures=false", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def polyseg(monkeypatch, capsys):
+    """Run a command as the console script does, in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["polyseg", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return Answer(code, *capsys.readouterr())
+
+    return run

@@ -60,7 +60,7 @@ def test_the_schema_is_json():
         ("data.size=big", r"data\.size: 'big' does not fit: images are resized"),
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
         ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
-        ("control.start=41", r"control\.start 41 is beyond training\.epochs 40"),
+        ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),
         ("control.epsilon_min=2", r"control\.epsilon_min 2\.0 is above epsilon_max 1\.0"),
         ("network.dropout=0", r"network\.dropout is 0"),
         ("training.learning_rate=.nan", "finite"),

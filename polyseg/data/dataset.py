@@ -48,6 +48,16 @@ class ImageSet:
         """Positions by id."""
         return {identity: i for i, identity in enumerate(self.ids)}
 
+    def mask_of(self, identity: str) -> NDArray[np.uint8]:
+        """Return the mask of an image, (H, W) in {0, 1}.
+
+        Raises:
+            ValueError: the images have no masks.
+        """
+        if self.masks is None:
+            raise ValueError("these images have no masks")
+        return self.masks[self.index[identity]]
+
     def sizes(self) -> set[tuple[int, int]]:
         """Return the heights and widths that occur."""
         return {(image.shape[0], image.shape[1]) for image in self.images}

@@ -26,7 +26,7 @@ def split_by_ratio(ids: Sequence[str], shares: tuple[float, float, float], seed:
         PolysegError: there are fewer images than parts.
 
     >>> split_by_ratio(["a", "b", "c", "d"], (0.5, 0.25, 0.25), seed=0)
-    {'train': ['a', 'd'], 'val': ['c'], 'test': ['b']}
+    {'train': ['a', 'c'], 'val': ['b'], 'test': ['d']}
     """
     wanted = sum(share > 0 for share in shares)
     if len(ids) < wanted:
@@ -46,8 +46,8 @@ def split_by_ratio(ids: Sequence[str], shares: tuple[float, float, float], seed:
 def content_hash(pixels: Pixels) -> str:
     """Return the sha256 of an image's pixels, whatever file format held them.
 
-    >>> content_hash(np.zeros((2, 2), np.uint8))[:8]
-    '7b9a55c3'
+    >>> content_hash(np.zeros((2, 2), np.uint8)) == content_hash(np.zeros((4, 1), np.uint8))
+    False
     """
     digest = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
     digest.update(np.ascontiguousarray(pixels).tobytes())

@@ -22,7 +22,7 @@ def plot_loss(
         raise PolysegError(f"--s {s:g}: a scale is above 0 and at most 1")
     if not 1 <= terms <= 10:
         raise PolysegError(f"--terms {terms}: from 1 to 10")
-    if not epsilons or min(epsilons) < -0.5:
+    if not all(math.isfinite(epsilon) and epsilon >= -0.5 for epsilon in epsilons):
         raise PolysegError("--epsilon: give numbers of at least -0.5, separated by commas")
     theta = np.linspace(0, math.pi / 2, 1001)
     curves = {e: losses.polydice1_curve(theta, e, s, terms=terms) for e in epsilons}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from polyseg.config import Config
 from polyseg.data.dataset import ImageSet, load_folder, load_images
-from polyseg.data.splits import Split, refuse_leaks, split_by_ratio
+from polyseg.data.splits import PARTS, Split, refuse_leaks, split_by_ratio
 from polyseg.errors import PolysegError
 from polyseg.inference import choose_device
 from polyseg.networks import SegmentationNetwork
@@ -46,7 +46,20 @@ def open_model(source: Path, device: str, trust: bool) -> Model:
 def images_for(
     model: Model, data: Path | None, part: str | None, default: str, progress: Progress
 ) -> tuple[ImageSet, list[str]]:
-    """Return images and the ids to use: a part of the run's own data, or all of a folder."""
+    """Return images and the ids to use: a part of the run's own data, or all of a folder.
+
+    Args:
+        model: what will look at them.
+        data: a folder; the model's own data where it is the same or left out.
+        part: one of `PARTS` or "all"; of another folder than the model's own there are no parts.
+        default: the part where none is named.
+        progress: of reading.
+
+    Raises:
+        PolysegError: an unknown or empty part, or data that are not in order.
+    """
+    if part not in (None, "all", *PARTS):
+        raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
     config = model.config.data
     own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
     if not own and data is not None:
@@ -57,7 +70,10 @@ def images_for(
     images = load_images(config, progress)
     split = split_of_run(model.run, images) if model.run else new_split(model.config, images)
     part = part or default
-    return images, images.ids if part == "all" else split[part]
+    ids = images.ids if part == "all" else split[part]
+    if not ids:
+        raise PolysegError(f"--split {part}: {model.source} has no {part} images; choose another")
+    return images, ids
 
 
 def new_split(config: Config, images: ImageSet) -> Split:

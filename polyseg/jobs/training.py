@@ -9,8 +9,8 @@ import numpy as np
 
 from polyseg import report
 from polyseg.config import POLYDICE_LOSSES, Config
-from polyseg.data.dataset import ImageSet, load_images
-from polyseg.data.splits import PARTS, Split
+from polyseg.data.dataset import load_images
+from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
 from polyseg.evaluate import RunScores
 from polyseg.jobs.evaluation import score
@@ -37,16 +37,19 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
     config = _located(config)
     if resume:
         config = resumed_config(config, run)
+    else:
+        run.refuse_occupied()
     images = load_images(config.data, progress)
+    split = split_of_run(run, images) if resume else new_split(config, images)
+    # Before anything is written: what is wrong with the settings leaves no folder behind.
+    trainer = Trainer(config, images, split, run, progress)
     with run.writing(resume=resume), _LogFile(run.log):
-        split = split_of_run(run, images) if resume else new_split(config, images)
-        if not resume:
-            run.begin(config, split, images.hashes)
-        _log_start(config, images, split, run)
-        trainer = Trainer(config, images, split, run, progress)
         if resume:
+            run.write_config(config)
             trainer.resume()
-            log.info("resumed after epoch %d", trainer.epoch)
+        else:
+            run.begin(config, split, images.hashes)
+        _log_start(trainer)
         trainer.fit()
         return _report(trainer, progress)
 
@@ -80,7 +83,7 @@ def resumed_config(config: Config, run: RunDirectory) -> Config:
     Raises:
         PolysegError: a setting differs that would change the result, by name.
     """
-    recorded = read_checkpoint(run.last).config
+    recorded = run.checkpoint_to_resume().config
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
@@ -125,21 +128,20 @@ class _LogFile:
         self.handler.close()
 
 
-def _log_start(config: Config, images: ImageSet, split: Split, run: RunDirectory) -> None:
+def _log_start(trainer: Trainer) -> None:
+    config, images, split = trainer.config, trainer.images, trainer.split
     counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
     what = "demo phantoms" if config.data.path == "demo" else config.data.path
-    log.info("%s: %s images; run folder %s", what, counts, run.path)
-    empty = [
-        identity
-        for identity in split["train"]
-        if images.masks is not None and not images.masks[images.index[identity]].any()
-    ]
+    log.info("%s: %s images; run folder %s", what, counts, trainer.run.path)
+    if trainer.epoch:
+        log.info("resumed after epoch %d", trainer.epoch)
+    empty = sum(not images.mask_of(identity).any() for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
     if empty and config.loss.name in (*POLYDICE_LOSSES, "dice") and not pushes:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
             "set loss.smooth=1 or loss.bce_weight above 0",
-            len(empty),
+            empty,
             len(split["train"]),
             config.loss.name,
             config.loss.smooth,

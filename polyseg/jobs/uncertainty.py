@@ -1,7 +1,6 @@
 """`polyseg estimate-uncertainty`: what a trained network is unsure about."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +37,13 @@ def estimate_uncertainty(
     model = open_model(source, device, trust)
     images, ids = images_for(model, data, part, "all", progress)
     folder = fresh_folder(out or results_beside(source, "uncertainty-estimate"))
-    settings = model.config.uncertainty
+    settings = model.config.uncertainty.model_dump()
     assessment = assess(
         model.network,
         images.batches(ids, model.config.training.batch_size),
-        samples=samples or settings.samples,
-        metric=settings.metric,
-        region=settings.region,
-        boundary_width=settings.boundary_width,
-        masks=settings.masks,
+        **settings | {"samples": samples or settings["samples"], "save_maps": save_maps},
         seed=model.config.training.seed,
         epoch=model.checkpoint.epoch,
-        save_maps=save_maps,
         progress=progress,
         total=len(ids),
     )
@@ -72,36 +66,20 @@ def draw_extremes(
 ) -> list[Path]:
     """Draw the hardest and the easiest images; their maps are measured anew, none are kept."""
     order = np.argsort(-assessment.difficulty, kind="stable")
+    settings = config.uncertainty.model_dump()
     shown = min(config.output.overlays, len(order))
     files = []
     for title, rows in (("hardest", order[:shown]), ("easiest", order[::-1][:shown])):
         if len(rows) == 0:
             continue
         ids = [assessment.ids[i] for i in rows]
-        again = _assess_again(network, config, images, ids, assessment)
+        again = assess(
+            network,
+            images.batches(ids, config.training.batch_size),
+            **settings | {"samples": assessment.samples, "save_maps": True},
+            seed=assessment.seed,
+            epoch=assessment.epoch,
+        )
         path = folder / f"overlays_{title}"
         files += report.draw_overlays(again, images, path, f"The {len(ids)} {title} images")
     return files
-
-
-def _assess_again(
-    network: SegmentationNetwork,
-    config: Config,
-    images: ImageSet,
-    ids: Sequence[str],
-    assessment: Assessment,
-) -> Assessment:
-    """Return the assessment of some of the images, with their maps."""
-    settings = config.uncertainty
-    return assess(
-        network,
-        images.batches(ids, config.training.batch_size),
-        samples=assessment.samples,
-        metric=assessment.metric,
-        region=settings.region,
-        boundary_width=settings.boundary_width,
-        masks=settings.masks,
-        seed=assessment.seed,
-        epoch=assessment.epoch,
-        save_maps=True,
-    )

@@ -1,0 +1,244 @@
+"""The commands as a user meets them: what they print, leave and refuse."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from typer.main import get_command
+
+from polyseg import __version__
+from polyseg.cache import read_assessment
+from polyseg.cli import app
+from polyseg.config import Config
+from polyseg.evaluate import METRICS
+
+from .conftest import TINY
+
+SET = [word for override in TINY for word in ("--set", override)]
+
+
+def commands(command=None, name=()):
+    command = command or get_command(app)
+    for part, sub in getattr(command, "commands", {}).items():
+        yield from commands(sub, (*name, part))
+    if not hasattr(command, "commands"):
+        yield name, command
+
+
+@pytest.fixture
+def images(polyseg, tmp_path):
+    """Phantoms written as PNG files."""
+    folder = tmp_path / "phantoms"
+    assert polyseg("data", "demo", folder, "--images", 16, "--size", 32).code == 0
+    return folder
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()), ids=str)
+def test_every_command_has_help_with_an_example_that_parses(polyseg, name, command):
+    answer = polyseg(*name, "--help")
+    assert answer.code == 0
+    assert all(parameter.help for parameter in command.params if parameter.name != "help"), name
+    example = command.help.split("Example: polyseg ")[1].split("\n")[0].split(" > ")[0]
+    words = example.replace(" ".join(name), "", 1).split()
+    command.make_context(name[-1], words, resilient_parsing=True)
+    assert example.startswith(" ".join(name))
+
+
+def test_version(polyseg):
+    assert polyseg("--version").out.strip() == f"polyseg {__version__}"
+
+
+def test_the_main_job_end_to_end(polyseg, tmp_path, images):
+    """Train two arms on files, estimate, evaluate side by side: everything opens."""
+    for name, loss in (("adaptive", "polydice1"), ("dice", "dice")):
+        answer = polyseg("train", "--data", images, "--out", tmp_path / name, "--loss", loss, *SET)
+        assert answer.code == 0, answer.err
+        assert "epoch 3/3" in answer.err and "\x1b" not in answer.err
+        assert "Dice" in answer.out and "history.csv" in answer.out
+    run = tmp_path / "adaptive"
+    for name in ("config.yaml", "environment.json", "split.json", "log.txt", "history.csv"):
+        assert (run / name).stat().st_size > 0
+    for name in ("curves", "epsilon", "difficulty", "difficulty_dice", "overlays_hardest"):
+        with Image.open(run / "figures" / f"{name}.png") as image:
+            assert min(image.size) > 300
+        assert (run / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert Config.model_validate(yaml.safe_load((run / "config.yaml").read_text())).adaptive
+    assert len(list((run / "uncertainty").glob("epoch_000[123].h5"))) == 3
+    assert "epoch 3/3" in (run / "log.txt").read_text()
+
+    out = tmp_path / "estimate"
+    answer = polyseg(
+        "estimate-uncertainty", run, "--data", images, "--samples", 4, "--maps", "--out", out
+    )
+    assert answer.code == 0, answer.err
+    assessment = read_assessment(out / "assessment.h5", with_maps=True)
+    assert len(assessment.ids) == 16 and assessment.samples == 4
+    assert assessment.maps["entropy"][0].shape == (32, 32)
+    rows = list(csv.DictReader((out / "per_image.csv").open()))
+    np.testing.assert_allclose(
+        [float(row["difficulty"]) for row in rows], assessment.difficulty, rtol=1e-8
+    )
+
+    out = tmp_path / "comparison"
+    answer = polyseg("evaluate", run, tmp_path / "dice", "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    printed = json.loads(answer.out)
+    assert printed["runs"] == json.loads((out / "summary.json").read_text())
+    assert [one["name"] for one in printed["runs"]["runs"]] == ["adaptive", "dice"]
+    rows = list(csv.DictReader((out / "per_image.csv").open()))
+    tested = [row["id"] for row in json.loads((run / "split.json").read_text())["test"]]
+    assert [row["id"] for row in rows] == 2 * tested
+    for one in printed["runs"]["runs"]:
+        own = [row for row in rows if row["run"] == one["name"]]
+        for metric in METRICS:
+            values = [float(row[metric.key]) for row in own if row[metric.key]]
+            assert one["metrics"][metric.key]["mean"] == pytest.approx(np.mean(values))
+    # The table that the training ended with is of the same images and the same checkpoint.
+    alone = json.loads((run / "evaluation" / "summary.json").read_text())["runs"][0]
+    assert alone["metrics"] == printed["runs"]["runs"][0]["metrics"]
+    assert "\\toprule" in (out / "table.tex").read_text()
+    assert (out / "table.md").read_text().count("|") > 30
+
+
+def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
+    polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
+    answer = polyseg(
+        "estimate-uncertainty", tmp_path / "run", "--data", images / "images", "--out",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assessment = read_assessment(tmp_path / "out" / "assessment.h5")
+    assert np.isnan(assessment.dice).all() and np.isfinite(assessment.difficulty).all()
+    answer = polyseg("evaluate", tmp_path / "run", "--data", images / "images")
+    assert answer.code == 2 and "no masks to compare with" in answer.err
+
+
+def test_results_go_into_the_run_when_no_place_is_named(polyseg, tmp_path):
+    polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+    assert polyseg("evaluate", tmp_path / "run").code == 0
+    assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
+
+
+def test_the_plan_trains_nothing(polyseg, tmp_path):
+    answer = polyseg("train", "--out", tmp_path / "run", "--dry-run", "--json", *SET)
+    assert answer.code == 0, answer.err
+    planned = json.loads(answer.out)
+    assert planned["epochs"] == 3 and planned["images"]["train"] == 12
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_takes_the_settings_of_the_run(polyseg, tmp_path):
+    polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+    answer = polyseg("train", "--resume", "--out", tmp_path / "run", "--epochs", 4)
+    assert answer.code == 0, answer.err
+    assert "resumed after epoch 3" in answer.err and "epoch 4/4" in answer.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--gradient"], ["--terms", "3"], ["--s", "1"]])
+def test_plot_loss_writes_what_was_asked_for(polyseg, tmp_path, arguments):
+    answer = polyseg("plot-loss", *arguments, "--out", tmp_path / "fig2.pdf")
+    assert answer.code == 0, answer.err
+    assert answer.out.strip() == str(tmp_path / "fig2.pdf")
+    assert (tmp_path / "fig2.pdf").read_bytes().startswith(b"%PDF")
+    assert polyseg("plot-loss", *arguments, "--out", tmp_path / "both").code == 0
+    assert (tmp_path / "both.png").is_file() and (tmp_path / "both.pdf").is_file()
+
+
+def test_data_check_says_what_is_there(polyseg, images):
+    answer = polyseg("data", "check", images, "--json")
+    found = json.loads(answer.out)
+    assert found["pairs"] == 16 and found["sizes"] == ["32 x 32"] and found["empty masks"] == 0
+    (images / "masks" / "phantom_0000.png").unlink()
+    Image.fromarray(np.full((32, 32), 7, np.uint8)).save(images / "masks" / "phantom_0001.png")
+    answer = polyseg("data", "check", images)
+    assert answer.code == 2 and "1 without a mask: phantom_0000" in answer.err
+
+
+def test_config_init_is_the_defaults(polyseg, tmp_path):
+    path = tmp_path / "a.yaml"
+    assert polyseg("config", "init", path).code == 0
+    assert polyseg("config", "show", path).out == Config().to_yaml()
+    assert polyseg("config", "init", path).code == 2
+    schema = json.loads(polyseg("config", "schema").out)
+    assert "loss" in schema["properties"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["train", "--data", "nowhere"], "nowhere: there is no such folder"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["train", "--loss", "dicee"], "loss.name"),
+        (["train", "--set", "loss.epsilom=1"], "did you mean loss.epsilon?"),
+        (["train", "--set", "loss.epsilon"], "give key.sub=value"),
+        (["train", "--epochs", "0"], "training.epochs"),
+        (["train", "--device", "tpu"], "training.device"),
+        (["train", "--resume"], "name the run by --out"),
+        (["train", "--resume", "--out", "nowhere"], "holds no run to resume"),
+        (["train", "--set", "network.name=resnet"], "choose unet, basic-unet"),
+        (["train", "--set", "network.dropout=0"], "network.dropout is 0"),
+        (["evaluate", "nowhere"], "neither a checkpoint nor a run"),
+        (["estimate-uncertainty", "nowhere"], "neither a checkpoint nor a run"),
+        (["plot-loss", "--epsilon", "a,b"], "give numbers separated by commas"),
+        (["plot-loss", "--epsilon", "nan"], "at least -0.5"),
+        (["plot-loss", "--s", "2"], "--s 2"),
+        (["plot-loss", "--out", "figure.docx"], "saved as .png, .pdf or .svg"),
+        (["data", "check", "nowhere"], "there is no such folder"),
+        (["data", "demo", "new", "--modality", "mri"], "choose ultrasound or endoscopy"),
+        (["data", "demo", "new", "--size", "3"], "--size: 32 to"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, arguments, match):
+    monkeypatch.chdir(tmp_path)
+    answer = polyseg(*arguments)
+    assert answer.code == 2
+    assert match in answer.err
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
+    run = tmp_path / "run"
+    polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
+    other = tmp_path / "other"
+    polyseg("train", "--data", images, "--out", other, *SET, "--set", "data.split_seed=5", "-q")
+    assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset").err
+    assert "tested on other images" in polyseg("evaluate", run, other).err
+    assert (
+        "MC Dropout takes at least 2" in polyseg("estimate-uncertainty", run, "--samples", "1").err
+    )
+    answer = polyseg("train", "--data", images, "--out", run, *SET)
+    assert answer.code == 2 and "is not empty" in answer.err
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(images / "images" / "phantom_0003.png")
+    answer = polyseg("evaluate", run)
+    assert answer.code == 2 and "image phantom_0003 has changed" in answer.err
+
+
+def test_sigterm_ends_the_process_with_its_number(tmp_path):
+    arguments = ["train", "--out", tmp_path / "run", "--epochs", "100000", *SET]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "polyseg", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for line in process.stderr:
+        if line.startswith("epoch 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, rest = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in rest and "polyseg train --resume --out" in rest
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m polyseg config schema | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "{\n" and done.stderr == ""

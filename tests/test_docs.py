@@ -1,0 +1,59 @@
+"""The pages: made from the code where they can be, and true where they speak of it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from polyseg import __version__
+from polyseg.cli import app
+from polyseg.config import load_config
+
+from . import reference
+from .test_house import ROOMS
+
+TOP = Path(__file__).parent.parent
+
+
+def test_the_reference_pages_are_those_of_the_code():
+    """After a change: python -m tests.reference"""
+    assert (TOP / "docs" / "commands.md").read_text() == reference.command_page()
+    assert (TOP / "docs" / "configuration.md").read_text() == reference.configuration_page()
+
+
+def test_the_house_is_described_room_by_room():
+    text = (TOP / "docs" / "house.md").read_text()
+    described = re.findall(r"^\| `([a-z_./]+)\.py` \|", text, flags=re.M)
+    assert [name.replace("/", ".") for name in described] == ROOMS
+
+
+def test_the_changelog_knows_this_version():
+    assert f"## [{__version__}]" in (TOP / "CHANGELOG.md").read_text()
+
+
+def command_lines():
+    for path in (TOP / "README.md", *sorted((TOP / "examples").glob("*.sh"))):
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^ *(polyseg .+)$", text, flags=re.M):
+            yield path.name, line.split(" #")[0]
+
+
+@pytest.mark.parametrize(("where", "line"), list(command_lines()), ids=str)
+def test_every_command_line_that_is_shown_parses(where, line):
+    """A flag or setting that is no longer there would fail here."""
+    words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(line)[1:]]
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    context = command.make_context(command.name, words, resilient_parsing=False)
+    overrides = context.params.get("overrides") or []
+    load_config(overrides=[word for word in overrides if not word.endswith("=1")])
+
+
+def test_links_lead_somewhere():
+    for page in (TOP / "README.md", TOP / "CHANGELOG.md", *(TOP / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,77 @@
+"""The losses by name against formulas written out in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from polyseg import losses
+from polyseg.config import LossConfig
+from polyseg.objective import build_objective, count_wrong_sign
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 1, 7, 9, generator=generator)
+    mask = (torch.rand(3, 1, 7, 9, generator=generator) < 0.3).float()
+    return logits, mask
+
+
+def flat(tensor):
+    return tensor.double().numpy().reshape(len(tensor), -1)
+
+
+def cross_entropy(p, y):
+    return -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(1)
+
+
+def reference(name, p, y, config):
+    product, size = (p * y).sum(1), (p + y).sum(1)
+    if name == "bce":
+        return cross_entropy(p, y)
+    if name == "dice":
+        return 1 - 2 * product / (p**2 + y**2).sum(1)
+    if name == "dice_bce":
+        # The compound of the field takes Dice with plain sums, as MONAI and nnU-Net do.
+        return 1 - (2 * product + 1e-5) / (size + 1e-5) + cross_entropy(p, y)
+    if name == "tversky":
+        false_positives, false_negatives = (p * (1 - y)).sum(1), ((1 - p) * y).sum(1)
+        weighted = config.tversky_alpha * false_positives + config.tversky_beta * false_negatives
+        return 1 - (product + 1e-5) / (product + weighted + 1e-5)
+    if name == "focal":
+        right = np.where(y == 1, p, 1 - p)
+        return -((1 - right) ** config.focal_gamma * np.log(right)).mean(1)
+    cosine = product / np.sqrt((p**2).sum(1) * y.sum(1))
+    return (1 - ((1 + cosine) / (1 + config.tvmf_concentration * (1 - cosine)) - 1)) ** 2
+
+
+@pytest.mark.parametrize("name", ["dice", "dice_bce", "bce", "tversky", "focal", "tvmf"])
+@pytest.mark.parametrize("bce_weight", [0.0, 0.7])
+def test_each_loss_is_its_formula_image_by_image(case, name, bce_weight):
+    logits, mask = case
+    config = LossConfig(name=name, bce_weight=bce_weight)
+    found = build_objective(config)(logits, mask, torch.zeros(3))
+    p, y = 1 / (1 + np.exp(-flat(logits))), flat(mask)
+    expected = reference(name, p, y, config) + bce_weight * cross_entropy(p, y)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "terms"), [("polydice1", 1), ("polydice", 4)])
+def test_each_image_has_its_own_epsilon(case, name, terms):
+    logits, mask = case
+    epsilon = torch.tensor([-0.4, 0.0, 1.5])
+    found = build_objective(LossConfig(name=name, terms=4))(logits, mask, epsilon)
+    for i in range(3):
+        alone = losses.polydice_loss(
+            logits[i : i + 1].sigmoid(), mask[i : i + 1], float(epsilon[i]), terms=terms
+        )
+        assert found[i].item() == pytest.approx(alone.item())
+
+
+def test_wrong_signs_are_counted_for_the_losses_that_have_them():
+    mask = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 1.0]]]])
+    logits = torch.tensor([[[[9.0, -9.0]]], [[[-9.0, 9.0]]]])
+    epsilon = torch.zeros(2)
+    assert count_wrong_sign(LossConfig(), logits, mask, epsilon) == 1
+    assert count_wrong_sign(LossConfig(epsilon=-0.5), logits, mask, epsilon - 0.5) == 0
+    assert count_wrong_sign(LossConfig(name="dice"), logits, mask, epsilon) == 0

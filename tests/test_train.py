@@ -1,0 +1,330 @@
+"""Training runs: what is equal bit for bit, what assessments feed, how a run ends and goes on."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+
+from polyseg import train as room
+from polyseg.cache import read_assessment, read_schedule
+from polyseg.config import TrainingConfig
+from polyseg.errors import Interrupted, PolysegError
+from polyseg.files import sha256_of_file
+from polyseg.jobs.training import plan, train
+from polyseg.networks import hash_weights
+from polyseg.run import RunDirectory, read_checkpoint
+
+
+def run_of(config):
+    train(config)
+    return RunDirectory(Path(config.output.path))
+
+
+def history_of(run):
+    with run.history.open() as stream:
+        return [
+            {key: value for key, value in row.items() if not key.startswith("seconds")}
+            for row in csv.DictReader(stream)
+        ]
+
+
+def weights_of(run, which="last"):
+    checkpoint = read_checkpoint(getattr(run, which))
+    return {**checkpoint.weights, **{f"opt {k}": v for k, v in checkpoint.optimizer.items()}}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert torch.equal(values, second[name]), name
+
+
+def assert_same_run(first, second):
+    assert_same_weights(weights_of(first), weights_of(second))
+    assert_same_weights(weights_of(first, "best"), weights_of(second, "best"))
+    assert history_of(first) == history_of(second)
+    one, other = read_schedule(first.schedule), read_schedule(second.schedule)
+    assert one.ids == other.ids
+    np.testing.assert_array_equal(one.epsilon, other.epsilon)
+    names = sorted(path.name for path in (first.path / "uncertainty").glob("*.h5"))
+    assert names == sorted(path.name for path in (second.path / "uncertainty").glob("*.h5"))
+    for name in names:
+        one = read_assessment(first.path / "uncertainty" / name)
+        other = read_assessment(second.path / "uncertainty" / name)
+        for metric, values in one.scores.items():
+            np.testing.assert_array_equal(values, other.scores[metric])
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tiny):
+    first, second, third = (
+        run_of(tiny(name, f"training.seed={seed}"))
+        for name, seed in (("one", 1), ("two", 1), ("three", 2))
+    )
+    assert_same_run(first, second)
+    assert history_of(first) != history_of(third)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "dataset"])
+def test_a_pinned_epsilon_equals_the_plain_run(tiny, statistics):
+    """Assessments change nothing but epsilon."""
+    plain = run_of(tiny("plain", "control.enabled=false", "loss.epsilon=0.25"))
+    pinned = run_of(
+        tiny(
+            "pinned",
+            f"control.statistics={statistics}",
+            "loss.epsilon=0.25",
+            "control.epsilon_min=0.25",
+            "control.epsilon_max=0.25",
+        )
+    )
+    assert len(list((pinned.path / "uncertainty").iterdir())) == 3
+    assert not (plain.path / "uncertainty").exists()
+    assert_same_weights(weights_of(plain), weights_of(pinned))
+    assert (read_schedule(pinned.schedule).epsilon == np.float32(0.25)).all()
+
+
+def test_workers_change_nothing(tiny):
+    assert_same_run(run_of(tiny("none")), run_of(tiny("two", "training.workers=2")))
+
+
+def expected_epsilon(difficulty):
+    """Eq. 11 and 12 with the default settings, by SciPy's logistic function."""
+    normalised = (difficulty - np.median(difficulty)) / (np.std(difficulty) + 1e-9)
+    return -0.4 + 1.4 * expit(normalised)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "dataset"])
+def test_an_assessment_feeds_the_epochs_after_it(tiny, statistics):
+    """With all images in one batch both statistics are those of all images."""
+    run = run_of(
+        tiny(
+            "run",
+            "training.batch_size=64",
+            "training.epochs=5",
+            "control.start=2",
+            "control.every=2",
+            f"control.statistics={statistics}",
+            "loss.epsilon=0.1",
+        )
+    )
+    schedule = read_schedule(run.schedule)
+    assert schedule.epochs.tolist() == [1, 2, 3, 4, 5]
+    assert (schedule.epsilon[:2] == np.float32(0.1)).all()
+    for epoch, fed in ((2, (3, 4)), (4, (5,))):
+        assessment = read_assessment(run.assessment(epoch))
+        assert assessment.ids == schedule.ids
+        expected = expected_epsilon(assessment.difficulty)
+        for later in fed:
+            np.testing.assert_allclose(schedule.epsilon[later - 1], expected, atol=1e-6)
+        if statistics == "dataset":
+            np.testing.assert_allclose(assessment.epsilon, expected, atol=1e-12)
+        else:
+            assert assessment.epsilon is None
+    assert [row["assessed"] for row in history_of(run)] == ["0", "1", "0", "1", "0"]
+
+
+def test_batch_statistics_are_of_the_batch(tiny):
+    """The median image of an odd batch gets the middle of the range, whatever its difficulty."""
+    run = run_of(tiny("run", "training.batch_size=1"))
+    epsilon = read_schedule(run.schedule).epsilon
+    np.testing.assert_allclose(epsilon[1:], 0.3, atol=1e-6)
+
+
+def test_the_record_belongs_to_the_weights(tiny):
+    config = tiny("run")
+    run = run_of(config)
+    checkpoint = read_checkpoint(run.last)
+    assessment = read_assessment(run.assessment(3))
+    assert hash_weights(checkpoint.build()) == assessment.weights_sha256
+    assert checkpoint.assessments == {
+        path.name: sha256_of_file(path) for path in (run.path / "uncertainty").iterdir()
+    }
+    assert read_checkpoint(run.best).epoch == checkpoint.best_epoch
+
+
+class Stop(Exception):
+    """The machine went down."""
+
+
+def stop_after(epoch):
+    def progress(task, done, _):
+        if task == "training" and done == epoch:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, optimizer, epoch):
+    whole = run_of(tiny("whole", f"training.optimizer={optimizer}"))
+    config = tiny("stopped", f"training.optimizer={optimizer}")
+    with pytest.raises(Stop):
+        train(config, progress=stop_after(epoch))
+    train(config, resume=True)
+    assert_same_run(whole, RunDirectory(Path(config.output.path)))
+
+
+def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny):
+    whole = run_of(tiny("whole"))
+    config = tiny("stopped")
+
+    def progress(task, *_):
+        if task.startswith("MC Dropout after epoch 2"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, progress=progress)
+    stopped = RunDirectory(Path(config.output.path))
+    assert read_checkpoint(stopped.last).epoch == 1
+    # What a crash between the assessment and the commit leaves behind.
+    (stopped.path / "uncertainty" / "epoch_0002.h5").write_bytes(b"torn")
+    train(config, resume=True)
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_can_go_on(tiny, number):
+    whole = run_of(tiny("whole"))
+    config = tiny("stopped")
+
+    def progress(task, done, _):
+        if task == "epoch 2/3" and done == 4:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="after epoch 1; `polyseg train --resume") as end:
+        train(config, progress=progress)
+    assert end.value.number == number
+    assert signal.getsignal(number) == before
+    train(config, resume=True)
+    assert_same_run(whole, RunDirectory(Path(config.output.path)))
+
+
+def test_more_epochs_continue_a_finished_run(tiny):
+    config = tiny("run", "training.scheduler=constant")
+    train(config)
+    train(tiny("run", "training.scheduler=constant", "training.epochs=5"), resume=True)
+    whole = run_of(tiny("whole", "training.scheduler=constant", "training.epochs=5"))
+    run = RunDirectory(Path(config.output.path))
+    assert_same_run(whole, run)
+    assert "epochs: 5" in run.config.read_text()
+
+
+def test_resuming_names_the_settings_that_it_cannot_change(tiny):
+    train(tiny("run"))
+    with pytest.raises(PolysegError, match=r"cannot change loss.epsilon 0.0 -> 0.5"):
+        train(tiny("run", "loss.epsilon=0.5"), resume=True)
+
+
+def test_a_folder_holds_one_run(tiny):
+    train(tiny("run"))
+    with pytest.raises(PolysegError, match="is not empty; --resume continues"):
+        train(tiny("run"))
+    with pytest.raises(PolysegError, match="holds no run to resume"):
+        train(tiny("another"), resume=True)
+
+
+def test_two_writers_are_one_too_many(tiny):
+    config = tiny("run")
+
+    def progress(task, *_):
+        if task == "training":
+            with pytest.raises(PolysegError, match="is being written by another process"):
+                train(config, resume=True)
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, progress=progress)
+
+
+@pytest.mark.parametrize(
+    "loss", ["polydice", "dice", "dice_bce", "bce", "tversky", "focal", "tvmf"]
+)
+def test_every_loss_trains(tiny, loss):
+    run = run_of(
+        tiny(
+            "run",
+            f"loss.name={loss}",
+            "control.enabled=false",
+            "training.epochs=2",
+            "training.scheduler=polynomial",
+            "training.optimizer=adam",
+        )
+    )
+    rows = history_of(run)
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+@pytest.mark.parametrize("name", ["basic-unet", "attention-unet", "dynunet", "segresnet"])
+def test_every_network_trains(tiny, name):
+    run = run_of(tiny("run", f"network.name={name}", "network.kwargs={}", "training.epochs=1"))
+    assert run.assessment(1).is_file()
+
+
+def test_early_stopping_counts_epochs_without_a_better_dice(tiny):
+    config = tiny(
+        "run", "training.epochs=30", "training.early_stopping=2", "training.learning_rate=1e-7"
+    )
+    rows = history_of(run_of(config))
+    dice = [float(row["validation_dice"]) for row in rows]
+    best = int(np.argmax(dice))
+    assert len(rows) == best + 1 + 2 < 30
+
+
+def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch):
+    def broken(_):
+        def objective(logits, mask, epsilon):
+            losses = logits.mean(dim=(1, 2, 3)).clone()
+            losses[0] = float("nan")
+            return losses
+
+        return objective
+
+    monkeypatch.setattr(room, "build_objective", broken)
+    with pytest.raises(PolysegError, match=r"epoch 1: the loss of phantom_\d+ is not finite"):
+        train(tiny("run"))
+
+
+def test_no_validation_images_still_leave_a_best_checkpoint(tiny):
+    run = run_of(tiny("run", "data.split=[0.7, 0, 0.3]"))
+    assert read_checkpoint(run.best).epoch == 3
+
+
+def test_bfloat16_trains_close_to_float32(tiny):
+    single, reduced = (
+        history_of(run_of(tiny(name, f"training.precision={name}"))) for name in ("fp32", "bf16")
+    )
+    for row, other in zip(single, reduced, strict=True):
+        assert float(other["train_loss"]) == pytest.approx(float(row["train_loss"]), rel=0.02)
+    assert single != reduced
+
+
+def test_the_plan_is_what_a_run_does(tiny):
+    config = tiny("run")
+    planned = plan(config)
+    run = run_of(config)
+    assert planned["assessed after epochs"] == [1, 2, 3]
+    assert planned["MC-Dropout passes of an image"] == sum(
+        assessment.samples * len(assessment.ids)
+        for assessment in map(read_assessment, sorted((run.path / "uncertainty").iterdir()))
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("polynomial", [1, 0.75**0.9, 0.5**0.9, 0.25**0.9]),
+        ("cosine", [1, 0.01 + 0.99 * (1 + 0.5**0.5) / 2, 0.505, 0.01 + 0.99 * (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_learning_rates(scheduler, expected):
+    config = TrainingConfig(scheduler=scheduler, learning_rate=1.0, epochs=4)
+    found = [room.learning_rate(config, epoch) for epoch in range(1, 5)]
+    assert found == pytest.approx(expected)
