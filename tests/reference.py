@@ -60,15 +60,14 @@ def configuration_page():
             lines += ["", f"## {section}", "", title, ""]
             lines += ["| key | default | unit, bounds | meaning |", "| --- | --- | --- | --- |"]
         limits = ", ".join(note for note in (setting["unit"], setting["bounds"]) if note)
-        lines.append(
-            f"| `{setting['key']}` | `{setting['default']}` | {limits} | {setting['description']} |"
-        )
+        cells = (f"`{setting['key']}`", f"`{setting['default']}`", limits, setting["description"])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _spelling(parameter):
     if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar or parameter.name.upper()}`"
+        return f"`{parameter.metavar or parameter.name.upper()}`".replace("|", "\\|")
     return f"`{', '.join(sorted(parameter.opts, key=len))}`"
 
 
