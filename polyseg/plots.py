@@ -266,14 +266,14 @@ def difficulty_against_dice(
         difficulty: (n,) at least 0; images with NaN here or in `dice` are left out.
         dice: (n,) in [0, 1].
         metric: the pixel map that D averages.
-        correlation: Spearman's, in [-1, 1], written in the corner; None or NaN where undefined.
+        correlation: Spearman's of D with 1 - Dice, written in the corner; None or NaN: nothing is.
         epoch: of the assessment.
 
     >>> figure = difficulty_against_dice(
     ...     np.array([0.1, 0.3]), np.array([0.9, 0.7]), metric="variance", correlation=-1.0, epoch=5
     ... )
     >>> [text.get_text() for text in figure.axes[0].texts]
-    ['Spearman −1.00']
+    ['Spearman with 1 − Dice: −1.00']
     """
     shown = np.isfinite(difficulty) & np.isfinite(dice)
     figure = Figure(figsize=(ONE_COLUMN, 2.8))
@@ -282,9 +282,9 @@ def difficulty_against_dice(
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.scatter(difficulty[shown], dice[shown], s=12, color=BLUE, alpha=0.5, linewidth=0)
     if correlation is not None and math.isfinite(correlation):
-        # Where the points are not: above a falling cloud, below a rising one.
-        y, va = (0.02, "bottom") if correlation > 0 else (0.98, "top")
-        text = f"Spearman {correlation:.2f}".replace("-", "−")
+        # Where the points are not: above a cloud that falls, below one that rises.
+        y, va = (0.98, "top") if correlation > 0 else (0.02, "bottom")
+        text = f"Spearman with 1 − Dice: {correlation:.2f}".replace("-", "−")
         axes.text(0.98, y, text, transform=axes.transAxes, ha="right", va=va)
     return figure
 

@@ -12,7 +12,7 @@ from polyseg.data.dataset import ImageSet
 from polyseg.files import write_text
 from polyseg.jobs.models import fresh_folder, images_for, open_model, results_beside
 from polyseg.montecarlo import assess
-from polyseg.networks import SegmentationNetwork
+from polyseg.networks import SegmentationNetwork, hash_weights
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report import Outcome
 
@@ -64,9 +64,14 @@ def draw_extremes(
     assessment: Assessment,
     folder: Path,
 ) -> list[Path]:
-    """Draw the hardest and the easiest images; their maps are measured anew, none are kept."""
+    """Draw the hardest and the easiest images of an assessment.
+
+    Their maps are measured anew, with the network as it is now, which may have trained on since.
+    """
     order = np.argsort(-assessment.difficulty, kind="stable")
     settings = config.uncertainty.model_dump()
+    moved = hash_weights(network) != assessment.weights_sha256
+    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
     shown = min(config.output.overlays, len(order))
     files = []
     for title, rows in (("hardest", order[:shown]), ("easiest", order[::-1][:shown])):
@@ -81,5 +86,5 @@ def draw_extremes(
             epoch=assessment.epoch,
         )
         path = folder / f"overlays_{title}"
-        files += report.draw_overlays(again, images, path, f"The {len(ids)} {title} images")
+        files += report.draw_overlays(again, images, path, f"The {len(ids)} {title} images{since}")
     return files
