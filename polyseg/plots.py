@@ -35,7 +35,7 @@ LABELS, CELL, GAP = 1.2, 1.39, 0.07
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
 RED, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-GRAY = "0.6"
+GRAY, SHADE = "0.6", "0.92"
 
 STYLE: dict[str, Any] = {
     "figure.constrained_layout.use": True,
@@ -141,7 +141,7 @@ def loss_curves(
     *,
     s: float,
     ylabel: str = "loss",
-    wrong_sign: Mapping[float, float] | None = None,
+    wrong_above: Numbers | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw the loss, or its gradient, over the angle for several epsilon, beside true Dice.
@@ -152,8 +152,8 @@ def loss_curves(
         dice: (T,) the same of true Dice, 1 - s cos(theta), drawn dashed.
         s: the ratio of norms that all curves share, in [0, 1].
         ylabel: what the values are.
-        wrong_sign: epsilon to the angle from which (1/2 + epsilon) theta^2 > 1, for those that
-            get there; from it on the loss rises with s, and the curve is dotted.
+        wrong_above: (T,) the values above which the loss rises with s, which are shaded: there
+            (1/2 + epsilon) theta^2 > 1.
         title: of the figure.
 
     >>> theta = np.linspace(0, np.pi / 2, 50)
@@ -164,18 +164,15 @@ def loss_curves(
     legend_lines = math.ceil((len(curves) + 2) / 3)
     figure = Figure(figsize=(ONE_COLUMN, 2.8 + 0.17 * legend_lines))
     axes = figure.add_subplot(xlabel="angle θ (rad)", ylabel=ylabel, title=title or "")
-    thresholds = wrong_sign or {}
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # its light end left out
     for epsilon, colour in zip(sorted(curves, reverse=True), colours, strict=True):
-        wrong = theta >= thresholds.get(epsilon, math.inf)
-        loss = np.asarray(curves[epsilon], dtype=float)
-        label = f"ε = {_number(epsilon)}"
-        axes.plot(theta[~wrong], loss[~wrong], color=colour, label=label)
-        if wrong.any():
-            axes.plot(theta[wrong], loss[wrong], color=colour, linestyle=":")
+        axes.plot(theta, curves[epsilon], color=colour, label=f"ε = {_number(epsilon)}")
     axes.plot(theta, dice, color=BLACK, linestyle="--", label="true Dice")
-    if thresholds:
-        axes.plot([], [], color=GRAY, linestyle=":", label="loss rises with s")
+    bottom, top = axes.get_ylim()
+    if wrong_above is not None and (wrong_above < top).any():
+        low = np.clip(wrong_above, bottom, top)
+        axes.fill_between(theta, low, top, color=SHADE, linewidth=0, label="loss rises with s")
+        axes.set_ylim(bottom, top)
     quarters = ["0", "π/8", "π/4", "3π/8", "π/2"]
     axes.set_xticks(np.linspace(0, np.pi / 2, len(quarters)), quarters)
     axes.set_xlim(0, np.pi / 2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scipy.optimize import brentq
 from typer.main import get_command
 
 from polyseg import __version__
@@ -18,6 +19,8 @@ from polyseg.cache import read_assessment
 from polyseg.cli import app
 from polyseg.config import Config
 from polyseg.evaluate import METRICS
+from polyseg.jobs.figure import _derivative_where_the_sum_is_one
+from polyseg.losses import polydice1_curve
 
 from .conftest import TINY
 
@@ -149,6 +152,23 @@ def test_plot_loss_writes_what_was_asked_for(polyseg, tmp_path, arguments):
     assert (tmp_path / "fig2.pdf").read_bytes().startswith(b"%PDF")
     assert polyseg("plot-loss", *arguments, "--out", tmp_path / "both").code == 0
     assert (tmp_path / "both.png").is_file() and (tmp_path / "both.pdf").is_file()
+
+
+@pytest.mark.parametrize("terms", [1, 4])
+def test_the_shaded_region_is_where_the_loss_rises_with_s(terms):
+    """Its edge in the plot of derivatives, against finite differences of the loss itself."""
+    theta = np.linspace(0.01, np.pi / 2, 500)
+    edge = _derivative_where_the_sum_is_one(theta, terms)
+    for i in (100, 250, 450):
+        on_the_edge = brentq(
+            lambda e, i=i: polydice1_curve(theta[i : i + 1], e, 1.0, terms=terms)[0] - 1, -0.5, 99
+        )
+        around = theta[i] + np.array([-1e-5, 1e-5])
+        slope = np.diff(polydice1_curve(around, on_the_edge, 1.0, terms=terms))[0] / 2e-5
+        assert edge[i] == pytest.approx(slope, rel=1e-4)
+        for s in (0.1, 0.7):
+            loss = polydice1_curve(theta[i : i + 1], on_the_edge, s, terms=terms)
+            assert loss[0] == pytest.approx(1)
 
 
 def test_data_check_says_what_is_there(polyseg, images):

@@ -69,7 +69,7 @@ DEGENERATE = {
     "one curve": lambda: plots.loss_curves(THETA, {0.5: curve(0.5)}, DICE, s=0.1),
     "no curve": lambda: plots.loss_curves(THETA, {}, DICE, s=0.1),
     "wrong from the start": lambda: plots.loss_curves(
-        THETA, {1.0: curve(1)}, DICE, s=0.1, wrong_sign={1.0: 0.0}
+        THETA, {1.0: curve(1)}, DICE, s=0.1, wrong_above=np.zeros_like(THETA)
     ),
     "no epoch": lambda: plots.training_curves([]),
     "one epoch": lambda: plots.training_curves(history(1)),
@@ -106,16 +106,26 @@ def test_degenerate_inputs_neither_crash_nor_warn(draw, tmp_path):
     plots.save_figure(draw(), tmp_path / "figure.png")
 
 
-def test_loss_curves_are_the_data_and_dotted_where_the_sign_is_wrong():
+def test_loss_curves_are_the_data_and_shaded_where_the_sign_is_wrong():
     given = {0.0: curve(0.0), 1.0: curve(1.0)}
-    axes = plots.loss_curves(THETA, given, DICE, s=0.1, wrong_sign={1.0: 0.82}).axes[0]
-    solid, dotted, gentle, dice, _ = axes.lines
-    assert np.array_equal(np.r_[solid.get_ydata(), dotted.get_ydata()], given[1.0])
-    assert solid.get_xdata().max() < 0.82 <= dotted.get_xdata().min()
-    assert (solid.get_linestyle(), dotted.get_linestyle()) == ("-", ":")
+    above = np.where(THETA > 1, 1.0, np.inf)
+    axes = plots.loss_curves(THETA, given, DICE, s=0.1, wrong_above=above).axes[0]
+    steep, gentle, dice = axes.lines
+    assert np.array_equal(steep.get_ydata(), given[1.0])
     assert np.array_equal(gentle.get_ydata(), given[0.0])
     assert np.array_equal(dice.get_ydata(), DICE)
     assert (dice.get_linestyle(), dice.get_color()) == ("--", "#000000")
+    (shade,) = axes.collections
+    outline = shade.get_paths()[0]
+    inside = outline.contains_points([[1.2, 1.01], [1.2, 0.99], [0.9, 1.01]])
+    assert inside.tolist() == [True, False, False]
+
+
+def test_nothing_is_shaded_where_no_curve_goes():
+    figure = plots.loss_curves(
+        THETA, {-0.4: curve(-0.4)}, DICE, s=0.1, wrong_above=2 * np.ones_like(THETA)
+    )
+    assert not figure.axes[0].collections
 
 
 def test_loss_curves_explain_themselves():
@@ -124,7 +134,7 @@ def test_loss_curves_explain_themselves():
         {-0.4: curve(-0.4), 1.0: curve(1)},
         DICE,
         s=0.1,
-        wrong_sign={1.0: 0.82},
+        wrong_above=np.ones_like(THETA),
         ylabel="d loss / dθ",
         title="gradient",
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from polyseg import losses, plots
 from polyseg.errors import PolysegError
@@ -27,19 +28,26 @@ def plot_loss(
     theta = np.linspace(0, math.pi / 2, 1001)
     curves = {e: losses.polydice1_curve(theta, e, s, terms=terms) for e in epsilons}
     dice = 1 - s * np.cos(theta)
-    # Where the loss is above 1 whatever s, it falls with s.
-    wrong = {
-        e: float(theta[np.argmax(curve > 1)]) for e, curve in curves.items() if (curve > 1).any()
-    }
+    # The loss rises with s where the sum of eq. 5 exceeds 1, and so the loss does, whatever s is.
+    wrong_above = np.ones_like(theta)
     if gradient:
         curves = {e: np.gradient(curve, theta, edge_order=2) for e, curve in curves.items()}
         dice = s * np.sin(theta)
+        wrong_above = s * _derivative_where_the_sum_is_one(theta, terms)
     figure = plots.loss_curves(
         theta,
         curves,
         dice,
         s=s,
         ylabel="d loss / d θ" if gradient else "loss",
-        wrong_sign=wrong,
+        wrong_above=wrong_above,
     )
     return plots.save_figure(figure, out)
+
+
+def _derivative_where_the_sum_is_one(theta: NDArray[np.float64], terms: int) -> NDArray[np.float64]:
+    """Return the derivative of eq. 5's sum by theta, with the epsilon for which the sum is 1."""
+    # At s = 1 the loss is the sum, and at epsilon = -1/2 it is the sum without its first term.
+    rest = losses.polydice1_curve(theta, -0.5, 1.0, terms=terms)
+    with np.errstate(divide="ignore"):
+        return np.asarray(2 * (1 - rest) / theta + np.gradient(rest, theta))
