@@ -4,6 +4,7 @@ Precedence: flags and --set over the file over the defaults. Unknown keys are er
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -225,6 +226,22 @@ class Config(_Section):
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
+    def _no_epsilon_rewards_misalignment(self) -> Self:
+        if self.loss.name != "polydice":
+            return self  # The bounds of the fields are those of a single term.
+        least = least_epsilon(self.loss.terms)
+        reached = {"loss.epsilon": self.loss.epsilon}
+        if self.adaptive:
+            reached["control.epsilon_min"] = self.control.epsilon_min
+        for key, epsilon in reached.items():
+            if epsilon < least:
+                raise ValueError(
+                    f"{key} {epsilon:g} would reward misalignment with loss.terms "
+                    f"{self.loss.terms}: at least {math.ceil(1000 * least) / 1000:g}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_control(self) -> Self:
         if self.control.enabled is True and self.loss.name not in POLYDICE_LOSSES:
             raise ValueError(
@@ -255,6 +272,22 @@ class Config(_Section):
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def least_epsilon(terms: int) -> float:
+    """Return the least epsilon for which PolyDice of so many terms never falls as theta grows.
+
+    The sum's derivative, 2 (1/2 + epsilon) theta + sum_{k>1} 2k alpha_k theta^(2k-1), first
+    meets 0 at theta = pi/2. It is -1/2 for one term and tends to -1/pi.
+
+    >>> [round(least_epsilon(terms), 4) for terms in (1, 2, 3, 10)]
+    [-0.5, -0.2944, -0.3198, -0.3183]
+    """
+    rest = (
+        (-1) ** (k - 1) * k / math.factorial(2 * k) * (math.pi / 2) ** (2 * k - 2)
+        for k in range(2, terms + 1)
+    )
+    return -0.5 - float(sum(rest))
 
 
 def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -12,12 +13,14 @@ from polyseg.config import (
     Config,
     ControlConfig,
     build_config,
+    least_epsilon,
     load_config,
     parse_yaml,
     settings_of,
     template,
 )
 from polyseg.errors import PolysegError
+from polyseg.losses import polydice1_curve
 
 
 def test_every_setting_is_described_and_every_number_bounded():
@@ -61,6 +64,7 @@ def test_the_schema_is_json():
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
         ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
         ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),
+        ("loss.name=polydice", r"control\.epsilon_min -0\.4 would reward .* at least -0\.319"),
         ("control.epsilon_min=2", r"control\.epsilon_min 2\.0 is above epsilon_max 1\.0"),
         ("network.dropout=0", r"network\.dropout is 0"),
         ("training.learning_rate=.nan", "finite"),
@@ -122,3 +126,19 @@ def test_the_schedule_of_the_text():
     """E0 = 20 % of the epochs, tau = 5; the last may be the final model's record."""
     assert ControlConfig().assessment_epochs(40) == [8, 13, 18, 23, 28, 33, 38]
     assert ControlConfig(start=10, every=10).assessment_epochs(40) == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 10])
+def test_the_least_epsilon_is_the_last_that_rewards_no_misalignment(terms):
+    theta = np.linspace(0, np.pi / 2, 2000)
+    for change, falls in ((1e-3, False), (-1e-3, True)):
+        curve = polydice1_curve(theta, least_epsilon(terms) + change, 1.0, terms=terms)
+        assert (np.diff(curve) < 0).any() == falls
+
+
+def test_several_terms_bound_every_epsilon_of_a_run():
+    settings = ["loss.name=polydice", "loss.terms=2", "control.epsilon_min=-0.2"]
+    load_config(overrides=settings)
+    load_config(overrides=["loss.name=polydice", "control.enabled=false"])
+    with pytest.raises(PolysegError, match=r"loss\.epsilon -0\.3 would reward misalignment"):
+        load_config(overrides=[*settings, "loss.epsilon=-0.3"])
