@@ -154,7 +154,6 @@ def train(
     Example: polyseg train --data my/images --out runs/first --set data.size=256
     """
     from polyseg.config import load_config
-    from polyseg.jobs import training
 
     if resume and out is None:
         raise PolysegError("--resume: name the run by --out")
@@ -171,6 +170,8 @@ def train(
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(overrides or []), *given])
     with _talking(quiet, verbose) as display:
+        from polyseg.jobs import training
+
         if dry_run:
             _print_mapping("Plan", training.plan(settings), as_json)
             return
@@ -199,9 +200,9 @@ def estimate_uncertainty(
 
     Example: polyseg estimate-uncertainty runs/first --data new/images --samples 50
     """
-    from polyseg.jobs import uncertainty
-
     with _talking(quiet, verbose) as display:
+        from polyseg.jobs import uncertainty
+
         outcome = uncertainty.estimate_uncertainty(
             source,
             data=data,
@@ -232,9 +233,9 @@ def evaluate(
 
     Example: polyseg evaluate runs/dice runs/adaptive --out runs/comparison
     """
-    from polyseg.jobs import evaluation
-
     with _talking(quiet, verbose) as display:
+        from polyseg.jobs import evaluation
+
         outcome = evaluation.evaluate_runs(
             sources, data=data, part=part, out=out, device=device, trust=trust, progress=display
         )
@@ -265,9 +266,9 @@ def plot_loss(
 
     Example: polyseg plot-loss --epsilon=-0.4,0,1 --out fig2.pdf
     """
-    from polyseg.jobs import figure
-
     with _talking(quiet, verbose):
+        from polyseg.jobs import figure
+
         for path in figure.plot_loss(
             s=s, epsilons=_numbers(epsilon), terms=terms, gradient=gradient, out=out
         ):
@@ -287,10 +288,11 @@ def data_check(
     Example: polyseg data check my/images
     """
     from polyseg.config import load_config
-    from polyseg.jobs import data
 
     settings = load_config(None, [*(overrides or []), f"data.path={json.dumps(str(path))}"])
     with _talking(quiet, verbose) as display:
+        from polyseg.jobs import data
+
         _print_mapping(str(path), data.check_data(settings, display), as_json)
 
 
@@ -312,9 +314,9 @@ def data_demo(
 
     Example: polyseg data demo phantoms --images 20 --modality endoscopy
     """
-    from polyseg.jobs import data
-
     with _talking(quiet, verbose):
+        from polyseg.jobs import data
+
         data.write_demo(path, count=images, size=size, modality=modality, seed=seed)
         print(path)
 
@@ -395,7 +397,8 @@ class _Display:
             transient=True,
         )
         self.on_terminal = console.is_terminal
-        self.tasks: dict[str, Any] = {}
+        # Imports take seconds; until the first progress there is at least this to see.
+        self.tasks: dict[str, Any] = {"starting": self.bars.add_task("starting", total=None)}
         self.last_line = time.monotonic()
 
     def __call__(self, task: str, done: int, total: int) -> None:
@@ -406,6 +409,8 @@ class _Display:
             print(f"{task}: {done}/{total}", file=sys.stderr, flush=True)
 
     def _move_bar(self, task: str, done: int, total: int) -> None:
+        if "starting" in self.tasks:
+            self.bars.remove_task(self.tasks.pop("starting"))
         if task not in self.tasks:
             self.tasks[task] = self.bars.add_task(task, total=total)
         self.bars.update(self.tasks[task], completed=done)
@@ -428,7 +433,13 @@ def _talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     logger = logging.getLogger("polyseg")
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     handler = (
-        RichHandler(console=console, show_path=False, show_level=False, highlighter=None)
+        RichHandler(
+            console=console,
+            show_path=False,
+            show_level=False,
+            highlighter=None,
+            log_time_format="%H:%M:%S",
+        )
         if console.is_terminal
         else _PlainHandler()
     )
@@ -459,10 +470,13 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
         _print_scores(console, outcome.runs)
     if outcome.correlations:
         _print_correlations(console, outcome.correlations)
-    print(f"\nin {outcome.folder}:")
+    suffixes: dict[Path, list[str]] = {}
     for path in outcome.files:
         shown = path.relative_to(outcome.folder) if path.is_relative_to(outcome.folder) else path
-        print(f"  {shown}")
+        suffixes.setdefault(shown.with_suffix(""), []).append(shown.suffix)
+    print(f"\nin {outcome.folder}:")
+    for stem, endings in suffixes.items():
+        print(f"  {stem}{', '.join(endings)}")
 
 
 def _print_scores(console: Console, runs: "Sequence[RunScores]") -> None:
