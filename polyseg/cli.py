@@ -396,13 +396,15 @@ class _Display:
             console=console,
             transient=True,
         )
-        self.on_terminal = console.is_terminal
+        self.console = console
         # Imports take seconds; until the first progress there is at least this to see.
         self.tasks: dict[str, Any] = {"starting": self.bars.add_task("starting", total=None)}
         self.last_line = time.monotonic()
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        if self.on_terminal:
+        if self.console.quiet:
+            return
+        if self.console.is_terminal:
             self._move_bar(task, done, total)
         elif time.monotonic() - self.last_line > self.seconds_between_lines:
             self.last_line = time.monotonic()
@@ -431,7 +433,7 @@ def _talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     """Send the package's log and progress to stderr for the length of a command."""
     console = Console(stderr=True, quiet=quiet)
     logger = logging.getLogger("polyseg")
-    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.DEBUG)
     handler = (
         RichHandler(
             console=console,
@@ -443,6 +445,8 @@ def _talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
         if console.is_terminal
         else _PlainHandler()
     )
+    # A run's own log says all that there is to say, however quiet the terminal is.
+    handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logger.addHandler(handler)
     display = _Display(console)
     try:

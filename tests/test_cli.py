@@ -129,6 +129,12 @@ def test_results_go_into_the_run_when_no_place_is_named(polyseg, tmp_path):
     assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
 
 
+def test_quiet_is_for_the_terminal_only(polyseg, tmp_path):
+    answer = polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+    assert answer.code == 0 and answer.err == "" and "Dice" in answer.out
+    assert "epoch 3/3" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_the_plan_trains_nothing(polyseg, tmp_path):
     answer = polyseg("train", "--out", tmp_path / "run", "--dry-run", "--json", *SET)
     assert answer.code == 0, answer.err

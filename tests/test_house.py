@@ -145,7 +145,7 @@ def test_every_public_function_has_a_docstring_of_one_sentence_first():
     for room, tree in rooms():
         for node in public_functions(tree.body):
             first = (ast.get_docstring(node) or "").split("\n\n")[0]
-            assert re.search(r"[.:]$", first), f"{room}.{node.name}: {first!r}"
+            assert re.search(r"[.:?]$", first), f"{room}.{node.name}: {first!r}"
 
 
 def test_the_start_is_light():
