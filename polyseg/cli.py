@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from polyseg import __version__
 from polyseg.errors import Interrupted, PolysegError
@@ -84,7 +85,7 @@ Overrides = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG.yaml]", help="Settings; the defaults if left out."),
+    typer.Argument(metavar="CONFIG.yaml", help="Settings; the defaults if left out."),
 ]
 
 
@@ -367,14 +368,19 @@ app.add_typer(config_app, name="config", rich_help_panel=_AROUND_IT)
 def main() -> None:
     """Run the command line; a user's error is one line and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except PolysegError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TyperException as error:
+        # A mistyped command or option; without a message the help has been printed instead.
+        if message := error.format_message():
+            print(f"error: {message} (--help tells what there is)", file=sys.stderr)
         sys.exit(2)
     except Interrupted as end:
         print(end, file=sys.stderr)
         sys.exit(128 + end.number)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader went away, as `head` does; there is no one left to tell.

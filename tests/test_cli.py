@@ -199,6 +199,10 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--epoch", "3"], "No such option: --epoch"),
+        (["train", "--epochs", "many"], "'--epochs'"),
+        (["evaluate"], "Missing argument"),
         (["train", "--data", "nowhere"], "nowhere: there is no such folder"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["train", "--loss", "dicee"], "loss.name"),
@@ -262,6 +266,15 @@ def test_sigterm_ends_the_process_with_its_number(tmp_path):
     _, rest = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in rest and "polyseg train --resume --out" in rest
+
+
+def test_ctrl_c_while_images_are_read_is_130(polyseg, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polyseg.jobs.training.load_images", interrupted)
+    answer = polyseg("train", "--dry-run")
+    assert answer.code == 130 and "Traceback" not in answer.err
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
