@@ -12,27 +12,18 @@ import pytest
 import yaml
 from PIL import Image
 from scipy.optimize import brentq
-from typer.main import get_command
 
 from polyseg import __version__
 from polyseg.cache import read_assessment
-from polyseg.cli import app
 from polyseg.config import Config
 from polyseg.evaluate import METRICS
 from polyseg.jobs.figure import _derivative_where_the_sum_is_one
 from polyseg.losses import polydice1_curve
 
 from .conftest import TINY
+from .reference import commands
 
 SET = [word for override in TINY for word in ("--set", override)]
-
-
-def commands(command=None, name=()):
-    command = command or get_command(app)
-    for part, sub in getattr(command, "commands", {}).items():
-        yield from commands(sub, (*name, part))
-    if not hasattr(command, "commands"):
-        yield name, command
 
 
 @pytest.fixture
