@@ -30,14 +30,14 @@ def augment(image: Tensor, mask: Tensor, strength: Strength, seed: int) -> tuple
     """
     if strength == "none":
         return image, mask
-    transform = _transform(strength)
+    transform = _transform(strength, (image.shape[1], image.shape[2]))
     transform.set_random_state(seed=seed % 2**32)
     changed = transform({"image": image, "mask": mask[None].float()})
     return _plain(changed["image"]), (_plain(changed["mask"])[0] >= 0.5).to(torch.uint8)
 
 
-@functools.cache
-def _transform(strength: Strength) -> Any:
+@functools.lru_cache(maxsize=16)
+def _transform(strength: Strength, size: tuple[int, int]) -> Any:
     """Return flips, one rotation-scale-shift, and changes of gain, offset, gamma and noise."""
     from monai import transforms
     from monai.data import set_track_meta
@@ -55,7 +55,7 @@ def _transform(strength: Strength) -> Any:
                 prob=0.7,
                 rotate_range=np.pi / 12 * factor,
                 scale_range=(0.1 * factor, 0.1 * factor),
-                translate_range=4 * factor,
+                translate_range=tuple(0.03 * factor * side for side in size),
                 mode=("bilinear", "nearest"),
                 padding_mode="reflection",
             ),
