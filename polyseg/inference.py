@@ -42,23 +42,23 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Hold a network in evaluation mode, then give each module its own mode back.
+def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
+    """Hold a network in training or evaluation mode, then give each module its own mode back.
 
     >>> layer = nn.Dropout(0.5)
-    >>> with evaluation_mode(layer):
+    >>> with held_in_mode(layer, training=False):
     ...     layer.training
     False
     >>> layer.training
     True
     """
     modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    network.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
@@ -70,6 +70,6 @@ def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batc
     """
     device = device_of(network)
     for batch in batches:
-        with evaluation_mode(network), torch.inference_mode():
+        with held_in_mode(network, training=False), torch.inference_mode():
             logits = network(batch.images.to(device)).float().cpu()
         yield batch, logits

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyseg.difficulty import Region, foreground_mean, select_region
+from polyseg.dropout import active_layers, refuse_hidden_dropout, stochastic_layers
 from polyseg.errors import PolysegError
-from polyseg.inference import device_of, evaluation_mode
-from polyseg.networks import hash_weights, refuse_functional_dropout, stochastic_layers
+from polyseg.inference import device_of, held_in_mode
+from polyseg.networks import hash_weights
 from polyseg.overlap import dice_coefficient
 from polyseg.records import (
     MAPS,
@@ -30,6 +31,8 @@ from polyseg.records import (
 )
 from polyseg.seeds import derive_seed
 from polyseg.uncertainty import UncertaintyAccumulator, binary_entropy
+
+__all__ = ["assess", "stochastic_layers", "stochastic_pass"]
 
 Masks = Literal["consistent", "independent"]
 
@@ -83,11 +86,11 @@ def assess(
     layers = active_layers(network)
     device = device_of(network)
     table = _Table(save_maps)
-    with evaluation_mode(network), torch.inference_mode():
+    with held_in_mode(network, training=False), torch.inference_mode():
         for batch in batches:
             images = batch.images.to(device)
             if not table.ids:
-                refuse_functional_dropout(network, images[:2])
+                refuse_hidden_dropout(network, images[:1].repeat(2, 1, 1, 1))
             streams = _MaskStreams(masks, seed, epoch, batch.ids)
             passes = (
                 stochastic_pass(network, layers, images, streams, n).cpu() for n in range(samples)
@@ -107,27 +110,6 @@ def assess(
         seed=seed,
         **table.columns(),
     )
-
-
-def active_layers(network: nn.Module) -> dict[str, Any]:
-    """Return the active dropout layers by name; there is at least one.
-
-    Raises:
-        PolysegError: none is active, or one drops everything.
-
-    >>> list(active_layers(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))))
-    ['1']
-    """
-    layers = stochastic_layers(network)
-    if not layers:
-        raise PolysegError(
-            "network: has no active dropout layer, so MC Dropout has nothing to sample; "
-            "set network.dropout above 0, or choose others by network.dropout_layers"
-        )
-    for name, layer in layers.items():
-        if layer.p == 1:
-            raise PolysegError(f"network layer {name}: a dropout rate of 1 drops everything")
-    return layers
 
 
 def stochastic_pass(

@@ -17,15 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from polyseg.dropout import stochastic_layers
 from polyseg.errors import PolysegError
 
 DropoutKind = Literal["channel", "element"]
 
 _CHANNELS = (16, 32, 64, 128, 256)
-_DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_REFUSED_LAYERS = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+_SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
 
 
 class SegmentationNetwork(nn.Module):
@@ -101,10 +100,13 @@ def build_network(
     chosen = _choose(layers, dropout_layers)
     for layer in layers:
         if layer.name not in chosen:
-            network.set_submodule(layer.name, nn.Identity())
-        elif not own:
+            _replace(network, layer.name, nn.Identity())
+        elif own:
+            # In place it would also drop what a skip connection holds, which MC Dropout does not.
+            network.get_submodule(layer.name).inplace = False  # type: ignore[assignment]
+        else:
             kind = nn.Dropout2d if dropout_kind == "channel" else nn.Dropout
-            network.set_submodule(layer.name, kind(dropout))
+            _replace(network, layer.name, kind(dropout))
     return network
 
 
@@ -115,27 +117,6 @@ def network_names() -> list[str]:
     ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
     """
     return list(_RECIPES)
-
-
-def stochastic_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the active dropout layers by name: those with a rate above 0.
-
-    Raises:
-        PolysegError: there is a kind of dropout that MC Dropout does not cover.
-
-    >>> sorted(stochastic_layers(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.0))))
-    ['0']
-    """
-    layers: dict[str, nn.Module] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, _REFUSED_LAYERS):
-            raise PolysegError(
-                f"network layer {name}: {type(module).__name__} changes the mean of what it passes "
-                "on, which eq. 7 does not; use nn.Dropout or nn.Dropout2d"
-            )
-        if isinstance(module, _DROPOUT_LAYERS) and module.p > 0:
-            layers[name] = module
-    return layers
 
 
 def hash_weights(network: nn.Module) -> str:
@@ -149,80 +130,6 @@ def hash_weights(network: nn.Module) -> str:
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def refuse_functional_dropout(network: nn.Module, images: Tensor) -> None:
-    """Raise if a training pass drops anything outside a dropout layer, where no one can steer it.
-
-    The pass runs on a copy, and torch's random stream is put back after it.
-
-    Args:
-        network: any.
-        images: (B, C, H, W) that it takes.
-
-    Raises:
-        PolysegError: functional dropout, or attention with dropout of its own, was seen.
-
-    >>> refuse_functional_dropout(nn.Dropout(0.5), torch.zeros(1, 1, 4, 4))
-    """
-    trial = copy.deepcopy(network).train()
-    by_layers = 0
-
-    def count(*_: Any) -> None:
-        nonlocal by_layers
-        by_layers += 1
-
-    for layer in stochastic_layers(trial).values():
-        layer.register_forward_hook(count)
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _DropoutCalls() as calls:
-        trial(images)
-    if calls.number > by_layers:
-        raise PolysegError(
-            f"network: {calls.number - by_layers} calls of functional dropout in a pass, which "
-            "MC Dropout cannot steer; use nn.Dropout or nn.Dropout2d layers instead"
-        )
-
-
-class _DropoutCalls(TorchFunctionMode):
-    """Counts calls that drop something, be they a layer's or a function's."""
-
-    _functions = frozenset(
-        {
-            functional.dropout,
-            functional.dropout1d,
-            functional.dropout2d,
-            functional.dropout3d,
-            functional.alpha_dropout,
-            functional.feature_alpha_dropout,
-            functional.scaled_dot_product_attention,
-            torch.dropout,
-            torch.dropout_,
-            torch.feature_dropout,
-            torch.native_dropout,
-        }
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in self._functions and _drops(func, args, kwargs or {}):
-            self.number += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _drops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether this call has a rate above 0 (and is told to be training)."""
-    attention = func is functional.scaled_dot_product_attention
-    rate = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) if attention else None
-    if rate is None:
-        rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-    training = True if attention else kwargs.get("training", args[2] if len(args) > 2 else True)
-    return bool(training) and rate > 0
 
 
 @dataclass(frozen=True)
@@ -241,33 +148,36 @@ def _trace_dropout(
 ) -> list[_Layer]:
     """Return the dropout layers in the order in which a pass runs them; checks the output too."""
     seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_hook(lambda _m, _i, out, key=key: seen.setdefault(key, out))
-        for key, layer in stochastic_layers(network).items()
-    ]
     size = 2 * network.multiple
-    training = network.training
+
+    def remember(name: str, output: Tensor) -> None:
+        # No result, which would take the place of the layer's own where it is run again.
+        seen.setdefault(name, output)
+
+    trial = copy.deepcopy(network.core)
+    for key, layer in stochastic_layers(trial).items():
+        layer.register_forward_hook(lambda _m, _i, out, key=key: remember(f"core.{key}", out))
     try:
-        with torch.no_grad():
-            core_output = network.eval().core(torch.zeros(1, in_channels, size, size))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        with torch.no_grad(), torch.random.fork_rng([]):
+            images = torch.zeros(2, in_channels, size, size)
+            in_training = trial.train()(images)
+            seen.clear()
+            output = trial.eval()(images)
+    except Exception as error:  # Somebody's code, or MONAI's with somebody's settings.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
-            f"network.name = {name}: fails on an image of {size} x {size} with {in_channels} "
+            f"network.name = {name}: fails on images of {size} x {size} with {in_channels} "
             f"channels: {reason}"
         ) from error
-    finally:
-        network.train(training)
-        for hook in hooks:
-            hook.remove()
-    if getattr(core_output, "shape", None) != (1, out_channels, size, size):
-        raise PolysegError(
-            f"network.name = {name}: must return logits of shape (B, {out_channels}, H, W), gave "
-            f"{tuple(getattr(core_output, 'shape', ())) or type(core_output).__name__}"
-        )
+    for given in (output, in_training):
+        if getattr(given, "shape", None) != (2, out_channels, size, size):
+            raise PolysegError(
+                f"network.name = {name}: must return logits of shape (B, {out_channels}, H, W), "
+                f"gave {tuple(getattr(given, 'shape', ())) or type(given).__name__}"
+            )
     return [
-        _Layer(key, out.shape[1], math.prod(out.shape[2:]), out is core_output)
-        for key, out in seen.items()
+        _Layer(key, values.shape[1], math.prod(values.shape[2:]), values is output)
+        for key, values in seen.items()
     ]
 
 
@@ -308,13 +218,16 @@ def _from_factory(
     module_name, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # Importing runs somebody's code, which may fail in any way.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
-            f"network.name = {name}: {error}; give package.module:factory that can be imported "
+            f"network.name = {name}: {reason}; give package.module:factory that can be imported "
             "from here (PYTHONPATH says where from)"
         ) from error
     core = _call(
-        name, factory, in_channels=in_channels, out_channels=out_channels, **settings or {}
+        name,
+        lambda **given: factory(in_channels=in_channels, out_channels=out_channels, **given),
+        settings,
     )
     if not isinstance(core, nn.Module):
         raise PolysegError(f"network.name = {name}: must return a torch.nn.Module")
@@ -336,30 +249,44 @@ def _from_monai(
             "package.module:factory"
         )
     recipe = _RECIPES[name]
-    arguments = {**recipe.settings, **(settings or {})}
-    rate = {} if recipe.add_dropout else {"dropout": dropout}
-    features = arguments["channels"][0] if recipe.wants_head else out_channels
-    core = _call(
-        name,
-        getattr(nets, recipe.class_name),
-        spatial_dims=2,
-        in_channels=in_channels,
-        out_channels=features,
-        **rate,
-        **arguments,
-    )
-    if recipe.add_dropout:
-        recipe.add_dropout(core, dropout)
-    if recipe.wants_head:
-        core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
-    return core, recipe.multiple(arguments)
+    if taken := sorted(set(_SET_ELSEWHERE) & (settings or {}).keys()):
+        raise PolysegError(
+            f"network.kwargs: {', '.join(taken)} cannot be set there; polyseg sets it "
+            "(network.dropout is the rate)"
+        )
+
+    def build(**arguments: Any) -> tuple[nn.Module, int]:
+        features = arguments["channels"][0] if recipe.wants_head else out_channels
+        rate = {} if recipe.add_dropout else {"dropout": dropout}
+        core = getattr(nets, recipe.class_name)(
+            spatial_dims=2, in_channels=in_channels, out_channels=features, **rate, **arguments
+        )
+        if recipe.add_dropout:
+            recipe.add_dropout(core, dropout)
+        if recipe.wants_head:
+            core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
+        return core, recipe.multiple(arguments)
+
+    built: tuple[nn.Module, int] = _call(name, build, {**recipe.settings, **(settings or {})})
+    return built
 
 
-def _call(name: str, factory: Callable[..., Any], **settings: Any) -> Any:
+def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | None) -> Any:
     try:
-        return factory(**settings)
-    except (TypeError, ValueError) as error:
-        raise PolysegError(f"network.kwargs: {name} refuses them: {error}") from error
+        return factory(**settings or {})
+    except PolysegError:
+        raise
+    except Exception as error:  # Settings of any kind meet code of any kind.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, wherever that one is registered."""
+    old = network.get_submodule(name)
+    for alias, one in list(network.named_modules(remove_duplicate=False)):
+        if one is old:
+            network.set_submodule(alias, module)
 
 
 def _add_dropout_to_segresnet(core: Any, rate: float) -> None:

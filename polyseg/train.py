@@ -20,9 +20,10 @@ from polyseg.config import Config, TrainingConfig
 from polyseg.control import EpsilonControl
 from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
+from polyseg.dropout import active_layers, refuse_hidden_dropout
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.inference import choose_device, predict
-from polyseg.montecarlo import active_layers, assess
+from polyseg.montecarlo import assess
 from polyseg.objective import build_objective, count_wrong_sign
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
@@ -62,7 +63,10 @@ class Trainer:
         torch.manual_seed(derive_seed(config.training.seed, "weights"))
         self.network = new_network(config, images.channels).to(self.device)
         if config.adaptive:
+            # Now, not at the first assessment, which may be hours away.
             active_layers(self.network)
+            image, _ = images.sample(images.index[split["train"][0]])
+            refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
         self.forward: nn.Module = self.network
         if config.training.compile:
             self.forward = torch.compile(self.network)  # type: ignore[assignment]

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from polyseg.difficulty import FALLBACKS, foreground_mean
+from polyseg.dropout import active_layers
 from polyseg.errors import PolysegError
-from polyseg.montecarlo import active_layers, assess
+from polyseg.montecarlo import assess
 from polyseg.networks import build_network, hash_weights, network_names
 from polyseg.records import Batch
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from polyseg.data.phantoms import make_phantom
+from polyseg.dropout import refuse_hidden_dropout, stochastic_layers
 from polyseg.errors import PolysegError
 from polyseg.losses import dice_loss
 from polyseg.networks import (
@@ -13,8 +14,6 @@ from polyseg.networks import (
     build_network,
     hash_weights,
     network_names,
-    refuse_functional_dropout,
-    stochastic_layers,
 )
 
 
@@ -158,7 +157,7 @@ def test_a_users_own_network_keeps_its_dropout():
         ("resnet", "unknown; choose unet, basic-unet"),
         ("no_such_module:factory", "No module named"),
         (f"{__name__}:nothing", "no attribute 'nothing'"),
-        (f"{__name__}:wrong_shape", r"must return logits of shape \(B, 1, H, W\), gave \(1, 2"),
+        (f"{__name__}:wrong_shape", r"must return logits of shape \(B, 1, H, W\), gave \(2, 2"),
         (f"{__name__}:not_a_module", "must return a torch.nn.Module"),
     ],
 )
@@ -177,20 +176,123 @@ def test_functional_dropout_is_refused(network):
     images = torch.rand(2, 1, 8, 8)
     before = torch.random.get_rng_state()
     with pytest.raises(PolysegError, match="1 calls of functional dropout"):
-        refuse_functional_dropout(network, images)
+        refuse_hidden_dropout(network, images)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+class ReusesItsDropout(nn.Module):
+    """One layer at two depths, as many networks have it."""
+
+    def __init__(self, in_channels: int = 1, out_channels: int = 1) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(in_channels, 4, 1), nn.Conv2d(4, 8, 1)
+        self.head = nn.Conv2d(8, out_channels, 1)
+        self.drop = nn.Dropout2d(0.3, inplace=True)
+        self.again = self.drop
+
+    def forward(self, x):
+        return self.head(self.drop(self.wide(self.drop(self.narrow(x)))))
+
+
+def test_a_layer_that_is_reused_is_taken_as_it_is():
+    network = build_network(f"{__name__}:ReusesItsDropout", in_channels=1)
+    (layer,) = stochastic_layers(network).values()
+    assert layer.p == 0.3 and not layer.inplace
+    refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
+
+
+def test_a_layer_of_two_names_is_cut_out_under_both():
+    network = build_network(f"{__name__}:ReusesItsDropout", in_channels=1, dropout_layers=[])
+    assert not stochastic_layers(network)
+
+
+class SkipsItsDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(0.3)
+
+    def forward(self, x):
+        return self.drop(x) if self.training else x
+
+
+def test_a_layer_that_evaluation_skips_is_refused():
+    with pytest.raises(PolysegError, match="drop: is run 1 times in training and 0 times in eval"):
+        refuse_hidden_dropout(SkipsItsDropout(), torch.rand(2, 1, 8, 8))
+
+
+def test_a_layer_that_is_never_run_is_nothing_to_sample():
+    network = nn.Conv2d(1, 1, 1)
+    network.drop = nn.Dropout(0.5)
+    with pytest.raises(PolysegError, match="none of its active dropout layers is run"):
+        refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
+
+
+def test_a_layer_whose_first_dimension_is_not_the_image_is_refused():
+    windows = nn.Sequential(nn.Flatten(0, 1), nn.Dropout(0.5))
+    with pytest.raises(PolysegError, match="its first dimension is 6 for 2 images"):
+        refuse_hidden_dropout(windows, torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(4, 2, dropout=0.1), nn.LSTM(4, 4, 2, dropout=0.1)]
+)
+def test_layers_that_drop_inside_are_refused(layer):
+    with pytest.raises(PolysegError, match="drops inside itself"):
+        stochastic_layers(nn.Sequential(layer))
+
+
+def test_a_call_of_attention_with_dropout_is_seen():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, dropout=0.0)
+
+        def forward(self, x):
+            self.inner.dropout = 0.5 if self.training else 0.0
+            attended, _ = self.inner(x, x, x)
+            self.inner.dropout = 0.0
+            return attended
+
+    with pytest.raises(PolysegError, match="functional dropout"):
+        refuse_hidden_dropout(Attention(), torch.rand(2, 4, 8))
+
+
+def raising_factory(in_channels, out_channels):
+    raise KeyError("weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("unet", {"dropout": 0.1}, "dropout cannot be set there"),
+        ("unet", {"in_channels": 1}, "in_channels cannot be set there"),
+        ("dynunet", {"deep_supervision": True}, "deep_supervision cannot be set there"),
+        ("unet", {"channels": 5}, "unet refuses them"),
+        ("unet", {"channels": []}, "unet refuses them"),
+        ("unet", {"strides": [0, 2, 2, 2]}, "network"),
+        ("unet", {"kernel_size": 2}, "network"),
+        (f"{__name__}:plain_factory", {"in_channels": 1}, "refuses them"),
+        (f"{__name__}:raising_factory", {}, "weights"),
+        (":f", {}, "give package.module:factory"),
+        (".x:f", {}, "give package.module:factory"),
+    ],
+)
+def test_whatever_a_user_sets_is_one_line(name, settings, match):
+    with pytest.raises(PolysegError, match=match) as error:
+        build_network(name, in_channels=1, settings=settings)
+    assert "\n" not in str(error.value)
 
 
 def test_dropout_inside_attention_is_refused():
     with pytest.raises(PolysegError, match="functional dropout"):
-        refuse_functional_dropout(AttentionDropout(), torch.rand(2, 1, 8, 8))
+        refuse_hidden_dropout(AttentionDropout(), torch.rand(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize("name", network_names())
 def test_library_networks_have_no_functional_dropout(name):
     network = build_network(name, in_channels=1)
     before = hash_weights(network)
-    refuse_functional_dropout(network, torch.rand(2, 1, 32, 32))
+    refuse_hidden_dropout(network, torch.rand(2, 1, 32, 32))
     assert hash_weights(network) == before
 
 
