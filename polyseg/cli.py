@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.exceptions import TyperException
@@ -138,7 +139,13 @@ def train(
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_WHERE)
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in --out; with --epochs for longer, the learning rate then "
+            "following the new number.",
+            rich_help_panel=_WHERE,
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -496,13 +503,13 @@ def _print_scores(console: Console, runs: "Sequence[RunScores]") -> None:
     table = Table(title="Mean ± deviation over the images", title_justify="left")
     table.add_column("metric")
     for run in runs:
-        table.add_column(f"{run.name} ({len(run.scores)} images)", justify="right")
+        table.add_column(escape(f"{run.name} ({len(run.scores)} images)"), justify="right")
     cells = [evaluate.table_cells(run) for run in runs]
     for row, metric in enumerate(evaluate.METRICS):
         table.add_row(metric.title, *(column[row] for column in cells))
     console.print(table)
     for note in evaluate.notes(runs):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
 
 
 def _print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -36,10 +36,11 @@ class EpsilonControl:
         rows = [self._row[identity] for identity in ids]
         if self.config.statistics == "batch":
             return self._from_difficulty(self.assessment.difficulty[rows])
-        return self.over_data_set()[rows]
+        return self.over_data_set[rows]
 
+    @cached_property
     def over_data_set(self) -> NDArray[np.float64]:
-        """Return epsilon of every assessed image, with the statistics of all of them."""
+        """Epsilon of every assessed image, with the statistics of all of them."""
         if self.assessment is None:
             raise ValueError("there is no assessment yet")
         return self._from_difficulty(self.assessment.difficulty)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from polyseg.errors import PolysegError
 
+TEMPORARY_PREFIX = ".partial-"
+"""How the names of files begin that are not whole yet; a killed process may leave one."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -30,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
+            prefix=f"{TEMPORARY_PREFIX}{path.stem}.", suffix=path.suffix, dir=path.parent
         )
         os.close(handle)
     except OSError as error:
@@ -84,14 +87,17 @@ def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
     ...         "one writer"
     'one writer'
     """
-    with path.open("a+") as stream:
+    with contextlib.ExitStack() as stack:
         try:
+            stream = stack.enter_context(path.open("a+"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise PolysegError(
                 f"{owner} is being written by another process; "
                 "wait for it to end or choose another --out"
             ) from error
+        except OSError as error:
+            raise PolysegError(f"{path}: cannot be locked: {error.strerror}") from error
         yield
 
 

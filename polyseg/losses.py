@@ -8,7 +8,7 @@ Smoothing turns cos(theta) = q / (ab) into (2q + smooth) / (2ab + smooth) and s 
 into (2ab + smooth) / (a^2 + b^2 + smooth). Their product is Dice with the same smoothing, so the
 identity Dice loss = 1 - s cos(theta) holds for every value of `smooth`.
 
-An empty mask (b = q = 0) then has cos(theta) = 1 and theta = 0, and every loss of this room is
+An empty mask (b = q = 0) then has cos(theta) = 1 and theta = 0, and Dice and PolyDice are
 1 - s = a^2 / (a^2 + smooth), with gradient 2 p smooth / (a^2 + smooth)^2: predictions are pushed
 towards zero, strongly only while a^2 is not far above `smooth`.
 """

@@ -19,7 +19,7 @@ from polyseg.data.dataset import ImageSet
 from polyseg.difficulty import FALLBACKS
 from polyseg.files import write_text
 from polyseg.records import METRICS, Assessment
-from polyseg.run import RunDirectory
+from polyseg.run import RunDirectory, in_order
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Ass
     """Read the assessments that a run recorded, by the hashes that it recorded, in order."""
     return [
         read_assessment(run.path / "uncertainty" / name, sha256=recorded[name])
-        for name in sorted(recorded)
+        for name in in_order(recorded)
     ]
 
 

@@ -9,9 +9,10 @@ import csv
 import io
 import json
 import platform
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ from polyseg import __version__
 from polyseg.config import Config, build_config
 from polyseg.data.splits import PARTS, Split
 from polyseg.errors import PolysegError
-from polyseg.files import atomic_path, exclusive_lock, write_text
+from polyseg.files import TEMPORARY_PREFIX, atomic_path, exclusive_lock, write_text
 from polyseg.networks import SegmentationNetwork, build_network
 
 _KIND = "polyseg checkpoint"
@@ -77,6 +78,7 @@ class RunDirectory:
         self.last = path / "checkpoints" / "last.safetensors"
         self.best = path / "checkpoints" / "best.safetensors"
         self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
         self.split = path / "split.json"
         self.log = path / "log.txt"
         self.history = path / "history.csv"
@@ -128,15 +130,37 @@ class RunDirectory:
         """Return the path of an epoch's assessment file."""
         return self.path / "uncertainty" / f"epoch_{epoch:04d}.h5"
 
-    def begin(self, config: Config, split: Split, hashes: Mapping[str, str]) -> None:
+    def begin(
+        self, config: Config, split: Split, hashes: Mapping[str, str], device: torch.device
+    ) -> None:
         """Write what a run is known by, before its first epoch."""
         self.write_config(config)
-        write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_text(self.environment, json.dumps(environment(device), indent=2) + "\n")
         record = {
             part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
             for part, ids in split.items()
         }
         write_text(self.split, json.dumps(record, indent=1) + "\n")
+
+    def changes_of_environment(self, device: torch.device) -> list[str]:
+        """Return what is no longer as it was when the run began, and may move its last digits."""
+        try:
+            recorded = json.loads(self.environment.read_text(encoding="utf-8"))
+            return [
+                f"{name} {recorded.get(name)} -> {now}"
+                for name, now in environment(device).items()
+                if name not in ("command", "started") and recorded.get(name) != now
+            ]
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return [f"{self.environment} cannot be read"]
+
+    def remove_leftovers(self, assessments: Mapping[str, str]) -> None:
+        """Remove what a run that was killed has left behind: assessments and torn files."""
+        for path in (self.path / "uncertainty").glob("*.h5"):
+            if path.name not in assessments:
+                path.unlink()
+        for path in self.path.rglob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink()
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml; a resumed run may have been given more epochs."""
@@ -286,7 +310,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             optimizer=_with_prefix(tensors, "optimizer/"),
             best_epoch=int(header["best_epoch"]),
             best_dice=float(header["best_dice"]),
-            assessments={str(k): str(v) for k, v in header["assessments"].items()},
+            assessments=_checked_names(header["assessments"]),
         )
     except PolysegError:
         raise
@@ -296,17 +320,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise PolysegError(f"{path}: is damaged or no checkpoint: {error}") from None
 
 
-def environment() -> dict[str, Any]:
-    """Return what the run was made with: versions, machine, command."""
+def in_order(assessments: Iterable[str]) -> list[str]:
+    """Return names of assessment files by their epoch, which may have more digits than four.
+
+    >>> in_order(["epoch_10000.h5", "epoch_9999.h5"])
+    ['epoch_9999.h5', 'epoch_10000.h5']
+    """
+    return sorted(assessments, key=lambda name: (len(name), name))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the run is made with: versions, machine, command."""
     return {
         "polyseg": __version__,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _RECORDED_VERSIONS},
         "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _checked_names(assessments: Mapping[str, Any]) -> dict[str, str]:
+    """Return hashes by file name, if the names are those of files in the run's own folder."""
+    for name in assessments:
+        if not re.fullmatch(r"epoch_[0-9]{4,9}\.h5", name):
+            raise ValueError(f"{name!r} is no name of an assessment")
+    return {name: str(digest) for name, digest in assessments.items()}
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from polyseg.run import (
     Checkpoint,
     RunDirectory,
     fit_weights,
+    in_order,
     new_network,
     write_checkpoint,
 )
@@ -60,6 +62,9 @@ class Trainer:
         self.config, self.images, self.split, self.run = config, images, split, run
         self.progress = progress
         self.device = choose_device(config.training.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
         torch.manual_seed(derive_seed(config.training.seed, "weights"))
         self.network = new_network(config, images.channels).to(self.device)
         if config.adaptive:
@@ -114,17 +119,19 @@ class Trainer:
             schedule = read_schedule(self.run.schedule)
             self.epsilons = list(schedule.epsilon[: self.epoch])
         if self.assessments:
-            name = max(self.assessments)
+            name = in_order(self.assessments)[-1]
             path = self.run.path / "uncertainty" / name
             self._adopt(read_assessment(path, sha256=self.assessments[name]))
-        for path in (self.run.path / "uncertainty").glob("*.h5"):
-            if path.name not in self.assessments:
-                path.unlink()
+        self.run.remove_leftovers(self.assessments)
+        if self.epoch and self.best_epoch == self.epoch:
+            # A crash may have come between the two files; they hold the same weights.
+            write_checkpoint(self.run.best, dataclasses.replace(checkpoint, optimizer={}))
 
     def _start(self) -> None:
+        self._commit()
         if 0 in self._assessment_epochs():
             self._assess(0)
-        self._commit()
+            self._commit()
 
     def _run_epoch(self, epoch: int) -> None:
         seconds: dict[str, float] = {}
@@ -132,7 +139,6 @@ class Trainer:
             row = self._train(epoch)
         with _stopwatch(seconds, "validation"):
             row |= self._validate()
-        self.epoch = epoch
         assessed = epoch in self._assessment_epochs()
         with _stopwatch(seconds, "assessment"):
             if assessed:
@@ -141,6 +147,7 @@ class Trainer:
         if not row["validation_dice"] <= self.best_dice:
             self.best_epoch, self.best_dice = epoch, row["validation_dice"]
         row |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        self.epoch = epoch
         self.history.append(row)
         self._commit()
         log.info("%s", _epoch_line(row, self))
@@ -234,7 +241,7 @@ class Trainer:
         assessment = dataclasses.replace(assessment, config_yaml=self.config.to_yaml())
         self._adopt(assessment)
         if self.config.control.statistics == "dataset":
-            assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set())
+            assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set)
         path = self.run.assessment(epoch)
         self.assessments[path.name] = write_assessment(path, assessment)
 
@@ -249,7 +256,7 @@ class Trainer:
         self.progress(f"MC Dropout after epoch {epoch}", done, total)
 
     def _commit(self) -> None:
-        """Write all of this epoch; the last renaming makes it count."""
+        """Write all of this epoch; the renaming of the last checkpoint makes it count."""
         if self.history:
             epochs = np.arange(1, self.epoch + 1)
             epsilon = np.stack(self.epsilons)
@@ -264,10 +271,10 @@ class Trainer:
             best_dice=self.best_dice,
             assessments=self.assessments,
         )
-        if self.best_epoch == self.epoch:
-            write_checkpoint(self.run.best, checkpoint)
         optimizer = _optimizer_tensors(self.optimizer)
         write_checkpoint(self.run.last, dataclasses.replace(checkpoint, optimizer=optimizer))
+        if self.best_epoch == self.epoch:
+            write_checkpoint(self.run.best, checkpoint)
 
     def _assessment_epochs(self) -> list[int]:
         if not self.config.adaptive:
@@ -308,7 +315,11 @@ class Trainer:
     def _signals(self) -> Iterator[None]:
         """Turn SIGINT and SIGTERM into a wish that is granted between two steps."""
 
+        process = os.getpid()
+
         def remember(number: int, _: FrameType | None) -> None:
+            if os.getpid() != process:
+                return  # A process that reads images; this one ends it.
             if self.signal:
                 raise self._interruption(number)
             self.signal = number

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["data", "check", "nowhere"], "there is no such folder"),
         (["data", "demo", "new", "--modality", "mri"], "choose ultrasound or endoscopy"),
         (["data", "demo", "new", "--size", "3"], "--size: 32 to"),
+        (["data", "demo", "new", "--seed", "-1"], "--seed -1: 0 or more"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, arguments, match):
@@ -240,6 +242,14 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(images / "images" / "phantom_0003.png")
     answer = polyseg("evaluate", run)
     assert answer.code == 2 and "image phantom_0003 has changed" in answer.err
+
+
+def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
+    polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
+    shutil.copytree(images, tmp_path / "moved")
+    answer = polyseg("evaluate", tmp_path / "run", "--data", tmp_path / "moved")
+    assert answer.code == 0
+    assert "14 of these 16 images are training or validation images of" in answer.err
 
 
 def test_sigterm_ends_the_process_with_its_number(tmp_path):

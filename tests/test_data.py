@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 
 import numpy as np
 import pytest
@@ -256,6 +257,35 @@ def test_masks_follow_their_images():
         assert overlap > 0.93
         changed += not torch.equal(new_mask, mask)
     assert changed > 15
+
+
+def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
+    upright = np.zeros((8, 16, 3), np.uint8)
+    upright[:, :8] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned to the left
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.rot90(upright).copy()).save(path, exif=exif, quality=95)
+    assert np.abs(read_image(path).astype(int) - upright).max() < 20
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / os.fsdecode(b"caf\xe9.png")).touch()
+    with pytest.raises(PolysegError, match="is no text; rename that file"):
+        find_images(tmp_path)
+
+
+def test_planar_tiff_is_measured_by_its_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr("polyseg.data.images.LARGEST_IMAGE", 99)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        np.zeros((3, 10, 10), np.uint8),
+        photometric="rgb",
+        planarconfig="separate",
+    )
+    with pytest.raises(PolysegError, match="has 10 x 10 pixels"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_images_are_moved_along_both_axes():

@@ -1,6 +1,7 @@
 """Training runs: what is equal bit for bit, what assessments feed, how a run ends and goes on."""
 
 import csv
+import json
 import os
 import signal
 from pathlib import Path
@@ -252,19 +253,117 @@ def test_every_loss_trains(tiny, loss):
             "run",
             f"loss.name={loss}",
             "control.enabled=false",
-            "training.epochs=2",
+            "training.epochs=6",
             "training.scheduler=polynomial",
             "training.optimizer=adam",
+            "training.learning_rate=0.03",
+            "data.augmentation=none",
         )
     )
     rows = history_of(run)
-    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[-1]["train_loss"]) < 0.97 * float(rows[0]["train_loss"])
 
 
 @pytest.mark.parametrize("name", ["basic-unet", "attention-unet", "dynunet", "segresnet"])
 def test_every_network_trains(tiny, name):
     run = run_of(tiny("run", f"network.name={name}", "network.kwargs={}", "training.epochs=1"))
     assert run.assessment(1).is_file()
+
+
+def test_a_crash_between_the_two_checkpoints_is_mended(tiny, monkeypatch):
+    whole = run_of(tiny("whole"))
+    config = tiny("stopped")
+    write = room.write_checkpoint
+
+    def crash_before_best(path, checkpoint):
+        if path.name.startswith("best") and checkpoint.epoch == checkpoint.best_epoch == 2:
+            raise Stop
+        write(path, checkpoint)
+
+    monkeypatch.setattr(room, "write_checkpoint", crash_before_best)
+    with pytest.raises(Stop):
+        train(config)
+    monkeypatch.undo()
+    stopped = RunDirectory(Path(config.output.path))
+    assert read_checkpoint(stopped.last).epoch == 2 != read_checkpoint(stopped.best).epoch
+    (stopped.path / "checkpoints" / ".partial-last.abc.safetensors").touch()
+    train(config, resume=True)
+    assert_same_run(whole, stopped)
+    assert not list(stopped.path.rglob(".partial*"))
+
+
+def test_a_run_that_ends_in_its_first_assessment_can_go_on(tiny):
+    whole = run_of(tiny("whole", "control.start=0"))
+    config = tiny("stopped", "control.start=0")
+
+    def progress(task, *_):
+        if task == "MC Dropout after epoch 0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after epoch 0"):
+        train(config, progress=progress)
+    train(config, resume=True)
+    assert_same_run(whole, RunDirectory(Path(config.output.path)))
+
+
+def test_a_signal_in_an_assessment_names_the_epoch_that_is_committed(tiny):
+    def progress(task, *_):
+        if task == "MC Dropout after epoch 2":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tiny("run")
+    with pytest.raises(Interrupted, match="after epoch 1;"):
+        train(config, progress=progress)
+    assert read_checkpoint(RunDirectory(Path(config.output.path)).last).epoch == 1
+
+
+def test_a_longer_run_keeps_its_first_assessment(tiny):
+    """A share of the epochs is settled when the run begins."""
+    train(tiny("run", "control.start=0.4"))
+    run = RunDirectory(Path(tiny("run", "control.start=0.4", "training.epochs=10").output.path))
+    train(tiny("run", "control.start=0.4", "training.epochs=6"), resume=True)
+    names = sorted(path.name for path in (run.path / "uncertainty").iterdir())
+    assert names == [f"epoch_{epoch:04d}.h5" for epoch in range(1, 7)]
+    assert "start: 1.0" in run.config.read_text()
+
+
+def test_what_changed_around_a_run_is_named(tiny, caplog):
+    config = tiny("run")
+    train(config)
+    run = RunDirectory(Path(config.output.path))
+    record = json.loads(run.environment.read_text())
+    run.environment.write_text(json.dumps({**record, "torch": "1.0", "threads": 64}))
+    train(tiny("run", "training.epochs=4"), resume=True)
+    assert "last digits: torch 1.0 -> " in caplog.text and "threads 64 -> 1" in caplog.text
+
+
+def functional(in_channels, out_channels):
+    class Network(torch.nn.Conv2d):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(in_channels, 4, 1), torch.nn.Dropout2d(0.2), Network(4, out_channels, 1)
+    )
+
+
+def test_dropout_that_cannot_be_steered_is_refused_before_anything_is_written(tiny):
+    config = tiny("run", f"network.name={__name__}:functional", "network.kwargs={}")
+    with pytest.raises(PolysegError, match="calls of functional dropout"):
+        train(config)
+    assert not Path(config.output.path).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [("network.name=foo", "choose unet"), ("network.kwargs={nope: 1}", "refuses them")],
+)
+def test_the_plan_checks_the_network_and_the_folder(tiny, override, match):
+    with pytest.raises(PolysegError, match=match):
+        plan(tiny("run", override))
+    train(tiny("run"))
+    with pytest.raises(PolysegError, match="is not empty"):
+        plan(tiny("run"))
 
 
 def test_early_stopping_counts_epochs_without_a_better_dice(tiny):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from polyseg.errors import PolysegError
 
@@ -69,7 +69,7 @@ def read_mask(path: Path, foreground: tuple[int, ...] | None = None) -> NDArray[
             f"{path}: a mask of values {shown}; expected 0/1 or 0/255, or say by data.foreground "
             "which values count"
         )
-    return (pixels == high).astype(np.uint8) if high else pixels.astype(np.uint8)
+    return np.asarray(pixels == high, dtype=np.uint8)
 
 
 def resize_image(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -136,7 +136,9 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> NDArray[Any]:
             _refuse_if_large(path, image.width, image.height)
             # The palette numbers of a mask are its labels; those of an image are colours.
             colours = image.mode in _COLOUR_MODES and not (keep_palette and image.mode == "P")
-            return np.asarray(image.convert("RGB") if colours else image)
+            # A camera may store a picture lying on its side, and how to turn it.
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert("RGB") if colours else upright)
 
 
 def _read_tiff(path: Path) -> NDArray[Any]:
@@ -144,7 +146,9 @@ def _read_tiff(path: Path) -> NDArray[Any]:
         if len(file.pages) != 1:
             raise PolysegError(f"{path}: has {len(file.pages)} pages; expected one image a file")
         page = file.pages[0]
-        _refuse_if_large(path, *page.shape[:2])
+        _refuse_if_large(path, page.imagelength, page.imagewidth)
+        if page.samplesperpixel > 4:
+            raise PolysegError(f"{path}: has {page.samplesperpixel} channels; expected gray or RGB")
         pixels = page.asarray()
         return np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
 

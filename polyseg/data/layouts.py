@@ -80,6 +80,8 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
+        if not path.name.isprintable():
+            raise PolysegError(f"{folder}: the name {path.name!r} is no text; rename that file")
         if path.stem in found:
             raise PolysegError(
                 f"{path}: has the same stem as {found[path.stem].name}; stems are the images' ids"

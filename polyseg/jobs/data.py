@@ -43,6 +43,8 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
     """
     if modality not in phantoms.MODALITIES:
         raise PolysegError(f"--modality {modality}: choose {' or '.join(phantoms.MODALITIES)}")
+    if seed < 0:
+        raise PolysegError(f"--seed {seed}: 0 or more")
     if not (1 <= count <= 100_000 and 32 <= size <= 1024):
         raise PolysegError("--images: 1 to 100000; --size: 32 to 1024")
     made = phantoms.make_phantoms(count, seed=seed, size=(size, size), modality=modality)

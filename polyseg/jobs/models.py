@@ -1,5 +1,6 @@
 """Opening what was trained: a network from its checkpoint, and the images to show it."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from polyseg.inference import choose_device
 from polyseg.networks import SegmentationNetwork
 from polyseg.records import Progress
 from polyseg.run import Checkpoint, RunDirectory, find_checkpoint, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def images_for(
         if part not in (None, "all"):
             raise PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
         images = load_folder(data, config, model.checkpoint.channels, progress)
+        _warn_of_known_images(model, images)
         return images, images.ids
     images = load_images(config, progress)
     split = split_of_run(model.run, images) if model.run else new_split(model.config, images)
@@ -86,6 +90,11 @@ def new_split(config: Config, images: ImageSet) -> Split:
         raise PolysegError(
             f"data.size: the images have {len(images.sizes())} sizes and no batch can hold them; "
             "set data.size, or training.batch_size=1"
+        )
+    if len(images.sizes()) > 1 and config.uncertainty.save_maps and config.adaptive:
+        raise PolysegError(
+            f"uncertainty.save_maps: the images have {len(images.sizes())} sizes and one array of "
+            "maps has one; set data.size"
         )
     split = split_by_ratio(images.ids, config.data.split, config.data.split_seed)
     refuse_leaks(split, images.hashes)
@@ -119,6 +128,22 @@ def fresh_folder(path: Path) -> Path:
     except OSError as error:
         raise PolysegError(f"{path}: cannot be made: {error.strerror}") from error
     return path
+
+
+def _warn_of_known_images(model: Model, images: ImageSet) -> None:
+    """Say so where images of another folder are those that the network was trained or chosen on."""
+    if model.run is None:
+        return
+    split, hashes = model.run.read_split()
+    known = {hashes[identity] for part in ("train", "val") for identity in split[part]}
+    seen = sum(images.hashes[identity] in known for identity in images.ids)
+    if seen:
+        log.warning(
+            "%d of these %d images are training or validation images of %s: no test",
+            seen,
+            len(images.ids),
+            model.source,
+        )
 
 
 def results_beside(source: Path, name: str) -> Path:

@@ -34,10 +34,10 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
         Interrupted: a signal ended the training; its last epoch is committed.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
-    config = _located(config)
     if resume:
         config = resumed_config(config, run)
     else:
+        config = _settled(config, config.training.epochs)
         run.refuse_occupied()
     images = load_images(config.data, progress)
     split = split_of_run(run, images) if resume else new_split(config, images)
@@ -48,7 +48,7 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
             run.write_config(config)
             trainer.resume()
         else:
-            run.begin(config, split, images.hashes)
+            run.begin(config, split, images.hashes, trainer.device)
         _log_start(trainer)
         trainer.fit()
         return _report(trainer, progress)
@@ -58,9 +58,15 @@ def plan(config: Config) -> dict[str, Any]:
     """Return what a training run would cost, without training: counts and the share of MC Dropout.
 
     A training image is counted as three passes, one forward and two for the gradients.
+
+    Raises:
+        PolysegError: data, settings or folder are not in order.
     """
+    run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
+    run.refuse_occupied()
     images = load_images(config.data)
     split = new_split(config, images)
+    Trainer(config, images, split, run)  # which checks the network
     epochs = config.training.epochs
     moments = config.control.assessment_epochs(epochs) if config.adaptive else []
     stochastic = len(moments) * config.uncertainty.samples * len(split["train"])
@@ -84,6 +90,7 @@ def resumed_config(config: Config, run: RunDirectory) -> Config:
         PolysegError: a setting differs that would change the result, by name.
     """
     recorded = run.checkpoint_to_resume().config
+    config = _settled(config, recorded.training.epochs)
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
@@ -97,12 +104,20 @@ def resumed_config(config: Config, run: RunDirectory) -> Config:
     return config
 
 
-def _located(config: Config) -> Config:
-    """Return the settings with a data path that holds from anywhere."""
-    if config.data.path == "demo":
-        return config
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
-    return config.model_copy(update={"data": data})
+def _settled(config: Config, epochs: int) -> Config:
+    """Return the settings as a run keeps them: what hangs on where and how long is settled.
+
+    That is a data path that holds from anywhere, and the first assessment in whole epochs, so that
+    a run which is resumed for longer keeps it.
+    """
+    changes: dict[str, Any] = {}
+    if config.data.path != "demo":
+        path = str(Path(config.data.path).resolve())
+        changes["data"] = config.data.model_copy(update={"path": path})
+    if config.adaptive:
+        start = float(config.control.assessment_epochs(epochs)[0])
+        changes["control"] = config.control.model_copy(update={"start": start})
+    return config.model_copy(update=changes)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,9 +150,11 @@ def _log_start(trainer: Trainer) -> None:
     log.info("%s: %s images; run folder %s", what, counts, trainer.run.path)
     if trainer.epoch:
         log.info("resumed after epoch %d", trainer.epoch)
+        if changes := trainer.run.changes_of_environment(trainer.device):
+            log.warning("results may differ in their last digits: %s", "; ".join(changes))
     empty = sum(not images.mask_of(identity).any() for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
-    if empty and config.loss.name in (*POLYDICE_LOSSES, "dice") and not pushes:
+    if empty and config.loss.name in (*POLYDICE_LOSSES, "dice", "tvmf") and not pushes:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
             "set loss.smooth=1 or loss.bce_weight above 0",

@@ -41,7 +41,7 @@ def estimate_uncertainty(
     assessment = assess(
         model.network,
         images.batches(ids, model.config.training.batch_size),
-        **settings | {"samples": samples or settings["samples"], "save_maps": save_maps},
+        **settings | {"save_maps": save_maps} | ({} if samples is None else {"samples": samples}),
         seed=model.config.training.seed,
         epoch=model.checkpoint.epoch,
         progress=progress,
