@@ -418,6 +418,7 @@ def _boxes(
     upright: tuple[Callable[..., Any], ...] = (axes.bar, axes.vlines, axes.hlines)
     lying: tuple[Callable[..., Any], ...] = (axes.barh, axes.hlines, axes.vlines)
     bar, along, across = lying if horizontal else upright
+    axes.use_sticky_edges = False  # or a box that starts at the lowest value touches the frame
     edge = {"edgecolor": BLACK, "linewidth": 0.8}
     for values, position, colour in zip(samples, positions, colours, strict=True):
         if values.size:
