@@ -269,6 +269,12 @@ def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
     assert np.abs(read_image(path).astype(int) - upright).max() < 20
 
 
+def test_postscript_in_disguise_is_not_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(PolysegError, match="cannot identify image file"):
+        read_image(tmp_path / "a.png")
+
+
 def test_names_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / os.fsdecode(b"caf\xe9.png")).touch()

@@ -19,6 +19,7 @@ Pixels = NDArray[np.unsignedinteger[Any]]
 
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 _TIFF = (".tif", ".tiff")
+_PILLOW_FORMATS = ("PNG", "JPEG", "BMP")
 
 
 def read_image(path: Path) -> Pixels:
@@ -132,7 +133,8 @@ def _read(path: Path, *, as_labels: bool = False) -> NDArray[Any]:
 def _read_with_pillow(path: Path, *, keep_palette: bool) -> NDArray[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        # By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
+        with Image.open(path, formats=_PILLOW_FORMATS) as image:
             _refuse_if_large(path, image.width, image.height)
             # The palette numbers of a mask are its labels; those of an image are colours.
             colours = image.mode in _COLOUR_MODES and not (keep_palette and image.mode == "P")
