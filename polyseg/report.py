@@ -72,20 +72,21 @@ def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Ass
 def difficulty_correlations(
     assessment: Assessment, known: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return Spearman's correlation of each score with 1 - Dice, and with known difficulty.
+    """Return Spearman's correlation of each score with 1 - Dice, and with difficulty where known.
 
     A correlation is NaN where it is not defined, such as without masks.
     """
     rows = [i for i, identity in enumerate(assessment.ids) if identity in known]
     truth = np.array([known[assessment.ids[i]] for i in rows])
-    return [
-        {
-            "metric": name,
-            "with 1 - Dice": evaluate.spearman(assessment.scores[name], 1 - assessment.dice),
-            "with known difficulty": evaluate.spearman(assessment.scores[name][rows], truth),
-        }
-        for name in METRICS
-    ]
+    found: list[dict[str, Any]] = []
+    for name in METRICS:
+        scores = assessment.scores[name]
+        found.append(
+            {"metric": name, "with 1 - Dice": evaluate.spearman(scores, 1 - assessment.dice)}
+        )
+        if rows:
+            found[-1]["with known difficulty"] = evaluate.spearman(scores[rows], truth)
+    return found
 
 
 def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
