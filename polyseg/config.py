@@ -303,7 +303,8 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     >>> load_config(overrides=["training.epochs=3"]).training.epochs
     3
     """
-    tree = {} if file is None else parse_yaml(_read(file), str(file))
+    # An empty file is one of defaults.
+    tree = ({} if file is None else parse_yaml(_read(file), str(file))) or {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

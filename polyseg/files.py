@@ -14,6 +14,9 @@ TEMPORARY_PREFIX = ".partial-"
 """How the names of files begin that are not whole yet; a killed process may leave one."""
 
 
+_LARGEST_TEXT = 2**28
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` when the block ends well.
@@ -61,6 +64,25 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """Read a text file (UTF-8) of any size that a run's own record may have.
+
+    Raises:
+        OSError: there is no such file, it is none, such as a pipe that nobody writes to, or it is
+            larger than any record.
+        ValueError: it is no text.
+
+    >>> read_text(Path("/dev/zero"))
+    Traceback (most recent call last):
+    OSError: is no file
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("is no file")
+    if path.stat().st_size > _LARGEST_TEXT:
+        raise OSError(f"is over {_LARGEST_TEXT:,} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def sha256_of_file(path: Path) -> str:

@@ -27,7 +27,7 @@ from polyseg import __version__
 from polyseg.config import Config, build_config
 from polyseg.data.splits import PARTS, Split
 from polyseg.errors import PolysegError
-from polyseg.files import TEMPORARY_PREFIX, atomic_path, exclusive_lock, write_text
+from polyseg.files import TEMPORARY_PREFIX, atomic_path, exclusive_lock, read_text, write_text
 from polyseg.networks import SegmentationNetwork, build_network
 
 _KIND = "polyseg checkpoint"
@@ -145,7 +145,7 @@ class RunDirectory:
     def changes_of_environment(self, device: torch.device) -> list[str]:
         """Return what is no longer as it was when the run began, and may move its last digits."""
         try:
-            recorded = json.loads(self.environment.read_text(encoding="utf-8"))
+            recorded = json.loads(read_text(self.environment))
             return [
                 f"{name} {recorded.get(name)} -> {now}"
                 for name, now in environment(device).items()
@@ -173,7 +173,7 @@ class RunDirectory:
             PolysegError: split.json is missing or not what a run writes.
         """
         try:
-            record = json.loads(self.split.read_text(encoding="utf-8"))
+            record = json.loads(read_text(self.split))
             split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
             rows = [row for part in PARTS for row in record[part]]
             return split, {str(row["id"]): str(row["sha256"]) for row in rows}
@@ -189,20 +189,21 @@ class RunDirectory:
         write_text(self.history, text.getvalue())
 
     def read_history(self, up_to: int) -> list[dict[str, float]]:
-        """Return the rows of the epochs up to and with `up_to`.
+        """Return the rows of the epochs up to and with `up_to`, of which none may be missing.
 
         Raises:
             PolysegError: history.csv is damaged.
         """
-        if not self.history.exists():
+        if up_to == 0:
             return []
         try:
-            with self.history.open(newline="", encoding="utf-8") as stream:
-                rows = [
-                    {key: float(value) for key, value in row.items()}
-                    for row in csv.DictReader(stream)
-                ]
-            return [row for row in rows if row["epoch"] <= up_to]
+            rows = [
+                {key: float(value) for key, value in row.items()}
+                for row in csv.DictReader(io.StringIO(read_text(self.history)))
+            ][:up_to]
+            if [row["epoch"] for row in rows] != list(range(1, up_to + 1)):
+                raise ValueError(f"it lacks some of the epochs 1 to {up_to}")
+            return rows
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PolysegError(f"{self.history}: cannot be read: {error}") from None
 

@@ -117,6 +117,8 @@ class Trainer:
         self.history = self.run.read_history(self.epoch)
         if self.epoch:
             schedule = read_schedule(self.run.schedule)
+            if schedule.ids != self.split["train"] or len(schedule.epochs) < self.epoch:
+                raise PolysegError(f"{self.run.schedule}: is not the schedule of this run")
             self.epsilons = list(schedule.epsilon[: self.epoch])
         if self.assessments:
             name = in_order(self.assessments)[-1]

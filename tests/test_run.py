@@ -1,6 +1,7 @@
 """A run's folder and its checkpoints, also those that come from somebody else."""
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -160,7 +161,19 @@ def test_a_damaged_split_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_history_is_one_line(tmp_path):
-    (tmp_path / "history.csv").write_text("epoch,train_loss\n1,abc\n")
+@pytest.mark.parametrize(
+    "text", ["", "epoch,train_loss\n1,abc\n", "epoch,train_loss\n1,0.5\n3,0.5\n", "epoch\n1\n"]
+)
+def test_a_damaged_history_is_one_line(tmp_path, text):
+    (tmp_path / "history.csv").write_text(text)
     with pytest.raises(PolysegError, match=r"history.csv: cannot be read"):
+        RunDirectory(tmp_path).read_history(3)
+
+
+def test_a_pipe_in_place_of_a_record_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "split.json")
+    os.mkfifo(tmp_path / "history.csv")
+    with pytest.raises(PolysegError, match="is no file"):
+        RunDirectory(tmp_path).read_split()
+    with pytest.raises(PolysegError, match="is no file"):
         RunDirectory(tmp_path).read_history(3)

@@ -223,6 +223,20 @@ def test_resuming_names_the_settings_that_it_cannot_change(tiny):
         train(tiny("run", "loss.epsilon=0.5"), resume=True)
 
 
+@pytest.mark.parametrize("name", ["history.csv", "schedule.h5", "split.json"])
+def test_a_run_without_its_record_is_refused_and_left_alone(tiny, name):
+    config = tiny("run")
+    train(config)
+    run = Path(config.output.path)
+    (run / name).unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.name != "log.txt"}
+    with pytest.raises(PolysegError, match=name):
+        train(tiny("run", "training.epochs=5"), resume=True)
+    assert before == {
+        path: path.read_bytes() for path in run.rglob("*.*") if path.name != "log.txt"
+    }
+
+
 def test_a_folder_holds_one_run(tiny):
     train(tiny("run"))
     with pytest.raises(PolysegError, match="is not empty; --resume continues"):

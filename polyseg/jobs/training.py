@@ -45,8 +45,8 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
     trainer = Trainer(config, images, split, run, progress)
     with run.writing(resume=resume), _LogFile(run.log):
         if resume:
-            run.write_config(config)
             trainer.resume()
+            run.write_config(config)
         else:
             run.begin(config, split, images.hashes, trainer.device)
         _log_start(trainer)
