@@ -26,6 +26,7 @@ SCHEMA = 1
 _ASSESSMENT = "polyseg assessment"
 _SCHEDULE = "polyseg schedule"
 _MOST_IMAGES = 10_000_000
+_MOST_PIXELS = 2**26
 
 
 def write_assessment(path: Path, assessment: Assessment) -> str:
@@ -177,6 +178,9 @@ def _dataset(file: Any, name: str) -> Any:
         group = group[part]
     if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
         raise ValueError(f"{name} is not a plain dataset")
+    if not name.startswith("maps/") and group.id.get_storage_size() < group.nbytes:
+        # Only maps are compressed; elsewhere a shape cannot promise more than the file holds.
+        raise ValueError(f"{name} is of shape {group.shape} but its values are not there")
     return group
 
 
@@ -214,7 +218,8 @@ def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.float16]]]:
     maps = {}
     for name in MAPS:
         dataset = _dataset(file, f"maps/{name}")
-        if dataset.ndim != 3 or len(dataset) != n or dataset.dtype != np.float16:
+        plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
+        if not plausible or len(dataset) != n or dataset.dtype != np.float16:
             raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
         maps[name] = [dataset[i] for i in range(n)]
     return maps

@@ -387,12 +387,17 @@ def main() -> None:
     except Interrupted as end:
         print(end, file=sys.stderr)
         sys.exit(128 + end.number)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader went away, as `head` does; there is no one left to tell.
         sys.stderr.close()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        # Names that are too long, links in circles, folders in place of files.
+        where = f"{error.filename!s:.200}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(128 + signal.SIGINT)
 
 
 class _Display:

@@ -18,6 +18,7 @@ _LARGEST_FILE = 1_000_000
 _DEEPEST_NESTING = 30
 _LARGEST_SIDE = 8192
 
+MOST_SAMPLES = 10_000
 POLYDICE_LOSSES = ("polydice1", "polydice")
 
 
@@ -123,7 +124,7 @@ class LossConfig(_Section):
 class UncertaintyConfig(_Section):
     """MC Dropout and what is read off it."""
 
-    samples: int = _setting(20, "N, passes an assessment", "passes", ge=2, le=10_000)
+    samples: int = _setting(20, "N, passes an assessment", "passes", ge=2, le=MOST_SAMPLES)
     metric: Literal["mutual_information", "entropy", "variance"] = _setting(
         "mutual_information", "pixel map whose foreground mean is the difficulty D"
     )

@@ -120,6 +120,8 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     ...     [path.name for path in save_figure(Figure(), Path(folder) / "curves")]
     ['curves.png', 'curves.pdf']
     """
+    if not path.name or path.is_dir():
+        raise PolysegError(f"{path}: is no name of a file for the figure")
     if not path.suffix:
         return [
             *save_figure(figure, path.with_suffix(".png")),

@@ -30,8 +30,25 @@ from polyseg.errors import PolysegError
 from polyseg.files import TEMPORARY_PREFIX, atomic_path, exclusive_lock, read_text, write_text
 from polyseg.networks import SegmentationNetwork, build_network
 
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percentiles of epsilon in the history."""
+
 _KIND = "polyseg checkpoint"
 _SCHEMA = 1
+HISTORY_COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    *(f"epsilon_q{quantile:02d}" for quantile in QUANTILES),
+    "wrong_sign_images",
+    "validation_loss",
+    "validation_dice",
+    "validation_iou",
+    "assessed",
+    "seconds_train",
+    "seconds_validation",
+    "seconds_assessment",
+)
 _RECORDED_VERSIONS = ("torch", "numpy", "monai", "scipy", "h5py", "safetensors", "pillow")
 
 
@@ -176,6 +193,8 @@ class RunDirectory:
             record = json.loads(read_text(self.split))
             split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
             rows = [row for part in PARTS for row in record[part]]
+            if not split["train"] or not all(str(row["id"]).isprintable() for row in rows):
+                raise ValueError("it names no training images, or what is no name")
             return split, {str(row["id"]): str(row["sha256"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
@@ -183,7 +202,7 @@ class RunDirectory:
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv, a row an epoch."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, fieldnames=HISTORY_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in rows)
         write_text(self.history, text.getvalue())
@@ -201,10 +220,12 @@ class RunDirectory:
                 {key: float(value) for key, value in row.items()}
                 for row in csv.DictReader(io.StringIO(read_text(self.history)))
             ][:up_to]
+            if any(row.keys() != set(HISTORY_COLUMNS) for row in rows):
+                raise ValueError("its columns are not those that polyseg writes")
             if [row["epoch"] for row in rows] != list(range(1, up_to + 1)):
                 raise ValueError(f"it lacks some of the epochs 1 to {up_to}")
             return rows
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise PolysegError(f"{self.history}: cannot be read: {error}") from None
 
 

@@ -29,6 +29,7 @@ from polyseg.objective import build_objective, count_wrong_sign
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.run import (
+    QUANTILES,
     Checkpoint,
     RunDirectory,
     fit_weights,
@@ -39,9 +40,6 @@ from polyseg.run import (
 from polyseg.seeds import derive_seed
 
 log = logging.getLogger(__name__)
-
-QUANTILES = (5, 25, 50, 75, 95)
-"""Percentiles of epsilon in the history."""
 
 
 class Trainer:
@@ -120,8 +118,8 @@ class Trainer:
             if schedule.ids != self.split["train"] or len(schedule.epochs) < self.epoch:
                 raise PolysegError(f"{self.run.schedule}: is not the schedule of this run")
             self.epsilons = list(schedule.epsilon[: self.epoch])
-        if self.assessments:
-            name = in_order(self.assessments)[-1]
+        for name in in_order(self.assessments):
+            # All of them, since the figures at the end want them all; the last one stays.
             path = self.run.path / "uncertainty" / name
             self._adopt(read_assessment(path, sha256=self.assessments[name]))
         self.run.remove_leftovers(self.assessments)

@@ -158,3 +158,15 @@ def test_truncation_anywhere_is_refused_or_read_the_same(tmp_path, assessment):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(PolysegError, match=r"none\.h5: there is no such file"):
         read_schedule(tmp_path / "none.h5")
+
+
+def test_a_shape_promises_no_more_than_the_file_holds(tmp_path):
+    """Chunks that were never written take no room in the file, and terabytes when they are read."""
+    path = tmp_path / "bomb.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"kind": "polyseg schedule", "schema": 1})
+        file.create_dataset("id", data=["a"], dtype=h5py.string_dtype())
+        file.create_dataset("epoch", shape=(2**40,), dtype="i8", chunks=(2**20,))
+        file.create_dataset("epsilon", shape=(2**40, 1), dtype="f4", chunks=(2**20, 1))
+    with pytest.raises(PolysegError, match="its values are not there"):
+        read_schedule(path)

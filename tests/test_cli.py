@@ -211,6 +211,11 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["plot-loss", "--epsilon", "a,b"], "give numbers separated by commas"),
         (["plot-loss", "--epsilon", "nan"], "at least -0.5"),
         (["plot-loss", "--s", "2"], "--s 2"),
+        (["plot-loss", "--epsilon", ",".join(map(str, range(40)))], "at most 12"),
+        (["plot-loss", "--out", ""], "is no name of a file"),
+        (["config", "init", "n" * 300], "File name too long"),
+        (["evaluate", "n" * 300], "File name too long"),
+        (["data", "demo", "new", "--images", "100000", "--size", "1024"], "make fewer"),
         (["plot-loss", "--out", "figure.docx"], "saved as .png, .pdf or .svg"),
         (["data", "check", "nowhere"], "there is no such folder"),
         (["data", "demo", "new", "--modality", "mri"], "choose ultrasound or endoscopy"),
@@ -234,9 +239,8 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", other, *SET, "--set", "data.split_seed=5", "-q")
     assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset").err
     assert "tested on other images" in polyseg("evaluate", run, other).err
-    assert (
-        "MC Dropout takes at least 2" in polyseg("estimate-uncertainty", run, "--samples", "1").err
-    )
+    answer = polyseg("estimate-uncertainty", run, "--samples", "0")
+    assert answer.code == 2 and "--samples 0: from 2 to 10,000 passes" in answer.err
     answer = polyseg("train", "--data", images, "--out", run, *SET)
     assert answer.code == 2 and "is not empty" in answer.err
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(images / "images" / "phantom_0003.png")

@@ -153,7 +153,17 @@ def test_a_run_stands_for_its_best_checkpoint(tmp_path, checkpoint):
     assert find_checkpoint(run.last) == run.last
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"train": 1}', '{"train": [{"id": "a"}]}', "[" * 9999])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"train": [], "val": [], "test": []}',
+        '{"train": 1}',
+        '{"train": [{"id": "a"}]}',
+        "[" * 9999,
+    ],
+)
 def test_a_damaged_split_is_one_line(tmp_path, text):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(PolysegError, match=r"split.json: cannot be read") as error:

@@ -47,5 +47,7 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
         raise PolysegError(f"--seed {seed}: 0 or more")
     if not (1 <= count <= 100_000 and 32 <= size <= 1024):
         raise PolysegError("--images: 1 to 100000; --size: 32 to 1024")
+    if count * size**2 > 2**30:
+        raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
     made = phantoms.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantoms.write_phantoms(path, made)

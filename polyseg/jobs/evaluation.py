@@ -43,8 +43,8 @@ def evaluate_runs(
             )
         tested[source] = hashes
         scores.append(score(name, model.network, model.config, images, ids, progress=progress))
-    folder = fresh_folder(out or results_beside(sources[0], "evaluation"))
-    return Outcome(folder, report.write_scores(scores, folder, figures=True), scores)
+    with fresh_folder(out or results_beside(sources[0], "evaluation")) as folder:
+        return Outcome(folder, report.write_scores(scores, folder, figures=True), scores)
 
 
 def score(

@@ -25,6 +25,10 @@ def plot_loss(
         raise PolysegError(f"--terms {terms}: from 1 to 10")
     if not all(math.isfinite(epsilon) and epsilon >= -0.5 for epsilon in epsilons):
         raise PolysegError("--epsilon: give numbers of at least -0.5, separated by commas")
+    if len(set(epsilons)) > 12:
+        raise PolysegError(
+            f"--epsilon: {len(set(epsilons))} curves cannot be told apart; at most 12"
+        )
     theta = np.linspace(0, math.pi / 2, 1001)
     curves = {e: losses.polydice1_curve(theta, e, s, terms=terms) for e in epsilons}
     dice = 1 - s * np.cos(theta)

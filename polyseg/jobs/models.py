@@ -1,7 +1,9 @@
 """Opening what was trained: a network from its checkpoint, and the images to show it."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,8 +117,9 @@ def split_of_run(run: RunDirectory, images: ImageSet) -> Split:
     return split
 
 
-def fresh_folder(path: Path) -> Path:
-    """Return a folder that is there and empty.
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder that is there and empty; what fails before it is filled leaves none behind.
 
     Raises:
         PolysegError: it holds something already, or cannot be made.
@@ -127,7 +130,11 @@ def fresh_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PolysegError(f"{path}: cannot be made: {error.strerror}") from error
-    return path
+    try:
+        yield path
+    finally:
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _warn_of_known_images(model: Model, images: ImageSet) -> None:

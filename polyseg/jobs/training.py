@@ -132,6 +132,8 @@ class _LogFile:
     """Everything that the package logs, also into the run's log.txt."""
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():
+            raise PolysegError(f"{path}: is no file to log to")
         self.handler = logging.FileHandler(path, encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 

@@ -7,8 +7,9 @@ import numpy as np
 
 from polyseg import report
 from polyseg.cache import write_assessment
-from polyseg.config import Config
+from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.dataset import ImageSet
+from polyseg.errors import PolysegError
 from polyseg.files import write_text
 from polyseg.jobs.models import fresh_folder, images_for, open_model, results_beside
 from polyseg.montecarlo import assess
@@ -34,25 +35,30 @@ def estimate_uncertainty(
     Raises:
         PolysegError: checkpoint, data or folder are not in order.
     """
+    if samples is not None and not 2 <= samples <= MOST_SAMPLES:
+        raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
     model = open_model(source, device, trust)
     images, ids = images_for(model, data, part, "all", progress)
-    folder = fresh_folder(out or results_beside(source, "uncertainty-estimate"))
-    settings = model.config.uncertainty.model_dump()
-    assessment = assess(
-        model.network,
-        images.batches(ids, model.config.training.batch_size),
-        **settings | {"save_maps": save_maps} | ({} if samples is None else {"samples": samples}),
-        seed=model.config.training.seed,
-        epoch=model.checkpoint.epoch,
-        progress=progress,
-        total=len(ids),
-    )
-    assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
-    write_assessment(folder / "assessment.h5", assessment)
-    write_text(folder / "per_image.csv", report.assessment_csv(assessment))
-    files = [folder / "assessment.h5", folder / "per_image.csv"]
-    files += report.draw_assessment(assessment, folder / "figures")
-    files += draw_extremes(model.network, model.config, images, assessment, folder / "figures")
+    settings = model.config.uncertainty.model_dump() | {"save_maps": save_maps}
+    if samples is not None:
+        settings["samples"] = samples
+    with fresh_folder(out or results_beside(source, "uncertainty-estimate")) as folder:
+        assessment = assess(
+            model.network,
+            images.batches(ids, model.config.training.batch_size),
+            **settings,
+            seed=model.config.training.seed,
+            epoch=model.checkpoint.epoch,
+            progress=progress,
+            total=len(ids),
+        )
+        assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
+        write_assessment(folder / "assessment.h5", assessment)
+        write_text(folder / "per_image.csv", report.assessment_csv(assessment))
+        files = [folder / "assessment.h5", folder / "per_image.csv"]
+        figures = folder / "figures"
+        files += report.draw_assessment(assessment, figures)
+        files += draw_extremes(model.network, model.config, images, assessment, figures)
     correlations = report.difficulty_correlations(assessment, images.known_difficulty)
     return Outcome(folder, files, correlations=correlations)
 
