@@ -4,6 +4,7 @@ Heavy imports wait inside the commands, so that help comes at once.
 """
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -374,6 +375,10 @@ app.add_typer(config_app, name="config", rich_help_panel=_AROUND_IT)
 
 def main() -> None:
     """Run the command line; a user's error is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a sign shows a question mark.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(app(standalone_mode=False))
     except PolysegError as error:

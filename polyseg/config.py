@@ -4,6 +4,7 @@ Precedence: flags and --set over the file over the defaults. Unknown keys are er
 """
 
 import difflib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from polyseg.errors import PolysegError
 
-_LARGEST_FILE = 1_000_000
+_LARGEST_FILE = 50_000
+_MOST_PROBLEMS = 5
 _DEEPEST_NESTING = 30
 _LARGEST_SIDE = 8192
+_LARGEST_ARGUMENT = 4096
+_LONGEST_ARGUMENT = 16
 
 MOST_SAMPLES = 10_000
 POLYDICE_LOSSES = ("polydice1", "polydice")
@@ -25,6 +29,14 @@ POLYDICE_LOSSES = ("polydice1", "polydice")
 def _setting(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
     """Return a field that knows its meaning, its unit and its bounds."""
     return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
+
+
+def _parts(tree: Any) -> Iterator[Any]:
+    """Yield what nested mappings and lists hold, lists included."""
+    yield tree
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for value in inner:
+        yield from _parts(value)
 
 
 class _Section(BaseModel):
@@ -92,6 +104,22 @@ class NetworkConfig(_Section):
         32, "a factory's network gets images padded to a multiple of this", "pixels", ge=1, le=512
     )
     kwargs: dict[str, Any] = _setting({}, "further arguments of the network")
+
+    @model_validator(mode="after")
+    def _arguments_are_plain_and_small(self) -> Self:
+        """A checkpoint brings these along, and may be from anyone."""
+        try:
+            plain = json.loads(json.dumps(self.kwargs, allow_nan=False)) == self.kwargs
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            plain = False
+        if not plain:
+            raise ValueError("network.kwargs: numbers, words, lists and mappings of them only")
+        for value in _parts(self.kwargs):
+            if isinstance(value, list) and len(value) > _LONGEST_ARGUMENT:
+                raise ValueError(f"network.kwargs: a list of over {_LONGEST_ARGUMENT} entries")
+            if isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
+                raise ValueError(f"network.kwargs: {value:g} is above {_LARGEST_ARGUMENT}")
+        return self
 
 
 class LossConfig(_Section):
@@ -325,9 +353,17 @@ def build_config(tree: Any, source: str) -> Config:
     polyseg.errors.PolysegError: a.yaml: loss.epsilom: unknown key; did you mean loss.epsilon?
     """
     try:
+        if isinstance(tree, dict):
+            # A section of which nothing is left is one of defaults.
+            tree = {key: {} if value is None else value for key, value in tree.items()}
         return Config.model_validate({} if tree is None else tree)
     except ValidationError as error:
-        raise PolysegError(f"{source}: {'; '.join(_describe(error))}") from None
+        problems = list(_describe(error))
+        more = len(problems) - _MOST_PROBLEMS
+        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise PolysegError(f"{source}: {'; '.join(shown)[:2000]}") from None
+    except (ValueError, OverflowError) as error:
+        raise PolysegError(f"{source}: {str(error)[:200]}") from None
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -343,8 +379,11 @@ def parse_yaml(text: str, source: str) -> Any:
         raise PolysegError(f"{source}: is over {_LARGEST_FILE:,} characters; no configuration is")
     try:
         _refuse_bombs(text, source)
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        tree = yaml.safe_load(text)
+        if any(isinstance(value, int) and abs(value) > 2**63 for value in _parts(tree)):
+            raise PolysegError(f"{source}: holds a whole number beyond 2 to the power of 63")
+        return tree
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
 

@@ -12,7 +12,7 @@ class PolysegError(Exception):
     """
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(BaseException):
     """A signal asked for the end; what was committed is whole, and the message says how to go on.
 
     The command line exits with 128 + the signal's number.

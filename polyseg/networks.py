@@ -24,6 +24,8 @@ from polyseg.errors import PolysegError
 DropoutKind = Literal["channel", "element"]
 
 _CHANNELS = (16, 32, 64, 128, 256)
+_LARGEST_MULTIPLE = 512
+_MOST_BLOCKS = 16
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
 
 
@@ -148,6 +150,11 @@ def _trace_dropout(
 ) -> list[_Layer]:
     """Return the dropout layers in the order in which a pass runs them; checks the output too."""
     seen: dict[str, Tensor] = {}
+    if network.multiple > _LARGEST_MULTIPLE:
+        raise PolysegError(
+            f"network.kwargs: {name} would want sides that are multiples of {network.multiple}; "
+            f"at most {_LARGEST_MULTIPLE}"
+        )
     size = 2 * network.multiple
 
     def remember(name: str, output: Tensor) -> None:
@@ -255,6 +262,12 @@ def _from_monai(
             "(network.dropout is the rate)"
         )
 
+    for key in ("num_res_units", "blocks_down", "blocks_up"):
+        counts = (settings or {}).get(key, 0)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int) and count > _MOST_BLOCKS:
+                raise PolysegError(f"network.kwargs: {key} {count}: at most {_MOST_BLOCKS}")
+
     def build(**arguments: Any) -> tuple[nn.Module, int]:
         features = arguments["channels"][0] if recipe.wants_head else out_channels
         rate = {} if recipe.add_dropout else {"dropout": dropout}
@@ -276,7 +289,7 @@ def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | 
         return factory(**settings or {})
     except PolysegError:
         raise
-    except Exception as error:  # Settings of any kind meet code of any kind.
+    except (Exception, SystemExit) as error:  # Settings of any kind meet code of any kind.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
 

@@ -122,9 +122,13 @@ class RunDirectory:
     def refuse_occupied(self) -> None:
         """Raise if there is something in the folder, which a new run would write over.
 
+        Checkpoints want names that are text, which is said before anything is trained.
+
         Raises:
             PolysegError: there is.
         """
+        if not str(self.path).isprintable():
+            raise PolysegError(f"{str(self.path)!r}: is no text; choose another --out")
         if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
             raise PolysegError(
                 f"{self.path}: is not empty; --resume continues a run, another --out starts one"
@@ -278,6 +282,12 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if name in weights
         and (weights[name].shape != values.shape or weights[name].dtype != values.dtype)
     ]
+    if not wrong:
+        wrong = [
+            f"{name} (not finite)"
+            for name, values in weights.items()
+            if values.is_floating_point() and not bool(values.isfinite().all())
+        ]
     if wrong:
         raise PolysegError(
             f"checkpoint: {len(wrong)} weights do not fit its own configuration, such as {wrong[0]}"
@@ -321,9 +331,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             header = json.loads((file.metadata() or {}).get("polyseg", "{}"))
             if not isinstance(header, dict) or header.get("kind") != _KIND:
                 raise PolysegError(f"{path}: is no polyseg checkpoint")
-            if header["schema"] > _SCHEMA:
-                raise PolysegError(f"{path}: is from a newer polyseg; update to read it")
+            if header["schema"] != _SCHEMA:
+                raise PolysegError(f"{path}: is from another polyseg, such as a newer; update it")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check_numbers(header)
         return Checkpoint(
             config=build_config(header["config"], str(path)),
             channels=int(header["channels"]),
@@ -363,6 +374,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _check_numbers(header: Mapping[str, Any]) -> None:
+    """Raise where a header has numbers that no training writes."""
+    epoch, best = header["epoch"], header["best_epoch"]
+    if not (isinstance(epoch, int) and isinstance(best, int) and 0 <= best <= epoch <= 100_000):
+        raise ValueError(f"epoch {epoch!r:.40} and best_epoch {best!r:.40} do not fit")
+    if header["channels"] not in (1, 3):
+        raise ValueError(f"channels {header['channels']!r:.40}: images have 1 or 3")
 
 
 def _checked_names(assessments: Mapping[str, Any]) -> dict[str, str]:

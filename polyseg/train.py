@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -40,6 +40,9 @@ from polyseg.run import (
 from polyseg.seeds import derive_seed
 
 log = logging.getLogger(__name__)
+
+
+_ADAMS_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class Trainer:
@@ -108,7 +111,8 @@ class Trainer:
         """
         checkpoint = self.run.checkpoint_to_resume()
         fit_weights(self.network, checkpoint.weights)
-        _restore_optimizer(self.optimizer, checkpoint.optimizer)
+        if checkpoint.epoch:
+            _restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch = checkpoint.epoch
         self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
         self.assessments = dict(checkpoint.assessments)
@@ -372,9 +376,28 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         parameter, _, name = key.partition("/")
+        if not parameter.isdecimal():
+            raise PolysegError(f"checkpoint: optimizer tensor {key!r:.60} is none of polyseg's")
         state.setdefault(int(parameter), {})[name] = value
+    _refuse_misfits(optimizer, state)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _refuse_misfits(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Raise unless what an optimizer is to take up is what one of its kind has laid down."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAMS_STATE
+    fits = bool(state) and max(state) < len(parameters)
+    # What the loss does not reach has no state.
+    for i, held in state.items() if fits else ():
+        shapes = {name: () if name == "step" else parameters[i].shape for name in names}
+        fits &= {name: value.shape for name, value in held.items()} == shapes
+        fits &= all(value.dtype == torch.float32 for value in held.values())
+    if not fits:
+        raise PolysegError("checkpoint: its optimizer's tensors are missing or do not fit")
 
 
 @contextlib.contextmanager

@@ -275,6 +275,31 @@ def test_postscript_in_disguise_is_not_run(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("kind", ["miniswhite", "separated", "cielab"])
+def test_tiff_whose_numbers_mean_something_else_is_refused(tmp_path, kind):
+    shape = {"miniswhite": (9, 9), "separated": (9, 9, 4), "cielab": (9, 9, 3)}[kind]
+    tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, np.uint8), photometric=kind)
+    with pytest.raises(PolysegError, match="save it as gray"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_tiff_with_tiles_missing_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.ones((64, 64), np.uint8), tile=(16, 16))
+    assert read_image(path).all()
+    with tifffile.TiffFile(path, mode="r+") as file:
+        sizes = list(file.pages[0].databytecounts)
+        file.pages[0].tags["TileByteCounts"].overwrite([0, *sizes[1:]])
+    with pytest.raises(PolysegError, match="is damaged: not all of its 16"):
+        read_image(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(PolysegError, match="is no file"):
+        read_image(tmp_path / "a.png")
+
+
 def test_names_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / os.fsdecode(b"caf\xe9.png")).touch()

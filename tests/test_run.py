@@ -1,5 +1,6 @@
 """A run's folder and its checkpoints, also those that come from somebody else."""
 
+import dataclasses
 import json
 import os
 
@@ -65,9 +66,13 @@ def with_header(path, header):
         ("[]", "is no polyseg checkpoint"),
         ("{", "cannot be read as a checkpoint"),
         ("[" * 100_000, "cannot be read as a checkpoint"),
-        ('{"kind": "polyseg checkpoint", "schema": 99}', "newer polyseg"),
+        ('{"kind": "polyseg checkpoint", "schema": 99}', "another polyseg"),
         ('{"kind": "polyseg checkpoint", "schema": 1}', "cannot be read as a checkpoint"),
-        ('{"kind": "polyseg checkpoint", "schema": 1, "config": {"a": 1}}', "a: unknown key"),
+        (
+            '{"kind": "polyseg checkpoint", "schema": 1, "epoch": 0, "best_epoch": 0, '
+            '"channels": 1, "config": {"a": 1}}',
+            "a: unknown key",
+        ),
     ],
 )
 def test_headers_that_are_not_ours_are_one_line(tmp_path, header, match):
@@ -76,6 +81,25 @@ def test_headers_that_are_not_ours_are_one_line(tmp_path, header, match):
     with pytest.raises(PolysegError, match=match) as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epoch", -1), ("epoch", 10**30), ("epoch", "7"), ("best_epoch", 99), ("channels", 0)],
+)
+def test_numbers_that_no_training_writes_are_refused(tmp_path, checkpoint, field, value):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, dataclasses.replace(checkpoint, **{field: value}))
+    with pytest.raises(PolysegError, match=field):
+        read_checkpoint(path)
+
+
+def test_weights_that_diverged_are_refused(checkpoint):
+    weights = dict(checkpoint.weights)
+    name = next(key for key in weights if key.endswith("weight"))
+    weights[name] = weights[name] * float("nan")
+    with pytest.raises(PolysegError, match="not finite"):
+        fit_weights(new_network(checkpoint.config, 1), weights)
 
 
 @given(cut=st.integers(0, 3000), flip=st.integers(0, 3000))

@@ -1,6 +1,7 @@
 """Training runs: what is equal bit for bit, what assessments feed, how a run ends and goes on."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -235,6 +236,31 @@ def test_a_run_without_its_record_is_refused_and_left_alone(tiny, name):
     assert before == {
         path: path.read_bytes() for path in run.rglob("*.*") if path.name != "log.txt"
     }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("damage", ["all", "name", "shape", "index", "dtype"])
+def test_an_optimizer_takes_up_only_what_fits(tiny, optimizer, damage):
+    config = tiny("run", f"training.optimizer={optimizer}", "training.epochs=1")
+    train(config)
+    run = RunDirectory(Path(config.output.path))
+    checkpoint = read_checkpoint(run.last)
+    tensors = dict(checkpoint.optimizer)
+    name = next(key for key in tensors if not key.endswith("step"))
+    value = tensors.pop(name)
+    if damage == "all":
+        tensors = {}
+    elif damage == "name":
+        tensors["x/y"] = value
+    elif damage == "index":
+        tensors["9999/step"] = value
+    elif damage == "shape":
+        tensors[name] = value[None]
+    else:
+        tensors[name] = value.double()
+    room.write_checkpoint(run.last, dataclasses.replace(checkpoint, optimizer=tensors))
+    with pytest.raises(PolysegError, match="checkpoint: "):
+        train(tiny("run", f"training.optimizer={optimizer}", "training.epochs=2"), resume=True)
 
 
 def test_a_folder_holds_one_run(tiny):

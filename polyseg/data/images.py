@@ -1,5 +1,7 @@
 """Reading and resizing images and masks, guarded against files that are not what they seem."""
 
+import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -8,8 +10,12 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from tifffile import PHOTOMETRIC
 
 from polyseg.errors import PolysegError
+
+# What it would say of a damaged file is said once, in the error.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 LARGEST_IMAGE = 2**26
 """Pixels; a larger file is refused before it is decoded."""
@@ -117,6 +123,8 @@ def _resize_plane(
 
 
 def _read(path: Path, *, as_labels: bool = False) -> NDArray[Any]:
+    if path.exists() and not path.is_file():
+        raise PolysegError(f"{path}: is no file")
     try:
         if path.suffix.lower() in _TIFF:
             return _read_tiff(path)
@@ -151,8 +159,24 @@ def _read_tiff(path: Path) -> NDArray[Any]:
         _refuse_if_large(path, page.imagelength, page.imagewidth)
         if page.samplesperpixel > 4:
             raise PolysegError(f"{path}: has {page.samplesperpixel} channels; expected gray or RGB")
+        _refuse_misleading_tiff(path, page)
         pixels = page.asarray()
         return np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
+
+
+def _refuse_misleading_tiff(path: Path, page: Any) -> None:
+    """Raise where pixels would not mean what they seem to, or are not all there."""
+    if page.photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
+        kind = getattr(page.photometric, "name", page.photometric)
+        raise PolysegError(
+            f"{path}: a TIFF of kind {kind} is not read; save it as gray (0 is black) or RGB"
+        )
+    segments = math.prod(page.chunked)
+    sizes = page.databytecounts
+    if len(sizes) != segments or len(page.dataoffsets) != segments or 0 in sizes:
+        raise PolysegError(
+            f"{path}: is damaged: not all of its {segments} strips or tiles are there"
+        )
 
 
 def _refuse_if_large(path: Path, *sides: int) -> None:
