@@ -382,7 +382,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except PolysegError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     except TyperException as error:
         # A mistyped command or option; without a message the help has been printed instead.
@@ -403,6 +403,11 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
+
+
+def _visible(text: str) -> str:
+    """Return a text without what would steer a terminal: names in it may be anyone's."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
 
 
 class _Display:

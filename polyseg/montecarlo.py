@@ -5,7 +5,8 @@ and a hook multiplies the output of each active one by its mask, drawn from a ge
 so normalisation statistics do not move and torch's random stream is not advanced.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ def assess(
         seed: of the masks, together with epoch, pass and layer.
         epoch: the epochs the network was trained for.
         save_maps: keep the pixel maps as well.
-        progress: told after each batch how many images are done.
+        progress: told before each pass and after each batch how many images are done.
         total: the number of images, for progress.
 
     Raises:
@@ -92,9 +93,9 @@ def assess(
             if not table.ids:
                 refuse_hidden_dropout(network, images[:1].repeat(2, 1, 1, 1))
             streams = _MaskStreams(masks, seed, epoch, batch.ids)
-            passes = (
-                stochastic_pass(network, layers, images, streams, n).cpu() for n in range(samples)
-            )
+            # Told before each pass too, so that who listens can end it between any two.
+            tell = functools.partial(progress, "MC Dropout", len(table.ids), total)
+            passes = _passes(network, layers, images, streams, samples, tell)
             table.add(batch, passes, region, boundary_width)
             progress("MC Dropout", len(table.ids), total)
     if not table.ids:
@@ -142,6 +143,19 @@ def stochastic_pass(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _passes(
+    network: nn.Module,
+    layers: dict[str, Any],
+    images: Tensor,
+    streams: "_MaskStreams",
+    samples: int,
+    tell: Callable[[], None],
+) -> Iterator[Tensor]:
+    for index in range(samples):
+        tell()
+        yield stochastic_pass(network, layers, images, streams, index).cpu()
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, a
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_cannot_steer_the_terminal(polyseg):
+    answer = polyseg("evaluate", "\x1b[2Jgone")
+    assert answer.code == 2 and "\x1b" not in answer.err and "[2Jgone" in answer.err
+
+
 def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     run = tmp_path / "run"
     polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
