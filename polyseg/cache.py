@@ -1,6 +1,7 @@
 """The HDF5 files: one an assessment, written once and whole, and the schedule of epsilons.
 
-Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings;
+Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings, and
+`label` (n) where each image has several rows, one a label;
 `difficulty`, `dice`, and where the statistics are the data set's `epsilon` (n) float64;
 `scores/NAME` and `scores_sd/NAME` (n) float64; `foreground_pixels` (n) int64; `fallback` (n) int8;
 `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11, so that eq. 11 and 12 can be
@@ -50,7 +51,7 @@ def write_assessment(path: Path, assessment: Assessment) -> str:
         )
         # A dataset, because an attribute holds no more than 64 KiB.
         file.create_dataset("config", data=assessment.config_yaml, dtype=h5py.string_dtype())
-        file.create_dataset("id", data=assessment.ids, dtype=h5py.string_dtype())
+        _write_rows(file, assessment.ids, assessment.labels)
         file["difficulty"] = assessment.difficulty
         for name in METRICS:
             file[f"scores/{name}"] = assessment.scores[name]
@@ -91,6 +92,7 @@ def read_assessment(
             **attributes,
             metric=cast(Metric, metric),
             ids=ids,
+            labels=_labels(file, n),
             scores={name: _column(file, f"scores/{name}", n, "f8") for name in METRICS},
             scores_sd={
                 name: _column(file, f"scores_sd/{name}", n, "f8")
@@ -113,7 +115,7 @@ def write_schedule(path: Path, schedule: Schedule) -> str:
         PolysegError: the file cannot be written.
     """
     with _writing(path, _SCHEDULE) as file:
-        file.create_dataset("id", data=schedule.ids, dtype=h5py.string_dtype())
+        _write_rows(file, schedule.ids, schedule.labels)
         file["epoch"] = schedule.epochs.astype(np.int64)
         file["epsilon"] = schedule.epsilon.astype(np.float32)
     return sha256_of_file(path)
@@ -133,7 +135,7 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
         epsilon = _dataset(file, "epsilon")
         if epsilon.shape != (*epochs.shape, len(ids)) or epsilon.dtype != np.float32:
             raise ValueError("epsilon must be (E, n) float32")
-        return Schedule(ids=ids, epochs=epochs[()], epsilon=epsilon[()])
+        return Schedule(ids, epochs[()], epsilon[()], _labels(file, len(ids)))
 
 
 @contextlib.contextmanager
@@ -189,6 +191,21 @@ def _ids(file: Any) -> list[str]:
     if dataset.ndim != 1 or dataset.size > _MOST_IMAGES:
         raise ValueError("id must be (n) strings")
     return [str(identity) for identity in dataset.asstr()[()]]
+
+
+def _labels(file: Any, n: int) -> list[str] | None:
+    if "label" not in file:
+        return None
+    dataset = _dataset(file, "label")
+    if dataset.shape != (n,):
+        raise ValueError(f"label must be ({n}) strings")
+    return [str(label) for label in dataset.asstr()[()]]
+
+
+def _write_rows(file: Any, ids: list[str], labels: list[str] | None) -> None:
+    file.create_dataset("id", data=ids, dtype=h5py.string_dtype())
+    if labels is not None:
+        file.create_dataset("label", data=labels, dtype=h5py.string_dtype())
 
 
 def _column(file: Any, name: str, n: int, dtype: str) -> NDArray[Any]:

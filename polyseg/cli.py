@@ -85,6 +85,16 @@ Overrides = Annotated[
         "--set", metavar="KEY.SUB=VALUE", help="Any setting; repeatable.", rich_help_panel=_HOW
     ),
 ]
+Fold = Annotated[
+    int | None,
+    typer.Option(
+        "--fold",
+        metavar="K",
+        help="Fold to test on, from 0, of data.folds (of the split file, with --split).",
+        rich_help_panel=_HOW,
+    ),
+]
+DataPath = Annotated[str, typer.Argument(metavar="PATH", help="Folder, or CSV manifest.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG.yaml", help="Settings; the defaults if left out."),
@@ -117,7 +127,7 @@ def train(
     config: ConfigFile = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Folder with images/ and masks/, or 'demo'.", rich_help_panel=_WHERE),
+        typer.Option(help="Folder of a data set, CSV manifest, or 'demo'.", rich_help_panel=_WHERE),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder, new.", rich_help_panel=_WHERE)
@@ -137,6 +147,16 @@ def train(
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=_HOW)
+    ] = None,
+    fold: Fold = None,
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            "--split",
+            metavar="FILE",
+            help="split.json of a run or of `data split`, or nnU-Net's splits_final.json.",
+            rich_help_panel=_WHERE,
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
@@ -175,9 +195,10 @@ def train(
         "training.seed": seed,
         "training.device": device,
         "loss.name": loss,
+        "data.fold": fold,
+        "data.split_file": None if split is None else str(split),
     }
-    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    settings = load_config(config, [*(overrides or []), *given])
+    settings = load_config(config, [*(overrides or []), *_as_overrides(flags)])
     with _talking(quiet, verbose) as display:
         from polyseg.jobs import training
 
@@ -284,25 +305,129 @@ def plot_loss(
             print(path)
 
 
+@app.command(rich_help_panel=_AROUND_IT)
+def predict(
+    source: Source,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE|DIR ...", help="Images, or folders of images or a series."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the masks, new.", rich_help_panel=_WHERE)
+    ],
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Write maps of the uncertainty too, and difficulties into the table.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="N, passes of MC Dropout for --uncertainty.", rich_help_panel=_HOW),
+    ] = None,
+    device: Device = "auto",
+    trust: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Segment images: a mask for each, of its size, spacing, orientation and format.
+
+    Example: polyseg predict runs/first new/images --out masks
+    """
+    with _talking(quiet, verbose) as display:
+        from polyseg.jobs import prediction
+
+        outcome = prediction.predict_images(
+            source,
+            paths,
+            out=out,
+            uncertainty=uncertainty,
+            samples=samples,
+            device=device,
+            trust=trust,
+            progress=display,
+        )
+        _print_outcome(outcome, as_json)
+
+
 @data_app.command("check")
 def data_check(
-    path: Annotated[Path, typer.Argument(help="Folder with images/ and masks/.")],
+    path: DataPath,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Read every image and mask of a folder and say what was found, and all that is wrong.
+    """Read every image and mask of a data set and say what was found, and all that is wrong.
 
     Example: polyseg data check my/images
     """
     from polyseg.config import load_config
 
-    settings = load_config(None, [*(overrides or []), f"data.path={json.dumps(str(path))}"])
+    settings = load_config(None, [*(overrides or []), *_as_overrides({"data.path": path})])
     with _talking(quiet, verbose) as display:
         from polyseg.jobs import data
 
-        _print_mapping(str(path), data.check_data(settings, display), as_json)
+        _print_mapping(path, data.check_data(settings, display), as_json)
+
+
+@data_app.command("split")
+def data_split(
+    path: DataPath,
+    out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel=_WHERE)] = Path(
+        "split.json"
+    ),
+    fold: Fold = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Divide a data set into training, validation and test images, for `train --split`.
+
+    Example: polyseg data split my/images --fold 0 --out fold_0.json --set data.folds=10
+    """
+    from polyseg.config import load_config
+
+    flags = _as_overrides({"data.path": path, "data.fold": fold})
+    settings = load_config(None, [*(overrides or []), *flags])
+    with _talking(quiet, verbose) as display:
+        from polyseg.jobs import data
+
+        _print_mapping(path, data.make_split(settings, out, display), as_json)
+
+
+@data_app.command("preview")
+def data_preview(
+    path: DataPath = "demo",
+    out: Annotated[
+        Path, typer.Option(help="File; without suffix both PDF and PNG.", rich_help_panel=_WHERE)
+    ] = Path("preview"),
+    images: Annotated[int, typer.Option(help="Images, a row each.", rich_help_panel=_HOW)] = 4,
+    samples: Annotated[
+        int, typer.Option(help="Augmented samples of each.", rich_help_panel=_HOW)
+    ] = 5,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw training images with their masks, as they are and as the first epochs would see them.
+
+    Example: polyseg data preview my/images --set data.augmentation=strong --out strong.png
+    """
+    from polyseg.config import load_config
+
+    settings = load_config(None, [*(overrides or []), *_as_overrides({"data.path": path})])
+    with _talking(quiet, verbose) as display:
+        from polyseg.jobs import data
+
+        for file in data.preview(
+            settings, out=out, count=images, samples=samples, progress=display
+        ):
+            print(file)
 
 
 @data_app.command("demo")
@@ -403,6 +528,11 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
+
+
+def _as_overrides(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags that were given as settings."""
+    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
 def _visible(text: str) -> str:

@@ -6,6 +6,7 @@ Precedence: flags and --set over the file over the defaults. Unknown keys are er
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,6 +22,10 @@ _DEEPEST_NESTING = 30
 _LARGEST_SIDE = 8192
 _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
+_LONGEST_PATTERN = 200
+_MOST_LABELS = 32
+_MOST_VALUES = 256
+_LARGEST_LABEL = 65_535
 
 MOST_SAMPLES = 10_000
 POLYDICE_LOSSES = ("polydice1", "polydice")
@@ -46,34 +51,119 @@ class _Section(BaseModel):
 
 
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
+LabelValues = int | tuple[int, ...]
+Foreground = int | tuple[LabelValues, ...] | dict[str, LabelValues] | None
+
+
+class AugmentConfig(_Section):
+    """Strengths of single changes; null is what the preset `data.augmentation` says."""
+
+    flip: float | None = _setting(None, "chance of a flip along each axis", ge=0, le=1)
+    rotation: float | None = _setting(None, "rotated by up to this", "degrees", ge=0, le=180)
+    scale: float | None = _setting(None, "scaled by up to this share", ge=0, le=0.9)
+    shift: float | None = _setting(None, "moved by up to this share of a side", ge=0, le=0.5)
+    elastic: float | None = _setting(
+        None,
+        "bent: nodes 1/8 of a side apart move by a Gaussian of up to this share of their distance",
+        ge=0,
+        le=0.5,
+    )
+    intensity: float | None = _setting(
+        None, "gain and offset changed by up to this, in units of the normalised image", ge=0, le=2
+    )
+    gamma: float | None = _setting(None, "gamma within 1 / (1 + this) and 1 + this", ge=0, le=4)
+    blur: float | None = _setting(None, "Gaussian of up to this sigma", "pixels", ge=0, le=20)
+    noise: float | None = _setting(
+        None, "Gaussian noise of up to this deviation, in units of the normalised image", ge=0, le=2
+    )
 
 
 class DataConfig(_Section):
     """Which images, and what they go through before the network."""
 
     path: str = _setting(
-        "demo", "folder with images/ and masks/ of equal stems, or 'demo' for generated phantoms"
+        "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
+    )
+    layout: Literal["auto", "folders", "suffixes", "nnunet", "decathlon", "manifest"] = _setting(
+        "auto", "how images and masks lie; auto looks"
+    )
+    images: str | None = _setting(None, "name of the sub-folder of images, where several could be")
+    masks: str | None = _setting(None, "name of the sub-folder of masks, where several could be")
+    unmasked: Literal["refuse", "empty", "skip"] = _setting(
+        "refuse", "an image without a mask is an error, has an empty mask, or is left out"
+    )
+    plane: Literal["axial", "coronal", "sagittal"] = _setting(
+        "axial", "plane that NIfTI volumes are sliced in"
+    )
+    training_slices: Literal["all", "foreground"] = _setting(
+        "all", "whether images and slices without foreground are trained on"
     )
     size: Side | tuple[Side, Side] | None = _setting(
-        128, "images are resized to this square, or [height, width]; null keeps them", "pixels"
+        128, "this square, or [height, width]; null keeps images as they are", "pixels"
+    )
+    fit: Literal["resize", "tile"] = _setting(
+        "resize",
+        "resize: images are resized to data.size; tile: trains on patches of data.size cut from "
+        "images as they are, and predicts window by window",
+    )
+    tile_overlap: float = _setting(
+        0.25, "share of a window that its neighbour sees too", ge=0, le=0.9
+    )
+    tile_foreground: float = _setting(
+        0.5, "share of the patches that are centred on foreground", ge=0, le=1
     )
     split: tuple[float, float, float] = _setting(
-        (0.7, 0.15, 0.15), "shares of training, validation and test images"
+        (0.7, 0.15, 0.15), "shares of training, validation and test images, where none are given"
     )
     split_seed: int = _setting(0, "seed of the split, apart from training.seed", ge=0)
-    foreground: int | tuple[int, ...] | None = _setting(
-        None, "label values that count as foreground; null: masks are 0/1 or 0/255"
+    stratify: bool = _setting(True, "each part gets its share of small and of large foregrounds")
+    folds: int = _setting(5, "number of folds of a cross-validation", ge=2, le=1000)
+    fold: int | None = _setting(
+        None, "the fold, from 0, that is tested on (validated on where a test set is given)", ge=0
     )
-    normalise: Literal["zscore", "unit"] = _setting(
-        "zscore", "zscore: mean 0 and deviation 1 per image and channel; unit: full range to [0, 1]"
+    split_file: str | None = _setting(
+        None, "split.json of a run or of `polyseg data split`, or splits_final.json of nnU-Net"
+    )
+    group: str | None = _setting(
+        None, "regular expression; images in whose id it finds the same text stay together"
+    )
+    duplicates: Literal["refuse", "allow-near", "allow"] = _setting(
+        "refuse",
+        "an image that stands on two sides of a split, as it is or nearly: an error; allowed if "
+        "only nearly the same; allowed",
+    )
+    foreground: Foreground = _setting(
+        None,
+        "label values that count: one, a list of several tasks, a list of lists that unites "
+        "values, or a mapping of names to them; null: masks are 0/1 or 0/255",
+    )
+    normalise: Literal["zscore", "unit", "percentile", "dataset", "window"] = _setting(
+        "zscore",
+        "zscore: mean 0 and deviation 1 per image and channel; unit: full range of the pixel type "
+        "to [0, 1]; percentile: 1st and 99th of the image to [0, 1], clipped; dataset: mean and "
+        "deviation of the training images; window: data.window to [0, 1], clipped",
+    )
+    window: tuple[float, float] = _setting(
+        (-160.0, 240.0), "lowest and highest value of normalise=window, such as Hounsfield units"
     )
     augmentation: Literal["none", "light", "medium", "strong"] = _setting(
-        "light", "flips, rotation, scale and intensity of the training images, by strength"
+        "light", "preset of random changes to the training images"
+    )
+    memory: int = _setting(
+        2048,
+        "decoded images are kept in memory up to this, else in a file of data.cache",
+        "MB",
+        ge=0,
+        le=10_000_000,
+    )
+    cache: str | None = _setting(
+        None, "folder for decoded images; null: .cache/polyseg in the home folder"
     )
     demo_images: int = _setting(160, "number of phantoms of the demo data", ge=8, le=100_000)
     demo_modality: Literal["ultrasound", "endoscopy"] = _setting(
         "ultrasound", "what the phantoms look like"
     )
+    augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
     def _shares_make_a_whole(self) -> Self:
@@ -82,6 +172,62 @@ class DataConfig(_Section):
                 f"data.split {list(self.split)}: three shares, the first above 0, sum 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fold is not None and self.fold >= self.folds and self.split_file is None:
+            raise ValueError(
+                f"data.fold {self.fold}: data.folds {self.folds} end at fold {self.folds - 1}"
+            )
+        if self.window[0] >= self.window[1]:
+            raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
+        if self.fit == "tile" and self.size is None:
+            raise ValueError("data.fit: tiles need a data.size")
+        if self.group is not None:
+            _check_pattern(self.group)
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_told_apart(self) -> Self:
+        if self.foreground is None:
+            return self
+        values = [value for task in self.tasks.values() for value in task]
+        given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
+        if not all(self.tasks.values()) or not values:
+            raise ValueError("data.foreground: a task without a label value")
+        if len(values) != len(set(values)) or len(self.tasks) != len(given):
+            raise ValueError("data.foreground: a label value belongs to one task only")
+        if len(self.tasks) > _MOST_LABELS or len(values) > _MOST_VALUES:
+            raise ValueError(f"data.foreground: at most {_MOST_LABELS} tasks")
+        if not 1 <= min(values) <= max(values) <= _LARGEST_LABEL:
+            raise ValueError(f"data.foreground: label values are from 1 to {_LARGEST_LABEL}")
+        if not all(name.isprintable() and 0 < len(name.strip()) < 65 for name in self.tasks):
+            raise ValueError("data.foreground: names are printable, of up to 64 characters")
+        return self
+
+    @property
+    def tasks(self) -> dict[str, tuple[int, ...]]:
+        """Label values by the name of the task; empty where masks are 0/1 or 0/255.
+
+        >>> DataConfig(foreground=(1, (2, 3))).tasks
+        {'1': (1,), '2+3': (2, 3)}
+        """
+        given = self.foreground
+        if given is None:
+            return {}
+        if isinstance(given, dict):
+            return {name: _as_tuple(one) for name, one in given.items()}
+        several = given if isinstance(given, tuple) else (given,)
+        return {"+".join(map(str, _as_tuple(one))): _as_tuple(one) for one in several}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the network's output channels; a single one has none.
+
+        >>> DataConfig(foreground=3).labels, DataConfig(foreground={"liver": 1, "tumour": 2}).labels
+        (('',), ('liver', 'tumour'))
+        """
+        return tuple(self.tasks) if len(self.tasks) > 1 else ("",)
 
 
 class NetworkConfig(_Section):
@@ -303,6 +449,19 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _as_tuple(values: LabelValues) -> tuple[int, ...]:
+    return (values,) if isinstance(values, int) else values
+
+
+def _check_pattern(pattern: str) -> None:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(f"data.group: a pattern of over {_LONGEST_PATTERN} characters")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"data.group {pattern!r}: is no regular expression: {error}") from None
+
+
 def least_epsilon(terms: int) -> float:
     """Return the least epsilon for which PolyDice of so many terms never falls as theta grows.
 
@@ -423,16 +582,18 @@ def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
 def template() -> str:
     """Return a configuration file of all defaults, each with its meaning, unit and bounds."""
     lines = ["# polyseg configuration; every line may be left out"]
-    section = ""
+    section: list[str] = []
     for setting in settings_of():
-        head, _, name = setting["key"].rpartition(".")
+        *head, name = setting["key"].split(".")
+        indent = "  " * len(head)
         if head != section:
+            outer = [] if len(head) > 1 else [""]
+            lines += [*outer, f"{indent[2:]}{head[-1]}:"]
             section = head
-            lines += ["", f"{section}:"]
         notes = "; ".join(
             note for note in (setting["description"], setting["unit"], setting["bounds"]) if note
         )
-        lines += [f"  # {notes}", f"  {name}: {setting['default']}"]
+        lines += [f"{indent}# {notes}", f"{indent}{name}: {setting['default']}"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,8 @@
-"""Which epsilon an image meets: a constant until the first assessment, then by its difficulty."""
+"""Which epsilon an image meets: a constant until the first assessment, then by its difficulty.
+
+With several labels each image has one epsilon a label, and eq. 11 compares difficulties within a
+label: they are binary tasks of their own, of which one may be harder throughout.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,16 +28,18 @@ class EpsilonControl:
     constant: float
     """epsilon while there is no assessment."""
     assessment: Assessment | None = None
+    labels: int = 1
+    """K, labels of each image."""
 
     def epsilon(self, ids: Sequence[str]) -> NDArray[np.float64]:
-        """Return epsilon for the images of a batch, (n,).
+        """Return epsilon for the images of a batch, (n,), or (n K,), an image's one after another.
 
         With "batch" statistics percentile and sigma are those of these images, with "dataset"
         statistics those of all that were assessed.
         """
         if self.assessment is None:
-            return np.full(len(ids), self.constant)
-        rows = [self._row[identity] for identity in ids]
+            return np.full(len(ids) * self.labels, self.constant)
+        rows = [row for identity in ids for row in self._rows[identity]]
         if self.config.statistics == "batch":
             return self._from_difficulty(self.assessment.difficulty[rows])
         return self.over_data_set[rows]
@@ -46,14 +52,20 @@ class EpsilonControl:
         return self._from_difficulty(self.assessment.difficulty)
 
     def _from_difficulty(self, difficulty: NDArray[np.float64]) -> NDArray[np.float64]:
+        columns = difficulty.reshape(-1, self.labels).T
+        normalised = [
+            normalise(column, self.config.percentile, self.config.delta) for column in columns
+        ]
         return epsilon_from_difficulty(
-            normalise(difficulty, self.config.percentile, self.config.delta),
+            np.stack(normalised, axis=1).ravel(),
             self.config.epsilon_min,
             self.config.epsilon_max,
             self.config.sensitivity,
         )
 
     @cached_property
-    def _row(self) -> dict[str, int]:
-        ids = self.assessment.ids if self.assessment else []
-        return {identity: i for i, identity in enumerate(ids)}
+    def _rows(self) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {}
+        for i, identity in enumerate(self.assessment.ids if self.assessment else []):
+            rows.setdefault(identity, []).append(i)
+        return rows

@@ -81,6 +81,13 @@ class RunScores:
 
     name: str
     scores: Sequence[ImageScores]
+    label: str = ""
+    """Which of the network's labels, where it has several."""
+
+    @property
+    def title(self) -> str:
+        """The name that tables and figures show."""
+        return f"{self.name}: {self.label}" if self.label else self.name
 
     def column(self, key: str) -> Values:
         """Return a metric of every image, (n,)."""
@@ -183,7 +190,7 @@ def markdown_table(runs: Sequence[RunScores]) -> str:
     heads = ["run", "images", *(metric.title for metric in METRICS)]
     lines = [_row(heads), _row(["---"] + ["---:"] * (len(heads) - 1))]
     for run in runs:
-        name = run.name.replace("\\", "\\\\").replace("|", "\\|")
+        name = run.title.replace("\\", "\\\\").replace("|", "\\|")
         lines.append(_row([name, str(len(run.scores)), *table_cells(run)]))
     return "\n".join([*lines, "", _footnote(runs), ""])
 
@@ -198,7 +205,7 @@ def latex_table(runs: Sequence[RunScores]) -> str:
         " & ".join(heads) + r" \\",
         "\\midrule",
         *(
-            " & ".join([_escape(run.name), *(_latex_cell(cell) for cell in table_cells(run))])
+            " & ".join([_escape(run.title), *(_latex_cell(cell) for cell in table_cells(run))])
             + r" \\"
             for run in runs
         ),
@@ -213,14 +220,15 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     """Return every metric of every image of every run as CSV; an empty cell is undefined."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["run", "id", *(metric.key for metric in METRICS), "mask_pixels", "predicted_pixels"]
-    )
+    labelled = any(run.label for run in runs)
+    heads = ["run", *(["label"] if labelled else []), "id"]
+    writer.writerow([*heads, *(one.key for one in METRICS), "mask_pixels", "predicted_pixels"])
     for run in runs:
         for image in run.scores:
             values = [image.values[metric.key] for metric in METRICS]
             cells = ["" if math.isnan(value) else f"{value:.9g}" for value in values]
-            writer.writerow([run.name, image.id, *cells, image.mask_pixels, image.predicted_pixels])
+            row = [run.name, *([run.label] if labelled else []), image.id]
+            writer.writerow([*row, *cells, image.mask_pixels, image.predicted_pixels])
     return text.getvalue()
 
 
@@ -232,6 +240,7 @@ def summary(runs: Sequence[RunScores]) -> dict[str, object]:
         "runs": [
             {
                 "name": run.name,
+                **({"label": run.label} if run.label else {}),
                 "counts": run.counts(),
                 "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
             }
@@ -272,9 +281,9 @@ def notes(runs: Sequence[RunScores]) -> list[str]:
             if (missing := len(run.scores) - run.defined(metric.key).size)
         ]
         if empty:
-            found.append(f"{run.name}: of {len(run.scores)} images {', '.join(empty)}.")
+            found.append(f"{run.title}: of {len(run.scores)} images {', '.join(empty)}.")
         if left_out:
-            found.append(f"{run.name}: left out as undefined: {', '.join(left_out)}.")
+            found.append(f"{run.title}: left out as undefined: {', '.join(left_out)}.")
     return found
 
 

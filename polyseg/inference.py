@@ -62,7 +62,7 @@ def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield each batch with its logits, (B, 1, H, W) float32 on the CPU.
+    """Yield each batch with its logits, (B, K, H, W) float32 on the CPU.
 
     >>> batch = Batch(["a"], torch.zeros(1, 1, 4, 4), None)
     >>> [logits.shape for _, logits in predict(nn.Conv2d(1, 1, 1), [batch])]

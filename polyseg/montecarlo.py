@@ -37,6 +37,8 @@ __all__ = ["assess", "stochastic_layers", "stochastic_pass"]
 
 Masks = Literal["consistent", "independent"]
 
+_TRIAL_SIDE = 512
+
 
 def assess(
     network: nn.Module,
@@ -60,7 +62,7 @@ def assess(
     batch size or order; "independent" masks differ from image to image, by its id.
 
     Args:
-        network: maps (B, C, H, W) to logits (B, 1, H, W); has active dropout layers.
+        network: maps (B, C, H, W) to logits (B, K, H, W); has active dropout layers.
         batches: images, on any device, of one size within a batch.
         samples: N, at least 2 (what a single pass disagrees with, nobody knows).
         metric: the score that is the difficulty; all three are kept.
@@ -77,7 +79,7 @@ def assess(
         PolysegError: no active dropout, dropout that cannot be steered, no images, or a result
             that is not finite.
 
-    >>> batch = Batch(["a", "b"], torch.rand(2, 1, 8, 8), torch.ones(2, 8, 8))
+    >>> batch = Batch(["a", "b"], torch.rand(2, 1, 8, 8), torch.ones(2, 1, 8, 8))
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
     >>> assess(network, [batch], samples=3).difficulty.shape
     (2,)
@@ -87,17 +89,22 @@ def assess(
     layers = active_layers(network)
     device = device_of(network)
     table = _Table(save_maps)
+    done = 0
     with held_in_mode(network, training=False), torch.inference_mode():
         for batch in batches:
             images = batch.images.to(device)
             if not table.ids:
-                refuse_hidden_dropout(network, images[:1].repeat(2, 1, 1, 1))
+                window = getattr(network, "window", None)
+                height, width = window.size if window else (_TRIAL_SIDE, _TRIAL_SIDE)
+                part = images[:1, :, :height, :width]
+                refuse_hidden_dropout(network, part.repeat(2, 1, 1, 1))
             streams = _MaskStreams(masks, seed, epoch, batch.ids)
             # Told before each pass too, so that who listens can end it between any two.
-            tell = functools.partial(progress, "MC Dropout", len(table.ids), total)
+            tell = functools.partial(progress, "MC Dropout", done, total)
             passes = _passes(network, layers, images, streams, samples, tell)
             table.add(batch, passes, region, boundary_width)
-            progress("MC Dropout", len(table.ids), total)
+            done += len(batch.ids)
+            progress("MC Dropout", done, total)
     if not table.ids:
         raise PolysegError("MC Dropout: there are no images to assess")
     return Assessment(
@@ -118,9 +125,14 @@ def stochastic_pass(
 ) -> Tensor:
     """Return the probabilities of one thinned network, p_n = f(x; z_n) (eq. 7).
 
-    z_n is Bernoulli(1 - rate) and what is kept is divided by 1 - rate, so means are preserved.
+    z_n is Bernoulli(1 - rate) and what is kept is divided by 1 - rate, so means are preserved. The
+    result is (B K, H, W), the K labels of an image one after another.
     """
     calls = dict.fromkeys(layers, 0)
+
+    def begin(*_: Any) -> None:
+        # Window by window, a large image meets one thinned network, not one a window.
+        calls.update(dict.fromkeys(layers, 0))
 
     def drop(name: str, layer: Any, features: Tensor) -> Tensor:
         calls[name] += 1
@@ -137,8 +149,9 @@ def stochastic_pass(
         )
         for name, layer in layers.items()
     ]
+    hooks.append(getattr(network, "core", network).register_forward_pre_hook(begin))
     try:
-        probability: Tensor = network(images).float().sigmoid()[:, 0]
+        probability: Tensor = network(images).float().sigmoid().flatten(0, 1)
         return probability
     finally:
         for hook in hooks:
@@ -188,14 +201,15 @@ class _Table:
 
     save_maps: bool
     ids: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     parts: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
     maps: dict[str, list[NDArray[np.float16]]] = field(default_factory=dict)
 
     def add(
         self, batch: Batch, passes: Iterable[Tensor], region: Region, boundary_width: int
     ) -> None:
-        """Take in the passes of a batch, each (B, H, W)."""
-        truth = None if batch.masks is None else batch.masks.cpu()
+        """Take in the passes of a batch, each (B K, H, W)."""
+        truth = None if batch.masks is None else batch.masks.cpu().flatten(0, 1)
         record = UncertaintyAccumulator()
         entropies = []
         for sample in passes:
@@ -207,7 +221,8 @@ class _Table:
         # Where the region hangs on the prediction, the passes have no region in common.
         settled = (chosen == early).flatten(1).all(dim=1) & (fallback == 0)
         spread = torch.stack(entropies).std(dim=0, correction=1)
-        self.ids.extend(batch.ids)
+        self.ids.extend(identity for identity in batch.ids for _ in batch.labels)
+        self.labels.extend(batch.labels * len(batch.ids))
         self._append(
             entropy_sd=spread.where(settled, torch.nan),
             foreground_pixels=chosen.flatten(1).sum(dim=1),
@@ -217,7 +232,7 @@ class _Table:
             else dice_coefficient(record.mean >= 0.5, truth),
             **{name: foreground_mean(getattr(record, name), chosen) for name in METRICS},
         )
-        self._refuse_what_is_not_finite(len(batch.ids))
+        self._refuse_what_is_not_finite(len(fallback))
         if self.save_maps:
             for name in MAPS:
                 values = getattr(record, name).numpy().astype(np.float16)
@@ -229,6 +244,7 @@ class _Table:
         entropy_sd = joined.pop("entropy_sd")
         return {
             "ids": self.ids,
+            "labels": self.labels if any(self.labels) else None,
             "scores": {name: joined.pop(name) for name in METRICS},
             # Mutual information and entropy of a pass differ by a constant, so they share the
             # spread; one pass alone has no variance.

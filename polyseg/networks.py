@@ -26,11 +26,24 @@ DropoutKind = Literal["channel", "element"]
 _CHANNELS = (16, 32, 64, 128, 256)
 _LARGEST_MULTIPLE = 512
 _MOST_BLOCKS = 16
+_WINDOWS_AT_ONCE = 4
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a network that was trained on patches looks at a whole image."""
+
+    size: tuple[int, int]
+    overlap: float
+    """Share that neighbours see both, in [0, 1)."""
 
 
 class SegmentationNetwork(nn.Module):
     """A network for images of any size: pads to a multiple of its stride, crops the logits back.
+
+    With a window it looks, in evaluation mode, at what is larger window by window; the logits of
+    windows that overlap are averaged with Gaussian weights.
 
     >>> network = build_network("unet", in_channels=1)
     >>> network(torch.zeros(2, 1, 50, 70)).shape
@@ -41,9 +54,36 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.core = core
         self.multiple = multiple
+        self.window: Window | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (B, out, H, W), of images (B, C, H, W)."""
+        if self.training or self.window is None or not self._is_larger(images, self.window):
+            return self._at_once(images)
+        from monai.inferers import sliding_window_inference
+
+        # Image by image, because MC Dropout may have masks of its own for each.
+        parts = [
+            sliding_window_inference(
+                image[None],
+                self.window.size,
+                sw_batch_size=_WINDOWS_AT_ONCE,
+                predictor=self._at_once,
+                overlap=self.window.overlap,
+                mode="gaussian",
+                padding_mode="replicate",
+            )
+            for image in images
+        ]
+        return torch.cat(parts)
+
+    @staticmethod
+    def _is_larger(images: Tensor, window: Window) -> bool:
+        return any(
+            side > wanted for side, wanted in zip(images.shape[-2:], window.size, strict=True)
+        )
+
+    def _at_once(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         rows, columns = (_padding(size, self.multiple) for size in (height, width))
         if rows or columns:

@@ -31,6 +31,21 @@ def build_objective(config: LossConfig) -> Objective:
     )
 
 
+def as_tasks(values: Tensor) -> Tensor:
+    """Return logits or masks with each label of each image as a binary task of its own.
+
+    Args:
+        values: (B, K, H, W).
+
+    Returns:
+        (B K, 1, H, W), the labels of an image one after another.
+
+    >>> as_tasks(torch.zeros(2, 3, 4, 4)).shape
+    torch.Size([6, 1, 4, 4])
+    """
+    return values.flatten(0, 1)[:, None]
+
+
 def count_wrong_sign(config: LossConfig, logits: Tensor, mask: Tensor, epsilon: Tensor) -> int:
     """Return how many images are where a PolyDice loss falls with s; 0 for other losses.
 

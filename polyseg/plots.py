@@ -135,6 +135,55 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     return [path]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A picture with its masks, as `samples_sheet` shows it.
+
+    >>> Sample("a", np.zeros((2, 2)), np.zeros((1, 2, 2))).title
+    'a'
+    """
+
+    title: str
+    image: Numbers
+    """(H, W), or (H, W, 3) in [0, 1]."""
+    masks: Numbers
+    """(K, H, W) in {0, 1}; each is outlined in a colour of its own."""
+
+
+@_styled
+def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
+    """Draw pictures in rows, each with the outlines of its masks.
+
+    Args:
+        rows: at least one, of equal length.
+        title: of the sheet.
+
+    >>> sample = Sample("a", np.zeros((4, 4)), np.zeros((1, 4, 4)))
+    >>> len(samples_sheet([[sample, sample]], title="light").axes)
+    2
+    """
+    columns = len(rows[0])
+    cell = max(TWO_COLUMNS / columns, 0.9)
+    figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
+    figure.suptitle(title)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, sample in zip(panels.ravel(), (one for row in rows for one in row), strict=True):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.imshow(_displayable(sample.image), cmap="gray")
+        for k, mask in enumerate(sample.masks):
+            _outline(axes, mask, (YELLOW, *RUN_COLOURS)[k % (len(RUN_COLOURS) + 1)])
+        axes.set_title(_shorten(sample.title, 16), fontsize=7)
+    return figure
+
+
+def headed(figure: Figure, title: str) -> Figure:
+    """Return a figure with a title above all of it, or as it is where there is none."""
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
 @_styled
 def loss_curves(
     theta: Numbers,
@@ -480,10 +529,10 @@ def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> lis
     ]
 
 
-def _outline(axes: Axes, mask: Numbers | None) -> None:
-    """Draw a mask's edge: yellow in a black seam, to be seen on any image."""
+def _outline(axes: Axes, mask: Numbers | None, colour: str = YELLOW) -> None:
+    """Draw a mask's edge: in a black seam, to be seen on any image."""
     if mask is not None and np.any(mask) and not np.all(mask):
-        edge = axes.contour(np.asarray(mask, dtype=float), levels=[0.5], colors=YELLOW)
+        edge = axes.contour(np.asarray(mask, dtype=float), levels=[0.5], colors=colour)
         edge.set(linewidth=0.6, path_effects=[withStroke(linewidth=1.3, foreground=BLACK)])
 
 

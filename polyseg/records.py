@@ -1,7 +1,7 @@
 """The plain records that one room hands to the next; nothing here computes or writes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -29,12 +29,17 @@ class Batch(NamedTuple):
     images: "Tensor"
     """(B, C, H, W) float32, normalised."""
     masks: "Tensor | None"
-    """(B, H, W) uint8 in {0, 1}, or None where there are none."""
+    """(B, K, H, W) uint8 in {0, 1}, or None where there are none."""
+    labels: tuple[str, ...] = ("",)
+    """Names of the K channels; a single one has none."""
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What the passes of MC Dropout said of each of n images after `epoch` epochs."""
+    """What the passes of MC Dropout said of each of n images after `epoch` epochs.
+
+    With several labels each image has a row for each of them, one after another.
+    """
 
     epoch: int
     samples: int
@@ -60,6 +65,8 @@ class Assessment:
     """(n,) of the mean prediction at 0.5 against the mask; NaN without a mask."""
     epsilon: NDArray[np.float64] | None = None
     """(n,) where the statistics are those of the data set."""
+    labels: list[str] | None = None
+    """(n,) the label of each row; None where there is one label, and a row is an image."""
     maps: Mapping[str, list[NDArray[np.float16]]] = field(default_factory=dict)
     """By name of `MAPS`, one (H, W) an image."""
     weights_sha256: str = ""
@@ -70,13 +77,38 @@ class Assessment:
         """(n,) the chosen score."""
         return self.scores[self.metric]
 
+    @property
+    def label_names(self) -> list[str]:
+        """The labels, in the order of the network's channels."""
+        return [""] if self.labels is None else list(dict.fromkeys(self.labels))
+
+    def of_label(self, label: str) -> "Assessment":
+        """Return the rows of one label."""
+        if self.labels is None:
+            return self
+        rows = [i for i, one in enumerate(self.labels) if one == label]
+        return replace(
+            self,
+            ids=[self.ids[i] for i in rows],
+            labels=None,
+            scores={name: values[rows] for name, values in self.scores.items()},
+            scores_sd={name: values[rows] for name, values in self.scores_sd.items()},
+            foreground_pixels=self.foreground_pixels[rows],
+            fallback=self.fallback[rows],
+            dice=self.dice[rows],
+            epsilon=None if self.epsilon is None else self.epsilon[rows],
+            maps={name: [maps[i] for i in rows] for name, maps in self.maps.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """The epsilon that each image met in each epoch."""
+    """The epsilon that each image, or each label of each image, met in each epoch."""
 
     ids: list[str]
     epochs: NDArray[np.int64]
     """(E,) the epochs trained, from 1."""
     epsilon: NDArray[np.float32]
     """(E, n), as the loss used it."""
+    labels: list[str] | None = None
+    """(n,), as in an assessment."""

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def write_scores(runs: Sequence[evaluate.RunScores], folder: Path, *, figures: b
             ]
             for metric in metrics
         }
-        figure = plots.comparison([run.name for run in runs], values)
+        figure = plots.comparison([run.title for run in runs], values)
         files += plots.save_figure(figure, folder / "comparison")
     return files
 
@@ -74,18 +75,21 @@ def difficulty_correlations(
 ) -> list[dict[str, Any]]:
     """Return Spearman's correlation of each score with 1 - Dice, and with difficulty where known.
 
-    A correlation is NaN where it is not defined, such as without masks.
+    With several labels there are rows for each, since labels differ in difficulty. A correlation is
+    NaN where it is not defined, such as without masks.
     """
-    rows = [i for i, identity in enumerate(assessment.ids) if identity in known]
-    truth = np.array([known[assessment.ids[i]] for i in rows])
     found: list[dict[str, Any]] = []
-    for name in METRICS:
-        scores = assessment.scores[name]
-        found.append(
-            {"metric": name, "with 1 - Dice": evaluate.spearman(scores, 1 - assessment.dice)}
-        )
-        if rows:
-            found[-1]["with known difficulty"] = evaluate.spearman(scores[rows], truth)
+    for label in assessment.label_names:
+        part = assessment.of_label(label)
+        rows = [i for i, identity in enumerate(part.ids) if identity in known]
+        truth = np.array([known[part.ids[i]] for i in rows])
+        for name in METRICS:
+            scores = part.scores[name]
+            row: dict[str, Any] = {"metric": name} | ({"label": label} if label else {})
+            row["with 1 - Dice"] = evaluate.spearman(scores, 1 - part.dice)
+            if rows:
+                row["with known difficulty"] = evaluate.spearman(scores[rows], truth)
+            found.append(row)
     return found
 
 
@@ -98,45 +102,56 @@ def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
             if isinstance(value, float) and math.isfinite(value)
         ]
         if found:
-            log.info("Spearman of the difficulty by %s: %s", row["metric"], ", ".join(found))
+            name = " of ".join(filter(None, (row["metric"], row.get("label"))))
+            log.info("Spearman of the difficulty by %s: %s", name, ", ".join(found))
 
 
 def assessment_csv(assessment: Assessment) -> str:
     """Return an assessment as CSV, a row an image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "difficulty", *METRICS, "dice", "foreground_pixels", "fallback"])
+    labels = assessment.labels
+    heads = ["id", *(["label"] if labels else []), "difficulty", *METRICS, "dice"]
+    writer.writerow([*heads, "foreground_pixels", "fallback"])
     for i, identity in enumerate(assessment.ids):
         values = [assessment.difficulty[i], *(assessment.scores[name][i] for name in METRICS)]
         row = [f"{value:.9g}" for value in (*values, assessment.dice[i])]
+        own = [identity, *([labels[i]] if labels else [])]
         writer.writerow(
-            [identity, *row, assessment.foreground_pixels[i], FALLBACKS[assessment.fallback[i]]]
+            [*own, *row, assessment.foreground_pixels[i], FALLBACKS[assessment.fallback[i]]]
         )
     return text.getvalue()
 
 
 def draw_assessment(assessment: Assessment, folder: Path) -> list[Path]:
-    """Draw difficulty against Dice, where there are masks."""
+    """Draw difficulty against Dice, where there are masks, a figure a label."""
     if not np.isfinite(assessment.dice).any():
         return []
-    figure = plots.difficulty_against_dice(
-        assessment.difficulty,
-        assessment.dice,
-        metric=assessment.metric,
-        correlation=evaluate.spearman(assessment.difficulty, 1 - assessment.dice),
-        epoch=assessment.epoch,
-    )
-    return plots.save_figure(figure, folder / "difficulty_dice")
+    files = []
+    for label, path in _paths(assessment.label_names, folder / "difficulty_dice"):
+        part = assessment.of_label(label)
+        figure = plots.difficulty_against_dice(
+            part.difficulty,
+            part.dice,
+            metric=part.metric,
+            correlation=evaluate.spearman(part.difficulty, 1 - part.dice),
+            epoch=part.epoch,
+        )
+        files += plots.save_figure(plots.headed(figure, label), path)
+    return files
 
 
 def draw_difficulties(assessments: Sequence[Assessment], folder: Path) -> list[Path]:
-    """Draw how the difficulties move from one assessment to the next."""
-    figure = plots.difficulty_distribution(
-        [assessment.epoch for assessment in assessments],
-        [assessment.difficulty for assessment in assessments],
-        metric=assessments[-1].metric,
-    )
-    return plots.save_figure(figure, folder / "difficulty")
+    """Draw how the difficulties move from one assessment to the next, a figure a label."""
+    files = []
+    for label, path in _paths(assessments[-1].label_names, folder / "difficulty"):
+        figure = plots.difficulty_distribution(
+            [assessment.epoch for assessment in assessments],
+            [assessment.of_label(label).difficulty for assessment in assessments],
+            metric=assessments[-1].metric,
+        )
+        files += plots.save_figure(plots.headed(figure, label), path)
+    return files
 
 
 def draw_history(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
@@ -145,25 +160,33 @@ def draw_history(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path
 
 
 def draw_schedule(epsilon: NDArray[np.float32], config: Config, folder: Path) -> list[Path]:
-    """Draw the quantiles of epsilon, (epochs, images), where it was adapted."""
+    """Draw the quantiles of epsilon, (epochs, rows), where it was adapted, a figure a label."""
     if not config.adaptive:
         return []
     limits = (config.control.epsilon_min, config.control.epsilon_max)
     epochs = np.arange(1, len(epsilon) + 1)
-    figure = plots.epsilon_quantiles(epochs, epsilon, limits=limits)
-    return plots.save_figure(figure, folder / "epsilon")
+    labels = config.data.labels
+    files = []
+    for k, (label, path) in enumerate(_paths(labels, folder / "epsilon")):
+        figure = plots.epsilon_quantiles(epochs, epsilon[:, k :: len(labels)], limits=limits)
+        files += plots.save_figure(plots.headed(figure, label), path)
+    return files
 
 
-def draw_overlays(assessment: Assessment, images: ImageSet, path: Path, title: str) -> list[Path]:
-    """Draw image, mask, mean prediction and uncertainty of every image of an assessment."""
+def draw_overlays(
+    assessment: Assessment, rows: Sequence[int], images: ImageSet, path: Path, title: str
+) -> list[Path]:
+    """Draw image, mask, mean prediction and uncertainty of some rows of an assessment."""
     cases = []
-    for i, identity in enumerate(assessment.ids):
-        position = images.index[identity]
+    for i in rows:
+        identity = assessment.ids[i]
+        label = assessment.labels[i] if assessment.labels else ""
+        masks = images.masks(identity)
         cases.append(
             plots.OverlayCase(
-                id=identity,
-                image=_displayed(images.images[position]),
-                mask=None if images.masks is None else images.masks[position],
+                id=f"{identity}: {label}" if label else identity,
+                image=displayed(images.pixels(identity)),
+                mask=None if masks is None else masks[images.labels.index(label)],
                 mean=assessment.maps["mean"][i].astype(np.float64),
                 uncertainty=assessment.maps[assessment.metric][i].astype(np.float64),
                 difficulty=float(assessment.difficulty[i]),
@@ -174,8 +197,28 @@ def draw_overlays(assessment: Assessment, images: ImageSet, path: Path, title: s
     return plots.save_figure(figure, path)
 
 
-def _displayed(image: NDArray[Any]) -> NDArray[Any]:
-    """Return (H, W), or (H, W, 3) in [0, 1]."""
-    if image.shape[2] == 1:
+def _paths(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]:
+    """Return a path for each label's figure; that of a single one is `path` itself."""
+    if len(labels) == 1:
+        return [(labels[0], path)]
+    plain = [re.sub(r"[^\w-]+", "_", label) for label in labels]
+    return [
+        (label, path.with_name(f"{path.name}_{k}_{name}"))
+        for k, (label, name) in enumerate(zip(labels, plain, strict=True), start=1)
+    ]
+
+
+def displayed(image: NDArray[Any]) -> NDArray[Any]:
+    """Return an image, (H, W, C), as (H, W), or RGB as (H, W, 3) in [0, 1].
+
+    Of images with other numbers of channels the first is shown.
+
+    >>> float(displayed(np.full((2, 2, 3), 255, np.uint8)).max())
+    1.0
+    """
+    if image.shape[2] != 3:
         return image[..., 0]
-    return image / float(np.iinfo(image.dtype).max)
+    unsigned = image.dtype.kind == "u"
+    lowest = 0.0 if unsigned else float(image.min())
+    highest = float(np.iinfo(image.dtype).max) if unsigned else float(image.max())
+    return (image - lowest) / max(highest - lowest, 1e-6)

@@ -25,13 +25,16 @@ from torch import Tensor, nn
 
 from polyseg import __version__
 from polyseg.config import Config, build_config
-from polyseg.data.splits import PARTS, Split
+from polyseg.data.preprocessing import Levels, levels_from
+from polyseg.data.splits import PARTS, Split, refuse_overlap
 from polyseg.errors import PolysegError
 from polyseg.files import TEMPORARY_PREFIX, atomic_path, exclusive_lock, read_text, write_text
-from polyseg.networks import SegmentationNetwork, build_network
+from polyseg.networks import SegmentationNetwork, Window, build_network
 
 QUANTILES = (5, 25, 50, 75, 95)
 """Percentiles of epsilon in the history."""
+
+MOST_CHANNELS = 64
 
 _KIND = "polyseg checkpoint"
 _SCHEMA = 1
@@ -49,7 +52,16 @@ HISTORY_COLUMNS = (
     "seconds_validation",
     "seconds_assessment",
 )
-_RECORDED_VERSIONS = ("torch", "numpy", "monai", "scipy", "h5py", "safetensors", "pillow")
+_RECORDED_VERSIONS = (
+    "torch",
+    "numpy",
+    "monai",
+    "scipy",
+    "h5py",
+    "safetensors",
+    "pillow",
+    "tifffile",
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class Checkpoint:
     best_dice: float = -1.0
     assessments: Mapping[str, str] = field(default_factory=dict)
     """sha256 of the assessment files written so far, by file name."""
+    levels: Levels | None = None
+    """Gray levels of the training images, where images do not go by their own."""
 
     def build(self, *, trust: bool = False) -> SegmentationNetwork:
         """Return the network with these weights.
@@ -157,11 +171,7 @@ class RunDirectory:
         """Write what a run is known by, before its first epoch."""
         self.write_config(config)
         write_text(self.environment, json.dumps(environment(device), indent=2) + "\n")
-        record = {
-            part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
-            for part, ids in split.items()
-        }
-        write_text(self.split, json.dumps(record, indent=1) + "\n")
+        write_text(self.split, split_json(split, hashes))
 
     def changes_of_environment(self, device: torch.device) -> list[str]:
         """Return what is no longer as it was when the run began, and may move its last digits."""
@@ -199,6 +209,7 @@ class RunDirectory:
             rows = [row for part in PARTS for row in record[part]]
             if not split["train"] or not all(str(row["id"]).isprintable() for row in rows):
                 raise ValueError("it names no training images, or what is no name")
+            refuse_overlap(split, str(self.split))
             return split, {str(row["id"]): str(row["sha256"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
@@ -233,6 +244,19 @@ class RunDirectory:
             raise PolysegError(f"{self.history}: cannot be read: {error}") from None
 
 
+def split_json(split: Split, hashes: Mapping[str, str]) -> str:
+    """Return a split as a run keeps it: ids by part, with the sha256 of their pixels.
+
+    >>> json.loads(split_json({"train": ["a"]}, {"a": "00"}))
+    {'train': [{'id': 'a', 'sha256': '00'}]}
+    """
+    record = {
+        part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
+        for part, ids in split.items()
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
 def new_run_path() -> Path:
     """Return a name for a run that gives none: runs/ and the time."""
     return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -258,15 +282,21 @@ def find_checkpoint(path: Path) -> Path:
 def new_network(config: Config, channels: int) -> SegmentationNetwork:
     """Build the network of a configuration, with weights from torch's global generator."""
     settings = config.network
-    return build_network(
+    network = build_network(
         settings.name,
         in_channels=channels,
+        out_channels=len(config.data.labels),
         dropout=settings.dropout,
         dropout_kind=settings.dropout_kind,
         dropout_layers=settings.dropout_layers,
         multiple_of=settings.multiple_of,
         settings=settings.kwargs,
     )
+    if config.data.fit == "tile" and config.data.size is not None:
+        size = config.data.size
+        square = (size, size) if isinstance(size, int) else size
+        network.window = Window(square, config.data.tile_overlap)
+    return network
 
 
 def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -307,6 +337,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "polyseg": __version__,
         "epoch": checkpoint.epoch,
         "channels": checkpoint.channels,
+        "levels": None if checkpoint.levels is None else vars(checkpoint.levels),
         "best_epoch": checkpoint.best_epoch,
         "best_dice": checkpoint.best_dice,
         "assessments": dict(checkpoint.assessments),
@@ -339,6 +370,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             config=build_config(header["config"], str(path)),
             channels=int(header["channels"]),
             epoch=int(header["epoch"]),
+            levels=levels_from(header.get("levels"), int(header["channels"])),
             weights=_with_prefix(tensors, "weights/"),
             optimizer=_with_prefix(tensors, "optimizer/"),
             best_epoch=int(header["best_epoch"]),
@@ -381,8 +413,9 @@ def _check_numbers(header: Mapping[str, Any]) -> None:
     epoch, best = header["epoch"], header["best_epoch"]
     if not (isinstance(epoch, int) and isinstance(best, int) and 0 <= best <= epoch <= 100_000):
         raise ValueError(f"epoch {epoch!r:.40} and best_epoch {best!r:.40} do not fit")
-    if header["channels"] not in (1, 3):
-        raise ValueError(f"channels {header['channels']!r:.40}: images have 1 or 3")
+    channels = header["channels"]
+    if not isinstance(channels, int) or not 1 <= channels <= MOST_CHANNELS:
+        raise ValueError(f"channels {channels!r:.40}: images have 1 to {MOST_CHANNELS}")
 
 
 def _checked_names(assessments: Mapping[str, Any]) -> dict[str, str]:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
 from polyseg.config import Config, TrainingConfig
 from polyseg.control import EpsilonControl
+from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
 from polyseg.dropout import active_layers, refuse_hidden_dropout
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.inference import choose_device, predict
 from polyseg.montecarlo import assess
-from polyseg.objective import build_objective, count_wrong_sign
+from polyseg.objective import as_tasks, build_objective, count_wrong_sign
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.run import (
@@ -68,17 +69,23 @@ class Trainer:
             torch.backends.cudnn.benchmark = False
         torch.manual_seed(derive_seed(config.training.seed, "weights"))
         self.network = new_network(config, images.channels).to(self.device)
+        if config.data.normalise == "dataset":
+            images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
+            self.images = images
         if config.adaptive:
             # Now, not at the first assessment, which may be hours away.
             active_layers(self.network)
-            image, _ = images.sample(images.index[split["train"][0]])
+            image, _ = images.patch(split["train"][0], seed=0)
             refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
         self.forward: nn.Module = self.network
         if config.training.compile:
             self.forward = torch.compile(self.network)  # type: ignore[assignment]
         self.optimizer = _build_optimizer(config.training, self.network)
         self.objective = build_objective(config.loss)
-        self.control = EpsilonControl(config.control, config.loss.epsilon)
+        self.changes = changes_of(config.data)
+        self.control = EpsilonControl(
+            config.control, config.loss.epsilon, labels=len(images.labels)
+        )
         self.epoch = 0
         self.best_epoch, self.best_dice = 0, -1.0
         self.history: list[dict[str, float]] = []
@@ -119,7 +126,8 @@ class Trainer:
         self.history = self.run.read_history(self.epoch)
         if self.epoch:
             schedule = read_schedule(self.run.schedule)
-            if schedule.ids != self.split["train"] or len(schedule.epochs) < self.epoch:
+            rows = self._schedule_rows()
+            if (schedule.ids, schedule.labels) != rows or len(schedule.epochs) < self.epoch:
                 raise PolysegError(f"{self.run.schedule}: is not the schedule of this run")
             self.epsilons = list(schedule.epsilon[: self.epoch])
         for name in in_order(self.assessments):
@@ -165,7 +173,8 @@ class Trainer:
         torch.manual_seed(derive_seed(settings.seed, epoch, "dropout"))
         self.network.train()
         ids = self.split["train"]
-        epsilon_of: dict[str, float] = {}
+        epsilon_of: dict[str, list[float]] = {}
+        labels = len(self.images.labels)
         total = torch.zeros((), device=self.device)
         wrong = 0
         batches = training_batches(
@@ -174,36 +183,36 @@ class Trainer:
             batch_size=settings.batch_size,
             seed=settings.seed,
             epoch=epoch,
-            strength=self.config.data.augmentation,
+            changes=self.changes,
             workers=settings.workers,
         )
         for names, images, masks in batches:
             self._leave_on_signal()
             epsilon = self.control.epsilon(names).astype(np.float32)
-            epsilon_of.update(zip(names, epsilon.tolist(), strict=True))
+            epsilon_of.update(zip(names, epsilon.reshape(-1, labels).tolist(), strict=True))
             losses, in_wrong_region = self._step(images, masks, torch.from_numpy(epsilon))
             self._refuse_what_is_not_finite(losses, names, epoch)
             total += losses.sum()
             wrong += in_wrong_region
             self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
-        self.epsilons.append(np.array([epsilon_of[name] for name in ids], dtype=np.float32))
+        self.epsilons.append(np.array([epsilon_of[name] for name in ids], np.float32).ravel())
         quantiles = np.percentile(self.epsilons[-1], QUANTILES)
         return {
             "epoch": epoch,
             "learning_rate": rate,
-            "train_loss": float(total) / len(ids),
+            "train_loss": float(total) / (len(ids) * labels),
             **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
             "wrong_sign_images": wrong,
         }
 
     def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, int]:
-        """Take one step; return the losses, (B,), and how many images met the wrong sign."""
+        """Take one step; return the losses, (B K,), and how many of them met the wrong sign."""
         images, epsilon = images.to(self.device), epsilon.to(self.device)
-        target = masks.to(self.device)[:, None].float()
+        target = as_tasks(masks.to(self.device)).float()
         reduced = self.config.training.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
             logits = self.forward(images)
-        logits = logits.float()
+        logits = as_tasks(logits.float())
         losses = self.objective(logits, target, epsilon)
         self.optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()  # type: ignore[no-untyped-call]
@@ -214,13 +223,13 @@ class Trainer:
         """Return mean loss (at the constant epsilon), Dice and IoU of the validation images."""
         losses, dices = [], []
         batches = self.images.batches(self.split["val"], self.config.training.batch_size)
-        for batch, logits in predict(self.network, batches):
+        for batch, predicted in predict(self.network, batches):
             if batch.masks is None:
                 raise ValueError("validation images have no masks")
-            target = batch.masks[:, None].float()
+            target, logits = as_tasks(batch.masks).float(), as_tasks(predicted)
             epsilon = torch.full((len(logits),), self.config.loss.epsilon)
             losses.append(self.objective(logits, target, epsilon))
-            dices.append(dice_coefficient(logits[:, 0] >= 0, batch.masks))
+            dices.append(dice_coefficient(logits >= 0, target))
         if not dices:
             return dict.fromkeys(("validation_loss", "validation_dice", "validation_iou"), math.nan)
         dice = torch.cat(dices)
@@ -264,12 +273,14 @@ class Trainer:
         if self.history:
             epochs = np.arange(1, self.epoch + 1)
             epsilon = np.stack(self.epsilons)
-            write_schedule(self.run.schedule, Schedule(self.split["train"], epochs, epsilon))
+            ids, labels = self._schedule_rows()
+            write_schedule(self.run.schedule, Schedule(ids, epochs, epsilon, labels))
             self.run.write_history(self.history)
         checkpoint = Checkpoint(
             config=self.config,
             channels=self.images.channels,
             epoch=self.epoch,
+            levels=self.images.levels,
             weights=self.network.state_dict(),
             best_epoch=self.best_epoch,
             best_dice=self.best_dice,
@@ -279,6 +290,13 @@ class Trainer:
         write_checkpoint(self.run.last, dataclasses.replace(checkpoint, optimizer=optimizer))
         if self.best_epoch == self.epoch:
             write_checkpoint(self.run.best, checkpoint)
+
+    def _schedule_rows(self) -> tuple[list[str], list[str] | None]:
+        """Return ids, and labels where there are several, of the columns of the schedule."""
+        ids, labels = self.split["train"], self.images.labels
+        if len(labels) == 1:
+            return ids, None
+        return [identity for identity in ids for _ in labels], [*labels] * len(ids)
 
     def _assessment_epochs(self) -> list[int]:
         if not self.config.adaptive:
@@ -295,9 +313,8 @@ class Trainer:
     def _refuse_what_is_not_finite(self, losses: Tensor, names: list[str], epoch: int) -> None:
         finite = losses.isfinite()
         if not bool(finite.all()):
-            bad = ", ".join(
-                name for name, good in zip(names, finite.tolist(), strict=True) if not good
-            )
+            of_images = finite.reshape(len(names), -1).all(dim=1).tolist()
+            bad = ", ".join(name for name, good in zip(names, of_images, strict=True) if not good)
             raise PolysegError(
                 f"epoch {epoch}: the loss of {bad} is not finite; the last good epoch is kept in "
                 f"{self.run.last}; try a lower training.learning_rate"

@@ -131,7 +131,7 @@ def test_the_plan_trains_nothing(polyseg, tmp_path):
     answer = polyseg("train", "--out", tmp_path / "run", "--dry-run", "--json", *SET)
     assert answer.code == 0, answer.err
     planned = json.loads(answer.out)
-    assert planned["epochs"] == 3 and planned["images"]["train"] == 12
+    assert planned["epochs"] == 3 and planned["images"]["train"] == 11
     assert not (tmp_path / "run").exists()
 
 
@@ -172,11 +172,14 @@ def test_the_shaded_region_is_where_the_loss_rises_with_s(terms):
 def test_data_check_says_what_is_there(polyseg, images):
     answer = polyseg("data", "check", images, "--json")
     found = json.loads(answer.out)
-    assert found["pairs"] == 16 and found["sizes"] == ["32 x 32"] and found["empty masks"] == 0
+    assert found["images"] == 16 and found["sizes"] == ["32 x 32 (16)"]
+    assert found["empty masks"] == 0
     (images / "masks" / "phantom_0000.png").unlink()
     Image.fromarray(np.full((32, 32), 7, np.uint8)).save(images / "masks" / "phantom_0001.png")
     answer = polyseg("data", "check", images)
-    assert answer.code == 2 and "1 without a mask: phantom_0000" in answer.err
+    assert answer.code == 2
+    assert "1 image (phantom_0000.png) without a mask" in answer.err
+    assert "phantom_0001.png: a mask of values 7" in answer.err
 
 
 def test_config_init_is_the_defaults(polyseg, tmp_path):
@@ -195,7 +198,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["train", "--epoch", "3"], "No such option: --epoch"),
         (["train", "--epochs", "many"], "'--epochs'"),
         (["evaluate"], "Missing argument"),
-        (["train", "--data", "nowhere"], "nowhere: there is no such folder"),
+        (["train", "--data", "nowhere"], "nowhere: there is no such file or folder"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["train", "--loss", "dicee"], "loss.name"),
         (["train", "--set", "loss.epsilom=1"], "did you mean loss.epsilon?"),
@@ -217,7 +220,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["evaluate", "n" * 300], "File name too long"),
         (["data", "demo", "new", "--images", "100000", "--size", "1024"], "make fewer"),
         (["plot-loss", "--out", "figure.docx"], "saved as .png, .pdf or .svg"),
-        (["data", "check", "nowhere"], "there is no such folder"),
+        (["data", "check", "nowhere"], "there is no such file or folder"),
         (["data", "demo", "new", "--modality", "mri"], "choose ultrasound or endoscopy"),
         (["data", "demo", "new", "--size", "3"], "--size: 32 to"),
         (["data", "demo", "new", "--seed", "-1"], "--seed -1: 0 or more"),

@@ -33,7 +33,7 @@ def test_every_setting_is_described_and_every_number_bounded():
 def test_the_template_is_the_defaults():
     text = template()
     assert build_config(yaml.safe_load(text), "template") == Config()
-    assert all(f"  {s['key'].split('.')[1]}: " in text for s in settings_of())
+    assert all(f"  {s['key'].split('.')[-1]}: " in text for s in settings_of())
 
 
 def test_yaml_round_trip(tmp_path):
@@ -60,7 +60,7 @@ def test_the_schema_is_json():
         ("control.epsilon_min=-1", r"control\.epsilon_min: .* -0\.5, got -1"),
         ("loss.epsilom=1", r"loss\.epsilom: unknown key; did you mean loss\.epsilon\?"),
         ("los.name=dice", "los: unknown key; did you mean loss"),
-        ("data.size=big", r"data\.size: 'big' does not fit: images are resized"),
+        ("data.size=big", r"data\.size: 'big' does not fit: this square"),
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
         ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
         ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),

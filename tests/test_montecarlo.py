@@ -19,8 +19,8 @@ from polyseg.uncertainty import mutual_information, prediction_variance, predict
 def make_batch(n=5, size=(32, 32), channels=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, channels, *size, generator=generator)
-    masks = torch.zeros(n, *size, dtype=torch.uint8)
-    masks[:, 8:20, 8:20] = 1
+    masks = torch.zeros(n, 1, *size, dtype=torch.uint8)
+    masks[..., 8:20, 8:20] = 1
     return Batch([f"image{i}" for i in range(n)], images, masks)
 
 
@@ -60,7 +60,7 @@ def test_the_distribution_is_that_of_torchs_own_dropout(network):
     assert difference.abs().mean() < 4 * spread / passes**0.5
     np.testing.assert_allclose(
         ours.scores["variance"],
-        foreground_mean(prediction_variance(samples), batch.masks),
+        foreground_mean(prediction_variance(samples), batch.masks[:, 0]),
         rtol=0.25,
     )
 
@@ -84,7 +84,7 @@ def test_scores_are_the_equations_of_the_passes(network):
         ("entropy", predictive_entropy),
         ("variance", prediction_variance),
     ):
-        expected = foreground_mean(function(samples.double()), batch.masks)
+        expected = foreground_mean(function(samples.double()), batch.masks[:, 0])
         np.testing.assert_allclose(result.scores[name], expected, atol=1e-6)
         np.testing.assert_allclose(result.maps[name], function(samples), atol=1e-3)
     assert len({tuple(sample.flatten()[:5].tolist()) for sample in samples}) == 6
@@ -123,7 +123,7 @@ def test_difficulty_does_not_depend_on_batches_or_order(masks, kind):
 
 def test_the_same_image_twice_is_judged_alike_only_with_consistent_masks(network):
     batch = make_batch(1)
-    twins = Batch(["a", "b"], batch.images.repeat(2, 1, 1, 1), batch.masks.repeat(2, 1, 1))
+    twins = Batch(["a", "b"], batch.images.repeat(2, 1, 1, 1), batch.masks.repeat(2, 1, 1, 1))
     consistent = assess(network, [twins], samples=4).difficulty
     independent = assess(network, [twins], samples=4, masks="independent").difficulty
     assert consistent[0] == pytest.approx(consistent[1], rel=1e-6)

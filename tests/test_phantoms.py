@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from polyseg.data import endoscopy, ultrasound
-from polyseg.data.layouts import find_pairs
+from polyseg.data.layouts import find_cases
 from polyseg.data.lesions import Factors
 from polyseg.data.phantoms import MODALITIES, Phantom, make_phantom, make_phantoms, write_phantoms
 from polyseg.errors import PolysegError
@@ -234,12 +234,12 @@ def test_written_phantoms_are_read_back(tmp_path: Path) -> None:
         folder = tmp_path / "new" / modality
         phantoms = make_phantoms(3, seed=2, size=(40, 48), modality=modality)
         write_phantoms(folder, phantoms)
-        pairs = find_pairs(folder)
+        pairs = find_cases(folder).cases
         assert [pair.id for pair in pairs] == [phantom.id for phantom in phantoms]
         for pair, phantom in zip(pairs, phantoms, strict=True):
-            assert np.array_equal(np.asarray(Image.open(pair.image)), phantom.image)
-            assert pair.mask is not None
-            assert np.array_equal(np.asarray(Image.open(pair.mask)), 255 * phantom.mask)
+            assert np.array_equal(np.asarray(Image.open(pair.images[0])), phantom.image)
+            assert pair.masks is not None
+            assert np.array_equal(np.asarray(Image.open(pair.masks[0])), 255 * phantom.mask)
 
 
 def test_table_holds_difficulty_and_factors(tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_every_loss_trains(tiny, loss):
             "run",
             f"loss.name={loss}",
             "control.enabled=false",
-            "training.epochs=6",
+            "training.epochs=10",
             "training.scheduler=polynomial",
             "training.optimizer=adam",
             "training.learning_rate=0.03",

@@ -1,9 +1,9 @@
-"""The images of a run in memory, and batches of them."""
+"""The images of a run, decoded once, and batches of them."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,167 +13,267 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from polyseg.config import DataConfig
-from polyseg.data.augmentation import Strength, augment
-from polyseg.data.images import Pixels, read_image, read_mask, resize_image, resize_mask
-from polyseg.data.layouts import Pair, find_images, find_pairs
+from polyseg.data.augmentation import Changes, augment
+from polyseg.data.likeness import Likeness, likeness_of
 from polyseg.data.phantoms import make_phantoms
-from polyseg.data.splits import content_hash
+from polyseg.data.preprocessing import Levels, cut_patch, levels_of, pooled_levels
+from polyseg.data.splits import Member
+from polyseg.data.store import Image, Masks, MemoryStore, Store
 from polyseg.errors import PolysegError
-from polyseg.records import Batch, Progress, no_progress
+from polyseg.records import Batch
 from polyseg.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of an image besides its pixels."""
+
+    id: str
+    size: tuple[int, int]
+    channels: int
+    likeness: Likeness
+    """Of the pixels before resizing."""
+    levels: Levels
+    foreground: float | None
+    """Share of the pixels that have any label; None without masks."""
+    bits: int = 8
+    spacing: tuple[float, float] | None = None
+    """Millimetres between rows and between columns, after resizing."""
+    part: str | None = None
+    group: str | None = None
+    known_difficulty: float | None = None
+    """For phantoms."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Patches that a network trains on."""
+
+    size: tuple[int, int]
+    foreground_share: float
+    """Chance that a patch is centred on foreground."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images decoded and resized once, kept as they were stored: 8 or 16 bit."""
+    """Images decoded and resized once, kept as they were stored."""
 
-    ids: list[str]
-    images: list[Pixels]
-    """Each (H, W, C)."""
-    masks: list[NDArray[np.uint8]] | None
-    """Each (H, W) in {0, 1}."""
-    normalise: str
-    hashes: dict[str, str] = field(default_factory=dict)
-    """By id, of the pixels before resizing."""
-    known_difficulty: dict[str, float] = field(default_factory=dict)
-    """By id, for phantoms."""
+    items: Sequence[Item]
+    store: Store
+    channels: int
+    """Of every image, gray ones among RGB repeated."""
+    labels: tuple[str, ...] = ("",)
+    """Names of the K channels of the masks."""
+    tiling: Tiling | None = None
+    levels: Levels | None = None
+    """Of all images, where each does not have its own."""
 
-    @property
-    def channels(self) -> int:
-        """Channels of every image."""
-        return int(self.images[0].shape[2])
+    @cached_property
+    def ids(self) -> list[str]:
+        """The images' ids, in order."""
+        return [item.id for item in self.items]
 
     @cached_property
     def index(self) -> Mapping[str, int]:
         """Positions by id."""
         return {identity: i for i, identity in enumerate(self.ids)}
 
-    def mask_of(self, identity: str) -> NDArray[np.uint8]:
-        """Return the mask of an image, (H, W) in {0, 1}.
+    @cached_property
+    def hashes(self) -> Mapping[str, str]:
+        """Hashes of the pixels by id."""
+        return {item.id: item.likeness.exact for item in self.items}
 
-        Raises:
-            ValueError: the images have no masks.
-        """
-        if self.masks is None:
-            raise ValueError("these images have no masks")
-        return self.masks[self.index[identity]]
+    @cached_property
+    def known_difficulty(self) -> Mapping[str, float]:
+        """Difficulty by id, where it is known."""
+        return {
+            item.id: item.known_difficulty
+            for item in self.items
+            if item.known_difficulty is not None
+        }
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether every image has masks."""
+        return all(item.foreground is not None for item in self.items)
+
+    def item(self, identity: str) -> Item:
+        """Return what is known of an image."""
+        return self.items[self.index[identity]]
+
+    def members(self) -> list[Member]:
+        """Return what a split has to know of each image."""
+        return [
+            Member(item.id, item.foreground or 0.0, item.group, item.part) for item in self.items
+        ]
 
     def sizes(self) -> set[tuple[int, int]]:
         """Return the heights and widths that occur."""
-        return {(image.shape[0], image.shape[1]) for image in self.images}
+        return {item.size for item in self.items}
 
-    def sample(self, i: int) -> tuple[Tensor, Tensor]:
-        """Return image i, (C, H, W) float32 normalised, and its mask, (H, W) uint8.
+    def pixels(self, identity: str) -> Image:
+        """Return an image as it is stored, (H, W, C)."""
+        return self._with_channels(self.store.get(self.index[identity])[0])
 
-        Without masks the mask is of zeros.
+    def masks(self, identity: str) -> Masks | None:
+        """Return the masks of an image, (K, H, W), or None where it has none."""
+        return self.store.get(self.index[identity])[1]
+
+    def sample(self, identity: str) -> tuple[Tensor, Tensor]:
+        """Return an image, (C, H, W) float32 normalised, and its masks, (K, H, W) uint8.
+
+        Without masks they are of zeros.
         """
-        image = torch.from_numpy(np.moveaxis(self.images[i], 2, 0).astype(np.float32))
-        if self.masks is None:
-            mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
-        else:
-            mask = torch.from_numpy(self.masks[i].copy())
-        if self.normalise == "unit":
-            return image / float(np.iinfo(self.images[i].dtype).max), mask
-        deviation = image.std(dim=(1, 2), keepdim=True, correction=0).clamp_min(1e-3)
-        return (image - image.mean(dim=(1, 2), keepdim=True)) / deviation, mask
+        i = self.index[identity]
+        return self._tensors(i, *self.store.get(i))
+
+    def patch(self, identity: str, seed: int) -> tuple[Tensor, Tensor]:
+        """Return what an image gives to train on: a patch of it, or all."""
+        i = self.index[identity]
+        image, masks = self.store.get(i)
+        if self.tiling is not None:
+            share = self.tiling.foreground_share
+            image, masks = cut_patch(image, masks, self.tiling.size, share, seed)
+        return self._tensors(i, image, masks)
 
     def batches(self, ids: Sequence[str], batch_size: int) -> Iterator[Batch]:
-        """Yield the images in this order, un-augmented, neighbours of one size together."""
+        """Yield whole images in this order, un-augmented, neighbours of one size together."""
         start = 0
-        positions = [self.index[identity] for identity in ids]
-        while start < len(positions):
-            size = self.images[positions[start]].shape
+        sizes = [self.item(identity).size for identity in ids]
+        while start < len(ids):
             end = start + 1
-            while (
-                end < min(len(positions), start + batch_size)
-                and self.images[positions[end]].shape == size
-            ):
+            while end < min(len(ids), start + batch_size) and sizes[end] == sizes[start]:
                 end += 1
-            yield self._batch(positions[start:end])
+            yield self._batch(ids[start:end])
             start = end
 
-    def _batch(self, positions: Sequence[int]) -> Batch:
-        images, masks = zip(*(self.sample(i) for i in positions), strict=True)
+    def pooled_over(self, ids: Sequence[str]) -> Levels:
+        """Return mean and deviation over all pixels of some images."""
+        items = [self.item(identity) for identity in ids]
+        levels = [self._repeated(item.levels) for item in items]
+        return pooled_levels(levels, [item.size[0] * item.size[1] for item in items])
+
+    def _batch(self, ids: Sequence[str]) -> Batch:
+        images, masks = zip(*(self.sample(identity) for identity in ids), strict=True)
         return Batch(
-            [self.ids[i] for i in positions],
+            list(ids),
             torch.stack(images),
-            None if self.masks is None else torch.stack(masks),
+            torch.stack(masks) if self.has_masks else None,
+            self.labels,
         )
 
+    def _tensors(self, i: int, image: Image, masks: Masks | None) -> tuple[Tensor, Tensor]:
+        levels = self.levels or self._repeated(self.items[i].levels)
+        tensor = levels.apply(self._with_channels(image))
+        if masks is None:
+            return tensor, torch.zeros((len(self.labels), *tensor.shape[1:]), dtype=torch.uint8)
+        return tensor, torch.from_numpy(masks.copy())
 
-def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSet:
-    """Read the images and masks that the settings name, or make the demo's phantoms.
+    def _with_channels(self, image: Image) -> Image:
+        return np.repeat(image, self.channels, axis=2) if image.shape[2] < self.channels else image
 
-    Raises:
-        PolysegError: names the folder or file and what is wrong with it.
+    def _repeated(self, levels: Levels) -> Levels:
+        times = self.channels // len(levels.offset)
+        return Levels(levels.offset * times, levels.scale * times, levels.clipped)
+
+
+def item_of(
+    identity: str, pixels: Image, image: Image, masks: Masks | None, config: DataConfig, **more: Any
+) -> Item:
+    """Return what is known of an image.
+
+    Args:
+        identity: its id.
+        pixels: (H, W, C), as read.
+        image: (h, w, C), as it is kept.
+        masks: (K, h, w), or None.
+        config: how it is normalised.
+        more: further fields of the item.
     """
-    if config.path == "demo":
-        return make_demo(config)
-    return read_pairs(find_pairs(Path(config.path)), config, progress)
+    return Item(
+        id=identity,
+        size=(image.shape[0], image.shape[1]),
+        channels=image.shape[2],
+        likeness=likeness_of(pixels),
+        levels=levels_of(image, config),
+        foreground=None if masks is None else float(masks.any(axis=0).mean()),
+        bits=8 * image.dtype.itemsize,
+        **more,
+    )
 
 
-def load_folder(
-    folder: Path, config: DataConfig, channels: int, progress: Progress = no_progress
+def image_set(
+    items: Sequence[Item], store: Store, config: DataConfig, channels: int | None = None
 ) -> ImageSet:
-    """Read a folder for a network of so many channels; masks are read where it has them.
+    """Put a set together; without a wish for channels, all become RGB if some are.
 
     Raises:
-        PolysegError: names the folder or file and what is wrong with it.
+        PolysegError: there are no images, or their channels do not go together.
     """
-    pairs = find_pairs(folder) if (folder / "masks").is_dir() else find_images(folder)
-    return read_pairs(pairs, config, progress, channels)
+    if not items:
+        raise PolysegError("data: there are no images")
+    found = sorted({item.channels for item in items})
+    channels = channels or found[-1]
+    odd = next((item for item in items if item.channels not in (1, channels)), None)
+    if odd is not None or (found[0] != channels and channels != 3):
+        seen = " and ".join(map(str, found))
+        raise PolysegError(
+            f"data: the images have {seen} channels, such as {(odd or items[0]).id}; expected "
+            f"{channels} in each" + (" (or gray)" if channels == 3 else "")
+        )
+    tiled = config.fit == "tile" and config.size is not None
+    tiling = Tiling(_pair(config.size), config.tile_foreground) if tiled else None
+    return ImageSet(items, store, channels, config.labels, tiling)
+
+
+def arrays_as_set(
+    ids: Sequence[str],
+    images: Sequence[NDArray[Any]],
+    masks: Sequence[NDArray[np.uint8] | None],
+    config: DataConfig,
+    known_difficulty: Sequence[float | None] | None = None,
+) -> ImageSet:
+    """Return images that are in memory already as a set.
+
+    Args:
+        ids: of the images.
+        images: each (H, W, C) or (H, W).
+        masks: each (K, H, W) or (H, W) in {0, 1}, or None.
+        config: how they are normalised.
+        known_difficulty: of phantoms.
+
+    >>> images = arrays_as_set(["a"], [np.eye(4, dtype=np.uint8)], [None], DataConfig())
+    >>> images.sample("a")[0].shape
+    torch.Size([1, 4, 4])
+    """
+    kept = [np.atleast_3d(image) for image in images]
+    stacks = [mask[None] if mask is not None and mask.ndim == 2 else mask for mask in masks]
+    known = known_difficulty or [None] * len(kept)
+    items = [
+        item_of(identity, image, image, mask, config, known_difficulty=difficulty)
+        for identity, image, mask, difficulty in zip(ids, kept, stacks, known, strict=True)
+    ]
+    return image_set(items, MemoryStore(kept, stacks), config)
 
 
 def make_demo(config: DataConfig) -> ImageSet:
-    """Return the demo's phantoms as if they had been read."""
-    phantoms = make_phantoms(
-        config.demo_images, size=_size(config) or (128, 128), modality=config.demo_modality
-    )
-    return ImageSet(
-        ids=[phantom.id for phantom in phantoms],
-        images=[np.atleast_3d(phantom.image) for phantom in phantoms],
-        masks=[phantom.mask for phantom in phantoms],
-        normalise=config.normalise,
-        hashes={phantom.id: content_hash(phantom.image) for phantom in phantoms},
-        known_difficulty={phantom.id: phantom.difficulty for phantom in phantoms},
-    )
-
-
-def read_pairs(
-    pairs: Sequence[Pair],
-    config: DataConfig,
-    progress: Progress = no_progress,
-    channels: int | None = None,
-) -> ImageSet:
-    """Read pairs of files; without a wish for channels all become RGB if one is.
+    """Return the demo's phantoms as if they had been read.
 
     Raises:
-        PolysegError: all the problems of the files, joined.
+        PolysegError: several labels are asked for, of which phantoms have one.
     """
-    images, masks, hashes, problems = [], [], {}, []
-    for done, pair in enumerate(pairs, start=1):
-        try:
-            pixels, mask = _read_pair(pair, config)
-        except PolysegError as error:
-            problems.append(str(error))
-            continue
-        hashes[pair.id] = content_hash(pixels)
-        size = _size(config)
-        images.append(resize_image(pixels, size) if size else pixels)
-        if mask is not None:
-            masks.append(resize_mask(mask, size) if size else mask)
-        progress("reading images", done, len(pairs))
-    if problems:
-        raise PolysegError("\n".join(problems))
-    found = 3 if any(image.ndim == 3 for image in images) else 1
-    if channels is not None and found > channels:
-        raise PolysegError("data: the images are RGB, the network was trained on gray ones")
-    return ImageSet(
-        ids=[pair.id for pair in pairs],
-        images=[_with_channels(image, channels or found) for image in images],
-        masks=masks or None,
-        normalise=config.normalise,
-        hashes=hashes,
+    if len(config.labels) > 1:
+        raise PolysegError("data.foreground: the demo's masks are 0/1; leave it out")
+    size = _pair(config.size) if config.size is not None and config.fit == "resize" else (128, 128)
+    phantoms = make_phantoms(config.demo_images, size=size, modality=config.demo_modality)
+    return arrays_as_set(
+        [phantom.id for phantom in phantoms],
+        [phantom.image for phantom in phantoms],
+        [phantom.mask for phantom in phantoms],
+        config,
+        [phantom.difficulty for phantom in phantoms],
     )
 
 
@@ -184,16 +284,17 @@ def training_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    strength: Strength = "none",
+    changes: Changes | None = None,
     workers: int = 0,
 ) -> DataLoader[tuple[list[str], Tensor, Tensor]]:
-    """Return the batches of an epoch: shuffled by (seed, epoch), augmented by (seed, epoch, id).
+    """Return the batches of an epoch: shuffled by (seed, epoch), cut and changed by id as well.
 
-    The number of workers changes nothing in them, and torch's global random stream is not used.
+    The number of workers changes nothing in them, nor does the batch size in a sample, and torch's
+    global random stream is not used.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     return DataLoader[Any](
-        _Augmented(images, list(ids), seed, epoch, strength),
+        _Augmented(images, list(ids), seed, epoch, changes),
         batch_size=batch_size,
         shuffle=True,
         generator=generator,
@@ -204,19 +305,22 @@ def training_batches(
 
 class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):
     def __init__(
-        self, images: ImageSet, ids: list[str], seed: int, epoch: int, strength: Strength
+        self, images: ImageSet, ids: list[str], seed: int, epoch: int, changes: Changes | None
     ) -> None:
         self.images, self.ids = images, ids
-        self.seed, self.epoch, self.strength = seed, epoch, strength
+        self.seed, self.epoch, self.changes = seed, epoch, changes
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> tuple[str, Tensor, Tensor]:
         identity = self.ids[i]
-        image, mask = self.images.sample(self.images.index[identity])
-        seed = derive_seed(self.seed, self.epoch, "augmentation", identity)
-        return identity, *augment(image, mask, self.strength, seed)
+        key = (self.seed, self.epoch)
+        image, masks = self.images.patch(identity, derive_seed(*key, "patch", identity))
+        if self.changes is not None:
+            seed = derive_seed(*key, "augmentation", identity)
+            image, masks = augment(image, masks, self.changes, seed)
+        return identity, image, masks
 
 
 def _collate(samples: list[tuple[str, Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
@@ -224,24 +328,7 @@ def _collate(samples: list[tuple[str, Tensor, Tensor]]) -> tuple[list[str], Tens
     return list(ids), torch.stack(images), torch.stack(masks)
 
 
-def _read_pair(pair: Pair, config: DataConfig) -> tuple[Pixels, NDArray[np.uint8] | None]:
-    pixels = read_image(pair.image)
-    if pair.mask is None:
-        return pixels, None
-    labels = config.foreground
-    mask = read_mask(pair.mask, (labels,) if isinstance(labels, int) else labels)
-    if mask.shape != pixels.shape[:2]:
-        raise PolysegError(
-            f"{pair.mask}: is {mask.shape[0]} x {mask.shape[1]}, its image "
-            f"{pixels.shape[0]} x {pixels.shape[1]}; they must be of one size"
-        )
-    return pixels, mask
-
-
-def _size(config: DataConfig) -> tuple[int, int] | None:
-    return (config.size, config.size) if isinstance(config.size, int) else config.size
-
-
-def _with_channels(image: Pixels, channels: int) -> Pixels:
-    planes = np.atleast_3d(image)
-    return np.repeat(planes, 3, axis=2) if planes.shape[2] < channels else planes
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        raise ValueError("there is no size")
+    return (size, size) if isinstance(size, int) else size

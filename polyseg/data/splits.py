@@ -1,73 +1,229 @@
 """Which images train, which choose, which test."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from polyseg.data.images import Pixels
+from polyseg.config import DataConfig
 from polyseg.errors import PolysegError
+from polyseg.files import read_text
 
 PARTS = ("train", "val", "test")
 
 Split = dict[str, list[str]]
 """Ids by part."""
 
+_LONGEST_MATCHED = 300
 
-def split_by_ratio(ids: Sequence[str], shares: tuple[float, float, float], seed: int) -> Split:
-    """Divide ids at random into train, val and test; every share above 0 gets at least one.
+
+@dataclass(frozen=True)
+class Member:
+    """What a split has to know of an image."""
+
+    id: str
+    foreground: float = 0.0
+    """Share of its pixels."""
+    group: str | None = None
+    """Images of one group, such as a patient's, stay together; None is a group of its own."""
+    part: str | None = None
+    """Where the data themselves put it."""
+
+
+def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
+    """Divide images as the settings say: by a file, as the data themselves do, by folds, by shares.
+
+    Where the data name test images but none for validation, those are drawn from the others. A
+    fold is the test part, unless the data bring one of their own: then it is the validation part.
 
     Args:
-        ids: unique, in any order, which does not matter.
-        shares: of train, val and test, sum 1.
-        seed: of the division.
+        members: with unique ids.
+        config: the settings of the data.
 
     Raises:
-        PolysegError: there are fewer images than parts.
+        PolysegError: too few images or groups, or a file that does not fit.
 
-    >>> split_by_ratio(["a", "b", "c", "d"], (0.5, 0.25, 0.25), seed=0)
-    {'train': ['a', 'c'], 'val': ['b'], 'test': ['d']}
+    >>> split_by_settings([Member(i) for i in "abcd"], DataConfig(split=(0.5, 0.25, 0.25)))
+    {'train': ['c', 'd'], 'val': ['b'], 'test': ['a']}
     """
+    members = [_grouped(member, config.group) for member in members]
+    if config.split_file is not None:
+        return _from_file(Path(config.split_file), members, config.fold)
+    given: Split = {
+        part: [member.id for member in members if member.part == part] for part in PARTS
+    }
+    free = [member for member in members if member.part not in ("val", "test")]
+    shares = dict(zip(PARTS, config.split, strict=True))
+    if config.fold is not None:
+        held_out = "val" if given["test"] else "test"
+        folds = divide(free, [1 / config.folds] * config.folds, config)
+        given[held_out] = folds[config.fold]
+        free = [member for member in free if member.id not in set(given[held_out])]
+    open_parts = [part for part in PARTS if part == "train" or not given[part]]
+    if given["val"] or given["test"]:
+        # What the data leave open: a test set is not made up beside a given validation set.
+        open_parts = [part for part in open_parts if part != "test"]
+    whole = sum(shares[part] for part in open_parts)
+    divided = divide(free, [shares[part] / whole for part in open_parts], config)
+    split = {part: sorted(ids) for part, ids in given.items()}
+    return split | dict(zip(open_parts, divided, strict=True))
+
+
+def divide(
+    members: Sequence[Member], shares: Sequence[float], config: DataConfig
+) -> list[list[str]]:
+    """Divide images at random into parts of these shares, groups kept whole, strata alike.
+
+    Groups are put in order of their share of foreground and shuffled in runs of about one a part
+    and a half, then each is dealt to the part that lacks most of its share: so every part gets
+    its small, middle and large ones.
+
+    Args:
+        members: in any order, which does not matter.
+        shares: of the parts, sum 1; every share above 0 gets at least one group.
+        config: its split_seed and stratify.
+
+    Returns:
+        Sorted ids, a list a part.
+
+    Raises:
+        PolysegError: there are fewer groups than parts.
+    """
+    groups: dict[tuple[str, str], list[Member]] = {}
+    for member in sorted(members, key=lambda member: member.id):
+        own = ("image", member.id) if member.group is None else ("group", member.group)
+        groups.setdefault(own, []).append(member)
     wanted = sum(share > 0 for share in shares)
-    if len(ids) < wanted:
+    if len(groups) < wanted:
+        what = "images" if len(groups) == len(members) else "groups"
         raise PolysegError(
-            f"data: {len(ids)} images are too few for {wanted} parts; give more, or data.split "
-            "with shares of 0"
+            f"data: {len(groups)} {what} are too few for {wanted} parts; give more, or shares of 0 "
+            "in data.split"
         )
-    order = np.random.default_rng(seed).permutation(sorted(ids))
-    counts = [max(round(share * len(ids)), 1) if share > 0 else 0 for share in shares[1:]]
-    while sum(counts) >= len(ids):
-        counts[counts.index(max(counts))] -= 1
-    test_from = len(ids) - counts[1]
-    parts = np.split(order, [test_from - counts[0], test_from])
-    return {name: sorted(map(str, part)) for name, part in zip(PARTS, parts, strict=True)}
+    generator = np.random.default_rng(config.split_seed)
+    order = [list(groups.values())[i] for i in generator.permutation(len(groups))]
+    if config.stratify:
+        order = _in_strata(order, min(share for share in shares if share > 0), generator)
+    parts: list[list[Member]] = [[] for _ in shares]
+    for left, group in zip(range(len(order), 0, -1), order, strict=True):
+        empty = [i for i, share in enumerate(shares) if share > 0 and not parts[i]]
+        able = empty if left <= len(empty) else [i for i, share in enumerate(shares) if share > 0]
+        dealt = sum(map(len, parts)) + len(group)
+        lacking = {i: shares[i] * dealt - len(parts[i]) for i in able}
+        parts[max(lacking, key=lambda i: lacking[i])].extend(group)
+    return [sorted(member.id for member in part) for part in parts]
 
 
-def content_hash(pixels: Pixels) -> str:
-    """Return the sha256 of an image's pixels, whatever file format held them.
-
-    >>> content_hash(np.zeros((2, 2), np.uint8)) == content_hash(np.zeros((4, 1), np.uint8))
-    False
-    """
-    digest = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
-    digest.update(np.ascontiguousarray(pixels).tobytes())
-    return digest.hexdigest()
-
-
-def refuse_leaks(split: Split, hashes: Mapping[str, str]) -> None:
-    """Raise if one image, by its pixels, stands on two sides of a split.
+def read_split_file(path: Path, fold: int | None = None) -> Split:
+    """Read a split: polyseg's split.json, or a fold of nnU-Net's splits_final.json.
 
     Raises:
-        PolysegError: names the two images and their parts.
+        PolysegError: there is no such file, it is neither, or the fold is not in it.
 
-    >>> refuse_leaks({"train": ["a"], "val": [], "test": ["b"]}, {"a": "1", "b": "2"})
+    >>> read_split_file(Path("nowhere.json"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: nowhere.json: cannot be read: No such file or directory
     """
-    seen: dict[str, tuple[str, str]] = {}
-    for part, ids in split.items():
-        for identity in ids:
-            other_part, other = seen.setdefault(hashes[identity], (part, identity))
-            if other_part != part:
-                raise PolysegError(
-                    f"data: {identity} ({part}) and {other} ({other_part}) are the same image; "
-                    "remove one, or the test would be of what was trained on"
-                )
+    try:
+        record = json.loads(read_text(path))
+    except OSError as error:
+        raise PolysegError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise PolysegError(f"{path}: is not JSON") from None
+    if isinstance(record, list):
+        if fold is None or fold >= len(record):
+            raise PolysegError(f"{path}: holds folds 0 to {len(record) - 1}; choose one by --fold")
+        record = record[fold]
+    try:
+        if not record.keys() <= set(PARTS):
+            raise ValueError
+        split = {part: [_id_of(row) for row in record.get(part, [])] for part in PARTS}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise PolysegError(
+            f"{path}: is no split; expected lists of ids under train, val and test, or a list of "
+            "such folds"
+        ) from None
+    if not split["train"]:
+        raise PolysegError(f"{path}: names no training images")
+    return split
+
+
+def refuse_overlap(split: Split, source: str) -> None:
+    """Raise if an id stands in a split twice.
+
+    Raises:
+        PolysegError: starts with `source` and names the id.
+
+    >>> refuse_overlap({"train": ["a"], "val": ["a"], "test": []}, "split.json")
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: split.json: a stands in it twice; an image belongs to one part
+    """
+    seen: set[str] = set()
+    for identity in (identity for ids in split.values() for identity in ids):
+        if identity in seen:
+            raise PolysegError(
+                f"{source}: {identity} stands in it twice; an image belongs to one part"
+            )
+        seen.add(identity)
+
+
+def _id_of(row: Any) -> str:
+    identity = row["id"] if isinstance(row, dict) else row
+    if not isinstance(identity, str) or not identity.isprintable():
+        raise ValueError("is no id")
+    return identity
+
+
+def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split:
+    """Return a file's split; what it says of a volume goes for each of its slices."""
+    named = read_split_file(path, fold)
+    refuse_overlap(named, str(path))
+    slices: dict[str, list[str]] = {}
+    for member in members:
+        slices.setdefault(member.id, []).append(member.id)
+        volume, mark, _ = member.id.rpartition("#")
+        if mark:
+            slices.setdefault(volume, []).append(member.id)
+    missing = [identity for ids in named.values() for identity in ids if identity not in slices]
+    if missing:
+        raise PolysegError(
+            f"{path}: {len(missing)} of its images are not in the data, such as {missing[0]}"
+        )
+    split = {
+        part: sorted({one for identity in ids for one in slices[identity]})
+        for part, ids in named.items()
+    }
+    refuse_overlap(split, str(path))
+    if not split["test"]:
+        # Folds say nothing of a test set; the data may.
+        known = {one for ids in split.values() for one in ids}
+        split["test"] = [
+            member.id for member in members if member.part == "test" and member.id not in known
+        ]
+    return split
+
+
+def _grouped(member: Member, pattern: str | None) -> Member:
+    """Return a member with the group that a pattern finds in its id: its first group, or all."""
+    if pattern is None:
+        return member
+    found = re.search(pattern, member.id[:_LONGEST_MATCHED])
+    if found is None:
+        raise PolysegError(
+            f"data.group {pattern!r}: finds nothing in {member.id}; every image needs a group"
+        )
+    return Member(member.id, member.foreground, found[1 if found.re.groups else 0], member.part)
+
+
+def _in_strata(
+    groups: Iterable[list[Member]], least_share: float, generator: np.random.Generator
+) -> list[list[Member]]:
+    """Return groups by their mean foreground, shuffled within runs of neighbours."""
+    ordered = sorted(groups, key=lambda group: np.mean([member.foreground for member in group]))
+    length = int(np.ceil(1.5 / least_share))
+    runs = [ordered[start : start + length] for start in range(0, len(ordered), length)]
+    return [run[i] for run in runs for i in generator.permutation(len(run))]

@@ -1,38 +1,108 @@
-"""`polyseg data`: looking at a folder of images, and writing phantoms."""
+"""`polyseg data`: looking at images and splits, and writing phantoms."""
 
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from polyseg import plots
 from polyseg.config import Config
 from polyseg.data import phantoms
-from polyseg.data.dataset import load_images
+from polyseg.data.augmentation import augment, changes_of
+from polyseg.data.dataset import ImageSet, Item
+from polyseg.data.layouts import find_cases
+from polyseg.data.likeness import near_pairs
+from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
+from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
+from polyseg.files import write_text
+from polyseg.jobs.models import new_split
 from polyseg.records import Progress, no_progress
+from polyseg.report import displayed
+from polyseg.run import split_json
+from polyseg.seeds import derive_seed
+
+_SHOWN = 5
 
 
 def check_data(config: Config, progress: Progress = no_progress) -> dict[str, Any]:
-    """Read a folder whole and return what was found.
+    """Read a data set whole, as it is, and return what was found; no image is kept.
 
     Raises:
         PolysegError: all that is wrong with it, a line a problem.
     """
-    data = config.data.model_copy(update={"size": None})
-    images = load_images(data, progress)
-    masks = images.masks or []
-    shares = np.array([mask.mean() for mask in masks])
-    copies = len(images.hashes) - len(set(images.hashes.values()))
+    data = config.data.model_copy(update={"size": None, "fit": "resize"})
+    if data.path == "demo":
+        raise PolysegError("data check: the demo is made, not read; give a folder or a manifest")
+    settings = {name: getattr(data, name) for name in LAYOUT_SETTINGS}
+    layout = find_cases(Path(data.path), **settings)
+    items = scan_cases(layout.cases, data, progress, problems=layout.problems)
+    if not items:
+        raise PolysegError(f"{data.path}: holds no image with a mask")
     return {
-        "pairs": len(images.ids),
-        "sizes": sorted(f"{height} x {width}" for height, width in images.sizes()),
-        "channels": images.channels,
-        "bits": sorted({8 * image.dtype.itemsize for image in images.images}),
-        "foreground, mean": round(float(shares.mean()), 4),
-        "foreground, range": [round(float(shares.min()), 4), round(float(shares.max()), 4)],
-        "empty masks": int((shares == 0).sum()),
-        "copies of another image": copies,
+        "layout": layout.name,
+        "images": len(items),
+        **({"files": len(layout.cases)} if len(items) != len(layout.cases) else {}),
+        **({"labels": dict(layout.labels)} if layout.labels else {}),
+        **_parts_and_groups(items),
+        "sizes": _most_common(f"{height} x {width}" for height, width in map(_size, items)),
+        "channels": sorted({item.channels for item in items}),
+        "bits": sorted({item.bits for item in items}),
+        **_spacing(items),
+        **_foreground(items),
+        **_copies(items),
+        **({"notes": list(layout.notes)} if layout.notes else {}),
     }
+
+
+def make_split(config: Config, out: Path, progress: Progress = no_progress) -> dict[str, Any]:
+    """Divide a data set as its settings say, write the split for runs to come, return the counts.
+
+    Raises:
+        PolysegError: the data are not in order, or there is such a file already.
+    """
+    if out.exists():
+        raise PolysegError(
+            f"{out}: exists already and nothing is overwritten; choose another --out"
+        )
+    images = load_images(config.data, progress)
+    split = new_split(config, images)
+    write_text(out, split_json(split, images.hashes))
+    shares = {
+        part: round(float(np.mean([images.item(i).foreground or 0 for i in ids])), 4)
+        for part, ids in split.items()
+        if ids
+    }
+    return {
+        "file": str(out),
+        "images": {part: len(split[part]) for part in PARTS},
+        "foreground, mean": shares,
+    }
+
+
+def preview(
+    config: Config, *, out: Path, count: int, samples: int, progress: Progress = no_progress
+) -> list[Path]:
+    """Draw some training images as they are and as training would change them, with their masks.
+
+    Raises:
+        PolysegError: the data are not in order, or there is such a file already.
+    """
+    if not (1 <= count <= 50 and 1 <= samples <= 20):
+        raise PolysegError("--images: 1 to 50; --samples: 1 to 20")
+    for path in (out, out.with_suffix(".png"), out.with_suffix(".pdf")):
+        if path.exists():
+            raise PolysegError(f"{path}: exists already; choose another --out")
+    images = load_images(config.data, progress)
+    ids = new_split(config, images)["train"][:count]
+    if config.data.normalise == "dataset":
+        images = dataclasses.replace(images, levels=images.pooled_over(ids))
+    rows = [_preview_row(config, images, identity, samples) for identity in ids]
+    name = f"{config.data.augmentation} augmentation"
+    return plots.save_figure(plots.samples_sheet(rows, title=name), out)
 
 
 def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -> None:
@@ -51,3 +121,73 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
         raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
     made = phantoms.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantoms.write_phantoms(path, made)
+
+
+def _preview_row(
+    config: Config, images: ImageSet, identity: str, samples: int
+) -> list[plots.Sample]:
+    """Return an image as it is, and as the first epochs would see it."""
+    changes, seed = changes_of(config.data), config.training.seed
+    whole, masks = images.sample(identity)
+    row = [plots.Sample(identity, displayed(whole.movedim(0, 2).numpy()), masks.numpy())]
+    for epoch in range(1, samples + 1):
+        image, masks = images.patch(identity, derive_seed(seed, epoch, "patch", identity))
+        if changes is not None:
+            key = derive_seed(seed, epoch, "augmentation", identity)
+            image, masks = augment(image, masks, changes, key)
+        shown = displayed(image.movedim(0, 2).numpy())
+        row.append(plots.Sample(f"epoch {epoch}", shown, masks.numpy()))
+    return row
+
+
+def _size(item: Item) -> tuple[int, int]:
+    return item.size
+
+
+def _parts_and_groups(items: Sequence[Item]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if any(item.part for item in items):
+        counts = Counter(item.part or "not given" for item in items)
+        found["parts"] = dict(counts)
+    if any(item.group for item in items):
+        found["groups"] = len({item.group for item in items if item.group})
+    return found
+
+
+def _most_common(values: Any) -> list[str]:
+    counts = Counter(values).most_common()
+    shown = [f"{value} ({number})" for value, number in counts[:_SHOWN]]
+    more = len(counts) - _SHOWN
+    return shown + ([f"and {more} more"] if more > 0 else [])
+
+
+def _spacing(items: Sequence[Item]) -> dict[str, Any]:
+    known = {item.spacing for item in items if item.spacing is not None}
+    if not known:
+        return {}
+    return {"spacing (mm)": _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)}
+
+
+def _foreground(items: Sequence[Item]) -> dict[str, Any]:
+    shares = np.array([item.foreground for item in items if item.foreground is not None])
+    return {
+        "foreground, mean": round(float(shares.mean()), 4),
+        "foreground, range": [round(float(shares.min()), 4), round(float(shares.max()), 4)],
+        "empty masks": int((shares == 0).sum()),
+    }
+
+
+def _copies(items: Sequence[Item]) -> dict[str, Any]:
+    likeness = {item.id: item.likeness for item in items}
+    exact = Counter(one.exact for one in likeness.values() if one.near)
+    near = [
+        (one, other)
+        for one, other in near_pairs(likeness)
+        if likeness[one].exact != likeness[other].exact
+    ]
+    shown = [f"{one} and {other}" for one, other in near[:_SHOWN]]
+    more = len(near) - _SHOWN
+    return {
+        "copies of another image": sum(number - 1 for number in exact.values()),
+        "nearly copies": shown + ([f"and {more} more"] if more > 0 else []) or 0,
+    }

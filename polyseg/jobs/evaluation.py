@@ -7,7 +7,7 @@ from polyseg import report
 from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
-from polyseg.evaluate import RunScores, image_scores
+from polyseg.evaluate import ImageScores, RunScores, image_scores
 from polyseg.inference import predict
 from polyseg.jobs.models import fresh_folder, images_for, open_model, results_beside
 from polyseg.networks import SegmentationNetwork
@@ -42,7 +42,7 @@ def evaluate_runs(
                 "of one split, or --data"
             )
         tested[source] = hashes
-        scores.append(score(name, model.network, model.config, images, ids, progress=progress))
+        scores += score(name, model.network, model.config, images, ids, progress=progress)
     with fresh_folder(out or results_beside(sources[0], "evaluation")) as folder:
         return Outcome(folder, report.write_scores(scores, folder, figures=True), scores)
 
@@ -55,21 +55,25 @@ def score(
     ids: Sequence[str],
     *,
     progress: Progress = no_progress,
-) -> RunScores:
-    """Return the metrics of a network on some images, image by image.
+) -> list[RunScores]:
+    """Return the metrics of a network on some images, image by image, a record a label.
 
     Raises:
         PolysegError: the images have no masks.
     """
-    results = []
+    results: dict[str, list[ImageScores]] = {label: [] for label in images.labels}
+    done = 0
     for batch, logits in predict(network, images.batches(ids, config.training.batch_size)):
         if batch.masks is None:
             raise PolysegError("evaluate: the images have no masks to compare with")
-        for identity, one, mask in zip(batch.ids, logits[:, 0], batch.masks, strict=True):
-            probability = one.double().sigmoid().numpy()
-            results.append(image_scores(identity, probability, mask.numpy()))
-        progress(f"testing {name}", len(results), len(ids))
-    return RunScores(name, results)
+        for row, identity in enumerate(batch.ids):
+            for k, label in enumerate(images.labels):
+                probability = logits[row, k].double().sigmoid().numpy()
+                mask = batch.masks[row, k].numpy()
+                results[label].append(image_scores(identity, probability, mask))
+        done += len(batch.ids)
+        progress(f"testing {name}", done, len(ids))
+    return [RunScores(name, scores, label) for label, scores in results.items()]
 
 
 def _names(sources: Sequence[Path]) -> list[str]:

@@ -1,15 +1,18 @@
 """Opening what was trained: a network from its checkpoint, and the images to show it."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyseg.config import Config
-from polyseg.data.dataset import ImageSet, load_folder, load_images
-from polyseg.data.splits import PARTS, Split, refuse_leaks, split_by_ratio
+from polyseg.config import Config, DataConfig
+from polyseg.data.dataset import ImageSet
+from polyseg.data.likeness import refuse_leaks
+from polyseg.data.loading import load_images, load_others
+from polyseg.data.splits import PARTS, Split, split_by_settings
 from polyseg.errors import PolysegError
 from polyseg.inference import choose_device
 from polyseg.networks import SegmentationNetwork
@@ -17,6 +20,8 @@ from polyseg.records import Progress
 from polyseg.run import Checkpoint, RunDirectory, find_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,12 @@ def open_model(source: Path, device: str, trust: bool) -> Model:
     """
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
+    # Where decoded images are kept is this machine's affair, not the checkpoint's.
+    data = checkpoint.config.data.model_copy(
+        update={name: DataConfig.model_fields[name].default for name in ("memory", "cache")}
+    )
+    config = checkpoint.config.model_copy(update={"data": data})
+    checkpoint = dataclasses.replace(checkpoint, config=config)
     network = checkpoint.build(trust=trust).to(choose_device(device))
     run = RunDirectory(path.parent.parent)
     return Model(source, run if run.split.is_file() else None, checkpoint, network)
@@ -70,11 +81,13 @@ def images_for(
     if not own and data is not None:
         if part not in (None, "all"):
             raise PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
-        images = load_folder(data, config, model.checkpoint.channels, progress)
+        images = load_others(data, config, model.checkpoint.channels, progress)
+        images = dataclasses.replace(images, levels=model.checkpoint.levels)
         _warn_of_known_images(model, images)
         return images, images.ids
     images = load_images(config, progress)
-    split = split_of_run(model.run, images) if model.run else new_split(model.config, images)
+    split = split_of_run(model.run, images) if model.run else _split_of_file(model, images, part)
+    images = dataclasses.replace(images, levels=model.checkpoint.levels)
     part = part or default
     ids = images.ids if part == "all" else split[part]
     if not ids:
@@ -88,18 +101,31 @@ def new_split(config: Config, images: ImageSet) -> Split:
     Raises:
         PolysegError: too few images, sizes that no batch can hold, or one image on two sides.
     """
-    if len(images.sizes()) > 1 and config.training.batch_size > 1:
+    if not images.has_masks:
+        raise PolysegError("data: some images have no masks; training needs one for each")
+    several = len(images.sizes()) > 1
+    if several and config.training.batch_size > 1 and images.tiling is None:
         raise PolysegError(
             f"data.size: the images have {len(images.sizes())} sizes and no batch can hold them; "
-            "set data.size, or training.batch_size=1"
+            "set data.size, data.fit=tile, or training.batch_size=1"
         )
-    if len(images.sizes()) > 1 and config.uncertainty.save_maps and config.adaptive:
+    if several and config.uncertainty.save_maps and config.adaptive:
         raise PolysegError(
             f"uncertainty.save_maps: the images have {len(images.sizes())} sizes and one array of "
             "maps has one; set data.size"
         )
-    split = split_by_ratio(images.ids, config.data.split, config.data.split_seed)
-    refuse_leaks(split, images.hashes)
+    split = split_by_settings(images.members(), config.data)
+    likeness = {item.id: item.likeness for item in images.items}
+    for sentence in refuse_leaks(split, likeness, config.data.duplicates)[:_SHOWN]:
+        log.warning("%s, which data.duplicates allows", sentence)
+    if config.data.training_slices == "foreground":
+        split["train"] = [one for one in split["train"] if images.item(one).foreground]
+    if not split["train"]:
+        raise PolysegError("data: there are no training images; see data.split")
+    if not any(images.item(identity).foreground for identity in split["train"]):
+        raise PolysegError(
+            "data: no training mask has any foreground; data.foreground says which values count"
+        )
     return split
 
 
@@ -115,6 +141,22 @@ def split_of_run(run: RunDirectory, images: ImageSet) -> Split:
             what = "has changed" if identity in images.hashes else "is missing"
             raise PolysegError(f"data: image {identity} {what} since {run.path} was made")
     return split
+
+
+def _split_of_file(model: Model, images: ImageSet, part: str | None) -> Split:
+    """Return the split of a checkpoint that has left its run: made anew, if that is safe.
+
+    A pattern or a file that a checkpoint names is not used: the one may take forever, the other may
+    be any.
+    """
+    config = model.config.data
+    if part != "all" and (config.group is not None or config.split_file is not None):
+        raise PolysegError(
+            f"{model.source}: was trained on a split of its own, which its run folder keeps; give "
+            "the run, --data of other images, or --split all"
+        )
+    plain = config.model_copy(update={"group": None, "split_file": None})
+    return split_by_settings(images.members(), plain)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 
 from polyseg import report
 from polyseg.config import POLYDICE_LOSSES, Config
-from polyseg.data.dataset import load_images
+from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
 from polyseg.evaluate import RunScores
@@ -23,7 +23,14 @@ from polyseg.train import Trainer
 
 log = logging.getLogger(__name__)
 
-_FREE_TO_CHANGE = ("training.epochs", "training.device", "training.workers", "output.")
+_FREE_TO_CHANGE = (
+    "training.epochs",
+    "training.device",
+    "training.workers",
+    "data.memory",
+    "data.cache",
+    "output.",
+)
 
 
 def train(config: Config, *, resume: bool = False, progress: Progress = no_progress) -> Outcome:
@@ -112,8 +119,9 @@ def _settled(config: Config, epochs: int) -> Config:
     """
     changes: dict[str, Any] = {}
     if config.data.path != "demo":
-        path = str(Path(config.data.path).resolve())
-        changes["data"] = config.data.model_copy(update={"path": path})
+        given = {"path": config.data.path, "split_file": config.data.split_file}
+        paths = {name: str(Path(path).resolve()) for name, path in given.items() if path}
+        changes["data"] = config.data.model_copy(update=paths)
     if config.adaptive:
         start = float(config.control.assessment_epochs(epochs)[0])
         changes["control"] = config.control.model_copy(update={"start": start})
@@ -154,12 +162,12 @@ def _log_start(trainer: Trainer) -> None:
         log.info("resumed after epoch %d", trainer.epoch)
         if changes := trainer.run.changes_of_environment(trainer.device):
             log.warning("results may differ in their last digits: %s", "; ".join(changes))
-    empty = sum(not images.mask_of(identity).any() for identity in split["train"])
+    empty = sum(not images.item(identity).foreground for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
     if empty and config.loss.name in (*POLYDICE_LOSSES, "dice", "tvmf") and not pushes:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
-            "set loss.smooth=1 or loss.bce_weight above 0",
+            "set loss.smooth=1, loss.bce_weight above 0, or data.training_slices=foreground",
             empty,
             len(split["train"]),
             config.loss.name,
@@ -174,9 +182,9 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     scores: list[RunScores] = []
     if trainer.split["test"]:
         best = read_checkpoint(run.best).build(trust=True).to(trainer.device)
-        scores = [
-            score(run.path.name, best, config, images, trainer.split["test"], progress=progress)
-        ]
+        scores = score(
+            run.path.name, best, config, images, trainer.split["test"], progress=progress
+        )
         files += report.write_scores(scores, run.evaluation, figures=config.output.figures)
     correlations: list[dict[str, Any]] = []
     if trainer.assessments:

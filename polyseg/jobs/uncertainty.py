@@ -79,18 +79,21 @@ def draw_extremes(
     moved = hash_weights(network) != assessment.weights_sha256
     since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
     shown = min(config.output.overlays, len(order))
+    labels = assessment.labels or [""] * len(order)
     files = []
     for title, rows in (("hardest", order[:shown]), ("easiest", order[::-1][:shown])):
         if len(rows) == 0:
             continue
-        ids = [assessment.ids[i] for i in rows]
         again = assess(
             network,
-            images.batches(ids, config.training.batch_size),
+            images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
             **settings | {"samples": assessment.samples, "save_maps": True},
             seed=assessment.seed,
             epoch=assessment.epoch,
         )
+        places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
+        chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
         path = folder / f"overlays_{title}"
-        files += report.draw_overlays(again, images, path, f"The {len(ids)} {title} images{since}")
+        heading = f"The {len(rows)} {title} images{since}"
+        files += report.draw_overlays(again, chosen, images, path, heading)
     return files

@@ -1,0 +1,397 @@
+"""What a data set is made of: cases, and the files and folders that they are found in."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from polyseg.errors import PolysegError
+
+READABLE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".nii", ".nii.gz", ".dcm"),
+)
+"""How the names of images and masks end; DICOM files may have no suffix at all."""
+
+LARGEST_SET = 1_000_000
+"""Files and folders that are looked at before a folder is held to be no data set."""
+
+Unmasked = Literal["refuse", "empty", "skip"]
+"""What becomes of an image without a mask: an error, a case without foreground, or no case."""
+
+_PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_JUNK = {
+    *("__macosx", "thumbs.db", "desktop.ini", "dicomdir"),
+    *("lost+found", "system volume information", "$recycle.bin"),
+}
+_SHOWN = 5
+_LINES = 20
+_DEEPEST_SERIES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image, or a stack of slices, and where it and its masks are."""
+
+    id: str
+    images: tuple[Path, ...]
+    """One file, or several of one channel each; a folder holds the slices of one DICOM series."""
+
+    masks: tuple[Path, ...] | None
+    """United by the reader; () is known to be empty, and None says that there is no mask."""
+
+    part: str | None = None
+    """train, val or test where the data say; None is not given, so a split may put it anywhere."""
+
+    group: str | None = None
+    """The patient, where the data say."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The cases of a data set, and how they were found."""
+
+    name: str
+    """What was recognised, for people."""
+
+    cases: list[Case]
+    """In order of their ids, which are unique and printable."""
+
+    labels: Mapping[str, int]
+    """Names of label values where a dataset.json gives them, without the background."""
+
+    notes: tuple[str, ...] = ()
+    """What is worth a line in a log."""
+
+    problems: tuple[str, ...] = ()
+    """What is wrong with the data, a line each; those of the files' content are still to come."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds: the files that could be read, and its sub-folders, by name."""
+
+    files: tuple[Path, ...]
+    folders: tuple[Path, ...]
+
+
+class Folders:
+    """Lists folders, each once, and not more than a data set has."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, Listing] = {}
+        self._left = LARGEST_SET
+
+    def list(self, folder: Path) -> Listing:
+        """List the readable files and the sub-folders, without hidden ones and junk.
+
+        A link to a folder that it lies in is left out, so no way through the folders is endless.
+
+        Raises:
+            PolysegError: it cannot be listed, a name is no text, or there is too much.
+
+        >>> Folders().list(Path(__file__).parent).files
+        ()
+        """
+        if folder not in self._known:
+            self._known[folder] = self._read(folder)
+        return self._known[folder]
+
+    def series(self, folder: Path) -> Path | None:
+        """Return where the DICOM series is that a folder holds and that is all it holds.
+
+        It may lie in a folder of its own (patient/study/series); of one slice it is the file.
+
+        >>> Folders().series(Path(__file__).parent) is None
+        True
+        """
+        for _ in range(_DEEPEST_SERIES):
+            listing = self.list(folder)
+            if listing.files or len(listing.folders) != 1:
+                break
+            folder = listing.folders[0]
+        if not listing.files or listing.folders or not all(map(_is_dicom_name, listing.files)):
+            return None
+        return folder if len(listing.files) > 1 else listing.files[0]
+
+    def _read(self, folder: Path) -> Listing:
+        files, folders = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    self._count(folder)
+                    if is_junk(entry.name):
+                        continue
+                    if _is_kind(entry, "folder") and not _leads_back(entry):
+                        folders.append(entry.name)
+                    elif _is_kind(entry, "file") and is_readable(folder / entry.name):
+                        files.append(entry.name)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PolysegError(f"{shown(folder)}: cannot be listed: {reason}") from None
+        if broken := [name for name in (*files, *folders) if not name.isprintable()]:
+            raise PolysegError(f"{shown(folder)}: {some('name', broken)} is no text; rename it")
+        return Listing(_paths(folder, files), _paths(folder, folders))
+
+    def _count(self, folder: Path) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise PolysegError(
+                f"{folder}: over {LARGEST_SET:,} files and folders were found up to here; give the "
+                "folder of one data set"
+            )
+
+
+@dataclass
+class Findings:
+    """Cases, problems and notes while a layout is read."""
+
+    unmasked: Unmasked = "refuse"
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _cases: list[tuple[str, Case]] = field(default_factory=list)
+
+    def add(self, case: Case, prefix: str = "") -> None:
+        """Add a case; the prefix precedes its id where ids would be the same without."""
+        self._cases.append((prefix, case))
+
+    def add_unmasked(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
+        """Do with images that have no mask what `unmasked` says.
+
+        >>> findings = Findings("empty")
+        >>> findings.add_unmasked("a/images", [Case("1", (Path("a/images/1.png"),), None)])
+        >>> findings.finish("a", "images/ and masks/").cases[0].masks
+        ()
+        >>> findings.notes
+        ['a/images: 1 image without a mask: taken as empty']
+        """
+        if not cases:
+            return
+        what = f"{where}: {some('image', [case.images[0].name for case in cases])} without a mask"
+        count = f"{where}: {counted(len(cases), 'image')} without a mask"
+        if self.unmasked == "refuse":
+            self.problems.append(
+                f"{what}; add masks, or say data.unmasked=empty (no foreground) or =skip"
+            )
+        elif self.unmasked == "skip":
+            self.notes.append(f"{count}: left out")
+        else:
+            self.notes.append(f"{count}: taken as empty")
+            for case in cases:
+                self.add(replace(case, masks=()), prefix)
+
+    def problem(self, where: str, noun: str, names: Iterable[str], what: str) -> None:
+        """Add a problem with some files, if there are any, as one line."""
+        if listed := list(names):
+            self.problems.append(f"{where}: {some(noun, listed)} {what}")
+
+    def finish(self, source: str, name: str, labels: Mapping[str, int] | None = None) -> Layout:
+        """Return what was found, ids made unique by their prefixes where they need them.
+
+        Raises:
+            PolysegError: nothing was found at all.
+
+        >>> findings = Findings()
+        >>> findings.add(Case("1", (Path("a/1.png"),), ()), "a")
+        >>> findings.add(Case("1", (Path("b/1.png"),), ()), "b")
+        >>> [case.id for case in findings.finish("set", "classes").cases]
+        ['a/1', 'b/1']
+        """
+        cases = self._with_unique_ids(source)
+        if not cases:
+            raise_problems(self.problems)
+            raise PolysegError(f"{source}: holds no image with a mask ({name})")
+        return Layout(name, cases, labels or {}, tuple(self.notes), tuple(self.problems))
+
+    def _with_unique_ids(self, source: str) -> list[Case]:
+        cases = [case for _, case in self._cases]
+        if repeated([case.id for case in cases]):
+            cases = [
+                replace(case, id=f"{prefix}/{case.id}") if prefix else case
+                for prefix, case in self._cases
+            ]
+        self.problem(
+            source, "id", repeated([case.id for case in cases]), "stand for two images; rename one"
+        )
+        return sorted(cases, key=lambda case: case.id)
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without the suffix that says its kind, letters in composed form.
+
+    >>> [stem_of(Path(name)) for name in ("a.nii.gz", "b.c.PNG", "1.2.840")]
+    ['a', 'b.c', '1.2.840']
+    """
+    name = unicodedata.normalize("NFC", path.name)
+    lower = name.lower()
+    suffix = max((end for end in READABLE_SUFFIXES if lower.endswith(end)), key=len, default="")
+    return name[: len(name) - len(suffix)]
+
+
+def is_readable(path: Path) -> bool:
+    """Say whether a file is of a kind that is read, by its name, or its start if it has no suffix.
+
+    >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
+    (True, False)
+    """
+    if path.name.lower().endswith(READABLE_SUFFIXES):
+        return True
+    return _is_dicom_name(path) and _begins_as_dicom(path)
+
+
+def is_junk(name: str) -> bool:
+    """Say whether an entry is hidden or a trace of an operating system.
+
+    >>> is_junk("._1.png"), is_junk("__MACOSX"), is_junk("1.png")
+    (True, True, False)
+    """
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def exists(path: Path, kind: Literal["file", "folder"]) -> bool:
+    """Say whether there is such a file or folder; a path that cannot be is none.
+
+    >>> exists(Path("x" * 5000), "file")
+    False
+    """
+    try:
+        return path.is_file() if kind == "file" else path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def plain(name: str) -> str:
+    """Return a name in small letters without spaces, hyphens and underscores.
+
+    >>> plain("Ground_Truth")
+    'groundtruth'
+    """
+    return re.sub(r"[ _-]+", "", name.lower())
+
+
+def part_of(name: str) -> str | None:
+    """Return which part of the data a name stands for.
+
+    >>> [part_of(name) for name in ("Training", "valid", "TestDataset", "images")]
+    ['train', 'val', 'test', None]
+    """
+    short = plain(name)
+    return _PARTS.get(short) or _PARTS.get(re.sub(r"(dataset|data|set)$", "", short))
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that occur more than once, in order.
+
+    >>> repeated(["a", "b", "a"])
+    ['a']
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def shown(name: object) -> str:
+    """Return a name as it may stand in a line: short, and without what is no text.
+
+    >>> shown("a" + chr(10))
+    "'a\\\\n'"
+    """
+    kinds = {list: "a list", dict: "an object", type(None): "nothing"}
+    text = kinds.get(type(name)) or str(name)
+    text = text if len(text) <= 300 else f"{text[:300]}..."
+    return text if text.isprintable() else ascii(text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "image"), counted(2, "image")
+    ('1 image', '2 images')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def some(noun: str, names: Sequence[str]) -> str:
+    """Return how many there are, and the first few names.
+
+    >>> some("mask", list("abcdefg"))
+    '7 masks (a, b, c, d, e and 2 more)'
+    """
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{counted(len(names), noun)} ({', '.join(map(shown, names[:_SHOWN]))}{more})"
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one error of all problems, a line each, if there are any.
+
+    Raises:
+        PolysegError: there are.
+
+    >>> raise_problems(["a: is no image", "b: is no mask"])
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: a: is no image
+    b: is no mask
+    """
+    if problems:
+        more = [f"and {len(problems) - _LINES} more"] if len(problems) > _LINES else []
+        raise PolysegError("\n".join([*problems[:_LINES], *more]))
+
+
+def seen_in(folder: Path) -> str:
+    """Return a few names of what a folder holds, folders with a slash.
+
+    >>> seen_in(Path(__file__).parent / "nowhere")
+    'nothing'
+    """
+    names = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry, _ in zip(entries, range(LARGEST_SET), strict=False):
+                if not is_junk(entry.name):
+                    names.append(f"{entry.name}/" if _is_kind(entry, "folder") else entry.name)
+    except (OSError, ValueError):
+        return "nothing"
+    # Folders say more about a layout than files do.
+    names.sort(key=lambda name: (not name.endswith("/"), name))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"
+
+
+def _paths(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in sorted(names))
+
+
+def _is_kind(entry: os.DirEntry[str], kind: Literal["file", "folder"]) -> bool:
+    try:
+        return entry.is_file() if kind == "file" else entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _leads_back(entry: os.DirEntry[str]) -> bool:
+    if not entry.is_symlink():
+        return False
+    target, here = Path(entry.path).resolve(), Path(entry.path).parent.resolve()
+    return target == here or target in here.parents
+
+
+def _is_dicom_name(path: Path) -> bool:
+    """Numbers after the last point are no suffix: many DICOM files are named by their UID."""
+    suffix = path.suffix.lower()
+    return suffix in ("", ".dcm") or suffix[1:].isdecimal()
+
+
+def _begins_as_dicom(path: Path) -> bool:
+    if not exists(path, "file"):
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

@@ -1,0 +1,324 @@
+"""From files to a set of images: find, read, resize, and keep in memory or on disk."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyseg import __version__
+from polyseg.config import DataConfig
+from polyseg.data.cases import Case
+from polyseg.data.dataset import ImageSet, Item, image_set, item_of, make_demo
+from polyseg.data.layouts import find_cases, find_unlabelled, holds_masks
+from polyseg.data.likeness import Likeness
+from polyseg.data.masks import to_masks, unite
+from polyseg.data.preprocessing import Levels, resize_image, resize_mask
+from polyseg.data.readers import read_image_stack, read_label_stack
+from polyseg.data.store import (
+    DTYPES,
+    DiskStore,
+    Image,
+    Masks,
+    MemoryStore,
+    Store,
+    index_of,
+    writing_store,
+)
+from polyseg.errors import PolysegError
+from polyseg.files import sha256_of_file
+from polyseg.records import Progress, no_progress
+
+log = logging.getLogger(__name__)
+
+_MOST_PROBLEMS = 50
+_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom")
+# What the kept pixels follow from, besides the files.
+_DECISIVE = ("size", "fit", "plane", "foreground", "normalise", "window")
+LAYOUT_SETTINGS = ("layout", "images", "masks", "unmasked")
+MEGABYTE = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An image on its way from its file to where it is kept."""
+
+    item: Item
+    image: Image
+    masks: Masks | None
+
+
+def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSet:
+    """Read the images and masks that the settings name, or make the demo's phantoms.
+
+    Raises:
+        PolysegError: all that is wrong with them, a line a problem.
+    """
+    if config.path == "demo":
+        return make_demo(config)
+    layout = find_cases(
+        Path(config.path),
+        **{name: getattr(config, name) for name in LAYOUT_SETTINGS},
+    )
+    log.info("%s: %s", config.path, layout.name)
+    for note in layout.notes:
+        log.info("%s", note)
+    return read_cases(layout.cases, config, progress, problems=layout.problems)
+
+
+def load_others(
+    path: Path, config: DataConfig, channels: int, progress: Progress = no_progress
+) -> ImageSet:
+    """Read other images for a network of so many channels; with masks, where they have them.
+
+    Raises:
+        PolysegError: all that is wrong with them, a line a problem.
+    """
+    config = config.model_copy(
+        update={"path": str(path), "layout": "auto", "images": None, "masks": None}
+    )
+    if holds_masks(path):
+        layout = find_cases(path, unmasked=config.unmasked)
+        return read_cases(layout.cases, config, progress, channels, layout.problems)
+    return read_cases(find_unlabelled([path]), config, progress, channels)
+
+
+def read_cases(
+    cases: Sequence[Case],
+    config: DataConfig,
+    progress: Progress = no_progress,
+    channels: int | None = None,
+    problems: Sequence[str] = (),
+) -> ImageSet:
+    """Read cases; without a wish for channels all become RGB if some are.
+
+    Images stay in memory up to `data.memory`, beyond it they go to a file in `data.cache`.
+
+    Raises:
+        PolysegError: all the problems of the files, joined, after those found before.
+    """
+    found = list(problems)
+    items, store = _keep(cases, config, _samples(cases, config, found, progress), found)
+    return image_set(items, store, config, channels)
+
+
+def scan_cases(
+    cases: Sequence[Case],
+    config: DataConfig,
+    progress: Progress = no_progress,
+    problems: Sequence[str] = (),
+) -> list[Item]:
+    """Read cases and return what is known of the images, keeping none of them.
+
+    Raises:
+        PolysegError: all the problems of the files, joined, after those found before.
+    """
+    found = list(problems)
+    items = [sample.item for sample in _samples(cases, config, found, progress)]
+    _refuse(found)
+    return items
+
+
+def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Masks | None, Any]]:
+    """Yield id, pixels (H, W, C), masks (K, H, W) and spacing of each slice of a case, as read.
+
+    Raises:
+        PolysegError: a file cannot be read, or files of the case do not fit one another.
+    """
+    stacks = [read_image_stack(path, config.plane) for path in case.images]
+    first = stacks[0].pixels.shape
+    for path, stack in zip(case.images, stacks, strict=True):
+        if stack.pixels.shape[:3] != first[:3]:
+            raise PolysegError(
+                f"{path}: is {_sides(stack.pixels.shape[:3])}, {case.images[0]} "
+                f"{_sides(first[:3])}; channels of an image must be of one size"
+            )
+    pixels = np.concatenate([stack.pixels for stack in stacks], axis=3)
+    if pixels.dtype.name not in DTYPES:
+        pixels = pixels.astype(np.float32)
+    masks = _masks_of(case, config, pixels.shape[:3])
+    for k, image in enumerate(pixels):
+        identity = case.id if len(pixels) == 1 else f"{case.id}#{k:03d}"
+        yield identity, image, None if masks is None else masks[k], stacks[0].spacing
+
+
+def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks | None:
+    """Return (N, K, H, W), or None for a case without masks."""
+    if case.masks is None:
+        return None
+    count, height, width = shape
+    foreground = list(config.tasks.values()) or None
+    masks = [np.zeros((count, len(config.labels), height, width), dtype=np.uint8)]
+    for path in case.masks:
+        labels = read_label_stack(path, config.plane).pixels
+        if labels.shape != shape:
+            raise PolysegError(
+                f"{path}: is {_sides(labels.shape)}, its image {_sides(shape)}; they must be of "
+                "one size"
+            )
+        masks.append(to_masks(labels, path, foreground))
+    return unite(masks)
+
+
+def _samples(
+    cases: Sequence[Case], config: DataConfig, problems: list[str], progress: Progress
+) -> Iterator[Sample]:
+    """Yield what can be read, and note what cannot."""
+    for done, case in enumerate(cases, start=1):
+        try:
+            slices = list(read_case(case, config))
+            for identity, pixels, masks, spacing in slices:
+                yield _prepare(identity, pixels, masks, spacing, case, config, len(slices) > 1)
+        except PolysegError as error:
+            problems.append(str(error))
+        progress("reading images", done, len(cases))
+
+
+def _prepare(
+    identity: str,
+    pixels: Image,
+    masks: Masks | None,
+    spacing: tuple[float, float] | None,
+    case: Case,
+    config: DataConfig,
+    sliced: bool,
+) -> Sample:
+    """Return a slice as it is kept."""
+    image, height, width = pixels, *pixels.shape[:2]
+    if config.size is not None and config.fit == "resize":
+        size = (config.size, config.size) if isinstance(config.size, int) else config.size
+        image = resize_image(pixels, size)
+        if masks is not None:
+            masks = np.stack([resize_mask(mask, size) for mask in masks])
+        if spacing is not None:
+            spacing = (spacing[0] * height / size[0], spacing[1] * width / size[1])
+    item = item_of(
+        identity,
+        pixels,
+        image,
+        masks,
+        config,
+        spacing=spacing,
+        part=case.part,
+        group=case.group or (case.id if sliced else None),
+    )
+    # Copies, so that a slice does not hold the whole volume in memory.
+    copy = image.copy() if sliced else image
+    return Sample(item, copy, masks.copy() if sliced and masks is not None else masks)
+
+
+def _keep(
+    cases: Sequence[Case], config: DataConfig, samples: Iterator[Sample], problems: list[str]
+) -> tuple[list[Item], Store]:
+    """Take in samples up to the bound, then go over to a file, or to one that is there already."""
+    bound = config.memory * MEGABYTE
+    held: list[Sample] = []
+    size = 0
+    for sample in samples:
+        held.append(sample)
+        size += sample.image.nbytes + (0 if sample.masks is None else sample.masks.nbytes)
+        if size > bound or size / len(held) * len(cases) > bound:
+            _refuse(problems)
+            return _on_disk(cases, config, held, samples, problems)
+    _refuse(problems)
+    log.info("%d images in memory, %.0f MB", len(held), size / MEGABYTE)
+    images, masks = [sample.image for sample in held], [sample.masks for sample in held]
+    return [sample.item for sample in held], MemoryStore(images, masks)
+
+
+def _on_disk(
+    cases: Sequence[Case],
+    config: DataConfig,
+    held: list[Sample],
+    rest: Iterator[Sample],
+    problems: list[str],
+) -> tuple[list[Item], Store]:
+    folder = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache/polyseg"
+    path = folder / f"{_key(cases, config)}.images"
+    if not (path.is_file() and index_of(path).is_file()):
+        with writing_store(path) as file:
+            while held:
+                sample = held.pop(0)
+                file.add(sample.image, sample.masks, _to_plain(sample.item))
+            for sample in rest:
+                file.add(sample.image, sample.masks, _to_plain(sample.item))
+            _refuse(problems)
+    store = DiskStore(path)
+    size = path.stat().st_size / MEGABYTE
+    log.info(
+        "%d images of %.0f MB are over data.memory (%d MB): read from %s",
+        len(store.about),
+        size,
+        config.memory,
+        path,
+    )
+    return [_from_plain(about, path) for about in store.about], store
+
+
+def _key(cases: Sequence[Case], config: DataConfig) -> str:
+    """Return the sha256 of all that the kept pixels follow from."""
+    settings = config.model_dump(mode="json", include=set(_DECISIVE))
+    versions = {name: _version(name) for name in _DECODERS} | {"polyseg": __version__}
+    digest = hashlib.sha256(json.dumps([settings, versions], sort_keys=True).encode())
+    for case in cases:
+        files = [[_content(path) for path in paths] for paths in (case.images, case.masks or ())]
+        about = [case.id, case.part, case.group, case.masks is None, *files]
+        digest.update(json.dumps(about).encode())
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> list[str]:
+    """Return the hashes of a file, or of all files of a folder that holds a series."""
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    return [f"{one.name} {sha256_of_file(one)}" for one in files]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        lines = [line for problem in problems for line in problem.splitlines()]
+        more = len(lines) - _MOST_PROBLEMS
+        raise PolysegError(
+            "\n".join(lines[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else []))
+        )
+
+
+def _to_plain(item: Item) -> dict[str, Any]:
+    return dataclasses.asdict(item)
+
+
+def _from_plain(about: dict[str, Any], path: Path) -> Item:
+    try:
+        levels = about["levels"]
+        return Item(
+            **about
+            | {
+                "size": tuple(about["size"]),
+                "likeness": Likeness(**about["likeness"]),
+                "levels": Levels(
+                    tuple(levels["offset"]), tuple(levels["scale"]), levels["clipped"]
+                ),
+                "spacing": tuple(about["spacing"]) if about["spacing"] else None,
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise PolysegError(
+            f"{index_of(path)}: is damaged ({error}); remove it, it will be made anew"
+        ) from None
+
+
+def _sides(shape: Sequence[int]) -> str:
+    """Return "4 x 3" for one slice, "2 slices of 4 x 3" for several."""
+    count, height, width = shape
+    return f"{height} x {width}" if count == 1 else f"{count} slices of {height} x {width}"

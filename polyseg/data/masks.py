@@ -1,0 +1,170 @@
+"""From the values of a label file to masks of 0 and 1."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.errors import PolysegError
+
+# Values up to a tenth of full scale, and from nine tenths, are noise of compression around 0 and
+# full; the rest are edges.
+_NOISE = 0.1
+# Edges lie this near to the outline, in pixels, and so does noise, which JPEG keeps in blocks of
+# 8 (16 where the mask was enlarged later). Labels of real areas lie farther off.
+_EDGE_REACH = 4
+_NOISE_REACH = 16
+_EDGE_SHARE = 0.1
+_FEW_PIXELS = 200
+_FEWEST_VALUES = 3
+# JPEG may shift flat areas by so much of full scale.
+_ROUNDING = 2.5 / 255
+_MOST_VALUES = 2**16
+_BLOCK = 2**20
+
+
+def to_masks(
+    labels: NDArray[Any], path: Path, foreground: Sequence[tuple[int, ...]] | None
+) -> NDArray[np.uint8]:
+    """Return masks, (N, K, H, W) of 0 and 1, of raw labels, (N, H, W).
+
+    Args:
+        labels: as read, integers or floats.
+        path: their file, for errors.
+        foreground: K tuples of label values: channel k is 1 where the value is among the k-th,
+            other labels are background. None makes one channel of 0/1, 0/255, 0/65535, and of
+            such masks whose edges were smoothed (anti-aliasing, JPEG): 1 from half on.
+
+    Raises:
+        PolysegError: `foreground` is None and the values are others: they are named.
+
+    >>> labels = np.array([[[0, 1, 2, 4]]])
+    >>> to_masks(labels, Path("a.png"), [(1, 4), (2,)])[0, :, 0]
+    array([[0, 1, 0, 1],
+           [0, 0, 1, 0]], dtype=uint8)
+    >>> to_masks(labels, Path("a.png"), None)
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: a.png: a mask of values 0, 1, 2, 4; expected 0/1 or 0/255, or say by data.foreground which values count
+    """  # noqa: E501
+    if foreground is None:
+        return _binary(labels, path)[:, None]
+    masks = np.zeros((len(labels), len(foreground), *labels.shape[1:]), np.uint8)
+    for k, values in enumerate(foreground):
+        for value in values:
+            masks[:, k] |= (labels == value).view(np.uint8)
+    return masks
+
+
+def unite(masks: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return 1 where any mask of an image is; all have one shape.
+
+    Raises:
+        PolysegError: the shapes differ.
+
+    >>> unite([np.array([0, 1, 0], np.uint8), np.array([0, 1, 1], np.uint8)])
+    array([0, 1, 1], dtype=uint8)
+    """
+    shapes = sorted({mask.shape for mask in masks})
+    if len(shapes) > 1:
+        shown = ", ".join(" x ".join(map(str, shape[-2:])) for shape in shapes)
+        raise PolysegError(f"masks of one image differ in size: {shown}; expected one size")
+    united = masks[0].copy()
+    for mask in masks[1:]:
+        united |= mask
+    return united
+
+
+def _binary(labels: NDArray[Any], path: Path) -> NDArray[np.uint8]:
+    values = _distinct(labels)
+    for high in (1, 255, 65535):
+        if set(values.tolist()) <= {0, high}:
+            return np.asarray(labels == high).view(np.uint8)
+    scale = _full_scale(values)
+    if scale is not None and _is_soft(labels, values, scale):
+        return np.asarray(labels >= scale / 2).view(np.uint8)
+    shown = ", ".join(f"{value:g}" for value in values[:8]) + (", ..." if len(values) > 8 else "")
+    raise PolysegError(
+        f"{path}: a mask of values {shown}; expected 0/1 or 0/255, or say by data.foreground "
+        "which values count"
+    )
+
+
+def _distinct(labels: NDArray[Any]) -> NDArray[Any]:
+    """Return the values that occur, in order: all, or the first many where there are too many."""
+    flat = labels.reshape(-1)
+    found = flat[:1]
+    for start in range(0, flat.size, _BLOCK):
+        found = np.union1d(found, _distinct_of_block(flat[start : start + _BLOCK]))
+        if found.size > _MOST_VALUES:
+            break
+    return found
+
+
+def _distinct_of_block(block: NDArray[Any]) -> NDArray[Any]:
+    if block.min() == block.max():  # Most of most masks, and far faster than sorting.
+        return block[:1]
+    if block.dtype in (np.uint8, np.uint16):
+        return np.flatnonzero(np.bincount(block)).astype(block.dtype)
+    return np.unique(block)
+
+
+def _full_scale(values: NDArray[Any]) -> float | None:
+    """Return what full foreground is in a mask with soft edges, if it can be one."""
+    low, high = float(values[0]), float(values[-1])
+    scale = 255.0 if high <= 255 else 65535.0
+    if values.dtype.kind == "f" and high <= 1:
+        scale = 1.0
+    return scale if low >= 0 and 0.78 * scale <= high <= scale else None
+
+
+def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
+    """Say whether all that is neither 0 nor full is the edge of something, or noise at one."""
+    edges = values[(values > _NOISE * scale) & (values < (1 - _NOISE) * scale)]
+    between = values[(values > 0) & (values < scale)]
+    if edges.size == 0:
+        # Labels 1, 2 with 255 for "ignore" are on one side only; JPEG's noise is on both.
+        both_sides = between.size > 0 and between[0] < scale / 2 < between[-1]
+        if not both_sides:
+            return False
+    if min(between.size, edges.size or between.size) < _FEWEST_VALUES:
+        return False
+    found = [_strays(one, scale) for one in labels]
+    soft = sum(count for count, _ in found)
+    few = soft <= _FEW_PIXELS or soft < _EDGE_SHARE * labels.size
+    return few and not any(stray for _, stray in found)
+
+
+def _strays(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
+    """Count the edge pixels of a slice, (H, W), and say whether any value is where none may be."""
+    count = 0
+    rows = max(4 * _NOISE_REACH, _BLOCK // labels.shape[1])
+    for start in range(0, len(labels), rows):
+        first = max(0, start - _NOISE_REACH)
+        around = labels[first : start + rows + _NOISE_REACH]
+        inner = around[start - first :][:rows]
+        half = around >= scale / 2
+        edge, noise = (
+            np.nonzero((inner > share * scale) & (inner < (1 - share) * scale))
+            for share in (_NOISE, _ROUNDING)
+        )
+        count += len(edge[0])
+        for found, reach in ((edge, _EDGE_REACH), (noise, _NOISE_REACH)):
+            if not _near_outline(half, found[0] + (start - first), found[1], reach).all():
+                return count, True
+    return count, False
+
+
+def _near_outline(
+    half: NDArray[np.bool_], rows: NDArray[np.intp], columns: NDArray[np.intp], reach: int
+) -> NDArray[np.bool_]:
+    """Say for each pixel whether both kinds lie within so many rows and columns of it."""
+    # sums[i, j] counts the foreground above row i and before column j.
+    sums = np.zeros((half.shape[0] + 1, half.shape[1] + 1), np.int32)
+    sums[1:, 1:] = half.cumsum(0, np.int32).cumsum(1)
+    top, left = np.maximum(rows - reach, 0), np.maximum(columns - reach, 0)
+    bottom = np.minimum(rows + reach + 1, half.shape[0])
+    right = np.minimum(columns + reach + 1, half.shape[1])
+    inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return np.asarray((inside > 0) & (inside < (bottom - top) * (right - left)))

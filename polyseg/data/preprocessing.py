@@ -1,0 +1,215 @@
+"""What an image goes through before the network: size, gray values, patches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from polyseg.config import DataConfig
+from polyseg.errors import PolysegError
+
+_LEAST_DEVIATION = 1e-3
+"""In units of the pixels: a flat image is not blown up."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What an image's gray values are reduced by, a value a channel: (x - offset) / scale."""
+
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+    clipped: bool = False
+    """To [0, 1]."""
+
+    def apply(self, image: NDArray[Any]) -> Tensor:
+        """Return an image, (H, W, C), as (C, H, W) float32.
+
+        >>> Levels((1.0,), (2.0,)).apply(np.full((1, 1, 1), 4, np.uint8))
+        tensor([[[1.5000]]])
+        """
+        pixels = torch.from_numpy(np.moveaxis(image, 2, 0).astype(np.float32))
+        offset, scale = (
+            torch.tensor(values, dtype=torch.float32)[:, None, None]
+            for values in (self.offset, self.scale)
+        )
+        reduced = pixels.sub_(offset).div_(scale)
+        return reduced.clamp_(0, 1) if self.clipped else reduced
+
+
+def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:
+    """Return the levels of an image, (H, W, C), by `data.normalise`.
+
+    Those of "dataset" are the image's own mean and deviation, which `pooled_levels` pools.
+
+    Raises:
+        PolysegError: "unit" of pixels without a full range.
+
+    >>> levels_of(np.array([[[1], [3]]], np.uint8), DataConfig())
+    Levels(offset=(2.0,), scale=(1.0,), clipped=False)
+    """
+    channels = image.shape[2]
+    if config.normalise == "window":
+        low, high = config.window
+        return Levels((low,) * channels, (high - low,) * channels, clipped=True)
+    if config.normalise == "unit":
+        if image.dtype not in (np.uint8, np.uint16):
+            raise PolysegError(
+                f"data.normalise=unit: {image.dtype} pixels have no full range; choose zscore, "
+                "percentile, dataset or window"
+            )
+        return Levels((0.0,) * channels, (float(np.iinfo(image.dtype).max),) * channels)
+    if config.normalise == "percentile":
+        low, high = np.percentile(image, (1, 99), axis=(0, 1))
+        scale = np.maximum(high - low, _LEAST_DEVIATION)
+        return Levels(_plain(low), _plain(scale), clipped=True)
+    deviation = image.std(axis=(0, 1), dtype=np.float64)
+    mean = image.mean(axis=(0, 1), dtype=np.float64)
+    return Levels(_plain(mean), _plain(np.maximum(deviation, _LEAST_DEVIATION)))
+
+
+def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
+    """Return mean and deviation over all pixels of several images, from those of each.
+
+    Args:
+        levels: of each image.
+        pixels: how many each has.
+
+    >>> pooled_levels([Levels((0.0,), (1.0,)), Levels((2.0,), (1.0,))], [1, 1])
+    Levels(offset=(1.0,), scale=(1.4142135623730951,), clipped=False)
+    """
+    weights = np.asarray(pixels, dtype=np.float64)[:, None] / np.sum(pixels)
+    means = np.array([one.offset for one in levels])
+    deviations = np.array([one.scale for one in levels])
+    mean = (weights * means).sum(axis=0)
+    variance = (weights * (deviations**2 + (means - mean) ** 2)).sum(axis=0)
+    return Levels(_plain(mean), _plain(np.sqrt(variance)))
+
+
+def levels_from(record: Any, channels: int) -> Levels | None:
+    """Return the levels that a checkpoint recorded, or None where it recorded none.
+
+    Raises:
+        ValueError: they are no levels of so many channels.
+
+    >>> levels_from({"offset": [1.0], "scale": [2.0], "clipped": False}, 1)
+    Levels(offset=(1.0,), scale=(2.0,), clipped=False)
+    """
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        raise ValueError("levels are a mapping")
+    offset, scale = (tuple(float(one) for one in record[name]) for name in ("offset", "scale"))
+    right = len(offset) == len(scale) == channels and min(scale) > 0
+    if not (right and bool(np.isfinite([*offset, *scale]).all())):
+        raise ValueError(f"levels do not fit {channels} channels")
+    return Levels(offset, scale, bool(record["clipped"]))
+
+
+def resize_image(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Resize (H, W, C) to height and width, bilinear and without aliasing; the type stays.
+
+    >>> resize_image(np.full((8, 8, 1), 7, np.uint8), (4, 2))[..., 0]
+    array([[7, 7],
+           [7, 7],
+           [7, 7],
+           [7, 7]], dtype=uint8)
+    """
+    if pixels.shape[:2] == size:
+        return pixels
+    resized = np.stack(
+        [
+            _resize_plane(plane, size, Image.Resampling.BILINEAR)
+            for plane in np.moveaxis(pixels, 2, 0)
+        ],
+        axis=2,
+    )
+    if not np.issubdtype(pixels.dtype, np.integer):
+        return resized.astype(pixels.dtype)
+    limits = np.iinfo(pixels.dtype)
+    return resized.round().clip(limits.min, limits.max).astype(pixels.dtype)
+
+
+def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize a mask of 0 and 1: foreground where at least half of the area was.
+
+    >>> resize_mask(np.eye(4, dtype=np.uint8), (2, 2))
+    array([[1, 0],
+           [0, 1]], dtype=uint8)
+    """
+    if mask.shape == size:
+        return mask
+    return (_resize_plane(mask, size, Image.Resampling.BOX) >= 0.5).astype(np.uint8)
+
+
+def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize a map of real values, (H, W), bilinear.
+
+    >>> resize_map(np.ones((2, 2), np.float32), (3, 1)).shape
+    (3, 1)
+    """
+    if values.shape == size:
+        return values
+    return _resize_plane(values, size, Image.Resampling.BILINEAR)
+
+
+def cut_patch(
+    image: NDArray[Any],
+    masks: NDArray[np.uint8] | None,
+    size: tuple[int, int],
+    foreground_share: float,
+    seed: int,
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    """Cut a patch at random; where it is over the edge, the image is mirrored and the mask is 0.
+
+    Args:
+        image: (H, W, C).
+        masks: (K, H, W) in {0, 1}.
+        size: height and width of the patch.
+        foreground_share: chance that the patch is centred on a pixel of the foreground.
+        seed: equal seeds give equal patches.
+
+    >>> image, masks = np.zeros((9, 9, 1)), np.ones((1, 9, 9), np.uint8)
+    >>> [part.shape for part in cut_patch(image, masks, (4, 12), 0.5, seed=0)]
+    [(4, 12, 1), (1, 4, 12)]
+    """
+    generator = np.random.default_rng(seed)
+    image, masks = _at_least(image, masks, size)
+    top, left = (
+        int(generator.integers(0, side - wanted + 1))
+        for side, wanted in zip(image.shape[:2], size, strict=True)
+    )
+    centred = generator.random() < foreground_share
+    if masks is not None and centred and masks.any():
+        inside = np.flatnonzero(masks.any(axis=0))
+        row, column = divmod(int(generator.choice(inside)), image.shape[1])
+        top = min(max(row - size[0] // 2, 0), image.shape[0] - size[0])
+        left = min(max(column - size[1] // 2, 0), image.shape[1] - size[1])
+    window = (slice(top, top + size[0]), slice(left, left + size[1]))
+    return image[window], None if masks is None else masks[(slice(None), *window)]
+
+
+def _at_least(
+    image: NDArray[Any], masks: NDArray[np.uint8] | None, size: tuple[int, int]
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    lacking = [max(wanted - side, 0) for side, wanted in zip(image.shape[:2], size, strict=True)]
+    if not any(lacking):
+        return image, masks
+    edges = [(lack // 2, lack - lack // 2) for lack in lacking]
+    padded = np.pad(image, [*edges, (0, 0)], mode="symmetric")
+    return padded, None if masks is None else np.pad(masks, [(0, 0), *edges])
+
+
+def _resize_plane(
+    plane: NDArray[Any], size: tuple[int, int], method: Image.Resampling
+) -> NDArray[np.float32]:
+    image = Image.fromarray(plane.astype(np.float32))
+    return np.asarray(image.resize((size[1], size[0]), method))
+
+
+def _plain(values: NDArray[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

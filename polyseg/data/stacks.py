@@ -1,0 +1,239 @@
+"""What a file of pixels becomes, whatever its kind, and the bounds that each kind keeps."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.errors import PolysegError
+
+Plane = Literal["axial", "coronal", "sagittal"]
+
+LARGEST_IMAGE = 2**26
+"""Pixels of a slice; a larger one is refused before it is decoded."""
+LONGEST_SIDE = 2**16
+"""Pixels along a side of a slice."""
+LARGEST_VOLUME = 2**29
+"""Pixels of all slices of a file."""
+LARGEST_DECODED = 2**31
+"""Bytes of all pixels of a file, or of a series of files."""
+MOST_SLICES = 2**14
+MOST_CHANNELS = 64
+
+# What little may unpack to: this many bytes, or so many times what the file holds. No picture of
+# anything is packed to below 1 %. Volumes of labels are, by what gzip can do at its best, but the
+# larger ones are not worth the seconds that it takes to find them empty.
+SMALL = 2**26
+RATIO = 100
+SMALL_VOLUME = 2**29
+VOLUME_RATIO = 1100
+
+_IMAGE_TYPES = (np.uint8, np.uint16, np.int16, np.float32)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The slices of a file; one, where it is a picture.
+
+    >>> Stack(np.zeros((1, 20, 30, 3), np.uint8)).spacing is None
+    True
+    """
+
+    pixels: NDArray[Any]
+    """Images: (N, H, W, C), uint8, uint16, int16 or float32; labels: (N, H, W), raw values."""
+    spacing: tuple[float, float] | None = None
+    """Millimetres between rows and between columns of a slice, where the file says."""
+
+
+@contextlib.contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Make whatever a decoder says of a damaged file one line, and keep it quiet otherwise.
+
+    Raises:
+        PolysegError: the block raised; the line names the file.
+
+    >>> with guarded(Path("a.png")):
+    ...     raise ValueError("broken")
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: a.png: cannot be read as an image: broken
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except PolysegError:
+        raise
+    except MemoryError:
+        raise PolysegError(f"{path}: does not fit into memory") from None
+    except OSError as error:
+        raise PolysegError(_line(path, error.strerror or str(error))) from None
+    except Exception as error:  # Decoders fail on damaged files in many ways, all alike to users.
+        raise PolysegError(_line(path, str(error) or type(error).__name__)) from None
+
+
+def _line(path: Path, reason: str) -> str:
+    words = " ".join(reason.split())[:120].rstrip()
+    shown = "".join(letter if letter.isprintable() else "?" for letter in words)
+    return f"{path}: cannot be read as an image: {shown}"
+
+
+def refuse_if_no_file(path: Path) -> None:
+    """Refuse pipes, devices and folders, which opening would wait for or misread.
+
+    Raises:
+        PolysegError: it is there but no file.
+
+    >>> refuse_if_no_file(Path("/dev/zero"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: /dev/zero: is no file; expected an image
+    """
+    if path.exists() and not path.is_file():
+        raise PolysegError(f"{path}: is no file; expected an image")
+
+
+def refuse_if_large(
+    path: Path,
+    sides: tuple[int, int],
+    *,
+    slices: int = 1,
+    bytes_per_pixel: int = 1,
+    held: int | None = None,
+) -> None:
+    """Refuse a file by the sizes that it declares, before anything is decoded.
+
+    Args:
+        path: the file.
+        sides: height and width in pixels.
+        slices: how many of these.
+        bytes_per_pixel: what one takes in memory while it is decoded, all channels together.
+        held: bytes that hold it, by default those of the file.
+
+    Raises:
+        PolysegError: it is too large, or far larger than its bytes could say.
+
+    >>> refuse_if_large(Path("a.png"), (10**5, 10**5), held=100)
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: a.png: has 100000 x 100000 pixels; the most that is read is 67,108,864
+    """  # noqa: E501
+    height, width = sides
+    if min(height, width, slices) < 1:
+        raise PolysegError(f"{path}: declares {slices} slices of {height} x {width} pixels")
+    if height * width > LARGEST_IMAGE:
+        raise PolysegError(
+            f"{path}: has {height} x {width} pixels; the most that is read is {LARGEST_IMAGE:,}"
+        )
+    if max(sides) > LONGEST_SIDE:
+        raise PolysegError(
+            f"{path}: has {height} x {width} pixels; the longest side that is read is "
+            f"{LONGEST_SIDE:,}"
+        )
+    if slices > MOST_SLICES or slices * height * width > LARGEST_VOLUME:
+        raise PolysegError(
+            f"{path}: has {slices} slices of {height} x {width} pixels; the most that is read is "
+            f"{MOST_SLICES:,} slices and {LARGEST_VOLUME:,} pixels; cut it into parts"
+        )
+    held = path.stat().st_size if held is None else held
+    packed = min(VOLUME_RATIO * held, SMALL_VOLUME) if slices > 1 else 0
+    decoded = slices * height * width * bytes_per_pixel
+    _refuse_if_blown_up(path, decoded, held, max(SMALL, RATIO * held, packed))
+
+
+def _refuse_if_blown_up(path: Path, decoded: int, held: int, most: int) -> None:
+    if decoded > LARGEST_DECODED:
+        raise PolysegError(
+            f"{path}: takes {decoded:,} bytes in memory; the most that is read is "
+            f"{LARGEST_DECODED:,}; cut it into parts"
+        )
+    if decoded > most:
+        raise PolysegError(
+            f"{path}: would unpack {held:,} bytes to {decoded:,}, more than an image may be packed "
+            f"(here to {most:,}); save it with less compression if it is sound"
+        )
+
+
+def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
+    """Bring pixels of any number type to uint8, uint16, int16 or float32, keeping their values.
+
+    Integers of more bits become 16 bit where all fit, else float32; bits become 0 and 255.
+
+    Raises:
+        PolysegError: they are complex, records, not finite or none of 64 channels or fewer.
+
+    >>> image_pixels(Path("a.tif"), np.array([[[[-5], [300]]]], np.int64)).dtype
+    dtype('int16')
+    """
+    if pixels.shape[-1] > MOST_CHANNELS:
+        raise PolysegError(
+            f"{path}: has {pixels.shape[-1]} channels; the most that is read is {MOST_CHANNELS}"
+        )
+    pixels = _native(path, pixels)
+    if pixels.dtype == bool:
+        return pixels.view(np.uint8) * np.uint8(255)
+    if pixels.dtype in _IMAGE_TYPES:
+        return pixels
+    if pixels.dtype.kind in "iu":
+        return pixels.astype(_type_for(pixels, (np.int16, np.uint16)) or np.float32)
+    with np.errstate(over="ignore"):
+        return _native(path, pixels.astype(np.float32))
+
+
+def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
+    """Bring labels to integers, where all are within 0.001 of these; other fractions stay.
+
+    Floats that are given may be overwritten.
+
+    Raises:
+        PolysegError: they are complex, records or not finite.
+
+    >>> label_pixels(Path("a.nii"), np.array([[[0, 1.0004]]]))
+    array([[[0, 1]]], dtype=int32)
+    """
+    pixels = _native(path, pixels)
+    if pixels.dtype == bool:
+        return pixels.view(np.uint8)
+    if pixels.dtype.kind in "iu":
+        return pixels
+    near = all((abs(one - np.rint(one)) <= 1e-3).all() for one in pixels)
+    if not near or _type_for(pixels, (np.int32,)) is None:
+        return pixels.astype(np.float32, copy=False)
+    # In the same memory where it can be, because there may be a lot.
+    reused = pixels.dtype == np.float32 and pixels.flags.writeable
+    rounded = pixels.view(np.int32) if reused else np.empty(pixels.shape, np.int32)
+    for k, one in enumerate(pixels):
+        rounded[k] = np.rint(one)
+    return rounded
+
+
+def whole_numbers(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return float64 as int16 where every one of them is such a number, others as they are.
+
+    >>> whole_numbers(np.array([[1.0, -7.0]])).dtype, whole_numbers(np.array([[0.5]])).dtype
+    (dtype('int16'), dtype('float64'))
+    """
+    kind = _type_for(pixels, (np.int16,)) if pixels.dtype == np.float64 else None
+    if kind is None or not all(np.array_equal(one, np.rint(one)) for one in pixels):
+        return pixels
+    return pixels.astype(kind)
+
+
+def _native(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
+    if pixels.dtype.kind not in "biuf":
+        raise PolysegError(f"{path}: holds {pixels.dtype} pixels; expected integers or floats")
+    # Smallest and largest are NaN where anything is; no copy, as isfinite would make.
+    if pixels.dtype.kind == "f" and not (np.isfinite(pixels.min()) and np.isfinite(pixels.max())):
+        raise PolysegError(f"{path}: holds NaN or infinite values; replace them by numbers")
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+
+
+def _type_for(pixels: NDArray[Any], kinds: tuple[type[np.integer[Any]], ...]) -> Any:
+    """Return the first type whose range holds all values, or None."""
+    low, high = pixels.min(), pixels.max()
+    for kind in kinds:
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return kind
+    return None

@@ -1,0 +1,192 @@
+"""`polyseg predict`: masks of images that have none, in the images' own size, kind and geometry."""
+
+import csv
+import dataclasses
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.config import MOST_SAMPLES, Config, DataConfig
+from polyseg.data.cases import Case
+from polyseg.data.dataset import ImageSet
+from polyseg.data.layouts import find_unlabelled
+from polyseg.data.loading import read_cases
+from polyseg.data.preprocessing import resize_map
+from polyseg.data.readers import read_image_stack
+from polyseg.data.writers import write_labels, write_map
+from polyseg.errors import PolysegError
+from polyseg.files import write_text
+from polyseg.inference import predict
+from polyseg.jobs.models import Model, fresh_folder, open_model
+from polyseg.montecarlo import assess
+from polyseg.records import METRICS, Assessment, Progress, no_progress
+from polyseg.report import Outcome
+
+log = logging.getLogger(__name__)
+
+_OF_VOLUMES = (".nii", ".gz", ".dcm", "")
+
+Rows = list[dict[str, Any]]
+Maps = NDArray[np.float32]
+"""(N, H, W) over the slices of a file."""
+
+
+def predict_images(
+    source: Path,
+    paths: Sequence[Path],
+    *,
+    out: Path,
+    uncertainty: bool = False,
+    samples: int | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Segment images, and write a mask for each, of its size, kind and geometry.
+
+    What can be read is segmented; what cannot is named at the end.
+
+    Args:
+        source: a checkpoint or a run.
+        paths: images, folders of images or of a DICOM series.
+        out: a folder, new or empty.
+        uncertainty: write maps of the uncertainty and the images' difficulties too.
+        samples: passes of MC Dropout; those of the training where left out.
+        device: where to compute.
+        trust: whether a checkpoint's own network code may run.
+        progress: told how many files are done.
+
+    Raises:
+        PolysegError: checkpoint or folder are not in order, or some images cannot be read.
+    """
+    if samples is not None and not 2 <= samples <= MOST_SAMPLES:
+        raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
+    model = _with_samples(open_model(source, device, trust), samples)
+    cases = find_unlabelled(paths)
+    files, rows, problems = [], [], []
+    with fresh_folder(out) as folder:
+        for done, case in enumerate(cases, start=1):
+            try:
+                written, told = _predict_case(model, case, folder, uncertainty)
+                files += written
+                rows += told
+            except PolysegError as error:
+                problems.append(str(error))
+            progress("predicting", done, len(cases))
+        if rows:
+            files.append(folder / "predictions.csv")
+            write_text(files[-1], _csv(rows))
+    if problems:
+        lines = [line for problem in problems for line in problem.splitlines()]
+        good = f"{len(cases) - len(problems)} of {len(cases)} images are in {out}; the others:"
+        raise PolysegError("\n".join([good, *lines]))
+    return Outcome(out, files)
+
+
+def _with_samples(model: Model, samples: int | None) -> Model:
+    """Return a model that an assessment takes so many passes of."""
+    if samples is None:
+        return model
+    settings = model.config.uncertainty.model_copy(update={"samples": samples})
+    config = model.config.model_copy(update={"uncertainty": settings})
+    return dataclasses.replace(
+        model, checkpoint=dataclasses.replace(model.checkpoint, config=config)
+    )
+
+
+def _predict_case(
+    model: Model, case: Case, folder: Path, uncertainty: bool
+) -> tuple[list[Path], Rows]:
+    config = model.config
+    settings = config.data
+    images = read_cases([case], settings, channels=model.checkpoint.channels)
+    images = dataclasses.replace(images, levels=model.checkpoint.levels)
+    shape = read_image_stack(case.images[0], settings.plane).pixels.shape[1:3]
+    probability = _probabilities(model, images, shape)
+    values = _label_values(settings, case.images[0])
+    labels = _label_map(probability, values)
+    source, plane = case.images[0], settings.plane
+    files = [write_labels(source, labels, folder, name=case.id, plane=plane)]
+    assessment = _assess(model, config, images) if uncertainty else None
+    if assessment is not None:
+        for label in assessment.label_names:
+            maps = assessment.of_label(label).maps[assessment.metric]
+            stack = np.stack([resize_map(one.astype(np.float32), shape) for one in maps])
+            name = "_".join(filter(None, (case.id, label, "uncertainty")))
+            files.append(write_map(source, stack, folder, name=name, plane=plane))
+    return files, _rows(case, images, labels, values, files[0], assessment)
+
+
+def _probabilities(model: Model, images: ImageSet, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return (N, K, H, W) in [0, 1], in the size that the images had before they were resized."""
+    height, width = shape
+    found: list[NDArray[np.float32]] = []
+    batches = images.batches(images.ids, model.config.training.batch_size)
+    for _, logits in predict(model.network, batches):
+        found += [
+            np.stack([resize_map(one, (height, width)) for one in image])
+            for image in logits.sigmoid().numpy()
+        ]
+    return np.stack(found)
+
+
+def _label_values(config: DataConfig, source: Path) -> list[int]:
+    """Return what foreground is written as: its label, or 255 in pictures and 1 in volumes."""
+    if config.tasks:
+        return [values[0] for values in config.tasks.values()]
+    return [1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255]
+
+
+def _label_map(probability: NDArray[np.float32], values: Sequence[int]) -> NDArray[Any]:
+    """Return (N, H, W): the value of the most probable label, or 0 where none reaches 0.5."""
+    best = np.array([0, *values], dtype=np.uint8 if max(values) < 256 else np.uint16)
+    chosen = np.where(probability.max(axis=1) >= 0.5, probability.argmax(axis=1) + 1, 0)
+    return np.asarray(best[chosen])
+
+
+def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
+    settings = config.uncertainty.model_dump() | {"save_maps": True, "region": "prediction"}
+    return assess(
+        model.network,
+        images.batches(images.ids, config.training.batch_size),
+        **settings,
+        seed=config.training.seed,
+        epoch=model.checkpoint.epoch,
+    )
+
+
+def _rows(
+    case: Case,
+    images: ImageSet,
+    labels: NDArray[Any],
+    values: Sequence[int],
+    file: Path,
+    assessment: Assessment | None,
+) -> Rows:
+    """Return what predictions.csv tells of each slice and label."""
+    rows = []
+    for n, identity in enumerate(images.ids):
+        for k, label in enumerate(images.labels):
+            pixels = int((labels[n] == values[k]).sum())
+            row: dict[str, Any] = {"id": identity, "file": file.name}
+            row |= {"label": label} if label else {}
+            row |= {"foreground_pixels": pixels, "foreground": f"{pixels / labels[n].size:.6g}"}
+            if assessment is not None:
+                i = n * len(images.labels) + k
+                scores: Mapping[str, Any] = {name: assessment.scores[name][i] for name in METRICS}
+                row |= {name: f"{value:.9g}" for name, value in scores.items()}
+            rows.append(row)
+    return rows
+
+
+def _csv(rows: Rows) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,181 @@
+"""Sets of images: channels, levels, batches; in memory or on disk."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from polyseg.config import DataConfig, load_config
+from polyseg.data.dataset import arrays_as_set, training_batches
+from polyseg.data.loading import load_images, load_others
+from polyseg.errors import PolysegError
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(5):
+        save(tmp_path / f"images/case {i}.png", generator.integers(0, 256, (20, 30), np.uint8))
+        mask = np.zeros((20, 30), np.uint8)
+        mask[4:12, 5 : 10 + i] = 255
+        save(tmp_path / f"masks/case {i}.png", mask)
+    return tmp_path
+
+
+def test_images_are_normalised_each_by_itself(folder):
+    images = load_images(DataConfig(path=str(folder), size=(16, 32)))
+    assert images.sizes() == {(16, 32)} and images.channels == 1 and images.has_masks
+    for identity in images.ids:
+        image, masks = images.sample(identity)
+        assert image.shape == (1, 16, 32) and masks.shape == (1, 16, 32)
+        assert image.mean().abs() < 1e-5
+        assert image.std(correction=0) == pytest.approx(1, abs=1e-4)
+    unit = load_images(DataConfig(path=str(folder), normalise="unit")).sample("case 0")[0]
+    assert unit.min() >= 0 and unit.max() <= 1
+
+
+def test_what_is_known_of_an_image(folder):
+    images = load_images(DataConfig(path=str(folder), size=None))
+    item = images.item("case 2")
+    assert (item.size, item.channels, item.bits, item.part, item.spacing) == (
+        (20, 30),
+        1,
+        8,
+        None,
+        None,
+    )
+    assert item.foreground == pytest.approx(8 * 7 / 600)
+
+
+def test_gray_and_colour_together_become_colour(folder):
+    save(folder / "images/colour.png", np.zeros((20, 30, 3), np.uint8))
+    save(folder / "masks/colour.png", np.zeros((20, 30), np.uint8))
+    images = load_images(DataConfig(path=str(folder)))
+    assert images.channels == 3
+    assert all(images.sample(identity)[0].shape[0] == 3 for identity in images.ids)
+    with pytest.raises(PolysegError, match="1 and 3 channels, such as colour; expected 1 in each"):
+        load_others(folder, DataConfig(), channels=1)
+    (folder / "images/colour.png").unlink()
+    (folder / "masks/colour.png").unlink()
+    assert load_others(folder, DataConfig(), channels=3).channels == 3
+
+
+def test_channels_that_do_not_go_together_are_refused():
+    pixels = [np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.uint8)]
+    with pytest.raises(PolysegError, match="2 and 3 channels, such as a; expected 3 in each"):
+        arrays_as_set(["a", "b"], pixels, [None, None], DataConfig())
+
+
+def test_images_of_another_folder_need_no_masks(folder):
+    for path in (folder / "masks").iterdir():
+        path.unlink()
+    (folder / "masks").rmdir()
+    images = load_others(folder, DataConfig(), channels=1)
+    assert len(images.ids) == 5 and not images.has_masks
+    assert next(images.batches(images.ids, 2)).masks is None
+
+
+def test_every_bad_file_of_a_set_is_named(folder):
+    save(folder / "masks/case 0.png", np.full((20, 30), 7, np.uint8))
+    save(folder / "masks/case 2.png", np.zeros((9, 9), np.uint8))
+    (folder / "images/case 4.png").write_text("x")
+    (folder / "masks/case 3.png").unlink()
+    with pytest.raises(PolysegError) as caught:
+        load_images(DataConfig(path=str(folder)))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert "case 3" in lines[0]
+    assert "case 0.png: a mask of values 7" in lines[1]
+    assert "case 2.png: is 9 x 9, its image 20 x 30" in lines[2]
+    assert "case 4.png" in lines[3]
+
+
+def test_batches_keep_order_and_never_mix_sizes():
+    sizes = [4, 4, 4, 8, 8, 4]
+    images = arrays_as_set(
+        list("abcdef"),
+        [np.full((size, size, 1), i, np.uint8) for i, size in enumerate(sizes)],
+        [np.ones((size, size), np.uint8) for size in sizes],
+        DataConfig(normalise="unit"),
+    )
+    batches = list(images.batches(list("abcdef"), 2))
+    assert [batch.ids for batch in batches] == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    assert batches[0].masks.shape == (2, 1, 4, 4)
+
+
+def test_levels_of_the_data_set_are_those_of_its_pixels(folder):
+    images = load_images(DataConfig(path=str(folder), size=None, normalise="dataset"))
+    pooled = images.pooled_over(images.ids[:3])
+    pixels = np.stack([images.pixels(identity) for identity in images.ids[:3]]).astype(float)
+    np.testing.assert_allclose(pooled.offset, pixels.mean())
+    np.testing.assert_allclose(pooled.scale, pixels.std())
+
+
+# ---- on disk
+
+
+def test_over_the_bound_images_are_read_from_a_file_and_are_the_same(folder, tmp_path):
+    settings = {"path": str(folder), "size": 32, "cache": str(tmp_path / "cache")}
+    memory = load_images(DataConfig(**settings))
+    assert not (tmp_path / "cache").exists()
+    disk = load_images(DataConfig(**settings, memory=0))
+    assert disk.items == memory.items
+    for seed in range(2):
+        batches = [
+            list(training_batches(one, one.ids, batch_size=2, seed=seed, epoch=1, workers=seed))
+            for one in (memory, disk)
+        ]
+        for (ids, images, masks), (others, again, same) in zip(*batches, strict=True):
+            assert ids == others and torch.equal(images, again) and torch.equal(masks, same)
+
+
+def test_the_file_is_used_again_and_never_stale(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+
+    def load(**more):
+        settings = {"path": str(folder), "size": 32, "cache": str(cache), "memory": 0}
+        return load_images(DataConfig(**settings | more))
+
+    def files():
+        return sorted(path.name for path in cache.glob("*.images"))
+
+    first = load()
+    assert len(files()) == 1
+    stamp = (cache / files()[0]).stat().st_mtime_ns
+    assert load().items == first.items
+    assert (cache / files()[0]).stat().st_mtime_ns == stamp
+    load(size=16)
+    assert len(files()) == 2
+    save(folder / "images/case 0.png", np.full((20, 30), 3, np.uint8))
+    changed = load()
+    assert len(files()) == 3
+    assert changed.item("case 0").likeness != first.item("case 0").likeness
+    assert int(changed.pixels("case 0").max()) == 3
+
+
+def test_a_bad_file_leaves_no_half_of_a_cache(folder, tmp_path):
+    (folder / "images/case 4.png").write_text("x")
+    with pytest.raises(PolysegError, match=r"case 4\.png"):
+        load_images(DataConfig(path=str(folder), memory=0, cache=str(tmp_path / "cache")))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_where_images_are_is_told(folder, polyseg, tmp_path):
+    from tests.conftest import TINY
+
+    settings = [part for one in TINY for part in ("--set", one)]
+    place = ("--set", f"data.cache={tmp_path / 'cache'}", "--set", "data.memory=0")
+    said = polyseg(
+        "train", "--data", folder, "--out", tmp_path / "run", "--epochs", 1, *settings, *place
+    )
+    assert said.code == 0 and "are over data.memory (0 MB): read from" in said.err
+
+
+def test_the_demo_has_one_label():
+    with pytest.raises(PolysegError, match="the demo's masks are 0/1"):
+        load_images(load_config(overrides=["data.foreground=[1, 2]"]).data)

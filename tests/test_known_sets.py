@@ -1,0 +1,45 @@
+"""Data sets as people have them, each a small generated copy, from the command line."""
+
+import json
+
+import pytest
+
+from polyseg.cache import read_assessment
+from tests.conftest import TINY
+from tests.layout_copies import COPIES, FAULTY_FILES, planted_faults
+
+SETTINGS = [part for one in TINY for part in ("--set", one)]
+
+CHANNELS = {
+    **dict.fromkeys(("kvasir", "cvc_clinicdb", "isic2018", "drive"), 3),
+    **dict.fromkeys(("nnunet_png", "decathlon"), 2),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_every_layout_trains(polyseg, tmp_path, name):
+    data = COPIES[name](tmp_path / "data")
+    run = tmp_path / "run"
+    plan = polyseg("train", "--data", data, "--out", run, "--dry-run", "--json", *SETTINGS)
+    assert plan.code == 0, plan.err
+    planned = json.loads(plan.out)
+    assert planned["channels"] == CHANNELS.get(name, planned["channels"])
+    assert planned["images"]["train"] >= 2 and planned["images"]["val"] >= 1
+    answer = polyseg("train", "--data", data, "--out", run, "--epochs", 1, *SETTINGS)
+    assert answer.code == 0, answer.err
+    assessment = read_assessment(run / "uncertainty/epoch_0001.h5")
+    assert len(assessment.ids) == planned["images"]["train"]
+    # A mask that was read as its image, or not at all, would have all or no pixels.
+    assert (assessment.foreground_pixels < 32 * 32).all()
+    assert assessment.foreground_pixels.max() > 0
+
+
+def test_all_faults_are_told_at_once(polyseg, tmp_path):
+    folder = planted_faults(tmp_path / "data")
+    answer = polyseg("data", "check", folder)
+    assert answer.code == 2
+    assert len(FAULTY_FILES) == 10
+    for name in FAULTY_FILES:
+        file = name.rpartition("/")[2]
+        assert file in answer.err, name
+    assert len(answer.err.strip().splitlines()) == 10

@@ -1,0 +1,237 @@
+"""Splits: sizes, strata, groups, folds, files; and images that stand on two sides."""
+
+import functools
+import io
+import json
+import operator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from polyseg.config import DataConfig
+from polyseg.data.likeness import (
+    MOST_DIFFERING_BITS,
+    content_hash,
+    likeness_of,
+    near_pairs,
+    refuse_leaks,
+)
+from polyseg.data.phantoms import make_phantoms
+from polyseg.data.splits import PARTS, Member, read_split_file, split_by_settings
+from polyseg.errors import PolysegError
+
+
+def members(n, seed=0):
+    generator = np.random.default_rng(seed)
+    return [Member(f"i{i:03d}", float(generator.random() ** 3)) for i in range(n)]
+
+
+def everything(split):
+    return sorted(functools.reduce(operator.iadd, split.values(), []))
+
+
+@given(
+    st.integers(3, 200),
+    st.tuples(st.floats(0.1, 1), st.floats(0.05, 1), st.floats(0.05, 1)),
+    st.integers(0, 10),
+    st.booleans(),
+)
+def test_splits_are_whole_and_of_the_wanted_size(n, weights, seed, stratify):
+    shares = tuple(weight / sum(weights) for weight in weights)
+    images = members(n)
+    config = DataConfig(split=shares, split_seed=seed, stratify=stratify)
+    split = split_by_settings(images, config)
+    assert everything(split) == sorted(image.id for image in images)
+    assert all(split[part] for part in PARTS)
+    assert split == split_by_settings(images[::-1], config)
+    if n >= 30:
+        for part, share in zip(PARTS, shares, strict=True):
+            assert abs(len(split[part]) - share * n) <= 1.5
+
+
+def test_a_share_of_zero_gets_none():
+    config = DataConfig(split=(1.0, 0.0, 0.0))
+    assert split_by_settings(members(4), config)["val"] == []
+    with pytest.raises(PolysegError, match="2 images are too few"):
+        split_by_settings(members(2), DataConfig(split=(0.5, 0.25, 0.25)))
+
+
+def test_strata_make_the_parts_alike():
+    """Over many seeds the parts' mean foregrounds spread less than those of plain splits."""
+
+    def spread(stratify):
+        images = members(100)
+        foreground = {image.id: image.foreground for image in images}
+        means = [
+            np.mean([foreground[identity] for identity in split["test"]])
+            for seed in range(40)
+            for split in [split_by_settings(images, DataConfig(split_seed=seed, stratify=stratify))]
+        ]
+        return np.std(means)
+
+    assert spread(True) < 0.5 * spread(False)
+
+
+def test_seeds_give_other_splits():
+    tests = [
+        set(split_by_settings(members(100), DataConfig(split_seed=seed))["test"])
+        for seed in range(2)
+    ]
+    assert len(tests[0] & tests[1]) < 8
+
+
+def test_groups_stay_together():
+    images = [Member(f"p{i % 17:02d}_{i}", i / 90) for i in range(90)]
+    split = split_by_settings(images, DataConfig(group=r"p(\d+)_"))
+    patients = {part: {identity[:3] for identity in ids} for part, ids in split.items()}
+    assert sum(map(len, patients.values())) == 17
+    assert all(patients.values()) and everything(split) == sorted(image.id for image in images)
+    with pytest.raises(PolysegError, match=r"finds nothing in p00_0"):
+        split_by_settings(images, DataConfig(group="x"))
+    named = [Member(image.id, image.foreground, image.id[:3]) for image in images]
+    assert split_by_settings(named, DataConfig()) == split_by_settings(
+        images, DataConfig(group=r"(p\d+)_")
+    )
+
+
+def test_folds_test_each_image_once():
+    images = members(52)
+    splits = [split_by_settings(images, DataConfig(folds=4, fold=k)) for k in range(4)]
+    assert all(everything(split) == sorted(image.id for image in images) for split in splits)
+    tested = sorted(identity for split in splits for identity in split["test"])
+    assert tested == sorted(image.id for image in images)
+    assert {len(split["test"]) for split in splits} <= {12, 13, 14}
+    assert all(split["val"] for split in splits)
+
+
+def test_a_given_test_set_is_kept_and_folds_then_validate():
+    images = [Member(f"a{i}", i / 40, part="test" if i % 4 == 0 else None) for i in range(40)]
+    given = sorted(f"a{i}" for i in range(0, 40, 4))
+    split = split_by_settings(images, DataConfig())
+    assert split["test"] == given
+    assert len(split["val"]) == pytest.approx(30 * 0.15 / 0.85, abs=1)
+    folds = [split_by_settings(images, DataConfig(folds=3, fold=k)) for k in range(3)]
+    assert all(fold["test"] == given for fold in folds)
+    assert sorted(one for fold in folds for one in fold["val"]) == sorted(
+        image.id for image in images if image.part is None
+    )
+
+
+def test_given_validation_without_test_makes_no_test():
+    images = [Member(f"a{i}", part="val" if i < 5 else "train") for i in range(20)]
+    split = split_by_settings(images, DataConfig())
+    assert (len(split["train"]), len(split["val"]), split["test"]) == (15, 5, [])
+
+
+def test_a_split_file_is_followed(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"train": [{"id": "i000", "sha256": "x"}], "test": ["i002"]}))
+    split = split_by_settings(members(4), DataConfig(split_file=str(path)))
+    assert split == {"train": ["i000"], "val": [], "test": ["i002"]}
+    path.write_text(json.dumps({"train": ["i000", "gone"], "val": ["i001"]}))
+    with pytest.raises(PolysegError, match="1 of its images are not in the data, such as gone"):
+        split_by_settings(members(4), DataConfig(split_file=str(path)))
+
+
+def test_nnunets_folds_are_read_and_volumes_stand_for_their_slices(tmp_path):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
+    images = [Member(f"{volume}#{k:03d}", group=volume) for volume in "ab" for k in range(3)]
+    images.append(Member("c", part="test"))
+    split = split_by_settings(images, DataConfig(split_file=str(path), fold=1))
+    assert split == {
+        "train": ["b#000", "b#001", "b#002"],
+        "val": ["a#000", "a#001", "a#002"],
+        "test": ["c"],
+    }
+    with pytest.raises(PolysegError, match="holds folds 0 to 1; choose one by --fold"):
+        split_by_settings(images, DataConfig(split_file=str(path)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "{}", "3", "[]", '{"train": 3}', '{"train": [3]}', '{"train": ["a"], "x": []}'],
+)
+def test_what_is_no_split_is_one_line(tmp_path, text):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(PolysegError, match=r"s\.json: ") as caught:
+        read_split_file(tmp_path / "s.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_id_in_two_parts_of_a_file_is_refused(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"], "test": ["i000"]}))
+    with pytest.raises(PolysegError, match="i000 stands in it twice"):
+        split_by_settings(members(2), DataConfig(split_file=str(tmp_path / "s.json")))
+
+
+# ---- the same image on two sides
+
+
+def picture(seed, size=(96, 96)):
+    return make_phantoms(seed + 1, seed=seed, size=size)[-1].image
+
+
+def variants(pixels):
+    """Yield an image as it may come back: compressed, halved, brightened, with noise."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
+    yield np.asarray(Image.open(buffer))
+    half = (pixels.shape[1] // 2, pixels.shape[0] // 2)
+    yield np.asarray(Image.fromarray(pixels).resize(half, Image.Resampling.BILINEAR))
+    yield np.clip(pixels * 1.2 + 10, 0, 255).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(0, 5, pixels.shape)
+    yield np.clip(pixels + noise, 0, 255).astype(np.uint8)
+    yield pixels.astype(np.uint16) * 257
+
+
+def test_copies_are_found_and_others_are_not():
+    images = {f"p{seed}": likeness_of(picture(seed)) for seed in range(12)}
+    assert near_pairs(images) == []
+    for seed in range(4):
+        for variant in variants(picture(seed)):
+            found = near_pairs(images | {"again": likeness_of(variant)})
+            assert found == [("again", f"p{seed}")]
+
+
+def test_the_hash_is_far_from_the_threshold_for_different_images():
+    hashes = [int(likeness_of(picture(seed)).near, 16) for seed in range(12)]
+    distances = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
+    assert min(distances) > 2 * MOST_DIFFERING_BITS
+
+
+def test_the_same_picture_on_two_sides_is_refused():
+    one, other = picture(0), picture(1)
+    likeness = {"a": likeness_of(one), "b": likeness_of(one.copy()), "c": likeness_of(other)}
+    refuse_leaks({"train": ["a", "b"], "val": [], "test": ["c"]}, likeness, "refuse")
+    leak = {"train": ["a"], "val": ["c"], "test": ["b"]}
+    for duplicates in ("refuse", "allow-near"):
+        with pytest.raises(PolysegError, match=r"b \(test\) and a \(train\) are the same image"):
+            refuse_leaks(leak, likeness, duplicates)
+    assert len(refuse_leaks(leak, likeness, "allow")) == 1
+
+
+def test_nearly_the_same_can_be_allowed_in_words():
+    one = picture(0)
+    likeness = {"a": likeness_of(one), "b": likeness_of(next(variants(one)))}
+    leak = {"train": ["a"], "val": ["b"], "test": []}
+    with pytest.raises(PolysegError, match=r"nearly the same image.*data\.duplicates=allow-near"):
+        refuse_leaks(leak, likeness, "refuse")
+    assert refuse_leaks(leak, likeness, "allow-near") == [
+        "b (val) and a (train) are nearly the same image"
+    ]
+
+
+def test_flat_images_are_no_copies():
+    blank = likeness_of(np.zeros((8, 8), np.uint8))
+    refuse_leaks({"train": ["a"], "val": ["b"], "test": []}, {"a": blank, "b": blank}, "refuse")
+
+
+def test_hashes_are_of_pixels_shape_and_type():
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert content_hash(pixels) == content_hash(np.asfortranarray(pixels))
+    others = (pixels.reshape(4, 3), pixels.astype(np.uint16), pixels + 1)
+    assert all(content_hash(pixels) != content_hash(other) for other in others)
