@@ -195,8 +195,8 @@ class DataConfig(_Section):
         given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
         if not all(self.tasks.values()) or not values:
             raise ValueError("data.foreground: a task without a label value")
-        if len(values) != len(set(values)) or len(self.tasks) != len(given):
-            raise ValueError("data.foreground: a label value belongs to one task only")
+        if len(set(self.tasks.values())) != len(given):
+            raise ValueError("data.foreground: two tasks are the same")
         if len(self.tasks) > _MOST_LABELS or len(values) > _MOST_VALUES:
             raise ValueError(f"data.foreground: at most {_MOST_LABELS} tasks")
         if not 1 <= min(values) <= max(values) <= _LARGEST_LABEL:

@@ -178,3 +178,27 @@ def test_huge_numbers_are_refused(tmp_path, line):
     with pytest.raises(PolysegError) as error:
         load_config(path)
     assert str(error.value).startswith(str(path)) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "tasks", "labels"),
+    [
+        ("2", {"2": (2,)}, ("",)),
+        ("[[1, 2]]", {"1+2": (1, 2)}, ("",)),
+        ("[1, [2, 3]]", {"1": (1,), "2+3": (2, 3)}, ("1", "2+3")),
+        ("{liver: [1, 2], tumour: 2}", {"liver": (1, 2), "tumour": (2,)}, ("liver", "tumour")),
+    ],
+)
+def test_foreground_makes_tasks(given, tasks, labels):
+    config = load_config(overrides=[f"data.foreground={given}"])
+    assert config.data.tasks == tasks and config.data.labels == labels
+    assert build_config(yaml.safe_load(config.to_yaml()), "again") == config
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["[]", "[[]]", "[1, 1]", "0", "-1", "70000", "{a: 1, b: 1}", "{'': 1, b: 2}", "{a: []}"],
+)
+def test_foregrounds_that_are_none_are_refused(given):
+    with pytest.raises(PolysegError, match=r"data\.foreground: "):
+        load_config(overrides=[f"data.foreground={given}"])

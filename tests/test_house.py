@@ -66,6 +66,7 @@ ROOMS = [
 ]
 
 ONLY_IN = {"h5py": {"cache"}, "matplotlib": {"plots"}, "typer": {"cli"}, "rich": {"cli"}}
+ONLY_IN |= {"nibabel": {"data.volumes"}, "pydicom": {"data.volumes"}}
 
 EQUATIONS = {
     "(eq. 2)": "losses.dice_loss",

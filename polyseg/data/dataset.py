@@ -38,6 +38,8 @@ class Item:
     levels: Levels
     foreground: float | None
     """Share of the pixels that have any label; None without masks."""
+    original_size: tuple[int, int]
+    """Before it was resized."""
     bits: int = 8
     spacing: tuple[float, float] | None = None
     """Millimetres between rows and between columns, after resizing."""
@@ -198,6 +200,7 @@ def item_of(
         channels=image.shape[2],
         likeness=likeness_of(pixels),
         levels=levels_of(image, config),
+        original_size=(pixels.shape[0], pixels.shape[1]),
         foreground=None if masks is None else float(masks.any(axis=0).mean()),
         bits=8 * image.dtype.itemsize,
         **more,

@@ -42,6 +42,7 @@ Pixels = NDArray[np.unsignedinteger[Any]]
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 # By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
 _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
+_BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 _STRIP = 2**20
 _ORIENTATION = 0x0112
 
@@ -91,8 +92,8 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
     """Read PNG, JPEG, BMP or GIF as a stack of one slice; alpha is dropped.
 
     A picture that a camera stored on its side, and says so (EXIF), is turned, masks too. For
-    labels the numbers of a palette count, for images its colours. No spacing is taken from dots
-    per inch.
+    labels the numbers of a palette count (of a gray GIF the grays), for images its colours. No
+    spacing is taken from dots per inch.
 
     Raises:
         PolysegError: the file is damaged, too large, animated or of another kind.
@@ -114,9 +115,10 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
     """Read a TIFF of one picture or of a stack of them.
 
     Of its axes Y and X are those of a slice, S and C are channels, all others are slices. Where 0
-    is white the values of 8 or 16 bit are inverted, for images and labels alike, so that they are
-    as displayed. For labels the numbers of a palette count, for images its colours. The spacing
-    is that of the resolution tags, unless these are a printer's.
+    is white, values of 1, 8 or 16 bit are inverted, for images and labels alike, so that they are
+    as displayed; only bits that tifffile wrote are as they were given to it. For labels the
+    numbers of a palette count, for images its colours. The spacing is that of the resolution
+    tags, unless these are a printer's.
 
     Raises:
         PolysegError: the file is damaged, too large, of unequal pages or of a kind not read.
@@ -196,19 +198,30 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
             if image.format in ("GIF", "PNG") and getattr(image, "is_animated", False):
                 raise PolysegError(f"{path}: is animated; expected one picture a file")
             deep = image.format == "PNG" and _is_deep_colour(path)
-            colours = image.mode in _COLOUR_MODES and not (keep_palette and image.mode == "P")
-            each = {"1": 1, "L": 1, "P": 4 if colours else 1, "I;16": 2}.get(image.mode, 4)
-            sides = (image.height, image.width)
-            refuse_if_large(path, sides, bytes_per_pixel=8 if deep else each)
+            mode = _mode_to_read(image, keep_palette=keep_palette)
+            each = 8 if deep else _BYTES_OF_MODE.get(mode, 4)
+            refuse_if_large(path, (image.height, image.width), bytes_per_pixel=each)
             turned = _orientation(image)
             if deep:
                 # Pillow would cut colours of 16 bit down to 8.
                 return imagecodecs.png_decode(path.read_bytes()), turned
-            return _copied(image, "RGB" if colours else image.mode), turned
+            return _copied(image, mode), turned
     except UnidentifiedImageError:
         raise ValueError(
             "cannot identify image file; expected PNG, JPEG, BMP or GIF, as its name says"
         ) from None
+
+
+def _mode_to_read(image: Image.Image, *, keep_palette: bool) -> str:
+    """Return Pillow's mode for the pixels: colours are RGB, palettes of grays are gray."""
+    if image.mode != "P":
+        return "RGB" if image.mode in _COLOUR_MODES else image.mode
+    colours = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+    gray = bool((colours == colours[:, :1]).all())
+    # A GIF has no gray but by a palette, which says nothing else.
+    if keep_palette and not (gray and image.format == "GIF"):
+        return "P"
+    return "L" if gray else "RGB"
 
 
 def _is_deep_colour(path: Path) -> bool:
@@ -234,6 +247,8 @@ def _copied(image: Image.Image, mode: str) -> NDArray[Any]:
     pixels: NDArray[Any] | None = None
     for k, strip in enumerate(strips):
         part = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        if part.dtype == bool:  # Pillow's are 0 and 255.
+            part = part.view(np.uint8) > 0
         if pixels is None:
             pixels = np.empty((image.height, *part.shape[1:]), part.dtype)
         pixels[k * rows : k * rows + len(part)] = part
@@ -339,7 +354,9 @@ def _directories(path: Path) -> Iterator[tuple[int, list[tuple[int, int, int]]]]
 
 def _only_series(path: Path, file: Any) -> Any:
     """Return the one series of equal pages; a reduced copy of it does not count."""
-    series = [one for one in file.series if not one.keyframe.is_reduced] or list(file.series)
+    # Pages of half the size are levels of one series to tifffile; pages that say so are no images.
+    levels = [level for one in file.series for level in one.levels]
+    series = [one for one in levels if not one.keyframe.is_reduced] or levels
     if len(series) != 1:
         sizes = ", ".join(" x ".join(map(str, one.shape)) for one in series[:4])
         raise PolysegError(
@@ -437,7 +454,9 @@ def _stack_of(path: Path, file: Any, series: Any, *, labels: bool) -> NDArray[An
         raise PolysegError(f"{path}: has axes {axes}; expected rows (Y) and columns (X)")
     pixels, axes = _with_ome_axes(page, series.asarray(maxworkers=1), axes)
     stack = _slices(_without_alpha(page, pixels, axes), axes)
-    if page.photometric == PHOTOMETRIC.MINISWHITE:
+    # tifffile writes bits so, whatever is foreground in them.
+    raw_bits = stack.dtype == bool and str(page.software).startswith("tifffile")
+    if page.photometric == PHOTOMETRIC.MINISWHITE and not raw_bits:
         stack = ~stack
     if page.photometric == PHOTOMETRIC.PALETTE and not labels:
         stack = _coloured(path, stack, page.colormap)

@@ -68,6 +68,9 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
     log.info("%s: %s", config.path, layout.name)
     for note in layout.notes:
         log.info("%s", note)
+    if len(layout.labels) > 1 and config.foreground is None:
+        named = ", ".join(f"{name}: {value}" for name, value in layout.labels.items())
+        log.info("labels of %s; data.foreground={%s} makes a task of each", config.path, named)
     return read_cases(layout.cases, config, progress, problems=layout.problems)
 
 
@@ -305,6 +308,7 @@ def _from_plain(about: dict[str, Any], path: Path) -> Item:
             **about
             | {
                 "size": tuple(about["size"]),
+                "original_size": tuple(about["original_size"]),
                 "likeness": Likeness(**about["likeness"]),
                 "levels": Levels(
                     tuple(levels["offset"]), tuple(levels["scale"]), levels["clipped"]

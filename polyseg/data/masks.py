@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from polyseg.errors import PolysegError
 
-# Values up to a tenth of full scale, and from nine tenths, are noise of compression around 0 and
-# full; the rest are edges.
-_NOISE = 0.1
+# Values up to this share of full scale, and as near to full, are noise of compression around 0 and
+# full (JPEG of quality 75 overshoots by 15 %); the rest are edges.
+_NOISE = 0.15
 # Edges lie this near to the outline, in pixels, and so does noise, which JPEG keeps in blocks of
 # 8 (16 where the mask was enlarged later). Labels of real areas lie farther off.
 _EDGE_REACH = 4
@@ -123,12 +123,11 @@ def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
     """Say whether all that is neither 0 nor full is the edge of something, or noise at one."""
     edges = values[(values > _NOISE * scale) & (values < (1 - _NOISE) * scale)]
     between = values[(values > 0) & (values < scale)]
-    if edges.size == 0:
-        # Labels 1, 2 with 255 for "ignore" are on one side only; JPEG's noise is on both.
-        both_sides = between.size > 0 and between[0] < scale / 2 < between[-1]
-        if not both_sides:
-            return False
-    if min(between.size, edges.size or between.size) < _FEWEST_VALUES:
+    # Labels 1, 2 with 255 for "ignore" are on one side only; JPEG's noise is on both.
+    both_sides = between.size > 1 and between[0] < scale / 2 < between[-1]
+    if not (both_sides or edges.size >= _FEWEST_VALUES):
+        return False
+    if edges.size and between.size < _FEWEST_VALUES:
         return False
     found = [_strays(one, scale) for one in labels]
     soft = sum(count for count, _ in found)

@@ -17,7 +17,6 @@ from polyseg.data.dataset import ImageSet
 from polyseg.data.layouts import find_unlabelled
 from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
-from polyseg.data.readers import read_image_stack
 from polyseg.data.writers import write_labels, write_map
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
@@ -33,7 +32,6 @@ _OF_VOLUMES = (".nii", ".gz", ".dcm", "")
 
 Rows = list[dict[str, Any]]
 Maps = NDArray[np.float32]
-"""(N, H, W) over the slices of a file."""
 
 
 def predict_images(
@@ -106,10 +104,10 @@ def _predict_case(
     settings = config.data
     images = read_cases([case], settings, channels=model.checkpoint.channels)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
-    shape = read_image_stack(case.images[0], settings.plane).pixels.shape[1:3]
+    shape = images.items[0].original_size
     probability = _probabilities(model, images, shape)
     values = _label_values(settings, case.images[0])
-    labels = _label_map(probability, values)
+    labels = _label_map(probability, values, nested=_is_nested(settings))
     source, plane = case.images[0], settings.plane
     files = [write_labels(source, labels, folder, name=case.id, plane=plane)]
     assessment = _assess(model, config, images) if uncertainty else None
@@ -122,14 +120,13 @@ def _predict_case(
     return files, _rows(case, images, labels, values, files[0], assessment)
 
 
-def _probabilities(model: Model, images: ImageSet, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Maps:
     """Return (N, K, H, W) in [0, 1], in the size that the images had before they were resized."""
-    height, width = shape
-    found: list[NDArray[np.float32]] = []
+    found: list[Maps] = []
     batches = images.batches(images.ids, model.config.training.batch_size)
     for _, logits in predict(model.network, batches):
         found += [
-            np.stack([resize_map(one, (height, width)) for one in image])
+            np.stack([resize_map(one, shape) for one in image])
             for image in logits.sigmoid().numpy()
         ]
     return np.stack(found)
@@ -142,11 +139,24 @@ def _label_values(config: DataConfig, source: Path) -> list[int]:
     return [1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255]
 
 
-def _label_map(probability: NDArray[np.float32], values: Sequence[int]) -> NDArray[Any]:
-    """Return (N, H, W): the value of the most probable label, or 0 where none reaches 0.5."""
-    best = np.array([0, *values], dtype=np.uint8 if max(values) < 256 else np.uint16)
-    chosen = np.where(probability.max(axis=1) >= 0.5, probability.argmax(axis=1) + 1, 0)
-    return np.asarray(best[chosen])
+def _is_nested(config: DataConfig) -> bool:
+    """Return whether tasks share label values, as a tumour and its core do."""
+    values = [value for task in config.tasks.values() for value in task]
+    return len(values) != len(set(values))
+
+
+def _label_map(probability: Maps, values: Sequence[int], *, nested: bool) -> NDArray[Any]:
+    """Return (N, H, W): of the labels that reach 0.5 the most probable, or the last if nested.
+
+    >>> probability = np.array([[[[0.9, 0.8, 0.1]], [[0.2, 0.7, 0.2]]]], np.float32)
+    >>> [_label_map(probability, [1, 2], nested=nested).tolist() for nested in (False, True)]
+    [[[[1, 1, 0]]], [[[1, 2, 0]]]]
+    """
+    written = np.array([0, *values], dtype=np.uint8 if max(values) < 256 else np.uint16)
+    reached = probability >= 0.5
+    order = np.arange(len(values), dtype=np.float32)[:, None, None]
+    rank = np.where(reached, order if nested else probability, -1.0)
+    return np.asarray(written[np.where(reached.any(axis=1), rank.argmax(axis=1) + 1, 0)])
 
 
 def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:

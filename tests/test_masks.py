@@ -1,0 +1,181 @@
+"""Which values of a mask are foreground, and which masks are no masks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from polyseg.data.masks import to_masks, unite
+from polyseg.data.readers import read_label_stack
+from polyseg.errors import PolysegError
+
+PATH = Path("m.png")
+
+
+def mask_of(values, kind=np.uint8):
+    return to_masks(np.array(values, kind)[None, None], PATH, None)[0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.int32, np.float32])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1], [0, 1]),
+        ([0, 255], [0, 1]),
+        ([0, 0], [0, 0]),
+        ([1, 1], [1, 1]),
+        ([255, 255], [1, 1]),
+    ],
+)
+def test_masks_of_0_1_and_0_255(values, expected, kind):
+    assert mask_of(values, kind) == expected
+
+
+def test_masks_of_16_bit():
+    assert mask_of([0, 65535], np.uint16) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0, 1, 2, 7], "0, 1, 2, 7"),
+        ([7, 7], "7"),
+        ([-1, 0, 1], "-1, 0, 1"),
+        ([0, 0.25, 1], "0, 0.25, 1"),
+        (range(12), "0, 1, 2, 3, 4, 5, 6, 7, ..."),
+    ],
+)
+def test_other_values_are_named(values, shown):
+    with pytest.raises(PolysegError) as caught:
+        mask_of(values, np.float32)
+    assert str(caught.value) == (
+        f"m.png: a mask of values {shown}; expected 0/1 or 0/255, or say by data.foreground "
+        "which values count"
+    )
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=6, max_size=6),
+    st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=3),
+)
+def test_chosen_values_make_channels(values, foreground):
+    labels = np.array(values).reshape(1, 2, 3)
+    masks = to_masks(labels, PATH, [tuple(one) for one in foreground])
+    assert masks.shape == (1, len(foreground), 2, 3) and masks.dtype == np.uint8
+    for k, chosen in enumerate(foreground):
+        np.testing.assert_array_equal(masks[:, k], np.isin(labels, chosen))
+
+
+def test_union():
+    first, second = np.array([[[0, 1, 0]]], np.uint8), np.array([[[0, 1, 1]]], np.uint8)
+    assert unite([first, second]).tolist() == [[[0, 1, 1]]]
+    assert unite([first]).tolist() == first.tolist() and unite([first]) is not first
+    with pytest.raises(PolysegError, match="differ in size: 1 x 2, 1 x 3"):
+        unite([first, second[..., :2]])
+
+
+# Soft edges.
+
+
+def shapes(height=200, width=260):
+    rows, columns = np.mgrid[:height, :width]
+    ellipse = ((rows - 90) / 60) ** 2 + ((columns - 110) / 80) ** 2 < 1
+    spot = np.hypot(rows - 30, columns - 230) < 8
+    notch = np.hypot(rows - 90, columns - 110) < 20
+    return ((ellipse & ~notch) | spot).astype(np.uint8)
+
+
+@pytest.mark.parametrize("quality", [75, 85, 90, 95, 100])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_of_a_mask_is_a_mask(tmp_path, quality, mode):
+    mask = shapes()
+    path = tmp_path / "m.jpg"
+    Image.fromarray(mask * 255).convert(mode).save(path, quality=quality)
+    found = to_masks(read_label_stack(path).pixels, path, None)[0, 0]
+    np.testing.assert_array_equal(found, mask)
+
+
+def smooth(kind):
+    mask = Image.fromarray(shapes(800, 1040) * 255)
+    if kind == "shrunk":
+        return np.asarray(mask.resize((300, 230), Image.Resampling.LANCZOS))
+    if kind == "grown":
+        return np.asarray(
+            Image.fromarray(shapes() * 255).resize((600, 500), Image.Resampling.BICUBIC)
+        )
+    return np.asarray(Image.fromarray(shapes() * 255).filter(ImageFilter.GaussianBlur(1)))
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "grown", "blurred"])
+def test_antialiased_edges_are_cut_at_half(kind):
+    labels = smooth(kind)[None]
+    assert len(np.unique(labels)) > 10
+    expected = labels >= 127.5
+    np.testing.assert_array_equal(to_masks(labels, PATH, None)[:, 0], expected)
+    fractions = labels.astype(np.float32) / 255
+    np.testing.assert_array_equal(to_masks(fractions, PATH, None)[:, 0], expected)
+    deep = labels.astype(np.uint16) * 257
+    np.testing.assert_array_equal(to_masks(deep, PATH, None)[:, 0], expected)
+
+
+def test_one_soft_slice_among_hard_ones():
+    labels = np.stack([shapes() * 255, smooth("blurred"), np.zeros((200, 260), np.uint8)])
+    np.testing.assert_array_equal(to_masks(labels, PATH, None)[:, 0], labels >= 127.5)
+
+
+def areas(*values):
+    """Stripes of these values, 12 pixels wide."""
+    return np.repeat(np.array(values, np.uint8), 12)[None, None] * np.ones((1, 90, 1), np.uint8)
+
+
+def voc(*labels):
+    """Two small objects of such labels in rings of 255, "ignore", as Pascal VOC draws them."""
+    page = np.zeros((1, 120, 160), np.uint8)
+    for k, label in enumerate(labels):
+        page[0, 20:46, 20 + 50 * k : 46 + 50 * k] = 255
+        page[0, 25:41, 25 + 50 * k : 41 + 50 * k] = label
+    return page
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        areas(0, 50, 100, 150),
+        areas(0, 50, 100, 150, 200, 250),
+        areas(0, 128, 255),
+        areas(0, 85, 170, 255),
+        areas(0, 64, 128, 192, 255),
+        areas(0, 1, 255),
+        areas(0, 1, 2, 3, 255),
+        areas(0, 254),
+        voc(1),
+        voc(1, 15),
+        voc(7, 40),
+        np.random.default_rng(0).integers(0, 256, (1, 64, 64)).astype(np.uint8),
+        np.linspace(0, 255, 120 * 100).reshape(1, 120, 100).astype(np.uint8),
+    ],
+    ids=str,
+)
+def test_labels_are_not_taken_for_edges(labels):
+    with pytest.raises(PolysegError, match=r"m\.png: a mask of values 0, "):
+        to_masks(labels, PATH, None)
+
+
+def test_thin_outlines_of_one_value_are_labels():
+    labels = shapes()[None] * 255
+    labels[0, 29:31, 222:225] = 128
+    with pytest.raises(PolysegError, match="a mask of values 0, 128, 255"):
+        to_masks(labels, PATH, None)
+
+
+def test_a_large_mask_is_searched_in_blocks():
+    mask = np.kron(shapes(), np.ones((16, 16), np.uint8)) * 255
+    soft = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1.2)))[None]
+    np.testing.assert_array_equal(to_masks(soft, PATH, None)[:, 0], soft >= 127.5)
+    stray = soft.copy()
+    stray[0, 3000, 50] = 120
+    with pytest.raises(PolysegError, match="a mask of values 0"):
+        to_masks(stray, PATH, None)
