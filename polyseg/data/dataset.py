@@ -37,7 +37,7 @@ class Item:
     """Of the pixels before resizing."""
     levels: Levels
     foreground: float | None
-    """Share of the pixels that have any label; None without masks."""
+    """Share of the pixels that have any label, before resizing; None without masks."""
     original_size: tuple[int, int]
     """Before it was resized."""
     bits: int = 8
@@ -141,7 +141,11 @@ class ImageSet:
         return self._tensors(i, image, masks)
 
     def batches(self, ids: Sequence[str], batch_size: int) -> Iterator[Batch]:
-        """Yield whole images in this order, un-augmented, neighbours of one size together."""
+        """Yield whole images in this order, un-augmented, neighbours of one size together.
+
+        Those that are looked at window by window come one by one: their windows make the batch.
+        """
+        batch_size = 1 if self.tiling is not None else batch_size
         start = 0
         sizes = [self.item(identity).size for identity in ids]
         while start < len(ids):
@@ -190,7 +194,7 @@ def item_of(
         identity: its id.
         pixels: (H, W, C), as read.
         image: (h, w, C), as it is kept.
-        masks: (K, h, w), or None.
+        masks: (K, H, W), as read, or None.
         config: how it is normalised.
         more: further fields of the item.
     """

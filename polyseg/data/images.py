@@ -199,7 +199,9 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
                 raise PolysegError(f"{path}: is animated; expected one picture a file")
             deep = image.format == "PNG" and _is_deep_colour(path)
             mode = _mode_to_read(image, keep_palette=keep_palette)
-            each = 8 if deep else _BYTES_OF_MODE.get(mode, 4)
+            # Runs of a BMP are decoded to two copies besides.
+            runs = image.format == "BMP" and image.info.get("compression", 0) in (1, 2)
+            each = 8 if deep else 4 if runs else _BYTES_OF_MODE.get(mode, 4)
             refuse_if_large(path, (image.height, image.width), bytes_per_pixel=each)
             turned = _orientation(image)
             if deep:

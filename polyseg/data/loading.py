@@ -192,12 +192,12 @@ def _prepare(
     sliced: bool,
 ) -> Sample:
     """Return a slice as it is kept."""
-    image, height, width = pixels, *pixels.shape[:2]
+    image, kept_masks, (height, width) = pixels, masks, pixels.shape[:2]
     if config.size is not None and config.fit == "resize":
         size = (config.size, config.size) if isinstance(config.size, int) else config.size
         image = resize_image(pixels, size)
         if masks is not None:
-            masks = np.stack([resize_mask(mask, size) for mask in masks])
+            kept_masks = np.stack([resize_mask(mask, size) for mask in masks])
         if spacing is not None:
             spacing = (spacing[0] * height / size[0], spacing[1] * width / size[1])
     item = item_of(
@@ -211,8 +211,10 @@ def _prepare(
         group=case.group or (case.id if sliced else None),
     )
     # Copies, so that a slice does not hold the whole volume in memory.
-    copy = image.copy() if sliced else image
-    return Sample(item, copy, masks.copy() if sliced and masks is not None else masks)
+    if sliced:
+        image = image.copy()
+        kept_masks = None if kept_masks is None else kept_masks.copy()
+    return Sample(item, image, kept_masks)
 
 
 def _keep(

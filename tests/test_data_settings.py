@@ -1,0 +1,141 @@
+"""Settings of the data, through a whole run: resumed, tested and replayed from its checkpoint."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polyseg.jobs.training import train
+from polyseg.run import RunDirectory, read_checkpoint
+from tests.test_train import Stop, assert_same_run, run_of, stop_after
+
+SETTINGS = {
+    "tiles": ("data.fit=tile",),
+    "labels": ("data.foreground={a: 1, b: [1, 2]}",),
+    "levels of the data set": ("data.normalise=dataset",),
+    "percentiles": ("data.normalise=percentile", "data.augmentation=strong"),
+    "foreground only": ("data.foreground=2", "data.training_slices=foreground"),
+    "on disk": ("data.memory=0",),
+    "a fold": ("data.folds=3", "data.fold=2"),
+    "all at once": (
+        "data.foreground=[1, 2]",
+        "data.fit=tile",
+        "data.normalise=dataset",
+        "control.statistics=dataset",
+        "training.workers=1",
+        "uncertainty.masks=independent",
+        "data.memory=0",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a set of which every image has label 1 and every other one label 2."""
+    path = tmp_path_factory.mktemp("set")
+    generator = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (path / part).mkdir()
+    for i in range(18):
+        pixels = generator.integers(0, 90, (44, 52, 3), np.uint8)
+        mask = np.zeros((44, 52), np.uint8)
+        row, column = generator.integers(4, 20, 2)
+        mask[row : row + 10, column : column + 12] = 1
+        if i % 2:
+            mask[row + 12 : row + 20, column : column + 9] = 2
+        pixels[mask == 1] += 120
+        pixels[mask == 2] += 60
+        Image.fromarray(pixels).save(path / f"images/case_{i:02d}.png")
+        Image.fromarray(mask).save(path / f"masks/case_{i:02d}.png")
+    return path
+
+
+@pytest.fixture
+def config(tiny, folder, tmp_path):
+    def make(name, kind):
+        first = () if any("foreground" in one for one in SETTINGS[kind]) else ("data.foreground=1",)
+        cache = f"data.cache={tmp_path / 'cache'}"
+        return tiny(name, f"data.path={folder}", cache, *first, *SETTINGS[kind])
+
+    return make
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_resumed_run_equals_one_that_was_not_stopped(config, kind):
+    whole = run_of(config("whole", kind))
+    stopped = config("stopped", kind)
+    with pytest.raises(Stop):
+        train(stopped, progress=stop_after(2))
+    train(stopped, resume=True)
+    assert_same_run(whole, RunDirectory(whole.path.parent / "stopped"))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_checkpoint_repeats_what_images_went_through(config, polyseg, tmp_path, kind):
+    """The command finds the scores that the run found, and also where the folder has moved."""
+    run = run_of(config("run", kind))
+    expected = list(csv.DictReader((run.evaluation / "per_image.csv").open()))
+    answer = polyseg("evaluate", run.path, "--out", tmp_path / "again")
+    assert answer.code == 0, answer.err
+    assert list(csv.DictReader((tmp_path / "again/per_image.csv").open())) == expected
+    answer = polyseg("estimate-uncertainty", run.path, "--split", "test", "--out", tmp_path / "u")
+    assert answer.code == 0, answer.err
+    ids = {row["id"] for row in csv.DictReader((tmp_path / "u/per_image.csv").open())}
+    assert ids == {row["id"] for row in expected}
+
+
+def test_levels_of_the_training_images_go_along(config, polyseg, tmp_path, folder):
+    run = run_of(config("run", "levels of the data set"))
+    levels = read_checkpoint(run.best).levels
+    split, _ = run.read_split()
+    pixels = np.concatenate(
+        [
+            np.asarray(
+                Image.open(folder / f"images/{identity}.png").resize((32, 32), Image.BILINEAR)
+            ).reshape(-1, 3)
+            for identity in split["train"]
+        ]
+    ).astype(float)
+    np.testing.assert_allclose(levels.offset, pixels.mean(axis=0), atol=0.5)
+    np.testing.assert_allclose(levels.scale, pixels.std(axis=0), atol=0.5)
+    assert dataclasses.asdict(levels)["clipped"] is False
+
+
+def test_training_on_foreground_leaves_out_training_images_only(config):
+    run = run_of(config("run", "foreground only"))
+    split, _ = run.read_split()
+    odd = [identity for identity in split["train"] if int(identity[-2:]) % 2]
+    assert split["train"] == odd
+    assert any(int(identity[-2:]) % 2 == 0 for part in ("val", "test") for identity in split[part])
+
+
+def test_a_split_goes_from_run_to_run_and_from_the_command(config, polyseg, tmp_path, folder):
+    run = run_of(config("run", "a fold"))
+    flags = ("--fold", 2, "--set", "data.folds=3", "--set", "data.foreground=1")
+    answer = polyseg("data", "split", folder, *flags, "--out", tmp_path / "s.json")
+    assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "s.json").read_text()) == json.loads(run.split.read_text())
+    settings = config("other", "tiles")
+    data = settings.data.model_copy(update={"split_file": str(tmp_path / "s.json")})
+    other = run_of(settings.model_copy(update={"data": data}))
+    assert other.read_split()[0] == run.read_split()[0]
+
+
+def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / "d" / part).mkdir(parents=True)
+        for path in (folder / part).iterdir():
+            (tmp_path / "d" / part / path.name).write_bytes(path.read_bytes())
+    # Enough copies for one of them to be on another side, whatever the split.
+    for i in range(6):
+        for part in ("images", "masks"):
+            source = folder / part / "case_00.png"
+            (tmp_path / "d" / part / f"copy_{i}.png").write_bytes(source.read_bytes())
+    flags = ("--data", tmp_path / "d", "--dry-run", "--set", "data.foreground=1")
+    answer = polyseg("train", *flags)
+    assert answer.code == 2
+    assert "are the same image" in answer.err and "data.duplicates=allow" in answer.err
+    assert polyseg("train", *flags, "--set", "data.duplicates=allow").code == 0
