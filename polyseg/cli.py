@@ -79,6 +79,14 @@ Part = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results.", rich_help_panel=_WHERE)
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Folder for decoded images that do not fit into memory.",
+        rich_help_panel=_WHERE,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -220,6 +228,7 @@ def estimate_uncertainty(
         bool, typer.Option("--maps", help="Keep the pixel maps too.", rich_help_panel=_HOW)
     ] = False,
     out: Out = None,
+    cache: Cache = None,
     device: Device = "auto",
     trust: Trust = False,
     as_json: AsJson = False,
@@ -240,6 +249,7 @@ def estimate_uncertainty(
             samples=samples,
             save_maps=maps,
             out=out,
+            cache=cache,
             device=device,
             trust=trust,
             progress=display,
@@ -253,6 +263,7 @@ def evaluate(
     data: OtherData = None,
     part: Part = None,
     out: Out = None,
+    cache: Cache = None,
     device: Device = "auto",
     trust: Trust = False,
     as_json: AsJson = False,
@@ -267,7 +278,14 @@ def evaluate(
         from polyseg.jobs import evaluation
 
         outcome = evaluation.evaluate_runs(
-            sources, data=data, part=part, out=out, device=device, trust=trust, progress=display
+            sources,
+            data=data,
+            part=part,
+            out=out,
+            cache=cache,
+            device=device,
+            trust=trust,
+            progress=display,
         )
         _print_outcome(outcome, as_json)
 
@@ -648,7 +666,7 @@ def _print_scores(console: Console, runs: "Sequence[RunScores]") -> None:
     table = Table(title="Mean ± deviation over the images", title_justify="left")
     table.add_column("metric")
     for run in runs:
-        table.add_column(escape(f"{run.name} ({len(run.scores)} images)"), justify="right")
+        table.add_column(escape(f"{run.title} ({len(run.scores)} images)"), justify="right")
     cells = [evaluate.table_cells(run) for run in runs]
     for row, metric in enumerate(evaluate.METRICS):
         table.add_row(metric.title, *(column[row] for column in cells))

@@ -26,6 +26,7 @@ _LONGEST_PATTERN = 200
 _MOST_LABELS = 32
 _MOST_VALUES = 256
 _LARGEST_LABEL = 65_535
+_TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
 
 MOST_SAMPLES = 10_000
 POLYDICE_LOSSES = ("polydice1", "polydice")
@@ -107,7 +108,7 @@ class DataConfig(_Section):
         "images as they are, and predicts window by window",
     )
     tile_overlap: float = _setting(
-        0.25, "share of a window that its neighbour sees too", ge=0, le=0.9
+        0.25, "share of a window that its neighbour sees too", ge=0, le=0.75
     )
     tile_foreground: float = _setting(
         0.5, "share of the patches that are centred on foreground", ge=0, le=1
@@ -195,14 +196,18 @@ class DataConfig(_Section):
         given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
         if not all(self.tasks.values()) or not values:
             raise ValueError("data.foreground: a task without a label value")
-        if len(set(self.tasks.values())) != len(given):
+        if len({frozenset(task) for task in self.tasks.values()}) != len(given):
             raise ValueError("data.foreground: two tasks are the same")
         if len(self.tasks) > _MOST_LABELS or len(values) > _MOST_VALUES:
             raise ValueError(f"data.foreground: at most {_MOST_LABELS} tasks")
         if not 1 <= min(values) <= max(values) <= _LARGEST_LABEL:
             raise ValueError(f"data.foreground: label values are from 1 to {_LARGEST_LABEL}")
-        if not all(name.isprintable() and 0 < len(name.strip()) < 65 for name in self.tasks):
-            raise ValueError("data.foreground: names are printable, of up to 64 characters")
+        # Names become parts of the names of files.
+        if not all(_TASK_NAME.fullmatch(name) for name in self.tasks):
+            raise ValueError(
+                "data.foreground: names are letters, digits, spaces and _ + - ( ) . up to 64, the "
+                "first no dot"
+            )
         return self
 
     @property

@@ -197,7 +197,21 @@ def test_foreground_makes_tasks(given, tasks, labels):
 
 @pytest.mark.parametrize(
     "given",
-    ["[]", "[[]]", "[1, 1]", "0", "-1", "70000", "{a: 1, b: 1}", "{'': 1, b: 2}", "{a: []}"],
+    [
+        "[]",
+        "[[]]",
+        "[1, 1]",
+        "0",
+        "-1",
+        "70000",
+        "{a: 1, b: 1}",
+        "{'': 1, b: 2}",
+        "{a: []}",
+        "{../a: 1, b: 2}",
+        "{.a: 1, b: 2}",
+        "{a/b: 1, c: 2}",
+        "[[1, 2], [2, 1]]",
+    ],
 )
 def test_foregrounds_that_are_none_are_refused(given):
     with pytest.raises(PolysegError, match=r"data\.foreground: "):

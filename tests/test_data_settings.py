@@ -124,6 +124,24 @@ def test_a_split_goes_from_run_to_run_and_from_the_command(config, polyseg, tmp_
     assert other.read_split()[0] == run.read_split()[0]
 
 
+def test_a_checkpoint_that_left_its_run_shows_all_images(config, polyseg, tmp_path, folder):
+    """Whatever split it names: files and patterns of a checkpoint are not followed."""
+    names = sorted(path.stem for path in (folder / "images").iterdir())
+    folds = [{"train": names[:-4], "val": names[-4:]}] * 8
+    (tmp_path / "s.json").write_text(json.dumps(folds))
+    settings = config("run", "tiles")
+    data = settings.data.model_copy(update={"split_file": str(tmp_path / "s.json"), "fold": 7})
+    run = run_of(settings.model_copy(update={"data": data}))
+    moved = tmp_path / "away" / "moved.safetensors"
+    moved.parent.mkdir()
+    moved.write_bytes(run.best.read_bytes())
+    answer = polyseg("estimate-uncertainty", moved, "--out", tmp_path / "u")
+    assert answer.code == 0, answer.err
+    assert len((tmp_path / "u/per_image.csv").read_text().splitlines()) == 1 + len(names)
+    answer = polyseg("evaluate", moved, "--out", tmp_path / "e")
+    assert answer.code == 2 and "which its run folder keeps" in answer.err
+
+
 def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_path):
     for part in ("images", "masks"):
         (tmp_path / "d" / part).mkdir(parents=True)

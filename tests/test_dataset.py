@@ -1,5 +1,8 @@
 """Sets of images: channels, levels, batches; in memory or on disk."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +159,42 @@ def test_the_file_is_used_again_and_never_stale(folder, tmp_path, monkeypatch):
     assert len(files()) == 3
     assert changed.item("case 0").likeness != first.item("case 0").likeness
     assert int(changed.pixels("case 0").max()) == 3
+
+
+def test_the_order_of_tasks_is_part_of_the_name(folder, tmp_path):
+    """Channels go by it, so that another order is another content."""
+    mask = np.zeros((20, 30), np.uint8)
+    mask[:3, :3], mask[9:, 9:] = 1, 2
+    for i in range(5):
+        save(folder / f"masks/case {i}.png", mask)
+    sums = []
+    for tasks in ({"one": 1, "two": 2}, {"two": 2, "one": 1}):
+        config = DataConfig(
+            path=str(folder), size=None, foreground=tasks, memory=0, cache=str(tmp_path / "cache")
+        )
+        masks = load_images(config).masks("case 0")
+        sums.append(masks.sum(axis=(1, 2)).tolist())
+    assert sums == [[9, 11 * 21], [11 * 21, 9]]
+
+
+def test_what_killed_runs_left_is_removed(folder, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, age in ((".partial-old.images", 25 * 3600), (".partial-new.images", 60)):
+        (cache / name).touch()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    load_images(DataConfig(path=str(folder), memory=0, cache=str(cache)))
+    assert [path.name for path in cache.glob(".partial*")] == [".partial-new.images"]
+
+
+def test_a_task_that_no_image_has_is_named(folder, polyseg, tmp_path):
+    for i in range(5):
+        mask = np.zeros((20, 30), np.uint8)
+        mask[:3, : 3 + i] = 1
+        save(folder / f"masks/case {i}.png", mask)
+    flags = ("--data", folder, "--dry-run", "--set", "data.foreground={here: 1, gone: 7}")
+    answer = polyseg("train", *flags)
+    assert answer.code == 2 and "no training mask has any foreground of gone" in answer.err
 
 
 def test_a_bad_file_leaves_no_half_of_a_cache(folder, tmp_path):

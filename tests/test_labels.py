@@ -11,9 +11,10 @@ from PIL import Image
 from torch import nn
 
 from polyseg.cache import read_assessment, read_schedule
-from polyseg.config import ControlConfig, DataConfig, LossConfig
+from polyseg.config import ControlConfig, DataConfig, LossConfig, load_config
 from polyseg.control import EpsilonControl
 from polyseg.difficulty import epsilon_from_difficulty, normalise
+from polyseg.jobs.training import train
 from polyseg.losses import polydice1_loss
 from polyseg.montecarlo import assess
 from polyseg.networks import SegmentationNetwork, Window, build_network
@@ -51,9 +52,6 @@ TASKS = "data.foreground={bright: 1, dark: 2}"
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """Return the folder of a short run with two labels, and what the command said."""
-    from polyseg.config import load_config
-    from polyseg.jobs.training import train
-
     path = tmp_path_factory.mktemp("runs") / "run"
     settings = [TASKS, f"data.path={folder}", f"output.path={path}", "uncertainty.save_maps=true"]
     return path, train(load_config(overrides=[*TINY, *settings]))
@@ -103,8 +101,6 @@ def test_tables_and_figures_tell_labels_apart(run):
 
 
 def test_a_run_with_labels_resumes_bit_for_bit(folder, tiny):
-    from polyseg.jobs.training import train
-
     def weights(name, epochs, resume=False):
         more = (f"data.path={folder}", f"training.epochs={epochs}", "training.scheduler=constant")
         outcome = train(tiny(name, TASKS, *more), resume=resume)
@@ -127,6 +123,19 @@ def test_predict_writes_the_labels_of_the_masks(run, folder, polyseg, tmp_path):
         for value in np.unique(np.asarray(Image.open(one))).tolist()
     }
     assert values <= {0, 1, 2}
+
+
+def test_tasks_that_share_values_have_a_file_each(folder, tiny, polyseg, tmp_path):
+    train(tiny("run", "data.foreground={all: [1, 2], dark: 2}", f"data.path={folder}"))
+    answer = polyseg(
+        "predict", tmp_path / "run", folder / "images/c03.png", "--out", tmp_path / "o"
+    )
+    assert answer.code == 0, answer.err
+    names = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert names == ["c03_all.png", "c03_dark.png", "predictions.csv"]
+    for name in names[:2]:
+        values = np.unique(np.asarray(Image.open(tmp_path / "o" / name))).tolist()
+        assert set(values) <= {0, 255}
 
 
 def test_the_loss_of_several_labels_is_that_of_each():

@@ -20,7 +20,13 @@ from polyseg.data.likeness import (
     refuse_leaks,
 )
 from polyseg.data.phantoms import make_phantoms
-from polyseg.data.splits import PARTS, Member, read_split_file, split_by_settings
+from polyseg.data.splits import (
+    PARTS,
+    Member,
+    read_split_file,
+    split_by_settings,
+    torn_groups,
+)
 from polyseg.errors import PolysegError
 
 
@@ -162,10 +168,58 @@ def test_what_is_no_split_is_one_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_single_split_has_no_folds(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"]}))
+    with pytest.raises(PolysegError, match="is one split, not a list of folds"):
+        read_split_file(tmp_path / "s.json", fold=0)
+
+
 def test_an_id_in_two_parts_of_a_file_is_refused(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"], "test": ["i000"]}))
     with pytest.raises(PolysegError, match="i000 stands in it twice"):
         split_by_settings(members(2), DataConfig(split_file=str(tmp_path / "s.json")))
+
+
+def test_images_given_for_training_stay_there():
+    images = [Member(f"t{i}", i / 40, part="train") for i in range(10)]
+    images += [Member(f"f{i}", i / 40) for i in range(20)]
+    split = split_by_settings(images, DataConfig())
+    assert {f"t{i}" for i in range(10)} <= set(split["train"])
+    assert split["val"] and split["test"]
+
+
+def test_given_validation_images_are_dealt_to_the_folds():
+    parts = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
+    images = [Member(f"a{i:02d}", i / 40, part=part) for i, part in enumerate(parts)]
+    folds = [split_by_settings(images, DataConfig(folds=2, fold=k)) for k in range(2)]
+    assert all(everything(fold) == [image.id for image in images] for fold in folds)
+    assert all(fold["test"] == ["a16", "a17", "a18", "a19"] for fold in folds)
+
+
+@pytest.mark.parametrize("pattern", ["^(.+)$", ".*", "^(v.)"])
+def test_no_pattern_tears_a_volume_apart(pattern):
+    images = [Member(f"v{i}#{k:03d}", k / 9, f"v{i}") for i in range(8) for k in range(9)]
+    config = DataConfig(group=pattern)
+    split = split_by_settings(images, config)
+    assert torn_groups(split, images, DataConfig()) == []
+    assert all(split.values())
+
+
+def test_a_pattern_whose_group_takes_no_part_is_refused():
+    with pytest.raises(PolysegError, match="finds nothing in a"):
+        split_by_settings([Member("a")], DataConfig(group="(x)?a"))
+
+
+def test_groups_torn_by_given_parts_are_named():
+    images = [Member("a", group="x", part="train"), Member("b", group="x", part="test")]
+    split = split_by_settings(images, DataConfig(split=(1.0, 0.0, 0.0)))
+    assert torn_groups(split, images, DataConfig()) == ["x (train and test)"]
+
+
+def test_images_that_a_file_leaves_out_are_counted(tmp_path, caplog):
+    (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"], "test": ["i001"]}))
+    split_by_settings(members(5), DataConfig(split_file=str(tmp_path / "s.json")))
+    assert "3 images are in none of the parts" in caplog.text
 
 
 # ---- the same image on two sides
@@ -223,6 +277,28 @@ def test_nearly_the_same_can_be_allowed_in_words():
     assert refuse_leaks(leak, likeness, "allow-near") == [
         "b (val) and a (train) are nearly the same image"
     ]
+
+
+def test_slices_of_volumes_are_compared_by_their_pixels_alone():
+    one = picture(0)
+    nearly = next(variants(one))
+    likeness = {"a": likeness_of(one, sliced=True), "b": likeness_of(nearly, sliced=True)}
+    split = {"train": ["a"], "val": ["b"], "test": []}
+    assert refuse_leaks(split, likeness, "refuse") == []
+    likeness["b"] = likeness_of(one, sliced=True)
+    with pytest.raises(PolysegError, match="are the same image"):
+        refuse_leaks(split, likeness, "refuse")
+
+
+def test_many_copies_take_no_time():
+    """Nine million pairs, of which only some are told."""
+    twin = likeness_of(picture(0))
+    likeness = {f"i{i}": twin for i in range(3000)}
+    split = {"train": [f"i{i}" for i in range(2000)], "val": [], "test": []}
+    split["test"] = [f"i{i}" for i in range(2000, 3000)]
+    assert len(near_pairs(likeness)) == 1000
+    with pytest.raises(PolysegError, match="and 995 more"):
+        refuse_leaks(split, likeness, "refuse")
 
 
 def test_flat_images_are_no_copies():

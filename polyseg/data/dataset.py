@@ -36,8 +36,8 @@ class Item:
     likeness: Likeness
     """Of the pixels before resizing."""
     levels: Levels
-    foreground: float | None
-    """Share of the pixels that have any label, before resizing; None without masks."""
+    shares: tuple[float, ...] | None
+    """Of the pixels, before resizing, that have each of the labels; None without masks."""
     original_size: tuple[int, int]
     """Before it was resized."""
     bits: int = 8
@@ -47,6 +47,11 @@ class Item:
     group: str | None = None
     known_difficulty: float | None = None
     """For phantoms."""
+
+    @property
+    def foreground(self) -> float | None:
+        """Share of the pixels of the label that has most; None without masks."""
+        return None if self.shares is None else max(self.shares)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class ImageSet:
     @cached_property
     def has_masks(self) -> bool:
         """Whether every image has masks."""
-        return all(item.foreground is not None for item in self.items)
+        return all(item.shares is not None for item in self.items)
 
     def item(self, identity: str) -> Item:
         """Return what is known of an image."""
@@ -186,7 +191,14 @@ class ImageSet:
 
 
 def item_of(
-    identity: str, pixels: Image, image: Image, masks: Masks | None, config: DataConfig, **more: Any
+    identity: str,
+    pixels: Image,
+    image: Image,
+    masks: Masks | None,
+    config: DataConfig,
+    *,
+    sliced: bool = False,
+    **more: Any,
 ) -> Item:
     """Return what is known of an image.
 
@@ -196,16 +208,17 @@ def item_of(
         image: (h, w, C), as it is kept.
         masks: (K, H, W), as read, or None.
         config: how it is normalised.
+        sliced: whether it is a slice of a volume.
         more: further fields of the item.
     """
     return Item(
         id=identity,
         size=(image.shape[0], image.shape[1]),
         channels=image.shape[2],
-        likeness=likeness_of(pixels),
+        likeness=likeness_of(pixels, sliced=sliced),
         levels=levels_of(image, config),
         original_size=(pixels.shape[0], pixels.shape[1]),
-        foreground=None if masks is None else float(masks.any(axis=0).mean()),
+        shares=None if masks is None else tuple(float(mask.mean()) for mask in masks),
         bits=8 * image.dtype.itemsize,
         **more,
     )

@@ -42,7 +42,6 @@ Pixels = NDArray[np.unsignedinteger[Any]]
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 # By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
 _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
-_BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 _STRIP = 2**20
 _ORIENTATION = 0x0112
 
@@ -198,20 +197,29 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
             if image.format in ("GIF", "PNG") and getattr(image, "is_animated", False):
                 raise PolysegError(f"{path}: is animated; expected one picture a file")
             deep = image.format == "PNG" and _is_deep_colour(path)
-            mode = _mode_to_read(image, keep_palette=keep_palette)
-            # Runs of a BMP are decoded to two copies besides.
-            runs = image.format == "BMP" and image.info.get("compression", 0) in (1, 2)
-            each = 8 if deep else 4 if runs else _BYTES_OF_MODE.get(mode, 4)
+            each = _bytes_per_pixel(image, deep=deep, keep_palette=keep_palette)
             refuse_if_large(path, (image.height, image.width), bytes_per_pixel=each)
             turned = _orientation(image)
             if deep:
                 # Pillow would cut colours of 16 bit down to 8.
                 return imagecodecs.png_decode(path.read_bytes()), turned
-            return _copied(image, mode), turned
+            return _copied(image, _mode_to_read(image, keep_palette=keep_palette)), turned
     except UnidentifiedImageError:
         raise ValueError(
             "cannot identify image file; expected PNG, JPEG, BMP or GIF, as its name says"
         ) from None
+
+
+def _bytes_per_pixel(image: Image.Image, *, deep: bool, keep_palette: bool) -> int:
+    """Return what a pixel takes while a picture is decoded, of which nothing is decoded yet."""
+    if deep:
+        return 8
+    # Runs of a BMP are decoded to two copies besides, before any of them is looked at.
+    if image.format == "BMP" and image.info.get("compression", 0) in (1, 2):
+        return 12
+    if image.mode == "P" and keep_palette:
+        return 1
+    return {"1": 1, "L": 1, "I;16": 2}.get(image.mode, 4)
 
 
 def _mode_to_read(image: Image.Image, *, keep_palette: bool) -> str:

@@ -20,11 +20,18 @@ brightened or overlaid with noise differed in at most 18, different images of fo
 _SIDE, _KEPT = 64, 16
 _SHOWN = 5
 _ROWS_AT_ONCE = 512
+MOST_PAIRS = 1000
+"""Pairs that are looked for; who has so many has more."""
 
 
-def likeness_of(pixels: NDArray[Any]) -> "Likeness":
-    """Return what an image, (H, W, C) or (H, W), is compared with others by."""
-    return Likeness(content_hash(pixels), perceptual_hash(pixels))
+def likeness_of(pixels: NDArray[Any], *, sliced: bool = False) -> "Likeness":
+    """Return what an image, (H, W, C) or (H, W), is compared with others by.
+
+    >>> likeness_of(np.ones((9, 9))).flat, likeness_of(np.eye(9), sliced=True).near
+    (True, '')
+    """
+    near = perceptual_hash(pixels)
+    return Likeness(content_hash(pixels), "" if sliced else near, flat=not near)
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,10 @@ class Likeness:
     exact: str
     """sha256 of the pixels."""
     near: str
-    """Perceptual hash, 64 hexadecimal digits; empty where the image is flat, and so like any other
-    such."""
+    """Perceptual hash, 64 hexadecimal digits; empty where nothing is nearly the same: for flat
+    images, and for slices of volumes, which resemble those of others by their anatomy."""
+    flat: bool = False
+    """Whether all pixels have one value: such images show nothing, and are no copies."""
 
 
 def content_hash(pixels: NDArray[Any]) -> str:
@@ -97,8 +106,8 @@ def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str
     ['b (test) and a (train) are the same image']
     """
     same = _exact_pairs(split, likeness)
-    known = {frozenset((one, other)) for one, other in same}
-    near = [pair for pair in _near_pairs(split, likeness) if frozenset(pair) not in known]
+    found = [] if duplicates == "allow" else _near_pairs(split, likeness)
+    near = [(one, other) for one, other in found if likeness[one].exact != likeness[other].exact]
     part_of = {identity: part for part, ids in split.items() for identity in ids}
 
     def sentences(pairs: list[tuple[str, str]], what: str) -> list[str]:
@@ -126,7 +135,7 @@ def _exact_pairs(split: Split, likeness: Mapping[str, Likeness]) -> list[tuple[s
     for part, ids in split.items():
         for identity in ids:
             own = likeness[identity]
-            if not own.near:
+            if own.flat:
                 continue
             other_part, other = seen.setdefault(own.exact, (part, identity))
             if other_part != part:
@@ -135,15 +144,13 @@ def _exact_pairs(split: Split, likeness: Mapping[str, Likeness]) -> list[tuple[s
 
 
 def near_pairs(likeness: Mapping[str, Likeness]) -> list[tuple[str, str]]:
-    """Return the pairs of images that are nearly the same, exact copies among them.
+    """Return the pairs of images that are nearly the same, exact copies among them, at most 1000.
 
     >>> near_pairs({"a": Likeness("1", 64 * "0"), "b": Likeness("2", 63 * "0" + "1")})
     [('b', 'a')]
     """
     ids = [identity for identity, one in likeness.items() if one.near]
-    pairs = _close(ids, ids, likeness)
-    place = {identity: i for i, identity in enumerate(ids)}
-    return [(one, other) for one, other in pairs if place[one] > place[other]]
+    return _close(ids, ids, likeness, below_diagonal=True)
 
 
 def _near_pairs(split: Split, likeness: Mapping[str, Likeness]) -> list[tuple[str, str]]:
@@ -157,7 +164,11 @@ def _near_pairs(split: Split, likeness: Mapping[str, Likeness]) -> list[tuple[st
 
 
 def _close(
-    ids: list[str], others: list[str], likeness: Mapping[str, Likeness]
+    ids: list[str],
+    others: list[str],
+    likeness: Mapping[str, Likeness],
+    *,
+    below_diagonal: bool = False,
 ) -> list[tuple[str, str]]:
     """Return the pairs of one of `ids` and one of `others` that differ in few bits."""
     columns = _bits([likeness[identity].near for identity in others])
@@ -166,8 +177,13 @@ def _close(
         rows = _bits([likeness[one].near for one in ids[start : start + _ROWS_AT_ONCE]])
         # Bits as -1 and 1: the product is 256 less twice the number that differ.
         close = rows @ columns.T >= 256 - 2 * MOST_DIFFERING_BITS
-        pairs += [(ids[start + row], others[column]) for row, column in np.argwhere(close)]
-    return pairs
+        if below_diagonal:
+            close = np.tril(close, start - 1)
+        places = np.argwhere(close)[:MOST_PAIRS]
+        pairs += [(ids[start + row], others[column]) for row, column in places]
+        if len(pairs) >= MOST_PAIRS:
+            break
+    return pairs[:MOST_PAIRS]
 
 
 def _bits(hashes: list[str]) -> NDArray[np.float32]:

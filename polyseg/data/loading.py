@@ -1,9 +1,11 @@
 """From files to a set of images: find, read, resize, and keep in memory or on disk."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +28,13 @@ from polyseg.data.store import (
     Image,
     Masks,
     MemoryStore,
+    Shape,
     Store,
     index_of,
     writing_store,
 )
 from polyseg.errors import PolysegError
-from polyseg.files import sha256_of_file
+from polyseg.files import TEMPORARY_PREFIX, sha256_of_file
 from polyseg.records import Progress, no_progress
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,10 @@ log = logging.getLogger(__name__)
 _MOST_PROBLEMS = 50
 _DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom")
 # What the kept pixels follow from, besides the files.
-_DECISIVE = ("size", "fit", "plane", "foreground", "normalise", "window")
+_DECISIVE = ("size", "fit", "plane", "normalise", "window")
+_SCHEMA = 1
+"""Raised when the same files and settings give another content."""
+_STALE_SECONDS = 24 * 3600
 LAYOUT_SETTINGS = ("layout", "images", "masks", "unmasked")
 MEGABYTE = 10**6
 
@@ -71,7 +77,9 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
     if len(layout.labels) > 1 and config.foreground is None:
         named = ", ".join(f"{name}: {value}" for name, value in layout.labels.items())
         log.info("labels of %s; data.foreground={%s} makes a task of each", config.path, named)
-    return read_cases(layout.cases, config, progress, problems=layout.problems)
+    images = read_cases(layout.cases, config, progress, problems=layout.problems)
+    _tell(images, config)
+    return images
 
 
 def load_others(
@@ -87,8 +95,11 @@ def load_others(
     )
     if holds_masks(path):
         layout = find_cases(path, unmasked=config.unmasked)
-        return read_cases(layout.cases, config, progress, channels, layout.problems)
-    return read_cases(find_unlabelled([path]), config, progress, channels)
+        images = read_cases(layout.cases, config, progress, channels, layout.problems)
+    else:
+        images = read_cases(find_unlabelled([path]), config, progress, channels)
+    _tell(images, config)
+    return images
 
 
 def read_cases(
@@ -206,6 +217,7 @@ def _prepare(
         image,
         masks,
         config,
+        sliced=sliced,
         spacing=spacing,
         part=case.part,
         group=case.group or (case.id if sliced else None),
@@ -231,7 +243,6 @@ def _keep(
             _refuse(problems)
             return _on_disk(cases, config, held, samples, problems)
     _refuse(problems)
-    log.info("%d images in memory, %.0f MB", len(held), size / MEGABYTE)
     images, masks = [sample.image for sample in held], [sample.masks for sample in held]
     return [sample.item for sample in held], MemoryStore(images, masks)
 
@@ -243,8 +254,9 @@ def _on_disk(
     rest: Iterator[Sample],
     problems: list[str],
 ) -> tuple[list[Item], Store]:
-    folder = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache/polyseg"
+    folder = _cache_folder(config)
     path = folder / f"{_key(cases, config)}.images"
+    _remove_stale(folder)
     if not (path.is_file() and index_of(path).is_file()):
         with writing_store(path) as file:
             while held:
@@ -254,22 +266,53 @@ def _on_disk(
                 file.add(sample.image, sample.masks, _to_plain(sample.item))
             _refuse(problems)
     store = DiskStore(path)
-    size = path.stat().st_size / MEGABYTE
-    log.info(
-        "%d images of %.0f MB are over data.memory (%d MB): read from %s",
-        len(store.about),
-        size,
-        config.memory,
-        path,
-    )
-    return [_from_plain(about, path) for about in store.about], store
+    return [_from_plain(row, path) for row in zip(store.about, store.shapes, strict=True)], store
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what runs that were killed have left half written: nobody has touched it for a day."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
+def _tell(images: ImageSet, config: DataConfig) -> None:
+    """Log where the images are, and which tasks none of them has."""
+    count = len(images.items)
+    if isinstance(images.store, DiskStore):
+        log.info(
+            "%d images of %.0f MB are over data.memory (%d MB): read from %s",
+            count,
+            images.store.path.stat().st_size / MEGABYTE,
+            config.memory,
+            images.store.path,
+        )
+    else:
+        log.info("%d images in memory", count)
+    for k, label in enumerate(images.labels if images.has_masks else ()):
+        if not any(item.shares and item.shares[k] for item in images.items):
+            what = f"of {label}" if label else "at all"
+            log.warning("no mask has any foreground %s; see data.foreground", what)
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    try:
+        return Path(config.cache or "~/.cache/polyseg").expanduser()
+    except RuntimeError:
+        raise PolysegError(
+            "data.cache: this machine knows of no home folder; name a folder for decoded images"
+        ) from None
 
 
 def _key(cases: Sequence[Case], config: DataConfig) -> str:
     """Return the sha256 of all that the kept pixels follow from."""
-    settings = config.model_dump(mode="json", include=set(_DECISIVE))
-    versions = {name: _version(name) for name in _DECODERS} | {"polyseg": __version__}
-    digest = hashlib.sha256(json.dumps([settings, versions], sort_keys=True).encode())
+    settings = [getattr(config, name) for name in _DECISIVE]
+    # As a list, because the order of the tasks is that of the channels.
+    tasks = list(config.tasks.items())
+    versions = [(name, _version(name)) for name in _DECODERS]
+    about = [_SCHEMA, settings, tasks, versions, __version__]
+    digest = hashlib.sha256(json.dumps(about).encode())
     for case in cases:
         files = [[_content(path) for path in paths] for paths in (case.images, case.masks or ())]
         about = [case.id, case.part, case.group, case.masks is None, *files]
@@ -303,22 +346,31 @@ def _to_plain(item: Item) -> dict[str, Any]:
     return dataclasses.asdict(item)
 
 
-def _from_plain(about: dict[str, Any], path: Path) -> Item:
+def _from_plain(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
+    about, shape = row
     try:
-        levels = about["levels"]
-        return Item(
+        levels, likeness = about["levels"], Likeness(**about["likeness"])
+        item = Item(
             **about
             | {
                 "size": tuple(about["size"]),
                 "original_size": tuple(about["original_size"]),
-                "likeness": Likeness(**about["likeness"]),
+                "shares": None if about["shares"] is None else tuple(about["shares"]),
+                "likeness": likeness,
                 "levels": Levels(
                     tuple(levels["offset"]), tuple(levels["scale"]), levels["clipped"]
                 ),
                 "spacing": tuple(about["spacing"]) if about["spacing"] else None,
             }
         )
-    except (KeyError, TypeError) as error:
+        masks = 0 if item.shares is None else len(item.shares)
+        described = (*item.size, item.channels, masks)
+        if described != (shape.height, shape.width, shape.channels, shape.masks):
+            raise ValueError("sizes differ")
+        if len(bytes.fromhex(likeness.near)) not in (0, 32):
+            raise ValueError("a hash is none")
+        return item
+    except (KeyError, TypeError, ValueError) as error:
         raise PolysegError(
             f"{index_of(path)}: is damaged ({error}); remove it, it will be made anew"
         ) from None

@@ -185,12 +185,20 @@ def cut_patch(
     )
     centred = generator.random() < foreground_share
     if masks is not None and centred and masks.any():
-        inside = np.flatnonzero(masks.any(axis=0))
-        row, column = divmod(int(generator.choice(inside)), image.shape[1])
+        row, column = _pixel_of(masks, generator)
         top = min(max(row - size[0] // 2, 0), image.shape[0] - size[0])
         left = min(max(column - size[1] // 2, 0), image.shape[1] - size[1])
     window = (slice(top, top + size[0]), slice(left, left + size[1]))
     return image[window], None if masks is None else masks[(slice(None), *window)]
+
+
+def _pixel_of(masks: NDArray[np.uint8], generator: np.random.Generator) -> tuple[int, int]:
+    """Return row and column of a pixel of the foreground, each as likely as any other."""
+    inside = masks[0] if len(masks) == 1 else np.asarray(masks.any(axis=0))
+    # By rows first, because a list of all pixels takes long to make of a large mask.
+    ends = np.count_nonzero(inside, axis=1).cumsum()
+    row = int(np.searchsorted(ends, generator.integers(ends[-1]), side="right"))
+    return row, int(generator.choice(np.flatnonzero(inside[row])))
 
 
 def _at_least(

@@ -1,6 +1,7 @@
 """Which images train, which choose, which test."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from polyseg.config import DataConfig
 from polyseg.errors import PolysegError
 from polyseg.files import read_text
 
+log = logging.getLogger(__name__)
+
 PARTS = ("train", "val", "test")
 
 Split = dict[str, list[str]]
 """Ids by part."""
 
 _LONGEST_MATCHED = 300
+_SLICE = re.compile(r"#\d{3,}$")
 
 
 @dataclass(frozen=True)
@@ -53,24 +57,47 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     members = [_grouped(member, config.group) for member in members]
     if config.split_file is not None:
         return _from_file(Path(config.split_file), members, config.fold)
-    given: Split = {
-        part: [member.id for member in members if member.part == part] for part in PARTS
-    }
-    free = [member for member in members if member.part not in ("val", "test")]
-    shares = dict(zip(PARTS, config.split, strict=True))
+    placed = {part: [member for member in members if member.part == part] for part in PARTS}
+    free = [member for member in members if member.part is None]
     if config.fold is not None:
-        held_out = "val" if given["test"] else "test"
-        folds = divide(free, [1 / config.folds] * config.folds, config)
-        given[held_out] = folds[config.fold]
-        free = [member for member in free if member.id not in set(given[held_out])]
-    open_parts = [part for part in PARTS if part == "train" or not given[part]]
-    if given["val"] or given["test"]:
-        # What the data leave open: a test set is not made up beside a given validation set.
-        open_parts = [part for part in open_parts if part != "test"]
+        held_out = "val" if placed["test"] else "test"
+        free += placed["val"] if held_out == "val" else []
+        placed["val"] = [] if held_out == "val" else placed["val"]
+    if not free:
+        # All have their part; what is lacking can only come from those for training.
+        free, placed["train"] = placed["train"], []
+    if config.fold is not None:
+        fold = set(divide(free, [1 / config.folds] * config.folds, config)[config.fold])
+        placed[held_out] = [member for member in free if member.id in fold]
+        free = [member for member in free if member.id not in fold]
+    # A test set is not made up beside validation images that are given.
+    closed = {"test"} if placed["val"] or placed["test"] else set()
+    open_parts = [part for part in PARTS if part == "train" or not placed[part]]
+    open_parts = [part for part in open_parts if part not in closed]
+    shares = dict(zip(PARTS, config.split, strict=True))
     whole = sum(shares[part] for part in open_parts)
-    divided = divide(free, [shares[part] / whole for part in open_parts], config)
-    split = {part: sorted(ids) for part, ids in given.items()}
-    return split | dict(zip(open_parts, divided, strict=True))
+    split = {part: [member.id for member in placed[part]] for part in PARTS}
+    divided = divide(free, [shares[part] / whole for part in open_parts], config) if free else []
+    for part, ids in zip(open_parts, divided, strict=False):
+        split[part] += ids
+    return {part: sorted(ids) for part, ids in split.items()}
+
+
+def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> list[str]:
+    """Return the groups of which a split has images on two sides.
+
+    >>> members = [Member("a", group="x"), Member("b", group="x")]
+    >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
+    ['x (train and test)']
+    """
+    group_of = {member.id: _grouped(member, config.group).group for member in members}
+    parts: dict[str, list[str]] = {}
+    for part, ids in split.items():
+        for group in {group_of[identity] for identity in ids} - {None}:
+            parts.setdefault(str(group), []).append(part)
+    return [
+        f"{group} ({' and '.join(found)})" for group, found in sorted(parts.items()) if found[1:]
+    ]
 
 
 def divide(
@@ -101,8 +128,8 @@ def divide(
     if len(groups) < wanted:
         what = "images" if len(groups) == len(members) else "groups"
         raise PolysegError(
-            f"data: {len(groups)} {what} are too few for {wanted} parts; give more, or shares of 0 "
-            "in data.split"
+            f"data: {len(groups)} {what} are too few for {wanted} parts; give more, shares of 0 in "
+            "data.split, or fewer data.folds"
         )
     generator = np.random.default_rng(config.split_seed)
     order = [list(groups.values())[i] for i in generator.permutation(len(groups))]
@@ -135,13 +162,20 @@ def read_split_file(path: Path, fold: int | None = None) -> Split:
     except (ValueError, RecursionError):
         raise PolysegError(f"{path}: is not JSON") from None
     if isinstance(record, list):
+        if not record:
+            raise PolysegError(f"{path}: holds no folds")
         if fold is None or fold >= len(record):
             raise PolysegError(f"{path}: holds folds 0 to {len(record) - 1}; choose one by --fold")
         record = record[fold]
+    elif fold is not None:
+        raise PolysegError(f"{path}: is one split, not a list of folds; leave out --fold")
     try:
         if not record.keys() <= set(PARTS):
             raise ValueError
-        split = {part: [_id_of(row) for row in record.get(part, [])] for part in PARTS}
+        lists = {part: record.get(part, []) for part in PARTS}
+        if not all(isinstance(rows, list) for rows in lists.values()):
+            raise TypeError
+        split = {part: [_id_of(row) for row in rows] for part, rows in lists.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise PolysegError(
             f"{path}: is no split; expected lists of ids under train, val and test, or a list of "
@@ -185,8 +219,8 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     slices: dict[str, list[str]] = {}
     for member in members:
         slices.setdefault(member.id, []).append(member.id)
-        volume, mark, _ = member.id.rpartition("#")
-        if mark:
+        volume = _SLICE.sub("", member.id)
+        if volume != member.id:
             slices.setdefault(volume, []).append(member.id)
     missing = [identity for ids in named.values() for identity in ids if identity not in slices]
     if missing:
@@ -198,25 +232,33 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
         for part, ids in named.items()
     }
     refuse_overlap(split, str(path))
+    unused = len(members) - sum(map(len, split.values()))
     if not split["test"]:
         # Folds say nothing of a test set; the data may.
         known = {one for ids in split.values() for one in ids}
         split["test"] = [
             member.id for member in members if member.part == "test" and member.id not in known
         ]
+        unused -= len(split["test"])
+    if unused:
+        log.warning("%d images are in none of the parts of %s and are not used", unused, path)
     return split
 
 
 def _grouped(member: Member, pattern: str | None) -> Member:
-    """Return a member with the group that a pattern finds in its id: its first group, or all."""
+    """Return a member with the group that a pattern finds in its id: its first group, or all.
+
+    Slices go by the id of their volume, so that none is torn apart.
+    """
     if pattern is None:
         return member
-    found = re.search(pattern, member.id[:_LONGEST_MATCHED])
-    if found is None:
+    found = re.search(pattern, _SLICE.sub("", member.id)[:_LONGEST_MATCHED])
+    group = found and found[1 if found.re.groups else 0]
+    if group is None:
         raise PolysegError(
             f"data.group {pattern!r}: finds nothing in {member.id}; every image needs a group"
         )
-    return Member(member.id, member.foreground, found[1 if found.re.groups else 0], member.part)
+    return Member(member.id, member.foreground, group, member.part)
 
 
 def _in_strata(

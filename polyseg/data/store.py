@@ -6,6 +6,7 @@ sees half of one. Each image carries a checksum. Both files may be removed while
 """
 
 import contextlib
+import itertools
 import json
 import os
 import zlib
@@ -102,7 +103,10 @@ class DiskStore:
             self._checksums = [int(row["checksum"]) for row in rows]
             if not all(_plausible(shape) for shape in self.shapes):
                 raise ValueError("an image of such a shape is none")
-            self._offsets = np.cumsum([0, *(shape.bytes for shape in self.shapes)]).tolist()
+            # By whole numbers of any size, which a lie cannot overflow.
+            self._offsets = list(
+                itertools.accumulate((one.bytes for one in self.shapes), initial=0)
+            )
             if self._offsets[-1] != path.stat().st_size:
                 raise ValueError("its size is not that of its images")
             self._file = path.open("rb")

@@ -97,10 +97,10 @@ def preview(
         if path.exists():
             raise PolysegError(f"{path}: exists already; choose another --out")
     images = load_images(config.data, progress)
-    ids = new_split(config, images)["train"][:count]
+    ids = new_split(config, images)["train"]
     if config.data.normalise == "dataset":
         images = dataclasses.replace(images, levels=images.pooled_over(ids))
-    rows = [_preview_row(config, images, identity, samples) for identity in ids]
+    rows = [_preview_row(config, images, identity, samples) for identity in ids[:count]]
     name = f"{config.data.augmentation} augmentation"
     return plots.save_figure(plots.samples_sheet(rows, title=name), out)
 

@@ -21,6 +21,7 @@ def evaluate_runs(
     data: Path | None = None,
     part: str | None = None,
     out: Path | None = None,
+    cache: Path | None = None,
     device: str = "auto",
     trust: bool = False,
     progress: Progress = no_progress,
@@ -34,7 +35,7 @@ def evaluate_runs(
     tested: dict[Path, dict[str, str]] = {}
     for source, name in zip(sources, _names(sources), strict=True):
         model = open_model(source, device, trust)
-        images, ids = images_for(model, data, part, "test", progress)
+        images, ids = images_for(model, data, part, "test", progress, cache)
         hashes = {identity: images.hashes[identity] for identity in ids}
         if tested and hashes != next(iter(tested.values())):
             raise PolysegError(

@@ -12,7 +12,7 @@ from polyseg.config import Config, DataConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.likeness import refuse_leaks
 from polyseg.data.loading import load_images, load_others
-from polyseg.data.splits import PARTS, Split, split_by_settings
+from polyseg.data.splits import PARTS, Split, split_by_settings, torn_groups
 from polyseg.errors import PolysegError
 from polyseg.inference import choose_device
 from polyseg.networks import SegmentationNetwork
@@ -60,7 +60,12 @@ def open_model(source: Path, device: str, trust: bool) -> Model:
 
 
 def images_for(
-    model: Model, data: Path | None, part: str | None, default: str, progress: Progress
+    model: Model,
+    data: Path | None,
+    part: str | None,
+    default: str,
+    progress: Progress,
+    cache: Path | None = None,
 ) -> tuple[ImageSet, list[str]]:
     """Return images and the ids to use: a part of the run's own data, or all of a folder.
 
@@ -70,6 +75,7 @@ def images_for(
         part: one of `PARTS` or "all"; of another folder than the model's own there are no parts.
         default: the part where none is named.
         progress: of reading.
+        cache: where decoded images go that do not fit into memory.
 
     Raises:
         PolysegError: an unknown or empty part, or data that are not in order.
@@ -77,6 +83,8 @@ def images_for(
     if part not in (None, "all", *PARTS):
         raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
     config = model.config.data
+    if cache is not None:
+        config = config.model_copy(update={"cache": str(cache)})
     own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
     if not own and data is not None:
         if part not in (None, "all"):
@@ -85,10 +93,10 @@ def images_for(
         images = dataclasses.replace(images, levels=model.checkpoint.levels)
         _warn_of_known_images(model, images)
         return images, images.ids
+    part = part or default
     images = load_images(config, progress)
     split = split_of_run(model.run, images) if model.run else _split_of_file(model, images, part)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
-    part = part or default
     ids = images.ids if part == "all" else split[part]
     if not ids:
         raise PolysegError(f"--split {part}: {model.source} has no {part} images; choose another")
@@ -118,14 +126,23 @@ def new_split(config: Config, images: ImageSet) -> Split:
     likeness = {item.id: item.likeness for item in images.items}
     for sentence in refuse_leaks(split, likeness, config.data.duplicates)[:_SHOWN]:
         log.warning("%s, which data.duplicates allows", sentence)
+    if torn := torn_groups(split, images.members(), config.data):
+        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
+        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
+        if config.data.duplicates != "allow":
+            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
+        log.warning("%s, which data.duplicates allows", what)
     if config.data.training_slices == "foreground":
         split["train"] = [one for one in split["train"] if images.item(one).foreground]
     if not split["train"]:
         raise PolysegError("data: there are no training images; see data.split")
-    if not any(images.item(identity).foreground for identity in split["train"]):
-        raise PolysegError(
-            "data: no training mask has any foreground; data.foreground says which values count"
-        )
+    shares = [images.item(identity).shares or () for identity in split["train"]]
+    for k, label in enumerate(images.labels):
+        if not any(share[k] for share in shares):
+            what = f"foreground of {label}" if label else "foreground"
+            raise PolysegError(
+                f"data: no training mask has any {what}; data.foreground says which values count"
+            )
     return split
 
 
@@ -143,20 +160,21 @@ def split_of_run(run: RunDirectory, images: ImageSet) -> Split:
     return split
 
 
-def _split_of_file(model: Model, images: ImageSet, part: str | None) -> Split:
+def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
     """Return the split of a checkpoint that has left its run: made anew, if that is safe.
 
     A pattern or a file that a checkpoint names is not used: the one may take forever, the other may
     be any.
     """
+    if part == "all":
+        return {}
     config = model.config.data
-    if part != "all" and (config.group is not None or config.split_file is not None):
+    if config.group is not None or config.split_file is not None:
         raise PolysegError(
             f"{model.source}: was trained on a split of its own, which its run folder keeps; give "
             "the run, --data of other images, or --split all"
         )
-    plain = config.model_copy(update={"group": None, "split_file": None})
-    return split_by_settings(images.members(), plain)
+    return split_by_settings(images.members(), config)
 
 
 @contextlib.contextmanager

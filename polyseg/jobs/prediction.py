@@ -29,6 +29,8 @@ from polyseg.report import Outcome
 log = logging.getLogger(__name__)
 
 _OF_VOLUMES = (".nii", ".gz", ".dcm", "")
+_UNBOUNDED = 10**9
+"""MB."""
 
 Rows = list[dict[str, Any]]
 Maps = NDArray[np.float32]
@@ -101,15 +103,18 @@ def _predict_case(
     model: Model, case: Case, folder: Path, uncertainty: bool
 ) -> tuple[list[Path], Rows]:
     config = model.config
-    settings = config.data
+    # One file at a time stays in memory, however large it is.
+    settings = config.data.model_copy(update={"memory": _UNBOUNDED})
     images = read_cases([case], settings, channels=model.checkpoint.channels)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     shape = images.items[0].original_size
     probability = _probabilities(model, images, shape)
-    values = _label_values(settings, case.images[0])
-    labels = _label_map(probability, values, nested=_is_nested(settings))
     source, plane = case.images[0], settings.plane
-    files = [write_labels(source, labels, folder, name=case.id, plane=plane)]
+    labels = {
+        name: write_labels(source, written, folder, name=f"{case.id}{name}", plane=plane)
+        for name, written in _label_maps(probability, settings, source).items()
+    }
+    files = list(labels.values())
     assessment = _assess(model, config, images) if uncertainty else None
     if assessment is not None:
         for label in assessment.label_names:
@@ -117,7 +122,7 @@ def _predict_case(
             stack = np.stack([resize_map(one.astype(np.float32), shape) for one in maps])
             name = "_".join(filter(None, (case.id, label, "uncertainty")))
             files.append(write_map(source, stack, folder, name=name, plane=plane))
-    return files, _rows(case, images, labels, values, files[0], assessment)
+    return files, _rows(images, probability, labels, assessment)
 
 
 def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Maps:
@@ -132,31 +137,40 @@ def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Ma
     return np.stack(found)
 
 
-def _label_values(config: DataConfig, source: Path) -> list[int]:
-    """Return what foreground is written as: its label, or 255 in pictures and 1 in volumes."""
-    if config.tasks:
-        return [values[0] for values in config.tasks.values()]
-    return [1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255]
+def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str, NDArray[Any]]:
+    """Return what is written, (N, H, W), by what follows the image's name.
 
-
-def _is_nested(config: DataConfig) -> bool:
-    """Return whether tasks share label values, as a tumour and its core do."""
+    That is one map, in which the most probable label wins where several reach 0.5; tasks that
+    share label values may lie within one another, and have a map each.
+    """
     values = [value for task in config.tasks.values() for value in task]
-    return len(values) != len(set(values))
+    if len(values) == len(set(values)):
+        firsts = [task[0] for task in config.tasks.values()] or [_foreground_of(source)]
+        return {"": label_map(probability, firsts)}
+    return {
+        f"_{label}": label_map(probability[:, k : k + 1], [_foreground_of(source)])
+        for k, label in enumerate(config.labels)
+    }
 
 
-def _label_map(probability: Maps, values: Sequence[int], *, nested: bool) -> NDArray[Any]:
-    """Return (N, H, W): of the labels that reach 0.5 the most probable, or the last if nested.
+def _foreground_of(source: Path) -> int:
+    """Return what foreground is written as: 255 in pictures, which are looked at, 1 in volumes."""
+    return 1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255
 
-    >>> probability = np.array([[[[0.9, 0.8, 0.1]], [[0.2, 0.7, 0.2]]]], np.float32)
-    >>> [_label_map(probability, [1, 2], nested=nested).tolist() for nested in (False, True)]
-    [[[[1, 1, 0]]], [[[1, 2, 0]]]]
+
+def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
+    """Return the value of the most probable label, or 0 where none reaches 0.5.
+
+    Args:
+        probability: (N, K, H, W).
+        values: of the K labels.
+
+    >>> label_map(np.array([[[[0.9, 0.6, 0.1]], [[0.2, 0.7, 0.2]]]], np.float32), [1, 300])
+    array([[[  1, 300,   0]]], dtype=uint16)
     """
     written = np.array([0, *values], dtype=np.uint8 if max(values) < 256 else np.uint16)
-    reached = probability >= 0.5
-    order = np.arange(len(values), dtype=np.float32)[:, None, None]
-    rank = np.where(reached, order if nested else probability, -1.0)
-    return np.asarray(written[np.where(reached.any(axis=1), rank.argmax(axis=1) + 1, 0)])
+    chosen = np.where(probability.max(axis=1) >= 0.5, probability.argmax(axis=1) + 1, 0)
+    return np.asarray(written[chosen])
 
 
 def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
@@ -171,25 +185,25 @@ def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
 
 
 def _rows(
-    case: Case,
     images: ImageSet,
-    labels: NDArray[Any],
-    values: Sequence[int],
-    file: Path,
+    probability: Maps,
+    files: Mapping[str, Path],
     assessment: Assessment | None,
 ) -> Rows:
     """Return what predictions.csv tells of each slice and label."""
     rows = []
+    foreground = probability >= 0.5
     for n, identity in enumerate(images.ids):
         for k, label in enumerate(images.labels):
-            pixels = int((labels[n] == values[k]).sum())
+            pixels = int(foreground[n, k].sum())
+            file = files.get(f"_{label}", next(iter(files.values())))
             row: dict[str, Any] = {"id": identity, "file": file.name}
             row |= {"label": label} if label else {}
-            row |= {"foreground_pixels": pixels, "foreground": f"{pixels / labels[n].size:.6g}"}
+            row |= {"foreground_pixels": pixels}
+            row |= {"foreground": f"{pixels / foreground[n, k].size:.6g}"}
             if assessment is not None:
                 i = n * len(images.labels) + k
-                scores: Mapping[str, Any] = {name: assessment.scores[name][i] for name in METRICS}
-                row |= {name: f"{value:.9g}" for name, value in scores.items()}
+                row |= {name: f"{assessment.scores[name][i]:.9g}" for name in METRICS}
             rows.append(row)
     return rows
 

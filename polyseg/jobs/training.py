@@ -102,7 +102,8 @@ def resumed_config(config: Config, run: RunDirectory) -> Config:
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
         for key in wanted
-        if wanted[key] != kept.get(key) and not key.startswith(_FREE_TO_CHANGE)
+        # By how they are written, because mappings that differ in order alone are equal.
+        if repr(wanted[key]) != repr(kept.get(key)) and not key.startswith(_FREE_TO_CHANGE)
     ]
     if differing:
         raise PolysegError(
@@ -118,10 +119,13 @@ def _settled(config: Config, epochs: int) -> Config:
     a run which is resumed for longer keeps it.
     """
     changes: dict[str, Any] = {}
-    if config.data.path != "demo":
-        given = {"path": config.data.path, "split_file": config.data.split_file}
-        paths = {name: str(Path(path).resolve()) for name, path in given.items() if path}
-        changes["data"] = config.data.model_copy(update=paths)
+    given = {"path": config.data.path, "split_file": config.data.split_file}
+    paths = {
+        name: str(Path(path).resolve())
+        for name, path in given.items()
+        if path not in (None, "demo")
+    }
+    changes["data"] = config.data.model_copy(update=paths)
     if config.adaptive:
         start = float(config.control.assessment_epochs(epochs)[0])
         changes["control"] = config.control.model_copy(update={"start": start})

@@ -26,6 +26,7 @@ def estimate_uncertainty(
     samples: int | None = None,
     save_maps: bool = False,
     out: Path | None = None,
+    cache: Path | None = None,
     device: str = "auto",
     trust: bool = False,
     progress: Progress = no_progress,
@@ -38,7 +39,7 @@ def estimate_uncertainty(
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
     model = open_model(source, device, trust)
-    images, ids = images_for(model, data, part, "all", progress)
+    images, ids = images_for(model, data, part, "all", progress, cache)
     settings = model.config.uncertainty.model_dump() | {"save_maps": save_maps}
     if samples is not None:
         settings["samples"] = samples
