@@ -210,10 +210,15 @@ def train(
     with _talking(quiet, verbose) as display:
         from polyseg.jobs import training
 
-        if dry_run:
-            _print_mapping("Plan", training.plan(settings), as_json)
-            return
-        _print_outcome(training.train(settings, resume=resume, progress=display), as_json)
+        found = (
+            training.plan(settings, progress=display)
+            if dry_run
+            else training.train(settings, resume=resume, progress=display)
+        )
+    if isinstance(found, dict):
+        _print_mapping("Plan", found, as_json)
+    else:
+        _print_outcome(found, as_json)
 
 
 @app.command(rich_help_panel=_THE_PRODUCT)
@@ -254,7 +259,7 @@ def estimate_uncertainty(
             trust=trust,
             progress=display,
         )
-        _print_outcome(outcome, as_json)
+    _print_outcome(outcome, as_json)
 
 
 @app.command(rich_help_panel=_THE_PRODUCT)
@@ -287,7 +292,7 @@ def evaluate(
             trust=trust,
             progress=display,
         )
-        _print_outcome(outcome, as_json)
+    _print_outcome(outcome, as_json)
 
 
 @app.command(rich_help_panel=_THE_PRODUCT)
@@ -368,7 +373,7 @@ def predict(
             trust=trust,
             progress=display,
         )
-        _print_outcome(outcome, as_json)
+    _print_outcome(outcome, as_json)
 
 
 @data_app.command("check")
@@ -389,7 +394,8 @@ def data_check(
     with _talking(quiet, verbose) as display:
         from polyseg.jobs import data
 
-        _print_mapping(path, data.check_data(settings, display), as_json)
+        found = data.check_data(settings, display)
+    _print_mapping(path, found, as_json)
 
 
 @data_app.command("split")
@@ -415,7 +421,8 @@ def data_split(
     with _talking(quiet, verbose) as display:
         from polyseg.jobs import data
 
-        _print_mapping(path, data.make_split(settings, out, display), as_json)
+        found = data.make_split(settings, out, display)
+    _print_mapping(path, found, as_json)
 
 
 @data_app.command("preview")

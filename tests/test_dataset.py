@@ -207,7 +207,7 @@ def test_a_bad_file_leaves_no_half_of_a_cache(folder, tmp_path):
 def test_where_images_are_is_told(folder, polyseg, tmp_path):
     from tests.conftest import TINY
 
-    settings = [part for one in TINY for part in ("--set", one)]
+    settings = [part for one in (*TINY, "output.figures=false") for part in ("--set", one)]
     place = ("--set", f"data.cache={tmp_path / 'cache'}", "--set", "data.memory=0")
     said = polyseg(
         "train", "--data", folder, "--out", tmp_path / "run", "--epochs", 1, *settings, *place

@@ -8,7 +8,7 @@ from polyseg.cache import read_assessment
 from tests.conftest import TINY
 from tests.layout_copies import COPIES, FAULTY_FILES, planted_faults
 
-SETTINGS = [part for one in TINY for part in ("--set", one)]
+SETTINGS = [part for one in (*TINY, "output.figures=false") for part in ("--set", one)]
 
 CHANNELS = {
     **dict.fromkeys(("kvasir", "cvc_clinicdb", "isic2018", "drive"), 3),

@@ -107,6 +107,9 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
     with guarded(path):
         refuse_if_no_file(path)
         pixels, turned = _read_with_pillow(path, keep_palette=labels)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        if pixels.shape[2] in (2, 4):
+            pixels = pixels[..., :-1]
         return _finished(path, _upright(pixels, turned)[None], labels=labels)
 
 
@@ -284,11 +287,7 @@ def _finished(
     labels: bool,
     spacing: tuple[float, float] | None = None,
 ) -> Stack:
-    """Make a stack of pixels, (N, H, W) or (N, H, W, C with alpha)."""
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    elif path.suffix.lower() in PICTURE_SUFFIXES and pixels.shape[3] in (2, 4):
-        pixels = pixels[..., :-1]
+    """Make a stack of pixels, (N, H, W, C)."""
     if labels:
         return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
     return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing)

@@ -57,8 +57,11 @@ def is_readable(path: Path) -> bool:
     >>> is_readable(Path("a.nii.gz")), is_readable(Path("a.JPG")), is_readable(Path("a.csv"))
     (True, True, False)
     """
-    if path.is_dir():
-        return any(_is_dicom_by_name(one) or _is_bare_dicom(one) for one in path.iterdir())
+    try:
+        if path.is_dir():
+            return any(_is_dicom_by_name(one) or _is_bare_dicom(one) for one in path.iterdir())
+    except OSError:
+        return False
     return path.name.lower().endswith(_SUFFIXES) or _is_bare_dicom(path)
 
 

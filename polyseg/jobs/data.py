@@ -162,7 +162,7 @@ def _most_common(values: Any) -> list[str]:
 
 
 def _spacing(items: Sequence[Item]) -> dict[str, Any]:
-    known = {item.spacing for item in items if item.spacing is not None}
+    known = [item.spacing for item in items if item.spacing is not None]
     if not known:
         return {}
     return {"spacing (mm)": _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)}

@@ -61,7 +61,7 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
         return _report(trainer, progress)
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Return what a training run would cost, without training: counts and the share of MC Dropout.
 
     A training image is counted as three passes, one forward and two for the gradients.
@@ -71,7 +71,7 @@ def plan(config: Config) -> dict[str, Any]:
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
     run.refuse_occupied()
-    images = load_images(config.data)
+    images = load_images(config.data, progress)
     split = new_split(config, images)
     Trainer(config, images, split, run)  # which checks the network
     epochs = config.training.epochs
