@@ -38,7 +38,9 @@ ROOMS = [
     "data.layouts",
     "data.stacks",
     "data.images",
-    "data.volumes",
+    "data.tiff",
+    "data.nifti",
+    "data.dicom",
     "data.readers",
     "data.masks",
     "data.writers",
@@ -66,7 +68,7 @@ ROOMS = [
 ]
 
 ONLY_IN = {"h5py": {"cache"}, "matplotlib": {"plots"}, "typer": {"cli"}, "rich": {"cli"}}
-ONLY_IN |= {"nibabel": {"data.volumes"}, "pydicom": {"data.volumes"}}
+ONLY_IN |= {"nibabel": {"data.nifti"}, "pydicom": {"data.dicom"}}
 
 EQUATIONS = {
     "(eq. 2)": "losses.dice_loss",

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from polyseg.data.images import PICTURE_SUFFIXES, TIFF_SUFFIXES, read_picture, read_tiff
+from polyseg.data.dicom import is_dicom, read_dicom
+from polyseg.data.images import PICTURE_SUFFIXES, read_picture
+from polyseg.data.nifti import NIFTI_SUFFIXES, read_nifti
 from polyseg.data.stacks import Plane, Stack, guarded
-from polyseg.data.volumes import NIFTI_SUFFIXES, is_dicom, read_dicom, read_nifti
+from polyseg.data.tiff import TIFF_SUFFIXES, read_tiff
 from polyseg.errors import PolysegError
 
 _SUFFIXES = (*PICTURE_SUFFIXES, *TIFF_SUFFIXES, *NIFTI_SUFFIXES, ".dcm")
@@ -47,26 +49,6 @@ def read_label_stack(path: Path, plane: Plane = "axial") -> Stack:
             [255, 255, 255]]], dtype=uint8)
     """
     return _read(path, plane, labels=True)
-
-
-def is_readable(path: Path) -> bool:
-    """Say whether a file's name, or where it has no suffix its start, is of a kind that is read.
-
-    A folder is readable where it holds a DICOM file.
-
-    >>> is_readable(Path("a.nii.gz")), is_readable(Path("a.JPG")), is_readable(Path("a.csv"))
-    (True, True, False)
-    """
-    try:
-        if path.is_dir():
-            return any(_is_dicom_by_name(one) or _is_bare_dicom(one) for one in path.iterdir())
-    except OSError:
-        return False
-    return path.name.lower().endswith(_SUFFIXES) or _is_bare_dicom(path)
-
-
-def _is_dicom_by_name(path: Path) -> bool:
-    return path.suffix.lower() == ".dcm" and not path.name.startswith(".")
 
 
 def _is_bare_dicom(path: Path) -> bool:

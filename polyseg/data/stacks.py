@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,8 @@ SMALL = 2**26
 RATIO = 100
 SMALL_VOLUME = 2**29
 VOLUME_RATIO = 1100
+
+MISSING = "{path}: {kind} is read by {name}, which is not installed; pip install 'polyseg[medical]'"
 
 _IMAGE_TYPES = (np.uint8, np.uint16, np.int16, np.float32)
 
@@ -154,6 +156,19 @@ def _refuse_if_blown_up(path: Path, decoded: int, held: int, most: int) -> None:
             f"{path}: would unpack {held:,} bytes to {decoded:,}, more than an image may be packed "
             f"(here to {most:,}); save it with less compression if it is sound"
         )
+
+
+def refuse_other_shape(path: Path, expected: Sequence[int], values: NDArray[Any]) -> None:
+    """Raise where what was made of a file has other slices than the file.
+
+    Raises:
+        PolysegError: it has.
+
+    >>> refuse_other_shape(Path("a.nii"), (1, 2, 3), np.zeros((1, 2, 3)))
+    """
+    if tuple(expected) != values.shape:
+        shown, found = (" x ".join(map(str, shape)) for shape in (expected, values.shape))
+        raise PolysegError(f"{path}: has slices of {shown}; what was made of it has {found}")
 
 
 def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:

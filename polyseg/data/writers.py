@@ -8,9 +8,10 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from polyseg.data.images import TIFF_SUFFIXES, tiff_resolution
+from polyseg.data.dicom import is_dicom, write_dicom
+from polyseg.data.nifti import NIFTI_SUFFIXES, write_nifti
 from polyseg.data.stacks import Plane
-from polyseg.data.volumes import NIFTI_SUFFIXES, is_dicom, write_dicom, write_nifti
+from polyseg.data.tiff import TIFF_SUFFIXES, tiff_resolution
 from polyseg.errors import PolysegError
 from polyseg.files import atomic_path
 
