@@ -172,8 +172,8 @@ def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks |
         labels = read_label_stack(path, config.plane).pixels
         if labels.shape != shape:
             raise PolysegError(
-                f"{path}: is {_sides(labels.shape)}, its image {_sides(shape)}; they must be of "
-                "one size"
+                f"{path}: is {_sides(labels.shape)}, its image {case.images[0].name} "
+                f"{_sides(shape)}; they must be of one size"
             )
         masks.append(to_masks(labels, path, foreground))
     return unite(masks)
@@ -288,8 +288,9 @@ def _tell(images: ImageSet, config: DataConfig) -> None:
             config.memory,
             images.store.path,
         )
-    else:
-        log.info("%d images in memory", count)
+    elif isinstance(images.store, MemoryStore):
+        size = sum(image.nbytes for image in images.store.images) / MEGABYTE
+        log.info("%d images in memory, %.0f MB", count, size)
     for k, label in enumerate(images.labels if images.has_masks else ()):
         if not any(item.shares and item.shares[k] for item in images.items):
             what = f"of {label}" if label else "at all"
