@@ -177,10 +177,18 @@ def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
     return figure
 
 
-def headed(figure: Figure, title: str) -> Figure:
-    """Return a figure with a title above all of it, or as it is where there is none."""
-    if title:
-        figure.suptitle(title)
+@_styled
+def headed(figure: Figure, heading: str) -> Figure:
+    """Put a heading before the title of a figure's first panel, if there is one.
+
+    >>> figure = Figure()
+    >>> _ = figure.add_subplot().set_title("epoch 3")
+    >>> headed(figure, "tumour").axes[0].get_title()
+    'tumour, epoch 3'
+    """
+    if heading:
+        axes = figure.axes[0]
+        axes.set_title(", ".join(filter(None, (heading, axes.get_title()))))
     return figure
 
 
