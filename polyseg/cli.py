@@ -43,6 +43,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data, or make some.", no_args_is_help=True)
 config_app = typer.Typer(help="See and write the configuration.", no_args_is_help=True)
 
+_MOST_FILES = 24
+"""Lines; who wants all of them has --json, or looks."""
+
 _THE_PRODUCT, _AROUND_IT = "The main job", "Around it"
 _WHERE, _HOW, _TALK = "Input and output", "Settings", "Talking"
 
@@ -662,8 +665,10 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
         shown = path.relative_to(outcome.folder) if path.is_relative_to(outcome.folder) else path
         suffixes.setdefault(shown.with_suffix(""), []).append(shown.suffix)
     print(f"\nin {outcome.folder}:")
-    for stem, endings in suffixes.items():
+    for stem, endings in list(suffixes.items())[:_MOST_FILES]:
         print(f"  {stem}{', '.join(endings)}")
+    if len(suffixes) > _MOST_FILES:
+        print(f"  and {len(suffixes) - _MOST_FILES} more")
 
 
 def _print_scores(console: Console, runs: "Sequence[RunScores]") -> None:

@@ -502,7 +502,7 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         key, equals, value = override.partition("=")
         if not equals:
             raise PolysegError(f"--set {override}: give key.sub=value, such as loss.epsilon=0.5")
-        _lay(tree, key.strip(), parse_yaml(value, f"--set {override}"))
+        _lay(tree, key.strip(), _parse_override(value, f"--set {override}"))
     return build_config(tree, str(file) if file else "configuration")
 
 
@@ -550,6 +550,16 @@ def parse_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
+
+
+def _parse_override(value: str, source: str) -> Any:
+    parsed = parse_yaml(value, source)
+    if " #" in value and parsed == value.partition(" #")[0].strip():
+        raise PolysegError(
+            f"{source}: what follows # is a comment in YAML; put the value in double quotes inside "
+            "the shell's"
+        )
+    return parsed
 
 
 def _refuse_bombs(text: str, source: str) -> None:

@@ -74,6 +74,7 @@ def test_the_schema_is_json():
         ("training.epochs=!!python/object/apply:os.getcwd []", "is not YAML"),
         ("training.epochs=" + "[" * 40_000, "is nested over 30 deep"),
         ("network.kwargs={a: &x 1, b: *x}", "aliases"),
+        ("data.masks=Masken #1", "what follows # is a comment"),
     ],
 )
 def test_refusals_are_one_line_that_names_the_setting(override, expected):
@@ -216,3 +217,8 @@ def test_foreground_makes_tasks(given, tasks, labels):
 def test_foregrounds_that_are_none_are_refused(given):
     with pytest.raises(PolysegError, match=r"data\.foreground: "):
         load_config(overrides=[f"data.foreground={given}"])
+
+
+def test_a_name_with_a_number_sign_is_taken_in_quotes():
+    assert load_config(overrides=['data.masks="Masken #1"']).data.masks == "Masken #1"
+    assert load_config(overrides=["data.masks=a#1"]).data.masks == "a#1"

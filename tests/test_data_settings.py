@@ -157,3 +157,34 @@ def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_pat
     assert answer.code == 2
     assert "are the same image" in answer.err and "data.duplicates=allow" in answer.err
     assert polyseg("train", *flags, "--set", "data.duplicates=allow").code == 0
+
+
+def test_a_leak_that_the_data_bring_along_is_found_by_the_check(folder, polyseg, tmp_path):
+    rows = ["image,mask,split,group"]
+    for i, part in enumerate(["train"] * 12 + ["val"] * 3 + ["test"] * 3):
+        name = f"case_{i:02d}.png"
+        rows.append(f"{folder}/images/{name},{folder}/masks/{name},{part},p{i % 9}")
+    (tmp_path / "l.csv").write_text("\n".join(rows))
+    answer = polyseg("data", "check", tmp_path / "l.csv", "--set", "data.foreground={a: 1, b: 2}")
+    assert (
+        answer.code == 2
+        and "images of one group are on two sides: p3 (train and val)" in answer.err
+    )
+    rows = [row.rpartition(",")[0] for row in rows]
+    (tmp_path / "l.csv").write_text("\n".join(rows))
+    flags = ("--set", "data.foreground={a: 1, b: 2}", "--json")
+    found = json.loads(polyseg("data", "check", tmp_path / "l.csv", *flags).out)
+    assert (found["empty masks of a"], found["empty masks of b"]) == (0, 9)
+
+
+def test_small_patches_of_large_images_are_warned_of(tmp_path, polyseg, folder):
+    for part, mode in (("images", "L"), ("masks", "L")):
+        (tmp_path / "d" / part).mkdir(parents=True)
+        for i in range(4):
+            with Image.open(folder / part / f"case_{i:02d}.png") as one:
+                large = one.convert(mode).resize((520, 440), Image.Resampling.NEAREST)
+                large.save(tmp_path / "d" / part / f"{i}.png")
+    flags = ("--set", "data.fit=tile", "--set", "data.size=32", "--set", "data.foreground=1")
+    answer = polyseg("train", "--data", tmp_path / "d", "--dry-run", *flags)
+    assert answer.code == 0, answer.err
+    assert "an image of 440 x 520 takes over 238 windows of 32 x 32" in answer.err

@@ -123,6 +123,10 @@ def test_predict_writes_the_labels_of_the_masks(run, folder, polyseg, tmp_path):
         for value in np.unique(np.asarray(Image.open(one))).tolist()
     }
     assert values <= {0, 1, 2}
+    for row in csv.DictReader((tmp_path / "masks/predictions.csv").open()):
+        written = np.asarray(Image.open(tmp_path / "masks" / row["file"]))
+        value = {"bright": 1, "dark": 2}[row["label"]]
+        assert int(row["foreground_pixels"]) == (written == value).sum()
 
 
 def test_tasks_that_share_values_have_a_file_each(folder, tiny, polyseg, tmp_path):

@@ -649,7 +649,6 @@ def test_at_most_twenty_problems_are_shown(tmp_path):
         ("", "has no column image and no column mask"),
         ("image\na/1.png", "has no column mask"),
         ("image,mask,spilt\n", "unknown column 'spilt'; did you mean split?"),
-        ("image,mask,sex\n", "unknown column 'sex'; there are image, mask"),
         ("image,mask,mask\n", "two columns are called mask"),
         ("image;mask\n", "by commas (or tabs), not by semicolons"),
         ("image,mask\na,b,c\n", "line 2 has 3 cells, the header 2"),
@@ -814,3 +813,12 @@ def test_sets_are_told_from_images_alone(copies, tmp_path):
     (tmp_path / "only/images").mkdir(parents=True)
     (tmp_path / "only/images/a.png").touch()
     assert not holds_masks(tmp_path / "only")
+
+
+def test_other_columns_of_a_table_are_left_alone(tmp_path):
+    for name in ("a.png", "a_m.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "l.csv").write_text("image,age,mask,site\na.png,63,a_m.png,Kyoto\n")
+    layout = find_cases(tmp_path / "l.csv")
+    assert layout.cases[0].masks == (tmp_path / "a_m.png",)
+    assert layout.notes == (f"{tmp_path / 'l.csv'}: columns that are not used: age, site",)

@@ -752,6 +752,15 @@ def test_dicom_without_a_suffix_is_known_by_its_start(tmp_path):
         np.testing.assert_array_equal(only(path)[..., 0], noise((6, 8)))
 
 
+def test_a_mask_drawn_by_its_transparency_is_refused(tmp_path):
+    pixels = np.full((6, 8, 4), 255, np.uint8)
+    pixels[:3, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    with pytest.raises(PolysegError, match="differs by its transparency alone"):
+        read_label_stack(tmp_path / "a.png")
+    assert read_image_stack(tmp_path / "a.png").pixels.shape == (1, 6, 8, 3)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.nii", "a.nii.gz", "a.dcm"])
 def test_what_is_no_file_is_not_waited_for(tmp_path, name):
     path = tmp_path / name

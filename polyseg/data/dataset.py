@@ -112,9 +112,7 @@ class ImageSet:
 
     def members(self) -> list[Member]:
         """Return what a split has to know of each image."""
-        return [
-            Member(item.id, item.foreground or 0.0, item.group, item.part) for item in self.items
-        ]
+        return [member_of(item) for item in self.items]
 
     def sizes(self) -> set[tuple[int, int]]:
         """Return the heights and widths that occur."""
@@ -188,6 +186,11 @@ class ImageSet:
     def _repeated(self, levels: Levels) -> Levels:
         times = self.channels // len(levels.offset)
         return Levels(levels.offset * times, levels.scale * times, levels.clipped)
+
+
+def member_of(item: Item) -> Member:
+    """Return what a split has to know of an image."""
+    return Member(item.id, item.foreground or 0.0, item.group, item.part)
 
 
 def item_of(

@@ -50,8 +50,20 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
         pixels, turned = _read_with_pillow(path, keep_palette=labels)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if pixels.shape[2] in (2, 4):
+            if labels:
+                _refuse_if_only_transparent(path, pixels)
             pixels = pixels[..., :-1]
         return as_stack(path, upright(pixels, turned)[None], labels=labels)
+
+
+def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
+    """Refuse a mask, (H, W, C), that is all of one colour, and drawn by its transparency."""
+    colours, alpha = pixels[..., :-1], pixels[..., -1]
+    if (colours == colours[:1, :1]).all() and alpha.min() != alpha.max():
+        raise PolysegError(
+            f"{path}: is of one colour and differs by its transparency alone, which is dropped; "
+            "save the mask as gray"
+        )
 
 
 def encoded_sides(data: bytes) -> tuple[int, int] | None:

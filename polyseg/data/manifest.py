@@ -70,6 +70,9 @@ def read_manifest(path: Path, unmasked: Unmasked = "refuse") -> Layout:
         if case.masks:
             findings.add(case)
     findings.add_unmasked(str(path), [case for case in cases if not case.masks])
+    others = [shown(name) for name in (rows[0].cells if rows else ()) if name not in COLUMNS]
+    if others:
+        findings.notes.append(f"{path}: columns that are not used: {', '.join(others)}")
     return findings.finish(str(path), "CSV manifest")
 
 
@@ -112,9 +115,10 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     problems = []
     for name in columns:
         if name not in COLUMNS:
-            near = difflib.get_close_matches(name[:50], COLUMNS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COLUMNS)}"
-            problems.append(f"{path}: unknown column {shown(name)!r}; {hint}")
+            near = difflib.get_close_matches(name[:50], COLUMNS, n=1, cutoff=0.78)
+            # Others are what people keep in their tables: age, site, scanner.
+            if near:
+                problems.append(f"{path}: unknown column {shown(name)!r}; did you mean {near[0]}?")
     if len(columns) == 1 and ";" in columns[0]:
         problems = [f"{path}: separate the columns by commas (or tabs), not by semicolons"]
     elif missing := [name for name in ("image", "mask") if name not in columns]:

@@ -19,7 +19,7 @@ from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
 from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
-from polyseg.jobs.models import new_split
+from polyseg.jobs.models import new_split, refuse_sides
 from polyseg.records import Progress, no_progress
 from polyseg.report import displayed
 from polyseg.run import split_json
@@ -42,6 +42,8 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
     items = scan_cases(layout.cases, data, progress, problems=layout.problems)
     if not items:
         raise PolysegError(f"{data.path}: holds no image with a mask")
+    given = {part: [item.id for item in items if item.part == part] for part in PARTS}
+    refuse_sides(given, items, data)
     return {
         "layout": layout.name,
         "images": len(items),
@@ -52,7 +54,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
         "channels": sorted({item.channels for item in items}),
         "bits": sorted({item.bits for item in items}),
         **_spacing(items),
-        **_foreground(items),
+        **_foreground(items, data.labels),
         **_copies(items),
         **({"notes": list(layout.notes)} if layout.notes else {}),
     }
@@ -100,7 +102,7 @@ def preview(
     ids = new_split(config, images)["train"]
     if config.data.normalise == "dataset":
         images = dataclasses.replace(images, levels=images.pooled_over(ids))
-    rows = [_preview_row(config, images, identity, samples) for identity in ids[:count]]
+    rows = [_preview_row(config, images, one, samples) for one in _telling(images, ids, count)]
     name = f"{config.data.augmentation} augmentation"
     return plots.save_figure(plots.samples_sheet(rows, title=name), out)
 
@@ -123,13 +125,24 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
     phantoms.write_phantoms(path, made)
 
 
+def _telling(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
+    """Return images to look at: with foreground first, and of as many groups as there are."""
+    seen: Counter[str] = Counter()
+    turn = {}
+    for identity in sorted(ids, key=lambda one: not images.item(one).foreground):
+        group = images.item(identity).group or identity
+        turn[identity] = seen[group]
+        seen[group] += 1
+    return sorted(turn, key=lambda one: (not images.item(one).foreground, turn[one], one))[:count]
+
+
 def _preview_row(
     config: Config, images: ImageSet, identity: str, samples: int
 ) -> list[plots.Sample]:
     """Return an image as it is, and as the first epochs would see it."""
     changes, seed = changes_of(config.data), config.training.seed
-    whole, masks = images.sample(identity)
-    row = [plots.Sample(identity, displayed(whole.movedim(0, 2).numpy()), masks.numpy())]
+    masks = images.sample(identity)[1]
+    row = [plots.Sample(identity, displayed(images.pixels(identity)), masks.numpy())]
     for epoch in range(1, samples + 1):
         image, masks = images.patch(identity, derive_seed(seed, epoch, "patch", identity))
         if changes is not None:
@@ -168,13 +181,17 @@ def _spacing(items: Sequence[Item]) -> dict[str, Any]:
     return {"spacing (mm)": _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)}
 
 
-def _foreground(items: Sequence[Item]) -> dict[str, Any]:
-    shares = np.array([item.foreground for item in items if item.foreground is not None])
-    return {
-        "foreground, mean": round(float(shares.mean()), 4),
-        "foreground, range": [round(float(shares.min()), 4), round(float(shares.max()), 4)],
-        "empty masks": int((shares == 0).sum()),
-    }
+def _foreground(items: Sequence[Item], labels: Sequence[str]) -> dict[str, Any]:
+    """Return shares and empty masks, by label where there are several."""
+    found: dict[str, Any] = {}
+    for k, label in enumerate(labels):
+        shares = np.array([item.shares[k] for item in items if item.shares is not None])
+        name = f"foreground of {label}" if label else "foreground"
+        low, high = (round(float(one), 4) for one in (shares.min(), shares.max()))
+        found[f"{name}, mean"] = round(float(shares.mean()), 4)
+        found[f"{name}, range"] = [low, high]
+        found[f"empty masks of {label}" if label else "empty masks"] = int((shares == 0).sum())
+    return found
 
 
 def _copies(items: Sequence[Item]) -> dict[str, Any]:

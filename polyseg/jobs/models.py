@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from polyseg.config import Config, DataConfig
-from polyseg.data.dataset import ImageSet
+from polyseg.data.dataset import ImageSet, Item, member_of
 from polyseg.data.likeness import refuse_leaks
 from polyseg.data.loading import load_images, load_others
 from polyseg.data.splits import PARTS, Split, split_by_settings, torn_groups
@@ -22,6 +22,7 @@ from polyseg.run import Checkpoint, RunDirectory, find_checkpoint, read_checkpoi
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
+_MANY_WINDOWS = 100
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,8 @@ def new_split(config: Config, images: ImageSet) -> Split:
             "maps has one; set data.size"
         )
     split = split_by_settings(images.members(), config.data)
-    likeness = {item.id: item.likeness for item in images.items}
-    for sentence in refuse_leaks(split, likeness, config.data.duplicates)[:_SHOWN]:
-        log.warning("%s, which data.duplicates allows", sentence)
-    if torn := torn_groups(split, images.members(), config.data):
-        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
-        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
-        if config.data.duplicates != "allow":
-            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
-        log.warning("%s, which data.duplicates allows", what)
+    refuse_sides(split, images.items, config.data)
+    _warn_of_many_windows(images)
     if config.data.training_slices == "foreground":
         split["train"] = [one for one in split["train"] if images.item(one).foreground]
     if not split["train"]:
@@ -144,6 +138,38 @@ def new_split(config: Config, images: ImageSet) -> Split:
                 f"data: no training mask has any {what}; data.foreground says which values count"
             )
     return split
+
+
+def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
+    """Raise if an image, or images of one group, stand on two sides of a split.
+
+    Raises:
+        PolysegError: names them, and how to allow it.
+    """
+    likeness = {item.id: item.likeness for item in items}
+    for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:
+        log.warning("%s, which data.duplicates allows", sentence)
+    if torn := torn_groups(split, [member_of(item) for item in items], config):
+        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
+        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
+        if config.duplicates != "allow":
+            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
+        log.warning("%s, which data.duplicates allows", what)
+
+
+def _warn_of_many_windows(images: ImageSet) -> None:
+    """Say so where small patches make whole images slow."""
+    if images.tiling is None:
+        return
+    height, width = images.tiling.size
+    rows, columns = max(images.sizes(), key=lambda size: size[0] * size[1])
+    windows = -(-rows // height) * -(-columns // width)
+    if windows > _MANY_WINDOWS:
+        log.warning(
+            "an image of %d x %d takes over %d windows of %d x %d, each pass of MC Dropout anew; a "
+            "larger data.size is faster",
+            *(rows, columns, windows, height, width),
+        )
 
 
 def split_of_run(run: RunDirectory, images: ImageSet) -> Split:

@@ -110,19 +110,20 @@ def _predict_case(
     shape = images.items[0].original_size
     probability = _probabilities(model, images, shape)
     source, plane = case.images[0], settings.plane
+    maps = _label_maps(probability, settings, source)
     labels = {
         name: write_labels(source, written, folder, name=f"{case.id}{name}", plane=plane)
-        for name, written in _label_maps(probability, settings, source).items()
+        for name, written in maps.items()
     }
     files = list(labels.values())
     assessment = _assess(model, config, images) if uncertainty else None
     if assessment is not None:
         for label in assessment.label_names:
-            maps = assessment.of_label(label).maps[assessment.metric]
-            stack = np.stack([resize_map(one.astype(np.float32), shape) for one in maps])
+            pixels = assessment.of_label(label).maps[assessment.metric]
+            stack = np.stack([resize_map(one.astype(np.float32), shape) for one in pixels])
             name = "_".join(filter(None, (case.id, label, "uncertainty")))
             files.append(write_map(source, stack, folder, name=name, plane=plane))
-    return files, _rows(images, probability, labels, assessment)
+    return files, _rows(images, maps, labels, settings, assessment)
 
 
 def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Maps:
@@ -186,21 +187,25 @@ def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
 
 def _rows(
     images: ImageSet,
-    probability: Maps,
+    maps: Mapping[str, NDArray[Any]],
     files: Mapping[str, Path],
+    config: DataConfig,
     assessment: Assessment | None,
 ) -> Rows:
-    """Return what predictions.csv tells of each slice and label."""
+    """Return what predictions.csv tells of each slice and label: of what the files hold."""
     rows = []
-    foreground = probability >= 0.5
+    firsts = {label: values[0] for label, values in config.tasks.items()}
     for n, identity in enumerate(images.ids):
         for k, label in enumerate(images.labels):
-            pixels = int(foreground[n, k].sum())
-            file = files.get(f"_{label}", next(iter(files.values())))
+            one_for_all = "" in files
+            name = "" if one_for_all else f"_{label}"
+            written = maps[name][n]
+            mine = written == firsts[label] if one_for_all and label else written > 0
+            pixels, file = int(mine.sum()), files[name]
             row: dict[str, Any] = {"id": identity, "file": file.name}
             row |= {"label": label} if label else {}
             row |= {"foreground_pixels": pixels}
-            row |= {"foreground": f"{pixels / foreground[n, k].size:.6g}"}
+            row |= {"foreground": f"{pixels / mine.size:.6g}"}
             if assessment is not None:
                 i = n * len(images.labels) + k
                 row |= {name: f"{assessment.scores[name][i]:.9g}" for name in METRICS}

@@ -94,6 +94,8 @@ def draw_extremes(
         )
         places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
         chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
+        # Measured anew, they may stand in another order, and the figure goes by what it shows.
+        chosen.sort(key=lambda i: again.difficulty[i], reverse=title == "hardest")
         path = folder / f"overlays_{title}"
         heading = f"The {len(rows)} {title} images{since}"
         files += report.draw_overlays(again, chosen, images, path, heading)
