@@ -656,7 +656,7 @@ def test_palette_of_dicom(tmp_path):
 
 
 def test_compressed_dicom(tmp_path):
-    from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+    from pydicom.uid import MPEG2MPML, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
     pixels = noise((3, 32, 40), np.uint16)
     dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", pixels))
@@ -675,6 +675,11 @@ def test_compressed_dicom(tmp_path):
     dataset.save_as(tmp_path / "d.dcm")
     with pytest.raises(PolysegError, match="needs another package: pip install"):
         read_image_stack(tmp_path / "d.dcm")
+    # A video, which pydicom knows no decoder of at all.
+    dataset.file_meta.TransferSyntaxUID = MPEG2MPML
+    dataset.save_as(tmp_path / "e.dcm")
+    with pytest.raises(PolysegError, match=r"is compressed as MPEG2 .* needs another package"):
+        read_image_stack(tmp_path / "e.dcm")
 
 
 def test_a_series_is_sorted_by_place(tmp_path):

@@ -167,7 +167,9 @@ def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks |
         return None
     count, height, width = shape
     foreground = list(config.tasks.values()) or None
-    masks = [np.zeros((count, len(config.labels), height, width), dtype=np.uint8)]
+    if not case.masks:
+        return np.zeros((count, len(config.labels), height, width), dtype=np.uint8)
+    masks = []
     for path in case.masks:
         labels = read_label_stack(path, config.plane).pixels
         if labels.shape != shape:
@@ -176,7 +178,7 @@ def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks |
                 f"{_sides(shape)}; they must be of one size"
             )
         masks.append(to_masks(labels, path, foreground))
-    return unite(masks)
+    return masks[0] if len(masks) == 1 else unite(masks)
 
 
 def _samples(

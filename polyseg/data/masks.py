@@ -53,7 +53,7 @@ def to_masks(
     masks = np.zeros((len(labels), len(foreground), *labels.shape[1:]), np.uint8)
     for k, values in enumerate(foreground):
         for value in values:
-            masks[:, k] |= (labels == value).view(np.uint8)
+            _where_equal(labels, value, masks[:, k])
     return masks
 
 
@@ -80,7 +80,7 @@ def _binary(labels: NDArray[Any], path: Path) -> NDArray[np.uint8]:
     values = _distinct(labels)
     for high in (1, 255, 65535):
         if set(values.tolist()) <= {0, high}:
-            return np.asarray(labels == high).view(np.uint8)
+            return _where_equal(labels, high)
     scale = _full_scale(values)
     if scale is not None and _is_soft(labels, values, scale):
         return np.asarray(labels >= scale / 2).view(np.uint8)
@@ -89,6 +89,18 @@ def _binary(labels: NDArray[Any], path: Path) -> NDArray[np.uint8]:
         f"{path}: a mask of values {shown}; expected 0/1 or 0/255, or say by data.foreground "
         "which values count"
     )
+
+
+def _where_equal(
+    labels: NDArray[Any], value: int, masks: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Set masks, (N, H, W), to 1 where labels are a value; empty slices take no memory."""
+    masks = np.zeros(labels.shape, np.uint8) if masks is None else masks
+    for one, mask in zip(labels, masks, strict=True):
+        found = one == value
+        if found.any():
+            mask[found] = 1
+    return masks
 
 
 def _distinct(labels: NDArray[Any]) -> NDArray[Any]:

@@ -188,7 +188,7 @@ def _read_voxels(
     if not isinstance(stream, gzip.GzipFile) and offset + size > held:
         raise PolysegError(f"{path}: is cut short: it has {held:,} bytes of {offset + size:,}")
     stream.read(offset - stream.tell())
-    voxels = np.empty(math.prod(shape), kind)
+    voxels = np.zeros(math.prod(shape), kind)
     _fill(path, stream, voxels.view(np.uint8))
     return voxels.reshape(shape, order="F")
 
@@ -199,7 +199,10 @@ def _fill(path: Path, stream: IO[bytes], target: NDArray[np.uint8]) -> None:
         chunk = stream.read(min(_CHUNK, target.size - filled))
         if not chunk:
             raise PolysegError(f"{path}: is cut short: it has {filled:,} bytes of {target.size:,}")
-        target[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        part = np.frombuffer(chunk, np.uint8)
+        # Zeros are there already: most of a volume of labels, which so takes no memory.
+        if part.any():
+            target[filled : filled + len(chunk)] = part
         filled += len(chunk)
     # At its end a gzip stream says whether all was as it was packed.
     stream.read(1)
@@ -265,7 +268,7 @@ def _scaling(path: Path, header: Any) -> tuple[float, float] | None:
 def _copied(view: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[Any]:
     """Copy slices in order, scaled to float32 or in native byte order."""
     kind = view.dtype.newbyteorder("=") if scaling is None else np.dtype(np.float32)
-    copied = np.empty(view.shape, kind)
+    copied = np.zeros(view.shape, kind)
     # Where rows run across the order on disk, a few columns at a time: ten times as fast.
     fastest = min(range(3), key=lambda axis: (view.shape[axis] == 1, abs(view.strides[axis])))
     step = view.shape[2] if fastest == 2 else _COLUMNS
@@ -275,7 +278,8 @@ def _copied(view: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[
         for start in range(0, view.shape[2], step):
             part = source[:, start : start + step]
             scaled = part if scaling is None else part * scaling[0] + scaling[1]
-            target[:, start : start + step] = scaled
+            if scaled.any():
+                target[:, start : start + step] = scaled
     return copied
 
 
