@@ -3,7 +3,7 @@
 Each file goes to read_image_stack and to read_label_stack with to_masks, in a child process of
 its own. It fails where anything but a PolysegError of one line that names the file comes out,
 where something is printed, where it takes over 5 s of a processor or never ends, or over 200 MB
-of memory (for a file that is read, over 200 MB and 2.5 times its pixels).
+of memory.
 """
 
 import contextlib
@@ -576,7 +576,7 @@ def _faults_here(path: Path) -> list[str]:
         seconds, growth = time.process_time() - start, _memory("VmHWM") - before
         if seconds > MOST_SECONDS:
             found.append(f"{read.__name__} took {seconds:.1f} s")
-        if growth > max(MOST_GROWTH, 2.5 * sum(held)):
+        if growth > MOST_GROWTH:
             pixels = sum(held) / 1e6
             found.append(f"{read.__name__} took {growth / 1e6:.0f} MB, of pixels {pixels:.0f}")
     return found
