@@ -3,7 +3,7 @@
 Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings, and
 `label` (n) where each image has several rows, one a label;
 `difficulty`, `dice`, and where the statistics are the data set's `epsilon` (n) float64;
-`scores/NAME` and `scores_sd/NAME` (n) float64; `foreground_pixels` (n) int64; `fallback` (n) int8;
+`scores/NAME` and `scores_se/NAME` (n) float64; `foreground_pixels` (n) int64; `fallback` (n) int8;
 `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11, so that eq. 11 and 12 can be
 computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon` (E, n) float32.
 """
@@ -53,10 +53,12 @@ def write_assessment(path: Path, assessment: Assessment) -> str:
         file.create_dataset("config", data=assessment.config_yaml, dtype=h5py.string_dtype())
         _write_rows(file, assessment.ids, assessment.labels)
         file["difficulty"] = assessment.difficulty
-        for name in METRICS:
-            file[f"scores/{name}"] = assessment.scores[name]
-            if name in assessment.scores_sd:
-                file[f"scores_sd/{name}"] = assessment.scores_sd[name]
+        for name, values in assessment.scores.items():
+            file[f"scores/{name}"] = values
+            if name in assessment.rank_stability:
+                file[f"scores/{name}"].attrs["rank_stability"] = assessment.rank_stability[name]
+        for name, values in assessment.scores_se.items():
+            file[f"scores_se/{name}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
             file[column] = getattr(assessment, column)
         if assessment.epsilon is not None:
@@ -93,11 +95,12 @@ def read_assessment(
             metric=cast(Metric, metric),
             ids=ids,
             labels=_labels(file, n),
-            scores={name: _column(file, f"scores/{name}", n, "f8") for name in METRICS},
-            scores_sd={
-                name: _column(file, f"scores_sd/{name}", n, "f8")
+            scores=_columns(file, "scores", n) | {metric: _column(file, f"scores/{metric}", n, "f8")},
+            scores_se=_columns(file, "scores_se", n),
+            rank_stability={
+                name: float(file[f"scores/{name}"].attrs["rank_stability"])
                 for name in METRICS
-                if f"scores_sd/{name}" in file
+                if f"scores/{name}" in file and "rank_stability" in file[f"scores/{name}"].attrs
             },
             foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
             fallback=_column(file, "fallback", n, "i1"),
@@ -213,6 +216,14 @@ def _column(file: Any, name: str, n: int, dtype: str) -> NDArray[Any]:
     if dataset.shape != (n,) or dataset.dtype != np.dtype(dtype):
         raise ValueError(f"{name} must be ({n}) {np.dtype(dtype)}")
     return cast(NDArray[Any], dataset[()])
+
+
+def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
+    return {
+        name: _column(file, f"{group}/{name}", n, "f8")
+        for name in get_args(Metric)
+        if f"{group}/{name}" in file
+    }
 
 
 def _write_maps(file: Any, name: str, maps: list[NDArray[np.float16]]) -> None:

@@ -3,7 +3,7 @@
 The functions take NumPy arrays or torch tensors and answer in kind, in float64.
 """
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +31,29 @@ def foreground_mean(pixel_map: Array, region: Array) -> Array:
     >>> foreground_mean(np.array([[[0.2, 0.4], [0.9, 0.9]]]), np.array([[[1, 1], [0, 0]]]))
     array([0.3])
     """
-    chosen = _float64(region)
-    # The axes stand without a name, which NumPy and torch spell differently.
-    total = (_float64(pixel_map) * chosen).sum((1, 2))
-    mean: Array = total / chosen.sum((1, 2)).clip(min=1.0)
+    chosen = _numpy(region) > 0
+    values = mean_by_image(_numpy(pixel_map)[chosen], chosen.nonzero()[0], len(chosen))
+    return _like(values, pixel_map)
+
+
+def mean_by_image(
+    values: NDArray[Any], image: NDArray[np.int64], images: int
+) -> NDArray[np.float64]:
+    """Return the mean of the pixels of each image, 0 where it has none.
+
+    Args:
+        values: (n,), of some pixels.
+        image: (n,), which image each belongs to.
+        images: B.
+
+    Returns:
+        (B,) float64.
+
+    >>> mean_by_image(np.array([0.2, 0.4, 0.9]), np.array([0, 0, 2]), 3)
+    array([0.3, 0. , 0.9])
+    """
+    total = np.bincount(image, weights=values, minlength=images)
+    mean: NDArray[np.float64] = total / np.bincount(image, minlength=images).clip(min=1)
     return mean
 
 
@@ -127,6 +146,10 @@ def _edge_band(outline: Tensor, width: int) -> Tensor:
         for part in (inside, 1 - inside)
     )
     return (grown & grown_outside)[:, 0]
+
+
+def _numpy(values: Array) -> NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _float64(values: Array) -> Array:

@@ -164,23 +164,6 @@ def area_under_roc(score: Values, truth: NDArray[np.bool_]) -> float:
     return float(statistic / (positive * negative))
 
 
-def spearman(first: Values, second: Values) -> float:
-    """Return Spearman's rank correlation over the pairs that are finite.
-
-    NaN below three pairs, or where one side is constant.
-
-    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 9.0, 100.0]))
-    1.0
-    """
-    from scipy.stats import spearmanr
-
-    both = np.isfinite(first) & np.isfinite(second)
-    x, y = np.asarray(first)[both], np.asarray(second)[both]
-    if x.size < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(spearmanr(x, y).statistic)
-
-
 def markdown_table(runs: Sequence[RunScores]) -> str:
     """Return means and standard deviations over the images as a Markdown table, a row a run.
 

@@ -83,17 +83,22 @@ class SegmentationNetwork(nn.Module):
             side > wanted for side, wanted in zip(images.shape[-2:], window.size, strict=True)
         )
 
-    def _at_once(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        rows, columns = (_padding(size, self.multiple) for size in (height, width))
+    def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
+        """Return images as the core takes them, and the rows and columns that stand before them."""
+        rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
         if rows or columns:
             images = functional.pad(
                 images,
                 (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2),
                 mode="replicate",
             )
-        logits: Tensor = self.core(images)
-        return logits[..., rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width]
+        return images, rows // 2, columns // 2
+
+    def _at_once(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        padded, top, left = self.padded(images)
+        logits: Tensor = self.core(padded)
+        return logits[..., top : top + height, left : left + width]
 
 
 def build_network(

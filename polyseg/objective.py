@@ -1,6 +1,7 @@
 """The losses by name, as functions of (logits, mask, epsilon): ours, MONAI's and torch's."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from polyseg.config import POLYDICE_LOSSES, LossConfig
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, 1, H, W) logits and mask, (B,) epsilon -> (B,) losses."""
+
+
+class Note(NamedTuple):
+    """What a step tells of its images besides their losses: without gradient, each (B,)."""
+
+    at_constant: Tensor
+    """Losses at the constant epsilon, to the bit those of the step where that is its epsilon."""
+    wrong_sign: Tensor
+    """Whether the image is where a PolyDice loss falls with s."""
 
 
 def build_objective(config: LossConfig) -> Objective:
@@ -46,21 +56,29 @@ def as_tasks(values: Tensor) -> Tensor:
     return values.flatten(0, 1)[:, None]
 
 
-def count_wrong_sign(config: LossConfig, logits: Tensor, mask: Tensor, epsilon: Tensor) -> int:
-    """Return how many images are where a PolyDice loss falls with s; 0 for other losses.
+def take_note(
+    config: LossConfig, values: Tensor, logits: Tensor, mask: Tensor, epsilon: Tensor
+) -> Note:
+    """Return what else a step tells of its images, from the losses that it had.
+
+    Losses without an epsilon are the same at any, and never fall with s.
 
     >>> far_off = torch.tensor([[[[9.0, -9.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
-    >>> count_wrong_sign(LossConfig(), *far_off, torch.zeros(1))
-    1
+    >>> config, epsilon = LossConfig(), torch.zeros(1)
+    >>> take_note(config, build_objective(config)(*far_off, epsilon), *far_off, epsilon).wrong_sign
+    tensor([True])
     """
+    values = values.detach()
     if config.name not in POLYDICE_LOSSES:
-        return 0
+        return Note(values, torch.zeros_like(values, dtype=torch.bool))
     with torch.no_grad():
-        _, theta = losses.scale_and_angle(
+        s, theta = losses.scale_and_angle(
             logits.sigmoid(), mask, scale=config.scale, smooth=config.smooth
         )
+        # Of all that is added up epsilon is in one term only, epsilon s theta^2.
+        at_constant = values - (epsilon - config.epsilon) * s * theta.square()
         terms = config.terms if config.name == "polydice" else 1
-        return int(losses.in_wrong_sign_region(theta, epsilon, terms=terms).sum())
+        return Note(at_constant, losses.in_wrong_sign_region(theta, epsilon, terms=terms))
 
 
 def _by_name(config: LossConfig) -> Objective:

@@ -10,8 +10,13 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-Metric = Literal["mutual_information", "entropy", "variance"]
+Metric = Literal[
+    "mutual_information", "entropy", "variance", "deterministic_entropy", "training_loss"
+]
 METRICS: tuple[Metric, ...] = ("mutual_information", "entropy", "variance")
+"""What the passes of MC Dropout give."""
+FREE_METRICS: tuple[Metric, ...] = ("deterministic_entropy", "training_loss")
+"""What a pass without dropout, and the training itself, give."""
 MAPS = ("mean", *METRICS)
 
 Progress = Callable[[str, int, int], None]
@@ -43,7 +48,7 @@ class Assessment:
 
     epoch: int
     samples: int
-    """N, the passes."""
+    """N, the passes; 0 where the difficulty is one that takes none."""
     rate: float
     """The dropout rate, the largest where layers differ."""
     metric: Metric
@@ -54,15 +59,17 @@ class Assessment:
     seed: int
     ids: list[str]
     scores: Mapping[Metric, NDArray[np.float64]]
-    """Each (n,), raw, before eq. 11."""
-    scores_sd: Mapping[Metric, NDArray[np.float64]]
-    """Each (n,), standard deviation over the passes; NaN, or no entry, where it is not defined."""
+    """Each (n,), raw, before eq. 11; those that were measured."""
+    scores_se: Mapping[Metric, NDArray[np.float64]]
+    """Each (n,), standard error over the passes; of `METRICS` only."""
     foreground_pixels: NDArray[np.int64]
     """(n,) pixels that the scores were averaged over."""
     fallback: NDArray[np.int8]
     """(n,) codes into `difficulty.FALLBACKS`."""
     dice: NDArray[np.float64]
-    """(n,) of the mean prediction at 0.5 against the mask; NaN without a mask."""
+    """(n,) of the prediction without dropout at 0.5 against the mask; NaN without a mask."""
+    rank_stability: Mapping[Metric, float] = field(default_factory=dict)
+    """The rank correlation that each of `METRICS` is expected to have with endless passes."""
     epsilon: NDArray[np.float64] | None = None
     """(n,) where the statistics are those of the data set."""
     labels: list[str] | None = None
@@ -92,7 +99,7 @@ class Assessment:
             ids=[self.ids[i] for i in rows],
             labels=None,
             scores={name: values[rows] for name, values in self.scores.items()},
-            scores_sd={name: values[rows] for name, values in self.scores_sd.items()},
+            scores_se={name: values[rows] for name, values in self.scores_se.items()},
             foreground_pixels=self.foreground_pixels[rows],
             fallback=self.fallback[rows],
             dice=self.dice[rows],

@@ -19,6 +19,7 @@ from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.difficulty import FALLBACKS
 from polyseg.files import write_text
+from polyseg.ranks import spearman
 from polyseg.records import METRICS, Assessment
 from polyseg.run import RunDirectory, in_order
 
@@ -86,9 +87,9 @@ def difficulty_correlations(
         for name in METRICS:
             scores = part.scores[name]
             row: dict[str, Any] = {"metric": name} | ({"label": label} if label else {})
-            row["with 1 - Dice"] = evaluate.spearman(scores, 1 - part.dice)
+            row["with 1 - Dice"] = spearman(scores, 1 - part.dice)
             if rows:
-                row["with known difficulty"] = evaluate.spearman(scores[rows], truth)
+                row["with known difficulty"] = spearman(scores[rows], truth)
             found.append(row)
     return found
 
@@ -134,7 +135,7 @@ def draw_assessment(assessment: Assessment, folder: Path) -> list[Path]:
             part.difficulty,
             part.dice,
             metric=part.metric,
-            correlation=evaluate.spearman(part.difficulty, 1 - part.dice),
+            correlation=spearman(part.difficulty, 1 - part.dice),
             epoch=part.epoch,
         )
         files += plots.save_figure(plots.headed(figure, label), path)

@@ -7,9 +7,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from polyseg.dropout import active_layers, refuse_hidden_dropout
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.inference import choose_device, predict
 from polyseg.montecarlo import assess
-from polyseg.objective import as_tasks, build_objective, count_wrong_sign
+from polyseg.objective import Note, as_tasks, build_objective, take_note
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.run import (
@@ -44,6 +44,16 @@ log = logging.getLogger(__name__)
 
 
 _ADAMS_STATE = {"step", "exp_avg", "exp_avg_sq"}
+_STEPS_BETWEEN_LOOKS = 16
+"""A look at the losses waits for the GPU, which has nothing to do until the next step is sent."""
+
+
+class _Step(NamedTuple):
+    """What a step came to, on the device until the epoch's end: to ask sooner holds a GPU up."""
+
+    names: list[str]
+    losses: Tensor
+    note: Note
 
 
 class Trainer:
@@ -78,8 +88,9 @@ class Trainer:
             image, _ = images.patch(split["train"][0], seed=0)
             refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
         self.forward: nn.Module = self.network
+        self.has_compiled = False
         if config.training.compile:
-            self.forward = torch.compile(self.network)  # type: ignore[assignment]
+            self.forward = _compiled(self.network)
         self.optimizer = _build_optimizer(config.training, self.network)
         self.objective = build_objective(config.loss)
         self.changes = changes_of(config.data)
@@ -91,6 +102,8 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.epsilons: list[NDArray[np.float32]] = []
         self.assessments: dict[str, str] = {}
+        self.losses: dict[str, list[float]] = {}
+        """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
         self.signal = 0
 
     def fit(self) -> None:
@@ -175,8 +188,7 @@ class Trainer:
         ids = self.split["train"]
         epsilon_of: dict[str, list[float]] = {}
         labels = len(self.images.labels)
-        total = torch.zeros((), device=self.device)
-        wrong = 0
+        steps: list[_Step] = []
         batches = training_batches(
             self.images,
             ids,
@@ -185,30 +197,53 @@ class Trainer:
             epoch=epoch,
             changes=self.changes,
             workers=settings.workers,
+            pinned=self.device.type == "cuda",
         )
+        take_step = self._compiled_step if settings.compile else self._step
         for names, images, masks in batches:
             self._leave_on_signal()
             epsilon = self.control.epsilon(names).astype(np.float32)
             epsilon_of.update(zip(names, epsilon.reshape(-1, labels).tolist(), strict=True))
-            losses, in_wrong_region = self._step(images, masks, torch.from_numpy(epsilon))
-            self._refuse_what_is_not_finite(losses, names, epoch)
-            total += losses.sum()
-            wrong += in_wrong_region
+            steps.append(_Step(names, *take_step(images, masks, torch.from_numpy(epsilon))))
+            if len(steps) % _STEPS_BETWEEN_LOOKS == 0:
+                self._refuse_what_is_not_finite(steps[-_STEPS_BETWEEN_LOOKS:], epoch)
             self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
+        self._refuse_what_is_not_finite(steps, epoch)
+        self.losses = {
+            name: losses
+            for step in steps
+            for name, losses in zip(
+                step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
+            )
+        }
         self.epsilons.append(np.array([epsilon_of[name] for name in ids], np.float32).ravel())
         quantiles = np.percentile(self.epsilons[-1], QUANTILES)
         return {
             "epoch": epoch,
             "learning_rate": rate,
-            "train_loss": float(total) / (len(ids) * labels),
+            "train_loss": float(sum(step.losses.sum() for step in steps)) / (len(ids) * labels),
             **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
-            "wrong_sign_images": wrong,
+            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in steps),
         }
 
-    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, int]:
-        """Take one step; return the losses, (B K,), and how many of them met the wrong sign."""
-        images, epsilon = images.to(self.device), epsilon.to(self.device)
-        target = as_tasks(masks.to(self.device)).float()
+    def _compiled_step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, Note]:
+        """Take a step; the first one compiles the network, and tells how long that took."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        start = time.perf_counter()
+        try:
+            taken = self._step(images, masks, epsilon)
+        except TorchDynamoException as error:
+            raise _cannot_compile(error) from None
+        if not self.has_compiled:
+            log.info("compiled the network in %.0f s", time.perf_counter() - start)
+            self.has_compiled = True
+        return taken
+
+    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, Note]:
+        """Take one step; return the losses, (B K,), and what else is to be noted of each."""
+        images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
+        target = as_tasks(masks).float()
         reduced = self.config.training.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
             logits = self.forward(images)
@@ -217,7 +252,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return losses.detach(), count_wrong_sign(self.config.loss, logits, target, epsilon)
+        return losses.detach(), take_note(self.config.loss, losses, logits, target, epsilon)
+
+    def _send(self, values: Tensor) -> Tensor:
+        # A copy to CUDA that blocks would wait for all steps before it.
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _validate(self) -> dict[str, float]:
         """Return mean loss (at the constant epsilon), Dice and IoU of the validation images."""
@@ -310,15 +349,17 @@ class Trainer:
             log.info("no better validation Dice for %d epochs: training ends here", patience)
         return stopped
 
-    def _refuse_what_is_not_finite(self, losses: Tensor, names: list[str], epoch: int) -> None:
-        finite = losses.isfinite()
-        if not bool(finite.all()):
-            of_images = finite.reshape(len(names), -1).all(dim=1).tolist()
-            bad = ", ".join(name for name, good in zip(names, of_images, strict=True) if not good)
-            raise PolysegError(
-                f"epoch {epoch}: the loss of {bad} is not finite; the last good epoch is kept in "
-                f"{self.run.last}; try a lower training.learning_rate"
-            )
+    def _refuse_what_is_not_finite(self, steps: Sequence[_Step], epoch: int) -> None:
+        """Raise for the first step that had such a loss: all after it have them too."""
+        if bool(torch.cat([step.losses for step in steps]).isfinite().all()):
+            return
+        step = next(step for step in steps if not step.losses.isfinite().all())
+        of_images = step.losses.isfinite().reshape(len(step.names), -1).all(dim=1).tolist()
+        bad = ", ".join(name for name, good in zip(step.names, of_images, strict=True) if not good)
+        raise PolysegError(
+            f"epoch {epoch}: the loss of {bad} is not finite; the last good epoch is kept in "
+            f"{self.run.last}; try a lower training.learning_rate"
+        )
 
     def _leave_on_signal(self) -> None:
         if self.signal:
@@ -371,12 +412,31 @@ def learning_rate(config: TrainingConfig, epoch: int) -> float:
 
 
 def _build_optimizer(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
-    parameters = network.parameters()
+    parameters = list(network.parameters())
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, **settings)
+    # One pass over the weights for all of a step; it knows no complex ones. SGD has it too, but
+    # fails where a weight gets its first gradient later than others.
+    fused = all(weights.is_floating_point() for weights in parameters) or None
+    return kind(parameters, fused=fused, **settings)
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    try:
+        return torch.compile(network)  # type: ignore[return-value]
+    except RuntimeError as error:
+        raise _cannot_compile(error) from None
+
+
+def _cannot_compile(error: RuntimeError) -> PolysegError:
+    # What follows a blank line is advice on how to see more of torch's inside.
+    reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+    return PolysegError(
+        f"training.compile: torch cannot compile the network here ({reason:.160}); "
+        "set training.compile=false"
+    )
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Samples are foreground probabilities, so all entropies are binary and at most log 2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,6 +104,29 @@ class UncertaintyAccumulator:
         self._mean += change / self.count
         self._squares.addcmul_(change, value - self._mean)
         self._entropy += binary_entropy(_at_least_float32(sample))
+
+    @classmethod
+    def merged(cls, records: "Sequence[UncertaintyAccumulator]") -> "UncertaintyAccumulator":
+        """Return the record of all samples that several took in (Chan, Golub and LeVeque, 1979).
+
+        >>> parts = [UncertaintyAccumulator(), UncertaintyAccumulator()]
+        >>> for part, sample in zip(parts, torch.tensor([[0.0], [1.0]])):
+        ...     part.update(sample)
+        >>> UncertaintyAccumulator.merged(parts).variance.item()
+        0.25
+        """
+        count = sum(one.count for one in records)
+        mean = sum((one.count * one._mean for one in records), torch.zeros(())) / count
+        squares = sum(
+            (one._squares + one.count * (one._mean - mean).square() for one in records),
+            torch.zeros(()),
+        )
+        return cls(count, mean, squares, sum((one._entropy for one in records), torch.zeros(())))
+
+    def at(self, chosen: Tensor) -> "UncertaintyAccumulator":
+        """Return the record of the pixels that are chosen, by a mask of the samples' shape."""
+        parts = (self._mean[chosen], self._squares[chosen], self._entropy[chosen])
+        return UncertaintyAccumulator(self.count, *parts)
 
     @property
     def mean(self) -> Tensor:

@@ -152,7 +152,7 @@ def test_fallbacks_and_dice_are_recorded(network):
     result = assess(network, [batch], samples=2)
     assert FALLBACKS[result.fallback[0]] == "none"
     assert FALLBACKS[result.fallback[1]] in ("prediction", "empty")
-    assert np.isfinite(result.scores_sd["entropy"][0])
+    assert np.isfinite(result.scores_se["entropy"][0])
     without = assess(network, [Batch(batch.ids, batch.images, None)], samples=2)
     assert np.isnan(without.dice).all()
 

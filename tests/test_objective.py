@@ -6,7 +6,7 @@ import torch
 
 from polyseg import losses
 from polyseg.config import LossConfig
-from polyseg.objective import build_objective, count_wrong_sign
+from polyseg.objective import build_objective, take_note
 
 
 @pytest.fixture
@@ -68,10 +68,40 @@ def test_each_image_has_its_own_epsilon(case, name, terms):
         assert found[i].item() == pytest.approx(alone.item())
 
 
-def test_wrong_signs_are_counted_for_the_losses_that_have_them():
+def note_of(config, logits, mask, epsilon):
+    return take_note(config, build_objective(config)(logits, mask, epsilon), logits, mask, epsilon)
+
+
+def test_wrong_signs_are_told_for_the_losses_that_have_them():
     mask = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 1.0]]]])
     logits = torch.tensor([[[[9.0, -9.0]]], [[[-9.0, 9.0]]]])
     epsilon = torch.zeros(2)
-    assert count_wrong_sign(LossConfig(), logits, mask, epsilon) == 1
-    assert count_wrong_sign(LossConfig(epsilon=-0.5), logits, mask, epsilon - 0.5) == 0
-    assert count_wrong_sign(LossConfig(name="dice"), logits, mask, epsilon) == 0
+
+    def told(config, epsilon):
+        return note_of(config, logits, mask, epsilon).wrong_sign.tolist()
+
+    assert told(LossConfig(), epsilon) == [True, False]
+    assert told(LossConfig(), epsilon - 0.5) == [False, False]
+    assert told(LossConfig(name="dice"), epsilon) == [False, False]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "polydice1"},
+        {"name": "polydice", "terms": 4},
+        {"name": "polydice1", "scale": "printed"},
+        {"name": "polydice1", "bce_weight": 0.7},
+        {"name": "tvmf"},
+    ],
+)
+def test_a_step_tells_the_loss_at_the_constant_epsilon(case, settings):
+    logits, mask = case
+    logits.requires_grad_()
+    config = LossConfig(epsilon=0.3, **settings)
+    constant = torch.full((3,), 0.3)
+    expected = build_objective(config)(logits, mask, constant).detach()
+    found = note_of(config, logits, mask, torch.tensor([-0.4, 0.3, 1.5])).at_constant
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(note_of(config, logits, mask, constant).at_constant, expected)

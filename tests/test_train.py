@@ -2,8 +2,11 @@
 
 import csv
 import dataclasses
+import functools
+import itertools
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from scipy.special import expit
 from polyseg import train as room
 from polyseg.cache import read_assessment, read_schedule
 from polyseg.config import TrainingConfig
+from polyseg.data.dataset import arrays_as_set
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.files import sha256_of_file
 from polyseg.jobs.training import plan, train
@@ -161,7 +165,7 @@ def stop_after(epoch):
     return progress
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, optimizer, epoch):
     whole = run_of(tiny("whole", f"training.optimizer={optimizer}"))
@@ -416,18 +420,139 @@ def test_early_stopping_counts_epochs_without_a_better_dice(tiny):
     assert len(rows) == best + 1 + 2 < 30
 
 
-def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch):
+@pytest.mark.parametrize("bad_step", [1, 2, 3])
+@pytest.mark.parametrize("between_looks", [1, 2, 16])
+def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch, between_looks, bad_step):
+    """An epoch has three steps; whenever they are looked at, the first bad one is told."""
+    shown, steps = [], itertools.count(1)
+    batches = room.training_batches
+
     def broken(_):
         def objective(logits, mask, epsilon):
             losses = logits.mean(dim=(1, 2, 3)).clone()
-            losses[0] = float("nan")
+            if next(steps) == bad_step:
+                losses[1] = float("nan")
             return losses
 
         return objective
 
+    def remembered(*arguments, **settings):
+        for batch in batches(*arguments, **settings):
+            shown.append(batch[0])
+            yield batch
+
+    monkeypatch.setattr(room, "_STEPS_BETWEEN_LOOKS", between_looks)
+    monkeypatch.setattr(room, "training_batches", remembered)
     monkeypatch.setattr(room, "build_objective", broken)
-    with pytest.raises(PolysegError, match=r"epoch 1: the loss of phantom_\d+ is not finite"):
+    with pytest.raises(PolysegError, match="epoch 1: the loss of phantom") as error:
         train(tiny("run"))
+    assert f"loss of {shown[bad_step - 1][1]} is not finite" in str(error.value)
+    assert len(shown) == min(-(-bad_step // between_looks) * between_looks, 3)
+
+
+def trainer_of_two_labels(config):
+    """Return a trainer of seven images of noise."""
+    generator = np.random.default_rng(0)
+    ids = [f"image_{i}" for i in range(7)]
+    pixels = generator.integers(0, 256, (7, 32, 32), dtype=np.uint8)
+    masks = generator.integers(0, 2, (7, 2, 32, 32), dtype=np.uint8)
+    images = arrays_as_set(ids, pixels, masks, config.data)
+    split = {"train": ids, "val": [], "test": []}
+    return room.Trainer(config, images, split, RunDirectory(Path(config.output.path)))
+
+
+class Growing:
+    """Gives each image and label an epsilon of its own."""
+
+    def epsilon(self, ids):
+        return np.array([int(name[-1]) + label for name in ids for label in (0.0, 0.5)])
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant):
+    trainer = trainer_of_two_labels(
+        tiny("run", "loss.epsilon=0.25", "data.foreground={one: 1, two: 2}")
+    )
+    if not constant:
+        trainer.control = Growing()
+    expected, taken, objective = {}, [], trainer.objective
+
+    def watched(logits, target, epsilon):
+        taken.append(objective(logits, target, epsilon))
+        at_constant = objective(logits, target, torch.full_like(epsilon, 0.25))
+        expected[len(taken)] = at_constant.detach()
+        return taken[-1]
+
+    monkeypatch.setattr(trainer, "objective", watched)
+    for epoch in (1, 2):
+        row = trainer._train(epoch)
+        last = [expected.pop(step) for step in sorted(expected)]
+        found = torch.tensor(list(trainer.losses.values())).flatten()
+        torch.testing.assert_close(found, torch.cat(last))
+        if constant:
+            assert torch.equal(found, torch.cat(last))
+            assert row["train_loss"] == pytest.approx(float(found.mean()))
+        batches = room.training_batches(
+            trainer.images, trainer.split["train"], batch_size=4, seed=0, epoch=epoch
+        )
+        assert list(trainer.losses) == [name for names, *_ in batches for name in names]
+
+
+def test_each_optimizer_waits_for_weights_that_the_loss_reaches_late():
+    for name in ("adamw", "adam", "sgd"):
+        network = torch.nn.ModuleList([torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)])
+        optimizer = room._build_optimizer(TrainingConfig(optimizer=name), network)
+        for reached in (network[:1], network):
+            optimizer.zero_grad()
+            sum(layer(torch.ones(2)).sum() for layer in reached).backward()
+            optimizer.step()
+        tensors = room._optimizer_tensors(optimizer)
+        steps = {key: value for key, value in tensors.items() if key.endswith("step")}
+        assert all(value.dtype == torch.float32 for value in tensors.values())
+        assert {key: value.tolist() for key, value in steps.items()} == (
+            {} if name == "sgd" else {"0/step": 2.0, "1/step": 2.0, "2/step": 1.0, "3/step": 1.0}
+        )
+        room._restore_optimizer(optimizer, tensors)
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.complex64, None)])
+def test_adam_takes_its_steps_at_once_where_it_can(dtype, fused):
+    network = torch.nn.Linear(2, 1, dtype=dtype)
+    optimizer = room._build_optimizer(TrainingConfig(), network)
+    assert optimizer.defaults["fused"] is fused
+    network(torch.ones(2, dtype=dtype)).abs().sum().backward()
+    optimizer.step()
+
+
+def compiling_by(monkeypatch, backend):
+    """Let torch.compile trace networks as it does, and leave code to a backend of Python."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+
+
+def test_a_compiled_run_tells_once_what_it_took(tiny, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    compiling_by(monkeypatch, "eager")
+    compiled = run_of(tiny("compiled", "training.compile=true"))
+    told = [message for message in caplog.messages if "compiled the network in" in message]
+    assert len(told) == 1 and re.fullmatch(r"compiled the network in \d+ s", told[0])
+    assert_same_weights(weights_of(compiled), weights_of(run_of(tiny("plain"))))
+
+
+def no_compiler(*_):
+    raise RuntimeError("No working C++ compiler found\nSee the manual")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_where_nothing_can_be_compiled_the_run_says_what_to_set(tiny, monkeypatch, at_once):
+    if at_once:
+        monkeypatch.setattr(torch, "compile", no_compiler)
+    else:
+        compiling_by(monkeypatch, no_compiler)
+    with pytest.raises(PolysegError) as error:
+        train(tiny("run", "training.compile=true"))
+    message = str(error.value)
+    assert "No working C++ compiler found" in message and "\n" not in message
+    assert message.endswith("set training.compile=false")
 
 
 def test_no_validation_images_still_leave_a_best_checkpoint(tiny):

@@ -1,0 +1,81 @@
+"""How sure a ranking of difficulties is, judged from the passes that it was made of."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+
+def spearman(first: Values, second: Values) -> float:
+    """Return Spearman's rank correlation of two series, NaN where it has no meaning.
+
+    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 9.0, 100.0]))
+    1.0
+    """
+    from scipy.stats import spearmanr
+
+    known = np.isfinite(first) & np.isfinite(second)
+    x, y = first[known], second[known]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(spearmanr(x, y).statistic)
+
+
+def rank_stability(halves: Values) -> float:
+    """Return the rank correlation that a difficulty is expected to have with endless passes.
+
+    The correlation r of two halves of the passes is the reliability of half of them, 2 r / (1 + r)
+    that of all (Spearman and Brown, 1910), and its root the correlation with what they estimate.
+
+    Args:
+        halves: (S, 2, n), the difficulty of n images by either half of the passes, for S ways of
+            halving them.
+
+    Returns:
+        In [0, 1]; NaN where ranks have no meaning.
+
+    >>> rank_stability(np.array([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]]))
+    1.0
+    """
+    r = float(np.mean([spearman(one, other) for one, other in halves]))
+    return math.sqrt(max(2 * r / (1 + r), 0.0)) if r > -1 else (0.0 if r == -1 else r)
+
+
+def passes_needed(stability: float, passes: int, target: float) -> int:
+    """Return the least number of passes whose rank stability is expected to reach a target.
+
+    The odds of the squared stability grow in proportion to the passes.
+
+    Args:
+        stability: in (0, 1), of so many passes.
+        passes: at least 1.
+        target: in (0, 1).
+
+    >>> passes_needed(0.9, 10, 0.9), passes_needed(0.9, 10, 0.95)
+    (10, 22)
+    """
+    odds, wanted = (one**2 / (1 - one**2) for one in (stability, target))
+    return math.ceil(round(passes * wanted / odds, 6))
+
+
+def jackknife_error(left_out: Values) -> Values:
+    """Return the standard error of a statistic from its values with one of G groups left out.
+
+    The delete-a-group jackknife: sqrt((G - 1) / G sum_g (D_g - mean D)^2).
+
+    Args:
+        left_out: (G, n), G at least 2, groups of about one size.
+
+    Returns:
+        (n,), not negative.
+
+    >>> means = np.array([[(2.0 + 3.0) / 2], [(1.0 + 3.0) / 2], [(1.0 + 2.0) / 2]])
+    >>> round(float(jackknife_error(means)[0]), 4) == round(1 / 3**0.5, 4)
+    True
+    """
+    groups: Any = len(left_out)
+    error: Values = np.sqrt((groups - 1) * left_out.var(axis=0))
+    return error
