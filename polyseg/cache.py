@@ -90,12 +90,15 @@ def read_assessment(
         metric = str(file.attrs["metric"])
         if metric not in get_args(Metric):
             raise ValueError(f"metric {metric!r} is unknown")
+        scores = _columns(file, "scores", n)
+        if metric not in scores:
+            raise ValueError(f"scores/{metric} is missing")
         return Assessment(
             **attributes,
-            metric=cast(Metric, metric),
+            metric=metric,
             ids=ids,
             labels=_labels(file, n),
-            scores=_columns(file, "scores", n) | {metric: _column(file, f"scores/{metric}", n, "f8")},
+            scores=scores,
             scores_se=_columns(file, "scores_se", n),
             rank_stability={
                 name: float(file[f"scores/{name}"].attrs["rank_stability"])

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from polyseg.errors import PolysegError
+from polyseg.records import METRICS, Metric
 
 _LARGEST_FILE = 50_000
 _MOST_PROBLEMS = 5
@@ -303,9 +304,22 @@ class LossConfig(_Section):
 class UncertaintyConfig(_Section):
     """MC Dropout and what is read off it."""
 
-    samples: int = _setting(20, "N, passes an assessment", "passes", ge=2, le=MOST_SAMPLES)
-    metric: Literal["mutual_information", "entropy", "variance"] = _setting(
-        "mutual_information", "pixel map whose foreground mean is the difficulty D"
+    samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | Literal["auto"] = _setting(
+        20,
+        f"N, passes an assessment, 2 to {MOST_SAMPLES:,}; auto: as few as reach rank_target",
+        "passes",
+    )
+    rank_target: float = _setting(
+        0.95,
+        "with samples auto: rank correlation that D should have with endless passes",
+        gt=0.5,
+        lt=1,
+    )
+    metric: Metric = _setting(
+        "mutual_information",
+        "pixel map whose foreground mean is the difficulty D: mutual_information, entropy or "
+        "variance of the passes; or, without any, deterministic_entropy, or the training_loss of "
+        "the image in the last epoch",
     )
     region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
         "mask", "foreground that D is averaged over; without masks it is the prediction"
@@ -316,7 +330,15 @@ class UncertaintyConfig(_Section):
     masks: Literal["consistent", "independent"] = _setting(
         "consistent", "whether pass n drops the same for every image"
     )
+    program: Literal["auto", "plain"] = _setting(
+        "auto", "whether passes share what they have in common, or each runs the whole network"
+    )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
+
+    @property
+    def takes_passes(self) -> bool:
+        """Whether the difficulty comes from MC Dropout."""
+        return self.metric in METRICS
 
 
 class ControlConfig(_Section):
@@ -430,7 +452,8 @@ class Config(_Section):
             )
         if not self.adaptive:
             return self
-        if ":" not in self.network.name and self.network.dropout == 0:
+        passes = self.uncertainty.takes_passes
+        if passes and ":" not in self.network.name and self.network.dropout == 0:
             raise ValueError(
                 "network.dropout is 0, so MC Dropout has nothing to sample; "
                 "set it above 0, or control.enabled=false"

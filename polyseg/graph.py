@@ -5,10 +5,13 @@ floating-point sums. A dropout layer is a multiplication by a mask, which is an 
 what does not hang on any mask is the same in all passes of MC Dropout, and a mask that images share
 can be moved and absorbed like any factor.
 """
+# torch.fx types what a node is called with as all that it could be.
+# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc, no-any-return, return-value"
 
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -104,7 +107,7 @@ def insert_masks(
         inputs.append(MaskInput(mask.name, layer, calls[layer], _channels(source)))
     if {one.layer for one in inputs} != set(layers):
         raise UntraceableError("a dropout layer is not in its graph")
-    _tidy(network)
+    network.graph.eliminate_dead_code()
     return inputs
 
 
@@ -120,7 +123,8 @@ def fold_batch_norms(network: fx.GraphModule) -> None:
         if norm["training"] or norm["running_mean"] is None or not (conv and conv.is_own(network)):
             continue
         mean, variance, gamma, beta = (
-            _value(network, norm[name]) for name in ("running_mean", "running_var", "weight", "bias")
+            _value(network, norm[name])
+            for name in ("running_mean", "running_var", "weight", "bias")
         )
         if mask is None:
             folded = conv.with_batch_norm(network, mean, variance, norm["eps"], gamma, beta)
@@ -135,7 +139,7 @@ def fold_batch_norms(network: fx.GraphModule) -> None:
             masked = network.graph.call_function(_MULTIPLY, (scaled, mask))
         _replace(node, _ADD, masked, _constant(network, node, shift))
         _keep_shape(node, scaled, masked)
-    _tidy(network)
+    network.graph.eliminate_dead_code()
 
 
 def move_masks_behind_activations(network: fx.GraphModule) -> None:
@@ -149,7 +153,7 @@ def move_masks_behind_activations(network: fx.GraphModule) -> None:
             bare = network.graph.call_function(node.target, (source, *node.args[1:]), node.kwargs)
         _keep_shape(node, bare)
         _replace(node, _MULTIPLY, bare, mask)
-    _tidy(network)
+    network.graph.eliminate_dead_code()
 
 
 def fold_identities(network: fx.GraphModule) -> None:
@@ -165,7 +169,7 @@ def fold_identities(network: fx.GraphModule) -> None:
                 weight[:, :, middle[0], middle[1]] += torch.eye(len(weight)).to(weight)
                 node.replace_all_uses_with(conv.with_weight(network, weight))
                 break
-    _tidy(network)
+    network.graph.eliminate_dead_code()
 
 
 def merge_pointwise(network: fx.GraphModule) -> None:
@@ -187,11 +191,11 @@ def merge_pointwise(network: fx.GraphModule) -> None:
         merged = inner.with_weight(network, torch.einsum(pattern, head, weight), bias)
         node.replace_all_uses_with(merged)
         _keep_shape(node, merged)
-    _tidy(network)
+    network.graph.eliminate_dead_code()
 
 
 def split_concatenations(network: fx.GraphModule) -> None:
-    """Convolve apart what hangs on a mask and what does not, conv(cat(a, b)) = conv(a) + conv(b)."""
+    """Convolve what no mask reaches apart, conv(cat(a, b)) = conv(a) + conv(b)."""
     stochastic = stochastic_nodes(network)
     for node in _nodes(network, _CONVOLUTIONS):
         conv = _Convolution.of(node)
@@ -210,7 +214,7 @@ def split_concatenations(network: fx.GraphModule) -> None:
         still = conv.over_parts(network, parts, weights, [not one for one in moving], conv.bias)
         changing = conv.over_parts(network, parts, weights, moving, None)
         _replace(node, _ADD, changing, still)
-    _tidy(network)
+    network.graph.eliminate_dead_code()
 
 
 def absorb_masks(network: fx.GraphModule) -> None:
@@ -232,7 +236,7 @@ def absorb_masks(network: fx.GraphModule) -> None:
         source = _Convolution.of(node.args[0])
         if source and source.input in stochastic and source.is_own(network):
             node.replace_all_uses_with(source.with_masked_output(network, mask))
-    _tidy(network)
+    network.graph.eliminate_dead_code()
 
 
 def work_in_place(part: "Part") -> None:
@@ -250,7 +254,7 @@ def work_in_place(part: "Part") -> None:
             _swap_summands(node)
         if _is_spare(node.args[0], node):
             node.target = _IN_PLACE[node.target]
-    _tidy(network)
+    network.recompile()
 
 
 def _add_product(node: Node) -> None:
@@ -259,11 +263,11 @@ def _add_product(node: Node) -> None:
         return
     for product, other in (node.args, node.args[::-1]):
         mask = _mask_of(product)
-        if mask is not None and isinstance(other, Node) and len(product.users) == 1:
-            if product is not other:
-                node.target = _aten.addcmul.default
-                node.args = (other, product.args[0], mask)
-                return
+        spare = mask is not None and len(product.users) == 1
+        if spare and isinstance(other, Node) and product is not other:
+            node.target = _aten.addcmul.default
+            node.args = (other, product.args[0], mask)
+            return
 
 
 def _swap_summands(node: Node) -> None:
@@ -309,7 +313,7 @@ def open_last_convolution(network: fx.GraphModule) -> Taps:
         node, _aten.conv2d.default, conv.input, _constant(network, node, spread.contiguous())
     )
     opened.meta["val"] = node.meta["val"].repeat(1, height * width, 1, 1)
-    _tidy(network)
+    network.graph.eliminate_dead_code()
     return Taps(
         tuple(down * (i - height // 2) for i in range(height) for _ in range(width)),
         tuple(across * (j - width // 2) for _ in range(height) for j in range(width)),
@@ -330,6 +334,13 @@ class Part:
         results = self.function(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, results, strict=True))
 
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Keep weights in this order."""
+        for name, values in self.function.named_buffers():
+            if values.dim() == 4:
+                setattr(self.function, name, values.contiguous(memory_format=layout))
+
+    @cached_property
     def cost(self) -> float:
         """Return about how much there is to compute for an image, in multiplications."""
         return float(sum(_cost(node) for node in self.function.graph.nodes))
@@ -388,9 +399,7 @@ def _part(network: fx.GraphModule, nodes: list[Node], results: list[Node]) -> Pa
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in results))
     function = fx.GraphModule(network, graph)
-    return Part(
-        function, tuple(node.name for node in inputs), tuple(node.name for node in results)
-    )
+    return Part(function, tuple(node.name for node in inputs), tuple(node.name for node in results))
 
 
 def _sides(node: Node) -> tuple[int, int] | None:
@@ -562,7 +571,7 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                 strict=False,
             )
-        network: fx.GraphModule = exported.module()  # type: ignore[assignment]
+        network: fx.GraphModule = exported.module()
     except Exception as error:  # Somebody's code, read by torch's exporter.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UntraceableError(reason[:200]) from error
@@ -578,7 +587,7 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
     _without_side_effects(network)
     for node in _nodes(network, _COPIES):
         node.replace_all_uses_with(node.args[0])
-    _tidy(network)
+    network.graph.eliminate_dead_code()
     return network
 
 
@@ -614,7 +623,7 @@ def _nodes(network: fx.GraphModule, targets: tuple[Any, ...]) -> list[Node]:
 
 def _bound(node: Node) -> dict[str, Any]:
     """Return all arguments of a call by name, defaults included."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments = node.target._schema.arguments
     given = {one.name: one.default_value for one in arguments}
     given.update(zip(given, node.args, strict=False))
     return given | node.kwargs
@@ -634,7 +643,7 @@ def _mask_of(node: Any) -> Node | None:
         return None
     mask = node.args[1]
     is_mask = isinstance(mask, Node) and "channelwise" in mask.meta
-    return mask if is_mask else None  # type: ignore[return-value]
+    return mask if is_mask else None
 
 
 def _is_spare(node: Any, user: Node) -> bool:
@@ -684,9 +693,3 @@ def _constant(network: fx.GraphModule, before: Node, value: Tensor) -> Node:
 def _pair(value: Any) -> tuple[int, int]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return (values[0], values[-1])
-
-
-def _tidy(network: fx.GraphModule) -> None:
-    network.graph.eliminate_dead_code()
-    network.graph.lint()
-    network.recompile()

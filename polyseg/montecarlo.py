@@ -6,10 +6,11 @@ that can be taken apart run as a program that does once what the passes have in 
 pass is the reference that it is checked against, and what all others run.
 """
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -119,17 +120,23 @@ def assess(
     def tell() -> None:
         progress("MC Dropout", len(table.images), total)
 
+    given: list[str] = []
+
+    def parts() -> Iterator[Batch]:
+        for batch in batches:
+            given.extend(batch.ids)
+            for part in _by_emptiness(batch):
+                yield from passes.parts(part)
+
     with held_in_mode(network, training=False), torch.inference_mode():
         measurements = (
-            _Measurement(passes, part, region, boundary_width, save_maps)
-            for batch in batches
-            for part in passes.parts(batch)
+            _Measurement(passes, part, region, boundary_width, save_maps) for part in parts()
         )
         pilot: list[_Measurement] = []
         if wanted == "auto":
             pilot = _pilot(measurements)
             wanted = _choose_samples(pilot, rank_target, METRICS.index(metric), tell)
-        for measurement in (*pilot, *measurements):
+        for measurement in chain(pilot, measurements):
             measurement.extend(wanted, tell)
             table.add(measurement)
             tell()
@@ -145,7 +152,7 @@ def assess(
         masks=masks,
         seed=seed,
         **table.columns(),
-    )
+    ).in_order(given)
 
 
 def stochastic_pass(
@@ -182,6 +189,29 @@ def stochastic_pass(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def spread(ids: Sequence[str]) -> list[str]:
+    """Return ids in an order whose beginning stands for all, whatever order they come in.
+
+    >>> spread(["a", "b", "c", "d", "e"])
+    ['a', 'd', 'b', 'e', 'c']
+    """
+    # Steps of the golden ratio leave no large gap.
+    return [ids[i] for i in np.argsort(np.arange(len(ids)) * 0.6180339887 % 1, kind="stable")]
+
+
+def describe(assessment: Assessment) -> str:
+    """Return in a line how sure an assessment is."""
+    quartiles = "/".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
+    text = f"difficulty by {assessment.metric}: quartiles {quartiles}"
+    errors = assessment.scores_se.get(assessment.metric)
+    if errors is None:
+        return text
+    return (
+        f"{text}; {assessment.samples} passes, standard error {np.median(errors):.4f}, "
+        f"rank stability {assessment.rank_stability[assessment.metric]:.3f}"
+    )
 
 
 class _Passes:
@@ -324,13 +354,13 @@ class _Sight:
             points = None
             if chosen is not None:
                 points = Points.of(chosen.to(images.device)).moved(self.top, self.left)
-            self.inside = Look(program, padded, points)
+            # Image by image on a processor; all at once they fill an accelerator.
+            self.inside = Look(program, padded, points, crop=images.device.type == "cpu")
 
     @property
     def way(self) -> tuple[bool, bool]:
         """Whether it looks at points, and at windows around them."""
-        windows = self.inside is not None and self.inside.windows is not None
-        return (self.chosen is not None, windows)
+        return (self.chosen is not None, self.inside is not None and self.inside.cropped)
 
     def sample(self, index: int) -> Tensor:
         """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
@@ -431,28 +461,30 @@ class _Results:
     fallback: Tensor
     owner: NDArray[np.int64]
 
-    def scores(self, groups: list[UncertaintyAccumulator] | None = None) -> NDArray[np.float64]:
-        """Return the scores from some groups, or all: (metrics, rows)."""
-        record = UncertaintyAccumulator.merged(groups or self.groups)
-        maps = (getattr(record, name).numpy() for name in METRICS)
+    def scores(self, record: UncertaintyAccumulator | None = None) -> NDArray[np.float64]:
+        """Return the scores from the passes of a record, or from all: (metrics, rows)."""
+        record = record or self.everything
+        maps = (one.numpy() for one in record.maps().values())
         return np.stack([mean_by_image(one, self.owner, len(self.chosen)) for one in maps])
+
+    @cached_property
+    def everything(self) -> UncertaintyAccumulator:
+        """All passes at the pixels of the region."""
+        return UncertaintyAccumulator.merged(self.groups)
 
     def errors(self) -> NDArray[np.float64]:
         """Return the standard errors of the scores, (metrics, rows)."""
-        several = self.groups
-        left_out = [self.scores(several[:i] + several[i + 1 :]) for i in range(len(several))]
+        left_out = [self.scores(self.everything.without(group)) for group in self.groups]
         return jackknife_error(np.stack(left_out))
 
     def halves(self) -> NDArray[np.float64]:
         """Return the scores of either half of the passes, (ways of halving, 2, metrics, rows)."""
         middle = len(self.groups) // 2
-        turns = (self.groups[i:] + self.groups[:i] for i in range(middle))
-        return np.stack(
-            [
-                np.stack([self.scores(turn[:middle]), self.scores(turn[middle : 2 * middle])])
-                for turn in turns
-            ]
-        )
+        ways = []
+        for i in range(0, middle, 2):
+            half = UncertaintyAccumulator.merged(self.groups[i : i + middle])
+            ways.append(np.stack([self.scores(half), self.scores(self.everything.without(half))]))
+        return np.stack(ways)
 
     def deterministic(self) -> dict[str, Tensor]:
         """Return what the pass without dropout says of each row."""
@@ -509,6 +541,22 @@ def _stability_of(halves: NDArray[np.float64], labels: int) -> float:
     """Return the rank stability within the label that has least of it."""
     several = [rank_stability(halves[..., k::labels]) for k in range(labels)]
     return float(np.min(several))
+
+
+def _by_emptiness(batch: Batch) -> list[Batch]:
+    """Divide a batch into images with foreground of every label, and others.
+
+    The others' foreground is known when all passes are done, which takes all pixels of each.
+    """
+    if batch.masks is None:
+        return [batch]
+    full = (batch.masks > 0).flatten(2).any(dim=2).all(dim=1).tolist()
+    rows = ([i for i, one in enumerate(full) if one is kind] for kind in (True, False))
+    return [
+        Batch([batch.ids[i] for i in some], batch.images[some], batch.masks[some], batch.labels)
+        for some in rows
+        if some
+    ]
 
 
 def _padded(network: nn.Module, images: Tensor) -> tuple[Tensor, int, int]:

@@ -6,8 +6,9 @@ these alone, and the suffix's last levels are run on a window around them.
 """
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,13 +78,16 @@ class Program:
         # normalise over space are slower in it.
         over_space = graph.normalises_over_space(network)
         self.layout = torch.contiguous_format if over_space else torch.channels_last
+        for part in (self.prefix, self.suffix, self.opened):
+            part.lay_out(self.layout)
         self.frame = (int(images.shape[2]), int(images.shape[3]))
         self.tails = self._find_tails(self.begin(images[:1]))
 
     @property
     def bytes_a_pixel(self) -> float:
-        """Bytes of the largest feature map, for a pixel of the images."""
-        return 4 * self.opened.most_values() / (self.frame[0] * self.frame[1])
+        """Bytes of the largest feature map that a whole batch has, for a pixel of the images."""
+        whole = self.tails[-1].head if self.tails else self.opened
+        return 4 * whole.most_values() / (self.frame[0] * self.frame[1])
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
         """Return what all passes over (B, C, H, W) images have in common, by name."""
@@ -108,6 +112,8 @@ class Program:
             head, end = graph.cut(self.opened.function, self.opened.narrow(width))
             graph.work_in_place(head)
             graph.work_in_place(end)
+            for part in (head, end):
+                part.lay_out(self.layout)
             values = {**features, **masks}
             head.run(values)
             tail = Tail.of(head, end, values, self.frame)
@@ -118,7 +124,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Tail:
-    """The last levels of a suffix, whose every output hangs on a neighbourhood only."""
+    """The last levels of a suffix, which may be run image by image, and on windows.
+
+    On windows where every output hangs on a neighbourhood only: nothing that normalises over space.
+    """
 
     head: Part
     end: Part
@@ -126,19 +135,22 @@ class Tail:
     """Height and width of the output."""
     cell: int
     """Output pixels a side that one pixel of the coarsest input stands for."""
-    halo: int
-    """Output pixels that the neighbourhood reaches beyond a cell."""
+    halo: int | None
+    """Output pixels that the neighbourhood reaches beyond a cell; None where it has no bound."""
 
     @classmethod
     def of(
         cls, head: Part, end: Part, values: dict[str, Tensor], frame: tuple[int, int]
     ) -> "Tail | None":
-        """Return the tail if it is one: what is no number in one cell must not reach far."""
+        """Return the tail, if its inputs are in step; NaN in a cell tells its halo."""
         sides = {values[name].shape[-2:] for name in end.inputs if _is_map(values[name])}
         cells = {size // side for each in sides for size, side in zip(frame, each, strict=True)}
         cell = max(cells, default=0)
-        fits = all((rows * (frame[0] // rows), columns * (frame[1] // columns)) == frame
-                   and frame[0] // rows == frame[1] // columns for rows, columns in sides)
+        fits = all(
+            (rows * (frame[0] // rows), columns * (frame[1] // columns)) == frame
+            and frame[0] // rows == frame[1] // columns
+            for rows, columns in sides
+        )
         if not cell or not fits or any(cell % one for one in cells):
             return None
         corner = tuple(size // cell // 2 * cell for size in frame)
@@ -154,91 +166,95 @@ class Tail:
         for axis in (0, 1):
             touched = reached.any(dim=1 - axis).nonzero().flatten()
             if len(touched) == 0 or touched[0] == 0 or touched[-1] == frame[axis] - 1:
-                return None
+                return cls(head, end, frame, cell, None)
             first, last = int(touched[0]), int(touched[-1])
             halo = max(halo, corner[axis] - first, last + 1 - corner[axis] - cell)
         return cls(head, end, frame, cell, halo)
 
-    def windows(self, points: Points, images: int, reach: int) -> "Windows":
-        """Return the least windows that hold what the points hang on."""
+    def windows(self, points: Points, images: int, reach: int) -> list["Window"]:
+        """Return for each image the least window that holds what its points hang on."""
+        if self.halo is None:
+            return [Window(0, 0, *self.frame)] * images
         margin = self.halo + reach
-        starts, ends = [], []
+        edges = []
         for where, size in zip((points.row, points.column), self.frame, strict=True):
             least = where.new_full((images,), size).scatter_reduce_(0, points.image, where, "amin")
             most = where.new_zeros(images).scatter_reduce_(0, points.image, where, "amax")
-            starts.append((least - margin).clamp(0, size - 1) // self.cell * self.cell)
-            ends.append((most + margin + self.cell).clamp(max=size + self.cell - 1)
-                        // self.cell * self.cell)
-        sides = [max(int((end - start).max()), self.cell) for start, end in zip(starts, ends, strict=True)]
-        top, left = (
-            start.clamp(max=size - side).clamp(min=0)
-            for start, size, side in zip(starts, self.frame, sides, strict=True)
-        )
-        return Windows(top, left, (sides[0], sides[1]))
-
-    def share(self, windows: "Windows") -> float:
-        """Return the cost of a pass with these windows as a share of one without."""
-        area = windows.size[0] * windows.size[1] / (self.frame[0] * self.frame[1])
-        head, end = self.head.cost(), self.end.cost()
-        return (head + end * area) / (head + end)
-
-    def cropped(self, values: Mapping[str, Tensor], windows: "Windows") -> dict[str, Tensor]:
-        """Return the inputs of the tail that are there, cut down to the windows."""
-        return {
-            name: self._crop(values[name], windows) for name in self.end.inputs if name in values
-        }
-
-    def _crop(self, values: Tensor, windows: "Windows") -> Tensor:
-        if not _is_map(values):
-            return values
-        step = self.frame[0] // values.shape[2]
-        height, width = (side // step for side in windows.size)
-        parts = [
-            values[i % len(values)][None, :, top : top + height, left : left + width]
-            for i, (top, left) in enumerate(
-                zip((windows.top // step).tolist(), (windows.left // step).tolist(), strict=True)
-            )
+            first = (least - margin).clamp(0, size - 1) // self.cell * self.cell
+            last = (most + margin).clamp(max=size - 1) // self.cell * self.cell + self.cell
+            edges += [first, last.maximum(first + self.cell)]
+        return [
+            Window(top, left, bottom - top, right - left)
+            for top, bottom, left, right in zip(*(edge.tolist() for edge in edges), strict=True)
         ]
-        return torch.cat(parts)
+
+    def share(self, windows: Sequence["Window"]) -> float:
+        """Return the cost of a pass with these windows as a share of one without."""
+        area = sum(one.height * one.width for one in windows) / len(windows)
+        head, end = self.head.cost, self.end.cost
+        return (head + end * area / (self.frame[0] * self.frame[1])) / (head + end)
+
+    def crop(self, values: Tensor, image: int, window: "Window") -> Tensor:
+        """Return an input of the tail for one image, cut down to its window."""
+        if not _is_map(values):
+            return values[image : image + 1] if values.dim() == 4 and len(values) > 1 else values
+        image = image % len(values)
+        step = self.frame[0] // values.shape[2]
+        top, left = window.top // step, window.left // step
+        rows, columns = window.height // step, window.width // step
+        part = values[image : image + 1, :, top : top + rows, left : left + columns]
+        channels_last = values.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return part.contiguous(memory_format=layout)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Where the last levels are run: for each image one window, all of one size."""
+class Window(NamedTuple):
+    """Where the last levels are run for an image."""
 
-    top: Tensor
-    left: Tensor
-    size: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class Look:
-    """A batch of images as the passes look at them, at chosen pixels or at all."""
+    """A batch of images as the passes look at them, at chosen pixels or at all.
+
+    For chosen pixels the last levels are run image by image, each on its window: what they make is
+    large, and stays near a processor's caches so.
+    """
 
     def __init__(
         self, program: Program, images: Tensor, points: Points | None, *, crop: bool = True
     ) -> None:
+        """Prepare the passes over (B, C, H, W) images.
+
+        Args:
+            program: of the network.
+            images: padded as the core wants them.
+            points: in these; None for all pixels.
+            crop: whether the last levels may be run on windows.
+        """
         self.program, self.points = program, points
         self.features = program.begin(images)
         self.tail: Tail | None = None
-        self.windows: Windows | None = None
-        self.window: dict[str, Tensor] = {}
+        self.windows = [Window(0, 0, *images.shape[2:])] * len(images)
+        self.still: list[dict[str, Tensor]] = []
         if points is not None:
-            self._choose(points, len(images), crop and images.shape[2:] == program.frame)
+            if crop and images.shape[2:] == program.frame:
+                self._choose_tail(points, len(images))
+            self._find_taps(points)
+
+    @property
+    def cropped(self) -> bool:
+        """Whether some windows are less than the image."""
+        return self.tail is not None and self.tail.share(self.windows) < 1
 
     def __call__(self, masks: Masks) -> Tensor:
         """Return the logits of a pass: (n,) at the points, or (B, K, H, W)."""
         if self.points is None:
             return self.program.logits(self.features, masks)
-        values = {**self.features, **masks}
-        if self.tail is None or self.windows is None:
-            opened = _result(self.program.opened, values)
-        else:
-            self.tail.head.run(values)
-            fresh = {name: values[name] for name in self.tail.end.inputs if name not in self.window}
-            opened = _result(
-                self.tail.end, {**self.window, **self.tail.cropped(fresh, self.windows)}
-            )
-        flat = opened.permute(0, 2, 3, 1).reshape(-1)
+        flat = self._opened({**self.features, **masks})
         logits: Tensor = flat.index_select(0, self.index.flatten()).view_as(self.index)
         if self.outside is not None:
             logits = logits.masked_fill(self.outside, 0)
@@ -249,19 +265,46 @@ class Look:
         """Return the logits of a pass at all pixels, (B, K, H, W)."""
         return self.program.logits(self.features, masks)
 
-    def _choose(self, points: Points, images: int, crop: bool) -> None:
-        """Choose the cheapest way to the points, and settle where its output holds them."""
-        taps = self.program.taps
-        reach = max(map(abs, (*taps.rows, *taps.columns)))
-        ways = [(tail.windows(points, images, reach), tail) for tail in self.program.tails if crop]
-        share = 1.0
-        for windows, tail in ways:
-            if tail.share(windows) < min(share, _WORTHWHILE):
-                share, self.windows, self.tail = tail.share(windows), windows, tail
-        if self.tail is not None and self.windows is not None:
-            self.window = self.tail.cropped(self.features, self.windows)
+    def _opened(self, values: dict[str, Tensor]) -> Tensor:
+        """Return the taps of all windows one after another, pixel by pixel."""
+        if self.tail is None:
+            return _result(self.program.opened, values).permute(0, 2, 3, 1).flatten()
+        self.tail.head.run(values)
+        parts = []
+        for image, (window, still) in enumerate(zip(self.windows, self.still, strict=True)):
+            moving = {
+                name: self.tail.crop(values[name], image, window)
+                for name in self.tail.end.inputs
+                if name not in still
+            }
+            opened = _result(self.tail.end, {**still, **moving})
+            parts.append(opened.permute(0, 2, 3, 1).flatten())
+        return torch.cat(parts)
+
+    def _choose_tail(self, points: Points, images: int) -> None:
+        """Choose the cheapest way to the points; without a gain, the shortest tail."""
+        reach = max(map(abs, (*self.program.taps.rows, *self.program.taps.columns)))
+        least = _WORTHWHILE
+        for tail in self.program.tails:
+            windows = tail.windows(points, images, reach)
+            if tail.share(windows) < least or (
+                tail is self.program.tails[-1] and least == _WORTHWHILE
+            ):
+                least, self.tail, self.windows = tail.share(windows), tail, windows
+        if self.tail is not None:
+            self.still = [
+                {
+                    name: self.tail.crop(self.features[name], image, window)
+                    for name in self.tail.end.inputs
+                    if name in self.features
+                }
+                for image, window in enumerate(self.windows)
+            ]
+
+    def _find_taps(self, points: Points) -> None:
+        """Settle where each of the taps of each point lies in what `_opened` returns."""
+        taps, device = self.program.taps, points.row.device
         height, width = self.features[self.program.input].shape[-2:]
-        frame = (height, width) if self.windows is None else self.windows.size
         offsets = points.row.new_tensor([taps.rows, taps.columns])
         rows, columns = (
             where + offset[:, None]
@@ -269,14 +312,15 @@ class Look:
         )
         outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
         self.outside = outside if bool(outside.any()) else None
-        if self.windows is not None:
-            rows = rows - self.windows.top[points.image]
-            columns = columns - self.windows.left[points.image]
-        rows, columns = rows.clamp(0, frame[0] - 1), columns.clamp(0, frame[1] - 1)
-        labels = self.program.labels
-        channel = torch.arange(len(taps.rows), device=rows.device)[:, None] * labels + points.label
-        pixel = (points.image * frame[0] + rows) * frame[1] + columns
-        self.index = pixel * (len(taps.rows) * labels) + channel
+        top, left, high, wide = torch.tensor(self.windows, device=device).T
+        start = (high * wide).cumsum(0) - high * wide
+        image = points.image
+        rows = (rows - top[image]).clamp(min=0).minimum(high[image] - 1)
+        columns = (columns - left[image]).clamp(min=0).minimum(wide[image] - 1)
+        pixel = start[image] + rows * wide[image] + columns
+        tap = torch.arange(len(taps.rows), device=device)[:, None]
+        channels = len(taps.rows) * self.program.labels
+        self.index = pixel * channels + tap * self.program.labels + points.label
 
 
 def _prefix_and_suffix(network: fx.GraphModule, shared: bool) -> tuple[Part, Part]:

@@ -1,6 +1,6 @@
 """The plain records that one room hands to the next; nothing here computes or writes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -94,10 +94,20 @@ class Assessment:
         if self.labels is None:
             return self
         rows = [i for i, one in enumerate(self.labels) if one == label]
+        return replace(self._at(rows), labels=None)
+
+    def in_order(self, ids: Sequence[str]) -> "Assessment":
+        """Return the rows with the images in another order."""
+        places: dict[str, list[int]] = {}
+        for i, identity in enumerate(self.ids):
+            places.setdefault(identity, []).append(i)
+        return self._at([row for identity in ids for row in places[identity]])
+
+    def _at(self, rows: list[int]) -> "Assessment":
         return replace(
             self,
             ids=[self.ids[i] for i in rows],
-            labels=None,
+            labels=None if self.labels is None else [self.labels[i] for i in rows],
             scores={name: values[rows] for name, values in self.scores.items()},
             scores_se={name: values[rows] for name, values in self.scores_se.items()},
             foreground_pixels=self.foreground_pixels[rows],

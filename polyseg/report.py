@@ -20,7 +20,7 @@ from polyseg.data.dataset import ImageSet
 from polyseg.difficulty import FALLBACKS
 from polyseg.files import write_text
 from polyseg.ranks import spearman
-from polyseg.records import METRICS, Assessment
+from polyseg.records import Assessment
 from polyseg.run import RunDirectory, in_order
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,7 @@ def difficulty_correlations(
         part = assessment.of_label(label)
         rows = [i for i, identity in enumerate(part.ids) if identity in known]
         truth = np.array([known[part.ids[i]] for i in rows])
-        for name in METRICS:
-            scores = part.scores[name]
+        for name, scores in part.scores.items():
             row: dict[str, Any] = {"metric": name} | ({"label": label} if label else {})
             row["with 1 - Dice"] = spearman(scores, 1 - part.dice)
             if rows:
@@ -112,10 +111,14 @@ def assessment_csv(assessment: Assessment) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     labels = assessment.labels
-    heads = ["id", *(["label"] if labels else []), "difficulty", *METRICS, "dice"]
+    errors = assessment.scores_se.get(assessment.metric)
+    of_difficulty = [assessment.difficulty] if errors is None else [assessment.difficulty, errors]
+    columns = [*of_difficulty, *assessment.scores.values()]
+    named = ["difficulty", "difficulty_se"][: len(of_difficulty)]
+    heads = ["id", *(["label"] if labels else []), *named, *assessment.scores, "dice"]
     writer.writerow([*heads, "foreground_pixels", "fallback"])
     for i, identity in enumerate(assessment.ids):
-        values = [assessment.difficulty[i], *(assessment.scores[name][i] for name in METRICS)]
+        values = [column[i] for column in columns]
         row = [f"{value:.9g}" for value in (*values, assessment.dice[i])]
         own = [identity, *([labels[i]] if labels else [])]
         writer.writerow(

@@ -25,7 +25,7 @@ from polyseg.data.splits import Split
 from polyseg.dropout import active_layers, refuse_hidden_dropout
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.inference import choose_device, predict
-from polyseg.montecarlo import assess
+from polyseg.montecarlo import assess, describe, spread
 from polyseg.objective import Note, as_tasks, build_objective, take_note
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
@@ -82,7 +82,7 @@ class Trainer:
         if config.data.normalise == "dataset":
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
-        if config.adaptive:
+        if config.adaptive and config.uncertainty.takes_passes:
             # Now, not at the first assessment, which may be hours away.
             active_layers(self.network)
             image, _ = images.patch(split["train"][0], seed=0)
@@ -279,23 +279,34 @@ class Trainer:
         }
 
     def _assess(self, epoch: int) -> None:
-        """Measure the training images by MC Dropout, keep the file, and adapt epsilon to it."""
+        """Measure the difficulty of the training images, keep the file, and adapt epsilon to it."""
         ids = self.split["train"]
         assessment = assess(
             self.network,
-            self.images.batches(ids, self.config.training.batch_size),
+            self.images.batches(spread(ids), self.config.training.batch_size),
             **self.config.uncertainty.model_dump(),
             seed=self.config.training.seed,
             epoch=epoch,
             progress=lambda _, done, total: self._report_assessment(epoch, done, total),
             total=len(ids),
+        ).in_order(ids)
+        assessment = dataclasses.replace(
+            assessment,
+            scores={**assessment.scores, "training_loss": self._training_losses()},
+            config_yaml=self.config.to_yaml(),
         )
-        assessment = dataclasses.replace(assessment, config_yaml=self.config.to_yaml())
+        log.info("%s", describe(assessment))
         self._adopt(assessment)
         if self.config.control.statistics == "dataset":
             assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set)
         path = self.run.assessment(epoch)
         self.assessments[path.name] = write_assessment(path, assessment)
+
+    def _training_losses(self) -> NDArray[np.float64]:
+        """Return each image's loss of the last epoch, a row a label; before the first, zeros."""
+        labels = len(self.images.labels)
+        losses = [self.losses.get(name, [0.0] * labels) for name in self.split["train"]]
+        return np.array(losses, np.float64).ravel()
 
     def _adopt(self, assessment: Assessment) -> None:
         # What feeds the next epochs needs no maps, which may be large.

@@ -123,6 +123,22 @@ class UncertaintyAccumulator:
         )
         return cls(count, mean, squares, sum((one._entropy for one in records), torch.zeros(())))
 
+    def without(self, part: "UncertaintyAccumulator") -> "UncertaintyAccumulator":
+        """Return the record of the samples that `part`, of some of them, did not take in."""
+        count = self.count - part.count
+        mean = (self.count * self._mean - part.count * part._mean) / count
+        squares = self._squares - part._squares
+        squares -= (part.count * self.count / count) * (part._mean - self._mean).square()
+        return UncertaintyAccumulator(
+            count, mean, squares.clamp_min(0), self._entropy - part._entropy
+        )
+
+    def maps(self) -> dict[str, Tensor]:
+        """Return mutual information, entropy and variance by name."""
+        entropy = self.entropy
+        shared = (entropy - self._entropy / self.count).clamp_min(0)
+        return {"mutual_information": shared, "entropy": entropy, "variance": self.variance}
+
     def at(self, chosen: Tensor) -> "UncertaintyAccumulator":
         """Return the record of the pixels that are chosen, by a mask of the samples' shape."""
         parts = (self._mean[chosen], self._squares[chosen], self._entropy[chosen])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from polyseg.config import Config, DataConfig
 from polyseg.data.dataset import ImageSet, Item, member_of
@@ -15,6 +16,7 @@ from polyseg.data.loading import load_images, load_others
 from polyseg.data.splits import PARTS, Split, split_by_settings, torn_groups
 from polyseg.errors import PolysegError
 from polyseg.inference import choose_device
+from polyseg.memory import keep_freed_memory
 from polyseg.networks import SegmentationNetwork
 from polyseg.records import Progress
 from polyseg.run import Checkpoint, RunDirectory, find_checkpoint, read_checkpoint
@@ -47,6 +49,7 @@ def open_model(source: Path, device: str, trust: bool) -> Model:
     Raises:
         PolysegError: there is none, it is damaged, or its network may not be trusted.
     """
+    keep_freed_memory()
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
     # Where decoded images are kept is this machine's affair, not the checkpoint's.
@@ -237,6 +240,17 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
             len(images.ids),
             model.source,
         )
+
+
+def passes_of(config: Config) -> dict[str, Any]:
+    """Return the settings of MC Dropout, also of a training whose difficulty took no passes."""
+    settings = config.uncertainty.model_dump()
+    if not config.uncertainty.takes_passes:
+        log.info(
+            "uncertainty.metric %s takes no passes: mutual_information here", settings["metric"]
+        )
+        settings["metric"] = "mutual_information"
+    return settings
 
 
 def results_beside(source: Path, name: str) -> Path:

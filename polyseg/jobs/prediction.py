@@ -21,7 +21,7 @@ from polyseg.data.writers import write_labels, write_map
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
 from polyseg.inference import predict
-from polyseg.jobs.models import Model, fresh_folder, open_model
+from polyseg.jobs.models import Model, fresh_folder, open_model, passes_of
 from polyseg.montecarlo import assess
 from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.report import Outcome
@@ -175,7 +175,7 @@ def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
 
 
 def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
-    settings = config.uncertainty.model_dump() | {"save_maps": True, "region": "prediction"}
+    settings = passes_of(config) | {"save_maps": True, "region": "prediction"}
     return assess(
         model.network,
         images.batches(images.ids, config.training.batch_size),

@@ -16,6 +16,7 @@ from polyseg.evaluate import RunScores
 from polyseg.jobs.evaluation import score
 from polyseg.jobs.models import new_split, split_of_run
 from polyseg.jobs.uncertainty import draw_extremes
+from polyseg.memory import keep_freed_memory
 from polyseg.records import Progress, no_progress
 from polyseg.report import Outcome
 from polyseg.run import RunDirectory, new_run_path, read_checkpoint
@@ -23,6 +24,8 @@ from polyseg.train import Trainer
 
 log = logging.getLogger(__name__)
 
+_LIKELY_SAMPLES = 20
+"""What a plan takes for N where the passes are to choose it."""
 _FREE_TO_CHANGE = (
     "training.epochs",
     "training.device",
@@ -40,6 +43,7 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
         PolysegError: data, settings or folder are not in order.
         Interrupted: a signal ended the training; its last epoch is committed.
     """
+    keep_freed_memory()
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
     if resume:
         config = resumed_config(config, run)
@@ -64,7 +68,8 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
 def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Return what a training run would cost, without training: counts and the share of MC Dropout.
 
-    A training image is counted as three passes, one forward and two for the gradients.
+    A training image is counted as three passes, one forward and two for the gradients, and each of
+    MC Dropout as a whole one, which it is where the network cannot be taken apart.
 
     Raises:
         PolysegError: data, settings or folder are not in order.
@@ -76,7 +81,9 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
     Trainer(config, images, split, run)  # which checks the network
     epochs = config.training.epochs
     moments = config.control.assessment_epochs(epochs) if config.adaptive else []
-    stochastic = len(moments) * config.uncertainty.samples * len(split["train"])
+    uncertainty = config.uncertainty
+    samples = _LIKELY_SAMPLES if uncertainty.samples == "auto" else uncertainty.samples
+    stochastic = len(moments) * len(split["train"]) * (samples if uncertainty.takes_passes else 1)
     plain = epochs * (3 * len(split["train"]) + len(split["val"]))
     return {
         "images": {part: len(ids) for part, ids in split.items()},
@@ -86,7 +93,7 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
         "assessed after epochs": moments,
         "MC-Dropout passes of an image": stochastic,
-        "share of MC Dropout": round(stochastic / (stochastic + plain), 3),
+        "share of MC Dropout, at most": round(stochastic / (stochastic + plain), 3),
     }
 
 

@@ -1,6 +1,7 @@
 """`polyseg estimate-uncertainty`: what a trained network is unsure about."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,19 @@ from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
-from polyseg.jobs.models import fresh_folder, images_for, open_model, results_beside
-from polyseg.montecarlo import assess
+from polyseg.jobs.models import (
+    fresh_folder,
+    images_for,
+    open_model,
+    passes_of,
+    results_beside,
+)
+from polyseg.montecarlo import assess, describe, spread
 from polyseg.networks import SegmentationNetwork, hash_weights
-from polyseg.records import Assessment, Progress, no_progress
+from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.report import Outcome
+
+log = logging.getLogger(__name__)
 
 
 def estimate_uncertainty(
@@ -40,19 +49,20 @@ def estimate_uncertainty(
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
     model = open_model(source, device, trust)
     images, ids = images_for(model, data, part, "all", progress, cache)
-    settings = model.config.uncertainty.model_dump() | {"save_maps": save_maps}
+    settings = passes_of(model.config) | {"save_maps": save_maps}
     if samples is not None:
         settings["samples"] = samples
     with fresh_folder(out or results_beside(source, "uncertainty-estimate")) as folder:
         assessment = assess(
             model.network,
-            images.batches(ids, model.config.training.batch_size),
+            images.batches(spread(ids), model.config.training.batch_size),
             **settings,
             seed=model.config.training.seed,
             epoch=model.checkpoint.epoch,
             progress=progress,
             total=len(ids),
-        )
+        ).in_order(ids)
+        log.info("%s", describe(assessment))
         assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
         write_assessment(folder / "assessment.h5", assessment)
         write_text(folder / "per_image.csv", report.assessment_csv(assessment))
@@ -75,6 +85,8 @@ def draw_extremes(
 
     Their maps are measured anew, with the network as it is now, which may have trained on since.
     """
+    if assessment.metric not in METRICS:
+        return []  # Without passes there are no maps.
     order = np.argsort(-assessment.difficulty, kind="stable")
     settings = config.uncertainty.model_dump()
     moved = hash_weights(network) != assessment.weights_sha256
