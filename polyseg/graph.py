@@ -6,14 +6,14 @@ what does not hang on any mask is the same in all passes of MC Dropout, and a ma
 can be moved and absorbed like any factor.
 """
 # torch.fx types what a node is called with as all that it could be.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc, no-any-return, return-value"
+# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
+# mypy: disable-error-code="no-any-return, return-value"
 
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,13 +54,8 @@ class MaskInput:
     channels: int
 
 
-_traced: "WeakKeyDictionary[nn.Module, fx.GraphModule | str]" = WeakKeyDictionary()
-
-
 def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return a network as a graph of functions without side effects, with its weights of now.
-
-    The work of tracing is done once a network.
 
     Args:
         core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
@@ -69,17 +64,32 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     Raises:
         UntraceableError: what it does hangs on more than shapes, or it is no such network.
     """
-    if core not in _traced:
-        try:
-            _traced[core] = _export(core, images)
-        except UntraceableError as error:
-            _traced[core] = str(error)
-    traced = _traced[core]
-    if isinstance(traced, str):
-        raise UntraceableError(traced)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(traced.graph, {}))
-    return fx.GraphModule(traced, graph)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                core,
+                (images,),
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                strict=False,
+            )
+        network: fx.GraphModule = exported.module()
+    except Exception as error:  # Somebody's code, read by torch's exporter.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UntraceableError(reason[:200]) from error
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and not node.users:
+            network.graph.erase_node(node)  # Guards that torch puts in.
+    odd = {node.op for node in network.graph.nodes}
+    odd -= {"placeholder", "get_attr", "call_function", "output"}
+    results = next(node for node in network.graph.nodes if node.op == "output").args[0]
+    if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
+        raise UntraceableError("it is more than operations on tensors")
+    _refuse_what_is_no_operation(network)
+    _without_side_effects(network)
+    for node in _nodes(network, _COPIES):
+        node.replace_all_uses_with(node.args[0])
+    network.graph.eliminate_dead_code()
+    return network
 
 
 def insert_masks(
@@ -560,35 +570,6 @@ class _Convolution:
             node = network.graph.call_function(self.node.target, tuple(given.values()))
         _keep_shape(self.node, node)
         return node
-
-
-def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(
-                core,
-                (images,),
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                strict=False,
-            )
-        network: fx.GraphModule = exported.module()
-    except Exception as error:  # Somebody's code, read by torch's exporter.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UntraceableError(reason[:200]) from error
-    for node in list(network.graph.nodes):
-        if node.op == "call_module" and not node.users:
-            network.graph.erase_node(node)  # Guards that torch puts in.
-    odd = {node.op for node in network.graph.nodes}
-    odd -= {"placeholder", "get_attr", "call_function", "output"}
-    results = next(node for node in network.graph.nodes if node.op == "output").args[0]
-    if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
-        raise UntraceableError("it is more than operations on tensors")
-    _refuse_what_is_no_operation(network)
-    _without_side_effects(network)
-    for node in _nodes(network, _COPIES):
-        node.replace_all_uses_with(node.args[0])
-    network.graph.eliminate_dead_code()
-    return network
 
 
 def _refuse_what_is_no_operation(network: fx.GraphModule) -> None:

@@ -68,7 +68,7 @@ def test_the_schema_is_json():
         ("control.epsilon_min=2", r"control\.epsilon_min 2\.0 is above epsilon_max 1\.0"),
         ("network.dropout=0", r"network\.dropout is 0"),
         ("training.learning_rate=.nan", "finite"),
-        ("uncertainty.samples=1", "greater than or equal to 2"),
+        ("uncertainty.samples=1", "2 to 10,000"),
         ("loss", "give key.sub=value"),
         ("loss.name.x=1", r"loss\.name: input should be .*, got {'x': 1}"),
         ("training.epochs=!!python/object/apply:os.getcwd []", "is not YAML"),

@@ -1,0 +1,514 @@
+"""The program of a network gives what its passes give, one by one, and is really used."""
+
+import logging
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from polyseg import graph, montecarlo
+from polyseg.dropout import active_layers
+from polyseg.montecarlo import assess
+from polyseg.networks import build_network, network_names
+from polyseg.program import Look, Points, Program
+from polyseg.records import Batch
+
+NEEDS_PADDING = (40, 50)
+SCORES = ("mutual_information", "entropy", "variance")
+CLOSE = 1e-5
+
+
+class OwnNet(nn.Module):
+    """What a user might bring: dropout of single values, normalisation over space, skips."""
+
+    def __init__(self, in_channels, out_channels, norm="group"):
+        super().__init__()
+        norms = {
+            "group": lambda: nn.GroupNorm(2, 8),
+            "instance": lambda: nn.InstanceNorm2d(8),
+            "none": nn.Identity,
+        }
+        self.enter = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.norm, self.other = norms[norm](), norms[norm]()
+        self.drop, self.again = nn.Dropout(0.3), nn.Dropout(0.2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.join = nn.Conv2d(16, 8, 3, padding=1)
+        self.leave = nn.Conv2d(8, out_channels, 3, padding=1)
+
+    def forward(self, images):
+        top = self.norm(self.enter(images)).relu()
+        low = self.drop(self.down(top).relu())
+        joined = self.join(torch.cat([self.up(low), top], dim=1))
+        return self.leave(self.again(self.other(joined).relu()))
+
+
+def moved(network, channels=1):
+    """Move weights and statistics away from where they start, by passes in training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        network.train()
+        for _ in range(3):
+            network(torch.randn(4, channels, 64, 64, generator=generator))
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+    return network.eval()
+
+
+def build(name, labels=1, **settings):
+    torch.manual_seed(5)
+    if name == "own":
+        name = "tests.test_program:OwnNet"
+    return moved(build_network(name, in_channels=1, out_channels=labels, **settings))
+
+
+def make_batch(n=3, size=NEEDS_PADDING, labels=1, names=("",), seed=0, prefix="image"):
+    """Images whose foregrounds lie in a corner, at a border, in the middle, and are small."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 1, *size, generator=generator)
+    masks = torch.zeros(n, labels, *size, dtype=torch.uint8)
+    for i in range(n):
+        for k in range(labels):
+            top, left = [(0, 0), (size[0] - 6, 20), (17, 11), (30, size[1] - 1)][(i + k) % 4]
+            masks[i, k, top : top + 6, left : left + 9] = 1
+    return Batch([f"{prefix}{i}" for i in range(n)], images, masks, names)
+
+
+def check(network, batches, caplog, used=True, **how):
+    """Assess by the program and the plain way; return the former."""
+    caplog.set_level(logging.INFO, "polyseg")
+    how = {"samples": 4} | how
+    plain = assess(network, batches, program="plain", **how)
+    caplog.clear()
+    ours = assess(network, batches, **how)
+    for name in SCORES:
+        expected = plain.scores[name]
+        assert expected.max() > 1e-6
+        # Of the largest score, for a difference of entropies may be next to nothing.
+        apart = np.abs(ours.scores[name] - expected) / np.maximum(expected, 0.01 * expected.max())
+        assert apart.max() < CLOSE, f"{name}: relative difference {apart.max():.1e}"
+    for field in ("foreground_pixels", "fallback", "dice"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(plain, field), field)
+    np.testing.assert_allclose(
+        ours.scores["deterministic_entropy"], plain.scores["deterministic_entropy"], rtol=CLOSE
+    )
+    assert ours.ids == plain.ids
+    told = "run whole each pass" in caplog.text or "plain way" in caplog.text
+    assert told is not used, caplog.text
+    return ours
+
+
+# Against the plain passes.
+
+
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize("kind", ["channel", "element"])
+@pytest.mark.parametrize("name", network_names())
+def test_the_program_gives_the_scores_of_the_plain_passes(name, kind, masks, caplog):
+    network = build(name, dropout_kind=kind, dropout=0.3)
+    check(network, [make_batch()], caplog, masks=masks)
+
+
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize("norm", ["group", "instance", "none"])
+def test_a_network_of_ones_own(norm, masks, caplog):
+    network = build("own", settings={"norm": norm}, multiple_of=2)
+    check(network, [make_batch()], caplog, masks=masks)
+
+
+def test_a_network_that_is_not_wrapped(caplog):
+    check(moved(OwnNet(1, 1)), [make_batch(size=(32, 48))], caplog)
+
+
+@pytest.mark.parametrize("region", ["mask", "boundary", "prediction", "union", "image"])
+def test_every_region(region, caplog):
+    check(build("unet"), [make_batch()], caplog, region=region)
+
+
+@pytest.mark.parametrize("region", ["mask", "boundary", "prediction"])
+@pytest.mark.parametrize("kind", ["channel", "element"])
+def test_several_labels(region, kind, caplog):
+    network = build("unet", labels=3, dropout_kind=kind)
+    batch = make_batch(labels=3, names=("a", "b", "c"))
+    result = check(network, [batch], caplog, region=region)
+    assert len(result.difficulty) == 9
+
+
+@pytest.mark.parametrize("region", ["mask", "boundary"])
+def test_an_empty_mask_in_the_batch(region, caplog):
+    batch = make_batch()
+    batch.masks[1] = 0
+    result = check(build("unet"), [batch, make_batch(prefix="other")], caplog, region=region)
+    assert result.fallback[1] != 0
+    assert not result.fallback[[0, 2, 3, 4, 5]].any()
+
+
+def test_images_without_masks(caplog):
+    check(build("unet"), [make_batch()._replace(masks=None)], caplog)
+
+
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize("name", ["unet", "own"])
+def test_batches_of_several_sizes(name, masks, caplog):
+    sizes = [(1, (32, 32)), (3, (32, 32)), (2, (40, 72)), (1, (72, 40)), (2, (32, 32))]
+    batches = [make_batch(n, size, prefix=f"of{i}-", seed=i) for i, (n, size) in enumerate(sizes)]
+    check(build(name, multiple_of=2), batches, caplog, masks=masks)
+
+
+def test_saved_maps_are_those_of_the_plain_passes(caplog):
+    network, batch = build("unet"), make_batch()
+    ours = check(network, [batch], caplog, save_maps=True)
+    plain = assess(network, [batch], samples=4, program="plain", save_maps=True)
+    for name, maps in plain.maps.items():
+        np.testing.assert_allclose(ours.maps[name], maps, atol=1e-3)
+
+
+def test_weights_that_changed_since_are_seen(caplog):
+    network, batch = build("unet"), make_batch()
+    check(network, [batch], caplog)
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.mul_(1.1)
+    check(moved(network), [batch], caplog)
+
+
+def test_a_large_batch_is_divided(caplog, monkeypatch):
+    monkeypatch.setattr(montecarlo, "_BYTES_AT_ONCE", 1)
+    check(build("unet"), [make_batch(4)], caplog, masks="independent")
+
+
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Conv2d(1, 8, 2, stride=2), nn.Dropout2d(0.3), nn.ConvTranspose2d(8, 1, 2, 2)],
+        lambda: [nn.Dropout(0.3), nn.Conv2d(1, 1, 3, padding=1)],
+        lambda: [nn.Conv2d(1, 4, 3, padding=1), nn.Dropout2d(0.3), nn.ReLU(), nn.Conv2d(4, 1, 1)],
+    ],
+    ids=["before the way up", "images", "one level"],
+)
+def test_networks_of_few_layers(layers, masks, caplog):
+    torch.manual_seed(3)
+    check(nn.Sequential(*layers()).eval(), [make_batch(size=(32, 48))], caplog, masks=masks)
+
+
+class Gated(nn.Module):
+    """Channels are weighed by what they hold on the whole, which drops as vectors, not maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+        self.weigh, self.drop = nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, images):
+        features = self.enter(images)
+        weights = self.weigh(self.drop(features.mean(dim=(2, 3)))).sigmoid()
+        return self.leave(features.relu() * weights[:, :, None, None])
+
+
+class Tokens(nn.Module):
+    """Pixels in a row, as transformers have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(1, 8, 4, stride=4), nn.ConvTranspose2d(8, 1, 4, 4)
+        self.mix, self.drop = nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, images):
+        features = self.enter(images)
+        tokens = self.mix(self.drop(features.flatten(2).transpose(1, 2))).relu()
+        return self.leave(tokens.transpose(1, 2).reshape(features.shape))
+
+
+class Placed(nn.Module):
+    """Every place has a feature of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.where = nn.Parameter(torch.randn(1, 1, 32, 48))
+        self.enter, self.leave = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+        self.drop = nn.Dropout2d(0.3)
+
+    def forward(self, images):
+        return self.leave(self.drop(self.enter(self.where) + self.enter(images)).relu())
+
+
+class Writing(nn.Module):
+    """Writes to a part of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.drop = nn.Dropout2d(0.3)
+
+    def forward(self, images):
+        features = self.drop(self.enter(images))
+        features[:, :4].relu_()
+        features[:, 5] = 0
+        return self.leave(features)
+
+
+class Branching(nn.Module):
+    """Does one thing or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.leave, self.drop = nn.Conv2d(1, 1, 3, padding=1), nn.Dropout(0.3)
+
+    def forward(self, images):
+        return self.leave(self.drop(images)) if images.mean() > -9 else images
+
+
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize("network", [Gated, Tokens, Placed, Writing, Branching])
+def test_networks_that_are_hardly_a_program_are_assessed_all_the_same(network, masks):
+    torch.manual_seed(3)
+    network = network().eval()
+    batches = [make_batch(n, (32, 48), prefix=f"of{n}-") for n in (1, 3)]
+    plain = assess(network, batches, samples=4, program="plain", masks=masks)
+    ours = assess(network, batches, samples=4, masks=masks)
+    for name in SCORES:
+        np.testing.assert_allclose(ours.scores[name], plain.scores[name], rtol=1e-4)
+
+
+# Windows.
+
+
+def points_of(where, size):
+    chosen = torch.zeros(2, 1, *size, dtype=torch.bool)
+    for image in range(2):
+        chosen[image, 0][where] = True
+    return Points.of(chosen), chosen
+
+
+PLACES = {
+    "corner": (slice(0, 9), slice(0, 7)),
+    "other corner": (slice(88, 96), slice(120, 128)),
+    "border": (slice(0, 5), slice(50, 70)),
+    "pixel": (50, 61),
+    "pixel in the corner": (95, 127),
+    "middle": (slice(40, 60), slice(50, 70)),
+    "all": (slice(None), slice(None)),
+}
+
+
+def make_program(network, images, shared=True):
+    with torch.no_grad():
+        return Program(network.core, active_layers(network.core), images, shared=shared)
+
+
+def masks_of(program, network, images, kind, shared):
+    """Draw masks, of whole channels or of single values, for all images alike or for each."""
+    shapes = {}
+
+    def remember(name, output):
+        shapes[name] = output.shape[1:]
+
+    layers = active_layers(network.core)
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out, name=name: remember(name, out))
+        for name, layer in layers.items()
+    ]
+    network(images)
+    for hook in hooks:
+        hook.remove()
+    masks = {}
+    for one in program.masks:
+        shape = shapes[one.layer] if kind == "element" else (one.channels, 1, 1)
+        masks[one.node] = (torch.rand(1 if shared else len(images), *shape) < 0.7) / 0.7
+    return masks
+
+
+def plainly(network, program, masks, images):
+    """Run the network with its dropout layers multiplied by the masks."""
+    by_layer = {one.layer: masks[one.node] for one in program.masks}
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out, name=name: out * by_layer[name])
+        for name, layer in active_layers(network.core).items()
+    ]
+    try:
+        return network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("unet", "channel"), ("unet", "element"), ("dynunet", "channel"), ("basic-unet", "element")],
+)
+def test_a_look_at_points_gives_the_pass_there(name, kind, shared):
+    network = build(name, dropout_kind=kind)
+    images = torch.randn(2, 1, 96, 128)
+    with torch.no_grad():
+        program = make_program(network, images, shared)
+        masks = masks_of(program, network, images, kind, shared)
+        expected = plainly(network, program, masks, images)
+        largest = expected.abs().max()
+        everywhere = Look(program, images, None)(masks)
+        assert (everywhere - expected).abs().max() / largest < CLOSE
+        cropped = set()
+        for place, where in PLACES.items():
+            points, chosen = points_of(where, (96, 128))
+            for crop in (True, False):
+                look = Look(program, images, points, crop=crop)
+                apart = (look(masks) - expected[chosen]).abs().max() / largest
+                assert apart < CLOSE, f"{place}, crop={crop}: relative difference {apart:.1e}"
+                if look.cropped:
+                    cropped.add((place, crop))
+    small = set(PLACES) - {"all"}
+    assert {(place, True) for place in small} >= cropped
+    assert ("pixel in the corner", True) in cropped
+    assert ("all", True) not in cropped
+
+
+def test_points_of_one_image_only():
+    """Images of a batch differ in what is wanted of them; of one it is nothing."""
+    network = build("unet")
+    images = torch.randn(3, 1, 64, 64)
+    chosen = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
+    chosen[0, 0, 60:, 60:] = True
+    chosen[2, 0, 30, ::9] = True
+    with torch.no_grad():
+        program = make_program(network, images)
+        masks = masks_of(program, network, images, "channel", True)
+        found = Look(program, images, Points.of(chosen))(masks)
+        expected = plainly(network, program, masks, images)[chosen]
+    assert (found - expected).abs().max() / expected.abs().max() < CLOSE
+
+
+def test_an_assessment_looks_through_windows(monkeypatch, caplog):
+    ways = []
+
+    def look(*arguments, **settings):
+        ways.append(Look(*arguments, **settings))
+        return ways[-1]
+
+    monkeypatch.setattr(montecarlo, "Look", look)
+    batch = make_batch(4, (96, 96))
+    check(build("unet"), [batch], caplog)
+    assert ways and all(way.cropped for way in ways)
+    areas = {window.height * window.width for way in ways for window in way.windows}
+    assert max(areas) < 96 * 96
+
+
+@pytest.mark.parametrize("norm", ["group", "instance"])
+def test_no_windows_where_each_pixel_hangs_on_all(norm, monkeypatch, caplog):
+    ways = []
+
+    def look(*arguments, **settings):
+        ways.append(Look(*arguments, **settings))
+        return ways[-1]
+
+    monkeypatch.setattr(montecarlo, "Look", look)
+    network = build("own", settings={"norm": norm}, multiple_of=2)
+    check(network, [make_batch(4, (96, 96))], caplog)
+    assert ways and not any(way.cropped for way in ways)
+
+
+# A program that is wrong.
+
+
+def broken_masks(self, like):
+    return {one.node: 0.9 * like.new_ones(1, one.channels, 1, 1) for one in self.masks}
+
+
+def broken_fold(network):
+    for node in graph._nodes(network, (graph._aten.batch_norm.default,)):
+        node.replace_all_uses_with(node.args[0])
+
+
+def broken_logits(self, masks):
+    return Look.original(self, masks) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (graph, "fold_batch_norms", broken_fold),
+        (Look, "__call__", broken_logits),
+        (graph, "fold_identities", lambda network: graph.open_last_convolution(network)),
+    ],
+    ids=["rewrite", "numbers", "shapes"],
+)
+def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, caplog):
+    monkeypatch.setattr(Look, "original", Look.__call__, raising=False)
+    monkeypatch.setattr(owner, name, wrong)
+    network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
+    ours = assess(network, batches, samples=4)
+    warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "plain way" in warnings[0].message
+    plain = assess(network, batches, samples=4, program="plain")
+    for field in SCORES:
+        np.testing.assert_allclose(ours.scores[field], plain.scores[field], rtol=1e-9)
+
+
+def test_wrong_masks_without_dropout_are_noticed(monkeypatch):
+    """The pass without dropout is not among those that are checked against the plain one."""
+    monkeypatch.setattr(Program, "all_kept", broken_masks)
+    network, batches = build("unet"), [make_batch()]
+    ours = assess(network, batches, samples=2)
+    plain = assess(network, batches, samples=2, program="plain")
+    np.testing.assert_allclose(
+        ours.scores["deterministic_entropy"], plain.scores["deterministic_entropy"], rtol=CLOSE
+    )
+
+
+def test_a_confident_network_keeps_its_program(caplog):
+    """Probabilities next to 1 are coarse in float32, so that they tell little of the logits."""
+    network = build("dynunet")
+    head = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)][-1]
+    batch = make_batch(4, (64, 64))
+    batch.masks[:] = 1
+    with torch.no_grad():
+        factor = 60 / network(batch.images).max()
+        head.weight.mul_(factor)
+        head.bias.mul_(factor)
+    check(network, [batch], caplog)
+
+
+def test_the_plain_way_can_be_asked_for(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("taken apart")
+
+    monkeypatch.setattr(montecarlo, "Program", refuse)
+    assess(build("unet"), [make_batch()], samples=2, program="plain")
+
+
+# Memory.
+
+_PEAK = """
+import resource, sys
+import torch
+from tests.test_program import build, make_batch
+from polyseg.montecarlo import assess
+torch.set_num_threads(1)
+network, batch = build("unet"), make_batch(4, (128, 128))
+batch.masks[:] = 1
+assess(network, [batch], samples=2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assess(network, [batch], samples=int(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_passes():
+    """Sixty passes over these maps would be 16 MB, were they kept; features far more."""
+    few, many = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", _PEAK, str(samples)], stdout=subprocess.PIPE, check=True
+            ).stdout
+        )
+        for samples in (10, 60)
+    )
+    scale = 1 if sys.platform != "darwin" else 2**10
+    pages = resource.getpagesize() / 2**10
+    assert (many - few) / scale < 6 * 2**10 + pages, (few, many)
