@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,8 +55,13 @@ class MaskInput:
     channels: int
 
 
+_traced: "WeakKeyDictionary[nn.Module, tuple[Any, fx.GraphModule | str]]" = WeakKeyDictionary()
+
+
 def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return a network as a graph of functions without side effects, with its weights of now.
+
+    The graph is made once, and again where a setting of one of the network's modules has changed.
 
     Args:
         core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
@@ -64,6 +70,44 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     Raises:
         UntraceableError: what it does hangs on more than shapes, or it is no such network.
     """
+    settings = _settings_of(core)
+    known, traced = _traced.get(core, (None, ""))
+    if known != settings:
+        try:
+            traced = _export(core, images)
+        except UntraceableError as error:
+            traced = str(error)
+        _traced[core] = (settings, traced)
+    if isinstance(traced, str):
+        raise UntraceableError(traced)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    network = fx.GraphModule(traced, graph)
+    _take_weights(network, core)
+    return network
+
+
+def _settings_of(core: nn.Module) -> list[Any]:
+    """Return what a module's behaviour may hang on besides its input and its tensors."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return [
+        (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
+        for name, module in core.named_modules()
+    ]
+
+
+def _take_weights(network: fx.GraphModule, core: nn.Module) -> None:
+    """Let a graph use the tensors that the network has now."""
+    for node in network.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        try:
+            value = getattr(core.get_submodule(owner), name)
+        except AttributeError:
+            continue  # A constant of the graph's own.
+        setattr(network.get_submodule(owner), name, value)
+
+
+def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
     try:
         with torch.no_grad():
             exported = torch.export.export(

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
-from scipy.stats import pearsonr, rankdata
 from sklearn import metrics as peer
 
 from polyseg.evaluate import (
@@ -23,7 +22,6 @@ from polyseg.evaluate import (
     markdown_table,
     notes,
     per_image_csv,
-    spearman,
     summary_json,
 )
 
@@ -161,21 +159,3 @@ def test_tables_have_a_row_a_run_and_keep_their_columns(runs):
     body = [line for line in latex_table(runs).splitlines() if line.endswith(r"\\")]
     assert len(body) == 3 and {line.count("&") for line in body} == {len(METRICS)}
     assert r"a\_run" in body[1] and r"b|50\%" in body[2]
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(-9, 9), st.integers(-9, 9) | st.just(math.nan)),
-        min_size=1,
-        max_size=30,
-    )
-)
-def test_spearman_is_pearson_of_ranks(pairs):
-    x, y = np.array(pairs, dtype=float).T
-    whole = np.isfinite(y)
-    found = spearman(x, y)
-    if whole.sum() < 3 or len(set(x[whole])) == 1 or len(set(y[whole])) == 1:
-        assert math.isnan(found)
-    else:
-        expected = pearsonr(rankdata(x[whole]), rankdata(y[whole])).statistic
-        assert found == pytest.approx(expected, abs=1e-9)

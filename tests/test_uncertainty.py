@@ -105,6 +105,89 @@ def test_a_thousand_samples_stay_within_1e6_and_memory_does_not_grow():
     assert len(sizes) == 1
 
 
+def recorded(samples):
+    record = UncertaintyAccumulator()
+    for sample in samples:
+        record.update(sample)
+    return record
+
+
+def check_record(record, samples):
+    """A record says what the functions say of all samples."""
+    maps = record.maps()
+    assert list(maps) == ["mutual_information", "entropy", "variance"]
+    assert record.count == len(samples)
+    for found, again, expected in (
+        (record.mean, record.mean, samples.mean(0)),
+        (maps["mutual_information"], record.mutual_information, mutual_information(samples)),
+        (maps["entropy"], record.entropy, predictive_entropy(samples)),
+        (maps["variance"], record.variance, prediction_variance(samples)),
+    ):
+        assert torch.equal(found, again)
+        assert found.shape == expected.shape
+        if expected.numel():
+            assert (found - expected).abs().max() < 1e-12
+
+
+@given(probabilities, st.data())
+def test_records_of_parts_are_merged(samples, data):
+    tensor = torch.from_numpy(samples)
+    owner = torch.tensor(
+        data.draw(st.lists(st.integers(0, 3), min_size=len(tensor), max_size=len(tensor)))
+    )
+    # Some may have taken in nothing.
+    parts = [recorded(tensor[owner == i]) for i in range(4)]
+    check_record(UncertaintyAccumulator.merged(parts), tensor)
+    check_record(UncertaintyAccumulator.merged(parts[::-1]), tensor)
+
+
+@given(probabilities, st.data())
+def test_a_part_is_taken_out_again(samples, data):
+    tensor = torch.from_numpy(samples)
+    out = data.draw(st.integers(1, len(tensor) - 1))
+    whole, part = recorded(tensor), recorded(tensor[:out])
+    check_record(whole.without(part), tensor[out:])
+    check_record(whole, tensor)  # as it was
+    check_record(part, tensor[:out])
+    check_record(UncertaintyAccumulator.merged([whole.without(part), part]), tensor)
+
+
+@given(probabilities, st.data())
+def test_a_record_of_chosen_pixels(samples, data):
+    tensor = torch.from_numpy(samples)
+    pixels = data.draw(st.sets(st.integers(0, tensor.shape[1] - 1), min_size=1))
+    chosen = torch.zeros(tensor.shape[1], dtype=torch.bool)
+    chosen[list(pixels)] = True
+    check_record(recorded(tensor).at(chosen), tensor[:, chosen])
+
+
+def test_chosen_pixels_of_maps():
+    samples = torch.rand(6, 2, 4, 5, dtype=torch.float64)
+    chosen = torch.rand(2, 4, 5) < 0.4
+    record = recorded(samples)
+    check_record(record.at(chosen), samples[:, chosen])
+    check_record(record, samples)
+
+
+def test_merged_without_and_at_go_together():
+    samples = torch.rand(12, 3, 7, dtype=torch.float64)
+    chosen = torch.rand(3, 7) < 0.5
+    groups = [recorded(samples[i::4]).at(chosen) for i in range(4)]
+    whole = UncertaintyAccumulator.merged(groups)
+    rest = [i for i in range(12) if i % 4 != 2]
+    check_record(whole.without(groups[2]), samples[rest][:, chosen])
+
+
+def test_what_is_left_where_cancellation_is_worst():
+    """Probabilities next to one, float32 as networks give them, and most passes taken out."""
+    samples = torch.rand(100, 50) * 1e-3 + 0.999
+    left = recorded(samples).without(recorded(samples[:90]))
+    exact = samples[90:].double()
+    assert (left.variance - prediction_variance(exact)).abs().max() < 1e-12
+    assert (left.variance >= 0).all()
+    assert (left.mutual_information - mutual_information(exact)).abs().max() < 1e-6
+
+
 def test_half_precision_samples_are_taken_in_float32():
     samples = torch.rand(5, 3).to(torch.bfloat16)
     assert mutual_information(samples).dtype == torch.float32

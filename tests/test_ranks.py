@@ -1,0 +1,190 @@
+"""How sure a ranking is, against closed forms and against rankings whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import pearsonr, rankdata
+
+from polyseg.ranks import jackknife_error, passes_needed, rank_stability, spearman
+
+# Spearman.
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-9, 9), st.integers(-9, 9) | st.just(math.nan)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_spearman_is_pearson_of_ranks(pairs):
+    x, y = np.array(pairs, dtype=float).T
+    whole = np.isfinite(y)
+    found = spearman(x, y)
+    if whole.sum() < 3 or len(set(x[whole])) == 1 or len(set(y[whole])) == 1:
+        assert math.isnan(found)
+    else:
+        expected = pearsonr(rankdata(x[whole]), rankdata(y[whole])).statistic
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1.0, 2.0], [5.0, 5.0, 5.0], [1.0, math.nan, 2.0, math.inf]],
+    ids=["two", "all alike", "two are finite"],
+)
+def test_without_three_different_values_there_are_no_ranks(values):
+    assert math.isnan(spearman(np.array(values), np.arange(len(values)) + 0.5))
+
+
+# Rank stability.
+
+
+def measured(generator, images, passes, noise, repeats):
+    """Simulate difficulties, and what passes say of each that err independently.
+
+    Returns:
+        The truths, (repeats, images), and the passes, (repeats, passes, images).
+    """
+    truth = generator.normal(size=(repeats, images))
+    errors = generator.normal(scale=noise, size=(repeats, passes, images))
+    return truth, truth[:, None] + errors
+
+
+def mean_correlation(truths, samples):
+    """Return the mean correlation of what the passes say with the truth."""
+    pairs = zip(truths, samples, strict=True)
+    return np.mean([spearman(truth, passes.mean(axis=0)) for truth, passes in pairs])
+
+
+def halves_of(passes):
+    """Halve the passes in five ways, as an assessment of ten groups does."""
+    count = len(passes)
+    ways = []
+    for i in range(5):
+        first = np.roll(np.arange(count), -i * count // 10)[: count // 2]
+        second = np.setdiff1d(np.arange(count), first)
+        ways.append([passes[first].mean(axis=0), passes[second].mean(axis=0)])
+    return np.array(ways)
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("passes", [10, 40])
+def test_stability_predicts_the_correlation_with_the_truth(noise, passes):
+    generator = np.random.default_rng(0)
+    truths, samples = measured(generator, 80, passes, noise, repeats=40)
+    predicted = np.mean([rank_stability(halves_of(one)) for one in samples])
+    actual = mean_correlation(truths, samples)
+    # Where halves hardly agree the root of what varies about 0 is on average too small.
+    assert predicted == pytest.approx(actual, abs=0.03 if actual > 0.6 else 0.08)
+
+
+def test_stability_of_a_few_images_is_right_on_average():
+    truths, samples = measured(np.random.default_rng(1), 12, 20, 1.0, repeats=100)
+    predicted = np.mean([rank_stability(halves_of(one)) for one in samples])
+    assert predicted == pytest.approx(mean_correlation(truths, samples), abs=0.03)
+
+
+def test_passes_that_say_nothing_have_no_stability():
+    generator = np.random.default_rng(2)
+    found = [rank_stability(generator.normal(size=(5, 2, 100))) for _ in range(50)]
+    assert np.mean(found) < 0.25
+
+
+@given(arrays(np.float64, (3, 2, 9), elements=st.floats(-1, 1, width=16)))
+def test_stability_is_a_share_or_without_meaning(halves):
+    stability = rank_stability(halves)
+    assert math.isnan(stability) or 0 <= stability <= 1
+
+
+@given(arrays(np.float64, (3, 2, 9), elements=st.integers(-900, 900), unique=True))
+def test_stability_is_of_ranks_alone(halves):
+    bent = np.exp(halves / 30) * np.arange(1, 4)[:, None, None]
+    assert rank_stability(halves) == pytest.approx(rank_stability(bent))
+
+
+def test_halves_that_agree_and_that_are_opposed():
+    series = np.array([3.0, 1.0, 2.0, 7.0])
+    assert rank_stability(np.array([[series, series]])) == 1
+    assert rank_stability(np.array([[series, -series]])) == 0
+    assert math.isnan(rank_stability(np.array([[series, np.ones(4)]])))
+
+
+# Passes.
+
+SHARES = st.floats(0.05, 0.99)
+
+
+@given(SHARES, st.integers(1, 200), SHARES, SHARES)
+def test_a_higher_target_takes_no_fewer_passes(stability, passes, first, second):
+    low, high = sorted((first, second))
+    assert passes_needed(stability, passes, low) <= passes_needed(stability, passes, high)
+
+
+@given(SHARES, SHARES, st.integers(1, 200), SHARES)
+def test_more_stability_takes_no_more_passes(first, second, passes, target):
+    low, high = sorted((first, second))
+    assert passes_needed(high, passes, target) <= passes_needed(low, passes, target)
+
+
+@given(st.floats(0.1, 10), st.integers(1, 300), st.floats(0.2, 0.98))
+def test_the_passes_are_those_of_the_closed_form(ratio, passes, target):
+    """Variance v of the truth and e of a pass: a squared stability of v / (v + e / N)."""
+    stability = math.sqrt(ratio / (ratio + 1 / passes))
+    needed = passes_needed(stability, passes, target)
+    reached = [math.sqrt(ratio / (ratio + 1 / n)) for n in (needed - 1, needed) if n]
+    assert reached[-1] >= target - 1e-6
+    assert len(reached) == 1 or reached[0] <= target + 1e-6
+
+
+@given(SHARES, st.integers(1, 200))
+def test_what_is_reached_takes_as_many_as_there_were(stability, passes):
+    assert passes_needed(stability, passes, stability) == passes
+
+
+def test_the_prediction_of_passes_holds_for_simulated_rankings():
+    generator = np.random.default_rng(3)
+    _, samples = measured(generator, 200, 10, 2.0, repeats=20)
+    stability = float(np.mean([rank_stability(halves_of(one)) for one in samples]))
+    needed = passes_needed(stability, 10, 0.95)
+    truths, more = measured(generator, 200, needed, 2.0, repeats=20)
+    assert mean_correlation(truths, more) == pytest.approx(0.95, abs=0.02)
+
+
+# Standard errors.
+
+
+def leave_out(statistic, values, groups):
+    """Return a statistic of all but each of some groups of the values."""
+    parts = np.array_split(np.arange(len(values)), groups)
+    return np.stack([statistic(np.delete(values, part, axis=0)) for part in parts])
+
+
+@given(
+    arrays(
+        np.float64,
+        st.tuples(st.integers(2, 20), st.integers(1, 4)),
+        elements=st.floats(-100, 100),
+    )
+)
+def test_the_error_of_a_mean_is_the_textbook_one(values):
+    left_out = leave_out(lambda part: part.mean(axis=0), values, len(values))
+    expected = values.std(axis=0, ddof=1) / math.sqrt(len(values))
+    np.testing.assert_allclose(jackknife_error(left_out), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_groups_give_the_error_on_average():
+    samples = np.random.default_rng(4).normal(scale=3.0, size=(40, 2000))
+    squared = jackknife_error(leave_out(lambda part: part.mean(axis=0), samples, 10)) ** 2
+    assert squared.mean() == pytest.approx(9 / 40, rel=0.05)
+
+
+def test_the_error_of_a_statistic_that_is_no_mean():
+    """Of the logarithm of a mean, about the error of the mean divided by it."""
+    samples = np.random.default_rng(5).normal(10.0, 2.0, size=(100, 500))
+    errors = jackknife_error(leave_out(lambda part: np.log(part.mean(axis=0)), samples, 10))
+    assert np.mean(errors**2) == pytest.approx(4 / 100 / 100, rel=0.1)
