@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from polyseg.dropout import DROPOUT_LAYERS
+
 _aten = torch.ops.aten
 
 _ADD, _MULTIPLY, _CONCATENATE = _aten.add.Tensor, _aten.mul.Tensor, _aten.cat.default
@@ -108,6 +110,13 @@ def _take_weights(network: fx.GraphModule, core: nn.Module) -> None:
 
 
 def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
+    # In evaluation mode a layer may return its very input, which the exporter would then take, also
+    # where others read it, for the output.
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
+        for layer in core.modules()
+        if isinstance(layer, DROPOUT_LAYERS)
+    ]
     try:
         with torch.no_grad():
             exported = torch.export.export(
@@ -120,6 +129,9 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
     except Exception as error:  # Somebody's code, read by torch's exporter.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UntraceableError(reason[:200]) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     for node in list(network.graph.nodes):
         if node.op == "call_module" and not node.users:
             network.graph.erase_node(node)  # Guards that torch puts in.
@@ -303,6 +315,7 @@ def work_in_place(part: "Part") -> None:
             node.args = (node.args[0], float(slope))
     for node in _nodes(network, (_ADD,)):
         _add_product(node)
+    network.graph.eliminate_dead_code()
     for node in _nodes(network, tuple(_IN_PLACE)):
         if node.target is _ADD and not _is_spare(node.args[0], node):
             _swap_summands(node)
@@ -313,7 +326,7 @@ def work_in_place(part: "Part") -> None:
 
 def _add_product(node: Node) -> None:
     """Make x + y m one operation, if the product is used nowhere else."""
-    if len(node.args) != 2:
+    if _bound(node)["alpha"] != 1:
         return
     for product, other in (node.args, node.args[::-1]):
         mask = _mask_of(product)
@@ -325,7 +338,7 @@ def _add_product(node: Node) -> None:
 
 
 def _swap_summands(node: Node) -> None:
-    if len(node.args) == 2 and isinstance(node.args[1], Node):
+    if _bound(node)["alpha"] == 1 and isinstance(node.args[1], Node):
         node.args = node.args[::-1]
 
 
@@ -413,6 +426,8 @@ class Part:
         nodes = list(self.function.graph.nodes)
         small = [i for i, node in enumerate(nodes) if _sides(node) and _sides(node)[1] <= width]
         small = [i for i in small if nodes[i].op == "call_function"]
+        if not small:
+            return set()
         wanted = {node for i, node in enumerate(nodes) if _sides(node) and i <= max(small)}
         for node in reversed(nodes):
             if node in wanted:
@@ -679,7 +694,8 @@ def _is_spare(node: Any, user: Node) -> bool:
         and len(node.users) == 1
         and user.args.count(node) == 1
         and _sides(node) is not None
-        and _shape(node)[1:] == _shape(user)[1:]
+        # By their names, for the number of images is one.
+        and str(_shape(node)) == str(_shape(user))
     )
 
 

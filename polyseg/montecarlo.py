@@ -262,15 +262,16 @@ class _Passes:
             chosen: (B, K, H, W), the only pixels that are wanted; None for all.
         """
         images = images.to(self.device)
-        sight = _Sight(self, images, ids, chosen, self.program)
-        if self.program is not None and not self._is_sound(sight):
+        if self.program is not None:
+            sight = self._programmed(images, ids, chosen)
+            if sight is not None:
+                return sight
             log.warning(
                 "MC Dropout: the network's program does not give what the network gives; its "
                 "passes are run the plain way, which is slower"
             )
             self.program = None
-            sight = _Sight(self, images, ids, chosen, None)
-        return sight
+        return _Sight(self, images, ids, chosen, None)
 
     def mask_inputs(self, images: Tensor, ids: list[str], index: int) -> Masks:
         """Return the masks of a pass by the names of the program's inputs."""
@@ -312,26 +313,40 @@ class _Passes:
             with torch.inference_mode(mode=False), torch.no_grad():
                 shared = self.masks == "consistent"
                 self.program = Program(core, self.layers, example.clone(), shared=shared)
-        except UntraceableError as error:
-            log.info("MC Dropout: the network is run whole each pass, because %s", error)
+        except Exception as error:  # A network may be anything, and anything is run the plain way.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.info("MC Dropout: the network is run whole each pass, because %s", reason[:200])
+
+    def _programmed(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "_Sight | None":
+        """Return how the program looks at images; None where it fails, or gives something else."""
+        try:
+            sight = _Sight(self, images, ids, chosen, self.program)
+            key = (*images.shape[2:], *sight.way)
+            if key not in self.checked and not self._is_sound(sight):
+                return None
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            log.debug("MC Dropout: the program fails: %s", error)
+            return None
+        self.checked.add(key)
+        return sight
 
     def _is_sound(self, sight: "_Sight") -> bool:
-        """Check a program against the plain pass, once for each size and way of looking."""
-        key = (*sight.images.shape[2:], *sight.way)
-        if key in self.checked:
-            return True
-        self.checked.add(key)
+        """Compare a program with the whole network, in a pass and without dropout."""
         # Which first of all tells the masks' shapes.
         plain = self.plainly(sight.images, sight.ids, 0)
         if sight.chosen is not None:
             plain = plain[sight.chosen.flatten(0, 1)]
-        try:
-            found = sight.sample(0).to(plain)
-        except (RuntimeError, KeyError) as error:
-            log.debug("MC Dropout: the program fails: %s", error)
-            return False
+        whole = _Sight(self, sight.images, sight.ids, None, None)
+        pairs = (
+            (sight.sample(0), plain.cpu()),
+            (sight.without_dropout(), whole.without_dropout()),
+        )
         # Weights that diverged are not the program's fault.
-        return bool((~plain.isfinite() | ((found - plain).abs() <= _TOLERANCE)).all())
+        return all(
+            found.shape == wanted.shape
+            and bool((~wanted.isfinite() | ((found - wanted).abs() <= _TOLERANCE)).all())
+            for found, wanted in pairs
+        )
 
 
 class _Sight:

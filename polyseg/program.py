@@ -109,7 +109,10 @@ class Program:
         masks = self.all_kept(features[self.input])
         tails = []
         for width in self.opened.widths()[:-1]:
-            head, end = graph.cut(self.opened.function, self.opened.narrow(width))
+            narrow = self.opened.narrow(width)
+            if not narrow:
+                continue
+            head, end = graph.cut(self.opened.function, narrow)
             graph.work_in_place(head)
             graph.work_in_place(end)
             for part in (head, end):

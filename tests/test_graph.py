@@ -574,9 +574,6 @@ def check_in_place(core, **how):
     return before, kinds(parts[1].function)
 
 
-_DEAD = pytest.mark.xfail(strict=True, reason="the product that was taken in is still made")
-
-
 @pytest.mark.parametrize(
     ("flow", "expected"),
     [
@@ -586,9 +583,9 @@ _DEAD = pytest.mark.xfail(strict=True, reason="the product that was taken in is 
         (lambda s, x: s.d(s.a(s.d(x))), ["mul", "conv2d", "mul_"]),
         (lambda s, x: s.a(s.d(x)) + x, ["mul", "conv2d", "add_"]),
         (lambda s, x: x + s.a(s.d(x)), ["mul", "conv2d", "add_"]),
-        pytest.param(lambda s, x: s.b(s.d(x)) + s.d(x), ["mul", "conv2d", "addcmul_"], marks=_DEAD),
-        pytest.param(lambda s, x: s.d(x) + s.b(s.d(x)), ["mul", "conv2d", "addcmul_"], marks=_DEAD),
-        pytest.param(lambda s, x: s.d(x) + x, ["addcmul"], marks=_DEAD),
+        (lambda s, x: s.b(s.d(x)) + s.d(x), ["mul", "conv2d", "addcmul_"]),
+        (lambda s, x: s.d(x) + s.b(s.d(x)), ["mul", "conv2d", "addcmul_"]),
+        (lambda s, x: s.d(x) + x, ["addcmul"]),
     ],
     ids=["relu", "leaky", "prelu", "product", "sum", "sum turned", "addcmul", "turned", "inputs"],
 )
@@ -618,16 +615,13 @@ def test_a_prelu_of_several_slopes_stays():
     assert after["prelu"] == 1
 
 
-_ALPHA = pytest.mark.xfail(strict=True, reason="work_in_place leaves alpha out of account")
-
-
 @pytest.mark.parametrize(
     "flow",
     [
-        pytest.param(lambda s, x: torch.add(x, s.a(s.d(x)), alpha=2), marks=_ALPHA),
+        lambda s, x: torch.add(x, s.a(s.d(x)), alpha=2),
         lambda s, x: torch.add(s.a(s.d(x)), x, alpha=2),
-        pytest.param(lambda s, x: torch.add(x, s.d(x.tanh()), alpha=2), marks=_ALPHA),
-        pytest.param(lambda s, x: torch.add(s.a(s.d(x)), s.d(x), alpha=-1), marks=_ALPHA),
+        lambda s, x: torch.add(x, s.d(x.tanh()), alpha=2),
+        lambda s, x: torch.add(s.a(s.d(x)), s.d(x), alpha=-1),
     ],
     ids=["sum", "turned", "product", "of both"],
 )
@@ -635,7 +629,6 @@ def test_a_factor_of_the_second_summand_stays_with_it(flow):
     check_in_place(Flow(flow, a=conv(), d=drop()))
 
 
-@pytest.mark.xfail(strict=True, reason="work_in_place takes 1 for the images' dimension")
 def test_a_tensor_without_the_images_dimension_is_not_overwritten_by_one_with_it():
     class Placed(nn.Module):
         def __init__(self):
@@ -754,10 +747,7 @@ def test_operations_in_place_are_replaced(flow):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(
-            nn.Dropout2d,
-            marks=pytest.mark.xfail(strict=True, reason="the exporter takes them for one"),
-        ),
+        nn.Dropout2d,
         nn.Dropout,
     ],
 )
