@@ -195,7 +195,7 @@ def spread(ids: Sequence[str]) -> list[str]:
     """Return ids in an order whose beginning stands for all, whatever order they come in.
 
     >>> spread(["a", "b", "c", "d", "e"])
-    ['a', 'd', 'b', 'e', 'c']
+    ['a', 'c', 'e', 'b', 'd']
     """
     # Steps of the golden ratio leave no large gap.
     return [ids[i] for i in np.argsort(np.arange(len(ids)) * 0.6180339887 % 1, kind="stable")]
