@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import pearsonr, rankdata
 
-from polyseg.ranks import jackknife_error, passes_needed, rank_stability, spearman
+from polyseg.ranks import (
+    jackknife_error,
+    partial_spearman,
+    passes_needed,
+    rank_stability,
+    spearman,
+)
 
 # Spearman.
 
@@ -39,6 +45,105 @@ def test_spearman_is_pearson_of_ranks(pairs):
 )
 def test_without_three_different_values_there_are_no_ranks(values):
     assert math.isnan(spearman(np.array(values), np.arange(len(values)) + 0.5))
+
+
+# Partial correlation.
+
+
+def residuals(series, control):
+    """Return what a straight line in the ranks of the control leaves of the ranks of a series."""
+    ranks = rankdata(series)
+    design = np.stack([np.ones(len(ranks)), rankdata(control)], axis=1)
+    return ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
+
+
+TRIPLES = st.integers(5, 30).flatmap(
+    lambda n: arrays(np.float64, (3, n), elements=st.integers(0, 9))
+)
+
+
+@given(TRIPLES)
+def test_partial_correlation_is_that_of_the_residuals_of_ranks(series):
+    first, second, control = series
+    left = [residuals(one, control) for one in (first, second)]
+    found = partial_spearman(first, second, control)
+    if np.ptp(control) == 0 or min(np.ptp(one) for one in left) < 1e-9:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(pearsonr(*left).statistic, abs=1e-9)
+
+
+@given(TRIPLES)
+def test_partial_correlation_is_symmetric_odd_and_of_ranks_alone(series):
+    first, second, control = series
+    found = partial_spearman(first, second, control)
+    same = [
+        partial_spearman(second, first, control),
+        partial_spearman(first, second, -control),
+        partial_spearman(np.exp(first), second**3, 2 * control + 1),
+        partial_spearman(*series[:, ::-1]),
+        -partial_spearman(-first, second, control),
+    ]
+    np.testing.assert_allclose(same, found, atol=1e-12)
+    assert math.isnan(found) or -1 <= found <= 1
+
+
+def test_what_a_third_explains_goes_and_what_it_does_not_stays():
+    generator = np.random.default_rng(6)
+    common, own, one, other = generator.normal(size=(4, 4000))
+    first, second = common + one, common + other
+    assert spearman(first, second) > 0.4
+    assert partial_spearman(first, second, common) == pytest.approx(0, abs=0.06)
+    unrelated = partial_spearman(first, second, own)
+    assert unrelated == pytest.approx(spearman(first, second), abs=0.01)
+
+
+def test_partial_correlation_by_hand():
+    """Ranks correlate by 0.8, 0.6 and 0.8: (0.8 - 0.6 x 0.8) / sqrt(0.64 x 0.36)."""
+    first, second, control = np.array([[2.0, 4, 1, 3], [1, 4, 2, 3], [1, 3, 2, 4]])
+    correlations = [spearman(first, second), spearman(first, control), spearman(second, control)]
+    assert correlations == pytest.approx([0.8, 0.6, 0.8])
+    found = partial_spearman(first, second, control)
+    assert found == pytest.approx(2 / 3)
+
+
+def test_partial_correlation_leaves_out_what_is_not_finite():
+    series = np.random.default_rng(7).normal(size=(3, 9))
+    spoilt = series.copy()
+    spoilt[[0, 1, 2], [1, 4, 8]] = [math.nan, math.inf, math.nan]
+    kept = series[:, [0, 2, 3, 5, 6, 7]]
+    assert partial_spearman(*spoilt) == partial_spearman(*kept)
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        [[1, 2, 3], [1, 3, 2], [2, 1, 3]],
+        [[1, 2, 3, 4], [1, 3, 2, math.nan], [2, 1, 3, 4]],
+        [[1, 2, 3, 4], [5, 5, 5, 5], [2, 1, 3, 4]],
+        [[1, 2, 3, 4], [2, 1, 3, 4], [5, 5, 5, 5]],
+        [[1, 2, 3, 4], [2, 1, 3, 4], [1, 8, 27, 64]],
+        [[2, 1, 3, 4], [1, 1, 2, 3], [-1, -1, -2, -3]],
+    ],
+    ids=["three", "three are finite", "constant", "constant control", "the control", "opposed"],
+)
+def test_without_ranks_of_their_own_there_is_no_partial_correlation(series):
+    assert math.isnan(partial_spearman(*np.array(series, dtype=float)))
+
+
+@pytest.mark.parametrize("images", [*range(5, 40), 10_000])
+def test_a_series_that_is_the_control_has_no_ranks_of_its_own_whatever_rounding(images):
+    control, other = np.random.default_rng(8).integers(0, images, size=(2, images)).astype(float)
+    assert math.isnan(partial_spearman(control**3, other, control))
+    assert math.isnan(partial_spearman(other, -control, control))
+
+
+def test_two_images_of_many_that_swap_places_are_ranks_of_its_own():
+    control, other = np.random.default_rng(8).normal(size=(2, 10_000))
+    nearly = control.copy()
+    i, j = np.argsort(control)[5000:5002]
+    nearly[[i, j]] = control[[j, i]]
+    assert not math.isnan(partial_spearman(nearly, other, control))
 
 
 # Rank stability.

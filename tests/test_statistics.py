@@ -1,0 +1,436 @@
+"""Intervals, paired tests and spreads, against SciPy, closed forms and enumeration."""
+
+import math
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from polyseg.errors import PolysegError
+from polyseg.statistics import (
+    Interval,
+    adjust_together,
+    holm,
+    mean_interval,
+    paired_difference,
+    seed_spread,
+    stars,
+    terciles,
+)
+
+FEW = {"resamples": 199}
+METRICS = st.lists(st.integers(0, 20).map(lambda one: one / 20), min_size=2, max_size=25)
+PAIRS = st.lists(
+    st.tuples(*[st.integers(0, 20).map(lambda one: one / 20) | st.just(math.nan)] * 2),
+    min_size=1,
+    max_size=25,
+)
+FRACTIONS = st.floats(0, 1)
+
+
+def undefined(interval):
+    return math.isnan(interval.low) and math.isnan(interval.high)
+
+
+# Intervals.
+
+
+def bca(values, resamples, seed, level=0.95):
+    """BCa after Efron and Tibshirani (1993), eq. 14.9 to 14.15, the acceleration in closed form."""
+    ordered = np.sort(values)
+    n = ordered.size
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    means = ordered[drawn].mean(axis=1)
+    centred = ordered - ordered.mean()
+    below = ((means < ordered.mean()).mean() + (means <= ordered.mean()).mean()) / 2
+    bias = stats.norm.ppf(below)
+    acceleration = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
+    ends = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        z = bias + stats.norm.ppf(share)
+        ends.append(np.quantile(means, stats.norm.cdf(bias + z / (1 - acceleration * z))))
+    return ends
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_interval_is_bca(level, seed):
+    values = np.random.default_rng(1).exponential(size=40)  # skewed: mirrored values are smaller
+    found = mean_interval(values, level=level, resamples=2000, seed=seed)
+    assert found == pytest.approx(bca(values, 2000, seed, level), abs=1e-12)
+
+
+def test_of_a_symmetric_sample_the_interval_is_nearly_the_normal_one():
+    values = stats.norm.ppf((np.arange(200) + 0.5) / 200, loc=3)
+    half = 1.96 * values.std() / math.sqrt(200)
+    assert mean_interval(values) == pytest.approx((3 - half, 3 + half), abs=0.05 * half)
+
+
+def test_a_skewed_sample_has_a_longer_arm_towards_its_tail():
+    values = stats.expon.ppf((np.arange(30) + 0.5) / 30)
+    low, high = mean_interval(values)
+    assert high - values.mean() > 1.15 * (values.mean() - low)
+
+
+@pytest.mark.parametrize("draw", ["normal", "exponential"])
+def test_intervals_cover_the_mean_about_as_often_as_they_say(draw):
+    generator = np.random.default_rng(3)
+    samples = getattr(generator, draw)(size=(300, 40))
+    truth = 0.0 if draw == "normal" else 1.0
+    intervals = [mean_interval(one, resamples=499, seed=i) for i, one in enumerate(samples)]
+    covered = np.mean([low <= truth <= high for low, high in intervals])
+    assert 0.89 <= covered <= 0.98
+
+
+def test_a_higher_level_is_wider_and_another_seed_is_another_draw():
+    values = np.random.default_rng(2).random(30)
+    narrow, wide = (mean_interval(values, level=level) for level in (0.8, 0.99))
+    assert wide.low < narrow.low < narrow.high < wide.high
+    assert mean_interval(values) == mean_interval(values) != mean_interval(values, seed=1)
+
+
+def test_what_is_not_finite_is_dropped():
+    assert mean_interval([0.5, math.nan, 0.7, math.inf, 0.6]) == mean_interval([0.5, 0.7, 0.6])
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [math.nan, 0.5, math.nan], [math.inf, 0.5]])
+def test_one_value_has_no_interval(values):
+    assert undefined(mean_interval(values))
+
+
+def test_values_that_are_all_alike_have_a_point():
+    assert mean_interval([0.1] * 7) == Interval(0.1, 0.1)
+
+
+def test_where_the_skew_underflows_percentiles_serve():
+    low, high = mean_interval([0.0, 1e-200, 2e-200, 2e-200])
+    assert 0 <= low < 1.25e-200 < high <= 2e-200
+
+
+@settings(deadline=None, max_examples=40)
+@given(METRICS, st.randoms(use_true_random=False))
+def test_the_interval_knows_no_order_and_mirrors(values, random):
+    shuffled = random.sample(values, len(values))
+    low, high = mean_interval(values, **FEW)
+    assert mean_interval(shuffled, **FEW) == (low, high)
+    assert mean_interval([-one for one in shuffled], **FEW) == (-high, -low)
+    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+
+
+def test_many_images_are_resampled_a_few_at_a_time(monkeypatch):
+    sizes = []
+
+    def mean(values, axis):
+        sizes.append(values.size)
+        return values.mean(axis=axis)
+
+    monkeypatch.setattr("polyseg.statistics.np.mean", mean)
+    mean_interval(np.arange(3000.0), resamples=999)
+    assert max(sizes) <= 50_000
+
+
+# Paired differences.
+
+
+def sign_flip_p_value(differences):
+    """Wilcoxon's p-value by going through all signs of the ranks."""
+    d = differences[differences != 0]
+    ranks = stats.rankdata(np.abs(d))
+    sums = np.array([ranks @ signs for signs in product([0, 1], repeat=d.size)])
+    seen = ranks @ (d > 0)
+    return min(2 * min((sums <= seen).mean(), (sums >= seen).mean()), 1.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(-5, 5), min_size=2, max_size=9)
+    | st.just([3, -1, 2, 2, 5, 4, 1, 3, 1, 6, -2, 2, 4, 0])
+)
+def test_a_few_differences_with_ties_and_zeros_have_the_exact_p_value(steps):
+    differences = np.array(steps, dtype=float)
+    found = paired_difference(np.zeros(len(steps)), differences, **FEW)
+    assert found.p_value == pytest.approx(sign_flip_p_value(differences))
+
+
+def test_without_ties_the_p_value_is_exact_up_to_fifty_images():
+    differences = np.random.default_rng(0).normal(0.3, 1, size=50)
+    found = paired_difference(np.zeros(50), differences, **FEW)
+    assert found.p_value == pytest.approx(stats.wilcoxon(differences, method="exact").pvalue)
+
+
+def test_many_images_have_the_normal_approximation_in_closed_form():
+    differences = np.round(np.random.default_rng(0).normal(0.2, 1, size=150), 1)
+    unequal = differences[differences != 0]
+    n = unequal.size
+    ranks = stats.rankdata(np.abs(unequal))
+    _, ties = np.unique(np.abs(unequal), return_counts=True)
+    assert n < 150
+    assert ties.max() > 1
+    variance = n * (n + 1) * (2 * n + 1) / 24 - (ties**3 - ties).sum() / 48
+    z = (ranks[unequal > 0].sum() - n * (n + 1) / 4) / math.sqrt(variance)
+    found = paired_difference(np.ones(150), 1 + differences, **FEW)
+    assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(z)))
+
+
+def test_images_that_agree_lend_no_weight_to_a_few_that_do_not():
+    other = np.full(200, 0.5)
+    other[:4] = [0.6, 0.7, 0.8, 0.9]
+    found = paired_difference(np.full(200, 0.5), other, **FEW)
+    assert found.p_value == pytest.approx(2 / 2**4)
+    assert (found.better, found.worse, found.equal) == (4, 0, 196)
+
+
+def test_under_the_null_the_p_value_is_about_uniform():
+    values = np.random.default_rng(5).integers(0, 30, size=(300, 2, 20)) / 30
+    p_values = np.array([paired_difference(*one, resamples=1).p_value for one in values])
+    for share in (0.05, 0.2, 0.5):
+        assert (p_values <= share).mean() == pytest.approx(share, abs=0.06)
+
+
+def test_rounding_makes_neither_differences_nor_ranks():
+    baseline = np.array([0.3, 0.7, 0.1, 0.1 + 0.2, 0.5])
+    noisy = np.array([0.1 * 3, 0.1 * 7, 0.1, 0.3, 0.5 * (1 + 1e-15)])
+    found = paired_difference(baseline, noisy, **FEW)
+    assert (found.equal, found.p_value, found.mean) == (5, 1.0, 0.0)
+    assert found.interval == (0.0, 0.0)
+    assert [f"{end:.1f}" for end in paired_difference(noisy, baseline).interval] == ["0.0", "0.0"]
+    # One tenth each, but for rounding: five of one rank, and one against them of the same.
+    starts = np.array([0.0, 0.1, 0.2, 0.3, 0.6, 0.9])
+    ends = np.array([0.1, 0.2, 0.3, 0.4, 0.7, 0.8])
+    assert len(set(np.abs(ends - starts))) > 1
+    tied = np.array([1.0, 1, 1, 1, 1, -1])
+    assert paired_difference(starts, ends, **FEW).p_value == sign_flip_p_value(tied)
+
+
+def test_rounding_is_relative():
+    baseline, other = np.array([3e-15, 1e-15, 5e-15]), np.array([4e-15, 3e-15, 8e-15])
+    found = paired_difference(baseline, other, **FEW)
+    assert (found.better, found.p_value) == (3, 0.25)
+    assert found.mean == pytest.approx(2e-15, rel=1e-9)
+    assert 1e-15 <= found.interval.low < 2e-15 < found.interval.high <= 3.01e-15
+
+
+def test_only_images_that_both_define_are_compared():
+    baseline, other = [0.5, math.nan, 0.2, 0.9, 0.4], [0.6, 0.3, math.nan, 0.7, 0.4]
+    found = paired_difference(baseline, other)
+    assert found == paired_difference([0.5, 0.9, 0.4], [0.6, 0.7, 0.4])
+    assert (found.images, found.better, found.worse, found.equal) == (3, 1, 1, 1)
+    assert found.mean == pytest.approx(-0.1 / 3)
+
+
+def test_of_a_distance_less_is_better():
+    found = paired_difference([9.0, 4.0, 5.0], [3.0, 2.0, 6.0], higher_is_better=False, **FEW)
+    assert (found.better, found.worse) == (2, 1)
+    assert found.mean == pytest.approx(-7 / 3)
+
+
+def test_networks_that_never_differ():
+    values = np.random.default_rng(0).random(20)
+    found = paired_difference(values, values)
+    assert (found.mean, found.interval, found.p_value, found.equal) == (0, (0, 0), 1, 20)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_less_than_two_images_are_no_comparison(images):
+    found = paired_difference([0.5, math.nan][:images], [0.75, 0.5][:images])
+    assert found.images == images
+    assert math.isnan(found.p_value)
+    assert undefined(found.interval)
+    assert found.mean == 0.25 if images else math.isnan(found.mean)
+
+
+def test_different_numbers_of_images_are_refused():
+    with pytest.raises(PolysegError, match="1 and 3 images"):
+        paired_difference([0.5], [0.5, 0.6, 0.7])
+
+
+@settings(deadline=None, max_examples=40)
+@given(PAIRS, st.randoms(use_true_random=False))
+def test_a_comparison_knows_no_order_and_the_other_way_round_it_is_mirrored(pairs, random):
+    first, second = zip(*pairs, strict=True)
+    found = paired_difference(first, second, **FEW)
+    shuffled = paired_difference(*zip(*random.sample(pairs, len(pairs)), strict=True), **FEW)
+    back = paired_difference(second, first, **FEW)
+    np.testing.assert_equal(shuffled, found)
+    np.testing.assert_equal(back.p_value, found.p_value)
+    np.testing.assert_equal(back.mean, 0.0 - found.mean)
+    np.testing.assert_equal(back.interval, tuple(0.0 - np.array(found.interval[::-1])))
+    assert (back.better, back.worse, back.equal) == (found.worse, found.better, found.equal)
+    assert found.better + found.worse + found.equal == found.images
+
+
+def test_more_gain_on_every_image_is_a_higher_mean_and_no_higher_p_value():
+    generator = np.random.default_rng(4)
+    baseline, noise = generator.random((2, 40))
+    found = [
+        paired_difference(baseline, baseline + gain + noise - 0.5, **FEW)
+        for gain in (0.0, 0.1, 0.3, 0.6)
+    ]
+    assert [one.mean for one in found] == sorted(one.mean for one in found)
+    assert [one.p_value for one in found[1:]] == sorted(
+        (one.p_value for one in found[1:]), reverse=True
+    )
+    assert [one.interval for one in found] == sorted(one.interval for one in found)
+
+
+# Several p-values.
+
+
+def closed_bonferroni(p_values):
+    """Holm's procedure is the closure of Bonferroni's: the worst of all families with a member."""
+    members = range(len(p_values))
+    families = [
+        family for size in range(1, len(p_values) + 1) for family in combinations(members, size)
+    ]
+    return [
+        min(max(len(f) * min(p_values[k] for k in f) for f in families if i in f), 1.0)
+        for i in members
+    ]
+
+
+def test_holm_by_hand():
+    """3 x 0.01 = 0.03; 2 x 0.02 = 0.04; 1 x 0.035 is below the one before it, so 0.04."""
+    assert holm([0.035, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.6, 0.7]).tolist() == [1.0, 1.0]
+    assert holm([0.2]).tolist() == [0.2]
+    assert holm([]).tolist() == []
+
+
+@given(st.lists(FRACTIONS | st.sampled_from([0.01, 0.02]), min_size=1, max_size=7))
+def test_holm_is_the_closure_of_bonferroni(p_values):
+    assert holm(p_values) == pytest.approx(closed_bonferroni(p_values))
+
+
+@given(st.lists(FRACTIONS | st.just(math.nan), max_size=12))
+def test_undefined_p_values_are_no_members_of_the_family(p_values):
+    given_values = np.array(p_values)
+    known = ~np.isnan(given_values)
+    found = holm(given_values)
+    assert np.isnan(found[~known]).all()
+    assert found[known].tolist() == holm(given_values[known]).tolist()
+    assert (found[known] >= given_values[known]).all()
+
+
+@given(st.lists(FRACTIONS, min_size=2, max_size=12))
+def test_adjusting_keeps_order_and_argument(p_values):
+    given_values = np.array(p_values)
+    found = holm(given_values)
+    assert given_values.tolist() == p_values
+    assert (np.diff(found[np.argsort(given_values)]) >= 0).all()
+
+
+def test_comparisons_are_adjusted_together():
+    baseline = np.random.default_rng(6).random((4, 12))
+    family = [
+        paired_difference(one, one + 0.02 * np.arange(12 - i) if i == 0 else one[::-1], **FEW)
+        for i, one in enumerate(baseline)
+    ]
+    family.append(paired_difference([0.5], [0.6]))
+    found = adjust_together(family)
+    np.testing.assert_equal(
+        [one.adjusted for one in found], holm([one.p_value for one in family]).tolist()
+    )
+    assert [one.p_value for one in found[:4]] == [one.p_value for one in family[:4]]
+    assert all(math.isnan(one.adjusted) for one in family)
+
+
+def test_stars():
+    limits = {0.0009: "***", 0.001: "**", 0.0099: "**", 0.01: "*", 0.0499: "*", 0.05: ""}
+    assert {p: stars(p) for p in limits} == limits
+    assert stars(math.nan) == stars(1.0) == ""
+    assert stars(0.0) == "***"
+
+
+# Terciles.
+
+
+@given(st.lists(st.integers(-1000, 1000), max_size=40, unique=True))
+def test_thirds_differ_by_at_most_one_and_ascend(values):
+    found = terciles(values)
+    sizes = [(found == third).sum() for third in range(3)]
+    assert sum(sizes) == len(values)
+    assert max(sizes) - min(sizes) <= 1
+    assert (np.diff(found[np.argsort(values)]) >= 0).all()
+    assert (terciles([-one for one in values]) == 2 - found).all()
+
+
+@given(st.lists(st.integers(0, 5) | st.just(math.nan), max_size=40))
+def test_equal_values_are_never_separated(values):
+    given_values = np.array(values, dtype=float)
+    found = terciles(given_values)
+    assert found.dtype == np.int8
+    assert ((found == -1) == np.isnan(given_values)).all()
+    for value in set(given_values[~np.isnan(given_values)]):
+        assert len(set(found[given_values == value])) == 1
+    known = given_values[~np.isnan(given_values)]
+    assert (np.diff(found[found >= 0][np.argsort(known)]) >= 0).all()
+    assert (terciles(np.exp(known)) == found[found >= 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], []),
+        ([0.3], [1]),
+        ([0.3, 0.1], [2, 0]),
+        ([0.3, 0.1, 0.2], [2, 0, 1]),
+        ([5.0, 5.0, 5.0, 5.0], [1, 1, 1, 1]),
+        ([1, 2, 2, 2, 2, 9], [0, 1, 1, 1, 1, 2]),
+        ([1, 1, 1, 2, 3, 4], [0, 0, 0, 1, 2, 2]),
+        ([1, 2, 2, 3, 4, 5], [0, 1, 1, 1, 2, 2]),
+        ([math.nan, math.nan], [-1, -1]),
+        ([math.inf, 0.0, -math.inf], [2, 1, 0]),
+    ],
+)
+def test_thirds_by_hand(values, expected):
+    assert terciles(values).tolist() == expected
+
+
+# Seeds.
+
+
+def test_spread_over_seeds_and_over_images_are_kept_apart():
+    seeds, images = np.array([-0.1, 0.0, 0.1]), np.array([0.4, 0.5, 0.6, 0.9])
+    spread = seed_spread(seeds[:, None] + images)
+    assert (spread.seeds, spread.images) == (3, 4)
+    assert spread.mean == pytest.approx(0.6)
+    assert spread.deviation_over_seeds == pytest.approx(0.1)
+    assert spread.deviation_over_images == pytest.approx(images.std(ddof=1))
+    turned = seed_spread((seeds[:, None] + images).T)
+    assert turned.deviation_over_images == pytest.approx(spread.deviation_over_seeds)
+
+
+def test_noise_of_images_fades_from_the_spread_over_seeds():
+    values = np.random.default_rng(0).normal(0.8, 0.1, size=(200, 400))
+    spread = seed_spread(values)
+    assert spread.deviation_over_seeds == pytest.approx(0.1 / math.sqrt(400), rel=0.2)
+    assert spread.deviation_over_images == pytest.approx(0.1 / math.sqrt(200), rel=0.2)
+
+
+def test_undefined_cells_are_left_out_of_their_means():
+    nan = math.nan
+    spread = seed_spread([[0.2, nan, 0.9, nan], [0.4, 0.5, nan, nan], [nan, nan, nan, nan]])
+    assert (spread.seeds, spread.images) == (2, 3)
+    assert spread.mean == pytest.approx((0.3 + 0.5 + 0.9) / 3)
+    assert spread.deviation_over_seeds == pytest.approx(np.std([0.55, 0.45], ddof=1))
+    assert spread.deviation_over_images == pytest.approx(np.std([0.3, 0.5, 0.9], ddof=1))
+
+
+def test_one_seed_has_no_spread_over_seeds():
+    spread = seed_spread([[0.2, 0.4]])
+    assert spread.mean == pytest.approx(0.3)
+    assert math.isnan(spread.deviation_over_seeds)
+    assert spread.deviation_over_images == pytest.approx(math.sqrt(0.02))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (2, 0), (2, 3)])
+@pytest.mark.filterwarnings("error")
+def test_without_anything_defined_nothing_is(shape):
+    spread = seed_spread(np.full(shape, math.nan))
+    assert (spread.seeds, spread.images) == (0, 0)
+    assert math.isnan(spread.mean)
+    assert math.isnan(spread.deviation_over_seeds)
+    assert math.isnan(spread.deviation_over_images)
