@@ -1,5 +1,5 @@
 """`python -m polyseg` is `polyseg`."""
 
-from polyseg.cli import main
+from polyseg.cli.main import main
 
 main()

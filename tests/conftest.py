@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from polyseg import cli
+from polyseg.cli.main import main
 from polyseg.config import load_config
 
 # Machines differ in speed, and no test may fail by the clock.
@@ -65,7 +65,7 @@ def polyseg(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["polyseg", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code or 0
         return Answer(code, *capsys.readouterr())

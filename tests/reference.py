@@ -4,7 +4,7 @@ from pathlib import Path
 
 from typer.main import get_command
 
-from polyseg.cli import app
+from polyseg.cli.main import app
 from polyseg.config import Config, settings_of
 
 DOCS = Path(__file__).parent.parent / "docs"

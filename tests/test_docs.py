@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from polyseg import __version__
-from polyseg.cli import app
+from polyseg.cli.main import app
 from polyseg.config import load_config
 
 from . import reference

@@ -11,8 +11,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from polyseg import plots
 from polyseg.errors import PolysegError
+from polyseg.plots.evaluation import comparison
+from polyseg.plots.losses import loss_curves
+from polyseg.plots.pictures import OverlayCase, overlays
+from polyseg.plots.style import save_figure
+from polyseg.plots.training import (
+    difficulty_against_dice,
+    difficulty_distribution,
+    epsilon_quantiles,
+    training_curves,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -52,40 +61,40 @@ def case(name="a", shape=(24, 32), *, colours=(), masked=True, **changes):
         "difficulty": 0.0123,
         "dice": 0.9 if masked else math.nan,
     }
-    return plots.OverlayCase(**{**fields, **changes})
+    return OverlayCase(**{**fields, **changes})
 
 
 def against_dice(difficulty, dice, correlation=None):
-    return plots.difficulty_against_dice(
+    return difficulty_against_dice(
         np.array(difficulty), np.array(dice), metric="entropy", correlation=correlation, epoch=3
     )
 
 
 def show(*cases):
-    return plots.overlays(cases, metric="mutual_information", title="hard images")
+    return overlays(cases, metric="mutual_information", title="hard images")
 
 
 DEGENERATE = {
-    "one curve": lambda: plots.loss_curves(THETA, {0.5: curve(0.5)}, DICE, s=0.1),
-    "no curve": lambda: plots.loss_curves(THETA, {}, DICE, s=0.1),
-    "wrong from the start": lambda: plots.loss_curves(
+    "one curve": lambda: loss_curves(THETA, {0.5: curve(0.5)}, DICE, s=0.1),
+    "no curve": lambda: loss_curves(THETA, {}, DICE, s=0.1),
+    "wrong from the start": lambda: loss_curves(
         THETA, {1.0: curve(1)}, DICE, s=0.1, wrong_above=np.zeros_like(THETA)
     ),
-    "no epoch": lambda: plots.training_curves([]),
-    "one epoch": lambda: plots.training_curves(history(1)),
-    "only the epoch known": lambda: plots.training_curves([{"epoch": 1}, {"epoch": 2}]),
-    "diverged": lambda: plots.training_curves([{"epoch": 1, "train_loss": math.inf}]),
-    "one epsilon": lambda: plots.epsilon_quantiles(np.array([1]), np.ones((1, 1)), limits=(1, 1)),
-    "no epsilon": lambda: plots.epsilon_quantiles(
+    "no epoch": lambda: training_curves([]),
+    "one epoch": lambda: training_curves(history(1)),
+    "only the epoch known": lambda: training_curves([{"epoch": 1}, {"epoch": 2}]),
+    "diverged": lambda: training_curves([{"epoch": 1, "train_loss": math.inf}]),
+    "one epsilon": lambda: epsilon_quantiles(np.array([1]), np.ones((1, 1)), limits=(1, 1)),
+    "no epsilon": lambda: epsilon_quantiles(
         np.arange(4), np.tile(NOTHING, (4, 1)), limits=(-0.4, 1)
     ),
-    "no epochs": lambda: plots.epsilon_quantiles(np.empty(0), np.empty((0, 3)), limits=(0, 1)),
+    "no epochs": lambda: epsilon_quantiles(np.empty(0), np.empty((0, 3)), limits=(0, 1)),
     "one image": lambda: against_dice([0.1], [0.9]),
     "no value": lambda: against_dice(NOTHING, NOTHING, math.nan),
     "constant": lambda: against_dice([0.0, 0.0], [1.0, 1.0], math.nan),
-    "no assessment": lambda: plots.difficulty_distribution([], []),
-    "one assessment": lambda: plots.difficulty_distribution([5], [np.zeros(3)]),
-    "empty assessments": lambda: plots.difficulty_distribution([5, 9], [NOTHING, np.empty(0)]),
+    "no assessment": lambda: difficulty_distribution([], []),
+    "one assessment": lambda: difficulty_distribution([5], [np.zeros(3)]),
+    "empty assessments": lambda: difficulty_distribution([5, 9], [NOTHING, np.empty(0)]),
     "one pair of values": lambda: show(case()),
     "constant images": lambda: show(
         case(image=np.zeros((24, 32)), uncertainty=np.zeros((24, 32)), mean=np.ones((24, 32)))
@@ -95,21 +104,21 @@ DEGENERATE = {
         case(image=np.full((24, 32, 3), np.nan), uncertainty=np.full((24, 32), np.nan))
     ),
     "all foreground": lambda: show(case(image=np.full((24, 32), np.nan), mask=np.ones((24, 32)))),
-    "no runs": lambda: plots.comparison([], {}),
-    "runs without values": lambda: plots.comparison(["a", "b"], {"Dice": [NOTHING, np.empty(0)]}),
-    "one value": lambda: plots.comparison(["a"], {"Dice": [np.ones(1)]}),
+    "no runs": lambda: comparison([], {}),
+    "runs without values": lambda: comparison(["a", "b"], {"Dice": [NOTHING, np.empty(0)]}),
+    "one value": lambda: comparison(["a"], {"Dice": [np.ones(1)]}),
 }
 
 
 @pytest.mark.parametrize("draw", DEGENERATE.values(), ids=DEGENERATE.keys())
 def test_degenerate_inputs_neither_crash_nor_warn(draw, tmp_path):
-    plots.save_figure(draw(), tmp_path / "figure.png")
+    save_figure(draw(), tmp_path / "figure.png")
 
 
 def test_loss_curves_are_the_data_and_shaded_where_the_sign_is_wrong():
     given = {0.0: curve(0.0), 1.0: curve(1.0)}
     above = np.where(THETA > 1, 1.0, np.inf)
-    axes = plots.loss_curves(THETA, given, DICE, s=0.1, wrong_above=above).axes[0]
+    axes = loss_curves(THETA, given, DICE, s=0.1, wrong_above=above).axes[0]
     steep, gentle, dice = axes.lines
     assert np.array_equal(steep.get_ydata(), given[1.0])
     assert np.array_equal(gentle.get_ydata(), given[0.0])
@@ -122,14 +131,14 @@ def test_loss_curves_are_the_data_and_shaded_where_the_sign_is_wrong():
 
 
 def test_nothing_is_shaded_where_no_curve_goes():
-    figure = plots.loss_curves(
+    figure = loss_curves(
         THETA, {-0.4: curve(-0.4)}, DICE, s=0.1, wrong_above=2 * np.ones_like(THETA)
     )
     assert not figure.axes[0].collections
 
 
 def test_loss_curves_explain_themselves():
-    figure = plots.loss_curves(
+    figure = loss_curves(
         THETA,
         {-0.4: curve(-0.4), 1.0: curve(1)},
         DICE,
@@ -157,7 +166,7 @@ def test_training_curves_are_the_data():
     rows = history(12)
     rows[3] = {**rows[3], "validation_dice": math.nan}
     del rows[5]["train_loss"]
-    losses, overlap, rate = plots.training_curves(rows).axes
+    losses, overlap, rate = training_curves(rows).axes
     training = losses.lines[0].get_ydata()
     assert np.flatnonzero(np.isnan(training)).tolist() == [5]
     assert training[11] == rows[11]["train_loss"]
@@ -170,7 +179,7 @@ def test_training_curves_are_the_data():
 def test_training_curves_mark_the_first_best_epoch():
     dice = [0.2, 0.7, math.nan, 0.7]
     rows = [{"epoch": epoch, "validation_dice": value} for epoch, value in enumerate(dice, 1)]
-    best = plots.training_curves(rows).axes[1].lines[-1]
+    best = training_curves(rows).axes[1].lines[-1]
     assert best.get_xydata().tolist() == [[2, 0.7]]
     assert best.get_label() == "best Dice 0.700,\nepoch 2"
 
@@ -178,14 +187,14 @@ def test_training_curves_mark_the_first_best_epoch():
 def test_values_between_gaps_are_dots():
     values = [0.5, math.nan, 0.4, 0.3, math.nan, 0.2]
     rows = [{"epoch": epoch, "train_loss": value} for epoch, value in enumerate(values, 1)]
-    line = plots.training_curves(rows).axes[0].lines[0]
+    line = training_curves(rows).axes[0].lines[0]
     assert (line.get_marker(), line.get_markevery().tolist()) == (".", [0, 5])
 
 
 def test_epsilon_bands_are_the_percentiles():
     epsilon = RANDOM.uniform(-0.4, 1, (5, 40))
     epsilon[2], epsilon[3, :7] = np.nan, np.nan
-    axes = plots.epsilon_quantiles(np.arange(1, 6), epsilon, limits=(-0.4, 1.0)).axes[0]
+    axes = epsilon_quantiles(np.arange(1, 6), epsilon, limits=(-0.4, 1.0)).axes[0]
     median, low_limit, high_limit = axes.lines
     assert np.allclose(median.get_ydata()[::2], [*np.median(epsilon[:2], axis=1), np.nan,
         np.nanmedian(epsilon[3]), np.median(epsilon[4])], equal_nan=True)  # fmt: skip
@@ -217,7 +226,7 @@ def test_the_correlation_keeps_out_of_the_cloud(correlation, place):
 
 def test_boxes_show_quartiles_at_their_epochs():
     values = [RANDOM.random(50), np.append(RANDOM.random(30), np.nan)]
-    (axes,) = plots.difficulty_distribution([5, 10], values, metric="variance").axes
+    (axes,) = difficulty_distribution([5, 10], values, metric="variance").axes
     for box, epoch, sample in zip(axes.patches, (5, 10), values, strict=True):
         place = box.get_bbox()
         assert (place.x0 + place.x1) / 2 == pytest.approx(epoch)
@@ -234,7 +243,7 @@ def test_boxes_show_quartiles_at_their_epochs():
     ("values", "scale"), [([1, 40], "log"), ([1, 20], "linear"), ([0, 40], "linear")]
 )
 def test_the_axis_of_difficulty_is_logarithmic_where_it_can_be_and_helps(values, scale):
-    (axes,) = plots.difficulty_distribution([5], [np.array(values)]).axes
+    (axes,) = difficulty_distribution([5], [np.array(values)]).axes
     assert axes.get_yscale() == scale
 
 
@@ -295,7 +304,7 @@ def test_overlays_need_a_case():
 
 def test_comparison_shows_every_finite_value():
     dice = [RANDOM.random(9), np.array([0.5, np.inf, np.nan, 0.7])]
-    figure = plots.comparison(["adaptive", "Dice"], {"Dice": dice, "IoU": dice})
+    figure = comparison(["adaptive", "Dice"], {"Dice": dice, "IoU": dice})
     assert [axes.get_title() for axes in figure.axes] == ["Dice", "IoU"]
     axes = figure.axes[0]
     for row, (points, values) in enumerate(zip(axes.collections[:2], dice, strict=True)):
@@ -309,13 +318,13 @@ def test_comparison_shows_every_finite_value():
 
 def test_comparison_wraps_and_checks_lengths():
     five = {str(index): [np.ones(2)] for index in range(5)}
-    assert len(plots.comparison(["a"], five).axes) == 5
+    assert len(comparison(["a"], five).axes) == 5
     with pytest.raises(ValueError):
-        plots.comparison(["a", "b"], five)
+        comparison(["a", "b"], five)
 
 
 def test_without_a_suffix_png_and_pdf_are_written(tmp_path):
-    png, pdf = plots.save_figure(plots.training_curves(history(3)), tmp_path / "new" / "curves")
+    png, pdf = save_figure(training_curves(history(3)), tmp_path / "new" / "curves")
     with Image.open(png) as image:
         assert image.size == (1400, 480)
         assert "Software" not in image.info
@@ -327,20 +336,20 @@ def test_without_a_suffix_png_and_pdf_are_written(tmp_path):
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
 def test_equal_figures_give_equal_files(suffix, tmp_path):
     def save(name, figure):
-        (path,) = plots.save_figure(figure, tmp_path / f"{name}{suffix}")
+        (path,) = save_figure(figure, tmp_path / f"{name}{suffix}")
         return path.read_bytes()
 
     runs = {"Dice": [np.linspace(0, 1, 20), np.linspace(0.2, 1, 20)]}
-    figure = plots.comparison(["a", "b"], runs)
+    figure = comparison(["a", "b"], runs)
     first = save("first", figure)
     assert save("again", figure) == first
-    assert save("other", plots.comparison(["a", "b"], runs)) == first
+    assert save("other", comparison(["a", "b"], runs)) == first
 
 
 @pytest.mark.parametrize("name", ["figure.jpg", "figure.csv"])
 def test_another_suffix_is_refused_in_one_line(name, tmp_path):
     with pytest.raises(PolysegError, match=r"\.png, \.pdf or \.svg") as error:
-        plots.save_figure(Figure(), tmp_path / name)
+        save_figure(Figure(), tmp_path / name)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -351,13 +360,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     figure = Figure()
     monkeypatch.setattr(figure, "savefig", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plots.save_figure(figure, path)
+        save_figure(figure, path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(path.name, b"old")]
 
 
 def test_settings_of_the_user_neither_change_nor_matter(tmp_path):
     def save(name):
-        (path,) = plots.save_figure(plots.training_curves(history(4)), tmp_path / name)
+        (path,) = save_figure(training_curves(history(4)), tmp_path / name)
         return path.read_bytes()
 
     plain = save("plain.png")
@@ -369,9 +378,11 @@ def test_settings_of_the_user_neither_change_nor_matter(tmp_path):
 
 def test_pyplot_stays_out(tmp_path):
     script = (
-        "import sys, numpy; from pathlib import Path; from polyseg import plots;"
-        "figure = plots.comparison(['a'], {'Dice': [numpy.ones(3)]});"
-        f"plots.save_figure(figure, Path({str(tmp_path / 'figure')!r}));"
+        "import sys, numpy; from pathlib import Path;"
+        "from polyseg.plots.evaluation import comparison;"
+        "from polyseg.plots.style import save_figure;"
+        "figure = comparison(['a'], {'Dice': [numpy.ones(3)]});"
+        f"save_figure(figure, Path({str(tmp_path / 'figure')!r}));"
         "sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

@@ -1,0 +1,51 @@
+"""`polyseg config`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyseg.cli.options import ConfigFile, Overrides
+from polyseg.errors import PolysegError
+
+config_app = typer.Typer(help="See and write the configuration.", no_args_is_help=True)
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Print all settings that a run would have.
+
+    Example: polyseg config show --set loss.name=dice
+    """
+    from polyseg.config import load_config
+
+    print(load_config(config, overrides or []).to_yaml(), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the configuration.
+
+    Example: polyseg config schema > polyseg.schema.json
+    """
+    from polyseg.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@config_app.command("init")
+def config_init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("polyseg.yaml"),
+) -> None:
+    """Write a configuration file of all defaults, each with its meaning.
+
+    Example: polyseg config init my-settings.yaml
+    """
+    from polyseg.config import template
+    from polyseg.files import write_text
+
+    if path.exists():
+        raise PolysegError(f"{path}: exists already; choose another name")
+    write_text(path, template())
+    print(path)

@@ -1,0 +1,126 @@
+"""`polyseg data`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyseg.cli.display import talking
+from polyseg.cli.options import (
+    HOW,
+    WHERE,
+    AsJson,
+    DataPath,
+    Fold,
+    Overrides,
+    Quiet,
+    Verbose,
+    as_overrides,
+)
+from polyseg.cli.printing import print_mapping
+
+data_app = typer.Typer(help="Look at data, or make some.", no_args_is_help=True)
+
+
+@data_app.command("check")
+def data_check(
+    path: DataPath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read every image and mask of a data set and say what was found, and all that is wrong.
+
+    Example: polyseg data check my/images
+    """
+    from polyseg.config import load_config
+
+    settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
+    with talking(quiet, verbose) as display:
+        from polyseg.jobs import data
+
+        found = data.check_data(settings, display)
+    print_mapping(path, found, as_json)
+
+
+@data_app.command("split")
+def data_split(
+    path: DataPath,
+    out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel=WHERE)] = Path(
+        "split.json"
+    ),
+    fold: Fold = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Divide a data set into training, validation and test images, for `train --split`.
+
+    Example: polyseg data split my/images --fold 0 --out fold_0.json --set data.folds=10
+    """
+    from polyseg.config import load_config
+
+    flags = as_overrides({"data.path": path, "data.fold": fold})
+    settings = load_config(None, [*(overrides or []), *flags])
+    with talking(quiet, verbose) as display:
+        from polyseg.jobs import data
+
+        found = data.make_split(settings, out, display)
+    print_mapping(path, found, as_json)
+
+
+@data_app.command("preview")
+def data_preview(
+    path: DataPath = "demo",
+    out: Annotated[
+        Path, typer.Option(help="File; without suffix both PDF and PNG.", rich_help_panel=WHERE)
+    ] = Path("preview"),
+    images: Annotated[int, typer.Option(help="Images, a row each.", rich_help_panel=HOW)] = 4,
+    samples: Annotated[
+        int, typer.Option(help="Augmented samples of each.", rich_help_panel=HOW)
+    ] = 5,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw training images with their masks, as they are and as the first epochs would see them.
+
+    Example: polyseg data preview my/images --set data.augmentation=strong --out strong.png
+    """
+    from polyseg.config import load_config
+
+    settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
+    with talking(quiet, verbose) as display:
+        from polyseg.jobs import data
+
+        for file in data.preview(
+            settings, out=out, count=images, samples=samples, progress=display
+        ):
+            print(file)
+
+
+@data_app.command("demo")
+def data_demo(
+    path: Annotated[Path, typer.Argument(help="Folder to make.")],
+    images: Annotated[int, typer.Option(help="How many.", rich_help_panel=HOW)] = 160,
+    size: Annotated[
+        int, typer.Option(help="Height and width in pixels.", rich_help_panel=HOW)
+    ] = 128,
+    modality: Annotated[
+        str, typer.Option(help="ultrasound or endoscopy.", rich_help_panel=HOW)
+    ] = "ultrasound",
+    seed: Annotated[int, typer.Option(help="Of the phantoms.", rich_help_panel=HOW)] = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the demo's phantoms, images of lesions whose difficulty is known, as PNG files.
+
+    Example: polyseg data demo phantoms --images 20 --modality endoscopy
+    """
+    with talking(quiet, verbose):
+        from polyseg.jobs import data
+
+        data.write_demo(path, count=images, size=size, modality=modality, seed=seed)
+        print(path)

@@ -1,0 +1,86 @@
+"""What a command says as it works, on stderr: the log, and progress."""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class _Display:
+    """Shows progress: bars on a terminal, elsewhere a plain line now and then."""
+
+    seconds_between_lines = 30.0
+
+    def __init__(self, console: Console) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.console = console
+        # Imports take seconds; until the first progress there is at least this to see.
+        self.tasks: dict[str, Any] = {"starting": self.bars.add_task("starting", total=None)}
+        self.last_line = time.monotonic()
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if self.console.quiet:
+            return
+        if self.console.is_terminal:
+            self._move_bar(task, done, total)
+        elif time.monotonic() - self.last_line > self.seconds_between_lines:
+            self.last_line = time.monotonic()
+            print(f"{task}: {done}/{total}", file=sys.stderr, flush=True)
+
+    def _move_bar(self, task: str, done: int, total: int) -> None:
+        if "starting" in self.tasks:
+            self.bars.remove_task(self.tasks.pop("starting"))
+        if task not in self.tasks:
+            self.tasks[task] = self.bars.add_task(task, total=total)
+        self.bars.update(self.tasks[task], completed=done)
+        if done >= total:
+            self.bars.remove_task(self.tasks.pop(task))
+
+
+class _PlainHandler(logging.Handler):
+    """Flushed lines without control codes, so that a log on a cluster is never behind."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
+    """Send the package's log and progress to stderr for the length of a command."""
+    console = Console(stderr=True, quiet=quiet)
+    logger = logging.getLogger("polyseg")
+    logger.setLevel(logging.DEBUG)
+    handler = (
+        RichHandler(
+            console=console,
+            show_path=False,
+            show_level=False,
+            highlighter=None,
+            log_time_format="%H:%M:%S",
+        )
+        if console.is_terminal
+        else _PlainHandler()
+    )
+    # A run's own log says all that there is to say, however quiet the terminal is.
+    handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.addHandler(handler)
+    display = _Display(console)
+    try:
+        with display.bars if console.is_terminal and not quiet else contextlib.nullcontext():
+            yield display
+    finally:
+        logger.removeHandler(handler)

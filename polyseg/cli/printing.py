@@ -1,0 +1,104 @@
+"""What a command found, on stdout: as tables for people, or as JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from polyseg.report import Outcome
+    from polyseg.tables import Cell, Sheet
+
+_MOST_FILES = 24
+"""Lines; who wants all of them has --json, or looks."""
+
+
+def print_outcome(outcome: "Outcome", as_json: bool) -> None:
+    """Print tables and paths, or all of it as JSON, to stdout."""
+    from polyseg import tables
+
+    if as_json:
+        found = outcome.evaluation
+        record = {
+            "folder": str(outcome.folder),
+            "files": [str(path) for path in outcome.files],
+            "evaluation": None if found is None else tables.summary(found),
+            "correlations": list(outcome.correlations),
+        }
+        print(json.dumps(without_nan(record), indent=2))
+        return
+    console = Console()
+    if outcome.evaluation is not None:
+        for sheet in tables.sheets(outcome.evaluation):
+            print_sheet(console, sheet)
+    if outcome.correlations:
+        print_correlations(console, outcome.correlations)
+    suffixes: dict[Path, list[str]] = {}
+    for path in outcome.files:
+        shown = path.relative_to(outcome.folder) if path.is_relative_to(outcome.folder) else path
+        suffixes.setdefault(shown.with_suffix(""), []).append(shown.suffix)
+    print(f"\nin {outcome.folder}:")
+    for stem, endings in list(suffixes.items())[:_MOST_FILES]:
+        print(f"  {stem}{', '.join(endings)}")
+    if len(suffixes) > _MOST_FILES:
+        print(f"  and {len(suffixes) - _MOST_FILES} more")
+
+
+def print_sheet(console: Console, sheet: "Sheet") -> None:
+    """Print a table of an evaluation; the best of a row is bold."""
+    table = Table(title=escape(sheet.title), title_justify="left")
+    for column, head in enumerate(sheet.heads):
+        table.add_column(escape(head), justify="right" if column else "left")
+    for row in sheet.rows:
+        table.add_row(*(_shown(cell) for cell in row))
+    console.print(table)
+    for note in sheet.notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def _shown(cell: "Cell") -> str:
+    text = escape(cell.text) + cell.marks
+    return f"[bold]{text}[/bold]" if cell.best else text
+
+
+def print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of correlations, a row a metric; what is not defined is a dash."""
+    table = Table(title="Spearman's correlation of the difficulty D", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for row in rows:
+        cells = (value if isinstance(value, str) else f"{value:.3f}" for value in row.values())
+        table.add_row(*("-" if cell == "nan" else cell for cell in cells))
+    console.print(table)
+
+
+def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:
+    """Print named values below a title, or as JSON, to stdout."""
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, dict):
+            shown = ", ".join(f"{count} {part}" for part, count in value.items())
+        table.add_row(name, shown)
+    Console().print(table)
+
+
+def without_nan(value: Any) -> Any:
+    """Return the same with None for NaN and infinity, which JSON does not know.
+
+    >>> without_nan({"dice": [0.5, math.nan]})
+    {'dice': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

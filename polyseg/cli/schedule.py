@@ -1,0 +1,286 @@
+"""`polyseg schedule`."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from polyseg.cli.display import talking
+from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Quiet, Verbose
+from polyseg.cli.printing import print_outcome, without_nan
+from polyseg.errors import PolysegError
+
+if TYPE_CHECKING:
+    from polyseg.jobs.schedule import Findings
+
+schedule_app = typer.Typer(
+    help="Look at what a run recorded of difficulty and epsilon.", no_args_is_help=True
+)
+
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, which may still be training.")
+]
+AsCsv = Annotated[
+    bool, typer.Option("--csv", help="Print the results as CSV.", rich_help_panel=TALK)
+]
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+"""Its head, and what it shows of a row."""
+_WORDS = ("score", "hardest", "easiest", "fallback")
+
+
+@schedule_app.command("show")
+def schedule_show(
+    run: Run,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image", metavar="ID", help="The history of one image.", rich_help_panel=WHERE
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print how difficulty and epsilon moved from assessment to assessment.
+
+    Example: polyseg schedule show runs/first --image phantom_0007
+    """
+    _refuse_both(as_json, as_csv)
+    with talking(quiet, verbose):
+        from polyseg.jobs import schedule
+
+        found = schedule.show(run, image)
+    if as_json or as_csv:
+        _print_rows(found.rows, as_json)
+    elif image is None:
+        _print_overview(run, found)
+    else:
+        columns = [
+            _whole("epoch"),
+            ("D ± its error", lambda row: _with_error(row["difficulty"], row["difficulty_se"])),
+            *(_whole("rank"), _number("percentile", ".1f"), _number("normalised", ".2f")),
+            *(_number("epsilon", ".3f"), _number("dice", ".3f", "Dice")),
+            ("fallback", lambda row: str(row["fallback"])),
+        ]
+        _print_table(f"{image} in {run}", columns, found.rows, found.notes)
+
+
+@schedule_app.command("plot")
+def schedule_plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs, in any number.")
+    ],
+    out: Out = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw epsilon over the epochs, image by image too, D against Dice, and how ranks last.
+
+    Example: polyseg schedule plot runs/first runs/second --out figures
+    """
+    with talking(quiet, verbose):
+        from polyseg.jobs import schedule
+
+        outcome = schedule.plot(runs, out)
+    print_outcome(outcome, as_json)
+
+
+@schedule_app.command("recompute")
+def schedule_recompute(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY.SUB=VALUE",
+            help="A setting of control, uncertainty.metric or loss.epsilon; repeatable.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File for the new schedule, HDF5.", rich_help_panel=WHERE),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Work out the schedule that other settings would have made of the recorded difficulties.
+
+    Example: polyseg schedule recompute runs/first --set control.sensitivity=2 --out new.h5
+    """
+    with talking(quiet, verbose):
+        from polyseg.jobs import schedule
+
+        found = schedule.recompute(run, overrides or [], out)
+    if as_json:
+        _print_rows(found.rows, as_json)
+        return
+    columns = [
+        ("epochs", lambda row: _stretch(row["from_epoch"], row["to_epoch"])),
+        _quantiles("recorded", ".2f", "recorded ε\n5/50/95 %"),
+        _quantiles("recomputed", ".2f", "recomputed ε\n5/50/95 %"),
+        _number("largest_change", ".3f", "largest\nchange"),
+        _number("spearman", ".3f", "Spear-\nman"),
+        ("went\nup", lambda row: _shown(100 * row["raised_share"], ".0f", " %")),
+    ]
+    _print_table(f"{run}: epsilon from assessment to assessment", columns, found.rows, found.notes)
+    if out is not None:
+        print(out)
+
+
+@schedule_app.command("export")
+def schedule_export(
+    run: Run,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File; to stdout if left out.", rich_help_panel=WHERE),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a row for each assessment and image as CSV: difficulty, epsilon, Dice.
+
+    Example: polyseg schedule export runs/first --out first.csv
+    """
+    with talking(quiet, verbose):
+        from polyseg.jobs import schedule
+
+        text = schedule.export(run, out)
+    print(text if out is None else out, end="" if out is None else "\n")
+
+
+@schedule_app.command("validity")
+def schedule_validity(
+    run: Run,
+    out: Out = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell whether D means difficulty: how it goes with 1 - Dice, with size, and with itself.
+
+    Example: polyseg schedule validity runs/first --out validity
+    """
+    _refuse_both(as_json, as_csv)
+    with talking(quiet, verbose):
+        from polyseg.jobs import schedule
+
+        found = schedule.validity(run)
+        table = as_json or as_csv
+        outcome = None if table and out is None else schedule.draw_validity(found.rows, run, out)
+    if as_json or as_csv:
+        _print_rows(found.rows, as_json)
+        return
+    from polyseg.schedules import validity_summary
+
+    summary = validity_summary(found.rows)
+    columns = [
+        ("score", lambda row: row["score"].replace("_", " ")),
+        _pair("with_error", "1 − Dice"),
+        _pair("with_size", "size of\nthe mask"),
+        _pair("with_error_given_size", "1 − Dice at\nequal size"),
+        _pair("with_previous", "assessment\nbefore"),
+    ]
+    title = f"{run}: Spearman's correlation, last and mean"
+    _print_table(title, columns, summary, found.notes)
+    if outcome is not None:
+        print_outcome(outcome, as_json=False)
+
+
+def _print_overview(run: Path, found: "Findings") -> None:
+    """Print two tables, because one would be wider than a terminal."""
+    spread = [
+        _whole("epoch"),
+        _quantiles("difficulty", ".4f", "D at 5/50/95 %"),
+        _number("difficulty_percentile", ".4f", "D_pct"),
+        _number("sigma", ".4f"),
+        _quantiles("epsilon", ".2f", "ε at 5/50/95 %"),
+    ]
+    lasting = [
+        _whole("epoch"),
+        _number("spearman_previous", ".2f", "Spearman\n(previous)"),
+        _number("rank_stability", ".2f", "rank\nstability"),
+        _whole("fallbacks", "fall-\nbacks"),
+        ("wrong\nsign", lambda row: _shown(100 * row["wrong_sign_share"], ".1f", " %")),
+        ("hardest", lambda row: str(row["hardest_1"])),
+        ("easiest", lambda row: str(row["easiest_1"])),
+    ]
+    _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows)
+    _print_table(f"{run}: the order of the images", lasting, found.rows, found.notes)
+
+
+def _print_table(
+    title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequence[str] = ()
+) -> None:
+    """Print a table a label, because a column more would be too wide for a terminal."""
+    console = Console()
+    for label in dict.fromkeys(row.get("label", "") for row in rows):
+        named = ", ".join(filter(None, (title, label)))
+        table = Table(title=escape(named), title_justify="left")
+        for head, _ in columns:
+            table.add_column(head, justify="left" if head in _WORDS else "right", overflow="fold")
+        for row in rows:
+            if row.get("label", "") == label:
+                table.add_row(*(escape(cell(row)) for _, cell in columns))
+        console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def _print_rows(rows: Sequence[Row], as_json: bool) -> None:
+    from polyseg.schedules import csv_text
+
+    if as_json:
+        print(json.dumps(without_nan(list(rows)), indent=2))
+    else:
+        print(csv_text(rows), end="")
+
+
+def _refuse_both(as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise PolysegError("--json --csv: choose one of them")
+
+
+def _whole(key: str, head: str = "") -> Column:
+    return head or key, lambda row: str(row[key])
+
+
+def _number(key: str, form: str, head: str = "") -> Column:
+    return head or key, lambda row: _shown(row[key], form)
+
+
+def _quantiles(key: str, form: str, head: str) -> Column:
+    keys = [f"{key}_q{q:02d}" for q in (5, 50, 95)]
+
+    def cell(row: Row) -> str:
+        known = math.isfinite(row[keys[0]])
+        return "/".join(_shown(row[one], form) for one in keys) if known else "-"
+
+    return head, cell
+
+
+def _pair(key: str, head: str) -> Column:
+    return head, lambda row: f"{_shown(row[f'{key}_last'])}, {_shown(row[f'{key}_mean'])}"
+
+
+def _stretch(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}–{last}"
+
+
+def _with_error(value: float, error: float) -> str:
+    return _shown(value, ".4f") + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
+
+def _shown(value: float, form: str = ".2f", unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "-"

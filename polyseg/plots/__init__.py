@@ -1,0 +1,1 @@
+"""Every figure, from plain arrays: nothing here knows of networks, settings or stored formats."""
