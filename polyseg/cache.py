@@ -3,9 +3,10 @@
 Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings, and
 `label` (n) where each image has several rows, one a label;
 `difficulty`, `dice`, and where the statistics are the data set's `epsilon` (n) float64;
-`scores/NAME` and `scores_se/NAME` (n) float64; `foreground_pixels` (n) int64; `fallback` (n) int8;
-`maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11, so that eq. 11 and 12 can be
-computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon` (E, n) float32.
+`scores/NAME` and `scores_se/NAME` (n) float64; `foreground_pixels` and, with masks, `mask_pixels`
+(n) int64; `fallback` (n) int8; `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11,
+so that eq. 11 and 12 can be computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon`
+(E, n) float32, `assessed` (E) int64, where it is known.
 """
 
 import contextlib
@@ -61,8 +62,9 @@ def write_assessment(path: Path, assessment: Assessment) -> str:
             file[f"scores_se/{name}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
             file[column] = getattr(assessment, column)
-        if assessment.epsilon is not None:
-            file["epsilon"] = assessment.epsilon
+        for column in ("mask_pixels", "epsilon"):
+            if getattr(assessment, column) is not None:
+                file[column] = getattr(assessment, column)
         for map_name, maps in assessment.maps.items():
             _write_maps(file, map_name, maps)
     return sha256_of_file(path)
@@ -108,6 +110,7 @@ def read_assessment(
             foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
             fallback=_column(file, "fallback", n, "i1"),
             dice=_column(file, "dice", n, "f8"),
+            mask_pixels=_column(file, "mask_pixels", n, "i8") if "mask_pixels" in file else None,
             epsilon=_column(file, "epsilon", n, "f8") if "epsilon" in file else None,
             maps=_read_maps(file, n) if with_maps and "maps" in file else {},
             config_yaml=_dataset(file, "config").asstr()[()],
@@ -124,6 +127,8 @@ def write_schedule(path: Path, schedule: Schedule) -> str:
         _write_rows(file, schedule.ids, schedule.labels)
         file["epoch"] = schedule.epochs.astype(np.int64)
         file["epsilon"] = schedule.epsilon.astype(np.float32)
+        if schedule.assessed is not None:
+            file["assessed"] = schedule.assessed.astype(np.int64)
     return sha256_of_file(path)
 
 
@@ -141,7 +146,13 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
         epsilon = _dataset(file, "epsilon")
         if epsilon.shape != (*epochs.shape, len(ids)) or epsilon.dtype != np.float32:
             raise ValueError("epsilon must be (E, n) float32")
-        return Schedule(ids, epochs[()], epsilon[()], _labels(file, len(ids)))
+        return Schedule(
+            ids,
+            epochs[()],
+            epsilon[()],
+            _labels(file, len(ids)),
+            _column(file, "assessed", len(epochs), "i8") if "assessed" in file else None,
+        )
 
 
 @contextlib.contextmanager

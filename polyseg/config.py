@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from polyseg.errors import PolysegError
-from polyseg.records import METRICS, Metric
+from polyseg.records import METRICS, Metric, ReplayArm
 
 _LARGEST_FILE = 50_000
 _MOST_PROBLEMS = 5
@@ -359,6 +359,14 @@ class ControlConfig(_Section):
         "batch", "images that percentile and sigma of eq. 11 are taken over"
     )
     delta: float = _setting(1e-9, "delta of eq. 11", gt=0, le=1)
+    replay: str | None = _setting(
+        None, "run or schedule file whose epsilons are used instead, without MC Dropout"
+    )
+    replay_arm: ReplayArm = _setting(
+        "recorded",
+        "of the replayed epsilons: as recorded; shuffled over the images, anew at each assessment; "
+        "each epoch's mean for all; inverted, the largest for the image that had the smallest",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -450,7 +458,12 @@ class Config(_Section):
                 f"control.enabled: loss.name {self.loss.name} has no epsilon to adapt; "
                 f"choose {' or '.join(POLYDICE_LOSSES)}, or control.enabled=false"
             )
-        if not self.adaptive:
+        if self.control.replay is not None and not self.adaptive:
+            raise ValueError(
+                "control.replay: epsilon is not adapted here; choose loss.name "
+                f"{' or '.join(POLYDICE_LOSSES)}, and control.enabled auto"
+            )
+        if not self.assesses:
             return self
         passes = self.uncertainty.takes_passes
         if passes and ":" not in self.network.name and self.network.dropout == 0:
@@ -471,6 +484,11 @@ class Config(_Section):
         if self.control.enabled == "auto":
             return self.loss.name in POLYDICE_LOSSES
         return self.control.enabled
+
+    @property
+    def assesses(self) -> bool:
+        """Whether epsilon is adapted by assessments of the run's own."""
+        return self.adaptive and self.control.replay is None
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""

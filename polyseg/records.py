@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Metric = Literal[
     "mutual_information", "entropy", "variance", "deterministic_entropy", "training_loss"
 ]
+ReplayArm = Literal["recorded", "shuffled", "mean", "inverted"]
 METRICS: tuple[Metric, ...] = ("mutual_information", "entropy", "variance")
 """What the passes of MC Dropout give."""
 FREE_METRICS: tuple[Metric, ...] = ("deterministic_entropy", "training_loss")
@@ -70,6 +71,8 @@ class Assessment:
     """(n,) of the prediction without dropout at 0.5 against the mask; NaN without a mask."""
     rank_stability: Mapping[Metric, float] = field(default_factory=dict)
     """The rank correlation that each of `METRICS` is expected to have with endless passes."""
+    mask_pixels: NDArray[np.int64] | None = None
+    """(n,) foreground pixels of the ground-truth mask, whatever the region; None without masks."""
     epsilon: NDArray[np.float64] | None = None
     """(n,) where the statistics are those of the data set."""
     labels: list[str] | None = None
@@ -113,6 +116,7 @@ class Assessment:
             foreground_pixels=self.foreground_pixels[rows],
             fallback=self.fallback[rows],
             dice=self.dice[rows],
+            mask_pixels=None if self.mask_pixels is None else self.mask_pixels[rows],
             epsilon=None if self.epsilon is None else self.epsilon[rows],
             maps={name: [maps[i] for i in rows] for name, maps in self.maps.items()},
         )
@@ -129,3 +133,5 @@ class Schedule:
     """(E, n), as the loss used it."""
     labels: list[str] | None = None
     """(n,), as in an assessment."""
+    assessed: NDArray[np.int64] | None = None
+    """(E,) the epoch after which was assessed what each epoch goes by, -1 before there is one."""

@@ -114,6 +114,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.history = path / "history.csv"
         self.schedule = path / "schedule.h5"
+        self.replay = path / "replay.h5"
         self.figures = path / "figures"
         self.evaluation = path / "evaluation"
 

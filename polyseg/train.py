@@ -29,6 +29,7 @@ from polyseg.montecarlo import assess, describe, spread
 from polyseg.objective import Note, as_tasks, build_objective, take_note
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
+from polyseg.replay import epsilon_of_batch
 from polyseg.run import (
     QUANTILES,
     Checkpoint,
@@ -70,8 +71,11 @@ class Trainer:
         split: Split,
         run: RunDirectory,
         progress: Progress = no_progress,
+        replay: Schedule | None = None,
     ) -> None:
         self.config, self.images, self.split, self.run = config, images, split, run
+        self.replay = replay
+        """The epsilons to use in place of assessments, in the order of the training images."""
         self.progress = progress
         self.device = choose_device(config.training.device)
         if self.device.type == "cuda":
@@ -82,7 +86,7 @@ class Trainer:
         if config.data.normalise == "dataset":
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
-        if config.adaptive and config.uncertainty.takes_passes:
+        if config.assesses and config.uncertainty.takes_passes:
             # Now, not at the first assessment, which may be hours away.
             active_layers(self.network)
             image, _ = images.patch(split["train"][0], seed=0)
@@ -101,6 +105,8 @@ class Trainer:
         self.best_epoch, self.best_dice = 0, -1.0
         self.history: list[dict[str, float]] = []
         self.epsilons: list[NDArray[np.float32]] = []
+        self.assessed: list[int] = []
+        """Of each epoch trained, after which epoch was assessed what it went by; -1: none."""
         self.assessments: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
@@ -143,6 +149,9 @@ class Trainer:
             if (schedule.ids, schedule.labels) != rows or len(schedule.epochs) < self.epoch:
                 raise PolysegError(f"{self.run.schedule}: is not the schedule of this run")
             self.epsilons = list(schedule.epsilon[: self.epoch])
+            self.assessed = [] if schedule.assessed is None else schedule.assessed.tolist()
+            del self.assessed[self.epoch :]
+            self._refuse_another_replay()
         for name in in_order(self.assessments):
             # All of them, since the figures at the end want them all; the last one stays.
             path = self.run.path / "uncertainty" / name
@@ -199,10 +208,12 @@ class Trainer:
             workers=settings.workers,
             pinned=self.device.type == "cuda",
         )
+        if self.replay is not None and epoch > len(self.replay.epochs):
+            raise PolysegError(f"control.replay: the schedule ends before epoch {epoch}")
         take_step = self._compiled_step if settings.compile else self._step
         for names, images, masks in batches:
             self._leave_on_signal()
-            epsilon = self.control.epsilon(names).astype(np.float32)
+            epsilon = self._epsilon(names, epoch)
             epsilon_of.update(zip(names, epsilon.reshape(-1, labels).tolist(), strict=True))
             steps.append(_Step(names, *take_step(images, masks, torch.from_numpy(epsilon))))
             if len(steps) % _STEPS_BETWEEN_LOOKS == 0:
@@ -216,6 +227,7 @@ class Trainer:
                 step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
             )
         }
+        self.assessed.append(self._assessed_for(epoch))
         self.epsilons.append(np.array([epsilon_of[name] for name in ids], np.float32).ravel())
         quantiles = np.percentile(self.epsilons[-1], QUANTILES)
         return {
@@ -225,6 +237,12 @@ class Trainer:
             **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
             "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in steps),
         }
+
+    def _epsilon(self, names: Sequence[str], epoch: int) -> NDArray[np.float32]:
+        """Return what the images of a batch meet."""
+        if self.replay is None:
+            return self.control.epsilon(names).astype(np.float32)
+        return epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
 
     def _compiled_step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, Note]:
         """Take a step; the first one compiles the network, and tells how long that took."""
@@ -324,7 +342,8 @@ class Trainer:
             epochs = np.arange(1, self.epoch + 1)
             epsilon = np.stack(self.epsilons)
             ids, labels = self._schedule_rows()
-            write_schedule(self.run.schedule, Schedule(ids, epochs, epsilon, labels))
+            assessed = np.array(self.assessed, np.int64)
+            write_schedule(self.run.schedule, Schedule(ids, epochs, epsilon, labels, assessed))
             self.run.write_history(self.history)
         checkpoint = Checkpoint(
             config=self.config,
@@ -349,9 +368,21 @@ class Trainer:
         return [identity for identity in ids for _ in labels], [*labels] * len(ids)
 
     def _assessment_epochs(self) -> list[int]:
-        if not self.config.adaptive:
+        if not self.config.assesses:
             return []
         return self.config.control.assessment_epochs(self.config.training.epochs)
+
+    def _assessed_for(self, epoch: int) -> int:
+        if self.replay is not None:
+            return -1 if self.replay.assessed is None else int(self.replay.assessed[epoch - 1])
+        return -1 if self.control.assessment is None else self.control.assessment.epoch
+
+    def _refuse_another_replay(self) -> None:
+        """Raise unless the epochs trained so far went by the schedule that is now replayed."""
+        if self.replay is not None:
+            done = self.replay.epsilon[: self.epoch]
+            if not np.array_equal(done, np.stack(self.epsilons)):
+                raise PolysegError(f"{self.run.replay}: is not the schedule that this run replayed")
 
     def _stopped_early(self) -> bool:
         patience = self.config.training.early_stopping

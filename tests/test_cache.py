@@ -30,6 +30,7 @@ def assessment():
         scores_se={"entropy": generator.random(n)},
         rank_stability={"entropy": 0.9, "variance": float("nan")},
         foreground_pixels=np.arange(n),
+        mask_pixels=np.array([0, 2**40, 3, 17]),
         fallback=np.zeros(n, dtype=np.int8),
         dice=np.array([0.5, 1.0, np.nan, 0.0]),
         epsilon=generator.random(n),
@@ -58,6 +59,22 @@ def test_plain_h5py_reads_it(tmp_path, assessment):
         assert file["id"].asstr()[1] == "ß image"
         assert file["difficulty"].shape == (4,) and file["difficulty"].dtype == np.float64
         assert file["maps/mean"].chunks == (1, 6, 5) and file["maps/mean"].fletcher32
+
+
+@pytest.mark.parametrize("name", ["mask_pixels", "epsilon"])
+def test_what_is_not_known_is_not_written(tmp_path, assessment, name):
+    path = tmp_path / "a.h5"
+    write_assessment(path, dataclasses.replace(assessment, **{name: None}))
+    with h5py.File(path) as file:
+        assert name not in file
+    assert getattr(read_assessment(path), name) is None
+
+
+def test_the_sizes_of_masks_follow_their_rows(assessment):
+    turned = assessment.in_order(assessment.ids[::-1])
+    assert turned.mask_pixels.tolist() == [17, 3, 2**40, 0]
+    labelled = dataclasses.replace(assessment, ids=list("aabb"), labels=["x", "y"] * 2)
+    assert labelled.of_label("y").mask_pixels.tolist() == [2**40, 17]
 
 
 def test_schedule_round_trip(tmp_path):
@@ -109,6 +126,9 @@ def replace(name, value):
         replace("dice", np.zeros(3)),
         replace("dice", np.zeros(4, np.float32)),
         replace("fallback", "text"),
+        replace("mask_pixels", np.zeros(4)),
+        replace("mask_pixels", np.zeros(5, np.int64)),
+        replace("mask_pixels", h5py.SoftLink("/foreground_pixels")),
         replace("dice", h5py.ExternalLink("/etc/passwd", "/")),
         replace("dice", h5py.SoftLink("/difficulty")),
     ],

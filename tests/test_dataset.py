@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from polyseg.config import DataConfig, load_config
-from polyseg.data.dataset import arrays_as_set, training_batches
+from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo, training_batches
 from polyseg.data.loading import load_images, load_others
 from polyseg.errors import PolysegError
 
@@ -218,3 +218,14 @@ def test_where_images_are_is_told(folder, polyseg, tmp_path):
 def test_the_demo_has_one_label():
     with pytest.raises(PolysegError, match="the demo's masks are 0/1"):
         load_images(load_config(overrides=["data.foreground=[1, 2]"]).data)
+
+
+def test_an_epochs_order_is_told_without_its_images():
+    images = make_demo(DataConfig(demo_images=8, size=32))
+    order = {"batch_size": 3, "seed": 4}
+    for epoch in (1, 2):
+        batches = training_batches(images, images.ids, epoch=epoch, **order)
+        assert [names for names, _, _ in batches] == epoch_order(images.ids, epoch=epoch, **order)
+    first, second = (epoch_order(images.ids, epoch=epoch, **order) for epoch in (1, 2))
+    assert first != second
+    assert sorted(sum(first, [])) == sorted(images.ids)

@@ -316,16 +316,28 @@ def training_batches(
     The number of workers changes nothing in them, nor does the batch size in a sample, and torch's
     global random stream is not used. Pinned ones lie where CUDA copies from while it computes.
     """
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
+    places = {identity: i for i, identity in enumerate(ids)}
+    order = epoch_order(ids, batch_size=batch_size, seed=seed, epoch=epoch)
     return DataLoader[Any](
         _Augmented(images, list(ids), seed, epoch, changes),
-        batch_size=batch_size,
-        shuffle=True,
-        generator=generator,
+        batch_sampler=[[places[identity] for identity in batch] for batch in order],
+        # Of its own, because workers' seeds would else be drawn from torch's global stream.
+        generator=torch.Generator().manual_seed(derive_seed(seed, epoch, "workers")),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pinned,
     )
+
+
+def epoch_order(ids: Sequence[str], *, batch_size: int, seed: int, epoch: int) -> list[list[str]]:
+    """Return the images of each batch of an epoch, which follow from the arguments alone.
+
+    >>> epoch_order(["a", "b", "c"], batch_size=2, seed=0, epoch=1)
+    [['b', 'c'], ['a']]
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
+    shuffled = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
+    return [shuffled[i : i + batch_size] for i in range(0, len(ids), batch_size)]
 
 
 class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):

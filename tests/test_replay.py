@@ -1,0 +1,183 @@
+"""Replay: a recorded schedule trained with again, and the arms that give it to other images."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyseg.cache import read_schedule, write_schedule
+from polyseg.errors import PolysegError
+from polyseg.jobs.training import plan, train
+from polyseg.records import Schedule
+from polyseg.replay import epsilon_of_batch, fit_schedule, replay_arm
+from tests.test_train import assert_same_weights, history_of, run_of, weights_of
+
+FIVE_EPOCHS = ("training.epochs=5", "control.start=1", "control.every=2")
+
+
+def schedule_of(epsilon, assessed=None, labels=None):
+    epsilon = np.asarray(epsilon, np.float32)
+    ids = [f"image {i // len(set(labels or ['']))}" for i in range(epsilon.shape[1])]
+    epochs = np.arange(1, len(epsilon) + 1)
+    return Schedule(ids, epochs, epsilon, labels, None if assessed is None else np.array(assessed))
+
+
+def replay_of(run, tiny, *more, name="replayed"):
+    return run_of(tiny(name, *FIVE_EPOCHS, f"control.replay={run.path}", *more))
+
+
+@pytest.mark.parametrize("statistics", ["batch", "dataset"])
+def test_a_replay_equals_its_original_bit_for_bit(tiny, statistics):
+    settings = (f"control.statistics={statistics}", "training.seed=3")
+    original = run_of(tiny("original", *FIVE_EPOCHS, *settings))
+    again = replay_of(original, tiny, *settings)
+    for which in ("last", "best"):
+        assert_same_weights(weights_of(original, which), weights_of(again, which))
+    one, other = read_schedule(original.schedule), read_schedule(again.schedule)
+    np.testing.assert_array_equal(one.epsilon, other.epsilon)
+    assert one.assessed.tolist() == other.assessed.tolist() == [-1, 1, 1, 3, 3]
+    assert len(np.unique(one.epsilon)) > 5
+    assert not (again.path / "uncertainty").exists()
+    without = [{k: v for k, v in row.items() if k != "assessed"} for row in history_of(original)]
+    assert without == [
+        {k: v for k, v in row.items() if k != "assessed"} for row in history_of(again)
+    ]
+
+
+def test_an_arm_trains_another_network_on_the_same_epsilons(tiny):
+    original = run_of(tiny("original", *FIVE_EPOCHS))
+    recorded = read_schedule(original.schedule).epsilon
+    for arm in ("shuffled", "mean", "inverted"):
+        run = replay_of(original, tiny, f"control.replay_arm={arm}", name=arm)
+        used = read_schedule(run.schedule).epsilon
+        assert not np.array_equal(used, recorded)
+        np.testing.assert_array_equal(used, read_schedule(run.replay).epsilon)
+        np.testing.assert_allclose(used.mean(axis=1), recorded.mean(axis=1), atol=1e-6)
+        with pytest.raises(AssertionError):
+            assert_same_weights(weights_of(original), weights_of(run))
+
+
+def test_a_replay_goes_on_from_its_own_copy(tiny):
+    original = run_of(tiny("original", *FIVE_EPOCHS))
+    settings = ("control.replay_arm=shuffled",)
+    whole = replay_of(original, tiny, *settings, name="whole")
+    original.schedule.rename(original.schedule.with_name("gone"))
+    first = tiny("parts", *FIVE_EPOCHS, f"control.replay={original.path}", *settings)
+    with pytest.raises(PolysegError, match=r"schedule.h5: there is no such file"):
+        train(first)
+    original.schedule.with_name("gone").rename(original.schedule)
+    two = first.model_copy(update={"training": first.training.model_copy(update={"epochs": 2})})
+    parts = run_of(two)
+    original.schedule.unlink()
+    # The learning rate follows the number of epochs, so only the epsilons can be the same.
+    train(first, resume=True)
+    np.testing.assert_array_equal(
+        read_schedule(parts.schedule).epsilon, read_schedule(whole.schedule).epsilon
+    )
+
+
+def test_another_schedule_cannot_be_slipped_under_a_resumed_run(tiny):
+    original = run_of(tiny("original", *FIVE_EPOCHS))
+    config = tiny("run", *FIVE_EPOCHS, f"control.replay={original.path}", "training.epochs=3")
+    run = run_of(config)
+    schedule = read_schedule(run.replay)
+    write_schedule(run.replay, dataclasses.replace(schedule, epsilon=schedule.epsilon + 0.01))
+    longer = config.model_copy(
+        update={"training": config.training.model_copy(update={"epochs": 5})}
+    )
+    with pytest.raises(PolysegError, match="is not the schedule that this run replayed"):
+        train(longer, resume=True)
+
+
+def test_what_a_schedule_lacks_is_named(tiny):
+    original = run_of(tiny("original", *FIVE_EPOCHS))
+    with pytest.raises(PolysegError, match=r"lacks epoch 6 of 7; .* --epochs 5"):
+        train(tiny("long", f"control.replay={original.path}", "training.epochs=7"))
+    seven = tiny("other", *FIVE_EPOCHS, f"control.replay={original.path}", "training.seed=9")
+    split = json.loads(original.split.read_text())
+    moved = split["test"][0]
+    split["train"].append(moved)
+    split["test"] = split["test"][1:]
+    (original.path / "moved.json").write_text(json.dumps(split))
+    data = seven.data.model_copy(update={"split_file": str(original.path / "moved.json")})
+    with pytest.raises(PolysegError, match=f"has no epsilon for {moved['id']};"):
+        train(seven.model_copy(update={"data": data}))
+    assert not (original.path.parent / "other").exists()
+
+
+def test_a_plan_of_a_replay_has_no_passes(tiny):
+    original = run_of(tiny("original", *FIVE_EPOCHS))
+    found = plan(tiny("next", *FIVE_EPOCHS, f"control.replay={original.path}"))
+    assert found["MC-Dropout passes of an image"] == 0
+    assert found["assessed after epochs"] == []
+
+
+def test_epsilons_that_reward_misalignment_are_refused():
+    schedule = schedule_of([[0.0, -0.6]])
+    with pytest.raises(PolysegError, match="would reward misalignment"):
+        fit_schedule(schedule, schedule.ids, [""], 1, 1, "file")
+    endless = schedule_of([[0.0, np.nan]])
+    with pytest.raises(PolysegError, match="not finite"):
+        fit_schedule(endless, endless.ids, [""], 1, 1, "file")
+    with pytest.raises(PolysegError, match="not 1, 2, 3"):
+        fit_schedule(
+            dataclasses.replace(schedule_of([[0.0, 1.0]]), epochs=np.array([4])),
+            schedule.ids, [""], 1, 1, "file",
+        )  # fmt: skip
+
+
+def test_columns_are_put_in_the_order_of_the_run():
+    schedule = schedule_of([[0.0, 0.1, 0.2, 0.3]], labels=["x", "y", "x", "y"])
+    fitted = fit_schedule(schedule, ["image 1", "image 0"], ["y", "x"], 1, 1, "file")
+    assert fitted.ids == ["image 1", "image 1", "image 0", "image 0"]
+    assert fitted.labels == ["y", "x", "y", "x"]
+    np.testing.assert_allclose(fitted.epsilon, [[0.3, 0.2, 0.1, 0.0]])
+    batch = epsilon_of_batch(fitted, ["image 0"], epoch=1, labels=2)
+    np.testing.assert_allclose(batch, [0.1, 0.0])
+    with pytest.raises(PolysegError, match="has no epsilon for z of image 0"):
+        fit_schedule(schedule, ["image 0"], ["x", "z"], 1, 1, "file")
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 99))
+def test_arms_keep_each_epochs_epsilons(images, epochs, seed):
+    rng = np.random.default_rng(seed)
+    schedule = schedule_of(rng.choice(rng.random(4), (epochs, images)), [0] * epochs)
+    ordered = np.sort(schedule.epsilon, axis=1)
+    for arm in ("shuffled", "inverted"):
+        np.testing.assert_array_equal(
+            np.sort(replay_arm(schedule, arm, seed).epsilon, axis=1), ordered
+        )
+    inverted = replay_arm(schedule, "inverted", seed).epsilon
+    for before, after in zip(schedule.epsilon, inverted, strict=True):
+        lower = before[:, None] < before[None]
+        assert (after[:, None] >= after[None])[lower].all()
+    mean = replay_arm(schedule, "mean", seed).epsilon
+    np.testing.assert_allclose(mean, np.repeat(schedule.epsilon.mean(1)[:, None], images, 1), 1e-6)
+    assert replay_arm(schedule, "recorded", seed) is schedule
+
+
+def test_a_permutation_lasts_from_an_assessment_to_the_next():
+    """Each column holds its own number, so that the numbers tell who was given whose."""
+    epsilon = np.tile(np.arange(40, dtype=np.float32), (6, 1))
+    schedule = schedule_of(epsilon, assessed=[-1, 1, 1, 3, 3, 5])
+    shuffled = replay_arm(schedule, "shuffled", 0).epsilon
+    for one, other in ((1, 2), (3, 4)):
+        np.testing.assert_array_equal(shuffled[one], shuffled[other])
+    for one, other in ((1, 3), (3, 5), (1, 5)):
+        assert (shuffled[one] != shuffled[other]).any()
+    assert (replay_arm(schedule, "shuffled", 1).epsilon != shuffled).any()
+
+
+def test_labels_of_an_image_are_shuffled_together():
+    epsilon = np.array([[10 * i + k for i in range(20) for k in range(2)]], np.float32)
+    schedule = schedule_of(epsilon, labels=["x", "y"] * 20)
+    shuffled = replay_arm(schedule, "shuffled", 0).epsilon.reshape(20, 2)
+    assert (shuffled[:, 1] == shuffled[:, 0] + 1).all()
+    assert (shuffled != epsilon.reshape(20, 2)).any()
+    inverted = replay_arm(schedule, "inverted", 0).epsilon.reshape(20, 2)
+    np.testing.assert_array_equal(inverted, epsilon.reshape(20, 2)[::-1])
+    mean = replay_arm(schedule, "mean", 0).epsilon.reshape(20, 2)
+    np.testing.assert_allclose(mean, [[95, 96]] * 20)
