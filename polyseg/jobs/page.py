@@ -1,0 +1,337 @@
+"""`polyseg report`: what runs left behind, bound into one page."""
+
+import logging
+import math
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyseg import __version__
+from polyseg.errors import PolysegError
+from polyseg.files import write_text
+from polyseg.page.document import (
+    Block,
+    Folded,
+    Gallery,
+    Heading,
+    Listing,
+    Page,
+    Section,
+    Table,
+    Text,
+    render,
+)
+from polyseg.page.figures import (
+    difficulty_pictures,
+    epsilon_of,
+    evaluation_pictures,
+    extreme_pictures,
+    training_picture,
+)
+from polyseg.page.results import (
+    DASH,
+    brief,
+    decimals_of,
+    dice_tested,
+    further_tables,
+    heading,
+    images_tested,
+    metric_tables,
+    number,
+)
+from polyseg.page.runfiles import RunFiles, read_run
+from polyseg.ranks import spearman
+from polyseg.records import Assessment, Progress, no_progress
+
+log = logging.getLogger(__name__)
+
+MOST_RUNS = 50
+"""Of a page."""
+
+_WORST = 20
+_MOST_ROWS = 2000
+_MOST_FACTS = 100
+_QUANTILES = (5, 25, 50, 75, 95)
+
+
+def make_page(
+    sources: Sequence[Path],
+    *,
+    out: Path,
+    title: str | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write one HTML file about one or several runs, and return its path.
+
+    Raises:
+        PolysegError: `out` is there already, a source is no run, or one is given twice.
+    """
+    if out.exists() or out.is_symlink():
+        raise PolysegError(
+            f"{out}: exists already and nothing is overwritten; choose another --out"
+        )
+    if len(sources) > MOST_RUNS:
+        raise PolysegError(f"report: {len(sources)} runs are too many for a page of {MOST_RUNS}")
+    runs = []
+    for k, (source, name) in enumerate(zip(sources, _names(sources), strict=True), start=1):
+        runs.append(read_run(source, name))
+        progress("reading runs", k, len(sources))
+    if lost := sum(len(run.remarks) for run in runs):
+        log.warning("%d files could not be read; the page names them", lost)
+    write_text(out, render(page_of(runs, title)))
+    return out
+
+
+def page_of(runs: Sequence[RunFiles], title: str | None = None) -> Page:
+    """Return what there is to show of runs, in the order of a paper: results first.
+
+    >>> [section.title for section in page_of([RunFiles("a")]).sections]
+    ['Summary']
+    """
+    parts: dict[str, Sequence[Block]] = {
+        "Summary": _summary(runs),
+        "Settings": _settings(runs),
+        "Training": _training(runs),
+        "Difficulty and ε": _each(runs, _difficulty),
+        "Hardest and easiest images": _each(runs, _extremes),
+        "Test images": _each(runs, _tests),
+        "How it was made": [*_machines(runs), *_each(runs, _command)],
+    }
+    what = (
+        f"Segmentation run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} segmentation runs"
+    )
+    return Page(
+        title=title or what,
+        facts=_facts(runs),
+        warnings=[remark for run in runs for remark in run.remarks],
+        sections=[Section(name, blocks) for name, blocks in parts.items() if blocks],
+    )
+
+
+def _names(sources: Sequence[Path]) -> list[str]:
+    """Return a short name for each run that tells it from the others, wherever one stands."""
+    parts = [source.resolve().parts for source in sources]
+    if len(set(parts)) < len(parts):
+        raise PolysegError("report: a run is given twice")
+    length = next(n for n in range(1, 9999) if len({part[-n:] for part in parts}) == len(parts))
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def _each(
+    runs: Sequence[RunFiles], blocks_of: Callable[[RunFiles], Sequence[Block]]
+) -> Sequence[Block]:
+    """Return the blocks of every run that has some, below its name where there are several."""
+    found: list[Block] = []
+    for run in runs:
+        if blocks := blocks_of(run):
+            found += [Heading(run.name)] if len(runs) > 1 else []
+            found += blocks
+    return found
+
+
+def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
+    days = (re.match(r"\d{4}-\d\d-\d\d", str(run.environment.get("started"))) for run in runs)
+    begun = sorted(day.group() for day in days if day)
+    versions = {brief(run.environment.get("polyseg", __version__)) for run in runs}
+    return [
+        ("Runs" if len(runs) > 1 else "Run", ", ".join(run.name for run in runs)),
+        ("Trained", " to ".join(dict.fromkeys((begun[0], begun[-1]))) if begun else DASH),
+        ("polyseg", ", ".join(sorted(versions))),
+    ]
+
+
+def _summary(runs: Sequence[RunFiles]) -> list[Block]:
+    rows = []
+    for run in runs:
+        best = _best(run)
+        rows.append(
+            [
+                run.name,
+                brief(run.settings.get("loss.name", DASH)),
+                number(run.history[-1]["epoch"] if run.history else None, 0),
+                number(best.get("epoch"), 0),
+                number(best.get("validation_dice")),
+                images_tested(run),
+                dice_tested(run),
+            ]
+        )
+    head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
+    overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
+    rules = dict.fromkeys(str(run.summary["rule"]) for run in runs if "rule" in run.summary)
+    return [overview, *metric_tables(runs), *(Text(rule) for rule in rules)]
+
+
+def _best(run: RunFiles) -> Mapping[str, float]:
+    """Return the row of the first epoch of the highest validation Dice; without any, none."""
+    known = [row for row in run.history if math.isfinite(row.get("validation_dice", math.nan))]
+    return max(known, key=lambda row: row["validation_dice"], default={})
+
+
+def _settings(runs: Sequence[RunFiles]) -> list[Block]:
+    known = [run for run in runs if run.settings]
+    blocks: list[Block] = [_differences(known)] if len(known) > 1 else []
+    return blocks + [
+        Folded(f"All settings of {run.name}", [Listing(run.config_text)])
+        for run in runs
+        if run.config_text
+    ]
+
+
+def _differences(runs: Sequence[RunFiles]) -> Block:
+    """Return the settings in which runs differ, other than where they are kept."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key != "output.path")
+    rows = [[key, *(_value(run, key) for run in runs)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if not rows:
+        return Text("The runs have the same settings.")
+    head = ["setting", *(run.name for run in runs)]
+    return Table("The settings in which the runs differ.", head, rows)
+
+
+def _value(run: RunFiles, key: str) -> str:
+    value = run.settings.get(key, DASH)
+    written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return brief(written)
+
+
+def _training(runs: Sequence[RunFiles]) -> list[Block]:
+    pictures = [training_picture(run) for run in runs if run.history]
+    return [Gallery(pictures)] if pictures else []
+
+
+def _difficulty(run: RunFiles) -> list[Block]:
+    pictures = difficulty_pictures(run)
+    blocks: list[Block] = [Gallery(pictures)] if pictures else []
+    return [*blocks, _assessments(run)] if run.assessments else blocks
+
+
+def _assessments(run: RunFiles) -> Table:
+    """Return a row for each assessment, and for each label where there are several."""
+    labelled = any(one.labels is not None for one in run.assessments)
+    metric = run.assessments[-1].metric.replace("_", " ")
+    rows = [
+        _assessment_row(run, one.of_label(label), label, labelled=labelled)
+        for one in run.assessments
+        for label in one.label_names
+    ]
+    head = ["epoch", *(["label"] if labelled else []), "passes", "images"]
+    head += [f"D {q} %" for q in _QUANTILES] + [f"ε {q} %" for q in _QUANTILES[::2]]
+    return Table(
+        f"Assessments of {run.name}: percentiles of the difficulty D ({metric}) over the training "
+        "images and of the ε of the epoch that followed, Spearman's correlation ρ of D with "
+        "1 − Dice, and the rank correlation that D is expected to have with endless passes.",
+        [*head, "ρ with 1 − Dice", "rank stability"],
+        rows,
+    )
+
+
+def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: bool) -> list[str]:
+    followed = np.empty(0)
+    if run.schedule is not None:
+        epsilon = epsilon_of(run.schedule, label)
+        followed = epsilon[run.schedule.epochs == one.epoch + 1].ravel()
+    return [
+        str(one.epoch),
+        *([label] if labelled else []),
+        str(one.samples),
+        str(len(one.ids)),
+        *_percentiles(one.difficulty, _QUANTILES, "#.3g"),
+        *_percentiles(followed, _QUANTILES[::2], ".2f"),
+        number(spearman(one.difficulty, 1 - one.dice), 2),
+        number(one.rank_stability.get(one.metric), 2),
+    ]
+
+
+def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
+    known = values[np.isfinite(values)]
+    if known.size == 0:
+        return [DASH] * len(which)
+    shown = (f"{value:{form}}".rstrip(".") for value in np.percentile(known, which))
+    return [one.replace("-", "−") for one in shown]
+
+
+def _extremes(run: RunFiles) -> list[Block]:
+    pictures = extreme_pictures(run)
+    return [Gallery(pictures)] if pictures else []
+
+
+def _tests(run: RunFiles) -> list[Block]:
+    pictures = evaluation_pictures(run)
+    blocks: list[Block] = [Gallery(pictures)] if pictures else []
+    return [*blocks, *further_tables(run), *_per_image(run)]
+
+
+def _per_image(run: RunFiles) -> list[Block]:
+    """Return the worst images, and all of them on demand."""
+    if len(run.per_image) < 2:
+        return []
+    keys, *rows = _shown_columns(run.per_image)
+    if "dice" in keys:
+        rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
+    order = "by Dice, the worst first" if "dice" in keys else "in the file's order"
+    head = [heading(key) for key in keys]
+    cells = [[_cell(*pair) for pair in zip(row, keys, strict=True)] for row in rows[:_MOST_ROWS]]
+    if len(rows) <= _WORST + 5:
+        return [Table(f"Test images of {run.name} {order}.", head, cells, sortable=True)]
+    total = f"{len(rows):,} test images of {run.name}"
+    some = f"The first {_MOST_ROWS:,} of " if len(rows) > _MOST_ROWS else ""
+    everything = Table(f"{some}{total} {order}.", head, cells, sortable=True)
+    return [
+        Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
+        Folded(f"{some or 'All '}{total}", [everything]),
+    ]
+
+
+def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return per_image.csv with the id first, and the run only where there are several."""
+    columns = list(zip(*table, strict=True))
+    kept = [one for one in columns if one[0] != "run" or len(set(one[1:])) > 1]
+    kept.sort(key=lambda one: one[0] != "id")
+    return [list(row) for row in zip(*kept, strict=True)]
+
+
+def _sort_key(cell: str) -> float:
+    """Return a cell's number; what is none comes last."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.inf
+    return math.inf if math.isnan(value) else value
+
+
+def _cell(cell: str, key: str) -> str:
+    if key in ("id", "label", "run", "prediction"):
+        return brief(cell)
+    return number(_sort_key(cell), 0 if key.endswith("_pixels") else decimals_of(key))
+
+
+def _machines(runs: Sequence[RunFiles]) -> list[Block]:
+    known = [run for run in runs if run.environment]
+    keys = dict.fromkeys(key for run in known for key in run.environment if key != "command")
+    rows = [
+        [brief(key), *(brief(run.environment.get(key, DASH)) for run in known)]
+        for key in list(keys)[:_MOST_FACTS]
+    ]
+    if not rows:
+        return []
+    return [
+        Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
+        Text(
+            "The command that began a run, with its settings above, makes it again: equal on the "
+            "same CPU with the same versions and number of threads."
+        ),
+    ]
+
+
+def _command(run: RunFiles) -> list[Block]:
+    """Return the command that began a run, as a shell takes it, with the program by its name."""
+    words = run.environment.get("command")
+    if not isinstance(words, list) or not words:
+        return []
+    first, *others = map(str, words)
+    program = "polyseg" if Path(first).name in ("polyseg", "__main__.py") else first
+    return [Listing(shlex.join([program, *others]))]

@@ -1,0 +1,245 @@
+"""What a run left behind, read for those who show it: as much as can be read, and what cannot.
+
+A run's folder may come from a stranger. Nothing is read that lies outside of it, wherever links
+lead; files are bounded in size before they are opened; and a file that is damaged becomes a remark,
+since the others are worth showing without it. Weights are never opened.
+"""
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from polyseg.cache import read_assessment, read_schedule
+from polyseg.config import parse_yaml
+from polyseg.errors import PolysegError
+from polyseg.records import Assessment, Schedule
+
+MOST_PICTURES = 40
+MOST_ASSESSMENTS = 1000
+LARGEST_PICTURE = 3 * 2**20
+"""Bytes of a PNG file."""
+MOST_EPOCHS = 100_000
+
+_LARGEST_TEXT = 2**25
+_LARGEST_ARRAYS = 2**33
+_MOST_PIXELS = 2**25
+_MOST_LABELS = 32
+_MOST_COLUMNS = 200
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The contents of a run's folder; what is not there, or cannot be read, is empty."""
+
+    name: str
+    config_text: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """config.yaml by dotted key."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    history: Sequence[Mapping[str, float]] = ()
+    """A row an epoch, each with its `epoch`."""
+    assessments: Sequence[Assessment] = ()
+    """By rising epoch, without maps."""
+    schedule: Schedule | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """evaluation/summary.json as it stands, unchecked."""
+    per_image: Sequence[Sequence[str]] = ()
+    """evaluation/per_image.csv: the head, then rows of equal length."""
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG files of figures/ and evaluation/ by their path in the run."""
+    remarks: Sequence[str] = ()
+    """A sentence for each file that could not be read or was left out."""
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """Return a setting by its dotted key, as the file has it.
+
+        >>> RunFiles("a", settings={"loss.name": "dice"}).setting("loss.name")
+        'dice'
+        """
+        return self.settings.get(key, default)
+
+
+def read_run(path: Path, name: str) -> RunFiles:
+    """Read what is there to show of a run.
+
+    Args:
+        path: the run's folder.
+        name: what to call it.
+
+    Raises:
+        PolysegError: the folder is no run, for it has neither config.yaml nor history.csv.
+    """
+    if not any((path / one).is_file() for one in ("config.yaml", "history.csv")):
+        raise PolysegError(f"{path}: is no run (neither config.yaml nor history.csv in it)")
+    folder = _Folder(path)
+    config_text = folder.read("config.yaml", _text, "")
+    return RunFiles(
+        name=name,
+        config_text=config_text,
+        settings=folder.read("config.yaml", _settings, {}) if config_text else {},
+        environment=folder.read("environment.json", _mapping, {}),
+        history=folder.read("history.csv", _history, []),
+        assessments=_assessments(folder),
+        schedule=folder.read("schedule.h5", _schedule, None),
+        summary=folder.read("evaluation/summary.json", _mapping, {}),
+        per_image=folder.read("evaluation/per_image.csv", _table, []),
+        pictures=_pictures(folder),
+        remarks=[f"{name}: {remark}" for remark in folder.remarks],
+    )
+
+
+class _Folder:
+    """A run's folder: its files by name, and remarks on those that cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.remarks: list[str] = []
+
+    def read(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
+        """Return what `reader` makes of a file, or `missing`, with a remark if it is there."""
+        path = self.path / name
+        try:
+            if not path.exists() and not path.is_symlink():
+                return missing
+            if not path.resolve().is_relative_to(self.path):
+                raise ValueError("is a link that leads out of the run")
+            if not path.is_file() and not path.is_dir():
+                raise ValueError("is no file")
+            return reader(path)
+        except MemoryError:
+            reason = "does not fit into memory"
+        except (
+            *(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError),
+            *(RuntimeError, SyntaxError, EOFError, csv.Error, PolysegError),
+        ) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        # Where the run lies is nothing that a page should tell.
+        reason = " ".join(reason.replace(f"{path}: ", "").split())[:200]
+        self.remarks.append(f"{name} could not be read: {reason}")
+        return missing
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Return the names of a sub-folder's files, those with numbers by their size."""
+
+        def listed(path: Path) -> list[str]:
+            return [f"{folder}/{one.name}" for one in path.iterdir() if one.suffix == suffix]
+
+        found: list[str] = self.read(folder, listed, [])
+        return sorted(found, key=lambda one: (len(one), one))
+
+    def first(self, names: Sequence[str], most: int, what: str) -> list[str]:
+        """Return at most so many names, with a remark on the others."""
+        if len(names) > most:
+            self.remarks.append(f"{len(names) - most:,} of {len(names):,} {what} are left out")
+        return list(names[:most])
+
+
+def _assessments(folder: _Folder) -> list[Assessment]:
+    names = folder.first(folder.names("uncertainty", ".h5"), MOST_ASSESSMENTS, "assessments")
+    read = (folder.read(name, _assessment, None) for name in names)
+    by_epoch = {one.epoch: one for one in read if one is not None}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def _pictures(folder: _Folder) -> dict[str, bytes]:
+    names = folder.names("figures", ".png") + folder.names("evaluation", ".png")
+    read = {
+        name: folder.read(name, _png, b"") for name in folder.first(names, MOST_PICTURES, "figures")
+    }
+    return {name: data for name, data in read.items() if data}
+
+
+def _bounded(path: Path, most: int) -> Path:
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"has {size:,} bytes, over {most:,}, and is left out")
+    return path
+
+
+def _text(path: Path) -> str:
+    return _bounded(path, _LARGEST_TEXT).read_text(encoding="utf-8")
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    found = json.loads(_text(path))
+    if not isinstance(found, dict):
+        raise ValueError("holds no JSON object")
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    tree = parse_yaml(_text(path), path.name)
+    if not isinstance(tree, dict):
+        raise ValueError("holds no settings")
+    return _flat(tree)
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _table(path: Path) -> list[list[str]]:
+    rows = [row for row in csv.reader(io.StringIO(_text(path))) if row]
+    if any(len(row) != len(rows[0]) for row in rows) or (rows and len(rows[0]) > _MOST_COLUMNS):
+        raise ValueError("is no table, or has too many columns")
+    return rows
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    head, *rows = _table(path) or [[]]
+    if "epoch" not in head or len(rows) > MOST_EPOCHS:
+        raise ValueError("is no table of epochs")
+    history = [dict(zip(head, map(float, row), strict=True)) for row in rows]
+    for row in history:
+        _check_epoch(row["epoch"])
+    return history
+
+
+def _assessment(path: Path) -> Assessment:
+    assessment = read_assessment(_bounded(path, _LARGEST_ARRAYS))
+    _check_epoch(assessment.epoch)
+    _check_labels(assessment.label_names)
+    return assessment
+
+
+def _schedule(path: Path) -> Schedule:
+    schedule = read_schedule(_bounded(path, _LARGEST_ARRAYS))
+    for epoch in schedule.epochs:
+        _check_epoch(epoch)
+    _check_labels(dict.fromkeys(schedule.labels or [""]))
+    return schedule
+
+
+def _check_epoch(epoch: float) -> None:
+    if not 0 <= epoch <= MOST_EPOCHS:
+        raise ValueError(f"tells of epoch {epoch}")
+
+
+def _check_labels(labels: Sequence[str] | Mapping[str, None]) -> None:
+    if len(labels) > _MOST_LABELS:
+        raise ValueError(f"has {len(labels)} labels, over {_MOST_LABELS}")
+
+
+def _png(path: Path) -> bytes:
+    """Return a file's bytes once they are known to be a PNG, of a size that browsers take."""
+    data = _bounded(path, LARGEST_PICTURE).read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"has {image.width} x {image.height} pixels and is left out")
+            image.verify()
+    return data

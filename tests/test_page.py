@@ -1,0 +1,544 @@
+"""Pages about runs: whole, escaped, alone; nothing of what a run holds can break or leave them."""
+
+import base64
+import hashlib
+import html
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from polyseg.cache import write_assessment, write_schedule
+from polyseg.errors import PolysegError
+from polyseg.jobs.page import make_page, page_of
+from polyseg.page import figures, runfiles
+from polyseg.page.document import Folded, Gallery, Page, Picture, Section, Table, Text, render
+from polyseg.page.results import further_tables, metric_tables, number
+from polyseg.page.runfiles import RunFiles, read_run
+from polyseg.records import Assessment, Schedule
+
+EVIL = '<script>alert("1")</script>&\'\u202e'
+VOID = {"meta", "img", "br"}
+IMAGES = 30
+HISTORY = (
+    "epoch,train_loss,validation_dice,learning_rate,assessed\n"
+    "1,0.9,0.2,0.01,0\n2,0.8,0.7,0.01,1\n3,0.7,0.6,0.01,0\n"
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Parser(HTMLParser):
+    """Collects what a page holds, and fails where tags do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words, self.ids = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def png(size=(8, 6)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, "navy").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def assessment(epoch, *, labels=(), difficulty=None, dice=None, case="case"):
+    rows = IMAGES * (len(labels) or 1)
+    values = np.linspace(0.1, 0.4, rows) if difficulty is None else np.resize(difficulty, rows)
+    return Assessment(
+        epoch=epoch,
+        samples=7,
+        rate=0.2,
+        metric="entropy",
+        region="mask",
+        masks="consistent",
+        seed=0,
+        ids=[f"{case}{i}" for i in range(IMAGES) for _ in labels or [""]],
+        scores={"entropy": values},
+        scores_se={},
+        foreground_pixels=np.ones(rows, np.int64),
+        fallback=np.zeros(rows, np.int8),
+        dice=np.linspace(0.9, 0.3, rows) if dice is None else np.resize(dice, rows),
+        rank_stability={"entropy": 0.875},
+        labels=list(labels) * IMAGES or None,
+    )
+
+
+def summary(name, labels=("",)):
+    statistics = {"mean": 0.5, "deviation": 0.25, "low": 0.4, "high": 0.6, "n": 29}
+    return {
+        "rule": "The rule.",
+        "metrics": {"dice": {"title": "Dice!"}},
+        "runs": [
+            {"name": name, "counts": {"images": IMAGES}, "metrics": {"dice": statistics}}
+            | ({"label": label} if label else {})
+            for label in labels
+        ],
+    }
+
+
+def per_image(name="case", run="a"):
+    dice = [f"{value:.6g}" for value in np.random.default_rng(0).permutation(IMAGES) / IMAGES]
+    lines = [f'{run},"{name}{i}",{one},{i}' for i, one in enumerate(dice)]
+    return "\n".join(["run,id,dice,mask_pixels", *lines, f'{run},"{name} undefined",,3']) + "\n"
+
+
+@pytest.fixture
+def drawn():
+    """Draw figures as they are; without this fixture they are drawn empty, which is quick."""
+
+
+@pytest.fixture(autouse=True)
+def _empty_drawings(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+
+        def empty(_, caption, alternative, *, wide=False):
+            return Picture(b"<svg/>", "svg", caption, alternative, wide)
+
+        monkeypatch.setattr(figures, "_drawn", empty)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Write a run's folder as training would leave it, without training."""
+
+    def make(name="a", *, loss="polydice1", labels=(), **changes):
+        path = tmp_path / "runs" / name
+        epsilon = np.random.default_rng(0).uniform(-0.4, 1, (3, IMAGES * (len(labels) or 1)))
+        last = assessment(2, labels=labels, **changes)
+        for folder in ("uncertainty", "figures", "evaluation"):
+            (path / folder).mkdir(parents=True)
+        (path / "config.yaml").write_text(f"loss: {{name: {loss}}}\noutput: {{path: {name}}}\n")
+        command = ["/usr/bin/polyseg", "train", "--set", "data.path=a b; rm"]
+        environment = {"polyseg": "0.9", "device": "cpu", "started": "2026-01-02T03:04:05+0000"}
+        (path / "environment.json").write_text(json.dumps(environment | {"command": command}))
+        (path / "history.csv").write_text(HISTORY)
+        write_assessment(path / "uncertainty" / "epoch_0002.h5", last)
+        schedule = Schedule(last.ids, np.array([1, 2, 3]), epsilon.astype("f4"), last.labels)
+        write_schedule(path / "schedule.h5", schedule)
+        (path / "evaluation/summary.json").write_text(json.dumps(summary(name, labels or ("",))))
+        (path / "evaluation/per_image.csv").write_text(per_image(run=name))
+        (path / "evaluation/comparison.png").write_bytes(png())
+        (path / "figures/overlays_easiest.png").write_bytes(png((9, 9)))
+        (path / "figures/overlays_hardest.png").write_bytes(png((7, 7)))
+        (path / "figures/curves.png").write_bytes(png((5, 5)))
+        return path
+
+    return make
+
+
+def written(*runs, name="page.html", **options):
+    return make_page(runs, out=runs[0].parent.parent / name, **options).read_text()
+
+
+def remarks(page):
+    return Parser(page).text.partition("Summary")[0]
+
+
+def test_a_page_tells_all_that_a_run_holds(make_run):
+    page = Parser(written(make_run()))
+    assert "Trained 2026-01-02 polyseg 0.9" in page.text
+    assert "a polydice1 3 2 0.700 30 0.500 ± 0.250" in page.text
+    assert "Dice! 0.500 ± 0.250 0.400 to 0.600, n = 29" in page.text
+    assert "loss: {name: polydice1}" in page.text
+    assert "polyseg train --set 'data.path=a b; rm'" in page.text
+    heads = [one for one in page.words if one.startswith("case") or one == "Difficulty and ε"]
+    assert len(heads) == 2 + 20 + 30 + 1  # twice a heading, the worst, all of them
+    assert len(page.all("figure")) == 4 + 3  # drawn and kept, the curves not twice
+    assert [one["class"] for one in page.all("figure")].count("png") == 2
+
+
+def test_values_of_the_assessments_are_numpys(make_run):
+    run = make_run()
+    epsilon = read_run(run, "a").schedule.epsilon[2]
+    expected = [
+        f"{one:#.3g}" for one in np.percentile(np.linspace(0.1, 0.4, 30), (5, 25, 50, 75, 95))
+    ]
+    expected += [f"{one:.2f}".replace("-", "−") for one in np.percentile(epsilon, (5, 50, 95))]
+    assert " ".join(["2 7 30", *expected, "1.00 0.88"]) in Parser(written(run)).text
+
+
+def test_the_worst_images_come_first_and_what_is_undefined_last(make_run):
+    page = written(make_run())
+    worst, everything = re.findall(r'<table[^>]*class="sortable">(.*?)</table>', page, flags=re.S)
+    for table, count in ((worst, 20), (everything, IMAGES + 1)):
+        dice = re.findall(r'<tr><th scope="row">[^<]*</th><td class="number">([^<]*)<', table)
+        assert len(dice) == count
+        known = [float(one) for one in dice if one != "–"]
+        assert known == sorted(known)
+        assert (dice[-1] == "–") == (count > IMAGES)
+
+
+def test_runs_are_compared_by_the_settings_in_which_they_differ(make_run):
+    page = written(make_run("a"), make_run("b", loss="dice"))
+    (table,) = (
+        one for one in re.findall(r"<table.*?</table>", page, flags=re.S) if "setting" in one
+    )
+    assert re.findall(r"<t[hd](?: [^>]*)?>([^<]*)<", table) == [
+        *("setting", "a", "b"),
+        *("loss.name", "polydice1", "dice"),
+    ]
+    assert "Dice! 0.500 ± 0.250 0.400 to 0.600, n = 29 0.500" in Parser(page).text
+    same = written(make_run("c"), make_run("d"), name="same.html")
+    assert "The runs have the same settings." in same
+
+
+def test_several_labels_have_tables_and_figures_each(make_run):
+    page = Parser(written(make_run(labels=("tumour", "cyst"))))
+    captions = re.findall(r"Test metrics of (\w+)", page.text)
+    assert captions == ["tumour", "cyst"]
+    assert page.text.count("a, tumour: ") == page.text.count("a, cyst: ") == 3
+    assert "30 tumour 0.500 ± 0.250, cyst 0.500 ± 0.250" in page.text
+    assert "2 tumour 7 30" in page.text and "2 cyst 7 30" in page.text
+
+
+@pytest.mark.parametrize(
+    "gone",
+    ["config.yaml", "environment.json", "history.csv", "uncertainty", "schedule.h5", "evaluation"],
+)
+def test_what_a_run_lacks_is_left_out_in_silence(make_run, gone):
+    run = make_run()
+    shutil.rmtree(run / gone) if (run / gone).is_dir() else (run / gone).unlink()
+    page = Parser(written(run))
+    assert not page.all("aside")
+    links = [one["href"].removeprefix("#") for one in page.all("a")]
+    assert links == [one for one in page.ids if one.startswith("part-")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "environment.json",
+        "history.csv",
+        "uncertainty/epoch_0002.h5",
+        "schedule.h5",
+        "evaluation/summary.json",
+        "evaluation/per_image.csv",
+        "evaluation/comparison.png",
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"a,b\n1\n", b"[" * 9999])
+def test_a_damaged_file_is_a_remark_and_the_rest_is_shown(make_run, name, content):
+    run = make_run()
+    (run / name).write_bytes(content)
+    page = written(run)
+    # An empty table or list of settings is none, and any words may be the head of a table.
+    none = not content and name.endswith(("csv", "yaml"))
+    if not none and not (name.endswith("image.csv") and content.startswith(b"[")):
+        assert f"a: {name} could not be read" in remarks(page)
+    assert str(run) not in page
+
+
+def test_nothing_outside_the_run_is_read(make_run, tmp_path):
+    run = make_run()
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "hidden.png").write_bytes(png((31, 33)))
+    (secret / "text").write_text("loss: {name: SECRET}\n")
+    (run / "figures/linked.png").symlink_to(secret / "hidden.png")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(secret / "text")
+    shutil.rmtree(run / "evaluation")
+    (run / "evaluation").symlink_to(secret)
+    (run / "figures/loop.png").symlink_to("loop.png")
+    page = written(run)
+    assert "SECRET" not in page and "hidden" not in page
+    assert base64.b64encode(png((31, 33))).decode() not in page
+    found = remarks(page)
+    assert found.count("is a link that leads out of the run") == 3
+    assert "figures/loop.png could not be read" in found
+
+
+def test_links_within_a_run_are_followed(make_run):
+    run = make_run()
+    (run / "figures/again.png").symlink_to("overlays_hardest.png")
+    page = Parser(written(run))
+    assert not page.all("aside")
+    assert "figures/again.png" in page.text
+
+
+def test_only_png_files_of_bounded_size_are_embedded(make_run, monkeypatch):
+    monkeypatch.setattr(runfiles, "LARGEST_PICTURE", 2000)
+    run = make_run()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(run / "figures/large.png")
+    Image.new("L", (2**13, 2**13)).save(run / "figures/huge.png", compress_level=9)
+    (run / "figures/page.png").write_text("<svg onload='alert(1)'/>")
+    Image.new("L", (4, 4)).save(run / "figures/other.png", "GIF")
+    (run / "figures/cut.png").write_bytes(png()[:-20])
+    found = remarks(written(run))
+    for name in ("large", "huge", "page", "other", "cut"):
+        assert f"figures/{name}.png could not be read" in found
+
+
+def test_names_of_a_stranger_are_text_and_nothing_else(make_run):
+    run = make_run("a", case=EVIL)
+    (run / "config.yaml").write_text(json.dumps({EVIL: {"name": EVIL}}))
+    (run / "environment.json").write_text(json.dumps({EVIL: EVIL, "command": [EVIL, "\ud800"]}))
+    record = summary(EVIL)
+    record["runs"][0]["label"] = EVIL
+    record["metrics"][EVIL] = {"title": EVIL}
+    record["runs"][0]["metrics"][EVIL] = {"mean": EVIL}
+    (run / "evaluation/summary.json").write_text(json.dumps(record | {"rule": EVIL}))
+    quoted = EVIL.replace('"', '""')
+    (run / "evaluation/per_image.csv").write_text(per_image(quoted, quoted))
+    (run / "figures" / f"{EVIL.replace('/', '')}.png").write_bytes(png())
+    text = written(run, title=EVIL)
+    page = Parser(text)
+    assert len(page.all("script")) == 1 and text.count("<script") == 1
+    assert text.count(html.escape(EVIL[:-1])) > 50
+    assert "\u202e" not in text and "\ud800" not in text
+    assert {name for _, attributes in page.tags for name in attributes} <= {
+        *("lang", "charset", "http-equiv", "content", "name", "id", "href", "class", "src", "alt"),
+        *("scope", "aria-label", "aria-labelledby"),
+    }
+
+
+@given(words=st.text(st.characters(categories=["C", "L", "P", "S", "Z", "N"])))
+def test_any_text_is_shown_or_marked(words):
+    block = Table(words, [words, words], [[words, words]])
+    picture = Picture(b"", "png", words, words)
+    blocks = [block, Gallery([picture]), Folded(words, [Text(words)])]
+    page = Parser(render(Page(words, [(words, words)], [words], [Section(words, blocks)])))
+    assert all(c.isprintable() or c.isspace() for c in "".join(page.words))
+    for part in "".join(c if c.isprintable() else " " for c in words).split():
+        assert part in "".join(page.words)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+
+
+def test_a_page_needs_and_allows_nothing_but_itself(make_run, drawn):
+    text = written(make_run())
+    page = Parser(text)
+    for attributes in (attributes for _, attributes in page.tags):
+        for name in ("src", "href"):
+            assert re.match(
+                r"data:image/(png|svg\+xml);base64,|#part-\d+$", attributes.get(name, "#part-1")
+            )
+        assert "style" not in attributes
+    plain = re.sub(r"base64,[\w+/=]+", "", text)
+    assert not re.search(r"https?:|//\w|url\(|@import|<link|<iframe|\bfetch\b|XMLHttp", plain)
+    (policy,) = (one["content"] for one in page.all("meta") if "http-equiv" in one)
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for tag in ("style", "script"):
+        inner = re.search(f"<{tag}>(.*?)</{tag}>", text, flags=re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    for data in re.findall(r"svg\+xml;base64,([\w+/=]+)", text):
+        assert not re.search(rb"<script|href=\"(?!#)|<image", base64.b64decode(data))
+
+
+def test_a_page_is_accessible(make_run):
+    page = Parser(written(make_run("a"), make_run("b")))
+    assert page.all("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert all(len(one["alt"]) > 10 for one in page.all("img"))
+    assert len(page.ids) == len(set(page.ids))
+    assert {one["aria-labelledby"] for one in page.all("table")} <= set(page.ids)
+    assert all("scope" in one for one in page.all("th"))
+
+
+def test_equal_runs_give_equal_pages_wherever_they_and_we_are(
+    make_run, drawn, tmp_path, monkeypatch
+):
+    run = make_run()
+    first = written(run)
+    moved = tmp_path / "elsewhere" / "a"
+    shutil.copytree(run, moved)
+    monkeypatch.chdir(moved)
+    assert make_page([Path()], out=Path("../page.html")).name == "page.html"
+    assert (tmp_path / "elsewhere/page.html").read_text() == first
+
+
+def test_a_kept_figure_stands_in_for_a_record_that_cannot_be_read(make_run):
+    run = make_run()
+    (run / "history.csv").write_text("nothing")
+    assert "figures/curves.png" in Parser(written(run)).text
+
+
+def test_runs_of_one_name_are_told_apart(make_run):
+    page = Parser(written(make_run("x/a"), make_run("y/a")))
+    assert "Runs x/a, y/a" in page.text
+
+
+def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
+    run, out = make_run(), tmp_path / "page.html"
+    for sources, said in (
+        ([tmp_path], "is no run"),
+        ([run, tmp_path / "nowhere"], "is no run"),
+        ([run, run / ".." / "a"], "given twice"),
+        ([run] * 51, "too many"),
+    ):
+        with pytest.raises(PolysegError, match=said) as error:
+            make_page(sources, out=out)
+        assert "\n" not in str(error.value) and not out.exists()
+    out.write_text("mine")
+    with pytest.raises(PolysegError, match="exists already"):
+        make_page([run], out=out)
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, 1e300, np.inf, [-1e-9, 1e9, np.nan]])
+def test_values_that_no_training_writes_are_drawn_or_left_out(make_run, drawn, value):
+    run = make_run(difficulty=value, dice=value)
+    number_ = float(np.ravel(value)[0])
+    (run / "history.csv").write_text(f"epoch,train_loss,validation_dice\n1,{number_},{number_}\n")
+    ids = [str(i) for i in range(3)]
+    epsilon = np.array([[number_, 1, 2]], "f8").clip(-3e38, 3e38).astype("f4")
+    write_schedule(run / "schedule.h5", Schedule(ids, np.array([1]), epsilon))
+    Parser(written(run))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+KEYS = ("name", "label", "metrics", "counts", "strata", "failure_detection", "run", "strength")
+ENTRIES = JSON | st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4)
+SUMMARIES = st.fixed_dictionaries(
+    {},
+    optional={
+        key: JSON | st.lists(ENTRIES, max_size=3)
+        for key in ("rule", "metrics", "runs", "comparisons", "robustness", "failure_dice")
+    },
+)
+
+
+@given(record=SUMMARIES, environment=st.dictionaries(st.text(max_size=9), JSON))
+def test_any_summary_and_environment_can_be_shown(record, environment):
+    environment |= {key: environment.get(key) for key in ("started", "command", "polyseg")}
+    run = RunFiles("a", summary=record, environment=environment)
+    Parser(render(page_of([run, RunFiles("b")])))
+
+
+def test_further_tables_show_what_an_evaluation_found():
+    difference = {"images": 9, "mean": -0.01234, "low": -0.02, "high": 0.001, "better": 3}
+    record = summary("a") | {
+        "failure_dice": 0.7,
+        "comparisons": [
+            {
+                "run": "a",
+                "baseline": "b",
+                "metrics": {"dice": difference | {"p_value": 1e-5, "adjusted": 0.04}},
+            }
+        ],
+        "robustness": [
+            {"run": "a", "corruption": "noise", "strength": k, "metrics": {"dice": 0.9 - 0.1 * k}}
+            for k in range(3)
+        ],
+    }
+    record["runs"][0] |= {
+        "strata": [{"by": "size", "name": "small", "images": 4, "means": {"dice": 0.5}}],
+        "failure_detection": [{"uncertainty": "mutual_information", "failed": 2, "auroc": 0.75}],
+    }
+    run = RunFiles("a", summary=record)
+    comparison, strata, failures, robustness = further_tables(run)
+    assert comparison.rows == [
+        ["Dice!", "9", "−0.0123", "−0.0200 to +0.0010", "3", "–", "–", "< 0.001", "0.040"]
+    ]
+    assert strata.rows == [["a", "0.500\n4 images"]]
+    assert failures.rows == [["a", "mutual information", "2", "0.750", "–", "–", "–"]]
+    assert robustness.rows == [["noise", "a", "0.900", "0.800", "0.700"]]
+    record["runs"].append(
+        {"name": "other", "prediction": "mc_mean", "metrics": {"new": {"mean": 2}}}
+    )
+    (table,) = metric_tables([run])
+    assert table.head == ["metric", "a: a", "a: other (MC mean)"]
+    assert table.rows[1] == ["new", "–", "2.0000"]
+
+
+def test_numbers_are_right_aligned_and_words_are_not():
+    table = Table("", ["a", "b", "c"], [["1", "0.5 ± 0.1", "x"], ["2", "−1e−05", "3"]])
+    text = render(Page("", [], [], [Section("", [table])]))
+    assert re.findall(r"<th scope=\"col\"([^>]*)>", text) == ["", ' class="number"', ""]
+    with pytest.raises(ValueError):
+        Table("", ["a"], [["1", "2"]])
+
+
+def test_numbers_of_files():
+    assert [number(one) for one in (1e400, 10**400, True, [], 1234.5)] == ["–"] * 4 + ["1,234.500"]
+
+
+def test_a_large_drawing_becomes_a_picture(make_run, drawn, monkeypatch):
+    monkeypatch.setattr(figures, "_LARGEST_DRAWING", 100)
+    page = Parser(written(make_run()))
+    assert all(one["src"].startswith("data:image/png") for one in page.all("img"))
+
+
+def test_the_command(polyseg, make_run, tmp_path):
+    answer = polyseg("report", make_run(), "--out", tmp_path / "new" / "page.html", "--title", "T")
+    assert (answer.code, answer.out) == (0, f"{tmp_path}/new/page.html\n")
+    assert "<h1>T</h1>" in (tmp_path / "new" / "page.html").read_text()
+    assert polyseg("report", tmp_path).code == 2
+
+
+def browse(path, folder):
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    flags += " --disable-background-networking --disable-component-update --disable-sync"
+    return subprocess.run(
+        [CHROMIUM, *flags.split(), "--enable-logging=stderr", f"--user-data-dir={folder}",
+         "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser")
+def test_in_a_browser_tables_sort_figures_enlarge_and_strangers_scripts_do_not_run(
+    make_run, tmp_path
+):
+    page = written(make_run())
+    clicks = (
+        "const [table] = document.querySelectorAll('table.sortable');"
+        "table.querySelectorAll('button')[1].click(); table.querySelectorAll('button')[1].click();"
+        "document.querySelector('figure img').click();"
+    )
+    allowed = base64.b64encode(hashlib.sha256(clicks.encode()).digest()).decode()
+    page = page.replace("script-src ", f"script-src 'sha256-{allowed}' ")
+    path = tmp_path / "clicked.html"
+    path.write_text(page.replace("</body>", f"<script>{clicks}</script></body>"))
+    done = browse(path, tmp_path / "profile")
+    assert "CONSOLE" not in done.stderr
+    table = re.search(r'<table[^>]*class="sortable">(.*?)</table>', done.stdout, flags=re.S)[1]
+    assert re.findall(r'aria-sort="(\w+)"', table) == ["descending"]
+    dice = [float(one) for one in re.findall(r'</th><td class="number">([\d.]+)<', table)]
+    assert len(dice) == 20 and dice == sorted(dice, reverse=True)
+    assert re.search(r'<dialog class="svg"[^>]* open="">', done.stdout)
+    path.write_text(page.replace("</body>", "<script>document.title = 'owned'</script></body>"))
+    done = browse(path, tmp_path / "profile")
+    assert "owned</title>" not in done.stdout and "Content Security Policy" in done.stderr
