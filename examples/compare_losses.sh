@@ -23,7 +23,7 @@ for seed in ${seeds:-0}; do
   train dice --loss dice
   train fixed --loss polydice1 --set control.enabled=false
   train adaptive --loss polydice1
-  comparison="$out/comparison-$seed"
-  [ -e "$comparison" ] ||
-    polyseg evaluate "$out/dice-$seed" "$out/fixed-$seed" "$out/adaptive-$seed" --out "$comparison"
 done
+
+[ -e "$out/comparison" ] ||
+  polyseg evaluate "$out"/*-[0-9]* --group --baseline dice --out "$out/comparison"

@@ -5,8 +5,8 @@
 #
 # DATA is a folder of a data set or a CSV manifest, or "demo"; FOLDS is 5 unless named. Settings are
 # as for --set, such as 'data.group=^(patient\d+)_' to keep a patient's images together. Runs that
-# are there already are kept, so that the script can be started again. The test scores of every
-# image are then in OUT/per_image.csv.
+# are there already are kept, so that the script can be started again. The scores of all images, each by
+# the fold that did not train on it, are then in OUT/all_folds.
 set -euo pipefail
 data=${1:?a data set, or demo}
 out=${2:?a folder for the runs}
@@ -22,8 +22,4 @@ for ((fold = 0; fold < folds; fold++)); do
   polyseg train --data "$data" --out "$run" --fold $fold --set data.folds=$folds "${resume[@]}" "${settings[@]}"
 done
 
-head -n 1 "$out/fold-0/evaluation/per_image.csv" > "$out/per_image.csv"
-for ((fold = 0; fold < folds; fold++)); do
-  tail -n +2 "$out/fold-$fold/evaluation/per_image.csv"
-done >> "$out/per_image.csv"
-echo "$(($(wc -l < "$out/per_image.csv") - 1)) rows in $out/per_image.csv"
+[ -e "$out/all_folds" ] || polyseg evaluate "$out"/fold-* --group --out "$out/all_folds"

@@ -1,77 +1,59 @@
-"""How good a segmentation is, image by image, and the tables of it.
+"""What an evaluation found: metrics by image, label and run, arms of several seeds, comparisons.
 
-The rule for empty cases: where mask and prediction are both empty they agree, which is the best
-value; where only one of the two is empty, the worst (the distances are then the image's diagonal);
-what the mask alone leaves undefined, sensitivity or AUC-ROC without foreground and specificity or
-AUC-ROC without background, is NaN, left out of means and counted.
+Nothing here looks at pixels but `image_scores`; how all this is written down is the business of
+`tables`.
 """
 
-import csv
-import io
-import json
 import math
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from polyseg.calibration import (
+    ReliabilityCurve,
+    area_under_risk_coverage,
+    excess_area,
+    failure_auroc,
+)
+from polyseg.errors import PolysegError
+from polyseg.metrics import METRICS, image_metrics
+from polyseg.ranks import spearman
+from polyseg.statistics import (
+    Interval,
+    PairedDifference,
+    adjust_together,
+    mean_interval,
+    paired_difference,
+    seed_spread,
+    terciles,
+)
 
 Values = NDArray[np.float64]
+Prediction = Literal["plain", "mc_mean"]
 
-RULE = (
-    "Both empty: the best value. Only one empty: the worst, distances the image's diagonal. "
-    "What the mask leaves undefined is left out."
-)
-
-
-@dataclass(frozen=True)
-class MetricColumn:
-    """A metric as tables show it."""
-
-    key: str
-    title: str
-    decimals: int = 3
-    best: float = 1.0
-
-
-METRICS = (
-    MetricColumn("accuracy", "Accuracy"),
-    MetricColumn("sensitivity", "Sensitivity"),
-    MetricColumn("specificity", "Specificity"),
-    MetricColumn("auc", "AUC-ROC"),
-    MetricColumn("dice", "Dice"),
-    MetricColumn("iou", "IoU"),
-    MetricColumn("precision", "Precision"),
-    MetricColumn("hd95", "HD95 (px)", decimals=2, best=0.0),
-    MetricColumn("asd", "ASD (px)", decimals=2, best=0.0),
-)
-
-# What MONAI calls the metrics that follow from the confusion matrix.
-_MONAI_NAMES = {
-    "accuracy": "accuracy",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "dice": "f1 score",
-    "iou": "threat score",
-    "precision": "precision",
-}
+SIZES = ("small", "medium", "large")
+DIFFICULTIES = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The metrics of one image."""
+    """The metrics of one image and label."""
 
     id: str
     values: Mapping[str, float]
     """By the key of `METRICS`; NaN where the mask leaves it undefined."""
-    mask_pixels: int
-    predicted_pixels: int
+    mask_pixels: float
+    predicted_pixels: float
+    uncertainty: Mapping[str, float] = field(default_factory=dict)
+    """How unsure the network was about the image, by name, where that was measured."""
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """The metrics of one network on some images.
+    """The metrics of one network, or of an arm of several, on some images.
 
     >>> mask = np.array([[1, 0], [0, 0]])
     >>> scores = image_scores("a", np.array([[0.9, 0.6], [0.1, 0.2]]), mask)
@@ -83,11 +65,22 @@ class RunScores:
     scores: Sequence[ImageScores]
     label: str = ""
     """Which of the network's labels, where it has several."""
+    prediction: Prediction = "plain"
+    """Of one pass without dropout, or the mean over the passes of MC Dropout."""
+    threshold: float = 0.5
+    """From which probability on a pixel is foreground; NaN where an arm's runs differ."""
+    unit: str = "px"
+    """Of distances: "px" or "mm"."""
+    reliability: ReliabilityCurve | None = None
+    """Over the pixels of all images."""
+    members: Sequence["RunScores"] = ()
+    """The runs of an arm."""
 
     @property
     def title(self) -> str:
         """The name that tables and figures show."""
-        return f"{self.name}: {self.label}" if self.label else self.name
+        name = f"{self.name} (MC mean)" if self.prediction == "mc_mean" else self.name
+        return f"{name}: {self.label}" if self.label else name
 
     def column(self, key: str) -> Values:
         """Return a metric of every image, (n,)."""
@@ -108,6 +101,21 @@ class RunScores:
         values = self.defined(key)
         return float(values.std(ddof=1)) if values.size > 1 else math.nan
 
+    def interval(self, key: str) -> Interval:
+        """Return the bootstrap interval, at 95 %, of the mean over the images."""
+        return mean_interval(self.column(key))
+
+    def seed_deviation(self, key: str) -> float:
+        """Return the standard deviation of the means of an arm's runs; NaN below two."""
+        if not self.members:
+            return math.nan
+        ids = [image.id for image in self.scores]
+        return seed_spread([_by_id(run, key, ids) for run in self.members]).deviation_over_seeds
+
+    def uncertainty(self, name: str) -> Values:
+        """Return an uncertainty of every image, (n,), NaN where it was not measured."""
+        return np.array([image.uncertainty.get(name, math.nan) for image in self.scores])
+
     def counts(self) -> dict[str, int]:
         """Return how many images were empty in which way."""
         masks = np.array([image.mask_pixels > 0 for image in self.scores], dtype=bool)
@@ -120,215 +128,264 @@ class RunScores:
         }
 
 
-def image_scores(identity: str, probability: Values, mask: NDArray[np.integer]) -> ImageScores:
-    """Return the metrics of one image, the prediction being probability >= 0.5.
+@dataclass(frozen=True)
+class Comparison:
+    """A run against the baseline: differences image by image, for each metric."""
+
+    baseline: str
+    run: str
+    label: str
+    differences: Mapping[str, PairedDifference]
+    """By the key of `METRICS`."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Some of a run's images: a third by size or by difficulty."""
+
+    by: str
+    """"size" or "difficulty"."""
+    name: str
+    images: int
+    means: Mapping[str, float]
+    """By the key of `METRICS`, NaN where no image defines it."""
+
+
+@dataclass(frozen=True)
+class FailureDetection:
+    """Whether an uncertainty tells the images that a network segments badly; risk is 1 - Dice."""
+
+    uncertainty: str
+    failed: int
+    """Images whose Dice is below the limit."""
+    auroc: float
+    """Of telling them by the uncertainty; NaN if all or none failed."""
+    aurc: float
+    excess_aurc: float
+    spearman: float
+    """Rank correlation with 1 - Dice."""
+
+
+@dataclass(frozen=True)
+class RobustnessPoint:
+    """A metric of a run on images that were damaged in one way and to one degree."""
+
+    run: str
+    """Its title."""
+    corruption: str
+    strength: int
+    """0: not at all."""
+    scores: Sequence[ImageScores]
+
+    def column(self, key: str) -> Values:
+        """Return a metric of every image, (n,)."""
+        return np.array([image.values[key] for image in self.scores], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation has to tell."""
+
+    runs: Sequence[RunScores]
+    comparisons: Sequence[Comparison] = ()
+    robustness: Sequence[RobustnessPoint] = ()
+    tolerance: float = 2.0
+    """Of NSD, in the unit of the distances."""
+    failure: float = 0.7
+    """Dice below which an image counts as failed."""
+
+    @property
+    def unit(self) -> str:
+        """Of distances."""
+        return self.runs[0].unit if self.runs else "px"
+
+
+def image_scores(
+    identity: str,
+    probability: Values,
+    mask: NDArray[np.integer],
+    *,
+    threshold: float = 0.5,
+    spacing: tuple[float, float] | None = None,
+    tolerance: float = 2.0,
+    uncertainty: Mapping[str, float] | None = None,
+) -> ImageScores:
+    """Return the metrics of one image, the prediction being probability >= threshold.
 
     Args:
         identity: the image's id.
         probability: (H, W) in [0, 1].
         mask: (H, W) in {0, 1}.
+        threshold: in (0, 1).
+        spacing: of rows and of columns, in mm; without it distances are in pixels.
+        tolerance: of NSD, in the same unit.
+        uncertainty: about the image, by name.
 
     >>> mask = np.array([[1, 1], [0, 0]])
     >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
     0.5
     """
-    truth = np.asarray(mask) > 0
-    predicted = np.asarray(probability) >= 0.5
-    values = _overlap(predicted, truth) | _distances(predicted, truth)
-    values["auc"] = area_under_roc(probability, truth)
     return ImageScores(
         id=identity,
-        values={metric.key: values[metric.key] for metric in METRICS},
-        mask_pixels=int(truth.sum()),
-        predicted_pixels=int(predicted.sum()),
+        values=image_metrics(
+            probability, mask, threshold=threshold, spacing=spacing, tolerance=tolerance
+        ),
+        mask_pixels=int((np.asarray(mask) > 0).sum()),
+        predicted_pixels=int((np.asarray(probability) >= threshold).sum()),
+        uncertainty=uncertainty or {},
     )
 
 
-def area_under_roc(score: Values, truth: NDArray[np.bool_]) -> float:
-    """Return the area under the ROC curve; NaN unless both classes occur.
+def pool(name: str, members: Sequence[RunScores]) -> RunScores:
+    """Return runs that differ by seed or fold as one arm: each image its mean over them.
 
-    It is the Mann-Whitney statistic over its largest value: the chance that a pixel of the
-    foreground scores above one of the background, ties counting half.
+    An image that one run did not test, being of another fold, has the mean of those that did.
 
-    >>> area_under_roc(np.array([0.9, 0.4, 0.4]), np.array([True, True, False]))
-    0.75
+    >>> scores = [ImageScores("a", {"dice": dice}, 4, 4) for dice in (0.5, 0.7)]
+    >>> arm = pool("arm", [RunScores(str(i), [one]) for i, one in enumerate(scores)])
+    >>> round(arm.mean("dice"), 3), round(arm.seed_deviation("dice"), 3)
+    (0.6, 0.141)
     """
-    from scipy.stats import rankdata
+    first = members[0]
+    curves = [run.reliability for run in members if run.reliability is not None]
+    return replace(
+        first,
+        name=name,
+        scores=mean_scores([run.scores for run in members]),
+        threshold=first.threshold if len({run.threshold for run in members}) == 1 else math.nan,
+        reliability=sum(curves[1:], curves[0]) if curves else None,
+        members=tuple(members),
+    )
 
-    ranks = rankdata(np.ravel(score))
-    chosen = np.ravel(truth)
-    positive, negative = int(chosen.sum()), int((~chosen).sum())
-    if positive == 0 or negative == 0:
-        return math.nan
-    statistic = ranks[chosen].sum() - positive * (positive + 1) / 2
-    return float(statistic / (positive * negative))
+
+def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
+    """Return each image's mean over the runs that have tested it, in order of appearance."""
+    found: dict[str, list[ImageScores]] = {}
+    for scores in runs:
+        for image in scores:
+            found.setdefault(image.id, []).append(image)
+    return [_mean_of_image(images) for images in found.values()]
 
 
-def markdown_table(runs: Sequence[RunScores]) -> str:
-    """Return means and standard deviations over the images as a Markdown table, a row a run.
+def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
+    """Compare all runs with the one of that name, label by label, on the same images.
 
-    >>> print(markdown_table([]).splitlines()[0][:33])
-    | run | images | Accuracy | Sensi
+    p-values of a metric are adjusted by Holm's method over the runs that are compared in it.
+
+    Raises:
+        PolysegError: there is no such run.
     """
-    heads = ["run", "images", *(metric.title for metric in METRICS)]
-    lines = [_row(heads), _row(["---"] + ["---:"] * (len(heads) - 1))]
-    for run in runs:
-        name = run.title.replace("\\", "\\\\").replace("|", "\\|")
-        lines.append(_row([name, str(len(run.scores)), *table_cells(run)]))
-    return "\n".join([*lines, "", _footnote(runs), ""])
-
-
-def latex_table(runs: Sequence[RunScores]) -> str:
-    """Return the same table for LaTeX with the package booktabs."""
-    heads = ["Run", *(metric.title for metric in METRICS)]
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        "\\begin{tabular}{l" + "r" * len(METRICS) + "}",
-        "\\toprule",
-        " & ".join(heads) + r" \\",
-        "\\midrule",
-        *(
-            " & ".join([_escape(run.title), *(_latex_cell(cell) for cell in table_cells(run))])
-            + r" \\"
-            for run in runs
-        ),
-        "\\bottomrule",
-        "\\end{tabular}",
-        *(f"% {line}" for line in _footnote(runs).split("\n")),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def per_image_csv(runs: Sequence[RunScores]) -> str:
-    """Return every metric of every image of every run as CSV; an empty cell is undefined."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    labelled = any(run.label for run in runs)
-    heads = ["run", *(["label"] if labelled else []), "id"]
-    writer.writerow([*heads, *(one.key for one in METRICS), "mask_pixels", "predicted_pixels"])
-    for run in runs:
-        for image in run.scores:
-            values = [image.values[metric.key] for metric in METRICS]
-            cells = ["" if math.isnan(value) else f"{value:.9g}" for value in values]
-            row = [run.name, *([run.label] if labelled else []), image.id]
-            writer.writerow([*row, *cells, image.mask_pixels, image.predicted_pixels])
-    return text.getvalue()
-
-
-def summary(runs: Sequence[RunScores]) -> dict[str, object]:
-    """Return the summary of an evaluation as plain values, None for what is undefined."""
-    return {
-        "schema": 1,
-        "rule": RULE,
-        "runs": [
-            {
-                "name": run.name,
-                **({"label": run.label} if run.label else {}),
-                "counts": run.counts(),
-                "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
-            }
-            for run in runs
-        ],
-    }
-
-
-def summary_json(runs: Sequence[RunScores]) -> str:
-    """Return `summary` as JSON text."""
-    return json.dumps(summary(runs), indent=2) + "\n"
-
-
-def table_cells(run: RunScores) -> list[str]:
-    """Return "mean ± deviation" of each metric, a dash where it is undefined."""
-    cells = []
-    for metric in METRICS:
-        mean, deviation = run.mean(metric.key), run.deviation(metric.key)
-        cell = "–" if math.isnan(mean) else f"{mean:.{metric.decimals}f}"
-        if not math.isnan(deviation):
-            cell += f" ± {deviation:.{metric.decimals}f}"
-        cells.append(cell)
-    return cells
-
-
-def notes(runs: Sequence[RunScores]) -> list[str]:
-    """Return a sentence for each run that has empty cases, and for each metric left undefined."""
+    titles = {run.name for run in runs}
+    if baseline not in titles:
+        raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(titles))}")
     found = []
-    for run in runs:
-        empty = [
-            f"{number} with {what}"
-            for what, number in run.counts().items()
-            if what != "images" and number
-        ]
-        left_out = [
-            f"{metric.title} of {missing}"
-            for metric in METRICS
-            if (missing := len(run.scores) - run.defined(metric.key).size)
-        ]
-        if empty:
-            found.append(f"{run.title}: of {len(run.scores)} images {', '.join(empty)}.")
-        if left_out:
-            found.append(f"{run.title}: left out as undefined: {', '.join(left_out)}.")
+    for label in dict.fromkeys(run.label for run in runs):
+        of_label = [run for run in runs if run.label == label]
+        reference = next(run for run in of_label if run.name == baseline)
+        others = [run for run in of_label if run is not reference]
+        found += _compared(reference, others)
     return found
 
 
-def _overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> dict[str, float]:
-    import torch
-    from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
+def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stratum]:
+    """Yield the thirds of a run's images by size of the mask, and by difficulty where it is known.
 
-    matrix = get_confusion_matrix(
-        torch.from_numpy(predicted)[None, None].double(), torch.from_numpy(truth)[None, None]
+    Args:
+        run: its images without foreground are in no third by size.
+        difficulty: (n,) of its images; of one run for all that are compared, so that their thirds
+            are of the same images.
+    """
+    sizes = np.array([image.mask_pixels or math.nan for image in run.scores])
+    ways = [("size", SIZES, sizes)]
+    if difficulty is not None and np.isfinite(difficulty).any():
+        ways.append(("difficulty", DIFFICULTIES, np.asarray(difficulty, np.float64)))
+    for by, names, values in ways:
+        thirds = terciles(values)
+        for i, name in enumerate(names):
+            rows = np.flatnonzero(thirds == i)
+            part = replace(run, scores=[run.scores[int(row)] for row in rows])
+            means = {metric.key: part.mean(metric.key) for metric in METRICS}
+            yield Stratum(by, name, len(rows), means)
+
+
+def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
+    """Return how well each uncertainty that was measured tells the images that failed.
+
+    Args:
+        run: of its images those count that have a Dice and an uncertainty.
+        limit: Dice below which an image has failed.
+
+    >>> found = [(0.9, 0.1), (0.5, 0.3), (0.8, 0.2)]
+    >>> images = [ImageScores("", {"dice": dice}, 1, 1, {"entropy": u}) for dice, u in found]
+    >>> failure_detection(RunScores("run", images), 0.7)[0].auroc
+    1.0
+    """
+    names = dict.fromkeys(name for image in run.scores for name in image.uncertainty)
+    dice = run.column("dice")
+    found = []
+    for name in names:
+        uncertainty = run.uncertainty(name)
+        known = np.isfinite(dice) & np.isfinite(uncertainty)
+        risk, unsure = 1 - dice[known], uncertainty[known]
+        found.append(
+            FailureDetection(
+                uncertainty=name,
+                failed=int((dice[known] < limit).sum()),
+                auroc=failure_auroc(dice[known] < limit, unsure),
+                aurc=area_under_risk_coverage(risk, unsure),
+                excess_aurc=excess_area(risk, unsure),
+                spearman=spearman(unsure, risk),
+            )
+        )
+    return found
+
+
+def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Comparison]:
+    ids = [image.id for image in reference.scores]
+    differences: dict[str, list[PairedDifference]] = {}
+    for metric in METRICS:
+        differences[metric.key] = adjust_together(
+            [
+                paired_difference(
+                    reference.column(metric.key),
+                    _by_id(run, metric.key, ids),
+                    higher_is_better=metric.higher_is_better,
+                )
+                for run in others
+            ]
+        )
+    return [
+        Comparison(
+            baseline=reference.title,
+            run=run.title,
+            label=run.label,
+            differences={key: found[i] for key, found in differences.items()},
+        )
+        for i, run in enumerate(others)
+    ]
+
+
+def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
+    """Return a metric of some images, NaN where the run has not tested one."""
+    values = {image.id: image.values[key] for image in run.scores}
+    return np.array([values.get(identity, math.nan) for identity in ids])
+
+
+def _mean_of_image(images: Sequence[ImageScores]) -> ImageScores:
+    """Return the mean over several runs' scores of one image, of what is defined in any."""
+    first = images[0]
+
+    def mean(values: Sequence[float]) -> float:
+        known = [value for value in values if not math.isnan(value)]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    return ImageScores(
+        id=first.id,
+        values={key: mean([image.values[key] for image in images]) for key in first.values},
+        mask_pixels=first.mask_pixels,
+        predicted_pixels=mean([image.predicted_pixels for image in images]),
+        uncertainty={
+            name: mean([image.uncertainty.get(name, math.nan) for image in images])
+            for name in first.uncertainty
+        },
     )
-    values = {
-        key: float(compute_confusion_matrix_metric(name, matrix))
-        for key, name in _MONAI_NAMES.items()
-    }
-    if not predicted.any():
-        # 0/0 for the precision, and for all three where the mask is empty as well.
-        agreed = not truth.any()
-        values |= dict.fromkeys(("dice", "iou", "precision"), 1.0 if agreed else 0.0)
-    return values
-
-
-def _distances(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> dict[str, float]:
-    """Return HD95 and the average symmetric surface distance in pixels."""
-    import torch
-    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
-
-    if not (predicted.any() and truth.any()):
-        both_empty = not (predicted.any() or truth.any())
-        worst = math.hypot(*truth.shape)
-        return dict.fromkeys(("hd95", "asd"), 0.0 if both_empty else worst)
-    surfaces = [torch.from_numpy(one)[None, None] for one in (predicted, truth)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hd95 = compute_hausdorff_distance(*surfaces, include_background=True, percentile=95)
-        asd = compute_average_surface_distance(*surfaces, include_background=True, symmetric=True)
-    return {"hd95": float(hd95), "asd": float(asd)}
-
-
-def _statistics(run: RunScores, key: str) -> dict[str, float | int | None]:
-    values = run.defined(key)
-    found = {
-        "mean": run.mean(key),
-        "deviation": run.deviation(key),
-        "median": float(np.median(values)) if values.size else math.nan,
-    }
-    plain = {name: None if math.isnan(value) else value for name, value in found.items()}
-    return {**plain, "n": int(values.size)}
-
-
-def _footnote(runs: Sequence[RunScores]) -> str:
-    return "\n".join(["Mean ± standard deviation over the images. " + RULE, *notes(runs)])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _latex_cell(cell: str) -> str:
-    return cell.replace(" ± ", r" $\pm$ ").replace("–", "--")
-
-
-def _escape(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {character: "\\" + character for character in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)

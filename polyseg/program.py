@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from polyseg import graph
-from polyseg.graph import MaskInput, Part, Taps
+from polyseg import graph, rewrites
+from polyseg.graph import MaskInput, Part
+from polyseg.rewrites import Taps
 
 _WORTHWHILE = 0.85
 """Share of the cost of a pass below which a window pays for being cut out."""
@@ -63,13 +64,13 @@ class Program:
         """
         network = graph.trace(core, images[:1].repeat(2, 1, 1, 1))
         self.masks: list[MaskInput] = graph.insert_masks(network, core, layers)
-        graph.fold_batch_norms(network)
-        graph.move_masks_behind_activations(network)
-        graph.fold_identities(network)
-        graph.merge_pointwise(network)
-        graph.split_concatenations(network)
+        rewrites.fold_batch_norms(network)
+        rewrites.move_masks_behind_activations(network)
+        rewrites.fold_identities(network)
+        rewrites.merge_pointwise(network)
+        rewrites.split_concatenations(network)
         opened = copy.deepcopy(network)
-        self.taps: Taps = graph.open_last_convolution(opened)
+        self.taps: Taps = rewrites.open_last_convolution(opened)
         self.labels = graph.output_channels(network)
         self.input = graph.input_names(network)[0]
         self.prefix, self.suffix = _prefix_and_suffix(network, shared)
@@ -113,8 +114,8 @@ class Program:
             if not narrow:
                 continue
             head, end = graph.cut(self.opened.function, narrow)
-            graph.work_in_place(head)
-            graph.work_in_place(end)
+            rewrites.work_in_place(head)
+            rewrites.work_in_place(end)
             for part in (head, end):
                 part.lay_out(self.layout)
             values = {**features, **masks}
@@ -328,12 +329,12 @@ class Look:
 
 def _prefix_and_suffix(network: fx.GraphModule, shared: bool) -> tuple[Part, Part]:
     if shared:
-        graph.absorb_masks(network)
+        rewrites.absorb_masks(network)
     stochastic = graph.stochastic_nodes(network)
     still = {node for node in network.graph.nodes if node not in stochastic}
     prefix, suffix = graph.cut(network, still)
-    graph.work_in_place(prefix)
-    graph.work_in_place(suffix)
+    rewrites.work_in_place(prefix)
+    rewrites.work_in_place(suffix)
     return prefix, suffix
 
 

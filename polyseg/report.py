@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg import evaluate, plots
 from polyseg.cache import read_assessment
 from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.difficulty import FALLBACKS
-from polyseg.files import write_text
+from polyseg.evaluate import Evaluation
+from polyseg.plots.pictures import OverlayCase, overlays
+from polyseg.plots.style import headed, save_figure
+from polyseg.plots.training import (
+    difficulty_against_dice,
+    difficulty_distribution,
+    epsilon_quantiles,
+    training_curves,
+)
 from polyseg.ranks import spearman
 from polyseg.records import Assessment
 from polyseg.run import RunDirectory, in_order
@@ -32,35 +39,8 @@ class Outcome:
 
     folder: Path
     files: list[Path]
-    runs: Sequence[evaluate.RunScores] = ()
+    evaluation: Evaluation | None = None
     correlations: Sequence[Mapping[str, Any]] = ()
-
-
-_COMPARED = ("dice", "iou", "sensitivity", "hd95")
-
-
-def write_scores(runs: Sequence[evaluate.RunScores], folder: Path, *, figures: bool) -> list[Path]:
-    """Write the tables of an evaluation, and for several runs a figure; return the files."""
-    texts = {
-        "table.md": evaluate.markdown_table(runs),
-        "table.tex": evaluate.latex_table(runs),
-        "per_image.csv": evaluate.per_image_csv(runs),
-        "summary.json": evaluate.summary_json(runs),
-    }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    files = [folder / name for name in texts]
-    if figures:
-        metrics = [metric for metric in evaluate.METRICS if metric.key in _COMPARED]
-        values = {
-            metric.title: [
-                np.array([image.values[metric.key] for image in run.scores]) for run in runs
-            ]
-            for metric in metrics
-        }
-        figure = plots.comparison([run.title for run in runs], values)
-        files += plots.save_figure(figure, folder / "comparison")
-    return files
 
 
 def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Assessment]:
@@ -132,35 +112,35 @@ def draw_assessment(assessment: Assessment, folder: Path) -> list[Path]:
     if not np.isfinite(assessment.dice).any():
         return []
     files = []
-    for label, path in _paths(assessment.label_names, folder / "difficulty_dice"):
+    for label, path in paths_of_labels(assessment.label_names, folder / "difficulty_dice"):
         part = assessment.of_label(label)
-        figure = plots.difficulty_against_dice(
+        figure = difficulty_against_dice(
             part.difficulty,
             part.dice,
             metric=part.metric,
             correlation=spearman(part.difficulty, 1 - part.dice),
             epoch=part.epoch,
         )
-        files += plots.save_figure(plots.headed(figure, label), path)
+        files += save_figure(headed(figure, label), path)
     return files
 
 
 def draw_difficulties(assessments: Sequence[Assessment], folder: Path) -> list[Path]:
     """Draw how the difficulties move from one assessment to the next, a figure a label."""
     files = []
-    for label, path in _paths(assessments[-1].label_names, folder / "difficulty"):
-        figure = plots.difficulty_distribution(
+    for label, path in paths_of_labels(assessments[-1].label_names, folder / "difficulty"):
+        figure = difficulty_distribution(
             [assessment.epoch for assessment in assessments],
             [assessment.of_label(label).difficulty for assessment in assessments],
             metric=assessments[-1].metric,
         )
-        files += plots.save_figure(plots.headed(figure, label), path)
+        files += save_figure(headed(figure, label), path)
     return files
 
 
 def draw_history(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
     """Draw losses and metrics over the epochs."""
-    return plots.save_figure(plots.training_curves(rows), folder / "curves")
+    return save_figure(training_curves(rows), folder / "curves")
 
 
 def draw_schedule(epsilon: NDArray[np.float32], config: Config, folder: Path) -> list[Path]:
@@ -171,9 +151,9 @@ def draw_schedule(epsilon: NDArray[np.float32], config: Config, folder: Path) ->
     epochs = np.arange(1, len(epsilon) + 1)
     labels = config.data.labels
     files = []
-    for k, (label, path) in enumerate(_paths(labels, folder / "epsilon")):
-        figure = plots.epsilon_quantiles(epochs, epsilon[:, k :: len(labels)], limits=limits)
-        files += plots.save_figure(plots.headed(figure, label), path)
+    for k, (label, path) in enumerate(paths_of_labels(labels, folder / "epsilon")):
+        figure = epsilon_quantiles(epochs, epsilon[:, k :: len(labels)], limits=limits)
+        files += save_figure(headed(figure, label), path)
     return files
 
 
@@ -187,7 +167,7 @@ def draw_overlays(
         label = assessment.labels[i] if assessment.labels else ""
         masks = images.masks(identity)
         cases.append(
-            plots.OverlayCase(
+            OverlayCase(
                 id=f"{identity}: {label}" if label else identity,
                 image=displayed(images.pixels(identity)),
                 mask=None if masks is None else masks[images.labels.index(label)],
@@ -197,11 +177,11 @@ def draw_overlays(
                 dice=float(assessment.dice[i]),
             )
         )
-    figure = plots.overlays(cases, metric=assessment.metric, title=title)
-    return plots.save_figure(figure, path)
+    figure = overlays(cases, metric=assessment.metric, title=title)
+    return save_figure(figure, path)
 
 
-def _paths(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]:
+def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]:
     """Return a path for each label's figure; that of a single one is `path` itself."""
     if len(labels) == 1:
         return [(labels[0], path)]

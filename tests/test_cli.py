@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from polyseg import __version__
 from polyseg.cache import read_assessment
 from polyseg.config import Config
-from polyseg.evaluate import METRICS
+from polyseg.metrics import METRICS
 from polyseg.jobs.figure import _derivative_where_the_sum_is_one
 from polyseg.losses import polydice1_curve
 
@@ -85,19 +85,19 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     answer = polyseg("evaluate", run, tmp_path / "dice", "--out", out, "--json")
     assert answer.code == 0, answer.err
     printed = json.loads(answer.out)
-    assert printed["runs"] == json.loads((out / "summary.json").read_text())
-    assert [one["name"] for one in printed["runs"]["runs"]] == ["adaptive", "dice"]
+    assert printed["evaluation"] == json.loads((out / "summary.json").read_text())
+    assert [one["name"] for one in printed["evaluation"]["runs"]] == ["adaptive", "dice"]
     rows = list(csv.DictReader((out / "per_image.csv").open()))
     tested = [row["id"] for row in json.loads((run / "split.json").read_text())["test"]]
     assert [row["id"] for row in rows] == 2 * tested
-    for one in printed["runs"]["runs"]:
+    for one in printed["evaluation"]["runs"]:
         own = [row for row in rows if row["run"] == one["name"]]
         for metric in METRICS:
             values = [float(row[metric.key]) for row in own if row[metric.key]]
             assert one["metrics"][metric.key]["mean"] == pytest.approx(np.mean(values))
     # The table that the training ended with is of the same images and the same checkpoint.
     alone = json.loads((run / "evaluation" / "summary.json").read_text())["runs"][0]
-    assert alone["metrics"] == printed["runs"]["runs"][0]["metrics"]
+    assert alone["metrics"] == printed["evaluation"]["runs"][0]["metrics"]
     assert "\\toprule" in (out / "table.tex").read_text()
     assert (out / "table.md").read_text().count("|") > 30
 

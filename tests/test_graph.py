@@ -9,18 +9,18 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from polyseg import graph
+from polyseg import graph, rewrites
 from polyseg.dropout import stochastic_layers
 from polyseg.graph import UntraceableError
 
 SIZE = (6, 8)
 REWRITES = (
-    graph.fold_batch_norms,
-    graph.move_masks_behind_activations,
-    graph.fold_identities,
-    graph.merge_pointwise,
-    graph.split_concatenations,
-    graph.absorb_masks,
+    rewrites.fold_batch_norms,
+    rewrites.move_masks_behind_activations,
+    rewrites.fold_identities,
+    rewrites.merge_pointwise,
+    rewrites.split_concatenations,
+    rewrites.absorb_masks,
 )
 
 
@@ -147,7 +147,7 @@ def check_nothing(core, rewrite, *before, **how):
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_is_folded_into_the_convolution(layer, affine):
     norm = nn.BatchNorm2d(layer.out_channels, affine=affine)
-    before, after, _ = check(nn.Sequential(layer, norm), graph.fold_batch_norms)
+    before, after, _ = check(nn.Sequential(layer, norm), rewrites.fold_batch_norms)
     assert before["batch_norm"] == 1
     assert after == before - Counter(["batch_norm"])
 
@@ -157,7 +157,7 @@ def test_batch_norm_is_folded_into_the_convolution(layer, affine):
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_is_folded_across_a_mask(kind, layer, affine):
     core = nn.Sequential(layer, drop(kind), nn.BatchNorm2d(4, affine=affine))
-    before, after, _ = check(core, graph.fold_batch_norms)
+    before, after, _ = check(core, rewrites.fold_batch_norms)
     assert after == before - Counter(["batch_norm"]) + Counter(["add"])
 
 
@@ -168,7 +168,7 @@ def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
         a=nn.BatchNorm2d(4),
         b=nn.BatchNorm2d(4),
     )
-    _, after, _ = check(core, graph.fold_batch_norms)
+    _, after, _ = check(core, rewrites.fold_batch_norms)
     assert "batch_norm" not in after
 
 
@@ -185,7 +185,7 @@ def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
     ids=["grouped transposed", "relu between", "no statistics", "used", "product used", "masked"],
 )
 def test_batch_norm_stays_where_it_cannot_be_folded(core):
-    check_nothing(core, graph.fold_batch_norms)
+    check_nothing(core, rewrites.fold_batch_norms)
 
 
 # Masks behind activations.
@@ -205,7 +205,7 @@ def prelu(slopes):
 )
 def test_masks_move_behind_activations(kind, activation):
     core = nn.Sequential(conv(), drop(kind), activation, nn.ReLU())
-    before, after, network = check(core, graph.move_masks_behind_activations)
+    before, after, network = check(core, rewrites.move_masks_behind_activations)
     assert after == before
     assert sources(network, "mul") == ["relu"]  # behind both
     assert "mul" not in sources(network, "relu")
@@ -213,14 +213,14 @@ def test_masks_move_behind_activations(kind, activation):
 
 def test_a_product_that_is_used_elsewhere_stays_there():
     core = Flow(lambda s, x: (y := s.d(s.c(x))).relu() + y, c=conv(), d=drop())
-    before, after, _ = check(core, graph.move_masks_behind_activations)
+    before, after, _ = check(core, rewrites.move_masks_behind_activations)
     assert after == before + Counter(["mul"])
 
 
 @pytest.mark.parametrize("activation", [nn.ELU(), nn.GELU(), nn.ReLU6(), nn.Sigmoid()])
 def test_masks_stay_before_activations_that_are_not_homogeneous(activation):
     core = nn.Sequential(conv(), drop(), activation)
-    check_nothing(core, graph.move_masks_behind_activations)
+    check_nothing(core, rewrites.move_masks_behind_activations)
 
 
 def test_only_masks_move_for_they_are_not_negative():
@@ -232,7 +232,7 @@ def test_only_masks_move_for_they_are_not_negative():
         def forward(self, images):
             return (images * self.scale).relu()
 
-    check_nothing(Scaled(), graph.move_masks_behind_activations)
+    check_nothing(Scaled(), rewrites.move_masks_behind_activations)
 
 
 # Identities.
@@ -254,7 +254,7 @@ def test_the_input_is_added_to_the_kernel(layer, first):
         u = x.tanh()
         return s.c(u) + u if first else u + s.c(u)
 
-    before, after, _ = check(Flow(flow, c=layer), graph.fold_identities)
+    before, after, _ = check(Flow(flow, c=layer), rewrites.fold_identities)
     assert after == before - Counter(["add"])
 
 
@@ -284,7 +284,7 @@ def test_the_input_is_added_to_the_kernel(layer, first):
     ],
 )
 def test_sums_that_are_no_identity_stay(core):
-    check_nothing(core, graph.fold_identities)
+    check_nothing(core, rewrites.fold_identities)
 
 
 # Pointwise convolutions.
@@ -303,14 +303,14 @@ def test_sums_that_are_no_identity_stay(core):
 )
 def test_a_pointwise_convolution_is_merged(inner, bias):
     core = nn.Sequential(inner(bias[0]), conv(5, 3, 1, bias=bias[1]))
-    before, after, _ = check(core, graph.merge_pointwise)
+    before, after, _ = check(core, rewrites.merge_pointwise)
     assert before.total() == 2
     assert after.total() == 1
 
 
 def test_several_in_a_row_become_one():
     core = nn.Sequential(conv(4, 6), conv(6, 5, 1), conv(5, 1, 1))
-    _, after, _ = check(core, graph.merge_pointwise)
+    _, after, _ = check(core, rewrites.merge_pointwise)
     assert after == Counter(["conv2d"])
 
 
@@ -344,7 +344,7 @@ def test_several_in_a_row_become_one():
     ],
 )
 def test_what_cannot_be_merged_stays(core):
-    check_nothing(core, graph.merge_pointwise)
+    check_nothing(core, rewrites.merge_pointwise)
 
 
 # Concatenations.
@@ -367,7 +367,7 @@ def test_what_hangs_on_no_mask_is_convolved_apart(layer, turned):
         parts = [s.d(s.a(x)), s.b(x)]
         return torch.cat(parts[::-1] if turned else parts, 1)
 
-    before, after, network = check(joining(layer, flow), graph.split_concatenations)
+    before, after, network = check(joining(layer, flow), rewrites.split_concatenations)
     kind = "conv2d" if isinstance(layer, nn.Conv2d) else "conv_transpose2d"
     assert after == before - Counter(["cat"]) + Counter([kind, "add"])
     moving = [kind_of(node) for node in graph.stochastic_nodes(network)]
@@ -379,7 +379,7 @@ def test_parts_of_one_kind_stay_together_though_they_lie_apart():
         return torch.cat([s.b(x), s.d(s.a(x)), x, s.d(x)], 1)
 
     core = joining(conv(16, 2), flow, d=drop(nn.Dropout))
-    before, after, network = check(core, graph.split_concatenations)
+    before, after, network = check(core, rewrites.split_concatenations)
     assert after == before + Counter(["conv2d", "add", "cat"])
     assert sources(network, "conv2d")[-2:] == ["cat", "cat"]
 
@@ -397,7 +397,7 @@ def test_parts_of_one_kind_stay_together_though_they_lie_apart():
     ids=["all moving", "sum moving", "groups", "groups transposed", "along rows", "relu between"],
 )
 def test_concatenations_stay_where_splitting_is_no_use(core):
-    check_nothing(core, graph.split_concatenations)
+    check_nothing(core, rewrites.split_concatenations)
 
 
 # Masks into weights.
@@ -416,7 +416,7 @@ def maps_multiplied(network):
 )
 def test_a_mask_goes_into_the_convolution_behind_it(layer):
     core = nn.Sequential(conv(), nn.ReLU(), drop(), layer)
-    _, _, network = check(core, graph.absorb_masks, shared=True)
+    _, _, network = check(core, rewrites.absorb_masks, shared=True)
     assert maps_multiplied(network) == 0
 
 
@@ -427,13 +427,13 @@ def test_a_mask_goes_into_the_convolution_behind_it(layer):
 )
 def test_a_mask_goes_into_the_convolution_before_it(layer):
     core = nn.Sequential(drop(nn.Dropout), layer, drop(), nn.ReLU())
-    _, _, network = check(core, graph.absorb_masks, shared=True)
+    _, _, network = check(core, rewrites.absorb_masks, shared=True)
     assert maps_multiplied(network) == 1  # that of single values
 
 
 def test_masks_on_both_sides_of_a_convolution():
     core = nn.Sequential(drop(), conv(), drop(), nn.ELU(), conv())
-    _, _, network = check(core, graph.absorb_masks, shared=True)
+    _, _, network = check(core, rewrites.absorb_masks, shared=True)
     assert maps_multiplied(network) <= 1
 
 
@@ -449,7 +449,7 @@ def test_masks_on_both_sides_of_a_convolution():
     ids=["single values", "groups", "done once", "groups transposed", "no convolution"],
 )
 def test_masks_that_cannot_be_absorbed_stay(core):
-    check_nothing(core, graph.absorb_masks, shared=True)
+    check_nothing(core, rewrites.absorb_masks, shared=True)
 
 
 # The last convolution.
@@ -480,7 +480,7 @@ def summed(opened, taps, labels):
 def test_the_taps_of_the_last_convolution_add_up(last):
     network, values = begin(nn.Sequential(conv(), nn.ReLU(), last))
     expected = run(network, values)
-    taps = graph.open_last_convolution(network)
+    taps = rewrites.open_last_convolution(network)
     network.graph.lint()
     opened = run(network, values)
     assert len(taps.rows) == last.weight[0, 0].numel()
@@ -504,7 +504,7 @@ def test_the_taps_of_the_last_convolution_add_up(last):
 def test_another_end_is_kept_and_is_one_tap(last):
     network, values = begin(nn.Sequential(conv(), nn.ReLU(), last))
     expected, before = run(network, values), kinds(network)
-    assert graph.open_last_convolution(network) == graph.Taps((0,), (0,), None)
+    assert rewrites.open_last_convolution(network) == rewrites.Taps((0,), (0,), None)
     assert kinds(network) == before
     assert torch.equal(run(network, values), expected)
 
@@ -568,7 +568,7 @@ def check_in_place(core, **how):
     parts = parts_of(network)
     before = kinds(parts[1].function)
     for part in parts:
-        graph.work_in_place(part)
+        rewrites.work_in_place(part)
         part.function.graph.lint()
     assert worst(run_parts(parts, values), expected) < 1e-12
     return before, kinds(parts[1].function)
@@ -681,7 +681,7 @@ def test_the_rewrites_one_after_another():
     assert kinds(network)["conv2d"] == before["conv2d"]  # one split, one merged
     parts = parts_of(network)
     for part in parts:
-        graph.work_in_place(part)
+        rewrites.work_in_place(part)
     assert worst(run_parts(parts, values), expected) < 1e-12
 
 
@@ -823,7 +823,7 @@ def test_what_is_no_graph_is_told(flow):
 def test_changed_weights_are_seen_by_the_next_trace():
     core = nn.Sequential(conv(), nn.BatchNorm2d(4), drop(), conv(4, 1))
     network, values = begin(core)
-    graph.fold_batch_norms(network)
+    rewrites.fold_batch_norms(network)
     before = run(network, values)
     with torch.no_grad():
         core[0].weight.mul_(2)
@@ -832,7 +832,7 @@ def test_changed_weights_are_seen_by_the_next_trace():
     images = values[graph.input_names(network)[0]]
     again = graph.trace(core, images[:2])
     inputs = graph.insert_masks(again, core, stochastic_layers(core))
-    graph.fold_batch_norms(again)
+    rewrites.fold_batch_norms(again)
     masks = {(core[2], one.call): values[one.node] for one in inputs}
     found = run(again, values)
     assert worst(found, masked_pass(core, masks, images)) < 1e-12

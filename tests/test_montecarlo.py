@@ -1,19 +1,24 @@
 """Eq. 7: what MC Dropout computes, and that it leaves everything else as it was."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from polyseg import montecarlo, pilot
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.dropout import active_layers
 from polyseg.errors import PolysegError
-from polyseg.montecarlo import assess
+from polyseg.montecarlo import assess, stochastic_pass
 from polyseg.networks import build_network, hash_weights, network_names
 from polyseg.records import Batch
+from polyseg.streams import MaskStreams
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
+
+SMALL = {"channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 2}
 
 
 def make_batch(n=5, size=(32, 32), channels=1, seed=0):
@@ -34,7 +39,13 @@ def split(batch, sizes):
 
 @pytest.fixture
 def network():
-    return build_network("unet", in_channels=1, dropout=0.3)
+    return build_network("unet", in_channels=1, dropout=0.3, settings=SMALL)
+
+
+@pytest.fixture(params=[0, np.inf], ids=["program", "plain"])
+def _either_way(request, monkeypatch):
+    """Take networks apart for the few small images here, or none."""
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", request.param)
 
 
 def thin(network, seed_of_pass, rate):
@@ -68,9 +79,7 @@ def test_the_distribution_is_that_of_torchs_own_dropout(network):
 def test_scores_are_the_equations_of_the_passes(network):
     batch = make_batch(3)
     result = assess(network, [batch], samples=6, seed=4, epoch=2, save_maps=True)
-    from polyseg.montecarlo import _MaskStreams, stochastic_pass
-
-    streams = _MaskStreams("consistent", 4, 2, batch.ids)
+    streams = MaskStreams("consistent", 4, 2, batch.ids)
     network.eval()
     with torch.no_grad():
         samples = torch.stack(
@@ -91,6 +100,7 @@ def test_scores_are_the_equations_of_the_passes(network):
     assert (result.foreground_pixels == 144).all()
 
 
+@pytest.mark.usefixtures("_either_way")
 @pytest.mark.parametrize("name", network_names())
 def test_nothing_of_the_network_or_the_random_stream_moves(name):
     network = build_network(name, in_channels=1).train()
@@ -107,10 +117,11 @@ def test_nothing_of_the_network_or_the_random_stream_moves(name):
     assert not any(module._forward_hooks for module in network.modules())
 
 
+@pytest.mark.usefixtures("_either_way")
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
 @pytest.mark.parametrize("kind", ["channel", "element"])
 def test_difficulty_does_not_depend_on_batches_or_order(masks, kind):
-    network = build_network("unet", in_channels=1, dropout=0.3, dropout_kind=kind)
+    network = build_network("unet", in_channels=1, dropout=0.3, dropout_kind=kind, settings=SMALL)
     batch = make_batch(6)
     whole = assess(network, [batch], samples=3, masks=masks)
     parts = assess(network, split(batch, [1, 3, 2]), samples=3, masks=masks)
@@ -155,6 +166,73 @@ def test_fallbacks_and_dice_are_recorded(network):
     assert np.isfinite(result.scores_se["entropy"][0])
     without = assess(network, [Batch(batch.ids, batch.images, None)], samples=2)
     assert np.isnan(without.dice).all()
+
+
+@pytest.mark.parametrize("save_maps", [False, True])
+@pytest.mark.parametrize("region", ["mask", "prediction", "union", "boundary", "image"])
+def test_the_size_of_the_mask_is_recorded_whatever_the_region(network, region, save_maps):
+    batch = make_batch(3)
+    batch.masks[1, 0, 2:5, 25:] = 1
+    batch.masks[2] = 0
+    result = assess(network, [batch], samples=2, region=region, save_maps=save_maps)
+    assert result.mask_pixels.tolist() == [144, 144 + 21, 0]
+    assert result.mask_pixels.dtype == np.int64
+    if region == "image":
+        assert (result.foreground_pixels == 32 * 32).all()
+
+
+def test_the_mask_of_each_label_has_its_size():
+    network = build_network("unet", in_channels=1, out_channels=2, settings=SMALL)
+    images, masks = make_batch(2).images, torch.zeros(2, 2, 32, 32, dtype=torch.uint8)
+    masks[0, 0, :2, :3], masks[0, 1, :5, :7], masks[1, 1, 9:, 9:] = 1, 1, 1
+    batch = Batch(["b", "a"], images, masks, ("organ", "tumour"))
+    result = assess(network, [batch], samples=2, region="prediction")
+    assert result.mask_pixels.tolist() == [6, 35, 0, 23 * 23]
+    assert result.of_label("tumour").in_order(["a", "b"]).mask_pixels.tolist() == [23 * 23, 35]
+
+
+def test_without_masks_of_all_images_their_sizes_are_not_known(network):
+    batch = make_batch(2)
+    without = Batch(["c", "d"], batch.images, None)
+    for batches in ([without], [batch, without], [without, batch]):
+        result = assess(network, batches, samples=2)
+        assert result.mask_pixels is None
+        assert result.in_order(result.ids[::-1]).mask_pixels is None
+
+
+@pytest.mark.parametrize("save_maps", [False, True])
+@pytest.mark.parametrize("target", [0.3, 0.9, 0.999])
+def test_as_many_passes_as_rank_the_images_so_stably(network, target, save_maps):
+    batches = list(split(make_batch(9), [4, 5]))
+    how = {"save_maps": save_maps, "metric": "entropy"}
+    ours = assess(network, iter(batches), samples="auto", rank_target=target, **how)
+    stability = ours.rank_stability["entropy"]
+    assert ours.samples == pilot.MOST or (ours.samples >= pilot.FEWEST and stability >= target)
+    if ours.samples > pilot.FEWEST:
+        fewer = assess(network, batches, samples=pilot.FEWEST, **how)
+        assert fewer.rank_stability["entropy"] < target
+    # Passes that were run to judge count like any.
+    same = assess(network, batches, samples=ours.samples, **how)
+    np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(same))
+
+
+def test_what_is_wished_of_the_ranking_takes_passes(network):
+    counts = [
+        assess(network, [make_batch(9)], samples="auto", rank_target=target).samples
+        for target in (0.3, 0.9, 0.9999)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] == pilot.FEWEST and counts[-1] == pilot.MOST
+
+
+def test_only_the_first_images_choose_how_many_passes(network, monkeypatch):
+    monkeypatch.setattr(pilot, "_IMAGES", 5)
+    batches = list(split(make_batch(9), [3, 3, 3]))
+    how = {"samples": "auto", "rank_target": 0.97}
+    first = assess(network, batches[:2], **how).samples
+    changed = batches[2]._replace(images=-3 * batches[2].images)
+    for last in (batches[2], changed):
+        assert assess(network, [*batches[:2], last], **how).samples == first
 
 
 def test_no_dropout_is_an_error():

@@ -1,16 +1,18 @@
 """The program of a network gives what its passes give, one by one, and is really used."""
 
+import dataclasses
+import gc
 import logging
-import subprocess
-import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from polyseg import graph, montecarlo
+from polyseg import montecarlo, nodes, passes, rewrites
 from polyseg.dropout import active_layers
+from polyseg.graph import UntraceableError
 from polyseg.montecarlo import assess
 from polyseg.networks import build_network, network_names
 from polyseg.program import Look, Points, Program
@@ -31,6 +33,13 @@ SMALL = {
 }
 SCORES = ("mutual_information", "entropy", "variance")
 CLOSE = 1e-5
+AS_IT_IS = montecarlo._WORTH_TAKING_APART
+
+
+@pytest.fixture(autouse=True)
+def _worth_taking_apart(monkeypatch):
+    """Take networks apart for the few small images here, too."""
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
 
 
 class OwnNet(nn.Module):
@@ -213,7 +222,7 @@ def test_weights_that_changed_since_are_seen(caplog):
 
 
 def test_a_large_batch_is_divided(caplog, monkeypatch):
-    monkeypatch.setattr(montecarlo, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(passes, "_BYTES_AT_ONCE", 1)
     check(build("unet"), [make_batch(4)], caplog, masks="independent")
 
 
@@ -425,7 +434,7 @@ def test_an_assessment_looks_through_windows(monkeypatch, caplog):
         ways.append(Look(*arguments, **settings))
         return ways[-1]
 
-    monkeypatch.setattr(montecarlo, "Look", look)
+    monkeypatch.setattr(passes, "Look", look)
     batch = make_batch(4, (96, 96))
     check(build("unet"), [batch], caplog)
     assert ways and all(way.cropped for way in ways)
@@ -441,7 +450,7 @@ def test_no_windows_where_each_pixel_hangs_on_all(norm, monkeypatch, caplog):
         ways.append(Look(*arguments, **settings))
         return ways[-1]
 
-    monkeypatch.setattr(montecarlo, "Look", look)
+    monkeypatch.setattr(passes, "Look", look)
     network = build("own", settings={"norm": norm})
     check(network, [make_batch(4, (96, 96))], caplog)
     assert ways and not any(way.cropped for way in ways)
@@ -455,7 +464,7 @@ def broken_masks(self, like):
 
 
 def broken_fold(network):
-    for node in graph._nodes(network, (graph._aten.batch_norm.default,)):
+    for node in nodes.calls_to(network, (nodes.aten.batch_norm.default,)):
         node.replace_all_uses_with(node.args[0])
 
 
@@ -470,7 +479,7 @@ def broken_logits(self, masks):
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
-        (graph, "fold_batch_norms", broken_fold),
+        (rewrites, "fold_batch_norms", broken_fold),
         (Look, "__call__", broken_logits),
         (Look, "_opened", broken_sizes),
     ],
@@ -511,29 +520,116 @@ def test_the_plain_way_can_be_asked_for(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("taken apart")
 
-    monkeypatch.setattr(montecarlo, "Program", refuse)
+    monkeypatch.setattr(passes, "Program", refuse)
     assess(build("unet"), [make_batch()], samples=2, program="plain")
+
+
+# Whether a network is worth taking apart.
+
+WORTH = 3 * NEEDS_PADDING[0] * NEEDS_PADDING[1] * 2
+
+
+def in_batches(batch, sizes):
+    for start, end in pairwise(np.cumsum([0, *sizes])):
+        ids, images, masks, labels = batch
+        yield Batch(ids[start:end], images[start:end], masks[start:end], labels)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """List what is taken apart, with a bound that three images and two passes reach."""
+    made = []
+
+    def refuse(core, *_, **__):
+        made.append(core)
+        raise UntraceableError("this is a test")
+
+    monkeypatch.setattr(passes, "Program", refuse)
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", WORTH)
+    return made
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1, 1], [2, 4], [6]])
+@pytest.mark.parametrize(
+    ("images", "samples", "worth"), [(3, 2, 1), (2, 2, 0), (1, 5, 0), (1, 6, 1), (6, 4, 1)]
+)
+def test_pixels_times_passes_decide_however_they_are_batched(sizes, images, samples, worth, tried):
+    sizes = np.diff(np.minimum(np.cumsum([0, *sizes]), images))
+    batches = in_batches(make_batch(images), sizes[sizes > 0])
+    result = assess(build("unet"), batches, samples=samples)
+    assert len(tried) == worth
+    assert result.ids == [f"image{i}" for i in range(images)]
+
+
+@pytest.mark.parametrize(("bound", "worth"), [(WORTH * 50, 1), (WORTH * 50 + 1, 0)])
+def test_passes_that_are_not_known_are_taken_to_be_the_most(bound, worth, tried, monkeypatch):
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", bound)
+    assess(build("unet"), [make_batch(3)], samples="auto", rank_target=0.01)
+    assert len(tried) == worth
+
+
+def test_no_more_is_read_ahead_than_decides(tried):
+    read = []
+
+    def batches():
+        for one in in_batches(make_batch(9), [1] * 9):
+            read.append(one.ids)
+            yield one
+
+    done = []
+
+    def progress(_, images, __):
+        done.append((images, len(read)))
+
+    result = assess(build("unet"), batches(), samples=2, progress=progress)
+    assert done[0] == (0, 3) and len(read) == 9
+    assert result.ids == make_batch(9).ids
+
+
+def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "polyseg")
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", AS_IT_IS)
+    network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
+    ours = assess(network, iter(batches), samples=4)
+    assert [one.levelname for one in caplog.records] == ["DEBUG"]
+    plain = assess(network, batches, samples=4, program="plain")
+    np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
+
+
+def test_an_assessment_of_common_size_is_worth_it(monkeypatch):
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", AS_IT_IS)
+    images = torch.zeros(1).expand(8, 3, 256, 256)
+    batches = (Batch([str(i)] * 8, images, None) for i in range(3))
+    worth, again = montecarlo._worth_taking_apart(batches, 20)
+    assert worth and [batch.ids[0] for batch in again] == ["0", "1", "2"]
+
+
+def test_without_passes_there_is_nothing_to_take_apart(tried):
+    assess(build("unet"), [make_batch(9)], metric="deterministic_entropy", samples=20)
+    assert not tried
 
 
 # Memory.
 
-_PEAK = """
-import resource
-import torch
-from tests.test_program import build, make_batch
-from polyseg.montecarlo import assess
-torch.set_num_threads(1)
-network, batch = build("unet"), make_batch(4, (128, 128))
-batch.masks[:] = 1
-for samples in (10, 60):
-    assess(network, [batch], samples=samples)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+
+def bytes_of_tensors():
+    """Add up all tensors that are held by anything, each storage once."""
+    gc.collect()
+    found = (one.untyped_storage() for one in gc.get_objects() if type(one) is torch.Tensor)
+    return sum({one.data_ptr(): one.nbytes() for one in found}.values())
 
 
-def test_memory_does_not_grow_with_the_passes():
-    """Fifty more passes over these maps would be 13 MB, were they kept; their features far more."""
-    done = subprocess.run([sys.executable, "-c", _PEAK], stdout=subprocess.PIPE, check=True)
-    few, many = map(int, done.stdout.split())
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    assert (many - few) / unit < 6
+@pytest.mark.parametrize(
+    ("program", "save_maps"), [("auto", False), ("auto", True), ("plain", False)]
+)
+def test_memory_does_not_grow_with_the_passes(program, save_maps):
+    held, calls = [], iter(range(41))
+
+    def progress(*_):
+        # When each group of passes has some.
+        if next(calls) in (11, 39):
+            held.append(bytes_of_tensors())
+
+    how = {"program": program, "save_maps": save_maps, "progress": progress}
+    assess(build("unet"), [make_batch(2)], samples=40, **how)
+    assert len(held) == 2 and held[1] <= held[0]

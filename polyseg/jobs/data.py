@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from polyseg import plots
 from polyseg.config import Config
 from polyseg.data import phantoms
 from polyseg.data.augmentation import augment, changes_of
@@ -20,6 +19,8 @@ from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
 from polyseg.jobs.models import new_split, refuse_sides
+from polyseg.plots.pictures import Sample, samples_sheet
+from polyseg.plots.style import save_figure
 from polyseg.records import Progress, no_progress
 from polyseg.report import displayed
 from polyseg.run import split_json
@@ -104,7 +105,7 @@ def preview(
         images = dataclasses.replace(images, levels=images.pooled_over(ids))
     rows = [_preview_row(config, images, one, samples) for one in _telling(images, ids, count)]
     name = f"{config.data.augmentation} augmentation"
-    return plots.save_figure(plots.samples_sheet(rows, title=name), out)
+    return save_figure(samples_sheet(rows, title=name), out)
 
 
 def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -> None:
@@ -136,20 +137,18 @@ def _telling(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
     return sorted(turn, key=lambda one: (not images.item(one).foreground, turn[one], one))[:count]
 
 
-def _preview_row(
-    config: Config, images: ImageSet, identity: str, samples: int
-) -> list[plots.Sample]:
+def _preview_row(config: Config, images: ImageSet, identity: str, samples: int) -> list[Sample]:
     """Return an image as it is, and as the first epochs would see it."""
     changes, seed = changes_of(config.data), config.training.seed
     masks = images.sample(identity)[1]
-    row = [plots.Sample(identity, displayed(images.pixels(identity)), masks.numpy())]
+    row = [Sample(identity, displayed(images.pixels(identity)), masks.numpy())]
     for epoch in range(1, samples + 1):
         image, masks = images.patch(identity, derive_seed(seed, epoch, "patch", identity))
         if changes is not None:
             key = derive_seed(seed, epoch, "augmentation", identity)
             image, masks = augment(image, masks, changes, key)
         shown = displayed(image.movedim(0, 2).numpy())
-        row.append(plots.Sample(f"epoch {epoch}", shown, masks.numpy()))
+        row.append(Sample(f"epoch {epoch}", shown, masks.numpy()))
     return row
 
 

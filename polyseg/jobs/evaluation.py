@@ -1,23 +1,134 @@
 """`polyseg evaluate`: networks tested side by side on the same images."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from polyseg import report
-from polyseg.config import Config
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg import results
+from polyseg.calibration import ReliabilityCurve
+from polyseg.config import MOST_SAMPLES, Config
+from polyseg.data.corruptions import CORRUPTIONS, STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
-from polyseg.evaluate import ImageScores, RunScores, image_scores
+from polyseg.evaluate import (
+    Evaluation,
+    ImageScores,
+    Prediction,
+    RobustnessPoint,
+    RunScores,
+    compare,
+    image_scores,
+)
 from polyseg.inference import predict
-from polyseg.jobs.models import fresh_folder, images_for, open_model, results_beside
+from polyseg.jobs.arms import arms_of, pool_arms, pool_points
+from polyseg.jobs.models import (
+    Model,
+    fresh_folder,
+    images_for,
+    open_model,
+    passes_of,
+    results_beside,
+    short_names,
+)
+from polyseg.montecarlo import assess
 from polyseg.networks import SegmentationNetwork
-from polyseg.records import Progress, no_progress
+from polyseg.records import METRICS, Progress, no_progress
 from polyseg.report import Outcome
+from polyseg.results import PredictedMasks
+
+log = logging.getLogger(__name__)
+
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""Among which one is chosen on the validation images."""
+
+_PIXELS_AT_ONCE = 2**24
+"""Of which MC Dropout's maps are held."""
+
+Threshold = float | Literal["val"]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of each network."""
+
+    threshold: Threshold = 0.5
+    """From which probability on a pixel is foreground; "val": the best on validation images."""
+    uncertainty: bool = False
+    """Whether to test the mean over passes of MC Dropout too, and whether D finds failures."""
+    samples: int | None = None
+    """N, the passes; the run's own if left out."""
+    corruptions: Sequence[str] = ()
+    """Kinds of damage to test under."""
+    tolerance: float = 2.0
+    """Of NSD, in pixels, or in mm where spacings are known."""
+    failure: float = 0.7
+    """Dice below which an image counts as failed."""
+
+    def check(self) -> None:
+        """Raise for what cannot be asked.
+
+        Raises:
+            PolysegError: names the option.
+        """
+        if self.threshold != "val" and not 0 < float(self.threshold) < 1:
+            raise PolysegError(f"--threshold {self.threshold}: above 0 and below 1, or val")
+        if self.samples is not None and not 2 <= self.samples <= MOST_SAMPLES:
+            raise PolysegError(f"--samples {self.samples}: from 2 to {MOST_SAMPLES:,} passes")
+        if self.samples is not None and not self.uncertainty:
+            raise PolysegError("--samples: counts passes of MC Dropout; add --uncertainty")
+        if not 0 < self.tolerance < 1000:
+            raise PolysegError(f"--tolerance {self.tolerance:g}: above 0 and below 1000")
+        if not 0 < self.failure <= 1:
+            raise PolysegError(f"--failure {self.failure:g}: a Dice above 0, up to 1")
+        for name in self.corruptions:
+            check_corruption(name, 0)
+
+
+@dataclass
+class _Tested:
+    """What the testing of one network gave."""
+
+    config: Config
+    hashes: Mapping[str, str]
+    scores: list[RunScores]
+    points: list[RobustnessPoint] = field(default_factory=list)
+    masks: list[PredictedMasks] = field(default_factory=list)
+
+
+class _Prediction(NamedTuple):
+    """A network's answer for one image."""
+
+    id: str
+    probability: NDArray[np.float64]
+    """(K, H, W) in [0, 1]."""
+    masks: NDArray[np.uint8]
+    """(K, H, W) in {0, 1}, the truth."""
+    uncertainty: Mapping[str, Sequence[float]]
+    """By name, one a label."""
+
+
+def kinds_of_damage(text: str | None) -> tuple[str, ...]:
+    """Return the kinds that a list separated by commas names; "all" are all.
+
+    >>> kinds_of_damage("noise, blur")
+    ('noise', 'blur')
+    """
+    if text == "all":
+        return CORRUPTIONS
+    return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
 def evaluate_runs(
     sources: Sequence[Path],
     *,
+    questions: Questions = Questions(),
+    baseline: str | None = None,
+    group: bool = False,
     data: Path | None = None,
     part: str | None = None,
     out: Path | None = None,
@@ -28,32 +139,58 @@ def evaluate_runs(
 ) -> Outcome:
     """Test checkpoints side by side on the same images.
 
+    Args:
+        sources: checkpoints or runs.
+        questions: what to find out.
+        baseline: name or path of the run, or name of the arm, that the others are compared with.
+        group: runs that differ only by seed or fold are one arm.
+        data: a folder of other images.
+        part: of the run's own images.
+        out: folder for the results.
+        cache: folder for decoded images that do not fit into memory.
+        device: where to compute.
+        trust: whether code that a checkpoint names may run.
+        progress: of all this.
+
     Raises:
         PolysegError: checkpoint, data or folder are not in order, or the images differ.
     """
-    scores: list[RunScores] = []
-    tested: dict[Path, dict[str, str]] = {}
-    for source, name in zip(sources, _names(sources), strict=True):
+    questions.check()
+    names = short_names(sources)
+    tested: dict[Path, _Tested] = {}
+    images: ImageSet | None = None
+    for source, name in zip(sources, names, strict=True):
         model = open_model(source, device, trust)
-        images, ids = images_for(model, data, part, "test", progress, cache)
-        hashes = {identity: images.hashes[identity] for identity in ids}
-        if tested and hashes != next(iter(tested.values())):
-            raise PolysegError(
-                f"{source}: would be tested on other images than {next(iter(tested))}; give runs "
-                "of one split, or --data"
-            )
-        tested[source] = hashes
-        scores += score(name, model.network, model.config, images, ids, progress=progress)
+        found, ids = images_for(model, data, part, "test", progress, cache)
+        hashes = {identity: found.hashes[identity] for identity in ids}
+        if tested and not group:
+            _refuse_other_images(source, hashes, *next(iter(tested.items())))
+        images = images or found
+        tested[source] = _test(model, name, found, ids, questions, progress)
+        tested[source].hashes = hashes
+    runs = [one for test in tested.values() for one in test.scores]
+    points = [point for test in tested.values() for point in test.points]
+    if group:
+        arms = arms_of(dict(zip(names, (test.config for test in tested.values()), strict=True)))
+        _refuse_unlike_arms(arms, dict(zip(names, tested.values(), strict=True)))
+        runs, points = pool_arms(runs, arms), pool_points(points, runs, arms)
+    _warn_of_sizes(tested)
+    compared = [] if baseline is None else compare(runs, _named(baseline, sources, names, runs))
+    evaluation = Evaluation(runs, compared, points, questions.tolerance, questions.failure)
+    masks = [one for test in tested.values() for one in test.masks]
     with fresh_folder(out or results_beside(sources[0], "evaluation")) as folder:
-        return Outcome(folder, report.write_scores(scores, folder, figures=True), scores)
+        files = results.write_evaluation(evaluation, folder, figures=True)
+        if images is not None:
+            files += results.draw_predictions(evaluation, masks, images, folder)
+        return Outcome(folder, files, evaluation)
 
 
 def score(
     name: str,
     network: SegmentationNetwork,
-    config: Config,
     images: ImageSet,
     ids: Sequence[str],
+    batch_size: int,
     *,
     progress: Progress = no_progress,
 ) -> list[RunScores]:
@@ -62,25 +199,300 @@ def score(
     Raises:
         PolysegError: the images have no masks.
     """
-    results: dict[str, list[ImageScores]] = {label: [] for label in images.labels}
+    predictions = _plain(network, images, ids, batch_size, f"testing {name}", progress)
+    return _judge(name, predictions, images, ids, dict.fromkeys(images.labels, 0.5), Questions())
+
+
+def choose_thresholds(
+    network: SegmentationNetwork,
+    images: ImageSet,
+    ids: Sequence[str],
+    batch_size: int,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
+
+    Of several that are equally good it is the one nearest to 0.5.
+    """
+    dices = [
+        [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
+        for one in _plain(network, images, ids, batch_size, "choosing thresholds", progress)
+    ]
+    means = np.mean(dices, axis=0).round(9)
+    nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
+    return {
+        label: max(zip(of_label.tolist(), nearness, THRESHOLDS, strict=True))[2]
+        for label, of_label in zip(images.labels, means, strict=True)
+    }
+
+
+def _test(
+    model: Model,
+    name: str,
+    images: ImageSet,
+    ids: Sequence[str],
+    questions: Questions,
+    progress: Progress,
+) -> _Tested:
+    """Ask one network everything."""
+    thresholds = _thresholds(model, images, questions, progress)
+    uncertainty: dict[str, Any] = {}
+    scores: list[RunScores] = []
+    if questions.uncertainty:
+        passes = list(_passes(model, images, ids, questions, progress))
+        uncertainty = {one.id: one.uncertainty for one in passes}
+        scores = _judge(name, passes, images, ids, thresholds, questions, "mc_mean")
+    size, kept = model.config.training.batch_size, _Keeper(name, images.labels, thresholds)
+    predictions = (
+        one._replace(uncertainty=uncertainty.get(one.id, {}))
+        for one in _plain(model.network, images, ids, size, f"testing {name}", progress)
+    )
+    plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions)
+    points = _under_damage(model, plain, images, ids, questions, progress)
+    return _Tested(model.config, {}, plain + scores, list(points), kept.masks())
+
+
+def _thresholds(
+    model: Model, images: ImageSet, questions: Questions, progress: Progress
+) -> dict[str, float]:
+    if questions.threshold != "val":
+        return dict.fromkeys(images.labels, float(questions.threshold))
+    own, ids = images_for(model, None, "val", "val", progress)
+    size = model.config.training.batch_size
+    found = choose_thresholds(model.network, own, ids, size, progress)
+    for label, threshold in found.items():
+        what = f" of {label}" if label else ""
+        log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
+    return found
+
+
+def _plain(
+    network: SegmentationNetwork,
+    images: ImageSet,
+    ids: Sequence[str],
+    batch_size: int,
+    task: str,
+    progress: Progress,
+) -> Iterator[_Prediction]:
+    """Yield what one pass without dropout predicts for each image."""
     done = 0
-    for batch, logits in predict(network, images.batches(ids, config.training.batch_size)):
+    for batch, logits in predict(network, images.batches(ids, batch_size)):
         if batch.masks is None:
             raise PolysegError("evaluate: the images have no masks to compare with")
         for row, identity in enumerate(batch.ids):
-            for k, label in enumerate(images.labels):
-                probability = logits[row, k].double().sigmoid().numpy()
-                mask = batch.masks[row, k].numpy()
-                results[label].append(image_scores(identity, probability, mask))
+            probability = logits[row].double().sigmoid().numpy()
+            yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
         done += len(batch.ids)
-        progress(f"testing {name}", done, len(ids))
-    return [RunScores(name, scores, label) for label, scores in results.items()]
+        progress(task, done, len(ids))
 
 
-def _names(sources: Sequence[Path]) -> list[str]:
-    """Return a short name for each source that tells it from the others."""
-    parts = [source.resolve().parts for source in sources]
-    length = next(
-        n for n in range(1, 99) if n > 90 or len({part[-n:] for part in parts}) == len(set(parts))
-    )
-    return ["/".join(part[-length:]) for part in parts]
+def _passes(
+    model: Model,
+    images: ImageSet,
+    ids: Sequence[str],
+    questions: Questions,
+    progress: Progress,
+) -> Iterator[_Prediction]:
+    """Yield the mean prediction over the passes of MC Dropout for each image, and its uncertainty.
+
+    Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
+    """
+    settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
+    settings |= {} if questions.samples is None else {"samples": questions.samples}
+    names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
+    labels = len(images.labels)
+    for part in _chunks(images, ids):
+        found = assess(
+            model.network,
+            images.batches(part, model.config.training.batch_size),
+            **settings,
+            seed=model.config.training.seed,
+            epoch=model.checkpoint.epoch,
+            progress=progress,
+            total=len(part),
+        ).in_order(part)
+        for i, identity in enumerate(part):
+            rows = slice(i * labels, (i + 1) * labels)
+            _, masks = images.sample(identity)
+            yield _Prediction(
+                identity,
+                np.stack(found.maps["mean"][rows]).astype(np.float64),
+                masks.numpy(),
+                {name: found.scores[name][rows].tolist() for name in names},
+            )
+
+
+def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the images in parts whose maps fit into memory."""
+    part: list[str] = []
+    pixels = 0
+    for identity in ids:
+        height, width = images.item(identity).size
+        pixels += height * width * len(images.labels)
+        if part and pixels > _PIXELS_AT_ONCE:
+            yield part
+            part, pixels = [], height * width * len(images.labels)
+        part.append(identity)
+    yield part
+
+
+def _judge(
+    name: str,
+    predictions: Iterator[_Prediction] | Sequence[_Prediction],
+    images: ImageSet,
+    ids: Sequence[str],
+    thresholds: Mapping[str, float],
+    questions: Questions,
+    prediction: Prediction = "plain",
+) -> list[RunScores]:
+    """Return the metrics of predictions, a record a label."""
+    in_mm = all(images.item(identity).spacing is not None for identity in ids)
+    results: dict[str, list[ImageScores]] = {label: [] for label in images.labels}
+    curves = {label: ReliabilityCurve() for label in images.labels}
+    for one in predictions:
+        for k, label in enumerate(images.labels):
+            results[label].append(
+                image_scores(
+                    one.id,
+                    one.probability[k],
+                    one.masks[k],
+                    threshold=thresholds[label],
+                    spacing=images.item(one.id).spacing if in_mm else None,
+                    tolerance=questions.tolerance,
+                    uncertainty={key: values[k] for key, values in one.uncertainty.items()},
+                )
+            )
+            curves[label].add(one.probability[k], one.masks[k])
+    return [
+        RunScores(
+            name=name,
+            scores=scores,
+            label=label,
+            prediction=prediction,
+            threshold=thresholds[label],
+            unit="mm" if in_mm else "px",
+            reliability=curves[label],
+        )
+        for label, scores in results.items()
+    ]
+
+
+def _under_damage(
+    model: Model,
+    clean: Sequence[RunScores],
+    images: ImageSet,
+    ids: Sequence[str],
+    questions: Questions,
+    progress: Progress,
+) -> Iterator[RobustnessPoint]:
+    """Yield the metrics of a network on images damaged in each way, to each degree."""
+    thresholds = {run.label: run.threshold for run in clean}
+    name, config = clean[0].name, model.config
+    for corruption in questions.corruptions:
+        yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
+        for strength in STRENGTHS[1:]:
+            # One seed for all networks, so that all see the same damage.
+            seen = corrupted(images, corruption, strength, seed=0, config=config.data, ids=ids)
+            task = f"testing {name} under {corruption} {strength}"
+            size = config.training.batch_size
+            predictions = _plain(model.network, seen, ids, size, task, progress)
+            for run in _judge(name, predictions, seen, ids, thresholds, questions):
+                yield RobustnessPoint(run.title, corruption, strength, run.scores)
+
+
+class _Keeper:
+    """Keeps the predicted masks that pass by, eight pixels a byte, for the figures at the end."""
+
+    def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
+        self.name, self.labels, self.thresholds = name, labels, thresholds
+        self.packed: dict[str, dict[str, NDArray[np.uint8]]] = {label: {} for label in labels}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, one: _Prediction) -> _Prediction:
+        for k, label in enumerate(self.labels):
+            predicted = one.probability[k] >= self.thresholds[label]
+            self.packed[label][one.id] = np.packbits(predicted)
+            self.shapes[one.id] = (predicted.shape[0], predicted.shape[1])
+        return one
+
+    def masks(self) -> list[PredictedMasks]:
+        """Return them, a record a label."""
+        return [
+            PredictedMasks(self.name, label, self.packed[label], self.shapes)
+            for label in self.labels
+        ]
+
+
+def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
+    truth = mask > 0
+    found = []
+    for threshold in THRESHOLDS:
+        predicted = probability >= threshold
+        total = int(predicted.sum()) + int(truth.sum())
+        found.append(2 * int((predicted & truth).sum()) / total if total else 1.0)
+    return np.array(found)
+
+
+def _refuse_other_images(
+    source: Path, hashes: Mapping[str, str], first: Path, tested: _Tested
+) -> None:
+    if hashes != tested.hashes:
+        raise PolysegError(
+            f"{source}: would be tested on other images than {first}; give runs of one split, "
+            "--data, or --group for runs of several folds"
+        )
+
+
+def _refuse_unlike_arms(arms: Mapping[str, Sequence[str]], tested: Mapping[str, _Tested]) -> None:
+    """Raise unless all arms were tested on the same images.
+
+    Raises:
+        PolysegError: names two that were not.
+    """
+    seen: dict[str, dict[str, str]] = {}
+    for arm, names in arms.items():
+        merged: dict[str, str] = {}
+        for name in names:
+            for identity, digest in tested[name].hashes.items():
+                if merged.setdefault(identity, digest) != digest:
+                    raise PolysegError(f"{name}: its image {identity} is another in {names[0]}")
+        seen[arm] = merged
+    first = next(iter(seen))
+    for arm, hashes in seen.items():
+        if hashes != seen[first]:
+            raise PolysegError(
+                f"--group: the runs of {arm} ({', '.join(arms[arm])}) were tested on other images "
+                f"than those of {first} ({', '.join(arms[first])}); give the same folds of each"
+            )
+
+
+def _warn_of_sizes(tested: Mapping[Path, _Tested]) -> None:
+    sizes = {str(test.config.data.size) for test in tested.values()}
+    if len(sizes) > 1:
+        log.warning(
+            "the networks see the images at different sizes (data.size %s): distances in pixels, "
+            "and all that hangs on pixels, do not compare",
+            " and ".join(sorted(sizes)),
+        )
+
+
+def _named(
+    baseline: str, sources: Sequence[Path], names: Sequence[str], runs: Sequence[RunScores]
+) -> str:
+    """Return the name in the tables of what the user calls the baseline.
+
+    Raises:
+        PolysegError: there is no such run, or nothing to compare it with.
+    """
+    if len({(run.name, run.prediction) for run in runs}) < 2:
+        raise PolysegError("--baseline: there is one run; give those to compare with it as well")
+    known = {run.name for run in runs}
+    if baseline in known:
+        return baseline
+    wanted = Path(baseline).resolve()
+    for source, name in zip(sources, names, strict=True):
+        if source.resolve() == wanted:
+            owner = [run.name for run in runs if name in (run.name, *(m.name for m in run.members))]
+            return owner[0]
+    raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(known))}")

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg import losses, plots
+from polyseg import losses
 from polyseg.errors import PolysegError
+from polyseg.plots.losses import loss_curves
+from polyseg.plots.style import save_figure
 
 
 def plot_loss(
@@ -38,7 +40,7 @@ def plot_loss(
         curves = {e: np.gradient(curve, theta, edge_order=2) for e, curve in curves.items()}
         dice = s * np.sin(theta)
         wrong_above = s * _derivative_where_the_sum_is_one(theta, terms)
-    figure = plots.loss_curves(
+    figure = loss_curves(
         theta,
         curves,
         dice,
@@ -46,7 +48,7 @@ def plot_loss(
         ylabel="d loss / d θ" if gradient else "loss",
         wrong_above=wrong_above,
     )
-    return plots.save_figure(figure, out)
+    return save_figure(figure, out)
 
 
 def _derivative_where_the_sum_is_one(theta: NDArray[np.float64], terms: int) -> NDArray[np.float64]:

@@ -121,7 +121,7 @@ def new_split(config: Config, images: ImageSet) -> Split:
             f"data.size: the images have {len(images.sizes())} sizes and no batch can hold them; "
             "set data.size, data.fit=tile, or training.batch_size=1"
         )
-    if several and config.uncertainty.save_maps and config.adaptive:
+    if several and config.uncertainty.save_maps and config.assesses:
         raise PolysegError(
             f"uncertainty.save_maps: the images have {len(images.sizes())} sizes and one array of "
             "maps has one; set data.size"
@@ -251,6 +251,19 @@ def passes_of(config: Config) -> dict[str, Any]:
         )
         settings["metric"] = "mutual_information"
     return settings
+
+
+def short_names(sources: Sequence[Path]) -> list[str]:
+    """Return a short name for each source that tells it from the others.
+
+    >>> short_names([Path("/runs/a/last.safetensors"), Path("/runs/b/last.safetensors")])
+    ['a/last.safetensors', 'b/last.safetensors']
+    """
+    parts = [source.resolve().parts for source in sources]
+    length = next(
+        n for n in range(1, 99) if n > 90 or len({part[-n:] for part in parts}) == len(set(parts))
+    )
+    return ["/".join(part[-length:]) for part in parts]
 
 
 def results_beside(source: Path, name: str) -> Path:

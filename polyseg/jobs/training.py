@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from polyseg import report
+from polyseg import report, results
+from polyseg.cache import read_schedule, write_schedule
 from polyseg.config import POLYDICE_LOSSES, Config
+from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
-from polyseg.data.splits import PARTS
+from polyseg.data.splits import PARTS, Split
 from polyseg.errors import PolysegError
-from polyseg.evaluate import RunScores
+from polyseg.evaluate import Evaluation
 from polyseg.jobs.evaluation import score
 from polyseg.jobs.models import new_split, split_of_run
 from polyseg.jobs.uncertainty import draw_extremes
 from polyseg.memory import keep_freed_memory
-from polyseg.records import Progress, no_progress
+from polyseg.records import Progress, Schedule, no_progress
+from polyseg.replay import fit_schedule, replay_arm
 from polyseg.report import Outcome
 from polyseg.run import RunDirectory, new_run_path, read_checkpoint
 from polyseg.train import Trainer
@@ -53,13 +56,16 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
     images = load_images(config.data, progress)
     split = split_of_run(run, images) if resume else new_split(config, images)
     # Before anything is written: what is wrong with the settings leaves no folder behind.
-    trainer = Trainer(config, images, split, run, progress)
+    replay = _schedule_to_replay(config, images, split, run.replay if resume else None)
+    trainer = Trainer(config, images, split, run, progress, replay)
     with run.writing(resume=resume), _LogFile(run.log):
         if resume:
             trainer.resume()
             run.write_config(config)
         else:
             run.begin(config, split, images.hashes, trainer.device)
+            if replay is not None:
+                write_schedule(run.replay, replay)
         _log_start(trainer)
         trainer.fit()
         return _report(trainer, progress)
@@ -78,9 +84,10 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
     run.refuse_occupied()
     images = load_images(config.data, progress)
     split = new_split(config, images)
+    _schedule_to_replay(config, images, split)
     Trainer(config, images, split, run)  # which checks the network
     epochs = config.training.epochs
-    moments = config.control.assessment_epochs(epochs) if config.adaptive else []
+    moments = config.control.assessment_epochs(epochs) if config.assesses else []
     uncertainty = config.uncertainty
     samples = _LIKELY_SAMPLES if uncertainty.samples == "auto" else uncertainty.samples
     stochastic = len(moments) * len(split["train"]) * (samples if uncertainty.takes_passes else 1)
@@ -95,6 +102,29 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
         "MC-Dropout passes of an image": stochastic,
         "share of MC Dropout, at most": round(stochastic / (stochastic + plain), 3),
     }
+
+
+def _schedule_to_replay(
+    config: Config, images: ImageSet, split: Split, copy: Path | None = None
+) -> Schedule | None:
+    """Return the epsilons that the settings ask for, or a resumed run's own copy of them.
+
+    Raises:
+        PolysegError: there is no such schedule, or it does not fit.
+    """
+    control = config.control
+    if control.replay is None:
+        return None
+    path = Path(control.replay) if copy is None else copy
+    path = RunDirectory(path).schedule if path.is_dir() else path
+    schedule = read_schedule(path)
+    terms = config.loss.terms if config.loss.name == "polydice" else 1
+    # A run that is to stop early was perhaps recorded by one that did.
+    epochs = 1 if config.training.early_stopping else config.training.epochs
+    schedule = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
+    if copy is not None:
+        return schedule
+    return replay_arm(schedule, control.replay_arm, config.training.seed)
 
 
 def resumed_config(config: Config, run: RunDirectory) -> Config:
@@ -133,7 +163,10 @@ def _settled(config: Config, epochs: int) -> Config:
         if path not in (None, "demo")
     }
     changes["data"] = config.data.model_copy(update=paths)
-    if config.adaptive:
+    if config.control.replay is not None:
+        replay = str(Path(config.control.replay).resolve())
+        changes["control"] = config.control.model_copy(update={"replay": replay})
+    elif config.adaptive:
         start = float(config.control.assessment_epochs(epochs)[0])
         changes["control"] = config.control.model_copy(update={"start": start})
     return config.model_copy(update=changes)
@@ -169,6 +202,9 @@ def _log_start(trainer: Trainer) -> None:
     counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
     what = "demo phantoms" if config.data.path == "demo" else config.data.path
     log.info("%s: %s images; run folder %s", what, counts, trainer.run.path)
+    if config.control.replay is not None:
+        arm = config.control.replay_arm
+        log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
     if trainer.epoch:
         log.info("resumed after epoch %d", trainer.epoch)
         if changes := trainer.run.changes_of_environment(trainer.device):
@@ -190,13 +226,12 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     """Test the best checkpoint and draw what there is to see."""
     run, config, images = trainer.run, trainer.config, trainer.images
     files = [run.history]
-    scores: list[RunScores] = []
+    evaluation: Evaluation | None = None
     if trainer.split["test"]:
         best = read_checkpoint(run.best).build(trust=True).to(trainer.device)
-        scores = score(
-            run.path.name, best, config, images, trainer.split["test"], progress=progress
-        )
-        files += report.write_scores(scores, run.evaluation, figures=config.output.figures)
+        ids, size = trainer.split["test"], config.training.batch_size
+        evaluation = Evaluation(score(run.path.name, best, images, ids, size, progress=progress))
+        files += results.write_evaluation(evaluation, run.evaluation, figures=config.output.figures)
     correlations: list[dict[str, Any]] = []
     if trainer.assessments:
         assessments = report.read_assessments(run, trainer.assessments)
@@ -209,4 +244,4 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     if config.output.figures:
         files += report.draw_history(trainer.history, run.figures)
         files += report.draw_schedule(np.stack(trainer.epsilons), config, run.figures)
-    return Outcome(run.path, files, scores, correlations)
+    return Outcome(run.path, files, evaluation, correlations)

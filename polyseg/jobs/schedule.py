@@ -1,0 +1,282 @@
+"""`polyseg schedule`: what a run recorded of difficulty and epsilon, shown, drawn, made anew."""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from polyseg import schedules
+from polyseg.cache import read_schedule, write_schedule
+from polyseg.config import Config
+from polyseg.errors import PolysegError
+from polyseg.files import write_text
+from polyseg.jobs.models import fresh_folder, results_beside, short_names
+from polyseg.plots.schedules import (
+    Panel,
+    difficulty_panels,
+    epsilon_bands,
+    epsilon_map,
+    rank_curves,
+    validity_curves,
+)
+from polyseg.plots.style import headed, save_figure
+from polyseg.plots.training import epsilon_quantiles
+from polyseg.records import Schedule
+from polyseg.report import Outcome, read_assessments
+from polyseg.run import Checkpoint, RunDirectory, read_checkpoint
+from polyseg.schedules import Row, RunRecord
+
+log = logging.getLogger(__name__)
+
+_MOST_PANELS = 9
+_PANELS = {
+    "with_error": "with 1 − Dice",
+    "with_size": "with the size of the mask",
+    "with_error_given_size": "with 1 − Dice at equal size",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The rows of a table, and what is to be said below it."""
+
+    rows: list[Row]
+    notes: Sequence[str] = ()
+
+
+def read_record(path: Path) -> RunRecord:
+    """Return what a run has committed, also while it trains on.
+
+    Raises:
+        PolysegError: it is no run, has no assessments, or a file of it is damaged.
+    """
+    run = RunDirectory(path)
+    if not run.last.is_file():
+        raise PolysegError(
+            f"{path}: is no run (no {run.last.relative_to(path)}); give the folder of one"
+        )
+    # The checkpoint first: all that it names is there, whatever is written meanwhile.
+    checkpoint = read_checkpoint(run.last)
+    if not checkpoint.assessments:
+        raise PolysegError(f"{path}: {_why_not_assessed(checkpoint.config)}")
+    assessments = read_assessments(run, checkpoint.assessments)
+    ids, labels = assessments[0].ids, assessments[0].labels
+    schedule = _committed_schedule(run, checkpoint, ids, labels)
+    found = [(one.ids, one.labels) for one in assessments] + [(schedule.ids, schedule.labels)]
+    if any(rows != (ids, labels) for rows in found):
+        raise PolysegError(f"{run.schedule}: is not of the images that were assessed")
+    history = run.read_history(checkpoint.epoch)
+    wrong_sign = np.array([row["wrong_sign_images"] for row in history]) / len(ids)
+    return RunRecord(str(path), checkpoint.config, assessments, schedule, wrong_sign)
+
+
+def show(path: Path, image: str | None = None) -> Findings:
+    """Return a row an assessment, or what each said of one image.
+
+    Raises:
+        PolysegError: there is no such run or image.
+    """
+    record = read_record(path)
+    rows = schedules.overview(record) if image is None else schedules.image_history(record, image)
+    notes = []
+    if record.config.control.statistics == "batch":
+        what = "D_pct and sigma" if image is None else "the normalised D"
+        notes.append(
+            f"{what}: over all training images; eq. 11 went by those of each batch "
+            "(control.statistics=batch), which differ from step to step"
+        )
+    if len(record.labels) > 1 and image is None:
+        notes.append("wrong sign: over all labels together")
+    return Findings(rows, notes)
+
+
+def export(path: Path, out: Path | None = None) -> str:
+    """Return a row for each assessment and image as CSV, and write it where a file is given.
+
+    Raises:
+        PolysegError: there is no such run, or the file exists.
+    """
+    _refuse_existing(out)
+    text = schedules.csv_text(schedules.tidy(read_record(path)))
+    if out is not None:
+        write_text(out, text)
+    return text
+
+
+def recompute(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Findings:
+    """Return how the schedule would differ by other settings, and write it where a file is given.
+
+    Raises:
+        PolysegError: run or settings are not in order, the record does not suffice for them, or
+            the file exists.
+    """
+    _refuse_existing(out)
+    record = read_record(path)
+    if len(record.schedule.epochs) == 0:
+        raise PolysegError(f"{path}: has trained no epoch yet, so there is no schedule")
+    recomputed = schedules.recompute(record, schedules.changed_settings(record.config, overrides))
+    if out is not None:
+        write_schedule(out, recomputed)
+    _warn_of_another_origin(record)
+    notes = []
+    if overrides:
+        notes.append(
+            "from the D that was recorded: a training with these settings would meet another"
+        )
+    return Findings(schedules.compare(record, recomputed), notes)
+
+
+def plot(paths: Sequence[Path], out: Path | None = None) -> Outcome:
+    """Draw the schedules of runs, of several ones on top of one another as well.
+
+    Raises:
+        PolysegError: a run is not in order, labels differ, or the folder is not empty.
+    """
+    records = [read_record(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if record.labels != records[0].labels:
+            raise PolysegError(f"{path}: has other labels than {paths[0]}; plot them apart")
+    names = short_names(paths)
+    several = len(records) > 1
+    files = []
+    with fresh_folder(out or results_beside(paths[0], "schedule")) as folder:
+        for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
+            place = folder / _plain(f"{i}_{name}" if several else "")
+            for label, part, below in _labelled(record, place):
+                files += _draw(part, label, below)
+        for label, _, below in _labelled(records[0], folder) if several else ():
+            parts = [record.of_label(label).schedule for record in records]
+            bands = {
+                name: (one.epochs, one.epsilon)
+                for name, one in zip(names, parts, strict=True)
+                if len(one.epochs)
+            }
+            if bands:
+                files += save_figure(headed(epsilon_bands(bands), label), below / "epsilon")
+        return Outcome(folder, files)
+
+
+def validity(path: Path) -> Findings:
+    """Return for each assessment and score whether it means difficulty.
+
+    Raises:
+        PolysegError: there is no such run, or a file of it is damaged.
+    """
+    record = read_record(path)
+    last = record.assessments[-1]
+    note = f"last assessment: after epoch {last.epoch}; mean over {len(record.assessments)}"
+    return Findings(schedules.validity(record), [note])
+
+
+def draw_validity(rows: Sequence[Row], path: Path, out: Path | None = None) -> Outcome:
+    """Draw the correlations that `validity` returned, a figure a label.
+
+    Raises:
+        PolysegError: the folder is not empty.
+    """
+    labels = list(dict.fromkeys(row.get("label", "") for row in rows))
+    epochs = sorted({row["epoch"] for row in rows})
+    files = []
+    with fresh_folder(out or results_beside(path, "validity")) as folder:
+        for k, label in enumerate(labels, start=1):
+            curves = schedules.validity_curves(rows, label)
+            panels = {title: curves[measure] for measure, title in _PANELS.items()}
+            below = folder / _plain(f"{k}_{label}" if label else "")
+            files += save_figure(headed(validity_curves(epochs, panels), label), below / "validity")
+        return Outcome(folder, files)
+
+
+def _committed_schedule(
+    run: RunDirectory, checkpoint: Checkpoint, ids: list[str], labels: list[str] | None
+) -> Schedule:
+    """Return the schedule of the epochs that count; the file may be an epoch ahead."""
+    n, epoch = len(ids), checkpoint.epoch
+    if epoch == 0:
+        return Schedule(ids, np.empty(0, np.int64), np.empty((0, n), np.float32), labels)
+    schedule = read_schedule(run.schedule)
+    if schedule.epochs[:epoch].tolist() != list(range(1, epoch + 1)):
+        raise PolysegError(f"{run.schedule}: lacks some of the epochs 1 to {epoch}")
+    assessed = None if schedule.assessed is None else schedule.assessed[:epoch]
+    return Schedule(
+        schedule.ids, schedule.epochs[:epoch], schedule.epsilon[:epoch], schedule.labels, assessed
+    )
+
+
+def _warn_of_another_origin(record: RunRecord) -> None:
+    """Say so where a run's own settings do not give what it recorded."""
+    own = schedules.recompute(record, record.config).epsilon
+    if not np.array_equal(own, record.schedule.epsilon):
+        log.warning(
+            "%s: its own settings give epsilons that differ from the recorded ones by up to %.2g; "
+            "it was made by another version of polyseg or on another machine",
+            record.name,
+            np.abs(own - record.schedule.epsilon).max(),
+        )
+
+
+def _why_not_assessed(config: Config) -> str:
+    if config.control.replay is not None:
+        return "replayed the schedule of another run and assessed nothing; look at that one"
+    if not config.adaptive:
+        return f"has no assessments: with loss.name {config.loss.name} no epsilon was adapted here"
+    first = config.control.assessment_epochs(config.training.epochs)[0]
+    return f"has no assessment yet; the first follows epoch {first}"
+
+
+def _refuse_existing(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise PolysegError(
+            f"{out}: exists already and nothing is overwritten; choose another --out"
+        )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", name)
+
+
+def _labelled(record: RunRecord, folder: Path) -> list[tuple[str, RunRecord, Path]]:
+    """Return each label with its record and its folder; a single one needs none of its own."""
+    return [
+        (label, record.of_label(label), folder / _plain(f"{k}_{label}" if label else ""))
+        for k, label in enumerate(record.labels, start=1)
+    ]
+
+
+def _draw(part: RunRecord, label: str, folder: Path) -> list[Path]:
+    """Draw all figures of one run and label."""
+    assessments, schedule = part.assessments, part.schedule
+    epochs = [assessment.epoch for assessment in assessments]
+    limits = (part.config.control.epsilon_min, part.config.control.epsilon_max)
+    figures = {"rank_stability": rank_curves(epochs, schedules.stability(part))}
+    if len(schedule.epochs):
+        figures["epsilon"] = epsilon_quantiles(schedule.epochs, schedule.epsilon, limits=limits)
+        figures["epsilon_map"] = epsilon_map(
+            schedule.epochs,
+            schedule.epsilon,
+            assessments[-1].difficulty,
+            limits=limits,
+            assessed=epochs,
+        )
+    if any(np.isfinite(assessment.dice).any() for assessment in assessments):
+        figures["difficulty_dice"] = difficulty_panels(
+            [_panel(part, k) for k in _evenly(len(assessments))], metric=assessments[-1].metric
+        )
+    return [
+        path
+        for name, figure in figures.items()
+        for path in save_figure(headed(figure, label), folder / name)
+    ]
+
+
+def _panel(part: RunRecord, k: int) -> Panel:
+    one = part.assessments[k]
+    found = schedules.correlation(one.difficulty, 1 - one.dice)
+    return Panel(one.epoch, one.difficulty, one.dice, found)
+
+
+def _evenly(count: int) -> list[int]:
+    """Return which of so many assessments are shown, the first and the last among them."""
+    return [round(place) for place in np.linspace(0, count - 1, min(count, _MOST_PANELS))]

@@ -1,0 +1,223 @@
+"""Single operations of a graph: what they are, and putting others in their place."""
+# torch.fx types what a node is called with as all that it could be.
+# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
+# mypy: disable-error-code="no-any-return, return-value"
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+aten = torch.ops.aten
+
+ADD, MULTIPLY, CONCATENATE = aten.add.Tensor, aten.mul.Tensor, aten.cat.default
+CONVOLUTIONS = (aten.conv2d.default, aten.conv_transpose2d.input)
+
+
+def calls_to(network: fx.GraphModule, targets: tuple[Any, ...]) -> list[Node]:
+    """Return the calls of any of these functions, in the order of the graph."""
+    return [node for node in network.graph.nodes if node.target in targets]
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Return all arguments of a call by name, defaults included."""
+    arguments = node.target._schema.arguments
+    given = {one.name: one.default_value for one in arguments}
+    given.update(zip(given, node.args, strict=False))
+    return given | node.kwargs
+
+
+def tensor_of(network: fx.GraphModule, node: Node | None) -> Any:
+    """Return the tensor that a node stands for; None where it stands for none, or is computed."""
+    if node is None or node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(network.get_submodule(owner), name).detach()
+
+
+def mask_of(node: Any) -> Node | None:
+    """Return the mask if a node is the product of something with it."""
+    if not isinstance(node, Node) or node.target is not MULTIPLY or len(node.args) != 2:
+        return None
+    mask = node.args[1]
+    is_mask = isinstance(mask, Node) and "channelwise" in mask.meta
+    return mask if is_mask else None
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """Return the shape of what a node gives; the number of images is a symbol."""
+    return tuple(node.meta["val"].shape)
+
+
+def channels_of(node: Node) -> int:
+    """Return the size of the second dimension of what a node gives."""
+    return int(shape_of(node)[1])
+
+
+def sides_of(node: Node) -> tuple[int, int] | None:
+    """Return the height and width of a feature map, None for what is none."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    is_map = node.op in ("call_function", "placeholder") and len(shape) == 4
+    return (int(shape[2]), int(shape[3])) if is_map and shape[3] > 1 else None
+
+
+def keep_shape(old: Node, *new: Node) -> None:
+    """Note that nodes give what is shaped as what another gives."""
+    for node in new:
+        node.meta["val"] = old.meta["val"]
+
+
+def replace_call(node: Node, target: Any, *arguments: Any) -> Node:
+    """Put another call in the place of a node."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, arguments)
+    keep_shape(node, new)
+    node.replace_all_uses_with(new)
+    return new
+
+
+def add_constant(network: fx.GraphModule, before: Node, value: Tensor) -> Node:
+    """Return a node that holds a tensor."""
+    name = f"folded_{sum(1 for _ in network.buffers(recurse=False))}"
+    network.register_buffer(name, value)
+    with network.graph.inserting_before(before):
+        node = network.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Return a setting of a convolution for height and width, of which one may stand for both."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return (values[0], values[-1])
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution in the graph, transposed or not."""
+
+    node: Node
+    input: Node
+    weight: Node
+    bias: Node | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, node: Any) -> "Convolution | None":
+        """Return a node as a convolution; None if it is none."""
+        if not isinstance(node, Node) or node.target not in CONVOLUTIONS:
+            return None
+        given = arguments_of(node)
+        return cls(node, given.pop("input"), given.pop("weight"), given.pop("bias"), given)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it goes the other way, from a small map to a large one."""
+        return self.node.target is aten.conv_transpose2d.input
+
+    def has_constant_weight(self, network: fx.GraphModule) -> bool:
+        """Whether its kernel is a tensor of the network's, not computed."""
+        return tensor_of(network, self.weight) is not None
+
+    def is_own(self, network: fx.GraphModule) -> bool:
+        """Whether it may be changed for the sake of the one node that uses it."""
+        simple = not self.transposed or self.settings["groups"] == 1
+        return len(self.node.users) == 1 and simple and self.has_constant_weight(network)
+
+    def keeps_shape(self, network: fx.GraphModule) -> bool:
+        """Whether its output has the shape of its input, channels included."""
+        weight = tensor_of(network, self.weight)
+        return self.is_centred(network) and weight.shape[0] == weight.shape[1]
+
+    def is_centred(self, network: fx.GraphModule) -> bool:
+        """Whether each output looks at as many inputs on either side."""
+        given = self.settings
+        if self.transposed or given["groups"] != 1:
+            return False
+        sides = tensor_of(network, self.weight).shape[2:]
+        centred = all(
+            side % 2 == 1 and 2 * padding == dilation * (side - 1)
+            for side, padding, dilation in zip(
+                sides, pair(given["padding"]), pair(given["dilation"]), strict=True
+            )
+        )
+        return centred and pair(given["stride"]) == (1, 1)
+
+    def is_pointwise(self, network: fx.GraphModule) -> bool:
+        """Whether each output looks at the input of its own place alone."""
+        if self.transposed or not self.has_constant_weight(network):
+            return False
+        still = pair(self.settings["stride"]) == (1, 1) and self.settings["groups"] == 1
+        sides = tensor_of(network, self.weight).shape[2:]
+        return still and tuple(sides) == (1, 1) and pair(self.settings["padding"]) == (0, 0)
+
+    def with_weight(
+        self, network: fx.GraphModule, weight: Tensor, bias: Tensor | None = None
+    ) -> Node:
+        """Return it with another kernel, and another bias where one is given."""
+        kept = self.bias if bias is None else add_constant(network, self.node, bias)
+        return self.rebuilt(network, self.input, add_constant(network, self.node, weight), kept)
+
+    def with_batch_norm(self, network: fx.GraphModule, *statistics: Any) -> Node:
+        """Return it with mean, variance, eps, scale and shift of the batch norm behind it."""
+        weight, bias = fuse_conv_bn_weights(
+            tensor_of(network, self.weight),
+            tensor_of(network, self.bias),
+            *statistics,
+            transpose=self.transposed,
+        )
+        return self.with_weight(network, weight.detach(), bias.detach())
+
+    def over_parts(
+        self,
+        network: fx.GraphModule,
+        parts: list[Node],
+        weights: tuple[Tensor, ...],
+        chosen: list[bool],
+        bias: Node | None,
+    ) -> Node:
+        """Return the convolution of some of the parts that make its input."""
+        inputs = [part for part, one in zip(parts, chosen, strict=True) if one]
+        slices = [weight for weight, one in zip(weights, chosen, strict=True) if one]
+        joined = inputs[0]
+        if len(inputs) > 1:
+            with network.graph.inserting_before(self.node):
+                joined = network.graph.call_function(CONCATENATE, (inputs, 1))
+        weight = torch.cat(slices, dim=0 if self.transposed else 1)
+        return self.rebuilt(network, joined, add_constant(network, self.node, weight), bias)
+
+    def with_masked_input(self, network: fx.GraphModule, mask: Node) -> Node:
+        """Return conv(m x), of an input m x, as a convolution of x."""
+        with network.graph.inserting_before(self.node):
+            # (1, C, 1, 1) stands along the axis of the input's channels.
+            along = self._across(network, mask) if self.transposed else mask
+            weight = network.graph.call_function(MULTIPLY, (self.weight, along))
+        return self.rebuilt(network, self.input.args[0], weight, self.bias)
+
+    def with_masked_output(self, network: fx.GraphModule, mask: Node) -> Node:
+        """Return m conv(x) as a convolution of x."""
+        bias = self.bias
+        with network.graph.inserting_before(self.node):
+            along = mask if self.transposed else self._across(network, mask)
+            weight = network.graph.call_function(MULTIPLY, (self.weight, along))
+            if bias is not None:
+                flat = network.graph.call_function(aten.flatten.using_ints, (mask,))
+                bias = network.graph.call_function(MULTIPLY, (bias, flat))
+        return self.rebuilt(network, self.input, weight, bias)
+
+    @staticmethod
+    def _across(network: fx.GraphModule, mask: Node) -> Node:
+        return network.graph.call_function(aten.transpose.int, (mask, 0, 1))
+
+    def rebuilt(
+        self, network: fx.GraphModule, source: Node, weight: Node, bias: Node | None
+    ) -> Node:
+        """Return a convolution of the same settings, put before it."""
+        given = {"input": source, "weight": weight, "bias": bias} | self.settings
+        with network.graph.inserting_before(self.node):
+            node = network.graph.call_function(self.node.target, tuple(given.values()))
+        keep_shape(self.node, node)
+        return node

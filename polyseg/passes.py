@@ -1,0 +1,244 @@
+"""The passes of MC Dropout over batches: by a network's program, or the plain way.
+
+A program does once what the passes have in common. For every size of image and way of looking its
+first batch is compared with the plain pass, which is the reference, and which all networks run that
+cannot be taken apart.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyseg.dropout import refuse_hidden_dropout
+from polyseg.graph import UntraceableError
+from polyseg.inference import device_of
+from polyseg.networks import SegmentationNetwork
+from polyseg.program import Look, Masks, Points, Program
+from polyseg.records import Batch
+from polyseg.streams import MaskStreams
+
+log = logging.getLogger(__name__)
+
+PlainPass = Callable[[Tensor, MaskStreams, int], Tensor]
+"""From (B, C, H, W) images, the masks and the number of a pass to probabilities, (B K, H, W)."""
+
+_TRIAL_SIDE = 512
+_TOLERANCE = 1e-4
+"""Of probabilities, between a program and the plain pass; rounding makes far less of it."""
+_BYTES_AT_ONCE = 2**24
+"""Feature maps of this size stay near a processor's caches."""
+
+
+class Passes:
+    """The passes of one network over batches, by its program where it has one."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: dict[str, Any],
+        streams: MaskStreams,
+        plain_pass: PlainPass,
+        *,
+        take_apart: bool,
+    ) -> None:
+        """Prepare the passes, which run nothing yet.
+
+        Args:
+            network: in evaluation mode.
+            layers: its active dropout layers by name.
+            streams: their masks.
+            plain_pass: of the whole network.
+            take_apart: whether to try and make a program of it.
+        """
+        self.network, self.layers, self.streams = network, layers, streams
+        self.plain_pass, self.take_apart = plain_pass, take_apart
+        self.program: Program | None = None
+        self.device = device_of(network)
+        self.checked: set[tuple[Any, ...]] = set()
+        self.tried = False
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """Divide a batch as it is fastest."""
+        for part in _by_emptiness(batch):
+            self._prepare(part.images.to(self.device))
+            yield from self._in_reach_of_caches(part)
+
+    def _in_reach_of_caches(self, batch: Batch) -> Iterator[Batch]:
+        at_once = len(batch.ids)
+        if self.program is not None and self.device.type == "cpu":
+            pixels = batch.images.shape[2] * batch.images.shape[3]
+            at_once = max(1, _BYTES_AT_ONCE // int(self.program.bytes_a_pixel * pixels))
+        for start in range(0, len(batch.ids), at_once):
+            chosen = slice(start, start + at_once)
+            masks = None if batch.masks is None else batch.masks[chosen]
+            yield Batch(batch.ids[chosen], batch.images[chosen], masks, batch.labels)
+
+    def plainly(self, images: Tensor, ids: list[str], index: int) -> Tensor:
+        """Return the probabilities of a pass of the whole network, (B K, H, W)."""
+        return self.plain_pass(images, self.streams.of(ids, images.shape[2:]), index)
+
+    def look(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight":
+        """Return what gives the probabilities of one pass after another.
+
+        Args:
+            images: (B, C, H, W).
+            ids: theirs.
+            chosen: (B, K, H, W), the only pixels that are wanted; None for all.
+        """
+        images = images.to(self.device)
+        if self.program is not None:
+            sight = self._programmed(images, ids, chosen)
+            if sight is not None:
+                return sight
+            log.warning(
+                "MC Dropout: the network's program does not give what the network gives; its "
+                "passes are run the plain way, which is slower"
+            )
+            self.program = None
+        return Sight(self, images, ids, chosen, None)
+
+    def mask_inputs(self, images: Tensor, ids: list[str], index: int) -> Masks:
+        """Return the masks of a pass by the names of the program's inputs."""
+        streams = self.streams.of(ids, images.shape[2:])
+        assert self.program is not None
+        masks = {}
+        for one in self.program.masks:
+            shape, rate = streams.known_shape(one.layer, one.call), self.layers[one.layer].p
+            drawn = streams.mask(index, one.layer, one.call, shape, rate)
+            masks[one.node] = drawn.to(self.device)
+        return masks
+
+    def _prepare(self, images: Tensor) -> None:
+        """Try the network, and take it apart, when the first images come."""
+        if self.tried:
+            return
+        self.tried = True
+        window = getattr(self.network, "window", None)
+        height, width = window.size if window else (_TRIAL_SIDE, _TRIAL_SIDE)
+        part = images[:1, :, :height, :width]
+        if self.layers:
+            refuse_hidden_dropout(self.network, part.repeat(2, 1, 1, 1))
+        if not self.take_apart:
+            return
+        try:
+            if window is not None:
+                raise UntraceableError("it looks at images window by window")
+            self.program = self._taken_apart(images)
+        except Exception as error:  # A network may be anything, and anything is run the plain way.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.info("MC Dropout: the network is run whole each pass, because %s", reason[:200])
+
+    def _taken_apart(self, images: Tensor) -> Program:
+        example, _, _ = _padded(self.network, images)
+        core = getattr(self.network, "core", self.network)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            shared = self.streams.masks == "consistent"
+            return Program(core, self.layers, example.clone(), shared=shared)
+
+    def _programmed(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight | None":
+        """Return how the program looks at images; None where it fails, or gives something else."""
+        try:
+            sight = Sight(self, images, ids, chosen, self.program)
+            key = (*images.shape[2:], *sight.way)
+            if key not in self.checked and not self._is_sound(sight):
+                return None
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            log.debug("MC Dropout: the program fails: %s", error)
+            return None
+        self.checked.add(key)
+        return sight
+
+    def _is_sound(self, sight: "Sight") -> bool:
+        """Compare a program with the whole network, in a pass and without dropout."""
+        # Which first of all tells the masks' shapes.
+        plain = self.plainly(sight.images, sight.ids, 0)
+        if sight.chosen is not None:
+            plain = plain[sight.chosen.flatten(0, 1)]
+        whole = Sight(self, sight.images, sight.ids, None, None)
+        pairs = (
+            (sight.sample(0), plain.cpu()),
+            (sight.without_dropout(), whole.without_dropout()),
+        )
+        # Weights that diverged are not the program's fault.
+        return all(
+            found.shape == wanted.shape
+            and bool((~wanted.isfinite() | ((found - wanted).abs() <= _TOLERANCE)).all())
+            for found, wanted in pairs
+        )
+
+
+class Sight:
+    """A batch on its way through pass after pass."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        images: Tensor,
+        ids: list[str],
+        chosen: Tensor | None,
+        program: Program | None,
+    ) -> None:
+        self.passes, self.images, self.ids, self.chosen = passes, images, ids, chosen
+        self.inside: Look | None = None
+        if program is not None:
+            padded, self.top, self.left = _padded(passes.network, images)
+            points = None
+            if chosen is not None:
+                points = Points.of(chosen.to(images.device)).moved(self.top, self.left)
+            # Image by image on a processor; all at once they fill an accelerator.
+            self.inside = Look(program, padded, points, crop=images.device.type == "cpu")
+
+    @property
+    def way(self) -> tuple[bool, bool]:
+        """Whether it looks at points, and at windows around them."""
+        return (self.chosen is not None, self.inside is not None and self.inside.cropped)
+
+    def sample(self, index: int) -> Tensor:
+        """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
+        if self.inside is None:
+            whole = self.passes.plainly(self.images, self.ids, index).cpu()
+            return whole if self.chosen is None else whole[self.chosen.flatten(0, 1)]
+        logits = self.inside(self.passes.mask_inputs(self.images, self.ids, index))
+        if self.chosen is None:
+            logits = self._cut(logits)
+        return logits.float().sigmoid().cpu()
+
+    def without_dropout(self) -> Tensor:
+        """Return the probabilities of the network as it is, (B K, H, W) on the CPU."""
+        if self.inside is None:
+            logits: Tensor = self.passes.network(self.images).flatten(0, 1)
+        else:
+            kept = self.inside.program.all_kept(self.images)
+            logits = self._cut(self.inside.everywhere(kept))
+        return logits.float().sigmoid().cpu()
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        """Return the logits without what the network was padded by, (B K, H, W)."""
+        height, width = self.images.shape[2:]
+        rows = slice(self.top, self.top + height)
+        return logits[..., rows, self.left : self.left + width].flatten(0, 1)
+
+
+def _by_emptiness(batch: Batch) -> list[Batch]:
+    """Divide a batch into images with foreground of every label, and others.
+
+    The others' foreground is known when all passes are done, which takes all pixels of each.
+    """
+    if batch.masks is None:
+        return [batch]
+    full = (batch.masks > 0).flatten(2).any(dim=2).all(dim=1).tolist()
+    rows = ([i for i, one in enumerate(full) if one is kind] for kind in (True, False))
+    return [
+        Batch([batch.ids[i] for i in some], batch.images[some], batch.masks[some], batch.labels)
+        for some in rows
+        if some
+    ]
+
+
+def _padded(network: nn.Module, images: Tensor) -> tuple[Tensor, int, int]:
+    if isinstance(network, SegmentationNetwork):
+        return network.padded(images)
+    return images, 0, 0

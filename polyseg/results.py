@@ -1,0 +1,211 @@
+"""What an evaluation leaves for people: its tables as files, and its figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from polyseg import tables
+from polyseg.calibration import risk_coverage
+from polyseg.data.dataset import ImageSet
+from polyseg.evaluate import Evaluation, RunScores
+from polyseg.files import write_text
+from polyseg.metrics import METRICS
+from polyseg.overlap import dice_coefficient
+from polyseg.plots.calibration import reliability_diagram, risk_coverage_curves
+from polyseg.plots.evaluation import comparison, differences
+from polyseg.plots.pictures import PredictionCase, predictions
+from polyseg.plots.robustness import robustness_curves
+from polyseg.plots.style import headed, save_figure
+from polyseg.report import displayed, paths_of_labels
+from polyseg.statistics import stars
+
+_COMPARED = ("dice", "iou", "sensitivity", "precision", "hd95", "nsd")
+_CASES = 5
+_MOST_SHOWN = 4
+"""Of the images, and of the runs, in a figure of predictions."""
+
+
+@dataclass(frozen=True)
+class PredictedMasks:
+    """What a network predicted for each image, eight pixels a byte."""
+
+    run: str
+    label: str
+    packed: Mapping[str, NDArray[np.uint8]]
+    """By the image's id."""
+    shapes: Mapping[str, tuple[int, int]]
+
+    def mask(self, identity: str) -> NDArray[np.bool_]:
+        """Return the predicted mask of an image, (H, W)."""
+        height, width = self.shapes[identity]
+        bits = np.unpackbits(self.packed[identity], count=height * width)
+        return bits.reshape(height, width).astype(bool)
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> list[Path]:
+    """Write the tables of an evaluation, and its figures; return the files."""
+    texts = {
+        "table.md": tables.markdown(evaluation),
+        "table.tex": tables.latex(evaluation),
+        "per_image.csv": tables.per_image_csv(evaluation.runs),
+        "summary.json": tables.summary_json(evaluation),
+    }
+    if evaluation.robustness:
+        texts["robustness.csv"] = tables.robustness_csv(evaluation)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    files = [folder / name for name in texts]
+    return files + (_draw_evaluation(evaluation, folder) if figures else [])
+
+
+def draw_predictions(
+    evaluation: Evaluation, masks: Sequence[PredictedMasks], images: ImageSet, folder: Path
+) -> list[Path]:
+    """Draw the images that were segmented worst and best, a figure a label.
+
+    Args:
+        evaluation: what says which those are, by the mean Dice over the runs.
+        masks: what the runs predicted, of which those are drawn that have the images' size.
+        images: the images.
+        folder: where to.
+    """
+    files = []
+    for label, place in paths_of_labels(images.labels, folder / "predictions"):
+        shown = [one for one in masks if one.label == label][:_MOST_SHOWN]
+        dice = _mean_dice(evaluation, label)
+        ranked = sorted(dice, key=lambda identity: dice[identity])
+        ranked = [one for one in ranked if _drawable(one, shown, images)]
+        for title, ids in (("worst", ranked[:_CASES]), ("best", ranked[::-1][:_CASES])):
+            cases = [_case(identity, label, shown, images) for identity in ids]
+            if not cases:
+                continue
+            names = [one.run for one in shown]
+            figure = predictions(cases, names, title=f"The {len(cases)} {title} images")
+            path = place.with_name(f"{place.name}_{title}")
+            files += save_figure(headed(figure, label), path)
+    return files
+
+
+def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
+    runs = evaluation.runs
+    titles = [run.title for run in runs]
+    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    unit = evaluation.unit
+    values = {metric.heading(unit): [run.column(metric.key) for run in runs] for metric in compared}
+    files = save_figure(comparison(titles, values), folder / "comparison")
+    files += _draw_reliability(runs, folder)
+    files += _draw_risk_coverage(runs, folder)
+    files += _draw_differences(evaluation, folder)
+    return files + _draw_robustness(evaluation, folder)
+
+
+def _draw_reliability(runs: Sequence[RunScores], folder: Path) -> list[Path]:
+    curves = [(run.title, run.reliability) for run in runs if run.reliability is not None]
+    if not curves:
+        return []
+    figure = reliability_diagram(
+        [title for title, _ in curves],
+        [curve.mean_predicted for _, curve in curves],
+        [curve.observed for _, curve in curves],
+        [curve.count for _, curve in curves],
+        [curve.calibration_error for _, curve in curves],
+    )
+    return save_figure(figure, folder / "reliability")
+
+
+def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
+    """Draw what is left of the risk as the least certain images are put aside."""
+    names, curves, best = [], [], []
+    for run in runs:
+        risk = 1 - run.column("dice")
+        for name in list(dict.fromkeys(k for image in run.scores for k in image.uncertainty))[:1]:
+            uncertainty = run.uncertainty(name)
+            known = np.isfinite(uncertainty) & np.isfinite(risk)
+            if known.any():
+                names.append(f"{run.title}, {name.replace('_', ' ')}")
+                curves.append(risk_coverage(risk[known], uncertainty[known]))
+                best.append(risk_coverage(risk[known], risk[known]))
+    if not names:
+        return []
+    figure = risk_coverage_curves(names, curves, best=best)
+    return save_figure(figure, folder / "risk_coverage")
+
+
+def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
+    if not evaluation.comparisons:
+        return []
+    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    found = evaluation.comparisons
+    baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
+    rows = {
+        metric.heading(evaluation.unit): [one.differences[metric.key] for one in found]
+        for metric in compared
+    }
+    better = [metric.higher_is_better for metric in compared]
+    figure = differences(
+        [one.run for one in found],
+        {
+            title: (
+                np.array([one.mean for one in of_metric]),
+                np.array([one.interval.low for one in of_metric]),
+                np.array([one.interval.high for one in of_metric]),
+            )
+            for title, of_metric in rows.items()
+        },
+        stars={title: [stars(one.adjusted) for one in ones] for title, ones in rows.items()},
+        higher_is_better=dict(zip(rows, better, strict=True)),
+        baseline=baselines,
+    )
+    return save_figure(figure, folder / "differences")
+
+
+def _draw_robustness(evaluation: Evaluation, folder: Path) -> list[Path]:
+    points = evaluation.robustness
+    if not points:
+        return []
+    strengths = sorted({point.strength for point in points})
+    values: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for corruption in dict.fromkeys(point.corruption for point in points):
+        of_it = [point for point in points if point.corruption == corruption]
+        values[corruption] = {
+            run: np.stack([point.column("dice") for point in of_it if point.run == run])
+            for run in dict.fromkeys(point.run for point in of_it)
+        }
+    return save_figure(robustness_curves(strengths, values), folder / "robustness")
+
+
+def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
+    """Return each image's mean Dice over the runs."""
+    found: dict[str, list[float]] = {}
+    for run in evaluation.runs:
+        if run.label == label and run.prediction == "plain":
+            for image in run.scores:
+                found.setdefault(image.id, []).append(image.values["dice"])
+    return {identity: float(np.mean(values)) for identity, values in found.items()}
+
+
+def _drawable(identity: str, masks: Sequence[PredictedMasks], images: ImageSet) -> bool:
+    """Return whether all runs have a mask of an image's size."""
+    if identity not in images.hashes:
+        return False
+    size = images.item(identity).size
+    return all(one.shapes.get(identity) == size for one in masks)
+
+
+def _case(
+    identity: str, label: str, masks: Sequence[PredictedMasks], images: ImageSet
+) -> PredictionCase:
+    truth = images.masks(identity)
+    if truth is None:
+        raise ValueError(f"{identity} has no mask")
+    mask = truth[images.labels.index(label)]
+    found = [one.mask(identity) for one in masks]
+    dice = dice_coefficient(
+        torch.from_numpy(np.stack(found)), torch.from_numpy(np.stack([mask] * len(found)))
+    )
+    pixels = displayed(images.pixels(identity))
+    return PredictionCase(identity, pixels, mask, found, dice.tolist())

@@ -1,0 +1,262 @@
+"""Exact rewrites of a network's graph, which change only what it costs.
+
+Each takes a traced network and leaves one that computes the same, up to the rounding of
+floating-point sums. A mask that images share can be moved and absorbed like any factor.
+"""
+# torch.fx types what a node is called with as all that it could be.
+# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
+# mypy: disable-error-code="no-any-return, return-value"
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from polyseg.graph import Part, stochastic_nodes
+from polyseg.nodes import (
+    ADD,
+    CONCATENATE,
+    CONVOLUTIONS,
+    MULTIPLY,
+    Convolution,
+    add_constant,
+    arguments_of,
+    aten,
+    calls_to,
+    channels_of,
+    keep_shape,
+    mask_of,
+    pair,
+    replace_call,
+    shape_of,
+    sides_of,
+    tensor_of,
+)
+
+# f(m x) = m f(x) for every m >= 0.
+_ACTIVATIONS = (aten.relu.default, aten.leaky_relu.default, aten.prelu.default)
+_IN_PLACE = {
+    aten.relu.default: aten.relu_.default,
+    aten.leaky_relu.default: aten.leaky_relu_.default,
+    aten.addcmul.default: aten.addcmul_.default,
+    MULTIPLY: aten.mul_.Tensor,
+    ADD: aten.add_.Tensor,
+}
+_MAKES_A_TENSOR = (*CONVOLUTIONS, *_IN_PLACE, *_IN_PLACE.values())
+
+
+def fold_batch_norms(network: fx.GraphModule) -> None:
+    """Fold batch normalisation in evaluation mode into the convolution before it.
+
+    Across a mask m, s (m z) + t = m (s z) + t: the convolution takes the scale s, t is added.
+    """
+    for node in calls_to(network, (aten.batch_norm.default,)):
+        norm = arguments_of(node)
+        mask = mask_of(norm["input"]) if len(norm["input"].users) == 1 else None
+        conv = Convolution.of(norm["input"].args[0] if mask else norm["input"])
+        if norm["training"] or norm["running_mean"] is None or not (conv and conv.is_own(network)):
+            continue
+        mean, variance, gamma, beta = (
+            tensor_of(network, norm[name])
+            for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        if mask is None:
+            folded = conv.with_batch_norm(network, mean, variance, norm["eps"], gamma, beta)
+            node.replace_all_uses_with(folded)
+            continue
+        nothing = torch.zeros_like(mean)
+        scaled = conv.with_batch_norm(network, nothing, variance, norm["eps"], gamma, nothing)
+        shift = nn.functional.batch_norm(
+            nothing[None], mean, variance, gamma, beta, eps=norm["eps"]
+        ).reshape(1, -1, 1, 1)
+        with network.graph.inserting_before(node):
+            masked = network.graph.call_function(MULTIPLY, (scaled, mask))
+        replace_call(node, ADD, masked, add_constant(network, node, shift))
+        keep_shape(node, scaled, masked)
+    network.graph.eliminate_dead_code()
+
+
+def move_masks_behind_activations(network: fx.GraphModule) -> None:
+    """Apply each mask behind the activation that follows it, f(m x) = m f(x) for m >= 0."""
+    for node in calls_to(network, _ACTIVATIONS):
+        mask = mask_of(node.args[0])
+        if mask is None:
+            continue
+        source = node.args[0].args[0]
+        with network.graph.inserting_before(node):
+            bare = network.graph.call_function(node.target, (source, *node.args[1:]), node.kwargs)
+        keep_shape(node, bare)
+        replace_call(node, MULTIPLY, bare, mask)
+    network.graph.eliminate_dead_code()
+
+
+def fold_identities(network: fx.GraphModule) -> None:
+    """Add a one to the kernel instead of the input to the output, conv(u) + u = conv'(u)."""
+    for node in calls_to(network, (ADD,)):
+        if arguments_of(node)["alpha"] != 1:
+            continue
+        for one, other in (node.args[:2], node.args[1::-1]):
+            conv = Convolution.of(one)
+            if conv and conv.input is other and conv.is_own(network) and conv.keeps_shape(network):
+                weight = tensor_of(network, conv.weight).clone()
+                middle = [side // 2 for side in weight.shape[2:]]
+                weight[:, :, middle[0], middle[1]] += torch.eye(len(weight)).to(weight)
+                node.replace_all_uses_with(conv.with_weight(network, weight))
+                break
+    network.graph.eliminate_dead_code()
+
+
+def merge_pointwise(network: fx.GraphModule) -> None:
+    """Make one of a convolution and the 1 x 1 convolution right behind it, if that costs less."""
+    for node in calls_to(network, (aten.conv2d.default,)):
+        outer = Convolution.of(node)
+        inner = outer and Convolution.of(outer.input)
+        if not (inner and inner.is_own(network) and outer.is_pointwise(network)):
+            continue
+        head = tensor_of(network, outer.weight)[:, :, 0, 0]
+        weight = tensor_of(network, inner.weight)
+        if len(head) > head.shape[1] or inner.settings["groups"] != 1:
+            continue
+        pattern = "ko,iohw->ikhw" if inner.transposed else "ko,oihw->kihw"
+        bias = tensor_of(network, outer.bias)
+        if inner.bias is not None:
+            carried = head @ tensor_of(network, inner.bias)
+            bias = carried if bias is None else carried + bias
+        merged = inner.with_weight(network, torch.einsum(pattern, head, weight), bias)
+        node.replace_all_uses_with(merged)
+        keep_shape(node, merged)
+    network.graph.eliminate_dead_code()
+
+
+def split_concatenations(network: fx.GraphModule) -> None:
+    """Convolve what no mask reaches apart, conv(cat(a, b)) = conv(a) + conv(b)."""
+    stochastic = stochastic_nodes(network)
+    for node in calls_to(network, CONVOLUTIONS):
+        conv = Convolution.of(node)
+        joined = conv.input
+        if joined.target is not CONCATENATE or arguments_of(joined)["dim"] != 1:
+            continue
+        parts = joined.args[0]
+        moving = [part in stochastic for part in parts]
+        if all(moving) or not any(moving) or conv.settings["groups"] != 1:
+            continue
+        if not conv.has_constant_weight(network):
+            continue
+        weights = tensor_of(network, conv.weight).split(
+            [channels_of(part) for part in parts], dim=0 if conv.transposed else 1
+        )
+        still = conv.over_parts(network, parts, weights, [not one for one in moving], conv.bias)
+        changing = conv.over_parts(network, parts, weights, moving, None)
+        replace_call(node, ADD, changing, still)
+    network.graph.eliminate_dead_code()
+
+
+def absorb_masks(network: fx.GraphModule) -> None:
+    """Multiply masks into the weights next to them: conv(m x) and m conv(x) are convolutions of x.
+
+    For masks of whole channels that all images share. A convolution of what hangs on no mask is
+    left alone, for it is done once.
+    """
+    stochastic = stochastic_nodes(network)
+    for node in calls_to(network, (*CONVOLUTIONS, MULTIPLY)):
+        conv = Convolution.of(node)
+        mask = mask_of(conv.input if conv else node)
+        if mask is None or not mask.meta["channelwise"]:
+            continue
+        if conv:
+            if conv.settings["groups"] == 1:
+                node.replace_all_uses_with(conv.with_masked_input(network, mask))
+            continue
+        source = Convolution.of(node.args[0])
+        if source and source.input in stochastic and source.is_own(network):
+            node.replace_all_uses_with(source.with_masked_output(network, mask))
+    network.graph.eliminate_dead_code()
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What the last convolution adds up at a pixel, its products one by one."""
+
+    rows: tuple[int, ...]
+    """Of each tap, where it looks relative to the pixel."""
+    columns: tuple[int, ...]
+    bias: Tensor | None
+    """(K,)"""
+
+
+def open_last_convolution(network: fx.GraphModule) -> Taps:
+    """Leave out the sum that ends the network, so that it need be made at chosen pixels only.
+
+    The output becomes (B, T K, H, W), tap by tap, and a 1 x 1 convolution of what enters the last
+    one; a network that does not end in such a convolution keeps its output, which is one tap.
+    """
+    node = next(node for node in network.graph.nodes if node.op == "output").args[0][0]
+    conv = Convolution.of(node)
+    if not (conv and conv.has_constant_weight(network) and conv.is_centred(network)):
+        return Taps((0,), (0,), None)
+    weight = tensor_of(network, conv.weight)
+    height, width = weight.shape[2:]
+    spread = weight.permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None]
+    down, across = pair(conv.settings["dilation"])
+    opened = replace_call(
+        node, aten.conv2d.default, conv.input, add_constant(network, node, spread.contiguous())
+    )
+    opened.meta["val"] = node.meta["val"].repeat(1, height * width, 1, 1)
+    network.graph.eliminate_dead_code()
+    return Taps(
+        tuple(down * (i - height // 2) for i in range(height) for _ in range(width)),
+        tuple(across * (j - width // 2) for _ in range(height) for j in range(width)),
+        tensor_of(network, conv.bias),
+    )
+
+
+def work_in_place(part: Part) -> None:
+    """Let activations, products and sums overwrite what was made for them alone."""
+    network = part.function
+    for node in calls_to(network, (aten.prelu.default,)):
+        slope = tensor_of(network, node.args[1])
+        if slope is not None and slope.numel() == 1:
+            node.target = aten.leaky_relu.default
+            node.args = (node.args[0], float(slope))
+    for node in calls_to(network, (ADD,)):
+        _add_product(node)
+    network.graph.eliminate_dead_code()
+    for node in calls_to(network, tuple(_IN_PLACE)):
+        if node.target is ADD and not _is_spare(node.args[0], node):
+            _swap_summands(node)
+        if _is_spare(node.args[0], node):
+            node.target = _IN_PLACE[node.target]
+    network.recompile()
+
+
+def _add_product(node: Node) -> None:
+    """Make x + y m one operation, if the product is used nowhere else."""
+    if arguments_of(node)["alpha"] != 1:
+        return
+    for product, other in (node.args, node.args[::-1]):
+        mask = mask_of(product)
+        spare = mask is not None and len(product.users) == 1
+        if spare and isinstance(other, Node) and product is not other:
+            node.target = aten.addcmul.default
+            node.args = (other, product.args[0], mask)
+            return
+
+
+def _swap_summands(node: Node) -> None:
+    if arguments_of(node)["alpha"] == 1 and isinstance(node.args[1], Node):
+        node.args = node.args[::-1]
+
+
+def _is_spare(node: Any, user: Node) -> bool:
+    """Whether a tensor was newly made for this user alone, and is of its result's shape."""
+    return (
+        isinstance(node, Node)
+        and node.target in _MAKES_A_TENSOR
+        and len(node.users) == 1
+        and user.args.count(node) == 1
+        and sides_of(node) is not None
+        # By their names, for the number of images is one.
+        and str(shape_of(node)) == str(shape_of(user))
+    )

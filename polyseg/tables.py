@@ -1,0 +1,466 @@
+"""An evaluation written down: the same tables as Markdown, LaTeX and on the terminal, CSV, JSON."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from polyseg.evaluate import (
+    Comparison,
+    Evaluation,
+    RunScores,
+    Stratum,
+    failure_detection,
+    strata,
+)
+from polyseg.metrics import METRICS, MetricColumn
+from polyseg.statistics import Interval, stars
+
+SCHEMA = 1
+"""Of summary.json, raised when a key changes its meaning or goes; new keys may come."""
+
+RULE = (
+    "Mask and prediction both empty: the best value. Only one empty: the worst, distances the "
+    "image's diagonal. What the mask leaves undefined is left out."
+)
+_DASH = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a place of a table."""
+
+    text: str
+    best: bool = False
+    """Whether it is the best of its row."""
+    marks: str = ""
+    """Stars of significance."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table without a form yet: headings, and rows whose first cell names them."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
+
+
+def sheets(evaluation: Evaluation) -> list[Sheet]:
+    """Return the tables of an evaluation, those that have something to say.
+
+    >>> [sheet.title for sheet in sheets(Evaluation([]))]
+    []
+    """
+    if not evaluation.runs:
+        return []
+    found = [
+        _metrics_sheet(evaluation),
+        *_comparison_sheets(evaluation),
+        *_strata_sheets(evaluation),
+        _failure_sheet(evaluation),
+        *_robustness_sheets(evaluation),
+    ]
+    return [sheet for sheet in found if sheet.rows]
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """Return the tables as Markdown."""
+    return "\n".join(_markdown(sheet) for sheet in sheets(evaluation))
+
+
+def latex(evaluation: Evaluation) -> str:
+    """Return the tables for LaTeX with the package booktabs."""
+    heading = "% needs \\usepackage{booktabs}\n"
+    return heading + "\n".join(_latex(sheet) for sheet in sheets(evaluation))
+
+
+def per_image_csv(runs: Sequence[RunScores]) -> str:
+    """Return every metric of every image of every run as CSV; an empty cell is undefined.
+
+    An arm's runs stand for it, one by one.
+    """
+    single = [one for run in runs for one in (run.members or [run])]
+    unsure = list(dict.fromkeys(k for run in single for one in run.scores for k in one.uncertainty))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    named = {"label": any(run.label for run in single)}
+    named["prediction"] = any(run.prediction != "plain" for run in single)
+    heads = ["run", *(name for name, there in named.items() if there), "id"]
+    metrics = [metric.key for metric in METRICS]
+    writer.writerow([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure])
+    for run in single:
+        own = [run.name, *(getattr(run, name) for name, there in named.items() if there)]
+        for image in run.scores:
+            values = [image.values[key] for key in metrics]
+            found = [image.uncertainty.get(name, math.nan) for name in unsure]
+            pixels = [image.mask_pixels, image.predicted_pixels]
+            writer.writerow([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
+    return text.getvalue()
+
+
+def robustness_csv(evaluation: Evaluation) -> str:
+    """Return the means of all metrics at each strength of each damage as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    metrics = [metric.key for metric in METRICS]
+    writer.writerow(["run", "corruption", "strength", *metrics])
+    for point in evaluation.robustness:
+        means = [_mean(point.column(key)) for key in metrics]
+        writer.writerow([point.run, point.corruption, point.strength, *map(_plain, means)])
+    return text.getvalue()
+
+
+def summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as plain values, None for what is undefined."""
+    record = {
+        "schema": SCHEMA,
+        "rule": RULE,
+        "unit": evaluation.unit,
+        "tolerance": evaluation.tolerance,
+        "failure_dice": evaluation.failure,
+        "metrics": {
+            metric.key: {
+                "title": metric.heading(evaluation.unit),
+                "higher_is_better": metric.higher_is_better,
+            }
+            for metric in METRICS
+        },
+        "runs": [_run_record(run, evaluation) for run in evaluation.runs],
+        "comparisons": [_comparison_record(one) for one in evaluation.comparisons],
+        "robustness": [
+            {
+                "run": point.run,
+                "corruption": point.corruption,
+                "strength": point.strength,
+                "metrics": {metric.key: _mean(point.column(metric.key)) for metric in METRICS},
+            }
+            for point in evaluation.robustness
+        ],
+    }
+    plain: dict[str, Any] = _without_nan(record)
+    return plain
+
+
+def summary_json(evaluation: Evaluation) -> str:
+    """Return `summary` as JSON text."""
+    return json.dumps(summary(evaluation), indent=2) + "\n"
+
+
+def notes(runs: Sequence[RunScores]) -> list[str]:
+    """Return a sentence for each run that has empty cases, and for each metric left undefined."""
+    found = []
+    for run in runs:
+        empty = [
+            f"{number} with {what}"
+            for what, number in run.counts().items()
+            if what != "images" and number
+        ]
+        left_out = [
+            f"{metric.title} of {missing}"
+            for metric in METRICS
+            if (missing := len(run.scores) - run.defined(metric.key).size)
+        ]
+        if empty:
+            found.append(f"{run.title}: of {len(run.scores)} images {', '.join(empty)}.")
+        if left_out:
+            found.append(f"{run.title}: left out as undefined: {', '.join(left_out)}.")
+    return found
+
+
+def _metrics_sheet(evaluation: Evaluation) -> Sheet:
+    runs = evaluation.runs
+    heads = ["metric", *(f"{run.title} ({_images(run)})" for run in runs)]
+    rows = []
+    for metric in METRICS:
+        best = _best(runs, metric)
+        cells = [
+            Cell(_spread(run, metric), run.title in best, _marks(evaluation, run.title, metric.key))
+            for run in runs
+        ]
+        rows.append([Cell(_heading(metric, evaluation)), *cells])
+    several = any(run.members for run in runs)
+    spread = "Mean ± standard deviation over the images"
+    if several:
+        spread += " (each its mean over an arm's runs; in brackets the deviation of the runs' means"
+        spread += ")"
+    marked = "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline (Wilcoxon, Holm)."
+    return Sheet(
+        "Metrics", heads, rows,
+        [f"{spread}. {RULE}", *([marked] if evaluation.comparisons else []), *notes(runs)],
+    )  # fmt: skip
+
+
+def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
+    heads = ["metric", "images", "difference", "95 % interval", "better", "worse", "equal"]
+    for one in evaluation.comparisons:
+        rows = []
+        for metric in METRICS:
+            found = one.differences[metric.key]
+            digits = metric.decimals + 1
+            texts = [
+                str(found.images),
+                _signed(found.mean, digits),
+                _interval(found.interval, digits),
+                *map(str, (found.better, found.worse, found.equal)),
+                _p_value(found.p_value),
+                _p_value(found.adjusted),
+            ]
+            name = Cell(_heading(metric, evaluation), marks=stars(found.adjusted))
+            rows.append([name, *map(Cell, texts)])
+        yield Sheet(
+            f"{one.run} against {one.baseline}",
+            [*heads, "p", "p (Holm)"],
+            rows,
+            [
+                "Differences image by image; interval by bootstrap over the images (BCa); "
+                "Wilcoxon's signed-rank test, two-sided, adjusted over the runs compared in a "
+                "metric."
+            ],
+        )
+
+
+def _strata_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
+    """Yield the Dice of thirds of the images, by size and by difficulty."""
+    found = [(run, list(strata(run, _difficulty(evaluation, run)))) for run in evaluation.runs]
+    for by in ("size", "difficulty"):
+        parts = {run.title: [one for one in thirds if one.by == by] for run, thirds in found}
+        filled = {title: part for title, part in parts.items() if _several_images(part)}
+        if not filled:
+            continue
+        first = next(iter(filled.values()))
+        rows = [
+            [Cell(title), *(Cell(_number(one.means["dice"], 3)) for one in part)]
+            for title, part in filled.items()
+        ]
+        what = "the mask's size" if by == "size" else f"difficulty to {evaluation.runs[0].name}"
+        heads = ["run", *(f"{one.name} ({one.images})" for one in first)]
+        yield Sheet(f"Dice by {by}", heads, rows, [f"Thirds of the images by {what}."])
+
+
+def _failure_sheet(evaluation: Evaluation) -> Sheet:
+    rows = [
+        [
+            Cell(run.title),
+            Cell(one.uncertainty.replace("_", " ")),
+            Cell(str(one.failed)),
+            *(Cell(_number(value, 3)) for value in (one.auroc, one.aurc, one.excess_aurc)),
+            Cell(_number(one.spearman, 2)),
+        ]
+        for run in evaluation.runs
+        for one in failure_detection(run, evaluation.failure)
+    ]
+    heads = ["run", "uncertainty", "failed", "AUROC", "AURC", "E-AURC", "Spearman with 1 - Dice"]
+    note = f"Failed: Dice below {evaluation.failure:g}. Risk is 1 - Dice."
+    return Sheet("Does the uncertainty find failures?", heads, rows, [note])
+
+
+def _robustness_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
+    points = evaluation.robustness
+    strengths = sorted({point.strength for point in points})
+    for corruption in dict.fromkeys(point.corruption for point in points):
+        of_it = [point for point in points if point.corruption == corruption]
+        rows = [
+            [
+                Cell(name),
+                *(Cell(_number(_mean(one.column("dice")), 3)) for one in of_it if one.run == name),
+            ]
+            for name in dict.fromkeys(one.run for one in of_it)
+        ]
+        yield Sheet(f"Dice under {corruption}", ["run", *map(str, strengths)], rows)
+
+
+def _difficulty(evaluation: Evaluation, run: RunScores) -> np.ndarray[Any, Any] | None:
+    """Return the difficulty of a run's images to the first run, so that thirds are the same."""
+    first = next((one for one in evaluation.runs if one.label == run.label), run)
+    names = [name for image in first.scores for name in image.uncertainty]
+    if not names:
+        return None
+    known = dict(zip((one.id for one in first.scores), first.uncertainty(names[0]), strict=True))
+    return np.array([known.get(image.id, math.nan) for image in run.scores])
+
+
+def _several_images(part: Sequence[Stratum]) -> bool:
+    return sum(one.images > 0 for one in part) > 1
+
+
+def _best(runs: Sequence[RunScores], metric: MetricColumn) -> set[str]:
+    """Return the runs of each label whose mean, as shown, is the best; none where one is alone."""
+    best: set[str] = set()
+    for label in dict.fromkeys(run.label for run in runs):
+        means = {run.title: run.mean(metric.key) for run in runs if run.label == label}
+        shown = {
+            title: round(mean, metric.decimals)
+            for title, mean in means.items()
+            if not math.isnan(mean)
+        }
+        if len(shown) < 2 or len(set(shown.values())) == 1:
+            continue
+        extreme = (max if metric.higher_is_better else min)(shown.values())
+        best |= {title for title, mean in shown.items() if mean == extreme}
+    return best
+
+
+def _marks(evaluation: Evaluation, title: str, key: str) -> str:
+    found = [one.differences[key] for one in evaluation.comparisons if one.run == title]
+    return stars(found[0].adjusted) if found else ""
+
+
+def _spread(run: RunScores, metric: MetricColumn) -> str:
+    """Return "mean ± deviation", and in brackets the seeds' spread; a dash where undefined."""
+    mean, digits = run.mean(metric.key), metric.decimals
+    deviation, seeds = run.deviation(metric.key), run.seed_deviation(metric.key)
+    text = _number(mean, digits)
+    if not math.isnan(deviation):
+        text += f" ± {deviation:.{digits}f}"
+    return text if math.isnan(seeds) else f"{text} ({seeds:.{digits}f})"
+
+
+def _heading(metric: MetricColumn, evaluation: Evaluation) -> str:
+    if metric.key == "nsd":
+        return f"{metric.title} ({evaluation.tolerance:g} {evaluation.unit})"
+    return metric.heading(evaluation.unit)
+
+
+def _images(run: RunScores) -> str:
+    runs = f"{len(run.members)} runs, " if run.members else ""
+    return f"{runs}{len(run.scores)} image{'' if len(run.scores) == 1 else 's'}"
+
+
+def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:
+    curve = run.reliability
+    return {
+        "name": run.name,
+        **({"label": run.label} if run.label else {}),
+        "prediction": run.prediction,
+        "threshold": run.threshold,
+        "counts": run.counts(),
+        "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
+        "strata": [asdict(one) for one in strata(run, _difficulty(evaluation, run))],
+        "failure_detection": [asdict(one) for one in failure_detection(run, evaluation.failure)],
+        "calibration": None
+        if curve is None
+        else {
+            "ece": curve.calibration_error,
+            "mean_predicted": curve.mean_predicted.tolist(),
+            "observed": curve.observed.tolist(),
+            "count": curve.count.tolist(),
+        },
+        "members": [one.name for one in run.members],
+    }
+
+
+def _statistics(run: RunScores, key: str) -> dict[str, float | int]:
+    values = run.defined(key)
+    interval = run.interval(key)
+    return {
+        "mean": run.mean(key),
+        "deviation": run.deviation(key),
+        "seed_deviation": run.seed_deviation(key),
+        "low": interval.low,
+        "high": interval.high,
+        "median": float(np.median(values)) if values.size else math.nan,
+        "n": int(values.size),
+    }
+
+
+def _comparison_record(one: Comparison) -> dict[str, Any]:
+    def plain(key: str) -> dict[str, Any]:
+        found = one.differences[key]
+        record = asdict(replace(found, interval=Interval(*found.interval)))
+        low, high = record.pop("interval")
+        return record | {"low": low, "high": high}
+
+    return {
+        "baseline": one.baseline,
+        "run": one.run,
+        **({"label": one.label} if one.label else {}),
+        "metrics": {key: plain(key) for key in one.differences},
+    }
+
+
+def _markdown(sheet: Sheet) -> str:
+    def shown(cell: Cell) -> str:
+        text = cell.text.replace("\\", "\\\\").replace("|", "\\|")
+        return (f"**{text}**" if cell.best else text) + cell.marks.replace("*", "\\*")
+
+    heads = [shown(Cell(head)) for head in sheet.heads]
+    lines = [f"## {sheet.title}", "", _row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [_row([shown(cell) for cell in row]) for row in sheet.rows]
+    return "\n".join([*lines, "", *sheet.notes, ""])
+
+
+def _latex(sheet: Sheet) -> str:
+    def shown(cell: Cell) -> str:
+        text = _escape(cell.text).replace(" ± ", r" $\pm$ ").replace(_DASH, "--")
+        text = rf"\textbf{{{text}}}" if cell.best else text
+        return text + (f"$^{{{cell.marks}}}$" if cell.marks else "")
+
+    rows = [" & ".join(shown(cell) for cell in row) + r" \\" for row in sheet.rows]
+    return "\n".join(
+        [
+            f"% {sheet.title}",
+            "\\begin{tabular}{l" + "r" * (len(sheet.heads) - 1) + "}",
+            "\\toprule",
+            " & ".join(_escape(head) for head in sheet.heads) + r" \\",
+            "\\midrule",
+            *rows,
+            "\\bottomrule",
+            "\\end{tabular}",
+            *(f"% {note}" for note in sheet.notes),
+            "",
+        ]
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {character: "\\" + character for character in "&%$#_{}"}
+    return "".join(special.get(character, character) for character in text)
+
+
+def _number(value: float, digits: int) -> str:
+    return _DASH if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return _DASH if math.isnan(value) else f"{value:+.{digits}f}"
+
+
+def _interval(interval: Interval, digits: int) -> str:
+    if math.isnan(interval.low):
+        return _DASH
+    return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+
+
+def _p_value(value: float) -> str:
+    return _DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.9g}"
+
+
+def _mean(values: Any) -> float:
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the same with None for NaN, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

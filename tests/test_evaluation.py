@@ -1,0 +1,230 @@
+"""`polyseg evaluate`: thresholds, passes, damage, arms, millimetres, and what is refused."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from polyseg.config import Config
+from polyseg.data.dataset import make_demo
+from polyseg.errors import PolysegError
+from polyseg.jobs import evaluation as room
+from polyseg.jobs.arms import arms_of
+from polyseg.jobs.evaluation import THRESHOLDS, Questions, choose_thresholds, evaluate_runs
+from polyseg.overlap import dice_coefficient
+from tests.test_train import run_of
+
+
+@pytest.fixture
+def two(tiny):
+    """Two runs on the same images with the Dice loss, of two seeds."""
+    settings = ("loss.name=dice", "training.epochs=2")
+    return [run_of(tiny(f"dice_s{i}", *settings, f"training.seed={i}")).path for i in (0, 1)]
+
+
+def summary_of(outcome):
+    return json.loads((outcome.folder / "summary.json").read_text())
+
+
+def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
+    outcome = evaluate_runs(
+        two, baseline=str(two[0]), out=tmp_path / "out",
+        questions=Questions(corruptions=("noise",), tolerance=1.5),
+    )  # fmt: skip
+    record = summary_of(outcome)
+    assert [one["run"] for one in record["comparisons"]] == ["dice_s1"]
+    means = [run["metrics"]["dice"]["mean"] for run in record["runs"]]
+    assert record["comparisons"][0]["metrics"]["dice"]["mean"] == pytest.approx(means[1] - means[0])
+    assert record["metrics"]["nsd"]["title"].startswith("NSD") and record["tolerance"] == 1.5
+    for name in ("comparison", "reliability", "differences", "robustness", "predictions_worst"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as image:
+            assert min(image.size) > 200
+    assert {path.name for path in outcome.files} == {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    rows = list(csv.DictReader((tmp_path / "out" / "robustness.csv").open()))
+    assert [(row["run"], int(row["strength"])) for row in rows] == [
+        (name, strength) for name in ("dice_s0", "dice_s1") for strength in range(6)
+    ]
+    assert float(rows[0]["dice"]) == pytest.approx(means[0])
+
+
+def test_seeds_become_an_arm(two, tiny, tmp_path):
+    other = run_of(tiny("plain", "control.enabled=false", "training.epochs=2")).path
+    record = summary_of(evaluate_runs([*two, other], group=True, out=tmp_path / "arms"))
+    alone = summary_of(evaluate_runs([*two, other], out=tmp_path / "alone"))
+    assert [(run["name"], run["members"]) for run in record["runs"]] == [
+        ("dice", ["dice_s0", "dice_s1"]), ("plain", ["plain"]),
+    ]  # fmt: skip
+    means = [run["metrics"]["dice"]["mean"] for run in alone["runs"]]
+    arm = record["runs"][0]["metrics"]["dice"]
+    assert arm["mean"] == pytest.approx(np.mean(means[:2]))
+    assert arm["seed_deviation"] == pytest.approx(np.std(means[:2], ddof=1))
+    assert record["runs"][1]["metrics"]["dice"]["seed_deviation"] is None
+
+
+def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
+    folds = [
+        run_of(tiny(f"f{i}", "loss.name=dice", "data.folds=4", f"data.fold={i}")).path
+        for i in (0, 1)
+    ]
+    with pytest.raises(PolysegError, match=r"other images than .*f0; .*--group"):
+        evaluate_runs(folds, out=tmp_path / "out")
+    record = summary_of(evaluate_runs(folds, group=True, out=tmp_path / "out"))
+    tested = [json.loads((fold / "split.json").read_text())["test"] for fold in folds]
+    assert record["runs"][0]["counts"]["images"] == sum(map(len, tested))
+    other = run_of(tiny("other", "loss.name=bce", "data.folds=4", "data.fold=0")).path
+    with pytest.raises(PolysegError, match="give the same folds of each"):
+        evaluate_runs([*folds, other], group=True, out=tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_passes_are_judged_beside_the_plain_prediction(tiny, tmp_path):
+    run = run_of(tiny("run")).path
+    questions = Questions(uncertainty=True, samples=4)
+    outcome = evaluate_runs([run], questions=questions, out=tmp_path / "out")
+    record = summary_of(outcome)
+    plain, passes = record["runs"]
+    assert (plain["prediction"], passes["prediction"]) == ("plain", "mc_mean")
+    assert plain["metrics"]["brier"]["mean"] != passes["metrics"]["brier"]["mean"]
+    names = [one["uncertainty"] for one in plain["failure_detection"]]
+    assert names == ["mutual_information", "entropy", "variance", "deterministic_entropy"]
+    assert sum(one["by"] == "difficulty" for one in plain["strata"]) == 3
+    rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
+    assert {row["prediction"] for row in rows} == {"plain", "mc_mean"}
+    assert all(float(row["mutual_information"]) >= 0 for row in rows)
+    assert (tmp_path / "out" / "risk_coverage.png").is_file()
+
+
+def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(tiny, tmp_path, monkeypatch):
+    run = run_of(tiny("run")).path
+    questions = Questions(uncertainty=True, samples=3)
+    whole = summary_of(evaluate_runs([run], questions=questions, out=tmp_path / "whole"))
+    monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 32 * 32)
+    parts = summary_of(evaluate_runs([run], questions=questions, out=tmp_path / "parts"))
+    for one, other in zip(whole["runs"], parts["runs"], strict=True):
+        for key, found in one["metrics"].items():
+            assert found["mean"] == pytest.approx(other["metrics"][key]["mean"], rel=1e-3), key
+
+
+class Blurred(torch.nn.Module):
+    """Says of the foreground that it has a chance of `peak`, of all else that it has none."""
+
+    def __init__(self, masks, peak):
+        super().__init__()
+        self.masks, self.peak, self.turn = masks, peak, 0
+
+    def forward(self, images):
+        masks = torch.stack(self.masks[self.turn : self.turn + len(images)]).float()
+        self.turn += len(images)
+        return torch.logit(0.01 + (self.peak - 0.01) * masks)
+
+
+def test_a_threshold_is_chosen_where_dice_is_best():
+    images = make_demo(Config().data.model_copy(update={"demo_images": 8, "size": 32}))
+    masks = [images.sample(identity)[1] for identity in images.ids]
+    for peak, expected in ((0.33, 0.3), (0.9, 0.5), (0.12, 0.1)):
+        network = Blurred(masks, peak)
+        # The nearest to a half of all that separate the two.
+        assert choose_thresholds(network, images, images.ids, 3) == {"": expected}
+    probability = torch.rand(1, 9, 9, dtype=torch.float64)
+    mask = torch.rand(1, 9, 9) > 0.5
+    dices = room._dices(probability[0].numpy(), mask[0].numpy())
+    for threshold, dice in zip(THRESHOLDS, dices, strict=True):
+        expected = dice_coefficient(probability >= threshold, mask)
+        assert dice == pytest.approx(float(expected))
+
+
+def test_a_chosen_threshold_is_that_of_the_validation_images(two, tmp_path):
+    outcome = evaluate_runs(two[:1], questions=Questions(threshold="val"), out=tmp_path / "out")
+    threshold = summary_of(outcome)["runs"][0]["threshold"]
+    fixed = evaluate_runs(two[:1], questions=Questions(threshold=threshold), out=tmp_path / "two")
+    assert summary_of(outcome)["runs"][0]["metrics"] == summary_of(fixed)["runs"][0]["metrics"]
+
+
+def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
+    import nibabel
+
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for i in range(12):
+        mask = np.zeros((32, 32, 1), np.uint8)
+        mask[4 : 12 + i, 6:20] = 1
+        pixels = (80 * mask + 60 * rng.random(mask.shape)).astype(np.float32)
+        for folder, values in (("images", pixels), ("masks", mask)):
+            volume = nibabel.Nifti1Image(values, np.diag([3.0, 3.0, 5.0, 1.0]))
+            nibabel.save(volume, tmp_path / "set" / folder / f"case{i}.nii.gz")
+    run = run_of(tiny("run", f"data.path={tmp_path / 'set'}", "loss.name=dice")).path
+    record = summary_of(evaluate_runs([run], out=tmp_path / "out"))
+    assert record["unit"] == "mm" and record["metrics"]["hd95"]["title"] == "HD95 (mm)"
+    row = next(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
+    # In steps of three millimetres, or of diagonals of such.
+    steps = (float(row["hd95"]) / 3) ** 2
+    assert steps == pytest.approx(round(steps), abs=1e-4) or float(row["hd95"]) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--threshold", "1.5"], "--threshold 1.5: above 0 and below 1, or val"),
+        (["--threshold", "best"], "--threshold best: a number above 0 and below 1, or val"),
+        (["--samples", "5"], "--samples: counts passes of MC Dropout; add --uncertainty"),
+        (["--uncertainty", "--samples", "1"], "--samples 1: from 2"),
+        (["--corrupt", "fog"], "fog: is no corruption; choose noise"),
+        (["--tolerance", "0"], "--tolerance 0: above 0"),
+        (["--failure", "2"], "--failure 2: a Dice above 0"),
+        (["--baseline", "dice_s0"], "--baseline: there is one run"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(polyseg, two, tmp_path, arguments, said):
+    answer = polyseg("evaluate", two[0], "--out", tmp_path / "out", *arguments)
+    assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_its_tables(polyseg, two, tmp_path):
+    answer = polyseg(
+        "evaluate", *two, "--baseline", "dice_s1", "--out", tmp_path / "out", "--threshold", "0.4"
+    )
+    assert answer.code == 0, answer.err
+    for text in ("Metrics", "dice_s0 against dice_s1", "Dice by size", "table.md", "NSD (2 px)"):
+        assert text in answer.out
+    assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
+    wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")
+    assert "error: --baseline x: is none of dice_s0, dice_s1" in wrong.err
+
+
+def test_arms_are_told_by_what_matters():
+    def of(seed, **sections):
+        training = {"seed": seed} | sections.pop("training", {})
+        return Config.model_validate({"training": training, **sections})
+
+    replay = {"replay": "/somewhere/s0", "replay_arm": "shuffled"}
+    configs = {
+        "x/adaptive_0": of(0),
+        "x/adaptive_1": of(1, output={"path": "x/adaptive_1"}),
+        "x/steep_0": of(0, control={"sensitivity": 2.0}),
+        "x/shuffled-seed0": of(0, control=replay),
+        "x/shuffled-seed1": of(1, control=replay | {"replay": "/somewhere/s1"}),
+        "x/mean": of(0, control=replay | {"replay_arm": "mean"}),
+    }
+    assert arms_of(configs) == {
+        "adaptive": ["x/adaptive_0", "x/adaptive_1"],
+        "x/steep_0": ["x/steep_0"],
+        "shuffled": ["x/shuffled-seed0", "x/shuffled-seed1"],
+        "x/mean": ["x/mean"],
+    }
+    same_folder = {"s0/dice": of(0), "s1/dice": of(1), "s0/bce": of(0, loss={"name": "bce"})}
+    assert list(arms_of(same_folder)) == ["dice", "s0/bce"]
+
+
+def test_a_run_that_moved_is_still_itself(two, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(two[0], moved)
+    record = summary_of(evaluate_runs([two[0], moved], out=tmp_path / "out"))
+    assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]

@@ -1,0 +1,160 @@
+"""An evaluation written down: every table, file and mark against what it was made from."""
+
+import csv
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from polyseg.evaluate import Evaluation, RobustnessPoint, RunScores, compare, image_scores, pool
+from polyseg.metrics import METRICS
+from polyseg.tables import (
+    latex,
+    markdown,
+    notes,
+    per_image_csv,
+    robustness_csv,
+    sheets,
+    summary_json,
+)
+
+EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
+
+
+def case(seed, size=(24, 31)):
+    generator = np.random.default_rng(seed)
+    mask = np.zeros(size, np.uint8)
+    y, x = generator.integers(2, 10, 2)
+    mask[y : y + generator.integers(3, 12), x : x + generator.integers(3, 15)] = 1
+    probability = np.clip(0.45 * mask + 0.7 * generator.random(size), 0, 1)
+    return probability, mask
+
+
+@pytest.fixture
+def runs():
+    first = [image_scores(f"im{seed}", *case(seed)) for seed in range(4)]
+    second = [
+        image_scores("im0", *case(0)),
+        image_scores("im1", EMPTY, EMPTY.astype(np.uint8)),
+        image_scores("im2", EMPTY, PIXEL.astype(np.uint8)),
+    ]
+    return [RunScores("a_run", first), RunScores("b|50%", second)]
+
+
+@pytest.fixture
+def compared():
+    """Twelve images, on all of which the second run is better."""
+    cases = [case(seed) for seed in range(12)]
+    worse = [image_scores(f"im{i}", *one) for i, one in enumerate(cases)]
+    better = [
+        image_scores(f"im{i}", np.where(mask, 0.8, 0.7 * probability), mask)
+        for i, (probability, mask) in enumerate(cases)
+    ]
+    found = [RunScores("plain", worse), RunScores("new", better)]
+    return Evaluation(found, compare(found, "plain"))
+
+
+def test_what_is_empty_or_undefined_is_said(runs):
+    assert notes(runs) == [
+        "b|50%: of 3 images 1 with both empty, 1 with prediction empty.",
+        "b|50%: left out as undefined: Sensitivity of 1, AUC-ROC of 1, AP of 1.",
+    ]
+
+
+def test_the_csv_holds_every_value(runs):
+    rows = list(csv.DictReader(io.StringIO(per_image_csv(runs))))
+    assert len(rows) == 7 and "label" not in rows[0]
+    for row, image in zip(rows, [image for run in runs for image in run.scores], strict=True):
+        assert row["id"] == image.id
+        for metric in METRICS:
+            value = float(row[metric.key]) if row[metric.key] else math.nan
+            np.testing.assert_allclose(value, image.values[metric.key], rtol=1e-8)
+
+
+def test_the_csv_of_an_arm_holds_its_runs(runs):
+    arm = pool("arm", runs)
+    assert per_image_csv([arm]) == per_image_csv(runs)
+
+
+def test_the_summary_is_plain_json(runs):
+    record = json.loads(summary_json(Evaluation(runs)), parse_constant=pytest.fail)
+    metrics = record["runs"][0]["metrics"]
+    assert set(metrics) == set(record["metrics"]) == {metric.key for metric in METRICS}
+    dice = runs[0].column("dice")
+    assert metrics["dice"]["mean"] == pytest.approx(dice.mean())
+    assert metrics["dice"]["n"] == 4
+    assert dice.min() <= metrics["dice"]["low"] <= dice.mean() <= metrics["dice"]["high"]
+    assert record["runs"][1]["metrics"]["sensitivity"]["n"] == 2
+
+
+def test_tables_have_a_row_a_metric_and_keep_their_columns(runs):
+    lines = markdown(Evaluation(runs)).splitlines()
+    table = [line for line in lines if line.startswith("|")][: 2 + len(METRICS)]
+    assert {line.replace("\\|", "").count("|") for line in table} == {4}
+    assert f"{runs[0].mean('dice'):.3f} ± {runs[0].deviation('dice'):.3f}" in table[2]
+    assert "b\\|50% (3 images)" in table[0]
+    body = [line for line in latex(Evaluation(runs)).splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") for line in body[: 1 + len(METRICS)]} == {2}
+    assert r"a\_run" in body[0] and r"b|50\%" in body[0]
+
+
+def test_the_best_is_bold_and_what_differs_is_marked(compared):
+    assert compared.runs[1].mean("dice") > compared.runs[0].mean("dice")
+    rows = {row[0].text: row for row in sheets(compared)[0].rows}
+    assert [cell.best for cell in rows["Dice"]] == [False, False, True]
+    assert [cell.best for cell in rows["HD95 (px)"]] == [False, False, True]
+    # Twelve differences of one sign: p = 2 / 2^12, exactly.
+    assert compared.comparisons[0].differences["dice"].adjusted == pytest.approx(2 / 2**12)
+    assert rows["Dice"][2].marks == "***" and rows["Dice"][1].marks == ""
+    text = markdown(compared)
+    mean = f"{compared.runs[1].mean('dice'):.3f}"
+    assert re.search(rf"\*\*{mean} ± [\d.]+\*\*\\\*\\\*\\\*", text)
+    assert rf"\textbf{{{mean} $\pm$" in latex(compared) and "$^{***}$" in latex(compared)
+
+
+def test_equal_means_are_no_winners(runs):
+    twice = [runs[0], RunScores("again", runs[0].scores)]
+    for row in sheets(Evaluation(twice))[0].rows:
+        assert not any(cell.best for cell in row)
+
+
+def test_a_comparison_tells_difference_interval_and_counts(compared):
+    sheet = next(one for one in sheets(compared) if one.title == "new against plain")
+    row = next(row for row in sheet.rows if row[0].text == "Dice")
+    found = compared.comparisons[0].differences["dice"]
+    texts = [cell.text for cell in row]
+    assert texts[1:3] == ["12", f"{found.mean:+.4f}"]
+    assert texts[4:7] == ["12", "0", "0"] and texts[8] == "< 0.001"
+    record = json.loads(summary_json(compared))["comparisons"][0]["metrics"]["dice"]
+    assert record["mean"] == pytest.approx(found.mean)
+    assert record["low"] == pytest.approx(found.interval.low)
+
+
+def test_damage_has_a_row_a_strength():
+    points = [
+        RobustnessPoint("run", "noise", strength, [image_scores("a", *case(strength))])
+        for strength in (0, 1, 2)
+    ]
+    evaluation = Evaluation([RunScores("run", points[0].scores)], robustness=points)
+    rows = list(csv.DictReader(io.StringIO(robustness_csv(evaluation))))
+    assert [row["strength"] for row in rows] == ["0", "1", "2"]
+    assert float(rows[1]["dice"]) == pytest.approx(points[1].scores[0].values["dice"])
+    sheet = next(one for one in sheets(evaluation) if one.title == "Dice under noise")
+    assert len(sheet.rows[0]) == len(sheet.heads) == 4
+
+
+def test_uncertainties_stand_beside_the_metrics():
+    images = [
+        image_scores(f"im{seed}", *case(seed), uncertainty={"entropy": 0.1 * seed})
+        for seed in range(6)
+    ]
+    evaluation = Evaluation([RunScores("run", images)], failure=0.5)
+    titles = [sheet.title for sheet in sheets(evaluation)]
+    assert titles == [
+        "Metrics", "Dice by size", "Dice by difficulty", "Does the uncertainty find failures?",
+    ]  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(per_image_csv(evaluation.runs))))
+    assert [float(row["entropy"]) for row in rows] == pytest.approx([0.1 * i for i in range(6)])
