@@ -240,12 +240,12 @@ def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]
     }
 
 
-def _write_maps(file: Any, name: str, maps: list[NDArray[np.float16]]) -> None:
+def _write_maps(file: Any, name: str, maps: list[NDArray[np.floating]]) -> None:
     if len({one.shape for one in maps}) > 1:
         raise PolysegError(
             "uncertainty.save_maps: images differ in size; set data.size to keep their maps"
         )
-    stack = np.stack(maps)
+    stack = np.stack(maps).astype(np.float16)
     file.create_dataset(
         f"maps/{name}",
         data=stack,
@@ -256,7 +256,7 @@ def _write_maps(file: Any, name: str, maps: list[NDArray[np.float16]]) -> None:
     )
 
 
-def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.float16]]]:
+def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
     maps = {}
     for name in MAPS:
         dataset = _dataset(file, f"maps/{name}")

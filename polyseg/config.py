@@ -331,7 +331,9 @@ class UncertaintyConfig(_Section):
         "consistent", "whether pass n drops the same for every image"
     )
     program: Literal["auto", "plain"] = _setting(
-        "auto", "whether passes share what they have in common, or each runs the whole network"
+        "auto",
+        "auto: passes share what they have in common, where that repays taking the network apart; "
+        "plain: each runs the whole network",
     )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
 

@@ -150,7 +150,7 @@ class Table:
     labels: tuple[str, ...] = ("",)
     parts: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
     halves: list[NDArray[np.float64]] = field(default_factory=list)
-    maps: dict[str, list[NDArray[np.float16]]] = field(default_factory=dict)
+    maps: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
 
     def add(self, measurement: Measurement) -> None:
         """Take in what was measured of a batch."""
@@ -174,7 +174,7 @@ class Table:
         self._refuse_what_is_not_finite(measurement.batch)
         if self.save_maps and results.whole is not None:
             for name in MAPS:
-                values = getattr(results.whole, name).numpy().astype(np.float16)
+                values = getattr(results.whole, name).numpy().astype(np.float32)
                 self.maps.setdefault(name, []).extend(values)
 
     def columns(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Assessment:
     """(n,) where the statistics are those of the data set."""
     labels: list[str] | None = None
     """(n,) the label of each row; None where there is one label, and a row is an image."""
-    maps: Mapping[str, list[NDArray[np.float16]]] = field(default_factory=dict)
+    maps: Mapping[str, list[NDArray[np.floating]]] = field(default_factory=dict)
     """By name of `MAPS`, one (H, W) an image."""
     weights_sha256: str = ""
     config_yaml: str = ""

@@ -139,7 +139,7 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
         known = formatted(panel.correlation, ".2f") if math.isfinite(panel.correlation) else "–"
         axes.set_title(f"epoch {panel.epoch}: {known}")
     images = counted(len(panels[0].difficulty), "image")
-    figure.suptitle(f"{images}; rank correlation of D with 1 − Dice", fontsize=9)
+    figure.suptitle(f"{images}; Spearman's correlation of D with 1 − Dice", fontsize=9)
     figure.supxlabel(f"difficulty D, {metric_name(metric)}", fontsize=9)
     figure.supylabel("Dice", fontsize=9)
     return figure
