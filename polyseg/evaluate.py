@@ -270,7 +270,8 @@ def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
 def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     """Compare all runs with the one of that name, label by label, on the same images.
 
-    p-values of a metric are adjusted by Holm's method over the runs that are compared in it.
+    Means over the passes of MC Dropout are compared with such means. p-values of a metric are
+    adjusted by Holm's method over the runs that are compared in it.
 
     Raises:
         PolysegError: there is no such run.
@@ -279,11 +280,10 @@ def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     if baseline not in titles:
         raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(titles))}")
     found = []
-    for label in dict.fromkeys(run.label for run in runs):
-        of_label = [run for run in runs if run.label == label]
-        reference = next(run for run in of_label if run.name == baseline)
-        others = [run for run in of_label if run is not reference]
-        found += _compared(reference, others)
+    for kind in dict.fromkeys((run.label, run.prediction) for run in runs):
+        of_kind = [run for run in runs if (run.label, run.prediction) == kind]
+        reference = next(run for run in of_kind if run.name == baseline)
+        found += _compared(reference, [run for run in of_kind if run is not reference])
     return found
 
 

@@ -94,8 +94,10 @@ def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     runs = evaluation.runs
     titles = [run.title for run in runs]
     compared = [metric for metric in METRICS if metric.key in _COMPARED]
-    unit = evaluation.unit
-    values = {metric.heading(unit): [run.column(metric.key) for run in runs] for metric in compared}
+    values = {
+        tables.heading(metric, evaluation): [run.column(metric.key) for run in runs]
+        for metric in compared
+    }
     files = save_figure(comparison(titles, values), folder / "comparison")
     files += _draw_reliability(runs, folder)
     files += _draw_risk_coverage(runs, folder)
@@ -142,7 +144,7 @@ def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
     found = evaluation.comparisons
     baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
     rows = {
-        metric.heading(evaluation.unit): [one.differences[metric.key] for one in found]
+        tables.heading(metric, evaluation): [one.differences[metric.key] for one in found]
         for metric in compared
     }
     better = [metric.higher_is_better for metric in compared]

@@ -65,7 +65,7 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
         *_comparison_sheets(evaluation),
         *_strata_sheets(evaluation),
         _failure_sheet(evaluation),
-        *_robustness_sheets(evaluation),
+        _robustness_sheet(evaluation),
     ]
     return [sheet for sheet in found if sheet.rows]
 
@@ -127,7 +127,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "failure_dice": evaluation.failure,
         "metrics": {
             metric.key: {
-                "title": metric.heading(evaluation.unit),
+                "title": heading(metric, evaluation),
                 "higher_is_better": metric.higher_is_better,
             }
             for metric in METRICS
@@ -151,6 +151,17 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 def summary_json(evaluation: Evaluation) -> str:
     """Return `summary` as JSON text."""
     return json.dumps(summary(evaluation), indent=2) + "\n"
+
+
+def heading(metric: MetricColumn, evaluation: Evaluation) -> str:
+    """Return a metric's title with its unit, or its tolerance.
+
+    >>> heading(METRICS[0], Evaluation([]))
+    'Dice'
+    """
+    if metric.key == "nsd":
+        return f"{metric.title} ({evaluation.tolerance:g} {evaluation.unit})"
+    return metric.heading(evaluation.unit)
 
 
 def notes(runs: Sequence[RunScores]) -> list[str]:
@@ -184,7 +195,7 @@ def _metrics_sheet(evaluation: Evaluation) -> Sheet:
             Cell(_spread(run, metric), run.title in best, _marks(evaluation, run.title, metric.key))
             for run in runs
         ]
-        rows.append([Cell(_heading(metric, evaluation)), *cells])
+        rows.append([Cell(heading(metric, evaluation)), *cells])
     several = any(run.members for run in runs)
     spread = "Mean ± standard deviation over the images"
     if several:
@@ -198,32 +209,41 @@ def _metrics_sheet(evaluation: Evaluation) -> Sheet:
 
 
 def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
-    heads = ["metric", "images", "difference", "95 % interval", "better", "worse", "equal"]
     for one in evaluation.comparisons:
-        rows = []
-        for metric in METRICS:
-            found = one.differences[metric.key]
-            digits = metric.decimals + 1
-            texts = [
-                str(found.images),
-                _signed(found.mean, digits),
-                _interval(found.interval, digits),
-                *map(str, (found.better, found.worse, found.equal)),
-                _p_value(found.p_value),
-                _p_value(found.adjusted),
-            ]
-            name = Cell(_heading(metric, evaluation), marks=stars(found.adjusted))
-            rows.append([name, *map(Cell, texts)])
+        images = max(found.images for found in one.differences.values())
+        rows = [_comparison_row(one, metric, evaluation) for metric in METRICS]
+        fewer = [
+            f"{metric.title} of {found.images}"
+            for metric in METRICS
+            if (found := one.differences[metric.key]).images < images
+        ]
+        left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
         yield Sheet(
-            f"{one.run} against {one.baseline}",
-            [*heads, "p", "p (Holm)"],
+            f"{one.run} against {one.baseline} ({images} images)",
+            ["metric", "difference [95 % interval]", "+/−/=", "p", "Holm"],
             rows,
             [
-                "Differences image by image; interval by bootstrap over the images (BCa); "
-                "Wilcoxon's signed-rank test, two-sided, adjusted over the runs compared in a "
-                "metric."
+                "+/−/=: images that are better, worse, equal. Bootstrap over the images (BCa); "
+                "Wilcoxon's signed-rank test, two-sided; Holm's correction over the runs compared "
+                "in a metric.",
+                *(
+                    [f"Fewer images where a metric is undefined: {', '.join(fewer)}."]
+                    if fewer
+                    else []
+                ),
             ],
         )
+
+
+def _comparison_row(one: Comparison, metric: MetricColumn, evaluation: Evaluation) -> list[Cell]:
+    found, digits = one.differences[metric.key], metric.decimals + 1
+    return [
+        Cell(heading(metric, evaluation), marks=stars(found.adjusted)),
+        Cell(f"{_signed(found.mean, digits)} {_interval(found.interval, digits)}"),
+        Cell(f"{found.better}/{found.worse}/{found.equal}"),
+        Cell(_p_value(found.p_value)),
+        Cell(_p_value(found.adjusted)),
+    ]
 
 
 def _strata_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
@@ -256,24 +276,28 @@ def _failure_sheet(evaluation: Evaluation) -> Sheet:
         for run in evaluation.runs
         for one in failure_detection(run, evaluation.failure)
     ]
-    heads = ["run", "uncertainty", "failed", "AUROC", "AURC", "E-AURC", "Spearman with 1 - Dice"]
-    note = f"Failed: Dice below {evaluation.failure:g}. Risk is 1 - Dice."
+    heads = ["run", "uncertainty", "failed", "AUROC", "AURC", "E-AURC", "Spearman"]
+    note = f"Failed: Dice below {evaluation.failure:g}. Risk, also for Spearman's, is 1 − Dice."
     return Sheet("Does the uncertainty find failures?", heads, rows, [note])
 
 
-def _robustness_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
+def _robustness_sheet(evaluation: Evaluation) -> Sheet:
     points = evaluation.robustness
     strengths = sorted({point.strength for point in points})
-    for corruption in dict.fromkeys(point.corruption for point in points):
-        of_it = [point for point in points if point.corruption == corruption]
-        rows = [
-            [
-                Cell(name),
-                *(Cell(_number(_mean(one.column("dice")), 3)) for one in of_it if one.run == name),
-            ]
-            for name in dict.fromkeys(one.run for one in of_it)
+    rows = [
+        [
+            Cell(corruption),
+            Cell(run),
+            *(
+                Cell(_number(_mean(point.column("dice")), 3))
+                for point in points
+                if (point.corruption, point.run) == (corruption, run)
+            ),
         ]
-        yield Sheet(f"Dice under {corruption}", ["run", *map(str, strengths)], rows)
+        for corruption, run in dict.fromkeys((point.corruption, point.run) for point in points)
+    ]
+    note = "0: the images as they are; 5: severe damage."
+    return Sheet("Dice under damage", ["damage", "run", *map(str, strengths)], rows, [note])
 
 
 def _difficulty(evaluation: Evaluation, run: RunScores) -> np.ndarray[Any, Any] | None:
@@ -320,12 +344,6 @@ def _spread(run: RunScores, metric: MetricColumn) -> str:
     if not math.isnan(deviation):
         text += f" ± {deviation:.{digits}f}"
     return text if math.isnan(seeds) else f"{text} ({seeds:.{digits}f})"
-
-
-def _heading(metric: MetricColumn, evaluation: Evaluation) -> str:
-    if metric.key == "nsd":
-        return f"{metric.title} ({evaluation.tolerance:g} {evaluation.unit})"
-    return metric.heading(evaluation.unit)
 
 
 def _images(run: RunScores) -> str:

@@ -122,12 +122,13 @@ def test_equal_means_are_no_winners(runs):
 
 
 def test_a_comparison_tells_difference_interval_and_counts(compared):
-    sheet = next(one for one in sheets(compared) if one.title == "new against plain")
+    sheet = next(one for one in sheets(compared) if one.title.startswith("new against plain"))
     row = next(row for row in sheet.rows if row[0].text == "Dice")
     found = compared.comparisons[0].differences["dice"]
     texts = [cell.text for cell in row]
-    assert texts[1:3] == ["12", f"{found.mean:+.4f}"]
-    assert texts[4:7] == ["12", "0", "0"] and texts[8] == "< 0.001"
+    low, high = found.interval
+    assert texts[1] == f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    assert texts[2:] == ["12/0/0", "< 0.001", "< 0.001"] and "(12 images)" in sheet.title
     record = json.loads(summary_json(compared))["comparisons"][0]["metrics"]["dice"]
     assert record["mean"] == pytest.approx(found.mean)
     assert record["low"] == pytest.approx(found.interval.low)
@@ -142,8 +143,8 @@ def test_damage_has_a_row_a_strength():
     rows = list(csv.DictReader(io.StringIO(robustness_csv(evaluation))))
     assert [row["strength"] for row in rows] == ["0", "1", "2"]
     assert float(rows[1]["dice"]) == pytest.approx(points[1].scores[0].values["dice"])
-    sheet = next(one for one in sheets(evaluation) if one.title == "Dice under noise")
-    assert len(sheet.rows[0]) == len(sheet.heads) == 4
+    sheet = next(one for one in sheets(evaluation) if one.title == "Dice under damage")
+    assert len(sheet.rows[0]) == len(sheet.heads) == 5
 
 
 def test_uncertainties_stand_beside_the_metrics():

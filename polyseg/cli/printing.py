@@ -53,7 +53,7 @@ def print_sheet(console: Console, sheet: "Sheet") -> None:
     """Print a table of an evaluation; the best of a row is bold."""
     table = Table(title=escape(sheet.title), title_justify="left")
     for column, head in enumerate(sheet.heads):
-        table.add_column(escape(head), justify="right" if column else "left")
+        table.add_column(escape(head), justify="right" if column else "left", no_wrap=column > 0)
     for row in sheet.rows:
         table.add_row(*(_shown(cell) for cell in row))
     console.print(table)

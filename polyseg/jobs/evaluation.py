@@ -40,6 +40,7 @@ from polyseg.networks import SegmentationNetwork
 from polyseg.records import METRICS, Progress, no_progress
 from polyseg.report import Outcome
 from polyseg.results import PredictedMasks
+from polyseg.run import find_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +94,10 @@ class Questions:
 class _Tested:
     """What the testing of one network gave."""
 
-    config: Config
-    hashes: Mapping[str, str]
     scores: list[RunScores]
     points: list[RobustnessPoint] = field(default_factory=list)
     masks: list[PredictedMasks] = field(default_factory=list)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Prediction(NamedTuple):
@@ -157,25 +157,31 @@ def evaluate_runs(
     """
     questions.check()
     names = short_names(sources)
-    tested: dict[Path, _Tested] = {}
+    # What is wrong with any of them is said before the first is tested, which may take long.
+    configs = [read_checkpoint(find_checkpoint(source)).config for source in sources]
+    arms = (
+        arms_of(dict(zip(names, configs, strict=True))) if group else {one: [one] for one in names}
+    )
+    reference = None if baseline is None else _named(baseline, sources, names, arms)
+    tested: dict[str, _Tested] = {}
     images: ImageSet | None = None
     for source, name in zip(sources, names, strict=True):
         model = open_model(source, device, trust)
         found, ids = images_for(model, data, part, "test", progress, cache)
         hashes = {identity: found.hashes[identity] for identity in ids}
         if tested and not group:
-            _refuse_other_images(source, hashes, *next(iter(tested.items())))
+            _refuse_other_images(name, hashes, *next(iter(tested.items())))
         images = images or found
-        tested[source] = _test(model, name, found, ids, questions, progress)
-        tested[source].hashes = hashes
+        tested[name] = _test(model, name, found, ids, questions, progress)
+        tested[name].hashes = hashes
     runs = [one for test in tested.values() for one in test.scores]
     points = [point for test in tested.values() for point in test.points]
     if group:
-        arms = arms_of(dict(zip(names, (test.config for test in tested.values()), strict=True)))
-        _refuse_unlike_arms(arms, dict(zip(names, tested.values(), strict=True)))
-        runs, points = pool_arms(runs, arms), pool_points(points, runs, arms)
-    _warn_of_sizes(tested)
-    compared = [] if baseline is None else compare(runs, _named(baseline, sources, names, runs))
+        _refuse_unlike_arms(arms, tested)
+        points = pool_points(points, runs, arms)
+        runs = pool_arms(runs, arms)
+    _warn_of_sizes(configs)
+    compared = [] if reference is None else compare(runs, reference)
     evaluation = Evaluation(runs, compared, points, questions.tolerance, questions.failure)
     masks = [one for test in tested.values() for one in test.masks]
     with fresh_folder(out or results_beside(sources[0], "evaluation")) as folder:
@@ -249,7 +255,7 @@ def _test(
     )
     plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions)
     points = _under_damage(model, plain, images, ids, questions, progress)
-    return _Tested(model.config, {}, plain + scores, list(points), kept.masks())
+    return _Tested(plain + scores, list(points), kept.masks())
 
 
 def _thresholds(
@@ -435,7 +441,7 @@ def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray
 
 
 def _refuse_other_images(
-    source: Path, hashes: Mapping[str, str], first: Path, tested: _Tested
+    source: str, hashes: Mapping[str, str], first: str, tested: _Tested
 ) -> None:
     if hashes != tested.hashes:
         raise PolysegError(
@@ -467,8 +473,8 @@ def _refuse_unlike_arms(arms: Mapping[str, Sequence[str]], tested: Mapping[str, 
             )
 
 
-def _warn_of_sizes(tested: Mapping[Path, _Tested]) -> None:
-    sizes = {str(test.config.data.size) for test in tested.values()}
+def _warn_of_sizes(configs: Sequence[Config]) -> None:
+    sizes = {str(config.data.size) for config in configs}
     if len(sizes) > 1:
         log.warning(
             "the networks see the images at different sizes (data.size %s): distances in pixels, "
@@ -478,21 +484,23 @@ def _warn_of_sizes(tested: Mapping[Path, _Tested]) -> None:
 
 
 def _named(
-    baseline: str, sources: Sequence[Path], names: Sequence[str], runs: Sequence[RunScores]
+    baseline: str,
+    sources: Sequence[Path],
+    names: Sequence[str],
+    arms: Mapping[str, Sequence[str]],
 ) -> str:
     """Return the name in the tables of what the user calls the baseline.
 
     Raises:
         PolysegError: there is no such run, or nothing to compare it with.
     """
-    if len({(run.name, run.prediction) for run in runs}) < 2:
-        raise PolysegError("--baseline: there is one run; give those to compare with it as well")
-    known = {run.name for run in runs}
-    if baseline in known:
+    if len(arms) < 2:
+        what = "one arm" if len(sources) > 1 else "one run"
+        raise PolysegError(f"--baseline: there is {what}; give those to compare with it as well")
+    if baseline in arms:
         return baseline
     wanted = Path(baseline).resolve()
     for source, name in zip(sources, names, strict=True):
-        if source.resolve() == wanted:
-            owner = [run.name for run in runs if name in (run.name, *(m.name for m in run.members))]
-            return owner[0]
-    raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(known))}")
+        if source.resolve() == wanted or name == baseline:
+            return next(arm for arm, members in arms.items() if name in members)
+    raise PolysegError(f"--baseline {baseline}: is none of {', '.join(arms)}")
