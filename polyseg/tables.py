@@ -226,11 +226,7 @@ def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
                 "+/−/=: images that are better, worse, equal. Bootstrap over the images (BCa); "
                 "Wilcoxon's signed-rank test, two-sided; Holm's correction over the runs compared "
                 "in a metric.",
-                *(
-                    [f"Fewer images where a metric is undefined: {', '.join(fewer)}."]
-                    if fewer
-                    else []
-                ),
+                *([left_out] if fewer else []),
             ],
         )
 
