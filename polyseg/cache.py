@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.files import atomic_path, sha256_of_file
 from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
@@ -28,6 +29,9 @@ SCHEMA = 1
 _ASSESSMENT = "polyseg assessment"
 _SCHEDULE = "polyseg schedule"
 _MOST_IMAGES = 10_000_000
+_NAMES_AT_ONCE = 64
+_LONGEST_NAME = 4096
+_LARGEST_SCORE = 1e30
 _MOST_PIXELS = 2**26
 
 
@@ -84,36 +88,24 @@ def read_assessment(
         PolysegError: the file is missing, damaged, of a newer layout or something else.
     """
     with _reading(path, _ASSESSMENT, sha256) as file:
-        ids = _ids(file)
+        ids, labels = _rows(file)
         n = len(ids)
-        attributes = {
-            name: file.attrs[name].item() for name in ("epoch", "samples", "rate", "seed")
-        } | {name: str(file.attrs[name]) for name in ("region", "masks", "weights_sha256")}
-        metric = str(file.attrs["metric"])
-        if metric not in get_args(Metric):
-            raise ValueError(f"metric {metric!r} is unknown")
-        scores = _columns(file, "scores", n)
-        if metric not in scores:
-            raise ValueError(f"scores/{metric} is missing")
         return Assessment(
-            **attributes,
-            metric=metric,
+            **_attributes(file),
             ids=ids,
-            labels=_labels(file, n),
-            scores=scores,
+            labels=labels,
+            scores=_columns(file, "scores", n),
             scores_se=_columns(file, "scores_se", n),
-            rank_stability={
-                name: float(file[f"scores/{name}"].attrs["rank_stability"])
-                for name in METRICS
-                if f"scores/{name}" in file and "rank_stability" in file[f"scores/{name}"].attrs
-            },
+            rank_stability=_rank_stability(file),
             foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
-            fallback=_column(file, "fallback", n, "i1"),
-            dice=_column(file, "dice", n, "f8"),
-            mask_pixels=_column(file, "mask_pixels", n, "i8") if "mask_pixels" in file else None,
-            epsilon=_column(file, "epsilon", n, "f8") if "epsilon" in file else None,
-            maps=_read_maps(file, n) if with_maps and "maps" in file else {},
-            config_yaml=_dataset(file, "config").asstr()[()],
+            fallback=_within(_column(file, "fallback", n, "i1"), 0, len(FALLBACKS) - 1),
+            dice=_within(_column(file, "dice", n, "f8"), 0, 1, or_nan=True),
+            mask_pixels=_column(file, "mask_pixels", n, "i8")
+            if _has(file, "mask_pixels")
+            else None,
+            epsilon=_finite(_column(file, "epsilon", n, "f8")) if _has(file, "epsilon") else None,
+            maps=_read_maps(file, n) if with_maps and _has(file, "maps") else {},
+            config_yaml=_text(file, "config"),
         )
 
 
@@ -139,7 +131,7 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
         PolysegError: the file is missing, damaged, of a newer layout or something else.
     """
     with _reading(path, _SCHEDULE, sha256) as file:
-        ids = _ids(file)
+        ids, labels = _rows(file)
         epochs = _dataset(file, "epoch")
         if epochs.ndim != 1 or epochs.dtype != np.int64:
             raise ValueError("epoch must be (E) int64")
@@ -150,8 +142,8 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
             ids,
             epochs[()],
             epsilon[()],
-            _labels(file, len(ids)),
-            _column(file, "assessed", len(epochs), "i8") if "assessed" in file else None,
+            labels,
+            _optional(file, "assessed", len(epochs), "i8"),
         )
 
 
@@ -188,13 +180,24 @@ def _reading(path: Path, kind: str, sha256: str | None) -> Iterator[Any]:
         raise PolysegError(f"{path}: cannot be read as a {kind}: {reason}") from error
 
 
-def _dataset(file: Any, name: str) -> Any:
-    """Return a dataset whose bytes lie in this file: links, external and virtual ones are not."""
+def _has(file: Any, name: str) -> bool:
+    """Return whether the file itself holds something of that name; a link is not followed."""
     group = file
     for part in name.split("/"):
-        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name} is missing, or a link")
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        if link is not None and not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name} is a link")
+        if link is None:
+            return False
         group = group[part]
+    return True
+
+
+def _dataset(file: Any, name: str) -> Any:
+    """Return a dataset whose bytes lie in this file: links, external and virtual ones are not."""
+    if not _has(file, name):
+        raise ValueError(f"{name} is missing")
+    group = file[name]
     if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
         raise ValueError(f"{name} is not a plain dataset")
     if not name.startswith("maps/") and group.id.get_storage_size() < group.nbytes:
@@ -203,20 +206,65 @@ def _dataset(file: Any, name: str) -> Any:
     return group
 
 
-def _ids(file: Any) -> list[str]:
-    dataset = _dataset(file, "id")
-    if dataset.ndim != 1 or dataset.size > _MOST_IMAGES:
-        raise ValueError("id must be (n) strings")
-    return [str(identity) for identity in dataset.asstr()[()]]
+def _rows(file: Any) -> tuple[list[str], list[str] | None]:
+    """Return the image of each row, and its label where images have several rows."""
+    ids = _names(_dataset(file, "id"))
+    labels = _names(_dataset(file, "label")) if _has(file, "label") else None
+    each = list(dict.fromkeys(labels or [""]))
+    images = ids[:: len(each)]
+    if len(set(images)) < len(images) or ids != [one for one in images for _ in each]:
+        raise ValueError("id must name each image once, or once a label")
+    if labels is not None and labels != each * len(images):
+        raise ValueError("label must repeat the same labels for each image")
+    return ids, labels
 
 
-def _labels(file: Any, n: int) -> list[str] | None:
-    if "label" not in file:
-        return None
-    dataset = _dataset(file, "label")
-    if dataset.shape != (n,):
-        raise ValueError(f"label must be ({n}) strings")
-    return [str(label) for label in dataset.asstr()[()]]
+def _names(dataset: Any) -> list[str]:
+    """Return what can be names: text of a line, and in all no longer than the file.
+
+    Many rows of a file may refer to one long string.
+    """
+    if dataset.ndim != 1 or not 0 < dataset.size <= _MOST_IMAGES:
+        raise ValueError(f"{dataset.name} must be (n) strings")
+    left = Path(dataset.file.filename).stat().st_size
+    names: list[str] = []
+    for start in range(0, dataset.size, _NAMES_AT_ONCE):
+        part = [str(name) for name in dataset.asstr()[start : start + _NAMES_AT_ONCE]]
+        left -= sum(map(len, part))
+        if left < 0 or any(not name.isprintable() or len(name) > _LONGEST_NAME for name in part):
+            raise ValueError(f"{dataset.name} holds what is no name")
+        names += part
+    return names
+
+
+def _text(file: Any, name: str) -> str:
+    dataset = _dataset(file, name)
+    if dataset.shape != ():
+        raise ValueError(f"{name} must be one string")
+    return str(dataset.asstr()[()])
+
+
+def _attributes(file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: file.attrs[name].item() for name in ("epoch", "samples", "rate", "seed")
+    }
+    found |= {name: str(file.attrs[name]) for name in ("metric", "region", "masks")}
+    if not (isinstance(found["epoch"], int) and found["epoch"] >= 0):
+        raise ValueError(f"epoch {found['epoch']} is none")
+    if found["metric"] not in get_args(Metric) or not _has(file, f"scores/{found['metric']}"):
+        raise ValueError(f"metric {found['metric']!r} is unknown, or has no scores")
+    return found | {"weights_sha256": str(file.attrs["weights_sha256"])}
+
+
+def _rank_stability(file: Any) -> dict[Metric, float]:
+    attributes = {
+        name: file[f"scores/{name}"].attrs for name in METRICS if _has(file, f"scores/{name}")
+    }
+    return {
+        name: float(held["rank_stability"])
+        for name, held in attributes.items()
+        if "rank_stability" in held
+    }
 
 
 def _write_rows(file: Any, ids: list[str], labels: list[str] | None) -> None:
@@ -232,11 +280,28 @@ def _column(file: Any, name: str, n: int, dtype: str) -> NDArray[Any]:
     return cast(NDArray[Any], dataset[()])
 
 
+def _optional(file: Any, name: str, n: int, dtype: str) -> NDArray[Any] | None:
+    return _finite(_column(file, name, n, dtype)) if _has(file, name) else None
+
+
+def _within(values: NDArray[Any], low: float, high: float, *, or_nan: bool = False) -> NDArray[Any]:
+    good = (values >= low) & (values <= high)
+    if not (good | np.isnan(values) if or_nan else good).all():
+        raise ValueError(f"values must lie in {low} to {high}")
+    return values
+
+
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    if not (np.abs(values) < _LARGEST_SCORE).all():
+        raise ValueError("values must be finite")
+    return values
+
+
 def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
     return {
-        name: _column(file, f"{group}/{name}", n, "f8")
+        name: _finite(_column(file, f"{group}/{name}", n, "f8"))
         for name in get_args(Metric)
-        if f"{group}/{name}" in file
+        if _has(file, f"{group}/{name}")
     }
 
 
@@ -245,7 +310,7 @@ def _write_maps(file: Any, name: str, maps: list[NDArray[np.floating]]) -> None:
         raise PolysegError(
             "uncertainty.save_maps: images differ in size; set data.size to keep their maps"
         )
-    stack = np.stack(maps).astype(np.float16)
+    stack = np.stack([one.astype(np.float16) for one in maps])
     file.create_dataset(
         f"maps/{name}",
         data=stack,

@@ -30,6 +30,7 @@ _LARGEST_LABEL = 65_535
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
 
 MOST_SAMPLES = 10_000
+LARGEST_EPSILON = 100
 POLYDICE_LOSSES = ("polydice1", "polydice")
 
 
@@ -355,8 +356,12 @@ class ControlConfig(_Section):
     every: int = _setting(5, "tau, epochs between assessments", "epochs", ge=1)
     percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
     sensitivity: float = _setting(1.0, "lambda of eq. 12", ge=0, le=1000)
-    epsilon_min: float = _setting(-0.4, "epsilon that the easiest images tend to", ge=-0.5, le=100)
-    epsilon_max: float = _setting(1.0, "epsilon that the hardest images tend to", ge=-0.5, le=100)
+    epsilon_min: float = _setting(
+        -0.4, "epsilon that the easiest images tend to", ge=-0.5, le=LARGEST_EPSILON
+    )
+    epsilon_max: float = _setting(
+        1.0, "epsilon that the hardest images tend to", ge=-0.5, le=LARGEST_EPSILON
+    )
     statistics: Literal["batch", "dataset"] = _setting(
         "batch", "images that percentile and sigma of eq. 11 are taken over"
     )

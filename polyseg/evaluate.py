@@ -19,13 +19,14 @@ from polyseg.calibration import (
     failure_auroc,
 )
 from polyseg.errors import PolysegError
-from polyseg.metrics import METRICS, image_metrics
+from polyseg.metrics import METRICS, MetricColumn, image_metrics
 from polyseg.ranks import spearman
 from polyseg.statistics import (
     Interval,
     PairedDifference,
     adjust_together,
     mean_interval,
+    over_runs,
     paired_difference,
     seed_spread,
     terciles,
@@ -71,6 +72,9 @@ class RunScores:
     """From which probability on a pixel is foreground; NaN where an arm's runs differ."""
     unit: str = "px"
     """Of distances: "px" or "mm"."""
+    seed: int | None = None
+    fold: int | None = None
+    """Of the training, by which runs of two arms are paired."""
     reliability: ReliabilityCurve | None = None
     """Over the pixels of all images."""
     members: Sequence["RunScores"] = ()
@@ -106,26 +110,42 @@ class RunScores:
         return mean_interval(self.column(key))
 
     def seed_deviation(self, key: str) -> float:
-        """Return the standard deviation of the means of an arm's runs; NaN below two."""
-        if not self.members:
-            return math.nan
+        """Return the standard deviation of an arm's means over its seeds; NaN below two.
+
+        Folds of one seed count together, since their images differ; seeds that were not tested on
+        the same images tell nothing of each other.
+        """
         ids = [image.id for image in self.scores]
-        return seed_spread([_by_id(run, key, ids) for run in self.members]).deviation_over_seeds
+        seeds = dict.fromkeys(run.seed for run in self.members)
+        parts = [[run for run in self.members if run.seed == seed] for seed in seeds]
+        if any({one.id for run in part for one in run.scores} != set(ids) for part in parts):
+            return math.nan
+        table = [_by_id(pool("", part), key, ids) for part in parts]
+        return seed_spread(table).deviation_over_seeds if table else math.nan
 
     def uncertainty(self, name: str) -> Values:
         """Return an uncertainty of every image, (n,), NaN where it was not measured."""
         return np.array([image.uncertainty.get(name, math.nan) for image in self.scores])
 
     def counts(self) -> dict[str, int]:
-        """Return how many images were empty in which way."""
+        """Return how many images were empty in which way, for an arm by any of its runs."""
+        if self.members:
+            each = [run.cases() for run in self.members]
+            return {name: len(set().union(*(one[name] for one in each))) for name in each[0]}
+        return {name: len(ids) for name, ids in self.cases().items()}
+
+    def cases(self) -> dict[str, set[str]]:
+        """Return which images were empty in which way."""
         masks = np.array([image.mask_pixels > 0 for image in self.scores], dtype=bool)
         predictions = np.array([image.predicted_pixels > 0 for image in self.scores], dtype=bool)
-        return {
-            "images": len(self.scores),
-            "both empty": int((~masks & ~predictions).sum()),
-            "mask empty": int((~masks & predictions).sum()),
-            "prediction empty": int((masks & ~predictions).sum()),
+        chosen = {
+            "images": np.ones_like(masks),
+            "both empty": ~masks & ~predictions,
+            "mask empty": ~masks & predictions,
+            "prediction empty": masks & ~predictions,
         }
+        ids = [image.id for image in self.scores]
+        return {name: {ids[int(i)] for i in np.flatnonzero(rows)} for name, rows in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -241,12 +261,17 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
 
     An image that one run did not test, being of another fold, has the mean of those that did.
 
+    Raises:
+        PolysegError: their distances have different units.
+
     >>> scores = [ImageScores("a", {"dice": dice}, 4, 4) for dice in (0.5, 0.7)]
-    >>> arm = pool("arm", [RunScores(str(i), [one]) for i, one in enumerate(scores)])
+    >>> arm = pool("arm", [RunScores(f"s{i}", [one], seed=i) for i, one in enumerate(scores)])
     >>> round(arm.mean("dice"), 3), round(arm.seed_deviation("dice"), 3)
     (0.6, 0.141)
     """
     first = members[0]
+    if len({run.unit for run in members}) > 1:
+        raise PolysegError(f"{name}: some of its runs have distances in mm and some in pixels")
     curves = [run.reliability for run in members if run.reliability is not None]
     return replace(
         first,
@@ -282,7 +307,9 @@ def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     found = []
     for kind in dict.fromkeys((run.label, run.prediction) for run in runs):
         of_kind = [run for run in runs if (run.label, run.prediction) == kind]
-        reference = next(run for run in of_kind if run.name == baseline)
+        reference = next((run for run in of_kind if run.name == baseline), None)
+        if reference is None:
+            raise PolysegError(f"--baseline {baseline}: has nothing of {kind[0] or kind[1]}")
         found += _compared(reference, [run for run in of_kind if run is not reference])
     return found
 
@@ -341,19 +368,10 @@ def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
 
 
 def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Comparison]:
-    ids = [image.id for image in reference.scores]
-    differences: dict[str, list[PairedDifference]] = {}
-    for metric in METRICS:
-        differences[metric.key] = adjust_together(
-            [
-                paired_difference(
-                    reference.column(metric.key),
-                    _by_id(run, metric.key, ids),
-                    higher_is_better=metric.higher_is_better,
-                )
-                for run in others
-            ]
-        )
+    differences = {
+        metric.key: adjust_together([_difference(reference, run, metric) for run in others])
+        for metric in METRICS
+    }
     return [
         Comparison(
             baseline=reference.title,
@@ -363,6 +381,30 @@ def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Compari
         )
         for i, run in enumerate(others)
     ]
+
+
+def _difference(reference: RunScores, run: RunScores, metric: MetricColumn) -> PairedDifference:
+    ids = [image.id for image in reference.scores]
+    found = paired_difference(
+        reference.column(metric.key),
+        _by_id(run, metric.key, ids),
+        higher_is_better=metric.higher_is_better,
+    )
+    pairs = [
+        np.nanmean(_by_id(other, metric.key, shared) - _by_id(one, metric.key, shared))
+        for one in reference.members
+        for other in run.members
+        if (one.seed, one.fold) == (other.seed, other.fold)
+        and (shared := _defined_in_both(one, other, metric.key))
+    ]
+    return over_runs(found, pairs)
+
+
+def _defined_in_both(one: RunScores, other: RunScores, key: str) -> list[str]:
+    """Return the images of which both runs have a metric."""
+    ids = [image.id for image in one.scores]
+    known = np.isfinite(_by_id(one, key, ids)) & np.isfinite(_by_id(other, key, ids))
+    return [ids[int(i)] for i in np.flatnonzero(known)]
 
 
 def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:

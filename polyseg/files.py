@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from polyseg.errors import PolysegError
@@ -136,3 +136,20 @@ def _readable_by_umask(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def short_names(sources: Sequence[Path]) -> list[str]:
+    """Return a short name for each source that tells it from the others.
+
+    Raises:
+        PolysegError: one is given twice.
+
+    >>> short_names([Path("/runs/a/last.safetensors"), Path("/runs/b/last.safetensors")])
+    ['a/last.safetensors', 'b/last.safetensors']
+    """
+    parts = [source.resolve().parts for source in sources]
+    for source, place in zip(sources, parts, strict=True):
+        if parts.count(place) > 1:
+            raise PolysegError(f"{source}: is given twice")
+    length = next(n for n in range(1, 9999) if len({part[-n:] for part in parts}) == len(parts))
+    return ["/".join(part[-length:]) for part in parts]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.config import least_epsilon
+from polyseg.config import LARGEST_EPSILON, least_epsilon
 from polyseg.errors import PolysegError
 from polyseg.records import ReplayArm, Schedule
 from polyseg.seeds import derive_seed
@@ -26,7 +26,8 @@ def replay_arm(schedule: Schedule, arm: ReplayArm, seed: int) -> Schedule:
     Args:
         schedule: of n images, or n images with K labels each.
         arm: "recorded", as it is; "shuffled", permuted over the images, all labels of an image
-            together, by one permutation from each assessment to the next; "mean", each epoch's mean
+            together, by one permutation from each assessment to the next (by one for all epochs
+            where the schedule does not tell its assessments); "mean", each epoch's mean
             for all, label by label; "inverted", the order of each epoch reversed, label by label.
         seed: of the permutations.
 
@@ -84,10 +85,11 @@ def fit_schedule(
         )
     _refuse_epochs(schedule, epochs, source)
     chosen = schedule.epsilon[:, [columns[place] for place in wanted]]
-    if not (np.isfinite(chosen).all() and chosen.min(initial=0) >= least_epsilon(terms)):
+    least = least_epsilon(terms)
+    if not ((chosen >= least) & (chosen <= LARGEST_EPSILON)).all():
         raise PolysegError(
-            f"{source}: has epsilons that are not finite or would reward misalignment (least "
-            f"{chosen.min():g}; {least_epsilon(terms):.4g} is allowed)"
+            f"{source}: has epsilons out of {least:.4g} to {LARGEST_EPSILON} ({chosen.min():g} to "
+            f"{chosen.max():g}); below, they would reward misalignment"
         )
     several = len(labels) > 1
     return Schedule(
@@ -116,6 +118,8 @@ def _refuse_epochs(schedule: Schedule, epochs: int, source: str) -> None:
     found = schedule.epochs.tolist()
     if found != list(range(1, len(found) + 1)):
         raise PolysegError(f"{source}: its epochs are not 1, 2, 3, ...")
+    if not found:
+        raise PolysegError(f"{source}: has no epochs yet")
     if len(found) < epochs:
         raise PolysegError(
             f"{source}: lacks epoch {len(found) + 1} of {epochs}; replay it with --epochs "

@@ -1,5 +1,6 @@
 """What an evaluation leaves for people: its tables as files, and its figures."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,22 +70,21 @@ def draw_predictions(
 
     Args:
         evaluation: what says which those are, by the mean Dice over the runs.
-        masks: what the runs predicted, of which those are drawn that have the images' size.
+        masks: what the runs predicted; of an arm its first run that tested an image is drawn.
         images: the images.
         folder: where to.
     """
     files = []
     for label, place in paths_of_labels(images.labels, folder / "predictions"):
-        shown = [one for one in masks if one.label == label][:_MOST_SHOWN]
+        arms = _arms(evaluation, masks, label)
         dice = _mean_dice(evaluation, label)
         ranked = sorted(dice, key=lambda identity: dice[identity])
-        ranked = [one for one in ranked if _drawable(one, shown, images)]
-        for title, ids in (("worst", ranked[:_CASES]), ("best", ranked[::-1][:_CASES])):
-            cases = [_case(identity, label, shown, images) for identity in ids]
-            if not cases:
+        for title, ids in (("worst", ranked), ("best", ranked[::-1])):
+            cases = (_case(identity, label, arms, images) for identity in ids)
+            shown = list(itertools.islice((one for one in cases if one is not None), _CASES))
+            if not shown:
                 continue
-            names = [one.run for one in shown]
-            figure = predictions(cases, names, title=f"The {len(cases)} {title} images")
+            figure = predictions(shown, list(arms), title=f"The {len(shown)} {title} images")
             path = place.with_name(f"{place.name}_{title}")
             files += save_figure(headed(figure, label), path)
     return files
@@ -190,24 +190,41 @@ def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
     return {identity: float(np.mean(values)) for identity, values in found.items()}
 
 
-def _drawable(identity: str, masks: Sequence[PredictedMasks], images: ImageSet) -> bool:
-    """Return whether all runs have a mask of an image's size."""
-    if identity not in images.hashes:
-        return False
-    size = images.item(identity).size
-    return all(one.shapes.get(identity) == size for one in masks)
+def _arms(
+    evaluation: Evaluation, masks: Sequence[PredictedMasks], label: str
+) -> dict[str, list[PredictedMasks]]:
+    """Return what the first runs or arms predicted of a label, by their names."""
+    of_label = {one.run: one for one in masks if one.label == label}
+    arms = [run for run in evaluation.runs if run.label == label and run.prediction == "plain"]
+    return {
+        arm.name: [of_label[run.name] for run in (arm.members or [arm]) if run.name in of_label]
+        for arm in arms[:_MOST_SHOWN]
+    }
 
 
 def _case(
-    identity: str, label: str, masks: Sequence[PredictedMasks], images: ImageSet
-) -> PredictionCase:
-    truth = images.masks(identity)
-    if truth is None:
-        raise ValueError(f"{identity} has no mask")
+    identity: str,
+    label: str,
+    arms: Mapping[str, Sequence[PredictedMasks]],
+    images: ImageSet,
+) -> PredictionCase | None:
+    """Return an image beside what the first run of each arm that has it predicted, if all do.
+
+    Runs that see images at another size have none that could be drawn over these.
+    """
+    if identity not in images.hashes:
+        return None
+    truth, size = images.masks(identity), images.item(identity).size
+    found = [
+        next((one.mask(identity) for one in runs if one.shapes.get(identity) == size), None)
+        for runs in arms.values()
+    ]
+    predicted = [one for one in found if one is not None]
+    if truth is None or len(predicted) < len(found):
+        return None
     mask = truth[images.labels.index(label)]
-    found = [one.mask(identity) for one in masks]
     dice = dice_coefficient(
-        torch.from_numpy(np.stack(found)), torch.from_numpy(np.stack([mask] * len(found)))
+        torch.from_numpy(np.stack(predicted)), torch.from_numpy(np.stack([mask] * len(predicted)))
     )
     pixels = displayed(images.pixels(identity))
-    return PredictionCase(identity, pixels, mask, found, dice.tolist())
+    return PredictionCase(identity, pixels, mask, predicted, dice.tolist())

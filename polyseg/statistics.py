@@ -48,8 +48,19 @@ class PairedDifference:
     better: int
     worse: int
     equal: int
+    runs: int = 0
+    """Pairs of runs with equal seed and fold, where arms of several are compared."""
+    deviation_over_runs: float = math.nan
+    """Of the pairs' differences; NaN below two."""
+    p_over_runs: float = math.nan
+    """Of the paired t-test over the runs, two-sided; NaN below two."""
     adjusted: float = math.nan
-    """The p-value that `adjust_together` sets, NaN before."""
+    """What `adjust_together` makes of `p`, NaN before."""
+
+    @property
+    def p(self) -> float:
+        """The larger p of those there are: a difference has to hold over images and over runs."""
+        return float(np.fmax(self.p_value, self.p_over_runs))
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ def mean_interval(
     """Return the bootstrap confidence interval of the mean over images.
 
     Bias-corrected and accelerated (Efron, 1987), by percentiles where that is undefined. The
-    interval of -values is exactly the mirrored one.
+    interval of -values is the mirrored one.
 
     Args:
         values: (n,); what is not finite is dropped.
@@ -151,6 +162,31 @@ def paired_difference(
     )
 
 
+def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
+    """Return a comparison with what it is worth over the runs of two arms.
+
+    The images tell whether these networks differ; whether two ways of training do, only other
+    seeds can tell.
+
+    Args:
+        found: over the images, each its mean over an arm's runs.
+        differences: (m,), of the means of each pair of runs with equal seed and fold.
+
+    >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
+    >>> round(over_runs(found, [0.1, 0.2, 0.0]).p_over_runs, 3)
+    0.225
+    """
+    known = _finite(differences)
+    if known.size < 2:
+        return replace(found, runs=known.size)
+    deviation = float(known.std(ddof=1))
+    if deviation > 0:
+        p_value = float(stats.ttest_1samp(known, 0).pvalue)
+    else:
+        p_value = 0.0 if known.any() else 1.0
+    return replace(found, runs=known.size, deviation_over_runs=deviation, p_over_runs=p_value)
+
+
 def adjust_together(differences: Sequence[PairedDifference]) -> list[PairedDifference]:
     """Return the comparisons of one family with their p-values adjusted by `holm`.
 
@@ -158,7 +194,7 @@ def adjust_together(differences: Sequence[PairedDifference]) -> list[PairedDiffe
     >>> [found.adjusted for found in adjust_together([one, one])]
     [0.5, 0.5]
     """
-    adjusted = holm([one.p_value for one in differences])
+    adjusted = holm([one.p for one in differences])
     return [replace(one, adjusted=float(p)) for one, p in zip(differences, adjusted, strict=True)]
 
 

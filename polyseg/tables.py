@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -164,6 +164,15 @@ def heading(metric: MetricColumn, evaluation: Evaluation) -> str:
     return metric.heading(evaluation.unit)
 
 
+def p_text(value: float) -> str:
+    """Return a p-value as tables show it.
+
+    >>> p_text(0.0007), p_text(0.04), p_text(math.nan)
+    ('< 0.001', '0.040', '–')
+    """
+    return _DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def notes(runs: Sequence[RunScores]) -> list[str]:
     """Return a sentence for each run that has empty cases, and for each metric left undefined."""
     found = []
@@ -199,9 +208,10 @@ def _metrics_sheet(evaluation: Evaluation) -> Sheet:
     several = any(run.members for run in runs)
     spread = "Mean ± standard deviation over the images"
     if several:
-        spread += " (each its mean over an arm's runs; in brackets the deviation of the runs' means"
-        spread += ")"
-    marked = "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline (Wilcoxon, Holm)."
+        spread += (
+            " (each its mean over an arm's runs), in brackets that of the means over the seeds"
+        )
+    marked = "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm."
     return Sheet(
         "Metrics", heads, rows,
         [f"{spread}. {RULE}", *([marked] if evaluation.comparisons else []), *notes(runs)],
@@ -210,36 +220,53 @@ def _metrics_sheet(evaluation: Evaluation) -> Sheet:
 
 def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
     for one in evaluation.comparisons:
-        images = max(found.images for found in one.differences.values())
-        rows = [_comparison_row(one, metric, evaluation) for metric in METRICS]
+        found = one.differences.values()
+        images, runs = (max(getattr(each, name) for each in found) for name in ("images", "runs"))
         fewer = [
-            f"{metric.title} of {found.images}"
+            f"{metric.title} of {one.differences[metric.key].images}"
             for metric in METRICS
-            if (found := one.differences[metric.key]).images < images
+            if one.differences[metric.key].images < images
         ]
         left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
+        heads = ["metric", "difference [95 % interval]", "+/-/=", "p"]
+        heads += ["over runs", "p runs"] if runs > 1 else []
+        paired = f", {runs} pairs of runs" if runs > 1 else ""
         yield Sheet(
-            f"{one.run} against {one.baseline} ({images} images)",
-            ["metric", "difference [95 % interval]", "+/−/=", "p", "Holm"],
-            rows,
+            f"{one.run} against {one.baseline} ({images} images{paired})",
+            [*heads, "Holm"],
+            [_comparison_row(one, metric, evaluation, runs > 1) for metric in METRICS],
             [
-                "+/−/=: images that are better, worse, equal. Bootstrap over the images (BCa); "
-                "Wilcoxon's signed-rank test, two-sided; Holm's correction over the runs compared "
-                "in a metric.",
+                "+/-/=: images that are better, worse, equal. Interval by bootstrap over the "
+                "images (BCa), p by Wilcoxon's signed-rank test, as if each image were a case of "
+                "its own.",
+                *([_OVER_RUNS] if runs > 1 else []),
+                "Holm: the larger p, corrected for the runs compared in a metric, not for metrics.",
                 *([left_out] if fewer else []),
             ],
         )
 
 
-def _comparison_row(one: Comparison, metric: MetricColumn, evaluation: Evaluation) -> list[Cell]:
+_OVER_RUNS = (
+    "Over runs: deviation of the differences of runs with equal seed and fold, and the p of their "
+    "paired t-test. The images tell of these networks; only the runs tell of other seeds."
+)
+
+
+def _comparison_row(
+    one: Comparison, metric: MetricColumn, evaluation: Evaluation, several: bool
+) -> list[Cell]:
     found, digits = one.differences[metric.key], metric.decimals + 1
-    return [
-        Cell(heading(metric, evaluation), marks=stars(found.adjusted)),
-        Cell(f"{_signed(found.mean, digits)} {_interval(found.interval, digits)}"),
-        Cell(f"{found.better}/{found.worse}/{found.equal}"),
-        Cell(_p_value(found.p_value)),
-        Cell(_p_value(found.adjusted)),
+    texts = [
+        f"{_signed(found.mean, digits)} {_interval(found.interval, digits)}",
+        f"{found.better}/{found.worse}/{found.equal}",
+        p_text(found.p_value),
     ]
+    if several:
+        deviation = _number(found.deviation_over_runs, digits)
+        texts += [f"± {deviation}", p_text(found.p_over_runs)]
+    texts.append(p_text(found.adjusted))
+    name = Cell(heading(metric, evaluation), marks=stars(found.adjusted))
+    return [name, *map(Cell, texts)]
 
 
 def _strata_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
@@ -252,12 +279,17 @@ def _strata_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
             continue
         first = next(iter(filled.values()))
         rows = [
-            [Cell(title), *(Cell(_number(one.means["dice"], 3)) for one in part)]
+            [Cell(title), *(Cell(_of_images(one)) for one in part)]
             for title, part in filled.items()
         ]
         what = "the mask's size" if by == "size" else f"difficulty to {evaluation.runs[0].name}"
-        heads = ["run", *(f"{one.name} ({one.images})" for one in first)]
-        yield Sheet(f"Dice by {by}", heads, rows, [f"Thirds of the images by {what}."])
+        heads = ["run", *(one.name for one in first)]
+        yield Sheet(
+            f"Dice by {by}",
+            heads,
+            rows,
+            [f"Thirds of the images by {what}; in brackets their number."],
+        )
 
 
 def _failure_sheet(evaluation: Evaluation) -> Sheet:
@@ -304,6 +336,10 @@ def _difficulty(evaluation: Evaluation, run: RunScores) -> np.ndarray[Any, Any] 
         return None
     known = dict(zip((one.id for one in first.scores), first.uncertainty(names[0]), strict=True))
     return np.array([known.get(image.id, math.nan) for image in run.scores])
+
+
+def _of_images(stratum: Stratum) -> str:
+    return f"{_number(stratum.means['dice'], 3)} ({stratum.images})"
 
 
 def _several_images(part: Sequence[Stratum]) -> bool:
@@ -387,7 +423,7 @@ def _statistics(run: RunScores, key: str) -> dict[str, float | int]:
 def _comparison_record(one: Comparison) -> dict[str, Any]:
     def plain(key: str) -> dict[str, Any]:
         found = one.differences[key]
-        record = asdict(replace(found, interval=Interval(*found.interval)))
+        record = asdict(found)
         low, high = record.pop("interval")
         return record | {"low": low, "high": high}
 
@@ -401,25 +437,31 @@ def _comparison_record(one: Comparison) -> dict[str, Any]:
 
 def _markdown(sheet: Sheet) -> str:
     def shown(cell: Cell) -> str:
-        text = cell.text.replace("\\", "\\\\").replace("|", "\\|")
+        text = _plain_line(cell.text).replace("\\", "\\\\").replace("|", "\\|")
         return (f"**{text}**" if cell.best else text) + cell.marks.replace("*", "\\*")
 
     heads = [shown(Cell(head)) for head in sheet.heads]
-    lines = [f"## {sheet.title}", "", _row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines = [
+        f"## {shown(Cell(sheet.title))}",
+        "",
+        _row(heads),
+        _row(["---", *["---:"] * (len(heads) - 1)]),
+    ]
     lines += [_row([shown(cell) for cell in row]) for row in sheet.rows]
     return "\n".join([*lines, "", *sheet.notes, ""])
 
 
 def _latex(sheet: Sheet) -> str:
     def shown(cell: Cell) -> str:
-        text = _escape(cell.text).replace(" ± ", r" $\pm$ ").replace(_DASH, "--")
+        text = _escape(cell.text)
         text = rf"\textbf{{{text}}}" if cell.best else text
         return text + (f"$^{{{cell.marks}}}$" if cell.marks else "")
 
-    rows = [" & ".join(shown(cell) for cell in row) + r" \\" for row in sheet.rows]
+    # An empty group, because a bracket or a star at first would be read as an argument of \\.
+    rows = ["{}" + " & ".join(shown(cell) for cell in row) + r" \\" for row in sheet.rows]
     return "\n".join(
         [
-            f"% {sheet.title}",
+            f"% {_plain_line(sheet.title)}",
             "\\begin{tabular}{l" + "r" * (len(sheet.heads) - 1) + "}",
             "\\toprule",
             " & ".join(_escape(head) for head in sheet.heads) + r" \\",
@@ -427,7 +469,7 @@ def _latex(sheet: Sheet) -> str:
             *rows,
             "\\bottomrule",
             "\\end{tabular}",
-            *(f"% {note}" for note in sheet.notes),
+            *(f"% {_plain_line(note)}" for note in sheet.notes),
             "",
         ]
     )
@@ -440,7 +482,13 @@ def _row(cells: Sequence[str]) -> str:
 def _escape(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {character: "\\" + character for character in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)
+    special |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}", "−": "$-$", "±": r"$\pm$", _DASH: "--"}
+    return "".join(special.get(character, character) for character in _plain_line(text))
+
+
+def _plain_line(text: str) -> str:
+    """Return a text as one line: names may hold what would end it."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def _number(value: float, digits: int) -> str:
@@ -455,10 +503,6 @@ def _interval(interval: Interval, digits: int) -> str:
     if math.isnan(interval.low):
         return _DASH
     return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-
-
-def _p_value(value: float) -> str:
-    return _DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _plain(value: float) -> str:

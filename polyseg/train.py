@@ -149,8 +149,9 @@ class Trainer:
             if (schedule.ids, schedule.labels) != rows or len(schedule.epochs) < self.epoch:
                 raise PolysegError(f"{self.run.schedule}: is not the schedule of this run")
             self.epsilons = list(schedule.epsilon[: self.epoch])
-            self.assessed = [] if schedule.assessed is None else schedule.assessed.tolist()
-            del self.assessed[self.epoch :]
+            if schedule.assessed is None:
+                raise PolysegError(f"{self.run.schedule}: does not tell its assessments")
+            self.assessed = schedule.assessed[: self.epoch].tolist()
             self._refuse_another_replay()
         for name in in_order(self.assessments):
             # All of them, since the figures at the end want them all; the last one stays.
@@ -208,8 +209,6 @@ class Trainer:
             workers=settings.workers,
             pinned=self.device.type == "cuda",
         )
-        if self.replay is not None and epoch > len(self.replay.epochs):
-            raise PolysegError(f"control.replay: the schedule ends before epoch {epoch}")
         take_step = self._compiled_step if settings.compile else self._step
         for names, images, masks in batches:
             self._leave_on_signal()
@@ -389,6 +388,9 @@ class Trainer:
         stopped = patience > 0 and self.epoch - self.best_epoch >= patience
         if stopped:
             log.info("no better validation Dice for %d epochs: training ends here", patience)
+        if not stopped and self.replay is not None and self.epoch >= len(self.replay.epochs):
+            log.info("the replayed run stopped early after epoch %d: so does this one", self.epoch)
+            return True
         return stopped
 
     def _refuse_what_is_not_finite(self, steps: Sequence[_Step], epoch: int) -> None:

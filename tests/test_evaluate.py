@@ -1,6 +1,7 @@
 """What an evaluation makes of metrics: means, arms, comparisons, thirds, failures."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,9 +29,10 @@ def scored(identity, dice, *, size=10, **uncertainty):
     return ImageScores(identity, values | {"dice": dice}, size, size, uncertainty)
 
 
-def run_of(name, dices, ids=None, label=""):
+def run_of(name, dices, ids=None, label="", seed=None, fold=None):
     ids = ids or [f"im{i}" for i in range(len(dices))]
-    return RunScores(name, [scored(i, dice) for i, dice in zip(ids, dices, strict=True)], label)
+    scores = [scored(i, dice) for i, dice in zip(ids, dices, strict=True)]
+    return RunScores(name, scores, label, seed=seed, fold=fold)
 
 
 def test_half_is_foreground_unless_told_otherwise():
@@ -59,7 +61,7 @@ def test_means_leave_out_and_count_what_is_undefined():
 
 def test_an_arm_keeps_the_spread_of_seeds_apart_from_that_of_images():
     table = np.array([[0.9, 0.5, 0.7], [0.8, 0.6, 0.4]])
-    arm = pool("arm", [run_of(f"s{i}", row) for i, row in enumerate(table)])
+    arm = pool("arm", [run_of(f"s{i}", row, seed=i) for i, row in enumerate(table)])
     assert arm.column("dice") == pytest.approx(table.mean(axis=0))
     assert arm.deviation("dice") == pytest.approx(table.mean(axis=0).std(ddof=1))
     assert arm.seed_deviation("dice") == pytest.approx(table.mean(axis=1).std(ddof=1))
@@ -67,11 +69,23 @@ def test_an_arm_keeps_the_spread_of_seeds_apart_from_that_of_images():
 
 
 def test_folds_of_an_arm_add_up_to_all_images():
-    folds = [run_of("f0", [0.9, 0.8], ["a", "b"]), run_of("f1", [0.5], ["c"])]
+    folds = [
+        run_of("f0", [0.9, 0.8], ["a", "b"], seed=0, fold=0),
+        run_of("f1", [0.5], ["c"], seed=0, fold=1),
+    ]
     arm = pool("arm", folds)
     assert [image.id for image in arm.scores] == ["a", "b", "c"]
     assert arm.column("dice").tolist() == [0.9, 0.8, 0.5]
-    assert arm.seed_deviation("dice") == pytest.approx(np.std([0.85, 0.5], ddof=1))
+    # Folds differ by their images: of seeds they tell nothing.
+    assert math.isnan(arm.seed_deviation("dice"))
+    again = [
+        replace(run, seed=1, scores=[scored(one.id, 0.6) for one in run.scores]) for run in folds
+    ]
+    both = pool("arm", [*folds, *again])
+    means = [np.mean([0.9, 0.8, 0.5]), 0.6]
+    assert both.seed_deviation("dice") == pytest.approx(np.std(means, ddof=1))
+    uneven = pool("arm", [*folds, again[0]])
+    assert math.isnan(uneven.seed_deviation("dice"))
 
 
 def test_a_comparison_is_paired_by_image_not_by_order():
@@ -91,6 +105,40 @@ def test_a_comparison_is_paired_by_image_not_by_order():
         assert difference.adjusted == pytest.approx(adjusted)
         assert difference.better == (values > base).sum()
         assert difference.interval.low < difference.mean < difference.interval.high
+
+
+def test_arms_are_compared_over_images_and_over_seeds():
+    """Equal seeds are paired, in whatever order they come."""
+    rng = np.random.default_rng(2)
+    first, second = rng.random((2, 3, 15))
+    arms = [
+        pool(name, [run_of(f"{name}{seed}", rows[seed], seed=seed) for seed in order])
+        for name, rows, order in (("a", first, (0, 1, 2)), ("b", second, (2, 0, 1)))
+    ]
+    found = compare(arms, "a")[0].differences["dice"]
+    pairs = (second - first).mean(axis=1)
+    assert found.runs == 3
+    assert found.deviation_over_runs == pytest.approx(pairs.std(ddof=1))
+    assert found.p_over_runs == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue)
+    images = stats.wilcoxon(second.mean(axis=0) - first.mean(axis=0)).pvalue
+    assert found.p == found.adjusted == pytest.approx(max(images, found.p_over_runs))
+
+
+def test_equal_arms_seldom_seem_to_differ():
+    """Over the images alone they would: each seed lifts all of an arm's images a little."""
+    rng = np.random.default_rng(3)
+    rejected, by_images = 0, 0
+    for _ in range(60):
+        images = rng.normal(0.8, 0.05, 40)
+        lifts, noise = rng.normal(0, 0.006, (2, 3, 1)), rng.normal(0, 0.01, (2, 3, 40))
+        arms = [
+            pool(name, [run_of(f"{name}{seed}", row, seed=seed) for seed, row in enumerate(rows)])
+            for name, rows in zip("ab", images + lifts + noise, strict=True)
+        ]
+        found = compare(arms, "a")[0].differences["dice"]
+        rejected += found.p < 0.05
+        by_images += found.p_value < 0.05
+    assert rejected <= 8 < by_images
 
 
 def test_labels_are_compared_within_themselves():

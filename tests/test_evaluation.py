@@ -4,26 +4,41 @@ import csv
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from polyseg.config import Config
+from polyseg.config import Config, load_config
 from polyseg.data.dataset import make_demo
 from polyseg.errors import PolysegError
-from polyseg.jobs import evaluation as room
+from polyseg.jobs import evaluation as job
+from polyseg.jobs import testing as room
 from polyseg.jobs.arms import arms_of
-from polyseg.jobs.evaluation import THRESHOLDS, Questions, choose_thresholds, evaluate_runs
+from polyseg.jobs.testing import THRESHOLDS, Questions, choose_thresholds
 from polyseg.overlap import dice_coefficient
+from tests.conftest import TINY
 from tests.test_train import run_of
 
 
-@pytest.fixture
-def two(tiny):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
     """Two runs on the same images with the Dice loss, of two seeds."""
-    settings = ("loss.name=dice", "training.epochs=2")
-    return [run_of(tiny(f"dice_s{i}", *settings, f"training.seed={i}")).path for i in (0, 1)]
+    folder = tmp_path_factory.mktemp("two")
+    settings = [*TINY, "output.figures=false", "loss.name=dice", "training.epochs=2"]
+    return [
+        run_of(
+            load_config(
+                overrides=[*settings, f"training.seed={i}", f"output.path={folder}/dice_s{i}"]
+            )
+        ).path
+        for i in (0, 1)
+    ]
+
+
+def evaluate_runs(*arguments, figures=False, **named):
+    return job.evaluate_runs(*arguments, figures=figures, **named)
 
 
 def summary_of(outcome):
@@ -32,15 +47,22 @@ def summary_of(outcome):
 
 def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     outcome = evaluate_runs(
-        two, baseline=str(two[0]), out=tmp_path / "out",
-        questions=Questions(corruptions=("noise",), tolerance=1.5),
+        two, baseline=str(two[0]), out=tmp_path / "out", figures=True,
+        questions=Questions(corruptions=("noise",), uncertainty=True, samples=3, tolerance=1.5),
     )  # fmt: skip
     record = summary_of(outcome)
-    assert [one["run"] for one in record["comparisons"]] == ["dice_s1"]
-    means = [run["metrics"]["dice"]["mean"] for run in record["runs"]]
+    assert [one["run"] for one in record["comparisons"]] == ["dice_s1", "dice_s1 (MC mean)"]
+    means = [run["metrics"]["dice"]["mean"] for run in record["runs"][::2]]
     assert record["comparisons"][0]["metrics"]["dice"]["mean"] == pytest.approx(means[1] - means[0])
     assert record["metrics"]["nsd"]["title"].startswith("NSD") and record["tolerance"] == 1.5
-    for name in ("comparison", "reliability", "differences", "robustness", "predictions_worst"):
+    for name in (
+        "comparison",
+        "reliability",
+        "differences",
+        "robustness",
+        "risk_coverage",
+        "predictions_worst",
+    ):
         with Image.open(tmp_path / "out" / f"{name}.png") as image:
             assert min(image.size) > 200
     assert {path.name for path in outcome.files} == {
@@ -72,13 +94,15 @@ def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
         run_of(tiny(f"f{i}", "loss.name=dice", "data.folds=4", f"data.fold={i}")).path
         for i in (0, 1)
     ]
-    with pytest.raises(PolysegError, match=r"other images than .*f0; .*--group"):
+    with pytest.raises(
+        PolysegError, match=r"f1: would be tested on other images, or .* f0; .*--group"
+    ):
         evaluate_runs(folds, out=tmp_path / "out")
     record = summary_of(evaluate_runs(folds, group=True, out=tmp_path / "out"))
     tested = [json.loads((fold / "split.json").read_text())["test"] for fold in folds]
     assert record["runs"][0]["counts"]["images"] == sum(map(len, tested))
     other = run_of(tiny("other", "loss.name=bce", "data.folds=4", "data.fold=0")).path
-    with pytest.raises(PolysegError, match="give the same folds of each"):
+    with pytest.raises(PolysegError, match="other: would be tested on other images"):
         evaluate_runs([*folds, other], group=True, out=tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
@@ -97,7 +121,6 @@ def test_passes_are_judged_beside_the_plain_prediction(tiny, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
     assert {row["prediction"] for row in rows} == {"plain", "mc_mean"}
     assert all(float(row["mutual_information"]) >= 0 for row in rows)
-    assert (tmp_path / "out" / "risk_coverage.png").is_file()
 
 
 def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(tiny, tmp_path, monkeypatch):
@@ -146,26 +169,68 @@ def test_a_chosen_threshold_is_that_of_the_validation_images(two, tmp_path):
     assert summary_of(outcome)["runs"][0]["metrics"] == summary_of(fixed)["runs"][0]["metrics"]
 
 
-def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
-    import nibabel
-
+def write_volumes(folder, spacing):
+    """Write twelve slices with a box each, as NIfTI."""
     rng = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (tmp_path / "set" / folder).mkdir(parents=True)
     for i in range(12):
         mask = np.zeros((32, 32, 1), np.uint8)
         mask[4 : 12 + i, 6:20] = 1
         pixels = (80 * mask + 60 * rng.random(mask.shape)).astype(np.float32)
-        for folder, values in (("images", pixels), ("masks", mask)):
-            volume = nibabel.Nifti1Image(values, np.diag([3.0, 3.0, 5.0, 1.0]))
-            nibabel.save(volume, tmp_path / "set" / folder / f"case{i}.nii.gz")
-    run = run_of(tiny("run", f"data.path={tmp_path / 'set'}", "loss.name=dice")).path
-    record = summary_of(evaluate_runs([run], out=tmp_path / "out"))
-    assert record["unit"] == "mm" and record["metrics"]["hd95"]["title"] == "HD95 (mm)"
-    row = next(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
-    # In steps of three millimetres, or of diagonals of such.
-    steps = (float(row["hd95"]) / 3) ** 2
-    assert steps == pytest.approx(round(steps), abs=1e-4) or float(row["hd95"]) > 3
+        for name, values in (("images", pixels), ("masks", mask)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            volume = nibabel.Nifti1Image(values, np.diag([spacing, spacing, 5.0, 1.0]))
+            nibabel.save(volume, folder / name / f"case{i}.nii.gz")
+    return folder
+
+
+def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
+    fine, coarse = (write_volumes(tmp_path / f"set{size}", float(size)) for size in (1, 3))
+    run = run_of(tiny("run", f"data.path={fine}", "loss.name=dice")).path
+    found = [
+        summary_of(evaluate_runs([run], data=data, part="all", out=tmp_path / f"out {data.name}"))
+        for data in (fine, coarse)
+    ]
+    assert found[1]["unit"] == "mm" and found[1]["metrics"]["hd95"]["title"] == "HD95 (mm)"
+    for key in ("hd95", "asd"):
+        means = [record["runs"][0]["metrics"][key]["mean"] for record in found]
+        assert means[1] == pytest.approx(3 * means[0], rel=1e-4) and means[0] > 0
+    alike = [record["runs"][0]["metrics"]["dice"] for record in found]
+    assert alike[0] == alike[1]
+
+
+def ask_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for i in range(12):
+        values = rng.integers(0, 3, (32, 32)).astype(np.uint8)
+        Image.fromarray(80 * values).save(tmp_path / "set" / "images" / f"case{i}.png")
+        Image.fromarray(values).save(tmp_path / "set" / "masks" / f"case{i}.png")
+    settings = (f"data.path={tmp_path / 'set'}", "training.epochs=1", "loss.name=dice")
+    runs = [run_of(tiny(f"of{k}", *settings, f"data.foreground={k}")).path for k in (1, 2)]
+    with pytest.raises(PolysegError, match=r"of2: was trained on other labels than of1 \("):
+        evaluate_runs(runs, out=tmp_path / "out")
+
+
+def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("tested")
+
+    monkeypatch.setattr(job, "ask_network", never)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(PolysegError, match="full: is not empty"):
+        evaluate_runs(two, out=full)
+    with pytest.raises(PolysegError, match="dice_s0: is given twice"):
+        evaluate_runs([two[0], two[0]], out=tmp_path / "out")
+    with pytest.raises(PolysegError, match="nowhere: is neither a checkpoint nor a run"):
+        evaluate_runs([two[0], tmp_path / "nowhere"], out=tmp_path / "out")
+    monkeypatch.undo()
+    other = run_of(tiny("other", "loss.name=dice", "data.split_seed=3")).path
+    monkeypatch.setattr(job, "open_model", never)
+    with pytest.raises(PolysegError, match="other: would be tested on other images"):
+        evaluate_runs([*two, other], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -189,8 +254,9 @@ def test_what_cannot_be_asked_is_one_line(polyseg, two, tmp_path, arguments, sai
 
 def test_the_command_prints_its_tables(polyseg, two, tmp_path):
     answer = polyseg(
-        "evaluate", *two, "--baseline", "dice_s1", "--out", tmp_path / "out", "--threshold", "0.4"
-    )
+        "evaluate", *two, "--baseline", "dice_s1", "--out", tmp_path / "out", "--threshold", "0.4",
+        "--no-figures",
+    )  # fmt: skip
     assert answer.code == 0, answer.err
     for text in ("Metrics", "dice_s0 against dice_s1", "Dice by size", "table.md", "NSD (2 px)"):
         assert text in answer.out
@@ -215,12 +281,17 @@ def test_arms_are_told_by_what_matters():
     }
     assert arms_of(configs) == {
         "adaptive": ["x/adaptive_0", "x/adaptive_1"],
-        "x/steep_0": ["x/steep_0"],
+        "steep": ["x/steep_0"],
         "shuffled": ["x/shuffled-seed0", "x/shuffled-seed1"],
-        "x/mean": ["x/mean"],
+        "mean": ["x/mean"],
     }
     same_folder = {"s0/dice": of(0), "s1/dice": of(1), "s0/bce": of(0, loss={"name": "bce"})}
-    assert list(arms_of(same_folder)) == ["dice", "s0/bce"]
+    assert list(arms_of(same_folder)) == ["dice", "bce"]
+    folds = {f"f{n}": of(0, data={"folds": n, "fold": 0}) for n in (5, 10)}
+    assert len(arms_of(folds)) == 2
+    assert arms_of({"a": of(0, data={"path": "/one/set"}), "b": of(1, data={"path": "/two/set"})})
+    alike = {"x/run_0": of(0), "x/run_1": of(1, loss={"name": "bce"})}
+    assert arms_of(alike) == {"x/run_0": ["x/run_0"], "x/run_1": ["x/run_1"]}
 
 
 def test_a_run_that_moved_is_still_itself(two, tmp_path):

@@ -88,6 +88,7 @@ ROOMS = [
     "jobs.models",
     "jobs.uncertainty",
     "jobs.arms",
+    "jobs.testing",
     "jobs.evaluation",
     "jobs.training",
     "jobs.schedule",

@@ -71,7 +71,7 @@ def test_each_label_is_a_row_of_its_own(run):
     assert bright.ids == dark.ids and not np.array_equal(bright.difficulty, dark.difficulty)
     with h5py.File(path / "uncertainty/epoch_0001.h5") as file:
         assert file["label"].asstr()[:2].tolist() == ["bright", "dark"]
-    assert [one.title for one in outcome.runs] == ["run: bright", "run: dark"]
+    assert [one.title for one in outcome.evaluation.runs] == ["run: bright", "run: dark"]
 
 
 def test_epsilons_of_a_label_follow_from_its_own_difficulties(run):

@@ -98,7 +98,7 @@ def test_tables_have_a_row_a_metric_and_keep_their_columns(runs):
     assert "b\\|50% (3 images)" in table[0]
     body = [line for line in latex(Evaluation(runs)).splitlines() if line.endswith(r"\\")]
     assert {line.count("&") for line in body[: 1 + len(METRICS)]} == {2}
-    assert r"a\_run" in body[0] and r"b|50\%" in body[0]
+    assert r"a\_run" in body[0] and r"b\textbar{}50\%" in body[0]
 
 
 def test_the_best_is_bold_and_what_differs_is_marked(compared):

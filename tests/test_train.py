@@ -464,6 +464,8 @@ def trainer_of_two_labels(config):
 class Growing:
     """Gives each image and label an epsilon of its own."""
 
+    assessment = None
+
     def epsilon(self, ids):
         return np.array([int(name[-1]) + label for name in ids for label in (0.0, 0.5)])
 

@@ -7,6 +7,7 @@ import typer
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
+    WHERE,
     AsJson,
     Cache,
     Device,
@@ -84,6 +85,10 @@ def evaluate(
         float,
         typer.Option(help="Dice below which an image counts as failed.", rich_help_panel=HOW),
     ] = 0.7,
+    figures: Annotated[
+        bool,
+        typer.Option("--figures/--no-figures", help="Draw the figures.", rich_help_panel=WHERE),
+    ] = True,
     cache: Cache = None,
     device: Device = "auto",
     trust: Trust = False,
@@ -97,10 +102,11 @@ def evaluate(
     """
     with talking(quiet, verbose) as display:
         from polyseg.jobs import evaluation
+        from polyseg.jobs.testing import Questions
 
         outcome = evaluation.evaluate_runs(
             sources,
-            questions=evaluation.Questions(
+            questions=Questions(
                 threshold=_threshold(threshold),
                 uncertainty=uncertainty,
                 samples=samples,
@@ -116,6 +122,7 @@ def evaluate(
             cache=cache,
             device=device,
             trust=trust,
+            figures=figures,
             progress=display,
         )
     print_outcome(outcome, as_json)

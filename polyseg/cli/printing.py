@@ -73,7 +73,7 @@ def print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> N
         table.add_column(name, justify="left" if name == "metric" else "right")
     for row in rows:
         cells = (value if isinstance(value, str) else f"{value:.3f}" for value in row.values())
-        table.add_row(*("-" if cell == "nan" else cell for cell in cells))
+        table.add_row(*("-" if cell == "nan" else escape(cell) for cell in cells))
     console.print(table)
 
 
@@ -82,12 +82,12 @@ def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, indent=2))
         return
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     for name, value in values.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         if isinstance(value, dict):
             shown = ", ".join(f"{count} {part}" for part, count in value.items())
-        table.add_row(name, shown)
+        table.add_row(escape(name), escape(shown))
     Console().print(table)
 
 

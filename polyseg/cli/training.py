@@ -121,6 +121,11 @@ def train(
         "control.replay_arm": None if replay is None else replay_arm or "recorded",
     }
     settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)])
+    if own and ":" in settings.network.name:
+        raise PolysegError(
+            f"{replay}: its network {settings.network.name} is code outside polyseg; if you trust "
+            f"it, say so by naming the settings too: polyseg train {config} --replay {replay}"
+        )
     with talking(quiet, verbose) as display:
         from polyseg.jobs import training
 

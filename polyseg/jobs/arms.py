@@ -1,14 +1,16 @@
 """Arms of an experiment: runs that differ only by seed, fold or machine."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from polyseg.config import Config
 from polyseg.evaluate import RobustnessPoint, RunScores, mean_scores, pool
 
-_OF_ONE_ARM = (
+_OF_ONE_ARM = {
     "training.seed",
     "training.device",
     "training.workers",
@@ -17,10 +19,10 @@ _OF_ONE_ARM = (
     "data.split_file",
     "data.memory",
     "data.cache",
-    "output.",
     "control.replay",
-)
-"""Settings that may differ within an arm; of a replay it is the arm that tells."""
+    "control.replay_arm",
+}
+"""Settings that may differ within an arm, besides where its results go."""
 
 
 def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
@@ -33,10 +35,11 @@ def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, config in configs.items():
         found.setdefault(_key(config), []).append(name)
+    short = [_common_name(names) for names in found.values()]
     arms: dict[str, list[str]] = {}
-    for number, names in enumerate(found.values(), start=1):
-        arm = _common_name(names) or f"arm {number}"
-        arms[arm if arm not in arms else f"{arm} ({number})"] = names
+    for number, (arm, names) in enumerate(zip(short, found.values(), strict=True), start=1):
+        told_apart = arm and short.count(arm) == 1
+        arms[arm if told_apart else names[0] if len(names) == 1 else f"arm {number}"] = names
     return arms
 
 
@@ -80,17 +83,21 @@ def _key(config: Config) -> str:
         for section, values in config.model_dump().items()
         for name, value in values.items()
     }
-    kept = {key: value for key, value in settings.items() if not key.startswith(_OF_ONE_ARM)}
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in _OF_ONE_ARM and not key.startswith("output.")
+    }
+    # Machines keep a data set in different places, but under one name.
+    kept["data set"] = Path(config.data.path or "").name
     kept["replayed"] = config.control.replay and config.control.replay_arm
-    return repr(sorted(kept.items(), key=lambda item: item[0]))
+    return json.dumps(kept, sort_keys=True)
 
 
 def _common_name(names: Sequence[str]) -> str:
     """Return what the names of an arm's runs have in common, without a number at the end."""
-    if len(names) == 1:
-        return names[0]
     last = {name.rsplit("/", 1)[-1] for name in names}
-    if len(last) == 1:
+    if len(last) == 1 < len(names):
         return last.pop()
     # Sign by sign: "dice_s0" and "dice_s1" have "dice_s" in common.
     common = os.path.commonprefix(list(names)).rsplit("/", 1)[-1]  # noqa: RUF071

@@ -1,115 +1,34 @@
 """`polyseg evaluate`: networks tested side by side on the same images."""
 
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from polyseg import results
-from polyseg.calibration import ReliabilityCurve
-from polyseg.config import MOST_SAMPLES, Config
-from polyseg.data.corruptions import CORRUPTIONS, STRENGTHS, check_corruption, corrupted
+from polyseg.config import Config
+from polyseg.data.corruptions import CORRUPTIONS
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
-from polyseg.evaluate import (
-    Evaluation,
-    ImageScores,
-    Prediction,
-    RobustnessPoint,
-    RunScores,
-    compare,
-    image_scores,
-)
-from polyseg.inference import predict
+from polyseg.evaluate import Evaluation, RunScores, compare
+from polyseg.files import short_names
 from polyseg.jobs.arms import arms_of, pool_arms, pool_points
 from polyseg.jobs.models import (
-    Model,
     fresh_folder,
     images_for,
     open_model,
-    passes_of,
+    refuse_full,
     results_beside,
-    short_names,
 )
-from polyseg.montecarlo import assess
-from polyseg.networks import SegmentationNetwork
-from polyseg.records import METRICS, Progress, no_progress
+from polyseg.jobs.testing import Questions, Tested, ask_network
+from polyseg.records import Progress, no_progress
 from polyseg.report import Outcome
-from polyseg.results import PredictedMasks
-from polyseg.run import find_checkpoint, read_checkpoint
+from polyseg.run import RunDirectory, find_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
-THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Among which one is chosen on the validation images."""
-
-_PIXELS_AT_ONCE = 2**24
-"""Of which MC Dropout's maps are held."""
-
-Threshold = float | Literal["val"]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What is asked of each network."""
-
-    threshold: Threshold = 0.5
-    """From which probability on a pixel is foreground; "val": the best on validation images."""
-    uncertainty: bool = False
-    """Whether to test the mean over passes of MC Dropout too, and whether D finds failures."""
-    samples: int | None = None
-    """N, the passes; the run's own if left out."""
-    corruptions: Sequence[str] = ()
-    """Kinds of damage to test under."""
-    tolerance: float = 2.0
-    """Of NSD, in pixels, or in mm where spacings are known."""
-    failure: float = 0.7
-    """Dice below which an image counts as failed."""
-
-    def check(self) -> None:
-        """Raise for what cannot be asked.
-
-        Raises:
-            PolysegError: names the option.
-        """
-        if self.threshold != "val" and not 0 < float(self.threshold) < 1:
-            raise PolysegError(f"--threshold {self.threshold}: above 0 and below 1, or val")
-        if self.samples is not None and not 2 <= self.samples <= MOST_SAMPLES:
-            raise PolysegError(f"--samples {self.samples}: from 2 to {MOST_SAMPLES:,} passes")
-        if self.samples is not None and not self.uncertainty:
-            raise PolysegError("--samples: counts passes of MC Dropout; add --uncertainty")
-        if not 0 < self.tolerance < 1000:
-            raise PolysegError(f"--tolerance {self.tolerance:g}: above 0 and below 1000")
-        if not 0 < self.failure <= 1:
-            raise PolysegError(f"--failure {self.failure:g}: a Dice above 0, up to 1")
-        for name in self.corruptions:
-            check_corruption(name, 0)
-
-
-@dataclass
-class _Tested:
-    """What the testing of one network gave."""
-
-    scores: list[RunScores]
-    points: list[RobustnessPoint] = field(default_factory=list)
-    masks: list[PredictedMasks] = field(default_factory=list)
-    hashes: Mapping[str, str] = field(default_factory=dict)
-
-
-class _Prediction(NamedTuple):
-    """A network's answer for one image."""
-
-    id: str
-    probability: NDArray[np.float64]
-    """(K, H, W) in [0, 1]."""
-    masks: NDArray[np.uint8]
-    """(K, H, W) in {0, 1}, the truth."""
-    uncertainty: Mapping[str, Sequence[float]]
-    """By name, one a label."""
+Hashes = Mapping[str, str]
+Arms = Mapping[str, Sequence[str]]
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -126,7 +45,7 @@ def kinds_of_damage(text: str | None) -> tuple[str, ...]:
 def evaluate_runs(
     sources: Sequence[Path],
     *,
-    questions: Questions = Questions(),
+    questions: Questions = Questions(),  # noqa: B008 - it is frozen
     baseline: str | None = None,
     group: bool = False,
     data: Path | None = None,
@@ -135,6 +54,7 @@ def evaluate_runs(
     cache: Path | None = None,
     device: str = "auto",
     trust: bool = False,
+    figures: bool = True,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Test checkpoints side by side on the same images.
@@ -150,331 +70,130 @@ def evaluate_runs(
         cache: folder for decoded images that do not fit into memory.
         device: where to compute.
         trust: whether code that a checkpoint names may run.
+        figures: whether to draw them.
         progress: of all this.
 
     Raises:
         PolysegError: checkpoint, data or folder are not in order, or the images differ.
     """
+    # What can be found wrong is said before the first network is tested, which may take long.
     questions.check()
+    place = out or results_beside(sources[0], "evaluation")
+    refuse_full(place)
     names = short_names(sources)
-    # What is wrong with any of them is said before the first is tested, which may take long.
-    configs = [read_checkpoint(find_checkpoint(source)).config for source in sources]
-    arms = (
-        arms_of(dict(zip(names, configs, strict=True))) if group else {one: [one] for one in names}
-    )
+    configs = {
+        name: read_checkpoint(find_checkpoint(source)).config
+        for name, source in zip(names, sources, strict=True)
+    }
+    arms = arms_of(configs) if group else {name: [name] for name in names}
     reference = None if baseline is None else _named(baseline, sources, names, arms)
-    tested: dict[str, _Tested] = {}
+    _refuse_other_tasks(configs)
+    promised = {} if data else dict(zip(names, (_promised(s, part) for s in sources), strict=True))
+    _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
+
+    hashes: dict[str, Hashes] = {}
+    tested: dict[str, Tested] = {}
     images: ImageSet | None = None
     for source, name in zip(sources, names, strict=True):
         model = open_model(source, device, trust)
         found, ids = images_for(model, data, part, "test", progress, cache)
-        hashes = {identity: found.hashes[identity] for identity in ids}
-        if tested and not group:
-            _refuse_other_images(name, hashes, *next(iter(tested.items())))
+        hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
+        if not group:
+            _refuse_other_images(arms, hashes)
         images = images or found
-        tested[name] = _test(model, name, found, ids, questions, progress)
-        tested[name].hashes = hashes
-    runs = [one for test in tested.values() for one in test.scores]
-    points = [point for test in tested.values() for point in test.points]
-    if group:
-        _refuse_unlike_arms(arms, tested)
-        points = pool_points(points, runs, arms)
-        runs = pool_arms(runs, arms)
+        tested[name] = ask_network(model, name, found, ids, questions, cache, progress)
+    _refuse_other_images(arms, hashes)
     _warn_of_sizes(configs)
-    compared = [] if reference is None else compare(runs, reference)
-    evaluation = Evaluation(runs, compared, points, questions.tolerance, questions.failure)
+    evaluation = _together(tested, configs, arms, reference, questions)
     masks = [one for test in tested.values() for one in test.masks]
-    with fresh_folder(out or results_beside(sources[0], "evaluation")) as folder:
-        files = results.write_evaluation(evaluation, folder, figures=True)
-        if images is not None:
+    with fresh_folder(place) as folder:
+        files = results.write_evaluation(evaluation, folder, figures=figures)
+        if figures and images is not None:
             files += results.draw_predictions(evaluation, masks, images, folder)
         return Outcome(folder, files, evaluation)
 
 
-def score(
-    name: str,
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    *,
-    progress: Progress = no_progress,
-) -> list[RunScores]:
-    """Return the metrics of a network on some images, image by image, a record a label.
-
-    Raises:
-        PolysegError: the images have no masks.
-    """
-    predictions = _plain(network, images, ids, batch_size, f"testing {name}", progress)
-    return _judge(name, predictions, images, ids, dict.fromkeys(images.labels, 0.5), Questions())
-
-
-def choose_thresholds(
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    progress: Progress = no_progress,
-) -> dict[str, float]:
-    """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
-
-    Of several that are equally good it is the one nearest to 0.5.
-    """
-    dices = [
-        [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
-        for one in _plain(network, images, ids, batch_size, "choosing thresholds", progress)
-    ]
-    means = np.mean(dices, axis=0).round(9)
-    nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
-    return {
-        label: max(zip(of_label.tolist(), nearness, THRESHOLDS, strict=True))[2]
-        for label, of_label in zip(images.labels, means, strict=True)
-    }
-
-
-def _test(
-    model: Model,
-    name: str,
-    images: ImageSet,
-    ids: Sequence[str],
+def _together(
+    tested: Mapping[str, Tested],
+    configs: Mapping[str, Config],
+    arms: Arms,
+    reference: str | None,
     questions: Questions,
-    progress: Progress,
-) -> _Tested:
-    """Ask one network everything."""
-    thresholds = _thresholds(model, images, questions, progress)
-    uncertainty: dict[str, Any] = {}
-    scores: list[RunScores] = []
-    if questions.uncertainty:
-        passes = list(_passes(model, images, ids, questions, progress))
-        uncertainty = {one.id: one.uncertainty for one in passes}
-        scores = _judge(name, passes, images, ids, thresholds, questions, "mc_mean")
-    size, kept = model.config.training.batch_size, _Keeper(name, images.labels, thresholds)
-    predictions = (
-        one._replace(uncertainty=uncertainty.get(one.id, {}))
-        for one in _plain(model.network, images, ids, size, f"testing {name}", progress)
-    )
-    plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions)
-    points = _under_damage(model, plain, images, ids, questions, progress)
-    return _Tested(plain + scores, list(points), kept.masks())
+) -> Evaluation:
+    """Return what all networks gave, arm by arm."""
+    runs: list[RunScores] = []
+    for name, test in tested.items():
+        seed, fold = configs[name].training.seed, configs[name].data.fold
+        runs += [dataclasses.replace(run, seed=seed, fold=fold) for run in test.scores]
+    points = [point for test in tested.values() for point in test.points]
+    if any([arm] != list(members) for arm, members in arms.items()):
+        points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
+    compared = [] if reference is None else compare(runs, reference)
+    return Evaluation(runs, compared, points, questions.tolerance, questions.failure)
 
 
-def _thresholds(
-    model: Model, images: ImageSet, questions: Questions, progress: Progress
-) -> dict[str, float]:
-    if questions.threshold != "val":
-        return dict.fromkeys(images.labels, float(questions.threshold))
-    own, ids = images_for(model, None, "val", "val", progress)
-    size = model.config.training.batch_size
-    found = choose_thresholds(model.network, own, ids, size, progress)
-    for label, threshold in found.items():
-        what = f" of {label}" if label else ""
-        log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
-    return found
+def _promised(source: Path, part: str | None) -> Hashes | None:
+    """Return which images a run says that it tests on, if it is around its checkpoint."""
+    run = RunDirectory(find_checkpoint(source).parent.parent)
+    if not run.split.is_file():
+        return None
+    split, hashes = run.read_split()
+    if part == "all":
+        return hashes
+    return {identity: hashes[identity] for identity in split.get(part or "test", [])}
 
 
-def _plain(
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    task: str,
-    progress: Progress,
-) -> Iterator[_Prediction]:
-    """Yield what one pass without dropout predicts for each image."""
-    done = 0
-    for batch, logits in predict(network, images.batches(ids, batch_size)):
-        if batch.masks is None:
-            raise PolysegError("evaluate: the images have no masks to compare with")
-        for row, identity in enumerate(batch.ids):
-            probability = logits[row].double().sigmoid().numpy()
-            yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
-        done += len(batch.ids)
-        progress(task, done, len(ids))
-
-
-def _passes(
-    model: Model,
-    images: ImageSet,
-    ids: Sequence[str],
-    questions: Questions,
-    progress: Progress,
-) -> Iterator[_Prediction]:
-    """Yield the mean prediction over the passes of MC Dropout for each image, and its uncertainty.
-
-    Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
-    """
-    settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
-    settings |= {} if questions.samples is None else {"samples": questions.samples}
-    names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
-    labels = len(images.labels)
-    for part in _chunks(images, ids):
-        found = assess(
-            model.network,
-            images.batches(part, model.config.training.batch_size),
-            **settings,
-            seed=model.config.training.seed,
-            epoch=model.checkpoint.epoch,
-            progress=progress,
-            total=len(part),
-        ).in_order(part)
-        for i, identity in enumerate(part):
-            rows = slice(i * labels, (i + 1) * labels)
-            _, masks = images.sample(identity)
-            yield _Prediction(
-                identity,
-                np.stack(found.maps["mean"][rows]).astype(np.float64),
-                masks.numpy(),
-                {name: found.scores[name][rows].tolist() for name in names},
-            )
-
-
-def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the images in parts whose maps fit into memory."""
-    part: list[str] = []
-    pixels = 0
-    for identity in ids:
-        height, width = images.item(identity).size
-        pixels += height * width * len(images.labels)
-        if part and pixels > _PIXELS_AT_ONCE:
-            yield part
-            part, pixels = [], height * width * len(images.labels)
-        part.append(identity)
-    yield part
-
-
-def _judge(
-    name: str,
-    predictions: Iterator[_Prediction] | Sequence[_Prediction],
-    images: ImageSet,
-    ids: Sequence[str],
-    thresholds: Mapping[str, float],
-    questions: Questions,
-    prediction: Prediction = "plain",
-) -> list[RunScores]:
-    """Return the metrics of predictions, a record a label."""
-    in_mm = all(images.item(identity).spacing is not None for identity in ids)
-    results: dict[str, list[ImageScores]] = {label: [] for label in images.labels}
-    curves = {label: ReliabilityCurve() for label in images.labels}
-    for one in predictions:
-        for k, label in enumerate(images.labels):
-            results[label].append(
-                image_scores(
-                    one.id,
-                    one.probability[k],
-                    one.masks[k],
-                    threshold=thresholds[label],
-                    spacing=images.item(one.id).spacing if in_mm else None,
-                    tolerance=questions.tolerance,
-                    uncertainty={key: values[k] for key, values in one.uncertainty.items()},
-                )
-            )
-            curves[label].add(one.probability[k], one.masks[k])
-    return [
-        RunScores(
-            name=name,
-            scores=scores,
-            label=label,
-            prediction=prediction,
-            threshold=thresholds[label],
-            unit="mm" if in_mm else "px",
-            reliability=curves[label],
-        )
-        for label, scores in results.items()
-    ]
-
-
-def _under_damage(
-    model: Model,
-    clean: Sequence[RunScores],
-    images: ImageSet,
-    ids: Sequence[str],
-    questions: Questions,
-    progress: Progress,
-) -> Iterator[RobustnessPoint]:
-    """Yield the metrics of a network on images damaged in each way, to each degree."""
-    thresholds = {run.label: run.threshold for run in clean}
-    name, config = clean[0].name, model.config
-    for corruption in questions.corruptions:
-        yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
-        for strength in STRENGTHS[1:]:
-            # One seed for all networks, so that all see the same damage.
-            seen = corrupted(images, corruption, strength, seed=0, config=config.data, ids=ids)
-            task = f"testing {name} under {corruption} {strength}"
-            size = config.training.batch_size
-            predictions = _plain(model.network, seen, ids, size, task, progress)
-            for run in _judge(name, predictions, seen, ids, thresholds, questions):
-                yield RobustnessPoint(run.title, corruption, strength, run.scores)
-
-
-class _Keeper:
-    """Keeps the predicted masks that pass by, eight pixels a byte, for the figures at the end."""
-
-    def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
-        self.name, self.labels, self.thresholds = name, labels, thresholds
-        self.packed: dict[str, dict[str, NDArray[np.uint8]]] = {label: {} for label in labels}
-        self.shapes: dict[str, tuple[int, int]] = {}
-
-    def __call__(self, one: _Prediction) -> _Prediction:
-        for k, label in enumerate(self.labels):
-            predicted = one.probability[k] >= self.thresholds[label]
-            self.packed[label][one.id] = np.packbits(predicted)
-            self.shapes[one.id] = (predicted.shape[0], predicted.shape[1])
-        return one
-
-    def masks(self) -> list[PredictedMasks]:
-        """Return them, a record a label."""
-        return [
-            PredictedMasks(self.name, label, self.packed[label], self.shapes)
-            for label in self.labels
-        ]
-
-
-def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
-    truth = mask > 0
-    found = []
-    for threshold in THRESHOLDS:
-        predicted = probability >= threshold
-        total = int(predicted.sum()) + int(truth.sum())
-        found.append(2 * int((predicted & truth).sum()) / total if total else 1.0)
-    return np.array(found)
-
-
-def _refuse_other_images(
-    source: str, hashes: Mapping[str, str], first: str, tested: _Tested
-) -> None:
-    if hashes != tested.hashes:
-        raise PolysegError(
-            f"{source}: would be tested on other images than {first}; give runs of one split, "
-            "--data, or --group for runs of several folds"
-        )
-
-
-def _refuse_unlike_arms(arms: Mapping[str, Sequence[str]], tested: Mapping[str, _Tested]) -> None:
-    """Raise unless all arms were tested on the same images.
-
-    Raises:
-        PolysegError: names two that were not.
-    """
-    seen: dict[str, dict[str, str]] = {}
-    for arm, names in arms.items():
-        merged: dict[str, str] = {}
-        for name in names:
-            for identity, digest in tested[name].hashes.items():
-                if merged.setdefault(identity, digest) != digest:
-                    raise PolysegError(f"{name}: its image {identity} is another in {names[0]}")
-        seen[arm] = merged
-    first = next(iter(seen))
-    for arm, hashes in seen.items():
-        if hashes != seen[first]:
+def _refuse_other_tasks(configs: Mapping[str, Config]) -> None:
+    """Raise unless all networks were trained to find the same."""
+    (first, wanted), *others = configs.items()
+    for name, config in others:
+        if config.data.tasks != wanted.data.tasks:
             raise PolysegError(
-                f"--group: the runs of {arm} ({', '.join(arms[arm])}) were tested on other images "
-                f"than those of {first} ({', '.join(arms[first])}); give the same folds of each"
+                f"{name}: was trained on other labels than {first} (data.foreground "
+                f"{config.data.foreground} and {wanted.data.foreground}); evaluate them apart"
             )
 
 
-def _warn_of_sizes(configs: Sequence[Config]) -> None:
-    sizes = {str(config.data.size) for config in configs}
+def _refuse_other_images(arms: Arms, hashes: Mapping[str, Hashes]) -> None:
+    """Raise unless all arms, or runs, are tested on the same images with the same masks.
+
+    Args:
+        arms: names of the runs of each.
+        hashes: of each run whose images are known so far, by id.
+    """
+    seen = {
+        arm: _merged([(name, hashes[name]) for name in names if name in hashes])
+        for arm, names in arms.items()
+    }
+    known = {arm: found for arm, found in seen.items() if all(name in hashes for name in arms[arm])}
+    for arm, found in known.items():
+        first = next(iter(known))
+        if found == known[first]:
+            continue
+        if [arm] == list(arms[arm]):
+            raise PolysegError(
+                f"{arm}: would be tested on other images, or masks, than {first}; give runs of one "
+                "split, --data, or --group for runs of several folds"
+            )
+        raise PolysegError(
+            f"--group: the runs of {arm} ({', '.join(arms[arm])}) have other images than those of "
+            f"{first} ({', '.join(arms[first])}); give the same folds of each"
+        )
+
+
+def _merged(runs: Sequence[tuple[str, Hashes]]) -> Hashes:
+    merged: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for name, hashes in runs:
+        for identity, digest in hashes.items():
+            if merged.setdefault(identity, digest) != digest:
+                raise PolysegError(f"{name}: its image {identity} is not that of {owner[identity]}")
+            owner.setdefault(identity, name)
+    return merged
+
+
+def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
+    sizes = {str(config.data.size) for config in configs.values()}
     if len(sizes) > 1:
         log.warning(
             "the networks see the images at different sizes (data.size %s): distances in pixels, "
@@ -487,7 +206,7 @@ def _named(
     baseline: str,
     sources: Sequence[Path],
     names: Sequence[str],
-    arms: Mapping[str, Sequence[str]],
+    arms: Arms,
 ) -> str:
     """Return the name in the tables of what the user calls the baseline.
 

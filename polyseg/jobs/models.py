@@ -206,6 +206,16 @@ def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
     return split_by_settings(images.members(), config)
 
 
+def refuse_full(path: Path) -> None:
+    """Raise if there is something where results are to go.
+
+    Raises:
+        PolysegError: there is.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise PolysegError(f"{path}: is not empty and nothing is overwritten; choose another --out")
+
+
 @contextlib.contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that is there and empty; what fails before it is filled leaves none behind.
@@ -213,8 +223,7 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     Raises:
         PolysegError: it holds something already, or cannot be made.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise PolysegError(f"{path}: is not empty and nothing is overwritten; choose another --out")
+    refuse_full(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -251,19 +260,6 @@ def passes_of(config: Config) -> dict[str, Any]:
         )
         settings["metric"] = "mutual_information"
     return settings
-
-
-def short_names(sources: Sequence[Path]) -> list[str]:
-    """Return a short name for each source that tells it from the others.
-
-    >>> short_names([Path("/runs/a/last.safetensors"), Path("/runs/b/last.safetensors")])
-    ['a/last.safetensors', 'b/last.safetensors']
-    """
-    parts = [source.resolve().parts for source in sources]
-    length = next(
-        n for n in range(1, 99) if n > 90 or len({part[-n:] for part in parts}) == len(set(parts))
-    )
-    return ["/".join(part[-length:]) for part in parts]
 
 
 def results_beside(source: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.errors import PolysegError
-from polyseg.files import write_text
+from polyseg.files import short_names, write_text
 from polyseg.page.document import (
     Block,
     Folded,
@@ -77,7 +77,7 @@ def make_page(
     if len(sources) > MOST_RUNS:
         raise PolysegError(f"report: {len(sources)} runs are too many for a page of {MOST_RUNS}")
     runs = []
-    for k, (source, name) in enumerate(zip(sources, _names(sources), strict=True), start=1):
+    for k, (source, name) in enumerate(zip(sources, short_names(sources), strict=True), start=1):
         runs.append(read_run(source, name))
         progress("reading runs", k, len(sources))
     if lost := sum(len(run.remarks) for run in runs):
@@ -110,15 +110,6 @@ def page_of(runs: Sequence[RunFiles], title: str | None = None) -> Page:
         warnings=[remark for run in runs for remark in run.remarks],
         sections=[Section(name, blocks) for name, blocks in parts.items() if blocks],
     )
-
-
-def _names(sources: Sequence[Path]) -> list[str]:
-    """Return a short name for each run that tells it from the others, wherever one stands."""
-    parts = [source.resolve().parts for source in sources]
-    if len(set(parts)) < len(parts):
-        raise PolysegError("report: a run is given twice")
-    length = next(n for n in range(1, 9999) if len({part[-n:] for part in parts}) == len(parts))
-    return ["/".join(part[-length:]) for part in parts]
 
 
 def _each(
@@ -269,7 +260,9 @@ def _per_image(run: RunFiles) -> list[Block]:
     """Return the worst images, and all of them on demand."""
     if len(run.per_image) < 2:
         return []
-    keys, *rows = _shown_columns(run.per_image)
+    keys, *rows = _shown_columns(run.per_image) or [[]]
+    if not keys:
+        return []
     if "dice" in keys:
         rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
     order = "by Dice, the worst first" if "dice" in keys else "in the file's order"

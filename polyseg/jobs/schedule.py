@@ -12,8 +12,8 @@ from polyseg import schedules
 from polyseg.cache import read_schedule, write_schedule
 from polyseg.config import Config
 from polyseg.errors import PolysegError
-from polyseg.files import write_text
-from polyseg.jobs.models import fresh_folder, results_beside, short_names
+from polyseg.files import short_names, write_text
+from polyseg.jobs.models import fresh_folder, results_beside
 from polyseg.plots.schedules import (
     Panel,
     difficulty_panels,

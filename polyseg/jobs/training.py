@@ -15,8 +15,8 @@ from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS, Split
 from polyseg.errors import PolysegError
 from polyseg.evaluate import Evaluation
-from polyseg.jobs.evaluation import score
 from polyseg.jobs.models import new_split, split_of_run
+from polyseg.jobs.testing import score
 from polyseg.jobs.uncertainty import draw_extremes
 from polyseg.memory import keep_freed_memory
 from polyseg.records import Progress, Schedule, no_progress

@@ -19,6 +19,7 @@ from PIL import Image
 from polyseg.cache import read_assessment, read_schedule
 from polyseg.config import parse_yaml
 from polyseg.errors import PolysegError
+from polyseg.files import TEMPORARY_PREFIX
 from polyseg.records import Assessment, Schedule
 
 MOST_PICTURES = 40
@@ -131,7 +132,11 @@ class _Folder:
         """Return the names of a sub-folder's files, those with numbers by their size."""
 
         def listed(path: Path) -> list[str]:
-            return [f"{folder}/{one.name}" for one in path.iterdir() if one.suffix == suffix]
+            return [
+                f"{folder}/{one.name}"
+                for one in path.iterdir()
+                if one.suffix == suffix and not one.name.startswith(TEMPORARY_PREFIX)
+            ]
 
         found: list[str] = self.read(folder, listed, [])
         return sorted(found, key=lambda one: (len(one), one))
