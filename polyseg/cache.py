@@ -100,10 +100,8 @@ def read_assessment(
             foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
             fallback=_within(_column(file, "fallback", n, "i1"), 0, len(FALLBACKS) - 1),
             dice=_within(_column(file, "dice", n, "f8"), 0, 1, or_nan=True),
-            mask_pixels=_column(file, "mask_pixels", n, "i8")
-            if _has(file, "mask_pixels")
-            else None,
-            epsilon=_finite(_column(file, "epsilon", n, "f8")) if _has(file, "epsilon") else None,
+            mask_pixels=_optional(file, "mask_pixels", n, "i8"),
+            epsilon=_optional(file, "epsilon", n, "f8"),
             maps=_read_maps(file, n) if with_maps and _has(file, "maps") else {},
             config_yaml=_text(file, "config"),
         )

@@ -295,8 +295,9 @@ def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
 def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     """Compare all runs with the one of that name, label by label, on the same images.
 
-    Means over the passes of MC Dropout are compared with such means. p-values of a metric are
-    adjusted by Holm's method over the runs that are compared in it.
+    Means over the passes of MC Dropout are compared with such means. Of arms the runs with equal
+    seed and fold are compared, or all if there are none. p-values of a metric are adjusted by
+    Holm's method over the runs that are compared in it.
 
     Raises:
         PolysegError: there is no such run.
@@ -384,27 +385,33 @@ def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Compari
 
 
 def _difference(reference: RunScores, run: RunScores, metric: MetricColumn) -> PairedDifference:
+    """Compare two runs, or of two arms the runs with equal seed and fold."""
+    pairs = _pairs(reference, run)
+    if pairs:
+        reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
     ids = [image.id for image in reference.scores]
     found = paired_difference(
         reference.column(metric.key),
         _by_id(run, metric.key, ids),
         higher_is_better=metric.higher_is_better,
     )
-    pairs = [
-        np.nanmean(_by_id(other, metric.key, shared) - _by_id(one, metric.key, shared))
+    return over_runs(found, [_mean_difference(*pair, metric.key) for pair in pairs])
+
+
+def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunScores]]:
+    return [
+        (one, other)
         for one in reference.members
         for other in run.members
         if (one.seed, one.fold) == (other.seed, other.fold)
-        and (shared := _defined_in_both(one, other, metric.key))
     ]
-    return over_runs(found, pairs)
 
 
-def _defined_in_both(one: RunScores, other: RunScores, key: str) -> list[str]:
-    """Return the images of which both runs have a metric."""
+def _mean_difference(one: RunScores, other: RunScores, key: str) -> float:
     ids = [image.id for image in one.scores]
-    known = np.isfinite(_by_id(one, key, ids)) & np.isfinite(_by_id(other, key, ids))
-    return [ids[int(i)] for i in np.flatnonzero(known)]
+    differences = _by_id(other, key, ids) - _by_id(one, key, ids)
+    known = differences[np.isfinite(differences)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:

@@ -26,7 +26,7 @@ from polyseg.statistics import stars
 
 _COMPARED = ("dice", "iou", "sensitivity", "precision", "hd95", "nsd")
 _CASES = 5
-_MOST_SHOWN = 4
+_MOST_SHOWN = 6
 """Of the images, and of the runs, in a figure of predictions."""
 
 
@@ -84,7 +84,8 @@ def draw_predictions(
             shown = list(itertools.islice((one for one in cases if one is not None), _CASES))
             if not shown:
                 continue
-            figure = predictions(shown, list(arms), title=f"The {len(shown)} {title} images")
+            heading = f"The {len(shown)} {title} images, by mean Dice"
+            figure = predictions(shown, list(arms), title=heading)
             path = place.with_name(f"{place.name}_{title}")
             files += save_figure(headed(figure, label), path)
     return files

@@ -52,8 +52,12 @@ class Sheet:
     notes: Sequence[str] = ()
 
 
-def sheets(evaluation: Evaluation) -> list[Sheet]:
+def sheets(evaluation: Evaluation, *, brief: bool = False) -> list[Sheet]:
     """Return the tables of an evaluation, those that have something to say.
+
+    Args:
+        evaluation: what was found.
+        brief: of several comparisons the differences in Dice alone.
 
     >>> [sheet.title for sheet in sheets(Evaluation([]))]
     []
@@ -62,7 +66,8 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
         return []
     found = [
         _metrics_sheet(evaluation),
-        *_comparison_sheets(evaluation),
+        _dice_sheet(evaluation),
+        *([] if brief and len(evaluation.comparisons) > 1 else _comparison_sheets(evaluation)),
         *_strata_sheets(evaluation),
         _failure_sheet(evaluation),
         _robustness_sheet(evaluation),
@@ -90,13 +95,18 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     unsure = list(dict.fromkeys(k for run in single for one in run.scores for k in one.uncertainty))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    grouped = any(run.members for run in runs)
+    arm_of = {id(one): run.name for run in runs for one in run.members}
     named = {"label": any(run.label for run in single)}
     named["prediction"] = any(run.prediction != "plain" for run in single)
-    heads = ["run", *(name for name, there in named.items() if there), "id"]
+    named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
+    heads = [*(["arm"] if grouped else []), "run"]
+    heads += [*(name for name, there in named.items() if there), "id"]
     metrics = [metric.key for metric in METRICS]
     writer.writerow([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure])
     for run in single:
-        own = [run.name, *(getattr(run, name) for name, there in named.items() if there)]
+        own = [arm_of.get(id(run), run.name)] if grouped else []
+        own += [run.name, *(getattr(run, name) for name, there in named.items() if there)]
         for image in run.scores:
             values = [image.values[key] for key in metrics]
             found = [image.uncertainty.get(name, math.nan) for name in unsure]
@@ -211,11 +221,43 @@ def _metrics_sheet(evaluation: Evaluation) -> Sheet:
         spread += (
             " (each its mean over an arm's runs), in brackets that of the means over the seeds"
         )
-    marked = "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm."
+    marked = (
+        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm: of these "
+        "networks on such images; of other seeds only where arms of several are compared."
+    )
     return Sheet(
         "Metrics", heads, rows,
         [f"{spread}. {RULE}", *([marked] if evaluation.comparisons else []), *notes(runs)],
     )  # fmt: skip
+
+
+def _dice_sheet(evaluation: Evaluation) -> Sheet:
+    """Return the differences in Dice alone, a row a run, where there are several."""
+    compared = evaluation.comparisons
+    several = any(one.differences["dice"].runs > 1 for one in compared)
+    dice = METRICS[0]
+    rows = [
+        [Cell(one.run, marks=row[0].marks), *row[1:]]
+        for one in compared
+        if (row := _comparison_row(one, dice, evaluation, several))
+    ]
+    against = " and ".join(dict.fromkeys(one.baseline for one in compared))
+    heads = ["run", *_comparison_heads(several)]
+    return Sheet(f"Dice against {against}", heads, rows if len(rows) > 1 else [], _meaning(several))
+
+
+def _comparison_heads(several: bool) -> list[str]:
+    over_runs = ["over runs", "p runs"] if several else []
+    return ["difference [95 % interval]", "+/-/=", "p", *over_runs, "Holm"]
+
+
+def _meaning(several: bool) -> list[str]:
+    return [
+        "+/-/=: images that are better, worse, equal. Interval by bootstrap over the images (BCa), "
+        "p by Wilcoxon's signed-rank test, as if each image were a case of its own.",
+        *([_OVER_RUNS] if several else []),
+        "Holm: the larger p, corrected for the runs compared in a metric, not for metrics.",
+    ]
 
 
 def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
@@ -228,21 +270,12 @@ def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
             if one.differences[metric.key].images < images
         ]
         left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
-        heads = ["metric", "difference [95 % interval]", "+/-/=", "p"]
-        heads += ["over runs", "p runs"] if runs > 1 else []
-        paired = f", {runs} pairs of runs" if runs > 1 else ""
+        paired = f", {runs} pair{'s' if runs > 1 else ''} of runs" if runs else ""
         yield Sheet(
-            f"{one.run} against {one.baseline} ({images} images{paired})",
-            [*heads, "Holm"],
+            f"{one.run} against {one.baseline} ({_count(images, 'image')}{paired})",
+            ["metric", *_comparison_heads(runs > 1)],
             [_comparison_row(one, metric, evaluation, runs > 1) for metric in METRICS],
-            [
-                "+/-/=: images that are better, worse, equal. Interval by bootstrap over the "
-                "images (BCa), p by Wilcoxon's signed-rank test, as if each image were a case of "
-                "its own.",
-                *([_OVER_RUNS] if runs > 1 else []),
-                "Holm: the larger p, corrected for the runs compared in a metric, not for metrics.",
-                *([left_out] if fewer else []),
-            ],
+            [*_meaning(runs > 1), *([left_out] if fewer else [])],
         )
 
 
@@ -379,8 +412,12 @@ def _spread(run: RunScores, metric: MetricColumn) -> str:
 
 
 def _images(run: RunScores) -> str:
-    runs = f"{len(run.members)} runs, " if run.members else ""
-    return f"{runs}{len(run.scores)} image{'' if len(run.scores) == 1 else 's'}"
+    runs = f"{_count(len(run.members), 'run')}, " if run.members else ""
+    return runs + _count(len(run.scores), "image")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:

@@ -128,6 +128,7 @@ class Trainer:
                 self.progress("training", self.epoch, epochs)
                 self._leave_on_signal()
         log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
+        self._warn_of_an_early_best()
 
     def resume(self) -> None:
         """Take up the state of the last committed epoch.
@@ -370,6 +371,15 @@ class Trainer:
         if not self.config.assesses:
             return []
         return self.config.control.assessment_epochs(self.config.training.epochs)
+
+    def _warn_of_an_early_best(self) -> None:
+        adapted = [epoch for epoch, after in enumerate(self.assessed, start=1) if after >= 0]
+        if adapted and self.best_epoch < adapted[0]:
+            log.warning(
+                "the best checkpoint is from before epoch %d, the first with adapted epsilons, and "
+                "tests of it say nothing of them: train for longer, or lower control.start",
+                adapted[0],
+            )
 
     def _assessed_for(self, epoch: int) -> int:
         if self.replay is not None:

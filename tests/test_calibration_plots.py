@@ -108,7 +108,7 @@ def test_the_legend_tells_the_errors():
     figure = reliability_diagram(["a", "b"], *[[np.array([0.5])] * 2] * 3, [0.25, np.nan])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["0.250  a", "–  b"]
-    assert legend.get_title().get_text() == "ECE"
+    assert legend.get_title().get_text() == "ECE of all pixels"
 
 
 def test_many_runs_have_panels_of_their_own_with_the_others_in_gray():
@@ -116,7 +116,10 @@ def test_many_runs_have_panels_of_their_own_with_the_others_in_gray():
     panels = diagram(curves).axes
     assert len(panels) == 6
     for i, (axes, curve) in enumerate(zip(panels, curves, strict=True)):
-        assert axes.get_title() == f"{wrapped(LONG.format(i))}\nECE {curve.calibration_error:.3f}"
+        assert (
+            axes.get_title()
+            == f"{wrapped(LONG.format(i))}\nECE of all pixels {curve.calibration_error:.3f}"
+        )
         (own,) = own_lines(axes)
         np.testing.assert_array_equal(own.get_ydata(), curve.observed)
         others = [line.get_ydata() for line in axes.lines if line.get_color() == "0.85"]

@@ -17,9 +17,9 @@ from scipy.optimize import brentq
 from polyseg import __version__
 from polyseg.cache import read_assessment
 from polyseg.config import Config
-from polyseg.metrics import METRICS
 from polyseg.jobs.figure import _derivative_where_the_sum_is_one
 from polyseg.losses import polydice1_curve
+from polyseg.metrics import METRICS
 
 from .conftest import TINY
 from .reference import commands

@@ -228,4 +228,4 @@ def test_an_epochs_order_is_told_without_its_images():
         assert [names for names, _, _ in batches] == epoch_order(images.ids, epoch=epoch, **order)
     first, second = (epoch_order(images.ids, epoch=epoch, **order) for epoch in (1, 2))
     assert first != second
-    assert sorted(sum(first, [])) == sorted(images.ids)
+    assert sorted(name for batch in first for name in batch) == sorted(images.ids)

@@ -188,3 +188,16 @@ def test_failures_found_against_scikit_learn():
     assert found.aurc == pytest.approx(selective.mean())
     best = np.cumsum(np.sort(1 - dice)) / np.arange(1, 31)
     assert found.excess_aurc == pytest.approx((selective - best).mean())
+
+
+def test_seeds_that_only_one_arm_has_are_left_out_of_a_comparison():
+    """An arm's lucky seed would else look like the arm."""
+    rng = np.random.default_rng(4)
+    first, lucky = rng.random(20) / 2, 0.5 + rng.random(20) / 2
+    a = pool("a", [run_of("a0", first, seed=0), run_of("a1", lucky, seed=1)])
+    b = pool("b", [run_of("b0", first, seed=0)])
+    found = compare([a, b], "a")[0].differences["dice"]
+    assert (found.mean, found.equal, found.runs, found.p) == (0.0, 20, 1, 1.0)
+    apart = pool("b", [run_of("b2", lucky, seed=2)])
+    found = compare([a, apart], "a")[0].differences["dice"]
+    assert found.runs == 0 and found.mean == pytest.approx((lucky - first).mean() / 2)

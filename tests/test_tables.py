@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,8 +76,14 @@ def test_the_csv_holds_every_value(runs):
 
 
 def test_the_csv_of_an_arm_holds_its_runs(runs):
-    arm = pool("arm", runs)
-    assert per_image_csv([arm]) == per_image_csv(runs)
+    runs = [replace(run, seed=seed) for seed, run in enumerate(runs)]
+    found, alone = (
+        list(csv.DictReader(io.StringIO(per_image_csv(one)))) for one in ([pool("arm", runs)], runs)
+    )
+    assert [(row.pop("arm"), row.pop("seed")) for row in found] == [("arm", "0")] * 4 + [
+        ("arm", "1")
+    ] * 3
+    assert found == alone
 
 
 def test_the_summary_is_plain_json(runs):

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,7 +34,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
         return
     console = Console()
     if outcome.evaluation is not None:
-        for sheet in tables.sheets(outcome.evaluation):
+        for sheet in tables.sheets(outcome.evaluation, brief=True):
             print_sheet(console, sheet)
     if outcome.correlations:
         print_correlations(console, outcome.correlations)
@@ -50,15 +50,33 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
 
 
 def print_sheet(console: Console, sheet: "Sheet") -> None:
-    """Print a table of an evaluation; the best of a row is bold."""
-    table = Table(title=escape(sheet.title), title_justify="left")
-    for column, head in enumerate(sheet.heads):
-        table.add_column(escape(head), justify="right" if column else "left", no_wrap=column > 0)
-    for row in sheet.rows:
-        table.add_row(*(_shown(cell) for cell in row))
-    console.print(table)
+    """Print a table of an evaluation, the best of a row bold, in parts if it is too wide."""
+    for columns in _parts(sheet, console.width):
+        table = Table(title=escape(sheet.title), title_justify="left")
+        for column in columns:
+            side: Literal["left", "right"] = "right" if column else "left"
+            table.add_column(escape(sheet.heads[column]), justify=side)
+        for row in sheet.rows:
+            table.add_row(*(_shown(row[column]) for column in columns))
+        console.print(table)
     for note in sheet.notes:
         console.print(note, highlight=False, markup=False)
+
+
+def _parts(sheet: "Sheet", width: int) -> list[list[int]]:
+    """Return which columns stand together, the first in each part, so that no cell is cut."""
+    words = [
+        [*head.split(), *(row[column].text + row[column].marks for row in sheet.rows)]
+        for column, head in enumerate(sheet.heads)
+    ]
+    wide = [max(map(len, of_column)) for of_column in words]
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(wide)):
+        taken = sum(wide[one] + 3 for one in [*parts[-1], column]) + 1
+        if taken > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(column)
+    return parts
 
 
 def _shown(cell: "Cell") -> str:

@@ -105,6 +105,10 @@ def train(
         config = out / "config.yaml"
     if replay_arm is not None and replay is None:
         raise PolysegError("--replay-arm: of what? name the run by --replay")
+    if replay_arm not in (None, "recorded", "shuffled", "mean", "inverted"):
+        raise PolysegError(
+            f"--replay-arm {replay_arm}: choose recorded, shuffled, mean or inverted"
+        )
     own: list[str] = []
     if replay is not None and config is None and (replay / "config.yaml").is_file():
         config, own = replay / "config.yaml", ["output.path=null"]
@@ -118,7 +122,11 @@ def train(
         "data.fold": fold,
         "data.split_file": None if split is None else str(split),
         "control.replay": None if replay is None else str(replay),
-        "control.replay_arm": None if replay is None else replay_arm or "recorded",
+        "control.replay_arm": None
+        if replay is None
+        else "recorded"
+        if replay_arm is None
+        else replay_arm,
     }
     settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)])
     if own and ":" in settings.network.name:

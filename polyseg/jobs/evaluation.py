@@ -100,6 +100,10 @@ def evaluate_runs(
         hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
         if not group:
             _refuse_other_images(arms, hashes)
+        if data is None and part in ("train", "val", "all"):
+            log.warning(
+                "%s: --split %s has images that it was trained or chosen on: no test", name, part
+            )
         images = images or found
         tested[name] = ask_network(model, name, found, ids, questions, cache, progress)
     _refuse_other_images(arms, hashes)
@@ -173,7 +177,7 @@ def _refuse_other_images(arms: Arms, hashes: Mapping[str, Hashes]) -> None:
         if [arm] == list(arms[arm]):
             raise PolysegError(
                 f"{arm}: would be tested on other images, or masks, than {first}; give runs of one "
-                "split, --data, or --group for runs of several folds"
+                "split, --data of new images, or --group for runs of several folds"
             )
         raise PolysegError(
             f"--group: the runs of {arm} ({', '.join(arms[arm])}) have other images than those of "

@@ -73,7 +73,7 @@ def reliability_diagram(
             axes.set_ylabel("share of foreground")
             below.set_ylabel("pixels")
     figure.supxlabel("predicted probability of foreground", fontsize=9)
-    _name_runs(figure, panels, names, "ECE", errors)
+    _name_runs(figure, panels, names, "ECE of all pixels", errors)
     return figure
 
 
