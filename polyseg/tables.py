@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -474,7 +475,8 @@ def _comparison_record(one: Comparison) -> dict[str, Any]:
 
 def _markdown(sheet: Sheet) -> str:
     def shown(cell: Cell) -> str:
-        text = _plain_line(cell.text).replace("\\", "\\\\").replace("|", "\\|")
+        # What names hold may be anything; brackets of intervals stay as they are.
+        text = re.sub(r"([\\|*_`<>&]|(?<=\])\()", r"\\\1", _plain_line(cell.text))
         return (f"**{text}**" if cell.best else text) + cell.marks.replace("*", "\\*")
 
     heads = [shown(Cell(head)) for head in sheet.heads]

@@ -166,3 +166,16 @@ def test_uncertainties_stand_beside_the_metrics():
     ]  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(per_image_csv(evaluation.runs))))
     assert [float(row["entropy"]) for row in rows] == pytest.approx([0.1 * i for i in range(6)])
+
+
+def test_names_cannot_mark_up_a_table():
+    hostile = "<script>x</script> **b** [l](http://e) a_b `c` \n\\input{/etc/passwd}"
+    run = RunScores(hostile, [image_scores("im", *case(0))])
+    text = markdown(Evaluation([run]))
+    assert "<script>" not in text.replace("\\<", "") and "](http" not in text
+    assert "\\*\\*b\\*\\*" in text
+    written = latex(Evaluation([run]))
+    assert "\\input{" not in written
+    assert all(
+        line.startswith(("%", "\\", "{}", "metric", "run")) for line in written.splitlines() if line
+    )
