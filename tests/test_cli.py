@@ -117,7 +117,7 @@ def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
 
 def test_results_go_into_the_run_when_no_place_is_named(polyseg, tmp_path):
     polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
-    assert polyseg("evaluate", tmp_path / "run").code == 0
+    assert polyseg("evaluate", tmp_path / "run", "--no-figures").code == 0
     assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
 
 
@@ -245,21 +245,21 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
     other = tmp_path / "other"
     polyseg("train", "--data", images, "--out", other, *SET, "--set", "data.split_seed=5", "-q")
-    assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset").err
+    assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset", "--no-figures").err
     assert "tested on other images" in polyseg("evaluate", run, other).err
     answer = polyseg("estimate-uncertainty", run, "--samples", "0")
     assert answer.code == 2 and "--samples 0: from 2 to 10,000 passes" in answer.err
     answer = polyseg("train", "--data", images, "--out", run, *SET)
     assert answer.code == 2 and "is not empty" in answer.err
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(images / "images" / "phantom_0003.png")
-    answer = polyseg("evaluate", run)
+    answer = polyseg("evaluate", run, "--no-figures")
     assert answer.code == 2 and "image phantom_0003 has changed" in answer.err
 
 
 def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     shutil.copytree(images, tmp_path / "moved")
-    answer = polyseg("evaluate", tmp_path / "run", "--data", tmp_path / "moved")
+    answer = polyseg("evaluate", tmp_path / "run", "--data", tmp_path / "moved", "--no-figures")
     assert answer.code == 0
     assert "14 of these 16 images are training or validation images of" in answer.err
 

@@ -78,7 +78,7 @@ def test_a_checkpoint_repeats_what_images_went_through(config, polyseg, tmp_path
     """The command finds the scores that the run found, and also where the folder has moved."""
     run = run_of(config("run", kind))
     expected = list(csv.DictReader((run.evaluation / "per_image.csv").open()))
-    answer = polyseg("evaluate", run.path, "--out", tmp_path / "again")
+    answer = polyseg("evaluate", run.path, "--out", tmp_path / "again", "--no-figures")
     assert answer.code == 0, answer.err
     assert list(csv.DictReader((tmp_path / "again/per_image.csv").open())) == expected
     answer = polyseg("estimate-uncertainty", run.path, "--split", "test", "--out", tmp_path / "u")
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_left_its_run_shows_all_images(config, polyseg, tmp_pa
     answer = polyseg("estimate-uncertainty", moved, "--out", tmp_path / "u")
     assert answer.code == 0, answer.err
     assert len((tmp_path / "u/per_image.csv").read_text().splitlines()) == 1 + len(names)
-    answer = polyseg("evaluate", moved, "--out", tmp_path / "e")
+    answer = polyseg("evaluate", moved, "--out", tmp_path / "e", "--no-figures")
     assert answer.code == 2 and "which its run folder keeps" in answer.err
 
 

@@ -20,11 +20,19 @@ from PIL import Image
 
 from polyseg.cache import write_assessment, write_schedule
 from polyseg.errors import PolysegError
+from polyseg.jobs import page as page_job
 from polyseg.jobs.page import make_page, page_of
 from polyseg.page import figures, runfiles
 from polyseg.page.document import Folded, Gallery, Page, Picture, Section, Table, Text, render
-from polyseg.page.results import further_tables, metric_tables, number
-from polyseg.page.runfiles import RunFiles, read_run
+from polyseg.page.results import (
+    comparison_tables,
+    dice_comparison,
+    further_tables,
+    metric_tables,
+    number,
+)
+from polyseg.page.runfiles import EvaluationFiles, RunFiles, read_run
+from polyseg.plots.training import training_curves, validation_curves
 from polyseg.records import Assessment, Schedule
 
 EVIL = '<script>alert("1")</script>&\'\u202e'
@@ -159,6 +167,31 @@ def make_run(tmp_path):
     return make
 
 
+FIGURES = {
+    "differences": (1400, 660),
+    "comparison": (1400, 700),
+    "reliability": (700, 860),
+    "risk_coverage": (700, 720),
+    "robustness": (700, 470),
+    "predictions_1_cyst_worst": (1050, 2160),
+    "predictions_best": (1050, 2160),
+    "own": (700, 500),
+}
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    """Write a folder as `polyseg evaluate` would leave it."""
+    path = tmp_path / "cmp"
+    path.mkdir()
+    record = summary("adaptive") | {"comparisons": compared(DIFFERENCE)}
+    (path / "summary.json").write_text(json.dumps(record))
+    (path / "per_image.csv").write_text(per_image())
+    for name, size in FIGURES.items():
+        (path / f"{name}.png").write_bytes(png(size))
+    return path
+
+
 def written(*runs, name="page.html", **options):
     return make_page(runs, out=runs[0].parent.parent / name, **options).read_text()
 
@@ -177,7 +210,7 @@ def test_a_page_tells_all_that_a_run_holds(make_run):
     heads = [one for one in page.words if one.startswith("case") or one == "Difficulty and ε"]
     assert len(heads) == 2 + 20 + 30 + 1  # twice a heading, the worst, all of them
     assert len(page.all("figure")) == 4 + 3  # drawn and kept, the curves not twice
-    assert [one["class"] for one in page.all("figure")].count("png") == 2
+    assert [one["class"] for one in page.all("figure")].count("png") == 3
 
 
 def test_values_of_the_assessments_are_numpys(make_run):
@@ -199,6 +232,17 @@ def test_the_worst_images_come_first_and_what_is_undefined_last(make_run):
         known = [float(one) for one in dice if one != "–"]
         assert known == sorted(known)
         assert (dice[-1] == "–") == (count > IMAGES)
+
+
+def test_of_many_images_the_first_are_shown(make_run, evaluation, monkeypatch):
+    monkeypatch.setattr(page_job, "_MOST_ROWS", 27)
+    page = Parser(written(make_run(), evaluations=[evaluation])).text
+    assert "20 of 31 test images of a by Dice" in page
+    assert "The first 27 of 31 test images of a by Dice" in page
+    assert (
+        "cmp: a row each network and image, by Dice, the worst first, the first 27 of 31." in page
+    )
+    assert page.count("case ") == 0  # what is undefined comes last
 
 
 def test_runs_are_compared_by_the_settings_in_which_they_differ(make_run):
@@ -278,7 +322,7 @@ def test_nothing_outside_the_run_is_read(make_run, tmp_path):
     assert "SECRET" not in page and "hidden" not in page
     assert base64.b64encode(png((31, 33))).decode() not in page
     found = remarks(page)
-    assert found.count("is a link that leads out of the run") == 3
+    assert found.count("is a link that leads out of the folder") == 3
     assert "figures/loop.png could not be read" in found
 
 
@@ -337,6 +381,159 @@ def test_any_text_is_shown_or_marked(words):
     for part in "".join(c if c.isprintable() else " " for c in words).split():
         assert part in "".join(page.words)
     assert [tag for tag, _ in page.tags].count("script") == 1
+
+
+def section(page, title):
+    (found,) = re.findall(rf"<section [^>]*>\n<h2>{title}</h2>(.*?)</section>", page, flags=re.S)
+    return found
+
+
+def test_a_comparison_stands_before_the_tests_of_single_runs(make_run, evaluation):
+    page = written(make_run("a"), make_run("b", loss="dice"), evaluations=[evaluation])
+    titles = re.findall("<h2>(.*?)</h2>", page)
+    assert titles[:2] == ["Summary", "Comparison"] and "Test images" in titles[2:]
+    assert "Comparison cmp" in Parser(page).text.partition("Contents")[0]
+    found = section(page, "Comparison")
+    text = Parser(found).text
+    assert "arm 0 against b: differences image by image" in text
+    assert " ".join(["Dice!", *CELLS, "0.040"]) in text
+    assert "metric adaptive Dice! 0.500 ± 0.250" in text
+    assert text.index("against b") < text.index("Test metrics") < text.index("Figure 1.")
+    assert "<summary>All images of cmp</summary>" in found
+
+
+def test_figures_of_an_evaluation_have_captions_an_order_and_an_even_grid(make_run, evaluation):
+    found = section(written(make_run(), evaluations=[evaluation]), "Comparison")
+    figures_ = re.findall(r'<figure class="([^"]*)"><img[^>]*alt="([^"]*)">.*?</b> (.*?)<', found)
+    wide = {alt.partition(".png")[0] for kind, alt, _ in figures_ if "wide" in kind}
+    names = [alt.partition(".png")[0] for _, alt, _ in figures_]
+    numbers = ["differences", "comparison", "reliability", "risk_coverage", "robustness", "own"]
+    assert names == [*numbers, "predictions_1_cyst_worst", "predictions_best"]
+    assert wide == {"differences", "comparison"}
+    captions = dict(zip(names, (caption for *_, caption in figures_), strict=True))
+    assert captions["own"] == "cmp: own.png."
+    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images of the least")
+    assert all(".png" not in caption for name, caption in captions.items() if name != "own")
+    assert found.count('class="gallery"') == 2
+
+
+@pytest.mark.parametrize("gone", ["per_image.csv", "differences.png", "comparison.png"])
+def test_what_an_evaluation_lacks_is_left_out_in_silence(make_run, evaluation, gone):
+    (evaluation / gone).unlink()
+    page = written(make_run(), evaluations=[evaluation])
+    assert not Parser(page).all("aside") and section(page, "Comparison")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "per_image.csv", "comparison.png"])
+@pytest.mark.parametrize("content", [b"\x00\xff\xfe", b"a,b\n1\n"])
+def test_a_damaged_file_of_an_evaluation_is_a_remark(make_run, evaluation, name, content):
+    (evaluation / name).write_bytes(content)
+    page = written(make_run(), evaluations=[evaluation])
+    assert f"cmp: {name} could not be read" in remarks(page)
+    assert "All images of cmp" in page or name == "per_image.csv"
+    assert str(evaluation) not in page
+
+
+def test_nothing_outside_an_evaluation_is_read(make_run, evaluation, tmp_path):
+    (tmp_path / "hidden.png").write_bytes(png((31, 33)))
+    (evaluation / "linked.png").symlink_to(tmp_path / "hidden.png")
+    (tmp_path / "secret.csv").write_text(per_image("SECRET"))
+    (evaluation / "per_image.csv").unlink()
+    (evaluation / "per_image.csv").symlink_to("../secret.csv")
+    page = written(make_run(), evaluations=[evaluation])
+    assert "SECRET" not in page and base64.b64encode(png((31, 33))).decode() not in page
+    assert remarks(page).count("is a link that leads out of the folder") == 2
+
+
+def test_several_evaluations_have_a_heading_each(make_run, evaluation, tmp_path):
+    other = shutil.copytree(evaluation, tmp_path / "others" / "cmp")
+    page = written(make_run(), evaluations=[evaluation, other])
+    assert re.findall("<h3>(.*?)</h3>", section(page, "Comparison")) == [
+        f"{evaluation.parent.name}/cmp",
+        "others/cmp",
+    ]
+
+
+def test_what_is_no_evaluation_is_refused_in_one_line(make_run, evaluation, tmp_path):
+    run, out = make_run(), tmp_path / "page.html"
+    with pytest.raises(PolysegError, match=r"no summary\.json in it"):
+        make_page([run], evaluations=[run], out=out)
+    with pytest.raises(PolysegError, match="given twice"):
+        make_page([run], evaluations=[evaluation, evaluation], out=out)
+    with pytest.raises(PolysegError, match="give an evaluation by --evaluation"):
+        make_page([evaluation], out=out)
+    with pytest.raises(PolysegError, match="too many"):
+        make_page([run], evaluations=[evaluation] * 50, out=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["p5.pdf", "page", "page.html.txt", ".html"])
+def test_a_page_is_called_html(make_run, tmp_path, name):
+    with pytest.raises(PolysegError, match=r"ends in \.html"):
+        make_page([make_run()], out=tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_paths_that_differ_do_not_tell_of_the_machine(make_run):
+    one, other = make_run("a"), make_run("b")
+    for run in (one, other):
+        replay = f"/home/me/{run.name}/schedule.h5"
+        text = f"control: {{replay: {replay}}}\ndata: {{path: 'C:\\me\\{run.name}'}}\n"
+        (run / "config.yaml").write_text(text)
+    text = section(written(one, other), "Settings")
+    table = Parser(text.partition("<details>")[0]).text
+    assert "control.replay …/a/schedule.h5 …/b/schedule.h5" in table
+    assert "data.path …/me/a …/me/b" in table and "home" not in table
+
+
+def test_names_of_curves_are_where_no_curve_can_be():
+    rows = [
+        {"epoch": k, "train_loss": 1 / k, "validation_dice": 0.5, "assessed": 1} for k in (1, 2)
+    ]
+    figure = training_curves(rows)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y0 >= axes.get_window_extent().y1
+        assert legend.y1 <= figure.bbox.y1 and legend.x1 <= figure.bbox.x1
+
+
+def test_ticks_are_spoken_of_where_there_are_some(make_run):
+    run = make_run()
+    assert "Ticks at the foot" in written(run)
+    (run / "history.csv").write_text(HISTORY.replace("0.01,1", "0.01,0"))
+    assert "Ticks at the foot" not in written(run, name="again.html")
+
+
+def test_curves_of_runs_are_their_dice_with_the_first_best_epoch_marked():
+    dice = [np.array([0.2, 0.7, np.nan, 0.7]), np.array([np.nan, np.nan]), np.array([0.5, 0.4])]
+    epochs = [np.arange(1, len(one) + 1) for one in dice]
+    axes = validation_curves(["a", "b", "c"], epochs, dice).axes[0]
+    curves = [line for line in axes.lines if line.get_marker() != "o"]
+    marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    np.testing.assert_array_equal(curves[0].get_ydata(), dice[0])
+    np.testing.assert_array_equal(curves[1].get_ydata(), dice[2])
+    assert marks == [[[2, 0.7]], [[1, 0.5]]]
+    many = validation_curves([str(k) for k in range(20)], [epochs[2]] * 20, [dice[2]] * 20)
+    lines = [one for one in many.axes[0].lines if one.get_marker() != "o"]
+    assert len({(one.get_color(), one.get_linestyle()) for one in lines}) == 20
+
+
+def test_runs_are_drawn_together(make_run, monkeypatch):
+    seen = {}
+
+    def draw(names, epochs, dice):
+        seen.update(zip(names, zip(epochs, dice, strict=True), strict=True))
+        return training_curves([])
+
+    monkeypatch.setattr(figures, "validation_curves", draw)
+    empty = make_run("c")
+    (empty / "history.csv").unlink()
+    page = written(make_run("a"), make_run("b"), empty)
+    assert list(seen) == ["a", "b"]
+    assert [values.tolist() for values in seen["a"]] == [[1, 2, 3], [0.2, 0.7, 0.6]]
+    assert page.count("Validation Dice of all runs") == 1
+    assert "Validation Dice of all runs" not in written(make_run("d"), name="one.html")
 
 
 def test_a_page_needs_and_allows_nothing_but_itself(make_run, drawn):
@@ -443,21 +640,34 @@ SUMMARIES = st.fixed_dictionaries(
 @given(record=SUMMARIES, environment=st.dictionaries(st.text(max_size=9), JSON))
 def test_any_summary_and_environment_can_be_shown(record, environment):
     environment |= {key: environment.get(key) for key in ("started", "command", "polyseg")}
-    run = RunFiles("a", summary=record, environment=environment)
-    Parser(render(page_of([run, RunFiles("b")])))
+    run = RunFiles("a", evaluation=EvaluationFiles("a", summary=record), environment=environment)
+    compared = EvaluationFiles("c", compares=True, summary=record)
+    Parser(render(page_of([run, RunFiles("b")], [compared])))
+
+
+DIFFERENCE = {
+    "images": 9,
+    "mean": -0.01234,
+    "low": -0.02,
+    "high": 0.001,
+    "better": 3,
+    "p_value": 1e-5,
+    "adjusted": 0.04,
+}
+CELLS = ["9", "−0.0123", "−0.0200 to +0.0010", "3", "–", "–", "< 0.001"]
+OVER_RUNS = {"runs": 3, "deviation_over_runs": 0.00456, "p_over_runs": 0.0312}
+
+
+def compared(*differences, metrics=("dice",)):
+    return [
+        {"run": f"arm {k}", "baseline": "b", "metrics": dict.fromkeys(metrics, one)}
+        for k, one in enumerate(differences)
+    ]
 
 
 def test_further_tables_show_what_an_evaluation_found():
-    difference = {"images": 9, "mean": -0.01234, "low": -0.02, "high": 0.001, "better": 3}
     record = summary("a") | {
         "failure_dice": 0.7,
-        "comparisons": [
-            {
-                "run": "a",
-                "baseline": "b",
-                "metrics": {"dice": difference | {"p_value": 1e-5, "adjusted": 0.04}},
-            }
-        ],
         "robustness": [
             {"run": "a", "corruption": "noise", "strength": k, "metrics": {"dice": 0.9 - 0.1 * k}}
             for k in range(3)
@@ -467,24 +677,50 @@ def test_further_tables_show_what_an_evaluation_found():
         "strata": [{"by": "size", "name": "small", "images": 4, "means": {"dice": 0.5}}],
         "failure_detection": [{"uncertainty": "mutual_information", "failed": 2, "auroc": 0.75}],
     }
-    run = RunFiles("a", summary=record)
-    comparison, strata, failures, robustness = further_tables(run)
-    assert comparison.rows == [
-        ["Dice!", "9", "−0.0123", "−0.0200 to +0.0010", "3", "–", "–", "< 0.001", "0.040"]
-    ]
+    own = EvaluationFiles("a", summary=record)
+    strata, failures, robustness = further_tables(own)
     assert strata.rows == [["a", "0.500\n4 images"]]
     assert failures.rows == [["a", "mutual information", "2", "0.750", "–", "–", "–"]]
     assert robustness.rows == [["noise", "a", "0.900", "0.800", "0.700"]]
     record["runs"].append(
         {"name": "other", "prediction": "mc_mean", "metrics": {"new": {"mean": 2}}}
     )
-    (table,) = metric_tables([run])
+    (table,) = metric_tables([own])
     assert table.head == ["metric", "a: a", "a: other (MC mean)"]
     assert table.rows[1] == ["new", "–", "2.0000"]
 
 
+def test_differences_show_what_the_images_say_and_what_the_runs_say():
+    record = summary("a") | {"comparisons": compared(DIFFERENCE, metrics=("dice", "hd95"))}
+    evaluation = EvaluationFiles("a", summary=record)
+    (table,) = comparison_tables(evaluation)
+    assert table.rows[0] == ["Dice!", *CELLS, "0.040"]
+    assert [row[0] for row in table.rows] == ["Dice!", "HD95"]
+    assert table.rows[1][2] == "−0.012"  # distances have fewer decimals
+    assert "arm 0 against b" in table.caption and not list(dice_comparison(evaluation))
+    record["comparisons"] = compared(DIFFERENCE, DIFFERENCE | OVER_RUNS)
+    _, over_runs = comparison_tables(evaluation)
+    assert over_runs.head[7:] == ["p", "pairs of runs", "over runs", "p (runs)", "p (Holm)"]
+    assert over_runs.rows == [["Dice!", *CELLS, "3", "0.0046", "0.031", "0.040"]]
+    (dice,) = dice_comparison(evaluation)
+    assert dice.rows == [
+        ["arm 0 against b", *CELLS, "–", "–", "–", "0.040"],
+        ["arm 1 against b", *CELLS, "3", "0.0046", "0.031", "0.040"],
+    ]
+    assert "t-test" in dice.caption
+
+
+def test_arms_tell_their_runs_and_the_spread_of_their_seeds():
+    record = summary("adaptive")
+    record["runs"][0]["members"] = ["adaptive-0", "adaptive-1"]
+    record["runs"][0]["metrics"]["dice"] |= {"seed_deviation": 0.0123}
+    (table,) = metric_tables([EvaluationFiles("c", compares=True, summary=record)])
+    assert table.head == ["metric", "adaptive (2 runs)"] and "seeds" in table.caption
+    assert table.rows == [["Dice!", "0.500 ± 0.250 (0.012)\n0.400 to 0.600, n = 29"]]
+
+
 def test_numbers_are_right_aligned_and_words_are_not():
-    table = Table("", ["a", "b", "c"], [["1", "0.5 ± 0.1", "x"], ["2", "−1e−05", "3"]])
+    table = Table("", ["a", "b", "c"], [["1", "0.5 ± 0.1 (0.02)", "x"], ["2", "−1e−05", "3"]])
     text = render(Page("", [], [], [Section("", [table])]))
     assert re.findall(r"<th scope=\"col\"([^>]*)>", text) == ["", ' class="number"', ""]
     with pytest.raises(ValueError):
@@ -501,10 +737,12 @@ def test_a_large_drawing_becomes_a_picture(make_run, drawn, monkeypatch):
     assert all(one["src"].startswith("data:image/png") for one in page.all("img"))
 
 
-def test_the_command(polyseg, make_run, tmp_path):
-    answer = polyseg("report", make_run(), "--out", tmp_path / "new" / "page.html", "--title", "T")
+def test_the_command(polyseg, make_run, evaluation, tmp_path):
+    out = tmp_path / "new" / "page.html"
+    asked = ("report", make_run(), "--evaluation", evaluation, "--out", out, "--title", "T")
+    answer = polyseg(*asked)
     assert (answer.code, answer.out) == (0, f"{tmp_path}/new/page.html\n")
-    assert "<h1>T</h1>" in (tmp_path / "new" / "page.html").read_text()
+    assert "<h1>T</h1>" in out.read_text() and "<h2>Comparison</h2>" in out.read_text()
     assert polyseg("report", tmp_path).code == 2
 
 

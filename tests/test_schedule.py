@@ -642,6 +642,34 @@ class TestCommands:
         refused = polyseg("schedule", "show", runs / "batch", "--image", "nobody")
         assert refused.code == 2 and refused.err.startswith("error: --image nobody")
 
+    def test_ids_are_whole_at_any_width(self, polyseg, monkeypatch):
+        names = [f"{k}_" + "long" * 20 for k in range(2)]
+        record = make_record({1: np.arange(2.0)}, 2)
+        schedule_ = replace(record.schedule, ids=names)
+        assessed = [replace(one, ids=names) for one in record.assessments]
+        record = replace(record, assessments=assessed, schedule=schedule_)
+        monkeypatch.setattr(job, "read_record", lambda _: record)
+        for width in ("80", "40"):
+            monkeypatch.setenv("COLUMNS", width)
+            text = polyseg("schedule", "show", "somewhere").out
+            row = next(line for line in text.splitlines() if names[0] in line)
+            assert names[1] in row
+
+    @pytest.mark.parametrize("command", ["show", "plot", "recompute", "export", "validity"])
+    def test_a_file_of_a_run_is_refused_with_its_run(self, polyseg, runs, command):
+        for inside in ("schedule.h5", "uncertainty/epoch_0001.h5"):
+            answer = polyseg("schedule", command, runs / "batch" / inside)
+            assert answer.code == 2 and answer.err.endswith(f"give the run, {runs / 'batch'}\n")
+
+    def test_a_setting_that_does_not_exist_is_told_with_its_neighbour(self, polyseg, runs):
+        asked = ("schedule", "recompute", runs / "batch", "--set")
+        answer = polyseg(*asked, "control.sensitvity=3")
+        assert answer.code == 2 and answer.err == (
+            "error: --set control.sensitvity: there is no such setting; did you mean "
+            "control.sensitivity?\n"
+        )
+        assert "polyseg config show" in polyseg(*asked, "qqqqq=3").err
+
     def test_recompute(self, polyseg, runs, tmp_path):
         out = tmp_path / "new.h5"
         asked = ("schedule", "recompute", runs / "batch", "--set", "control.sensitivity=3")
@@ -679,6 +707,7 @@ class TestCommands:
         assert answer.code == 0, answer.err
         assert "mutual information" in answer.out and "training loss" in answer.out
         assert sorted(path.name for path in out.iterdir()) == ["validity.pdf", "validity.png"]
+        assert set(job._PANELS) == set(schedules.MEASURES)  # the figure shows what the table does
         rows = json.loads(polyseg("schedule", "validity", runs / "batch", "--json").out)
         assert {row["score"] for row in rows} == set(
             job.read_record(runs / "batch").assessments[0].scores

@@ -97,6 +97,22 @@ def test_validity_has_a_panel_a_partner_and_one_legend():
     assert len(figure.legends) == 1 and not any(axes.get_legend() for axes in figure.axes)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_panel_cuts_off_what_another_shows(order):
+    panels = {"low": {"a": np.array([-1.0, 1.0])}, "high": {"a": np.array([0.9, math.nan])}}
+    figure = validity_curves([1, 2], dict(list(panels.items())[::order]))
+    for axes in figure.axes:
+        assert axes.get_ylim() == (-1.05, 1.05)
+        assert axes.lines[1].get_marker() != ""  # so that a value alone is seen
+
+
+def test_equal_scores_are_all_seen():
+    curves = {name: np.array([0.5, 0.6]) for name in "abcde"}
+    lines = validity_curves([1, 2], {"with size": curves}).axes[0].lines[1:]
+    sizes = [line.get_markersize() for line in lines]
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
