@@ -11,8 +11,17 @@ from polyseg.cli.options import HOW, WHERE, Quiet, Verbose
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run folders.")],
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation",
+            metavar="DIR",
+            help="A folder of `polyseg evaluate`, to compare them; repeatable.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", help="File to write, new.", rich_help_panel=WHERE)
+        Path, typer.Option("--out", help="HTML file to write, new.", rich_help_panel=WHERE)
     ] = Path("report.html"),
     title: Annotated[
         str | None, typer.Option(help="Title of the page.", rich_help_panel=HOW)
@@ -20,11 +29,14 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Bind runs into one HTML file: results, settings, curves, images, how it was made.
+    """Bind runs into one HTML file: results, comparisons, settings, curves, images, origin.
 
-    Example: polyseg report runs/dice runs/adaptive --out comparison.html
+    Example: polyseg report runs/dice runs/adaptive --evaluation results --out report.html
     """
     with talking(quiet, verbose) as display:
         from polyseg.jobs import page
 
-        print(page.make_page(runs, out=out, title=title, progress=display))
+        written = page.make_page(
+            runs, evaluations=evaluations or [], out=out, title=title, progress=display
+        )
+        print(written)

@@ -32,6 +32,8 @@ AsCsv = Annotated[
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 """Its head, and what it shows of a row."""
+_ENDLESS = 100_000
+"""Characters of a line that nothing breaks."""
 _WORDS = ("score", "hardest", "easiest", "fallback")
 
 
@@ -199,7 +201,7 @@ def schedule_validity(
 
 
 def _print_overview(run: Path, found: "Findings") -> None:
-    """Print two tables, because one would be wider than a terminal."""
+    """Print several tables, because one would be wider than a terminal."""
     spread = [
         _whole("epoch"),
         _quantiles("difficulty", ".4f", "D at 5/50/95 %"),
@@ -213,27 +215,42 @@ def _print_overview(run: Path, found: "Findings") -> None:
         _number("rank_stability", ".2f", "rank\nstability"),
         _whole("fallbacks", "fall-\nbacks"),
         ("wrong\nsign", lambda row: _shown(100 * row["wrong_sign_share"], ".1f", " %")),
+    ]
+    extreme = [
+        _whole("epoch"),
         ("hardest", lambda row: str(row["hardest_1"])),
         ("easiest", lambda row: str(row["easiest_1"])),
     ]
     _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows)
-    _print_table(f"{run}: the order of the images", lasting, found.rows, found.notes)
+    _print_table(f"{run}: how the order of the images lasts", lasting, found.rows)
+    title = f"{run}: the images of largest and smallest D"
+    _print_table(title, extreme, found.rows, found.notes, whole=True)
 
 
 def _print_table(
-    title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequence[str] = ()
+    title: str,
+    columns: Sequence[Column],
+    rows: Sequence[Row],
+    notes: Sequence[str] = (),
+    *,
+    whole: bool = False,
 ) -> None:
-    """Print a table a label, because a column more would be too wide for a terminal."""
+    """Print a table a label, because a column more would be too wide for a terminal.
+
+    With `whole` no cell is broken, however narrow the terminal, so that ids can be copied.
+    """
     console = Console()
+    canvas = Console(width=_ENDLESS) if whole else console
     for label in dict.fromkeys(row.get("label", "") for row in rows):
         named = ", ".join(filter(None, (title, label)))
-        table = Table(title=escape(named), title_justify="left")
+        table = Table()
         for head, _ in columns:
             table.add_column(head, justify="left" if head in _WORDS else "right", overflow="fold")
         for row in rows:
             if row.get("label", "") == label:
                 table.add_row(*(escape(cell(row)) for _, cell in columns))
-        console.print(table)
+        console.print(named, style="italic", highlight=False, markup=False, soft_wrap=True)
+        canvas.print(table)
     for note in notes:
         console.print(note, highlight=False, markup=False)
 

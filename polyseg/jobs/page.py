@@ -1,12 +1,12 @@
-"""`polyseg report`: what runs left behind, bound into one page."""
+"""`polyseg report`: what runs and evaluations left behind, bound into one page."""
 
 import logging
 import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from polyseg.page.document import (
     Heading,
     Listing,
     Page,
+    Picture,
     Section,
     Table,
     Text,
@@ -31,28 +32,36 @@ from polyseg.page.figures import (
     evaluation_pictures,
     extreme_pictures,
     training_picture,
+    validation_picture,
 )
 from polyseg.page.results import (
     DASH,
     brief,
+    comparison_tables,
     decimals_of,
+    dice_comparison,
     dice_tested,
     further_tables,
     heading,
     images_tested,
     metric_tables,
     number,
+    rules,
 )
-from polyseg.page.runfiles import RunFiles, read_run
+from polyseg.page.runfiles import EvaluationFiles, RunFiles, read_evaluation, read_run
 from polyseg.ranks import spearman
 from polyseg.records import Assessment, Progress, no_progress
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S", RunFiles, EvaluationFiles)
+
 MOST_RUNS = 50
 """Of a page."""
 
 _WORST = 20
+_WORDS = ("id", "label", "arm", "run", "prediction", "seed", "fold")
+"""Columns of per_image.csv that are no numbers, or names all the same."""
 _MOST_ROWS = 2000
 _MOST_FACTS = 100
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -61,39 +70,55 @@ _QUANTILES = (5, 25, 50, 75, 95)
 def make_page(
     sources: Sequence[Path],
     *,
+    evaluations: Sequence[Path] = (),
     out: Path,
     title: str | None = None,
     progress: Progress = no_progress,
 ) -> Path:
     """Write one HTML file about one or several runs, and return its path.
 
+    Args:
+        sources: folders of runs.
+        evaluations: folders of `polyseg evaluate`, in which runs are compared.
+        out: the file, new.
+        title: of the page.
+        progress: of reading the runs.
+
     Raises:
-        PolysegError: `out` is there already, a source is no run, or one is given twice.
+        PolysegError: `out` is there already or no HTML file, a source is no run, an evaluation is
+            none, or one is given twice.
     """
-    if out.exists() or out.is_symlink():
+    _check_place(out)
+    if len(sources) + len(evaluations) > MOST_RUNS:
         raise PolysegError(
-            f"{out}: exists already and nothing is overwritten; choose another --out"
+            f"report: {len(sources)} runs and {len(evaluations)} evaluations are too many for a "
+            f"page of {MOST_RUNS}"
         )
-    if len(sources) > MOST_RUNS:
-        raise PolysegError(f"report: {len(sources)} runs are too many for a page of {MOST_RUNS}")
+    compared = [read_evaluation(*one) for one in _named(evaluations)]
     runs = []
-    for k, (source, name) in enumerate(zip(sources, short_names(sources), strict=True), start=1):
+    for k, (source, name) in enumerate(_named(sources), start=1):
         runs.append(read_run(source, name))
         progress("reading runs", k, len(sources))
-    if lost := sum(len(run.remarks) for run in runs):
-        log.warning("%d files could not be read; the page names them", lost)
-    write_text(out, render(page_of(runs, title)))
+    page = page_of(runs, compared, title)
+    if page.warnings:
+        log.warning("%d files could not be read; the page names them", len(page.warnings))
+    write_text(out, render(page))
     return out
 
 
-def page_of(runs: Sequence[RunFiles], title: str | None = None) -> Page:
+def page_of(
+    runs: Sequence[RunFiles],
+    evaluations: Sequence[EvaluationFiles] = (),
+    title: str | None = None,
+) -> Page:
     """Return what there is to show of runs, in the order of a paper: results first.
 
     >>> [section.title for section in page_of([RunFiles("a")]).sections]
     ['Summary']
     """
     parts: dict[str, Sequence[Block]] = {
-        "Summary": _summary(runs),
+        "Summary": _summary(runs, evaluations),
+        "Comparison": _each(evaluations, _comparison),
         "Settings": _settings(runs),
         "Training": _training(runs),
         "Difficulty and ε": _each(runs, _difficulty),
@@ -106,36 +131,55 @@ def page_of(runs: Sequence[RunFiles], title: str | None = None) -> Page:
     )
     return Page(
         title=title or what,
-        facts=_facts(runs),
-        warnings=[remark for run in runs for remark in run.remarks],
+        facts=_facts(runs, evaluations),
+        warnings=[
+            *(remark for one in evaluations for remark in one.remarks),
+            *(remark for run in runs for remark in run.remarks),
+        ],
         sections=[Section(name, blocks) for name, blocks in parts.items() if blocks],
     )
 
 
-def _each(
-    runs: Sequence[RunFiles], blocks_of: Callable[[RunFiles], Sequence[Block]]
-) -> Sequence[Block]:
-    """Return the blocks of every run that has some, below its name where there are several."""
+def _check_place(out: Path) -> None:
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise PolysegError(
+            f"--out {out}: the page is one HTML file; give a name that ends in .html"
+        )
+    if out.exists() or out.is_symlink():
+        raise PolysegError(
+            f"{out}: exists already and nothing is overwritten; choose another --out"
+        )
+
+
+def _named(sources: Sequence[Path]) -> list[tuple[Path, str]]:
+    return list(zip(sources, short_names(sources), strict=True)) if sources else []
+
+
+def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
+    """Return the blocks of every source that has some, below its name where there are several."""
     found: list[Block] = []
-    for run in runs:
-        if blocks := blocks_of(run):
-            found += [Heading(run.name)] if len(runs) > 1 else []
+    for source in sources:
+        if blocks := blocks_of(source):
+            found += [Heading(source.name)] if len(sources) > 1 else []
             found += blocks
     return found
 
 
-def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
+def _facts(
+    runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]
+) -> list[tuple[str, str]]:
     days = (re.match(r"\d{4}-\d\d-\d\d", str(run.environment.get("started"))) for run in runs)
     begun = sorted(day.group() for day in days if day)
     versions = {brief(run.environment.get("polyseg", __version__)) for run in runs}
     return [
         ("Runs" if len(runs) > 1 else "Run", ", ".join(run.name for run in runs)),
+        *([("Comparison", ", ".join(one.name for one in evaluations))] if evaluations else []),
         ("Trained", " to ".join(dict.fromkeys((begun[0], begun[-1]))) if begun else DASH),
         ("polyseg", ", ".join(sorted(versions))),
     ]
 
 
-def _summary(runs: Sequence[RunFiles]) -> list[Block]:
+def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -> list[Block]:
     rows = []
     for run in runs:
         best = _best(run)
@@ -146,14 +190,54 @@ def _summary(runs: Sequence[RunFiles]) -> list[Block]:
                 number(run.history[-1]["epoch"] if run.history else None, 0),
                 number(best.get("epoch"), 0),
                 number(best.get("validation_dice")),
-                images_tested(run),
-                dice_tested(run),
+                images_tested(run.evaluation),
+                dice_tested(run.evaluation),
             ]
         )
     head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
     overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
-    rules = dict.fromkeys(str(run.summary["rule"]) for run in runs if "rule" in run.summary)
-    return [overview, *metric_tables(runs), *(Text(rule) for rule in rules)]
+    own = [run.evaluation for run in runs]
+    metrics: list[Block] = list(metric_tables(own))
+    if metrics and evaluations:
+        # A comparison tells the same better, and should not have to be looked for.
+        metrics = [Folded("All metrics of the runs' own tests", metrics)]
+    return [overview, *metrics, *map(Text, rules([*own, *evaluations]))]
+
+
+def _comparison(evaluation: EvaluationFiles) -> list[Block]:
+    return [
+        *_differences(evaluation),
+        *metric_tables([evaluation]),
+        *_found(evaluation),
+        *_each_image(evaluation),
+    ]
+
+
+def _tests(run: RunFiles) -> list[Block]:
+    own = run.evaluation
+    return [*_differences(own), *_found(own), *_worst_images(own)]
+
+
+def _differences(evaluation: EvaluationFiles) -> list[Block]:
+    """Return the paired comparisons; of several Dice alone, and the others on demand."""
+    overview = list(dice_comparison(evaluation))
+    single: list[Block] = list(comparison_tables(evaluation))
+    folded = Folded("All metrics, comparison by comparison", single)
+    return [*overview, folded] if overview else single
+
+
+def _found(evaluation: EvaluationFiles) -> list[Block]:
+    """Return the figures, and what was found beside metrics and differences."""
+    numbers, images = evaluation_pictures(evaluation)
+    return [
+        *_gallery(numbers),
+        *further_tables(evaluation),
+        *_gallery(images),
+    ]
+
+
+def _gallery(pictures: Sequence[Picture]) -> list[Block]:
+    return [Gallery(pictures)] if pictures else []
 
 
 def _best(run: RunFiles) -> Mapping[str, float]:
@@ -164,7 +248,7 @@ def _best(run: RunFiles) -> Mapping[str, float]:
 
 def _settings(runs: Sequence[RunFiles]) -> list[Block]:
     known = [run for run in runs if run.settings]
-    blocks: list[Block] = [_differences(known)] if len(known) > 1 else []
+    blocks: list[Block] = [_differing(known)] if len(known) > 1 else []
     return blocks + [
         Folded(f"All settings of {run.name}", [Listing(run.config_text)])
         for run in runs
@@ -172,11 +256,11 @@ def _settings(runs: Sequence[RunFiles]) -> list[Block]:
     ]
 
 
-def _differences(runs: Sequence[RunFiles]) -> Block:
+def _differing(runs: Sequence[RunFiles]) -> Block:
     """Return the settings in which runs differ, other than where they are kept."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key != "output.path")
-    rows = [[key, *(_value(run, key) for run in runs)] for key in keys]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
+    values = {key: [_value(run, key) for run in runs] for key in keys}
+    rows = [[key, *map(_without_folder, row)] for key, row in values.items() if len(set(row)) > 1]
     if not rows:
         return Text("The runs have the same settings.")
     head = ["setting", *(run.name for run in runs)]
@@ -189,14 +273,27 @@ def _value(run: RunFiles, key: str) -> str:
     return brief(written)
 
 
+def _without_folder(value: str) -> str:
+    """Return the last two parts of an absolute path, since the others tell of a machine only.
+
+    >>> _without_folder("/home/me/runs/first/schedule.h5"), _without_folder("polydice1")
+    ('…/first/schedule.h5', 'polydice1')
+    """
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(value)
+        if path.is_absolute() and len(path.parts) > 1:
+            return "/".join(["…", *path.parts[1:][-2:]])
+    return value
+
+
 def _training(runs: Sequence[RunFiles]) -> list[Block]:
-    pictures = [training_picture(run) for run in runs if run.history]
-    return [Gallery(pictures)] if pictures else []
+    trained = [run for run in runs if run.history]
+    together = [validation_picture(trained)] if len(trained) > 1 else []
+    return _gallery([*together, *map(training_picture, trained)])
 
 
 def _difficulty(run: RunFiles) -> list[Block]:
-    pictures = difficulty_pictures(run)
-    blocks: list[Block] = [Gallery(pictures)] if pictures else []
+    blocks = _gallery(difficulty_pictures(run))
     return [*blocks, _assessments(run)] if run.assessments else blocks
 
 
@@ -246,37 +343,50 @@ def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
 
 
 def _extremes(run: RunFiles) -> list[Block]:
-    pictures = extreme_pictures(run)
-    return [Gallery(pictures)] if pictures else []
+    return _gallery(extreme_pictures(run))
 
 
-def _tests(run: RunFiles) -> list[Block]:
-    pictures = evaluation_pictures(run)
-    blocks: list[Block] = [Gallery(pictures)] if pictures else []
-    return [*blocks, *further_tables(run), *_per_image(run)]
-
-
-def _per_image(run: RunFiles) -> list[Block]:
+def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
     """Return the worst images, and all of them on demand."""
-    if len(run.per_image) < 2:
+    head, cells, order = _image_rows(evaluation)
+    if not cells:
         return []
-    keys, *rows = _shown_columns(run.per_image) or [[]]
-    if not keys:
-        return []
-    if "dice" in keys:
-        rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
-    order = "by Dice, the worst first" if "dice" in keys else "in the file's order"
-    head = [heading(key) for key in keys]
-    cells = [[_cell(*pair) for pair in zip(row, keys, strict=True)] for row in rows[:_MOST_ROWS]]
-    if len(rows) <= _WORST + 5:
-        return [Table(f"Test images of {run.name} {order}.", head, cells, sortable=True)]
-    total = f"{len(rows):,} test images of {run.name}"
-    some = f"The first {_MOST_ROWS:,} of " if len(rows) > _MOST_ROWS else ""
-    everything = Table(f"{some}{total} {order}.", head, cells, sortable=True)
+    rows = len(evaluation.per_image) - 1
+    total = f"{rows:,} test images of {evaluation.name}"
+    if rows <= _WORST + 5:
+        return [Table(f"Test images of {evaluation.name} {order}.", head, cells, sortable=True)]
+    some = f"The first {_MOST_ROWS:,} of " if rows > _MOST_ROWS else ""
     return [
         Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
-        Folded(f"{some or 'All '}{total}", [everything]),
+        Folded(
+            f"{some or 'All '}{total}",
+            [Table(f"{some}{total} {order}.", head, cells, sortable=True)],
+        ),
     ]
+
+
+def _each_image(evaluation: EvaluationFiles) -> list[Block]:
+    """Return every image of every network that was compared, on demand."""
+    head, cells, order = _image_rows(evaluation)
+    if not cells:
+        return []
+    rows = len(evaluation.per_image) - 1
+    some = f", the first {_MOST_ROWS:,} of {rows:,}" if rows > _MOST_ROWS else ""
+    caption = f"{evaluation.name}: a row each network and image, {order}{some}."
+    return [
+        Folded(f"All images of {evaluation.name}", [Table(caption, head, cells, sortable=True)])
+    ]
+
+
+def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]], str]:
+    """Return per_image.csv as head and cells, as many as a page takes, and their order."""
+    keys, *rows = _shown_columns(evaluation.per_image) or [[]]
+    order = "in the file's order"
+    if "dice" in keys:
+        rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
+        order = "by Dice, the worst first"
+    cells = [[_cell(*pair) for pair in zip(row, keys, strict=True)] for row in rows[:_MOST_ROWS]]
+    return [heading(key) for key in keys], cells, order
 
 
 def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -297,7 +407,7 @@ def _sort_key(cell: str) -> float:
 
 
 def _cell(cell: str, key: str) -> str:
-    if key in ("id", "label", "run", "prediction"):
+    if key in _WORDS:
         return brief(cell)
     return number(_sort_key(cell), 0 if key.endswith("_pixels") else decimals_of(key))
 

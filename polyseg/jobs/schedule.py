@@ -1,5 +1,6 @@
 """`polyseg schedule`: what a run recorded of difficulty and epsilon, shown, drawn, made anew."""
 
+import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from polyseg import schedules
 from polyseg.cache import read_schedule, write_schedule
-from polyseg.config import Config
+from polyseg.config import Config, settings_of
 from polyseg.errors import PolysegError
 from polyseg.files import short_names, write_text
 from polyseg.jobs.models import fresh_folder, results_beside
@@ -34,8 +35,9 @@ log = logging.getLogger(__name__)
 _MOST_PANELS = 9
 _PANELS = {
     "with_error": "with 1 − Dice",
-    "with_size": "with the size of the mask",
-    "with_error_given_size": "with 1 − Dice at equal size",
+    "with_size": "with the size\nof the mask",
+    "with_error_given_size": "with 1 − Dice\nat equal size",
+    "with_previous": "with the\nassessment before",
 }
 
 
@@ -55,9 +57,9 @@ def read_record(path: Path) -> RunRecord:
     """
     run = RunDirectory(path)
     if not run.last.is_file():
-        raise PolysegError(
-            f"{path}: is no run (no {run.last.relative_to(path)}); give the folder of one"
-        )
+        owner = next((p for p in path.parents if RunDirectory(p).last.is_file()), None)
+        hint = "give the folder of one" if owner is None else f"give the run, {owner}"
+        raise PolysegError(f"{path}: is no run (no {run.last.relative_to(path)} in it); {hint}")
     # The checkpoint first: all that it names is there, whatever is written meanwhile.
     checkpoint = read_checkpoint(run.last)
     if not checkpoint.assessments:
@@ -114,6 +116,7 @@ def recompute(path: Path, overrides: Sequence[str] = (), out: Path | None = None
             the file exists.
     """
     _refuse_existing(out)
+    _refuse_unknown(overrides)
     record = read_record(path)
     if len(record.schedule.epochs) == 0:
         raise PolysegError(f"{path}: has trained no epoch yet, so there is no schedule")
@@ -231,6 +234,16 @@ def _refuse_existing(out: Path | None) -> None:
         raise PolysegError(
             f"{out}: exists already and nothing is overwritten; choose another --out"
         )
+
+
+def _refuse_unknown(overrides: Sequence[str]) -> None:
+    """Raise on settings that no run has, which are typing errors, and name the nearest."""
+    known = [setting["key"] for setting in settings_of()]
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`polyseg config show` lists them"
+            raise PolysegError(f"--set {key}: there is no such setting; {hint}")
 
 
 def _plain(name: str) -> str:

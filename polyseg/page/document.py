@@ -19,7 +19,7 @@ from importlib import resources
 from typing import Literal, TypeAlias
 
 _PLAIN = r"[+−-]?\d[\d.,]*(e[+−-]?\d+)?"
-_NUMBER = re.compile(rf"(< )?{_PLAIN}(( ±| to) {_PLAIN})?|–|")
+_NUMBER = re.compile(rf"(< )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\))?|–|")
 _SORTABLE = ' class="sortable"'
 _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
 

@@ -1,46 +1,82 @@
 """The figures of a page, with their captions, from what runs left behind."""
 
+import io
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from polyseg.page.document import Picture
-from polyseg.page.runfiles import RunFiles
+from polyseg.page.runfiles import EvaluationFiles, RunFiles
 from polyseg.plots.style import formatted, headed, save_figure
 from polyseg.plots.training import (
     difficulty_against_dice,
     difficulty_distribution,
     epsilon_quantiles,
     training_curves,
+    validation_curves,
 )
 from polyseg.ranks import spearman
 from polyseg.records import Assessment, Schedule
 
 _LARGEST_DRAWING = 300_000
+_ONE_COLUMN = 1000
+"""Pixels of width up to which a figure that is kept as a file was drawn for a column."""
 _CAPTIONS = {
     "overlays_hardest": "the images of the greatest difficulty D in the last assessment, with mask,"
     " mean prediction and uncertainty",
     "overlays_easiest": "the images of the least difficulty D in the last assessment, with mask, "
     "mean prediction and uncertainty",
+    "differences": "mean differences to the baseline with 95 % intervals by bootstrap over the "
+    "images; stars tell of p after Holm's method",
     "comparison": "a point each test image; boxes show the quartiles, whiskers reach from 5 to "
     "95 %, diamonds are means",
+    "reliability": "the share of pixels that are foreground over what was predicted, and how many "
+    "pixels there are; on the diagonal probabilities come true",
+    "risk_coverage": "the mean risk, 1 − Dice, of the images that remain as the least certain are "
+    "put aside",
+    "robustness": "Dice over the strength of damage; 0: the images as they are, 5: severe damage",
+    "predictions_worst": "the images of the least mean Dice, with the outlines of mask and "
+    "prediction",
+    "predictions_best": "the images of the greatest mean Dice, with the outlines of mask and "
+    "prediction",
 }
+"""By name of the file, in the order in which figures are shown."""
+_OF_IMAGES = re.compile(r"(predictions)(?:_\d+_(.+))?_(worst|best)", re.DOTALL)
 
 
 def training_picture(run: RunFiles) -> Picture:
     """Draw a run's history, which must have an epoch at least."""
     first, last = run.history[0], run.history[-1]
     losses = [formatted(row.get("train_loss", np.nan), ".3f") for row in (first, last)]
+    assessed = any(row.get("assessed") == 1 for row in run.history)
+    ticks = " Ticks at the foot are assessments of the uncertainty." if assessed else ""
     return _drawn(
         training_curves(run.history),
-        f"{run.name}: loss, overlap with the validation masks, and learning rate. Ticks at the "
-        "foot are assessments of the uncertainty.",
+        f"{run.name}: loss, overlap with the validation masks, and learning rate.{ticks}",
         f"Curves of {run.name}: training loss from {losses[0]} in epoch {first['epoch']:g} to "
         f"{losses[1]} in epoch {last['epoch']:g}.",
+        wide=True,
+    )
+
+
+def validation_picture(runs: Sequence[RunFiles]) -> Picture:
+    """Draw the validation Dice of runs, each of which must have an epoch at least, together."""
+    best = [max(dice, default=np.nan) for dice in map(_finite_dice, runs)]
+    named = (f"{run.name} {formatted(dice, '.3f')}" for run, dice in zip(runs, best, strict=True))
+    return _drawn(
+        validation_curves(
+            [run.name for run in runs],
+            [_column(run, "epoch") for run in runs],
+            [_column(run, "validation_dice") for run in runs],
+        ),
+        "Validation Dice of all runs; circles mark the best epochs.",
+        f"Curves of the validation Dice; the best: {', '.join(named)}.",
         wide=True,
     )
 
@@ -83,16 +119,57 @@ def extreme_pictures(run: RunFiles) -> list[Picture]:
     return [_kept(run, name) for name in found]
 
 
-def evaluation_pictures(run: RunFiles) -> list[Picture]:
-    """Return the figures of an evaluation that a run keeps as files."""
-    return [_kept(run, name, wide=True) for name in run.pictures if name.startswith("evaluation")]
+def evaluation_pictures(evaluation: EvaluationFiles) -> tuple[list[Picture], list[Picture]]:
+    """Return the figures that an evaluation keeps as files: of numbers, then of images."""
+    order = list(_CAPTIONS)
+
+    def place(name: str) -> int:
+        kind = _kind(name)[0]
+        return order.index(kind) if kind in order else len(order)
+
+    names = sorted(evaluation.pictures, key=place)
+    of_images = [name for name in names if _kind(name)[0].startswith("predictions")]
+    of_numbers = [name for name in names if name not in of_images]
+    kept = {name: _kept(evaluation, name) for name in names}
+    return [kept[name] for name in of_numbers], [kept[name] for name in of_images]
 
 
-def _kept(run: RunFiles, name: str, *, wide: bool = False) -> Picture:
-    words = _CAPTIONS.get(PurePosixPath(name).stem, name)
-    return Picture(
-        run.pictures[name], "png", f"{run.name}: {words}.", f"{name} of {run.name}", wide
-    )
+def _kept(source: RunFiles | EvaluationFiles, name: str) -> Picture:
+    kind, label = _kind(name)
+    title = f"{source.name}, {label}" if label else source.name
+    data = source.pictures[name]
+    caption = f"{title}: {_CAPTIONS.get(kind, name)}."
+    return Picture(data, "png", caption, f"{name} of {source.name}", _is_wide(data))
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """Return what a figure is of, and its label.
+
+    >>> _kind("evaluation/predictions_2_cyst_worst.png"), _kind("comparison.png")
+    (('predictions_worst', 'cyst'), ('comparison', ''))
+    """
+    stem = PurePosixPath(name).stem
+    if not (found := _OF_IMAGES.fullmatch(stem)):
+        return stem, ""
+    kind, label, which = found.groups(default="")
+    return f"{kind}_{which}", label
+
+
+def _is_wide(data: bytes) -> bool:
+    """Return whether a PNG was drawn for more than a column, and is no stack of images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return image.width > max(_ONE_COLUMN, image.height)
+
+
+def _column(run: RunFiles, name: str) -> Any:
+    return np.array([row.get(name, np.nan) for row in run.history], dtype=np.float64)
+
+
+def _finite_dice(run: RunFiles) -> Any:
+    dice = _column(run, "validation_dice")
+    return dice[np.isfinite(dice)]
 
 
 def _labels(run: RunFiles) -> list[str]:

@@ -1,6 +1,6 @@
-"""What a run left behind, read for those who show it: as much as can be read, and what cannot.
+"""What runs and evaluations left behind, read for those who show it, and what cannot be read.
 
-A run's folder may come from a stranger. Nothing is read that lies outside of it, wherever links
+A folder may come from a stranger. Nothing is read that lies outside of it, wherever links
 lead; files are bounded in size before they are opened; and a file that is damaged becomes a remark,
 since the others are worth showing without it. Weights are never opened.
 """
@@ -10,8 +10,8 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -38,6 +38,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class EvaluationFiles:
+    """The contents of an evaluation's folder; what is not there, or cannot be read, is empty."""
+
+    name: str
+    compares: bool = False
+    """Whether it stands for itself; else it is a run's own test, and called as the run is."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """summary.json as it stands, unchecked."""
+    per_image: Sequence[Sequence[str]] = ()
+    """per_image.csv: the head, then rows of equal length."""
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG files by their path."""
+    remarks: Sequence[str] = ()
+    """A sentence for each file that could not be read or was left out."""
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """The contents of a run's folder; what is not there, or cannot be read, is empty."""
 
@@ -51,12 +68,10 @@ class RunFiles:
     assessments: Sequence[Assessment] = ()
     """By rising epoch, without maps."""
     schedule: Schedule | None = None
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    """evaluation/summary.json as it stands, unchecked."""
-    per_image: Sequence[Sequence[str]] = ()
-    """evaluation/per_image.csv: the head, then rows of equal length."""
+    evaluation: EvaluationFiles = EvaluationFiles("")
+    """Of the run alone; its remarks are among the run's."""
     pictures: Mapping[str, bytes] = field(default_factory=dict)
-    """PNG files of figures/ and evaluation/ by their path in the run."""
+    """PNG files of figures/ by their path in the run."""
     remarks: Sequence[str] = ()
     """A sentence for each file that could not be read or was left out."""
 
@@ -80,7 +95,9 @@ def read_run(path: Path, name: str) -> RunFiles:
         PolysegError: the folder is no run, for it has neither config.yaml nor history.csv.
     """
     if not any((path / one).is_file() for one in ("config.yaml", "history.csv")):
-        raise PolysegError(f"{path}: is no run (neither config.yaml nor history.csv in it)")
+        evaluation = (path / "summary.json").is_file()
+        hint = "; give an evaluation by --evaluation" if evaluation else ""
+        raise PolysegError(f"{path}: is no run (neither config.yaml nor history.csv in it){hint}")
     folder = _Folder(path)
     config_text = folder.read("config.yaml", _text, "")
     return RunFiles(
@@ -91,15 +108,34 @@ def read_run(path: Path, name: str) -> RunFiles:
         history=folder.read("history.csv", _history, []),
         assessments=_assessments(folder),
         schedule=folder.read("schedule.h5", _schedule, None),
-        summary=folder.read("evaluation/summary.json", _mapping, {}),
-        per_image=folder.read("evaluation/per_image.csv", _table, []),
-        pictures=_pictures(folder),
+        evaluation=_evaluation(folder, name, "evaluation"),
+        pictures=_pictures(folder, "figures"),
         remarks=[f"{name}: {remark}" for remark in folder.remarks],
     )
 
 
+def read_evaluation(path: Path, name: str) -> EvaluationFiles:
+    """Read what is there to show of a folder that `polyseg evaluate` wrote.
+
+    Args:
+        path: the folder.
+        name: what to call it.
+
+    Raises:
+        PolysegError: it is none, for there is no summary.json in it.
+    """
+    if not (path / "summary.json").is_file():
+        raise PolysegError(
+            f"--evaluation {path}: is no folder of `polyseg evaluate` (no summary.json in it)"
+        )
+    folder = _Folder(path)
+    found = _evaluation(folder, name, "")
+    remarks = [f"{name}: {remark}" for remark in folder.remarks]
+    return replace(found, compares=True, remarks=remarks)
+
+
 class _Folder:
-    """A run's folder: its files by name, and remarks on those that cannot be read."""
+    """A folder: its files by name, and remarks on those that cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -112,7 +148,7 @@ class _Folder:
             if not path.exists() and not path.is_symlink():
                 return missing
             if not path.resolve().is_relative_to(self.path):
-                raise ValueError("is a link that leads out of the run")
+                raise ValueError("is a link that leads out of the folder")
             if not path.is_file() and not path.is_dir():
                 raise ValueError("is no file")
             return reader(path)
@@ -123,7 +159,7 @@ class _Folder:
             *(RuntimeError, SyntaxError, EOFError, csv.Error, PolysegError),
         ) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        # Where the run lies is nothing that a page should tell.
+        # Where the folder lies is nothing that a page should tell.
         reason = " ".join(reason.replace(f"{path}: ", "").split())[:200]
         self.remarks.append(f"{name} could not be read: {reason}")
         return missing
@@ -133,7 +169,7 @@ class _Folder:
 
         def listed(path: Path) -> list[str]:
             return [
-                f"{folder}/{one.name}"
+                str(PurePosixPath(folder, one.name))
                 for one in path.iterdir()
                 if one.suffix == suffix and not one.name.startswith(TEMPORARY_PREFIX)
             ]
@@ -155,11 +191,19 @@ def _assessments(folder: _Folder) -> list[Assessment]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def _pictures(folder: _Folder) -> dict[str, bytes]:
-    names = folder.names("figures", ".png") + folder.names("evaluation", ".png")
-    read = {
-        name: folder.read(name, _png, b"") for name in folder.first(names, MOST_PICTURES, "figures")
-    }
+def _evaluation(folder: _Folder, name: str, place: str) -> EvaluationFiles:
+    inside = PurePosixPath(place)
+    return EvaluationFiles(
+        name,
+        summary=folder.read(str(inside / "summary.json"), _mapping, {}),
+        per_image=folder.read(str(inside / "per_image.csv"), _table, []),
+        pictures=_pictures(folder, place),
+    )
+
+
+def _pictures(folder: _Folder, place: str) -> dict[str, bytes]:
+    names = folder.first(folder.names(place, ".png"), MOST_PICTURES, "figures")
+    read = {name: folder.read(name, _png, b"") for name in names}
     return {name: data for name, data in read.items() if data}
 
 

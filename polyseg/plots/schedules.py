@@ -159,6 +159,8 @@ def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
     figure = Figure(figsize=(ONE_COLUMN, 2.8))
     axes = figure.add_subplot(ylabel="rank correlation of D with")
     _correlations(axes, epochs, curves)
+    lowest = min((finite_values(values).min(initial=0) for values in curves.values()), default=0)
+    axes.set_ylim(-1.05 if lowest < -0.5 else min(1.1 * lowest, 0) - 0.05, 1.05)
     figure.legend(loc="outside upper center", ncols=2, handlelength=1.6)
     return figure
 
@@ -169,18 +171,19 @@ def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Num
 
     Args:
         epochs: (A,) of the assessments.
-        panels: title to score to correlations, (A,); NaN leaves a gap.
+        panels: title to score to correlations in [-1, 1], (A,); NaN leaves a gap.
 
     >>> panels = {"with 1 − Dice": {"entropy": np.array([0.5, 0.7])}}
     >>> [text.get_text() for text in validity_curves([1, 2], panels).legends[0].get_texts()]
     ['entropy']
     """
-    figure = Figure(figsize=(TWO_COLUMNS, 2.9))
+    figure = Figure(figsize=(TWO_COLUMNS, 3))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
     for axes, (title, curves) in zip(grid, panels.items(), strict=True):
         named = {name.replace("_", " "): values for name, values in curves.items()}
         _correlations(axes, epochs, named)
         axes.set_title(title)
+    grid[0].set_ylim(-1.05, 1.05)  # of all panels, which share it
     grid[0].set_ylabel("Spearman's correlation")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=1.6)
@@ -192,7 +195,7 @@ def _correlations(axes: Axes, epochs: Sequence[int], curves: Mapping[str, Number
     axes.axhline(0, color=GRAY, linewidth=0.6)
     for i, (name, values) in enumerate(curves.items()):
         colour, marker = RUN_COLOURS[i % len(RUN_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        axes.plot(epochs, values, color=colour, marker=marker, markersize=3.5, label=name)
-    lowest = min((finite_values(values).min(initial=0) for values in curves.values()), default=0)
-    axes.set_ylim(-1.05 if lowest < -0.5 else min(1.1 * lowest, 0) - 0.05, 1.05)
+        # Smaller and smaller, so that one of equal values does not hide another.
+        size = max(6 - 0.8 * i, 2.5)
+        axes.plot(epochs, values, color=colour, marker=marker, markersize=size, label=name)
     epochs_axis(axes, np.asarray(epochs), legend=False)

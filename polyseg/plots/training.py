@@ -16,6 +16,7 @@ from polyseg.plots.style import (
     ONE_COLUMN,
     PURPLE,
     RED,
+    RUN_COLOURS,
     TWO_COLUMNS,
     Numbers,
     boxes,
@@ -24,8 +25,11 @@ from polyseg.plots.style import (
     finite_values,
     formatted,
     metric_name,
+    shorten,
     styled,
 )
+
+_LINES = ("-", "--", ":", "-.")
 
 
 @styled
@@ -64,8 +68,39 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         losses.vlines(assessed, **foot, color=GRAY, linewidth=0.8, label="assessment")
     for axes, ylabel in ((losses, "loss"), (overlap, "validation"), (rate, "learning rate")):
         axes.set_ylabel(ylabel)
-        epochs_axis(axes, epochs)
+        epochs_axis(axes, epochs, legend=False)
+        _legend_above(axes)
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return figure
+
+
+@styled
+def validation_curves(
+    names: Sequence[str], epochs: Sequence[Numbers], dice: Sequence[Numbers]
+) -> Figure:
+    """Draw the validation Dice of several runs over the epochs, the best epoch of each marked.
+
+    Args:
+        names: of the R runs.
+        epochs: R arrays (E_r,) from 1.
+        dice: R arrays (E_r,) in [0, 1]; NaN leaves a gap.
+
+    >>> figure = validation_curves(["a"], [np.array([1, 2])], [np.array([0.6, 0.8])])
+    >>> figure.axes[0].lines[0].get_ydata().tolist()
+    [0.6, 0.8]
+    """
+    lines = math.ceil(len(names) / 3)
+    figure = Figure(figsize=(TWO_COLUMNS, 2.6 + 0.17 * lines))
+    axes = figure.add_subplot(ylabel="validation Dice")
+    for i, (name, x, y) in enumerate(zip(names, epochs, dice, strict=True)):
+        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "label": shorten(name, 32)}
+        # As many forms of lines as the colours need to tell further runs apart.
+        _plot(axes, x, y, linestyle=_LINES[i // len(RUN_COLOURS) % len(_LINES)], **style)
+        if np.isfinite(y).any():
+            best = np.nanargmax(np.where(np.isfinite(y), y, np.nan))
+            axes.plot(x[best], y[best], "o", color=style["color"], fillstyle="none")
+    epochs_axis(axes, np.concatenate([*epochs, np.empty(0)]), legend=False)
+    figure.legend(loc="outside upper center", ncols=3, handlelength=1.8)
     return figure
 
 
@@ -162,6 +197,14 @@ def difficulty_distribution(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
+
+
+def _legend_above(axes: Axes) -> None:
+    """Name the curves of a panel above it, where no curve can be."""
+    if axes.get_legend_handles_labels()[0]:
+        above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0}
+        spacing = {"columnspacing": 0.8, "handlelength": 1, "handletextpad": 0.5}
+        axes.legend(loc="lower left", ncols=2, **above, **spacing)
 
 
 def _plot(axes: Axes, x: Numbers, y: Numbers, **style: Any) -> None:
