@@ -245,7 +245,7 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
     other = tmp_path / "other"
     polyseg("train", "--data", images, "--out", other, *SET, "--set", "data.split_seed=5", "-q")
-    assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset", "--no-figures").err
+    assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset").err
     assert "tested on other images" in polyseg("evaluate", run, other).err
     answer = polyseg("estimate-uncertainty", run, "--samples", "0")
     assert answer.code == 2 and "--samples 0: from 2 to 10,000 passes" in answer.err

@@ -51,8 +51,9 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
 
 def print_sheet(console: Console, sheet: "Sheet") -> None:
     """Print a table of an evaluation, the best of a row bold, in parts if it is too wide."""
+    console.print(sheet.title, style="italic", highlight=False, markup=False)
     for columns in _parts(sheet, console.width):
-        table = Table(title=escape(sheet.title), title_justify="left")
+        table = Table()
         for column in columns:
             side: Literal["left", "right"] = "right" if column else "left"
             table.add_column(escape(sheet.heads[column]), justify=side)
