@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from polyseg import winograd
 from polyseg.dropout import DROPOUT_LAYERS
 from polyseg.nodes import (
     MULTIPLY,
@@ -312,13 +313,12 @@ def _cost(node: Node) -> float:
     if sides is None or node.op != "call_function":
         return 0.0
     values = channels_of(node) * sides[0] * sides[1]
+    if node.target is winograd.convolve:
+        return winograd.products(node.args[1].meta["val"]) * sides[0] * sides[1] + 4.0 * values
     conv = Convolution.of(node)
     if conv is None:
         return 4.0 * values
-    weight = conv.weight
-    while weight.op != "get_attr":
-        weight = weight.args[0]
-    shape = weight.meta["val"].shape
+    shape = conv.kernel_shape
     inputs = shape[0] if conv.transposed else shape[1]
     stride = pair(conv.settings["stride"]) if conv.transposed else (1, 1)
     return values * inputs * shape[2] * shape[3] / (stride[0] * stride[1]) + 4.0 * values

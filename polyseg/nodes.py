@@ -4,6 +4,7 @@
 # mypy: disable-error-code="no-any-return, return-value"
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def replace_call(node: Node, target: Any, *arguments: Any) -> Node:
 
 def add_constant(network: fx.GraphModule, before: Node, value: Tensor) -> Node:
     """Return a node that holds a tensor."""
-    name = f"folded_{sum(1 for _ in network.buffers(recurse=False))}"
+    # A part of a graph holds some of its constants, under any numbers.
+    name = next(name for i in count() if not hasattr(network, name := f"folded_{i}"))
     network.register_buffer(name, value)
     with network.graph.inserting_before(before):
         node = network.graph.get_attr(name)
@@ -117,6 +119,14 @@ class Convolution:
     def transposed(self) -> bool:
         """Whether it goes the other way, from a small map to a large one."""
         return self.node.target is aten.conv_transpose2d.input
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of its kernel, masks left aside."""
+        weight = self.weight
+        while weight.op != "get_attr":
+            weight = weight.args[0]
+        return tuple(weight.meta["val"].shape)
 
     def has_constant_weight(self, network: fx.GraphModule) -> bool:
         """Whether its kernel is a tensor of the network's, not computed."""

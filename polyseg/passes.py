@@ -7,6 +7,7 @@ cannot be taken apart.
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -152,15 +153,19 @@ class Passes:
         return sight
 
     def _is_sound(self, sight: "Sight") -> bool:
-        """Compare a program with the whole network, in a pass and without dropout."""
+        """Compare a program with the whole network, in a pass and without dropout.
+
+        On the first and the last image of the batch, which tell a wrong program as all would.
+        """
+        rows = sorted({0, len(sight.ids) - 1})
+        ids = [sight.ids[i] for i in rows]
+        chosen = None if sight.chosen is None else sight.chosen[rows]
+        whole = Sight(self, sight.images[rows], ids, chosen, None)
         # Which first of all tells the masks' shapes.
-        plain = self.plainly(sight.images, sight.ids, 0)
-        if sight.chosen is not None:
-            plain = plain[sight.chosen.flatten(0, 1)]
-        whole = Sight(self, sight.images, sight.ids, None, None)
+        plain = whole.sample(0)
         pairs = (
-            (sight.sample(0), plain.cpu()),
-            (sight.without_dropout(), whole.without_dropout()),
+            (sight.part_of(sight.sample(0), rows), plain),
+            (_of_images(sight.without_dropout(), len(sight.ids), rows), whole.without_dropout()),
         )
         # Weights that diverged are not the program's fault.
         return all(
@@ -193,7 +198,7 @@ class Sight:
 
     @property
     def way(self) -> tuple[bool, bool]:
-        """Whether it looks at points, and at windows around them."""
+        """Whether it looks at points, and at less than the images for them."""
         return (self.chosen is not None, self.inside is not None and self.inside.cropped)
 
     def sample(self, index: int) -> Tensor:
@@ -206,8 +211,20 @@ class Sight:
             logits = self._cut(logits)
         return logits.float().sigmoid().cpu()
 
+    def part_of(self, sample: Tensor, rows: list[int]) -> Tensor:
+        """Return what `sample` says of some of the images."""
+        if self.chosen is None:
+            return _of_images(sample, len(self.ids), rows)
+        ours = torch.zeros_like(self.chosen)
+        ours[rows] = True
+        return sample[ours[self.chosen]]
+
     def without_dropout(self) -> Tensor:
         """Return the probabilities of the network as it is, (B K, H, W) on the CPU."""
+        return self._without_dropout
+
+    @cached_property
+    def _without_dropout(self) -> Tensor:
         if self.inside is None:
             logits: Tensor = self.passes.network(self.images).flatten(0, 1)
         else:
@@ -236,6 +253,11 @@ def _by_emptiness(batch: Batch) -> list[Batch]:
         for some in rows
         if some
     ]
+
+
+def _of_images(values: Tensor, count: int, rows: list[int]) -> Tensor:
+    """Return of (B K, H, W) the part of some of the B images."""
+    return values.reshape(count, -1, *values.shape[1:])[rows].flatten(0, 1)
 
 
 def _padded(network: nn.Module, images: Tensor) -> tuple[Tensor, int, int]:

@@ -2,11 +2,12 @@
 
 The network's graph is cut in two: the prefix, which hangs on no mask, and the suffix, which is run
 once a pass. Where the pixels that count are known before, the last convolution is summed up at
-these alone, and the suffix's last levels are run on a window around them.
+these alone, and the suffix's last levels are run on a window around them, or its last one on cells
+that hold them.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from polyseg import graph, rewrites
+from polyseg.cells import CellEnd, Cells
 from polyseg.graph import MaskInput, Part
 from polyseg.rewrites import Taps
 
 _WORTHWHILE = 0.85
-"""Share of the cost of a pass below which a window pays for being cut out."""
+"""Share of the cost of a pass below which a longer tail pays for running image by image."""
 
 Masks = Mapping[str, Tensor]
 """By name of the inputs."""
@@ -26,7 +28,7 @@ Masks = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Points:
-    """Pixels of a batch."""
+    """Pixels of a batch, image after image."""
 
     image: Tensor
     """(n,) which image of the batch."""
@@ -37,8 +39,8 @@ class Points:
     @classmethod
     def of(cls, chosen: Tensor) -> "Points":
         """Return the pixels where (B, K, H, W) is true."""
-        image, label, row, column = chosen.nonzero(as_tuple=True)
-        return cls(image, label, row, column)
+        # Half as wide as numbers of pixels commonly are, for they are read in each pass.
+        return cls(*(where.int() for where in chosen.nonzero(as_tuple=True)))
 
     def moved(self, rows: int, columns: int) -> "Points":
         """Return the pixels in a frame that begins so much before."""
@@ -69,9 +71,12 @@ class Program:
         rewrites.fold_identities(network)
         rewrites.merge_pointwise(network)
         rewrites.split_concatenations(network)
+        if images.device.type == "cpu":
+            rewrites.use_winograd(network)
         opened = copy.deepcopy(network)
         self.taps: Taps = rewrites.open_last_convolution(opened)
         self.labels = graph.output_channels(network)
+        self.channels = graph.output_channels(opened)
         self.input = graph.input_names(network)[0]
         self.prefix, self.suffix = _prefix_and_suffix(network, shared)
         _, self.opened = _prefix_and_suffix(opened, shared)
@@ -142,6 +147,9 @@ class Tail:
     halo: int | None
     """Output pixels that the neighbourhood reaches beyond a cell; None where it has no bound."""
 
+    cells: CellEnd | None
+    """What of it may be run on cells."""
+
     @classmethod
     def of(
         cls, head: Part, end: Part, values: dict[str, Tensor], frame: tuple[int, int]
@@ -166,50 +174,42 @@ class Tail:
                 rows, columns = (slice(one // step, (one + cell) // step) for one in corner)
                 planted[name][..., rows, columns] = torch.nan
         reached = _result(end, planted).isnan().flatten(0, 1).any(dim=0)
-        halo = 0
+        in_cells, halo = CellEnd.of(end, frame), 0
         for axis in (0, 1):
             touched = reached.any(dim=1 - axis).nonzero().flatten()
             if len(touched) == 0 or touched[0] == 0 or touched[-1] == frame[axis] - 1:
-                return cls(head, end, frame, cell, None)
+                return cls(head, end, frame, cell, None, in_cells)
             first, last = int(touched[0]), int(touched[-1])
             halo = max(halo, corner[axis] - first, last + 1 - corner[axis] - cell)
-        return cls(head, end, frame, cell, halo)
+        return cls(head, end, frame, cell, halo, in_cells)
 
-    def windows(self, points: Points, images: int, reach: int) -> list["Window"]:
-        """Return for each image the least window that holds what its points hang on."""
+    def windows(self, wanted: Tensor) -> list["Window"]:
+        """Return for each image the least window that holds what pixels, (B, H, W), hang on."""
         if self.halo is None:
-            return [Window(0, 0, *self.frame)] * images
-        margin = self.halo + reach
+            return [Window(0, 0, *self.frame)] * len(wanted)
         edges = []
-        for where, size in zip((points.row, points.column), self.frame, strict=True):
-            least = where.new_full((images,), size).scatter_reduce_(0, points.image, where, "amin")
-            most = where.new_zeros(images).scatter_reduce_(0, points.image, where, "amax")
-            first = (least - margin).clamp(0, size - 1) // self.cell * self.cell
-            last = (most + margin).clamp(max=size - 1) // self.cell * self.cell + self.cell
-            edges += [first, last.maximum(first + self.cell)]
+        for axis, size in zip((2, 1), self.frame, strict=True):
+            touched = wanted.any(dim=axis).byte()
+            least, most = touched.argmax(dim=1), size - 1 - touched.flip(1).argmax(dim=1)
+            first = (least - self.halo).clamp(min=0) // self.cell * self.cell
+            last = (most + self.halo).clamp(max=size - 1) // self.cell * self.cell + self.cell
+            edges += [first, last]
         return [
             Window(top, left, bottom - top, right - left)
             for top, bottom, left, right in zip(*(edge.tolist() for edge in edges), strict=True)
         ]
 
-    def share(self, windows: Sequence["Window"]) -> float:
-        """Return the cost of a pass with these windows as a share of one without."""
+    def share(self, wanted: Tensor) -> float:
+        """Return the cost of a pass for these pixels as a share of one without."""
+        windows = self.windows(wanted)
         area = sum(one.height * one.width for one in windows) / len(windows)
-        head, end = self.head.cost, self.end.cost
-        return (head + end * area / (self.frame[0] * self.frame[1])) / (head + end)
-
-    def crop(self, values: Tensor, image: int, window: "Window") -> Tensor:
-        """Return an input of the tail for one image, cut down to its window."""
-        if not _is_map(values):
-            return values[image : image + 1] if values.dim() == 4 and len(values) > 1 else values
-        image = image % len(values)
-        step = self.frame[0] // values.shape[2]
-        top, left = window.top // step, window.left // step
-        rows, columns = window.height // step, window.width // step
-        part = values[image : image + 1, :, top : top + rows, left : left + columns]
-        channels_last = values.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return part.contiguous(memory_format=layout)
+        area /= self.frame[0] * self.frame[1]
+        head, end, last = self.head.cost, self.end.cost, 0.0
+        cost = head + end * area
+        if self.cells is not None:
+            last = self.cells.cost
+            cost += last * (float(self.cells.grid(wanted).float().mean()) - area)
+        return cost / (head + end)
 
 
 class Window(NamedTuple):
@@ -219,6 +219,66 @@ class Window(NamedTuple):
     left: int
     height: int
     width: int
+
+
+class Place:
+    """The part of an image that a tail is run on: a window, and cells of it."""
+
+    def __init__(
+        self, tail: Tail, image: int, window: Window, wanted: Tensor, features: Mapping[str, Tensor]
+    ) -> None:
+        """Take what all passes have in common.
+
+        Args:
+            tail: to be run.
+            image: which of the batch.
+            window: of the image.
+            wanted: (H, W), the pixels of the image; there is one at least.
+            features: of the batch.
+        """
+        self.tail, self.image, self.window = tail, image, window
+        still = self._crop({name: features[name] for name in tail.end.inputs if name in features})
+        self.moving = [name for name in tail.end.inputs if name not in still]
+        self.first, self.cells = tail.end, None
+        self.still_cells: dict[str, Tensor] = {}
+        if tail.cells is not None:
+            rows = slice(window.top, window.top + window.height)
+            columns = slice(window.left, window.left + window.width)
+            self.first, self.cells = tail.cells.head, Cells(tail.cells, wanted[rows, columns])
+            self.still_cells = self.cells.crop(still)
+        self.still = {name: still[name] for name in self.first.inputs if name in still}
+
+    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the tail's output for what enters it of the batch."""
+        inputs = self.still | self._crop({name: values[name] for name in self.moving})
+        if self.cells is None:
+            return _result(self.tail.end, inputs)
+        self.first.run(inputs)
+        return _result(self.cells.end.end, self.cells.crop(inputs) | self.still_cells)
+
+    def _crop(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs of the tail for the image, maps cut down to the window."""
+        return {name: self._cut(one) for name, one in values.items()}
+
+    def _cut(self, values: Tensor) -> Tensor:
+        if values.dim() != 4:
+            return values
+        image = self.image % len(values)
+        part = values[image : image + 1]
+        if not _is_map(values):
+            return part
+        step = self.tail.frame[0] // values.shape[2]
+        top, left, height, width = (size // step for size in self.window)
+        channels_last = values.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return part[..., top : top + height, left : left + width].contiguous(memory_format=layout)
+
+    def locate(self, row: Tensor, column: Tensor) -> Tensor:
+        """Return where pixels of the image stand in the output, row by row or cell by cell."""
+        row, column = row - self.window.top, column - self.window.left
+        if self.cells is not None:
+            return self.cells.locate(row, column)
+        return row * self.window.width + column
 
 
 class Look:
@@ -242,89 +302,86 @@ class Look:
         self.program, self.points = program, points
         self.features = program.begin(images)
         self.tail: Tail | None = None
-        self.windows = [Window(0, 0, *images.shape[2:])] * len(images)
-        self.still: list[dict[str, Tensor]] = []
+        self.share = 1.0
+        """Cost of a pass as a share of one over all pixels."""
+        self.places: list[Place] = []
         if points is not None:
-            if crop and images.shape[2:] == program.frame:
-                self._choose_tail(points, len(images))
-            self._find_taps(points)
+            self._find_taps(points, crop=crop and images.shape[2:] == program.frame)
 
     @property
     def cropped(self) -> bool:
-        """Whether some windows are less than the image."""
-        return self.tail is not None and self.tail.share(self.windows) < 1
+        """Whether less than the images is run."""
+        return self.share < 1
 
     def __call__(self, masks: Masks) -> Tensor:
         """Return the logits of a pass: (n,) at the points, or (B, K, H, W)."""
         if self.points is None:
             return self.program.logits(self.features, masks)
-        flat = self._opened({**self.features, **masks})
-        logits: Tensor = flat.index_select(0, self.index.flatten()).view_as(self.index)
-        if self.outside is not None:
-            logits = logits.masked_fill(self.outside, 0)
+        values = {**self.features, **masks}
+        logits = torch.cat([self._add_taps(image, one) for image, one in self._opened(values)])
         bias = self.program.taps.bias
-        return logits.sum(dim=0) + (0 if bias is None else bias[self.points.label])
+        return logits if bias is None else logits + bias[self.points.label]
+
+    def _add_taps(self, image: int, opened: Tensor) -> Tensor:
+        """Return the sums of the taps of an image's points, (n,)."""
+        index = self.index[image]
+        found = opened.permute(0, 2, 3, 1).flatten().index_select(0, index.flatten())
+        return found.view_as(index).sum(dim=1)
 
     def everywhere(self, masks: Masks) -> Tensor:
         """Return the logits of a pass at all pixels, (B, K, H, W)."""
         return self.program.logits(self.features, masks)
 
-    def _opened(self, values: dict[str, Tensor]) -> Tensor:
-        """Return the taps of all windows one after another, pixel by pixel."""
+    def _opened(self, values: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield each image with its taps, (1, T K, H, W) of its place."""
         if self.tail is None:
-            return _result(self.program.opened, values).permute(0, 2, 3, 1).flatten()
+            yield from enumerate(torch.split(_result(self.program.opened, values), 1))
+            return
         self.tail.head.run(values)
-        parts = []
-        for image, (window, still) in enumerate(zip(self.windows, self.still, strict=True)):
-            moving = {
-                name: self.tail.crop(values[name], image, window)
-                for name in self.tail.end.inputs
-                if name not in still
-            }
-            opened = _result(self.tail.end, {**still, **moving})
-            parts.append(opened.permute(0, 2, 3, 1).flatten())
-        return torch.cat(parts)
+        for image, place in enumerate(self.places):
+            yield image, place.run(values)
 
-    def _choose_tail(self, points: Points, images: int) -> None:
-        """Choose the cheapest way to the points; without a gain, the shortest tail."""
-        reach = max(map(abs, (*self.program.taps.rows, *self.program.taps.columns)))
-        least = _WORTHWHILE
-        for tail in self.program.tails:
-            windows = tail.windows(points, images, reach)
-            if tail.share(windows) < least or (
-                tail is self.program.tails[-1] and least == _WORTHWHILE
-            ):
-                least, self.tail, self.windows = tail.share(windows), tail, windows
-        if self.tail is not None:
-            self.still = [
-                {
-                    name: self.tail.crop(self.features[name], image, window)
-                    for name in self.tail.end.inputs
-                    if name in self.features
-                }
-                for image, window in enumerate(self.windows)
-            ]
-
-    def _find_taps(self, points: Points) -> None:
-        """Settle where each of the taps of each point lies in what `_opened` returns."""
-        taps, device = self.program.taps, points.row.device
-        height, width = self.features[self.program.input].shape[-2:]
+    def _find_taps(self, points: Points, *, crop: bool) -> None:
+        """Settle where each of the taps of each point lies in what `_opened` yields, (n, T)."""
+        taps, channels = self.program.taps, self.program.channels
+        count, _, height, width = self.features[self.program.input].shape
         offsets = points.row.new_tensor([taps.rows, taps.columns])
-        rows, columns = (
-            where + offset[:, None]
-            for where, offset in zip((points.row, points.column), offsets, strict=True)
-        )
+        rows, columns = points.row[:, None] + offsets[0], points.column[:, None] + offsets[1]
         outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
-        self.outside = outside if bool(outside.any()) else None
-        top, left, high, wide = torch.tensor(self.windows, device=device).T
-        start = (high * wide).cumsum(0) - high * wide
-        image = points.image
-        rows = (rows - top[image]).clamp(min=0).minimum(high[image] - 1)
-        columns = (columns - left[image]).clamp(min=0).minimum(wide[image] - 1)
-        pixel = start[image] + rows * wide[image] + columns
-        tap = torch.arange(len(taps.rows), device=device)[:, None]
-        channels = len(taps.rows) * self.program.labels
-        self.index = pixel * channels + tap * self.program.labels + points.label
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        sizes = points.image.bincount(minlength=count).tolist()
+        if crop:
+            wanted = torch.zeros(count, height, width, dtype=torch.bool, device=rows.device)
+            wanted[points.image[:, None], rows, columns] = True
+            self._choose_tail(wanted)
+        pixel = rows * width + columns
+        if self.places:
+            each = zip(
+                self.places, torch.split(rows, sizes), torch.split(columns, sizes), strict=True
+            )
+            pixel = torch.cat([place.locate(row, column) for place, row, column in each])
+        tap = torch.arange(len(taps.rows), device=rows.device, dtype=torch.int32)
+        channel = tap * self.program.labels + points.label[:, None]
+        # The last channel of several taps is 0, as what lies outside.
+        index = pixel * channels + channel.masked_fill(outside, channels - 1)
+        self.index = torch.split(index, sizes)
+
+    def _choose_tail(self, wanted: Tensor) -> None:
+        """Choose the cheapest way to the pixels; without much of a gain, the shortest tail."""
+        # What is empty cannot be convolved.
+        wanted[:, 0, 0] |= ~wanted.flatten(1).any(dim=1)
+        tails = self.program.tails
+        if not tails:
+            return
+        shares = [tail.share(wanted) for tail in tails]
+        self.share = min(shares)
+        if self.share >= _WORTHWHILE * shares[-1]:
+            self.share = shares[-1]
+        self.tail = tails[shares.index(self.share)]
+        self.places = [
+            Place(self.tail, image, window, wanted[image], self.features)
+            for image, window in enumerate(self.tail.windows(wanted))
+        ]
 
 
 def _prefix_and_suffix(network: fx.GraphModule, shared: bool) -> tuple[Part, Part]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from polyseg import winograd
 from polyseg.graph import Part, stochastic_nodes
 from polyseg.nodes import (
     ADD,
@@ -37,14 +38,16 @@ from polyseg.nodes import (
 
 # f(m x) = m f(x) for every m >= 0.
 _ACTIVATIONS = (aten.relu.default, aten.leaky_relu.default, aten.prelu.default)
-_IN_PLACE = {
+IN_PLACE = {
     aten.relu.default: aten.relu_.default,
     aten.leaky_relu.default: aten.leaky_relu_.default,
     aten.addcmul.default: aten.addcmul_.default,
     MULTIPLY: aten.mul_.Tensor,
     ADD: aten.add_.Tensor,
 }
-_MAKES_A_TENSOR = (*CONVOLUTIONS, *_IN_PLACE, *_IN_PLACE.values())
+_AT_ONCE = 16
+"""Values in a vector of the widest registers: fewer channels take as long."""
+_MAKES_A_TENSOR = (winograd.convolve, *CONVOLUTIONS, *IN_PLACE, *IN_PLACE.values())
 
 
 def fold_batch_norms(network: fx.GraphModule) -> None:
@@ -153,6 +156,21 @@ def split_concatenations(network: fx.GraphModule) -> None:
     network.graph.eliminate_dead_code()
 
 
+def use_winograd(network: fx.GraphModule) -> None:
+    """Run wide 3 x 3 convolutions of small maps by Winograd's algorithm, once a pass."""
+    stochastic = stochastic_nodes(network)
+    for node in calls_to(network, (aten.conv2d.default,)):
+        conv = Convolution.of(node)
+        if node not in stochastic or not conv.has_constant_weight(network):
+            continue
+        weight = tensor_of(network, conv.weight)
+        fits = conv.is_centred(network) and pair(conv.settings["dilation"]) == (1, 1)
+        if fits and winograd.is_worthwhile(weight, *sides_of(node)):
+            kernel = add_constant(network, node, winograd.transform_kernel(weight))
+            replace_call(node, winograd.convolve, conv.input, kernel, conv.bias)
+    network.graph.eliminate_dead_code()
+
+
 def absorb_masks(network: fx.GraphModule) -> None:
     """Multiply masks into the weights next to them: conv(m x) and m conv(x) are convolutions of x.
 
@@ -190,7 +208,8 @@ def open_last_convolution(network: fx.GraphModule) -> Taps:
     """Leave out the sum that ends the network, so that it need be made at chosen pixels only.
 
     The output becomes (B, T K, H, W), tap by tap, and a 1 x 1 convolution of what enters the last
-    one; a network that does not end in such a convolution keeps its output, which is one tap.
+    one. Channels of zeros, one at least, make as many of several taps as processors multiply at
+    once. A network that does not end in such a convolution keeps its output, which is one tap.
     """
     node = next(node for node in network.graph.nodes if node.op == "output").args[0][0]
     conv = Convolution.of(node)
@@ -199,11 +218,14 @@ def open_last_convolution(network: fx.GraphModule) -> Taps:
     weight = tensor_of(network, conv.weight)
     height, width = weight.shape[2:]
     spread = weight.permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None]
+    if height * width > 1:
+        spare = _AT_ONCE - len(spread) % _AT_ONCE
+        spread = nn.functional.pad(spread, (0, 0, 0, 0, 0, 0, 0, spare))
     down, across = pair(conv.settings["dilation"])
     opened = replace_call(
         node, aten.conv2d.default, conv.input, add_constant(network, node, spread.contiguous())
     )
-    opened.meta["val"] = node.meta["val"].repeat(1, height * width, 1, 1)
+    opened.meta["val"] = node.meta["val"][:, :1].expand(-1, len(spread), -1, -1)
     network.graph.eliminate_dead_code()
     return Taps(
         tuple(down * (i - height // 2) for i in range(height) for _ in range(width)),
@@ -223,11 +245,11 @@ def work_in_place(part: Part) -> None:
     for node in calls_to(network, (ADD,)):
         _add_product(node)
     network.graph.eliminate_dead_code()
-    for node in calls_to(network, tuple(_IN_PLACE)):
+    for node in calls_to(network, tuple(IN_PLACE)):
         if node.target is ADD and not _is_spare(node.args[0], node):
             _swap_summands(node)
         if _is_spare(node.args[0], node):
-            node.target = _IN_PLACE[node.target]
+            node.target = IN_PLACE[node.target]
     network.recompile()
 
 

@@ -80,6 +80,8 @@ class Checkpoint:
     best_dice: float = -1.0
     assessments: Mapping[str, str] = field(default_factory=dict)
     """sha256 of the assessment files written so far, by file name."""
+    replay: str = ""
+    """sha256 of the schedule that the run replays; empty where it makes its own."""
     levels: Levels | None = None
     """Gray levels of the training images, where images do not go by their own."""
 
@@ -342,6 +344,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "best_epoch": checkpoint.best_epoch,
         "best_dice": checkpoint.best_dice,
         "assessments": dict(checkpoint.assessments),
+        "replay": checkpoint.replay,
         "config": checkpoint.config.model_dump(mode="json"),
     }
     tensors = {f"weights/{name}": values for name, values in checkpoint.weights.items()}
@@ -377,6 +380,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             best_epoch=int(header["best_epoch"]),
             best_dice=float(header["best_dice"]),
             assessments=_checked_names(header["assessments"]),
+            replay=str(header.get("replay", "")),
         )
     except PolysegError:
         raise

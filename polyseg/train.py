@@ -24,6 +24,7 @@ from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
 from polyseg.dropout import active_layers, refuse_hidden_dropout
 from polyseg.errors import Interrupted, PolysegError
+from polyseg.files import sha256_of_file
 from polyseg.inference import choose_device, predict
 from polyseg.montecarlo import assess, describe, spread
 from polyseg.objective import Note, as_tasks, build_objective, take_note
@@ -76,6 +77,8 @@ class Trainer:
         self.config, self.images, self.split, self.run = config, images, split, run
         self.replay = replay
         """The epsilons to use in place of assessments, in the order of the training images."""
+        self.replay_sha256 = ""
+        """Of the run's own copy of them."""
         self.progress = progress
         self.device = choose_device(config.training.device)
         if self.device.type == "cuda":
@@ -143,6 +146,9 @@ class Trainer:
         self.epoch = checkpoint.epoch
         self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
         self.assessments = dict(checkpoint.assessments)
+        self.replay_sha256 = checkpoint.replay
+        if self.replay is not None and sha256_of_file(self.run.replay) != checkpoint.replay:
+            raise PolysegError(f"{self.run.replay}: is not the schedule that this run replayed")
         self.history = self.run.read_history(self.epoch)
         if self.epoch:
             schedule = read_schedule(self.run.schedule)
@@ -153,7 +159,6 @@ class Trainer:
             if schedule.assessed is None:
                 raise PolysegError(f"{self.run.schedule}: does not tell its assessments")
             self.assessed = schedule.assessed[: self.epoch].tolist()
-            self._refuse_another_replay()
         for name in in_order(self.assessments):
             # All of them, since the figures at the end want them all; the last one stays.
             path = self.run.path / "uncertainty" / name
@@ -354,6 +359,7 @@ class Trainer:
             best_epoch=self.best_epoch,
             best_dice=self.best_dice,
             assessments=self.assessments,
+            replay=self.replay_sha256,
         )
         optimizer = _optimizer_tensors(self.optimizer)
         write_checkpoint(self.run.last, dataclasses.replace(checkpoint, optimizer=optimizer))
@@ -385,13 +391,6 @@ class Trainer:
         if self.replay is not None:
             return -1 if self.replay.assessed is None else int(self.replay.assessed[epoch - 1])
         return -1 if self.control.assessment is None else self.control.assessment.epoch
-
-    def _refuse_another_replay(self) -> None:
-        """Raise unless the epochs trained so far went by the schedule that is now replayed."""
-        if self.replay is not None:
-            done = self.replay.epsilon[: self.epoch]
-            if not np.array_equal(done, np.stack(self.epsilons)):
-                raise PolysegError(f"{self.run.replay}: is not the schedule that this run replayed")
 
     def _stopped_early(self) -> bool:
         patience = self.config.training.early_stopping

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from polyseg import graph, rewrites
+from polyseg import graph, nodes, rewrites
 from polyseg.dropout import stochastic_layers
 from polyseg.graph import UntraceableError
 
@@ -459,7 +459,8 @@ def summed(opened, taps, labels):
     """Add up the taps at all pixels: what lies outside counts nothing."""
     reach = max(map(abs, taps.rows + taps.columns))
     height, width = opened.shape[-2:]
-    parts = functional.pad(opened, (reach,) * 4).unflatten(1, (len(taps.rows), labels))
+    taken = opened[:, : len(taps.rows) * labels]
+    parts = functional.pad(taken, (reach,) * 4).unflatten(1, (len(taps.rows), labels))
     total = sum(
         parts[:, i, :, reach + row : reach + row + height, reach + column : reach + column + width]
         for i, (row, column) in enumerate(zip(taps.rows, taps.columns, strict=True))
@@ -484,8 +485,14 @@ def test_the_taps_of_the_last_convolution_add_up(last):
     network.graph.lint()
     opened = run(network, values)
     assert len(taps.rows) == last.weight[0, 0].numel()
-    assert opened.shape == (3, len(taps.rows) * last.out_channels, *SIZE)
+    channels = len(taps.rows) * last.out_channels
+    assert opened.shape[2:] == SIZE
     assert graph.output_channels(network) == opened.shape[1]
+    if len(taps.rows) > 1:
+        assert channels < opened.shape[1] <= channels + 16 and opened.shape[1] % 16 == 0
+        assert not opened[:, channels:].any()
+    else:
+        assert opened.shape[1] == channels
     assert worst(summed(opened, taps, last.out_channels), expected) < 1e-12
 
 
@@ -868,3 +875,12 @@ def test_a_traced_network_can_be_forgotten():
 def test_normalisation_over_space_is_told(layer, expected):
     network, _ = begin(nn.Sequential(conv(), layer, drop()))
     assert graph.normalises_over_space(network) is expected
+
+
+def test_a_constant_takes_no_name_that_is_taken():
+    network, _ = begin(nn.Sequential(drop(), conv()))
+    first = next(iter(network.graph.nodes))
+    names = [nodes.add_constant(network, first, torch.full((), i)).target for i in range(3)]
+    delattr(network, names[0])
+    again = nodes.add_constant(network, first, torch.full((), 3))
+    assert [float(nodes.tensor_of(network, again)), float(getattr(network, names[2]))] == [3, 2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg import montecarlo, nodes, passes, rewrites
+from polyseg import montecarlo, nodes, passes, rewrites, winograd
 from polyseg.dropout import active_layers
 from polyseg.graph import UntraceableError
 from polyseg.montecarlo import assess
@@ -156,6 +156,21 @@ def check(network, batches, caplog, used=True, **how):
 def test_the_program_gives_the_scores_of_the_plain_passes(name, kind, masks, caplog):
     network = build(name, dropout_kind=kind, dropout=0.3)
     check(network, [make_batch()], caplog, masks=masks)
+
+
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
+    wide = {"channels": [8, 256], "strides": [2], "num_res_units": 2}
+    network, batch = build("unet", settings=wide, dropout=0.3), make_batch()
+    check(network, [batch], caplog, masks=masks)
+    program = make_program(network, batch.images, masks == "consistent")
+    targets = [node.target for node in program.suffix.function.graph.nodes]
+    assert winograd.convolve in targets
+
+
+def test_the_last_level_is_run_on_cells():
+    program = make_program(build("unet"), torch.randn(2, 1, 32, 48))
+    assert program.tails and all(tail.cells for tail in program.tails)
 
 
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
@@ -427,7 +442,7 @@ def test_points_of_one_image_only():
     assert (found - expected).abs().max() / expected.abs().max() < CLOSE
 
 
-def test_an_assessment_looks_through_windows(monkeypatch, caplog):
+def test_an_assessment_looks_at_a_part_of_the_images(monkeypatch, caplog):
     ways = []
 
     def look(*arguments, **settings):
@@ -438,8 +453,7 @@ def test_an_assessment_looks_through_windows(monkeypatch, caplog):
     batch = make_batch(4, (96, 96))
     check(build("unet"), [batch], caplog)
     assert ways and all(way.cropped for way in ways)
-    areas = {window.height * window.width for way in ways for window in way.windows}
-    assert max(areas) < 96 * 96
+    assert all(way.share < 0.9 for way in ways)
 
 
 @pytest.mark.parametrize("norm", ["group", "instance"])

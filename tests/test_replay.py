@@ -84,7 +84,9 @@ def test_another_schedule_cannot_be_slipped_under_a_resumed_run(tiny):
     config = tiny("run", *FIVE_EPOCHS, f"control.replay={original.path}", "training.epochs=3")
     run = run_of(config)
     schedule = read_schedule(run.replay)
-    write_schedule(run.replay, dataclasses.replace(schedule, epsilon=schedule.epsilon + 0.01))
+    # Of an epoch that is yet to come.
+    schedule.epsilon[-1] += 0.01
+    write_schedule(run.replay, schedule)
     longer = config.model_copy(
         update={"training": config.training.model_copy(update={"epochs": 5})}
     )

@@ -230,7 +230,7 @@ def _why_not_assessed(config: Config) -> str:
 
 
 def _refuse_existing(out: Path | None) -> None:
-    if out is not None and out.exists():
+    if out is not None and (out.exists() or out.is_symlink()):
         raise PolysegError(
             f"{out}: exists already and nothing is overwritten; choose another --out"
         )

@@ -65,7 +65,7 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
         else:
             run.begin(config, split, images.hashes, trainer.device)
             if replay is not None:
-                write_schedule(run.replay, replay)
+                trainer.replay_sha256 = write_schedule(run.replay, replay)
         _log_start(trainer)
         trainer.fit()
         return _report(trainer, progress)
