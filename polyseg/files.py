@@ -1,12 +1,14 @@
-"""Durable files: whole or not at all, their hashes, and one writer at a time."""
+"""Durable files: whole or not at all, their hashes, one writer at a time; and names for them."""
 
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from polyseg.errors import PolysegError
 
@@ -153,3 +155,16 @@ def short_names(sources: Sequence[Path]) -> list[str]:
             raise PolysegError(f"{source}: is given twice")
     length = next(n for n in range(1, 9999) if len({part[-n:] for part in parts}) == len(parts))
     return ["/".join(part[-length:]) for part in parts]
+
+
+def without_nan(value: Any) -> Any:
+    """Return the same with None for NaN and infinity, which JSON does not know.
+
+    >>> without_nan({"dice": [0.5, math.nan]})
+    {'dice': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

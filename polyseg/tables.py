@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from polyseg.evaluate import (
     failure_detection,
     strata,
 )
+from polyseg.files import without_nan
 from polyseg.metrics import METRICS, MetricColumn
 from polyseg.statistics import Interval, stars
 
@@ -155,7 +156,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             for point in evaluation.robustness
         ],
     }
-    plain: dict[str, Any] = _without_nan(record)
+    plain: dict[str, Any] = without_nan(record)
     return plain
 
 
@@ -552,12 +553,3 @@ def _mean(values: Any) -> float:
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else math.nan
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the same with None for NaN, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

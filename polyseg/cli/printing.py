@@ -1,7 +1,6 @@
 """What a command found, on stdout: as tables for people, or as JSON."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from polyseg.files import without_nan
 
 if TYPE_CHECKING:
     from polyseg.report import Outcome
@@ -108,16 +109,3 @@ def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:
             shown = ", ".join(f"{count} {part}" for part, count in value.items())
         table.add_row(escape(name), escape(shown))
     Console().print(table)
-
-
-def without_nan(value: Any) -> Any:
-    """Return the same with None for NaN and infinity, which JSON does not know.
-
-    >>> without_nan({"dice": [0.5, math.nan]})
-    {'dice': [0.5, None]}
-    """
-    if isinstance(value, dict):
-        return {key: without_nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

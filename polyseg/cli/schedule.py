@@ -13,8 +13,9 @@ from rich.table import Table
 
 from polyseg.cli.display import talking
 from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Quiet, Verbose
-from polyseg.cli.printing import print_outcome, without_nan
+from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
+from polyseg.files import without_nan
 
 if TYPE_CHECKING:
     from polyseg.jobs.schedule import Findings
