@@ -98,6 +98,10 @@ class Checkpoint:
                 f"checkpoint: its network {name} is code outside polyseg; --trust imports and runs "
                 "it, if you know where it is from"
             )
+        if ":" not in name:
+            # Settings may ask for any size: theirs must be that of the weights before one is made.
+            with torch.device("meta"):
+                _refuse_misfits(new_network(self.config, self.channels), self.weights)
         network = new_network(self.config, self.channels)
         fit_weights(network, self.weights)
         return network
@@ -308,6 +312,14 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         PolysegError: names, shapes or types differ.
     """
+    _refuse_misfits(network, weights)
+    for name, values in weights.items():
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            raise PolysegError(f"checkpoint: its weights {name} are not finite")
+    network.load_state_dict(dict(weights))
+
+
+def _refuse_misfits(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     expected = network.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys()) + [
         name
@@ -315,17 +327,10 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if name in weights
         and (weights[name].shape != values.shape or weights[name].dtype != values.dtype)
     ]
-    if not wrong:
-        wrong = [
-            f"{name} (not finite)"
-            for name, values in weights.items()
-            if values.is_floating_point() and not bool(values.isfinite().all())
-        ]
     if wrong:
         raise PolysegError(
             f"checkpoint: {len(wrong)} weights do not fit its own configuration, such as {wrong[0]}"
         )
-    network.load_state_dict(dict(weights))
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from polyseg.config import Config, load_config
 from polyseg.data.dataset import make_demo
+from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
 from polyseg.jobs import evaluation as job
+from polyseg.jobs import models
 from polyseg.jobs import testing as room
 from polyseg.jobs.arms import arms_of
 from polyseg.jobs.testing import THRESHOLDS, Questions, choose_thresholds
@@ -299,3 +301,18 @@ def test_a_run_that_moved_is_still_itself(two, tmp_path):
     shutil.copytree(two[0], moved)
     record = summary_of(evaluate_runs([two[0], moved], out=tmp_path / "out"))
     assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]
+
+
+def test_runs_that_share_their_images_share_their_reading(two, tiny, tmp_path, monkeypatch):
+    read = []
+
+    def counted(config, progress):
+        read.append(config)
+        return load_images(config, progress)
+
+    monkeypatch.setattr(models, "load_images", counted)
+    evaluate_runs(two, out=tmp_path / "one", questions=Questions(threshold="val"))
+    assert len(read) == 1
+    other = run_of(tiny("other", "loss.name=dice", "data.normalise=unit")).path
+    evaluate_runs([*two, other], out=tmp_path / "two")
+    assert len(read) == 3

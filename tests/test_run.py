@@ -211,3 +211,37 @@ def test_a_pipe_in_place_of_a_record_is_not_waited_for(tmp_path):
         RunDirectory(tmp_path).read_split()
     with pytest.raises(PolysegError, match="is no file"):
         RunDirectory(tmp_path).read_history(3)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "network.kwargs={channels: [4096, 4096, 4096, 4096, 4096], strides: [2, 2, 2, 2]}",
+        "network={name: basic-unet, kwargs: {features: [4096, 4096, 4096, 4096, 4096, 4096]}}",
+        "network={name: dynunet, kwargs: {filters: [4096, 4096, 4096, 4096, 4096]}}",
+    ],
+)
+def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, monkeypatch):
+    """These would take many gigabytes."""
+    made = []
+    empty = torch.empty
+
+    def watched(*arguments, **named):
+        values = empty(*arguments, **named)
+        made.append(0 if values.device.type == "meta" else values.numel())
+        return values
+
+    monkeypatch.setattr(torch, "empty", watched)
+    huge = dataclasses.replace(checkpoint, config=load_config(overrides=[setting]))
+    with pytest.raises(PolysegError, match="weights do not fit its own configuration"):
+        huge.build()
+    assert made and max(made) < 1e6
+
+
+@pytest.mark.parametrize("name", ["unet", "basic-unet", "attention-unet", "dynunet", "segresnet"])
+def test_every_network_can_be_held_to_its_weights(name):
+    config = load_config(overrides=[f"network.name={name}"])
+    network = new_network(config, 3)
+    again = Checkpoint(config, 3, 1, network.state_dict()).build()
+    for one, other in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other) and other.device.type == "cpu"

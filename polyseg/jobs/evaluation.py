@@ -14,6 +14,7 @@ from polyseg.evaluate import Evaluation, RunScores, compare
 from polyseg.files import short_names
 from polyseg.jobs.arms import arms_of, pool_arms, pool_points
 from polyseg.jobs.models import (
+    LastImages,
     fresh_folder,
     images_for,
     open_model,
@@ -91,12 +92,13 @@ def evaluate_runs(
     promised = {} if data else dict(zip(names, (_promised(s, part) for s in sources), strict=True))
     _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
 
+    load = LastImages()
     hashes: dict[str, Hashes] = {}
     tested: dict[str, Tested] = {}
     images: ImageSet | None = None
     for source, name in zip(sources, names, strict=True):
         model = open_model(source, device, trust)
-        found, ids = images_for(model, data, part, "test", progress, cache)
+        found, ids = images_for(model, data, part, "test", progress, cache, load)
         hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
         if not group:
             _refuse_other_images(arms, hashes)
@@ -105,7 +107,7 @@ def evaluate_runs(
                 "%s: --split %s has images that it was trained or chosen on: no test", name, part
             )
         images = images or found
-        tested[name] = ask_network(model, name, found, ids, questions, cache, progress)
+        tested[name] = ask_network(model, name, found, ids, questions, cache, load, progress)
     _refuse_other_images(arms, hashes)
     _warn_of_sizes(configs)
     evaluation = _together(tested, configs, arms, reference, questions)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 5
 _MANY_WINDOWS = 100
+
+Load = Callable[[DataConfig, Progress], ImageSet]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,23 @@ def open_model(source: Path, device: str, trust: bool) -> Model:
     return Model(source, run if run.split.is_file() else None, checkpoint, network)
 
 
+class LastImages:
+    """Reads images, unless those of equal settings were the last: runs to compare share theirs."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.images: ImageSet | None = None
+
+    def __call__(self, config: DataConfig, progress: Progress) -> ImageSet:
+        """Return the images of these settings."""
+        # Which of them are for testing is not the images' affair.
+        key = config.model_copy(update={"fold": None, "split_file": None}).model_dump_json()
+        if self.images is None or key != self.key:
+            self.images = None  # Before others are read, so that memory holds one set.
+            self.images, self.key = load_images(config, progress), key
+        return self.images
+
+
 def images_for(
     model: Model,
     data: Path | None,
@@ -70,6 +89,7 @@ def images_for(
     default: str,
     progress: Progress,
     cache: Path | None = None,
+    load: Load = load_images,
 ) -> tuple[ImageSet, list[str]]:
     """Return images and the ids to use: a part of the run's own data, or all of a folder.
 
@@ -80,6 +100,7 @@ def images_for(
         default: the part where none is named.
         progress: of reading.
         cache: where decoded images go that do not fit into memory.
+        load: what reads the model's own data.
 
     Raises:
         PolysegError: an unknown or empty part, or data that are not in order.
@@ -98,7 +119,7 @@ def images_for(
         _warn_of_known_images(model, images)
         return images, images.ids
     part = part or default
-    images = load_images(config, progress)
+    images = load(config, progress)
     split = split_of_run(model.run, images) if model.run else _split_of_file(model, images, part)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     ids = images.ids if part == "all" else split[part]

@@ -13,6 +13,7 @@ from polyseg.calibration import ReliabilityCurve
 from polyseg.config import MOST_SAMPLES
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
+from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
 from polyseg.evaluate import (
     ImageScores,
@@ -22,7 +23,7 @@ from polyseg.evaluate import (
     image_scores,
 )
 from polyseg.inference import predict
-from polyseg.jobs.models import Model, images_for, passes_of
+from polyseg.jobs.models import Load, Model, images_for, passes_of
 from polyseg.montecarlo import assess
 from polyseg.networks import SegmentationNetwork
 from polyseg.records import METRICS, Progress, no_progress
@@ -145,6 +146,7 @@ def ask_network(
     ids: Sequence[str],
     questions: Questions,
     cache: Path | None = None,
+    load: Load = load_images,
     progress: Progress = no_progress,
 ) -> Tested:
     """Ask one network everything.
@@ -156,12 +158,13 @@ def ask_network(
         ids: of those.
         questions: what to ask.
         cache: where decoded images go that do not fit into memory.
+        load: what reads the network's own data.
         progress: of all this.
 
     Raises:
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
-    thresholds = _thresholds(model, images, questions, cache, progress)
+    thresholds = _thresholds(model, images, questions, cache, load, progress)
     scores: list[RunScores] = []
     if questions.uncertainty:
         passes = _passes(model, images, ids, questions, progress)
@@ -188,11 +191,16 @@ def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
 
 
 def _thresholds(
-    model: Model, images: ImageSet, questions: Questions, cache: Path | None, progress: Progress
+    model: Model,
+    images: ImageSet,
+    questions: Questions,
+    cache: Path | None,
+    load: Load,
+    progress: Progress,
 ) -> dict[str, float]:
     if questions.threshold != "val":
         return dict.fromkeys(images.labels, float(questions.threshold))
-    own, ids = images_for(model, None, "val", "val", progress, cache)
+    own, ids = images_for(model, None, "val", "val", progress, cache, load)
     size = model.config.training.batch_size
     found = choose_thresholds(model.network, own, ids, size, progress)
     for label, threshold in found.items():
