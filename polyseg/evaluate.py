@@ -199,7 +199,11 @@ class RobustnessPoint:
 
     def column(self, key: str) -> Values:
         """Return a metric of every image, (n,)."""
-        return np.array([image.values[key] for image in self.scores], dtype=np.float64)
+        return RunScores(self.run, self.scores).column(key)
+
+    def mean(self, key: str) -> float:
+        """Return its mean over the images for which it is defined; NaN without any."""
+        return RunScores(self.run, self.scores).mean(key)
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,19 @@ class Evaluation:
     def unit(self) -> str:
         """Of distances."""
         return self.runs[0].unit if self.runs else "px"
+
+    def difficulty(self, run: RunScores) -> Values | None:
+        """Return the difficulty of a run's images to the first run, so that thirds are the same.
+
+        It is the first uncertainty that was measured, (n,), NaN for an image without; or None.
+        """
+        first = next((one for one in self.runs if one.label == run.label), run)
+        names = [name for image in first.scores for name in image.uncertainty]
+        if not names:
+            return None
+        ids = [image.id for image in first.scores]
+        known = dict(zip(ids, first.uncertainty(names[0]), strict=True))
+        return np.array([known.get(image.id, math.nan) for image in run.scores])
 
 
 def image_scores(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from polyseg import tables
+from polyseg import forms, tables
 from polyseg.calibration import risk_coverage
 from polyseg.data.dataset import ImageSet
 from polyseg.evaluate import Evaluation, RunScores
@@ -50,13 +50,13 @@ class PredictedMasks:
 def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> list[Path]:
     """Write the tables of an evaluation, and its figures; return the files."""
     texts = {
-        "table.md": tables.markdown(evaluation),
-        "table.tex": tables.latex(evaluation),
-        "per_image.csv": tables.per_image_csv(evaluation.runs),
-        "summary.json": tables.summary_json(evaluation),
+        "table.md": forms.markdown(evaluation),
+        "table.tex": forms.latex(evaluation),
+        "per_image.csv": forms.per_image_csv(evaluation.runs),
+        "summary.json": forms.summary_json(evaluation),
     }
     if evaluation.robustness:
-        texts["robustness.csv"] = tables.robustness_csv(evaluation)
+        texts["robustness.csv"] = forms.robustness_csv(evaluation)
     for name, text in texts.items():
         write_text(folder / name, text)
     files = [folder / name for name in texts]

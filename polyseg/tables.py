@@ -1,15 +1,8 @@
-"""An evaluation written down: the same tables as Markdown, LaTeX and on the terminal, CSV, JSON."""
+"""The tables of an evaluation without a form yet: what stands where, what is best, what is marked."""
 
-import csv
-import io
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass
 
 from polyseg.evaluate import (
     Comparison,
@@ -19,18 +12,15 @@ from polyseg.evaluate import (
     failure_detection,
     strata,
 )
-from polyseg.files import without_nan
 from polyseg.metrics import METRICS, MetricColumn
 from polyseg.statistics import Interval, stars
-
-SCHEMA = 1
-"""Of summary.json, raised when a key changes its meaning or goes; new keys may come."""
 
 RULE = (
     "Mask and prediction both empty: the best value. Only one empty: the worst, distances the "
     "image's diagonal. What the mask leaves undefined is left out."
 )
-_DASH = "–"
+DASH = "–"
+"""What stands where a value is undefined."""
 
 
 @dataclass(frozen=True)
@@ -77,94 +67,6 @@ def sheets(evaluation: Evaluation, *, brief: bool = False) -> list[Sheet]:
     return [sheet for sheet in found if sheet.rows]
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """Return the tables as Markdown."""
-    return "\n".join(_markdown(sheet) for sheet in sheets(evaluation))
-
-
-def latex(evaluation: Evaluation) -> str:
-    """Return the tables for LaTeX with the package booktabs."""
-    heading = "% needs \\usepackage{booktabs}\n"
-    return heading + "\n".join(_latex(sheet) for sheet in sheets(evaluation))
-
-
-def per_image_csv(runs: Sequence[RunScores]) -> str:
-    """Return every metric of every image of every run as CSV; an empty cell is undefined.
-
-    An arm's runs stand for it, one by one.
-    """
-    single = [one for run in runs for one in (run.members or [run])]
-    unsure = list(dict.fromkeys(k for run in single for one in run.scores for k in one.uncertainty))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    grouped = any(run.members for run in runs)
-    arm_of = {id(one): run.name for run in runs for one in run.members}
-    named = {"label": any(run.label for run in single)}
-    named["prediction"] = any(run.prediction != "plain" for run in single)
-    named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
-    heads = [*(["arm"] if grouped else []), "run"]
-    heads += [*(name for name, there in named.items() if there), "id"]
-    metrics = [metric.key for metric in METRICS]
-    writer.writerow([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure])
-    for run in single:
-        own = [arm_of.get(id(run), run.name)] if grouped else []
-        own += [run.name, *(getattr(run, name) for name, there in named.items() if there)]
-        for image in run.scores:
-            values = [image.values[key] for key in metrics]
-            found = [image.uncertainty.get(name, math.nan) for name in unsure]
-            pixels = [image.mask_pixels, image.predicted_pixels]
-            writer.writerow([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
-    return text.getvalue()
-
-
-def robustness_csv(evaluation: Evaluation) -> str:
-    """Return the means of all metrics at each strength of each damage as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    metrics = [metric.key for metric in METRICS]
-    writer.writerow(["run", "corruption", "strength", *metrics])
-    for point in evaluation.robustness:
-        means = [_mean(point.column(key)) for key in metrics]
-        writer.writerow([point.run, point.corruption, point.strength, *map(_plain, means)])
-    return text.getvalue()
-
-
-def summary(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values, None for what is undefined."""
-    record = {
-        "schema": SCHEMA,
-        "rule": RULE,
-        "unit": evaluation.unit,
-        "tolerance": evaluation.tolerance,
-        "failure_dice": evaluation.failure,
-        "metrics": {
-            metric.key: {
-                "title": heading(metric, evaluation),
-                "higher_is_better": metric.higher_is_better,
-            }
-            for metric in METRICS
-        },
-        "runs": [_run_record(run, evaluation) for run in evaluation.runs],
-        "comparisons": [_comparison_record(one) for one in evaluation.comparisons],
-        "robustness": [
-            {
-                "run": point.run,
-                "corruption": point.corruption,
-                "strength": point.strength,
-                "metrics": {metric.key: _mean(point.column(metric.key)) for metric in METRICS},
-            }
-            for point in evaluation.robustness
-        ],
-    }
-    plain: dict[str, Any] = without_nan(record)
-    return plain
-
-
-def summary_json(evaluation: Evaluation) -> str:
-    """Return `summary` as JSON text."""
-    return json.dumps(summary(evaluation), indent=2) + "\n"
-
-
 def heading(metric: MetricColumn, evaluation: Evaluation) -> str:
     """Return a metric's title with its unit, or its tolerance.
 
@@ -182,7 +84,7 @@ def p_text(value: float) -> str:
     >>> p_text(0.0007), p_text(0.04), p_text(math.nan)
     ('< 0.001', '0.040', '–')
     """
-    return _DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def notes(runs: Sequence[RunScores]) -> list[str]:
@@ -306,7 +208,7 @@ def _comparison_row(
 
 def _strata_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
     """Yield the Dice of thirds of the images, by size and by difficulty."""
-    found = [(run, list(strata(run, _difficulty(evaluation, run)))) for run in evaluation.runs]
+    found = [(run, list(strata(run, evaluation.difficulty(run)))) for run in evaluation.runs]
     for by in ("size", "difficulty"):
         parts = {run.title: [one for one in thirds if one.by == by] for run, thirds in found}
         filled = {title: part for title, part in parts.items() if _several_images(part)}
@@ -352,7 +254,7 @@ def _robustness_sheet(evaluation: Evaluation) -> Sheet:
             Cell(corruption),
             Cell(run),
             *(
-                Cell(_number(_mean(point.column("dice")), 3))
+                Cell(_number(point.mean("dice"), 3))
                 for point in points
                 if (point.corruption, point.run) == (corruption, run)
             ),
@@ -361,16 +263,6 @@ def _robustness_sheet(evaluation: Evaluation) -> Sheet:
     ]
     note = "0: the images as they are; 5: severe damage."
     return Sheet("Dice under damage", ["damage", "run", *map(str, strengths)], rows, [note])
-
-
-def _difficulty(evaluation: Evaluation, run: RunScores) -> np.ndarray[Any, Any] | None:
-    """Return the difficulty of a run's images to the first run, so that thirds are the same."""
-    first = next((one for one in evaluation.runs if one.label == run.label), run)
-    names = [name for image in first.scores for name in image.uncertainty]
-    if not names:
-        return None
-    known = dict(zip((one.id for one in first.scores), first.uncertainty(names[0]), strict=True))
-    return np.array([known.get(image.id, math.nan) for image in run.scores])
 
 
 def _of_images(stratum: Stratum) -> str:
@@ -422,134 +314,15 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:
-    curve = run.reliability
-    return {
-        "name": run.name,
-        **({"label": run.label} if run.label else {}),
-        "prediction": run.prediction,
-        "threshold": run.threshold,
-        "counts": run.counts(),
-        "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
-        "strata": [asdict(one) for one in strata(run, _difficulty(evaluation, run))],
-        "failure_detection": [asdict(one) for one in failure_detection(run, evaluation.failure)],
-        "calibration": None
-        if curve is None
-        else {
-            "ece": curve.calibration_error,
-            "mean_predicted": curve.mean_predicted.tolist(),
-            "observed": curve.observed.tolist(),
-            "count": curve.count.tolist(),
-        },
-        "members": [one.name for one in run.members],
-    }
-
-
-def _statistics(run: RunScores, key: str) -> dict[str, float | int]:
-    values = run.defined(key)
-    interval = run.interval(key)
-    return {
-        "mean": run.mean(key),
-        "deviation": run.deviation(key),
-        "seed_deviation": run.seed_deviation(key),
-        "low": interval.low,
-        "high": interval.high,
-        "median": float(np.median(values)) if values.size else math.nan,
-        "n": int(values.size),
-    }
-
-
-def _comparison_record(one: Comparison) -> dict[str, Any]:
-    def plain(key: str) -> dict[str, Any]:
-        found = one.differences[key]
-        record = asdict(found)
-        low, high = record.pop("interval")
-        return record | {"low": low, "high": high}
-
-    return {
-        "baseline": one.baseline,
-        "run": one.run,
-        **({"label": one.label} if one.label else {}),
-        "metrics": {key: plain(key) for key in one.differences},
-    }
-
-
-def _markdown(sheet: Sheet) -> str:
-    def shown(cell: Cell) -> str:
-        # What names hold may be anything; brackets of intervals stay as they are.
-        text = re.sub(r"([\\|*_`<>&]|(?<=\])\()", r"\\\1", _plain_line(cell.text))
-        return (f"**{text}**" if cell.best else text) + cell.marks.replace("*", "\\*")
-
-    heads = [shown(Cell(head)) for head in sheet.heads]
-    lines = [
-        f"## {shown(Cell(sheet.title))}",
-        "",
-        _row(heads),
-        _row(["---", *["---:"] * (len(heads) - 1)]),
-    ]
-    lines += [_row([shown(cell) for cell in row]) for row in sheet.rows]
-    return "\n".join([*lines, "", *sheet.notes, ""])
-
-
-def _latex(sheet: Sheet) -> str:
-    def shown(cell: Cell) -> str:
-        text = _escape(cell.text)
-        text = rf"\textbf{{{text}}}" if cell.best else text
-        return text + (f"$^{{{cell.marks}}}$" if cell.marks else "")
-
-    # An empty group, because a bracket or a star at first would be read as an argument of \\.
-    rows = ["{}" + " & ".join(shown(cell) for cell in row) + r" \\" for row in sheet.rows]
-    return "\n".join(
-        [
-            f"% {_plain_line(sheet.title)}",
-            "\\begin{tabular}{l" + "r" * (len(sheet.heads) - 1) + "}",
-            "\\toprule",
-            " & ".join(_escape(head) for head in sheet.heads) + r" \\",
-            "\\midrule",
-            *rows,
-            "\\bottomrule",
-            "\\end{tabular}",
-            *(f"% {_plain_line(note)}" for note in sheet.notes),
-            "",
-        ]
-    )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _escape(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {character: "\\" + character for character in "&%$#_{}"}
-    special |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}", "−": "$-$", "±": r"$\pm$", _DASH: "--"}
-    return "".join(special.get(character, character) for character in _plain_line(text))
-
-
-def _plain_line(text: str) -> str:
-    """Return a text as one line: names may hold what would end it."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
-
-
 def _number(value: float, digits: int) -> str:
-    return _DASH if math.isnan(value) else f"{value:.{digits}f}"
+    return DASH if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _signed(value: float, digits: int) -> str:
-    return _DASH if math.isnan(value) else f"{value:+.{digits}f}"
+    return DASH if math.isnan(value) else f"{value:+.{digits}f}"
 
 
 def _interval(interval: Interval, digits: int) -> str:
     if math.isnan(interval.low):
-        return _DASH
+        return DASH
     return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-
-
-def _plain(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.9g}"
-
-
-def _mean(values: Any) -> float:
-    known = np.asarray(values, np.float64)
-    known = known[~np.isnan(known)]
-    return float(known.mean()) if known.size else math.nan

@@ -73,6 +73,7 @@ ROOMS = [
     "schedules",
     "evaluate",
     "tables",
+    "forms",
     "plots.style",
     "plots.losses",
     "plots.training",

@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 
 from polyseg.evaluate import Evaluation, RobustnessPoint, RunScores, compare, image_scores, pool
+from polyseg.forms import latex, markdown, per_image_csv, robustness_csv, summary_json
 from polyseg.metrics import METRICS
-from polyseg.tables import (
-    latex,
-    markdown,
-    notes,
-    per_image_csv,
-    robustness_csv,
-    sheets,
-    summary_json,
-)
+from polyseg.tables import notes, sheets
 
 EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
 

@@ -21,14 +21,14 @@ _MOST_FILES = 24
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
     """Print tables and paths, or all of it as JSON, to stdout."""
-    from polyseg import tables
+    from polyseg import forms, tables
 
     if as_json:
         found = outcome.evaluation
         record = {
             "folder": str(outcome.folder),
             "files": [str(path) for path in outcome.files],
-            "evaluation": None if found is None else tables.summary(found),
+            "evaluation": None if found is None else forms.summary(found),
             "correlations": list(outcome.correlations),
         }
         print(json.dumps(without_nan(record), indent=2))
