@@ -1,4 +1,4 @@
-"""The tables of an evaluation without a form yet: what stands where, what is best, what is marked."""
+"""The tables of an evaluation, without a form yet: what stands where, what is best or marked."""
 
 import math
 from collections.abc import Iterator, Sequence
