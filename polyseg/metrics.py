@@ -28,8 +28,8 @@ class MetricColumn:
     """A metric as tables show it.
 
     >>> hd95 = next(metric for metric in METRICS if metric.key == "hd95")
-    >>> hd95.heading("mm"), hd95.best
-    ('HD95 (mm)', 0.0)
+    >>> hd95.heading("mm")
+    'HD95 (mm)'
     """
 
     key: str
@@ -39,11 +39,6 @@ class MetricColumn:
     higher_is_better: bool = True
     is_distance: bool = False
     """Whether it is a length, in the unit of the spacing."""
-
-    @property
-    def best(self) -> float:
-        """The best value there is."""
-        return 1.0 if self.higher_is_better else 0.0
 
     def heading(self, unit: str = "px") -> str:
         """Return the title, with the unit if it is a distance."""

@@ -76,13 +76,7 @@ def fit_schedule(
     for i, place in enumerate(zip(schedule.ids, recorded, strict=True)):
         columns.setdefault(place, i)
     wanted = [(identity, label) for identity in ids for label in labels]
-    if missing := [" of ".join(filter(None, (label, one))) for one, label in wanted
-                   if (one, label) not in columns]:  # fmt: skip
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise PolysegError(
-            f"{source}: has no epsilon for {', '.join(missing[:_NAMED])}{more}; replay it on the "
-            "images of its own run (data.path, and split.json by --split)"
-        )
+    _refuse_missing([place for place in wanted if place not in columns], source)
     _refuse_epochs(schedule, epochs, source)
     chosen = schedule.epsilon[:, [columns[place] for place in wanted]]
     least = least_epsilon(terms)
@@ -112,6 +106,18 @@ def epsilon_of_batch(schedule: Schedule, ids: Sequence[str], epoch: int, labels:
     row = schedule.epsilon[epoch - 1].reshape(-1, labels)
     chosen: Epsilons = row[[places[identity] for identity in ids]].ravel()
     return chosen
+
+
+def _refuse_missing(places: Sequence[tuple[str, str]], source: str) -> None:
+    """Raise if there are (id, label) that a schedule lacks."""
+    if not places:
+        return
+    named = [" of ".join(filter(None, (label, identity))) for identity, label in places[:_NAMED]]
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    raise PolysegError(
+        f"{source}: has no epsilon for {', '.join(named)}{more}; replay it on the images of its "
+        "own run (data.path, and split.json by --split)"
+    )
 
 
 def _refuse_epochs(schedule: Schedule, epochs: int, source: str) -> None:

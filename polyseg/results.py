@@ -122,19 +122,23 @@ def _draw_reliability(runs: Sequence[RunScores], folder: Path) -> list[Path]:
 
 def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
     """Draw what is left of the risk as the least certain images are put aside."""
-    names, curves, best = [], [], []
+    names, found, curves, best = [], [], [], []
     for run in runs:
         risk = 1 - run.column("dice")
         for name in list(dict.fromkeys(k for image in run.scores for k in image.uncertainty))[:1]:
             uncertainty = run.uncertainty(name)
             known = np.isfinite(uncertainty) & np.isfinite(risk)
             if known.any():
-                names.append(f"{run.title}, {name.replace('_', ' ')}")
+                names.append(run.title)
+                found.append(name.replace("_", " "))
                 curves.append(risk_coverage(risk[known], uncertainty[known]))
                 best.append(risk_coverage(risk[known], risk[known]))
     if not names:
         return []
-    figure = risk_coverage_curves(names, curves, best=best)
+    one = found[0] if len(set(found)) == 1 else ""
+    if not one:
+        names = [", ".join(pair) for pair in zip(names, found, strict=True)]
+    figure = risk_coverage_curves(names, curves, best=best, uncertainty=one)
     return save_figure(figure, folder / "risk_coverage")
 
 

@@ -75,14 +75,6 @@ class RunFiles:
     remarks: Sequence[str] = ()
     """A sentence for each file that could not be read or was left out."""
 
-    def setting(self, key: str, default: Any = None) -> Any:
-        """Return a setting by its dotted key, as the file has it.
-
-        >>> RunFiles("a", settings={"loss.name": "dice"}).setting("loss.name")
-        'dice'
-        """
-        return self.settings.get(key, default)
-
 
 def read_run(path: Path, name: str) -> RunFiles:
     """Read what is there to show of a run.

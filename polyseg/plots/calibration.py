@@ -79,7 +79,11 @@ def reliability_diagram(
 
 @styled
 def risk_coverage_curves(
-    names: Sequence[str], curves: Sequence[Curve], *, best: Sequence[Curve] | None = None
+    names: Sequence[str],
+    curves: Sequence[Curve],
+    *,
+    best: Sequence[Curve] | None = None,
+    uncertainty: str = "",
 ) -> Figure:
     """Draw the risk, mean 1 - Dice, of the images kept over how many are, the most certain first.
 
@@ -90,6 +94,7 @@ def risk_coverage_curves(
         curves: a run its coverage, (n,) in (0, 1] and rising to 1, and its selective risk, (n,),
             the mean of which is AURC.
         best: a run the same of the order by the risk itself, which none beats; drawn dotted.
+        uncertainty: by which images are in order, if it is one for all runs.
 
     >>> curve = np.array([0.5, 1.0]), np.array([0.1, 0.2])
     >>> risk_coverage_curves(["adaptive"], [curve]).legends[0].get_texts()[0].get_text()
@@ -107,7 +112,8 @@ def risk_coverage_curves(
         axes.xaxis.set_major_locator(MultipleLocator(25))
         axes.tick_params(labelbottom=True)
     panels[0][0].set_ylim(bottom=0)
-    figure.supxlabel("coverage: images kept (%)", fontsize=9)
+    by = f", by {uncertainty}" if uncertainty else ""
+    figure.supxlabel(f"coverage: images kept (%){by}", fontsize=9)
     figure.supylabel("risk: their mean 1 − Dice", fontsize=9)
     others = [Line2D([], [], color=GRAY, linestyle="--", label="all images, or random order")]
     if best is not None:
