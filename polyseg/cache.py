@@ -7,10 +7,17 @@ Layout of an assessment of n images: attributes for what was measured how; `id` 
 (n) int64; `fallback` (n) int8; `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11,
 so that eq. 11 and 12 can be computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon`
 (E, n) float32, `assessed` (E) int64, where it is known.
+
+Texts have a fixed size and so lie where they stand: a reference into HDF5's heap may promise any
+size. The first 512 bytes, HDF5's user block, are the seal: the sha256 of all that follows. It is
+checked before the HDF5 library sees a byte, for that library does not notice most damage.
 """
 
 import contextlib
+import hashlib
+import io
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -23,16 +30,24 @@ from polyseg.errors import PolysegError
 from polyseg.files import atomic_path, sha256_of_file
 from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
 
-SCHEMA = 1
-"""Raised when a file's layout changes so that an older reader would misread it."""
+SCHEMA = 2
+"""Raised when a file's layout changes so that one side would misread the other's files."""
 
 _ASSESSMENT = "polyseg assessment"
 _SCHEDULE = "polyseg schedule"
 _MOST_IMAGES = 10_000_000
-_NAMES_AT_ONCE = 64
 _LONGEST_NAME = 4096
+_TEXTS = ("metric", "region", "masks", "weights_sha256")
+_NUMBERS = {"epoch": int, "samples": int, "seed": int, "rate": float | int}
 _LARGEST_SCORE = 1e30
 _MOST_PIXELS = 2**26
+_MOST_EPOCHS = 100_000
+_LEAST_PIECE = 8
+_MORE_THAN_PIXELS = 100
+_FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
+_SEAL_BYTES = 512
+_SEAL = "polyseg: the sha256 of what follows byte 512 is "
+_MISFITS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
 
 
 def write_assessment(path: Path, assessment: Assessment) -> str:
@@ -42,20 +57,11 @@ def write_assessment(path: Path, assessment: Assessment) -> str:
         PolysegError: the file cannot be written, or maps differ in size.
     """
     with _writing(path, _ASSESSMENT) as file:
-        file.attrs.update(
-            {
-                "epoch": assessment.epoch,
-                "samples": assessment.samples,
-                "rate": assessment.rate,
-                "metric": assessment.metric,
-                "region": assessment.region,
-                "masks": assessment.masks,
-                "seed": assessment.seed,
-                "weights_sha256": assessment.weights_sha256,
-            }
-        )
+        for name in (*_TEXTS, *_NUMBERS):
+            value = getattr(assessment, name)
+            file.attrs[name] = _fixed(value) if name in _TEXTS else value
         # A dataset, because an attribute holds no more than 64 KiB.
-        file.create_dataset("config", data=assessment.config_yaml, dtype=h5py.string_dtype())
+        file["config"] = _fixed(assessment.config_yaml)
         _write_rows(file, assessment.ids, assessment.labels)
         file["difficulty"] = assessment.difficulty
         for name, values in assessment.scores.items():
@@ -85,7 +91,7 @@ def read_assessment(
         with_maps: read the pixel maps too.
 
     Raises:
-        PolysegError: the file is missing, damaged, of a newer layout or something else.
+        PolysegError: the file is missing, damaged, of another layout or something else.
     """
     with _reading(path, _ASSESSMENT, sha256) as file:
         ids, labels = _rows(file)
@@ -126,13 +132,13 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
     """Read a schedule file.
 
     Raises:
-        PolysegError: the file is missing, damaged, of a newer layout or something else.
+        PolysegError: the file is missing, damaged, of another layout or something else.
     """
     with _reading(path, _SCHEDULE, sha256) as file:
-        ids, labels = _rows(file)
         epochs = _dataset(file, "epoch")
-        if epochs.ndim != 1 or epochs.dtype != np.int64:
-            raise ValueError("epoch must be (E) int64")
+        if epochs.ndim != 1 or epochs.dtype != np.int64 or len(epochs) > _MOST_EPOCHS:
+            raise ValueError(f"epoch must be (E) int64, of at most {_MOST_EPOCHS:,}")
+        ids, labels = _rows(file)
         epsilon = _dataset(file, "epsilon")
         if epsilon.shape != (*epochs.shape, len(ids)) or epsilon.dtype != np.float32:
             raise ValueError("epsilon must be (E, n) float32")
@@ -147,10 +153,34 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
 
 @contextlib.contextmanager
 def _writing(path: Path, kind: str) -> Iterator[Any]:
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["kind"] = kind
+    # In memory first: where a disk is full the library may end the process, or forget to say so.
+    image = io.BytesIO()
+    with h5py.File(image, "w", userblock_size=_SEAL_BYTES) as file:
+        file.attrs["kind"] = _fixed(kind)
         file.attrs["schema"] = SCHEMA
         yield file
+    image.seek(0)
+    image.write(_seal(hashlib.sha256(image.getbuffer()[_SEAL_BYTES:]).hexdigest()))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(image.getbuffer())
+
+
+def seal(path: Path) -> None:
+    """Write the sha256 of an HDF5 file into its user block, without which it is not read."""
+    with path.open("r+b") as stream:
+        block = _seal_of(stream)
+        stream.seek(0)
+        stream.write(block)
+
+
+def _seal_of(stream: BufferedIOBase) -> bytes:
+    """Return what the first bytes of a file must be."""
+    stream.seek(_SEAL_BYTES)
+    return _seal(hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _seal(digest: str) -> bytes:
+    return f"{_SEAL}{digest}\n".encode().ljust(_SEAL_BYTES, b"\0")
 
 
 @contextlib.contextmanager
@@ -164,18 +194,37 @@ def _reading(path: Path, kind: str, sha256: str | None) -> Iterator[Any]:
             "or replaced"
         )
     try:
+        if sha256 is None:
+            _refuse_damage(path)
         # No lock: files are never changed once they have their name.
         with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("kind") != kind:
+            if (schema := _attribute(file, "schema")) != SCHEMA:
+                raise ValueError(f"has layout {schema}, not {SCHEMA}, and is of another polyseg")
+            if _attribute(file, "kind") != kind:
                 raise ValueError(f"is no {kind} file")
-            if file.attrs["schema"] > SCHEMA:
-                raise ValueError(
-                    f"has layout {file.attrs['schema']}, newer than {SCHEMA}; update polyseg"
-                )
             yield file
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except _MISFITS as error:
         reason = " ".join(str(error).split())[:200]
         raise PolysegError(f"{path}: cannot be read as a {kind}: {reason}") from error
+
+
+def _refuse_damage(path: Path) -> None:
+    """Raise where a file's bytes are not those that were sealed."""
+    with path.open("rb") as stream:
+        found = stream.read(_SEAL_BYTES)
+        if not found.startswith(_SEAL.encode()):
+            raise ValueError("has no seal: it is of an earlier layout, or of another program")
+        if found != _seal_of(stream):
+            raise ValueError("its content is not what was written")
+
+
+def _attribute(file: Any, name: str) -> int | float | str:
+    """Return a single number or text; an array of texts could be far larger than its file."""
+    held = file.attrs.get_id(name)
+    if held.shape != () or held.dtype.kind not in "iufS":
+        raise ValueError(f"{name} is no single number or text of a fixed size")
+    value: int | float | bytes = file.attrs[name].item()
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _has(file: Any, name: str) -> bool:
@@ -198,8 +247,10 @@ def _dataset(file: Any, name: str) -> Any:
     group = file[name]
     if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
         raise ValueError(f"{name} is not a plain dataset")
-    if not name.startswith("maps/") and group.id.get_storage_size() < group.nbytes:
-        # Only maps are compressed; elsewhere a shape cannot promise more than the file holds.
+    if name.startswith("maps/"):
+        return group
+    # Only maps are compressed; elsewhere a shape cannot promise more than the file holds.
+    if group.shape is None or group.chunks or group.id.get_storage_size() < group.nbytes:
         raise ValueError(f"{name} is of shape {group.shape} but its values are not there")
     return group
 
@@ -218,57 +269,53 @@ def _rows(file: Any) -> tuple[list[str], list[str] | None]:
 
 
 def _names(dataset: Any) -> list[str]:
-    """Return what can be names: text of a line, and in all no longer than the file.
-
-    Many rows of a file may refer to one long string.
-    """
-    if dataset.ndim != 1 or not 0 < dataset.size <= _MOST_IMAGES:
+    """Return what can be names: text of a line."""
+    if dataset.ndim != 1 or not 0 < dataset.size <= _MOST_IMAGES or dataset.dtype.kind != "S":
         raise ValueError(f"{dataset.name} must be (n) strings")
-    left = Path(dataset.file.filename).stat().st_size
-    names: list[str] = []
-    for start in range(0, dataset.size, _NAMES_AT_ONCE):
-        part = [str(name) for name in dataset.asstr()[start : start + _NAMES_AT_ONCE]]
-        left -= sum(map(len, part))
-        if left < 0 or any(not name.isprintable() or len(name) > _LONGEST_NAME for name in part):
-            raise ValueError(f"{dataset.name} holds what is no name")
-        names += part
+    names = [name.decode() for name in dataset[()].tolist()]
+    if any(not name.isprintable() or len(name) > _LONGEST_NAME for name in names):
+        raise ValueError(f"{dataset.name} holds what is no name")
     return names
 
 
 def _text(file: Any, name: str) -> str:
     dataset = _dataset(file, name)
-    if dataset.shape != ():
+    if dataset.shape != () or dataset.dtype.kind != "S":
         raise ValueError(f"{name} must be one string")
     return str(dataset.asstr()[()])
 
 
+def _fixed(text: str | list[str]) -> NDArray[Any]:
+    """Return texts as HDF5 keeps them where they stand."""
+    content = [text.encode()] if isinstance(text, str) else [one.encode() for one in text]
+    kind = h5py.string_dtype(length=max(1, *map(len, content)))
+    return np.array(content[0] if isinstance(text, str) else content, dtype=kind)
+
+
 def _attributes(file: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        name: file.attrs[name].item() for name in ("epoch", "samples", "rate", "seed")
-    }
-    found |= {name: str(file.attrs[name]) for name in ("metric", "region", "masks")}
-    if not (isinstance(found["epoch"], int) and found["epoch"] >= 0):
-        raise ValueError(f"epoch {found['epoch']} is none")
+    kinds: dict[str, Any] = dict.fromkeys(_TEXTS, str) | _NUMBERS
+    found: dict[str, Any] = {name: _attribute(file, name) for name in kinds}
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind) or (name == "epoch" and found[name] < 0):
+            raise ValueError(f"{name} {found[name]!r:.40} is none")
     if found["metric"] not in get_args(Metric) or not _has(file, f"scores/{found['metric']}"):
-        raise ValueError(f"metric {found['metric']!r} is unknown, or has no scores")
-    return found | {"weights_sha256": str(file.attrs["weights_sha256"])}
+        raise ValueError(f"metric {found['metric']!r:.40} is unknown, or has no scores")
+    return found
 
 
 def _rank_stability(file: Any) -> dict[Metric, float]:
-    attributes = {
-        name: file[f"scores/{name}"].attrs for name in METRICS if _has(file, f"scores/{name}")
-    }
+    places = {name: f"scores/{name}" for name in METRICS if _has(file, f"scores/{name}")}
     return {
-        name: float(held["rank_stability"])
-        for name, held in attributes.items()
-        if "rank_stability" in held
+        name: float(_attribute(file[place], "rank_stability"))
+        for name, place in places.items()
+        if "rank_stability" in file[place].attrs
     }
 
 
 def _write_rows(file: Any, ids: list[str], labels: list[str] | None) -> None:
-    file.create_dataset("id", data=ids, dtype=h5py.string_dtype())
+    file["id"] = _fixed(ids)
     if labels is not None:
-        file.create_dataset("label", data=labels, dtype=h5py.string_dtype())
+        file["label"] = _fixed(labels)
 
 
 def _column(file: Any, name: str, n: int, dtype: str) -> NDArray[Any]:
@@ -303,6 +350,21 @@ def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]
     }
 
 
+def _is_packed_as_ours(maps: Any) -> bool:
+    """Tell whether each map was written, and its piece can be one that went through the filters.
+
+    What was never written is zeros of any size when it is read; and HDF5's filters take for granted
+    that there is something to undo.
+    """
+    pieces: list[Any] = []
+    maps.id.chunk_iter(pieces.append)
+    sizes = range(_LEAST_PIECE, 2 * maps.nbytes // len(maps) + _MORE_THAN_PIXELS)
+    plain = all(piece.filter_mask == 0 and piece.size in sizes for piece in pieces)
+    own = maps.id.get_create_plist()
+    filters = [own.get_filter(i)[0] for i in range(own.get_nfilters())]
+    return plain and filters == _FILTERS and len(pieces) == len(maps)
+
+
 def _write_maps(file: Any, name: str, maps: list[NDArray[np.floating]]) -> None:
     if len({one.shape for one in maps}) > 1:
         raise PolysegError(
@@ -326,5 +388,7 @@ def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
         plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
         if not plausible or len(dataset) != n or dataset.dtype != np.float16:
             raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
+        if dataset.chunks != (1, *dataset.shape[1:]) or not _is_packed_as_ours(dataset):
+            raise ValueError(f"maps/{name} must hold each image's map in one piece")
         maps[name] = [dataset[i] for i in range(n)]
     return maps

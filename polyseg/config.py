@@ -4,22 +4,30 @@ Precedence: flags and --set over the file over the defaults. Unknown keys are er
 """
 
 import difflib
+import errno
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from unicodedata import category
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
+from polyseg.plain_yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
 from polyseg.records import METRICS, Metric, ReplayArm
 
-_LARGEST_FILE = 50_000
 _MOST_PROBLEMS = 5
-_DEEPEST_NESTING = 30
 _LARGEST_SIDE = 8192
 _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
@@ -27,6 +35,8 @@ _LONGEST_PATTERN = 200
 _MOST_LABELS = 32
 _MOST_VALUES = 256
 _LARGEST_LABEL = 65_535
+_NO_TEXT = {"Cc", "Cs"}
+"""Unicode's control characters and surrogates."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
 
 MOST_SAMPLES = 10_000
@@ -39,23 +49,27 @@ def _setting(default: Any, description: str, unit: str = "", **bounds: Any) -> A
     return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
 
 
-def _parts(tree: Any) -> Iterator[Any]:
-    """Yield what nested mappings and lists hold, lists included."""
-    yield tree
-    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    for value in inner:
-        yield from _parts(value)
-
-
 class _Section(BaseModel):
+    # Strict: neither true nor "10" is a number, and neither 1 nor "yes" is true.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, strict=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _texts_are_of_a_line(cls, value: Any) -> Any:
+        """What stands in names and paths goes to the system, to YAML and to error messages."""
+        for part in parts(value):
+            if isinstance(part, str) and any(category(sign) in _NO_TEXT for sign in part):
+                raise ValueError(f"{part!a:.60} holds a control character or what is no text")
+        return value
 
 
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
-LabelValues = int | tuple[int, ...]
-Foreground = int | tuple[LabelValues, ...] | dict[str, LabelValues] | None
+_FROM_A_LIST = Strict(False)
+"""Of the tuple itself; what is in it stays strict."""
+LabelValues = int | Annotated[tuple[int, ...], _FROM_A_LIST]
+Foreground = int | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
 
 
 class AugmentConfig(_Section):
@@ -101,7 +115,7 @@ class DataConfig(_Section):
     training_slices: Literal["all", "foreground"] = _setting(
         "all", "whether images and slices without foreground are trained on"
     )
-    size: Side | tuple[Side, Side] | None = _setting(
+    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | None = _setting(
         128, "this square, or [height, width]; null keeps images as they are", "pixels"
     )
     fit: Literal["resize", "tile"] = _setting(
@@ -115,7 +129,7 @@ class DataConfig(_Section):
     tile_foreground: float = _setting(
         0.5, "share of the patches that are centred on foreground", ge=0, le=1
     )
-    split: tuple[float, float, float] = _setting(
+    split: Annotated[tuple[float, float, float], _FROM_A_LIST] = _setting(
         (0.7, 0.15, 0.15), "shares of training, validation and test images, where none are given"
     )
     split_seed: int = _setting(0, "seed of the split, apart from training.seed", ge=0)
@@ -146,7 +160,7 @@ class DataConfig(_Section):
         "to [0, 1]; percentile: 1st and 99th of the image to [0, 1], clipped; dataset: mean and "
         "deviation of the training images; window: data.window to [0, 1], clipped",
     )
-    window: tuple[float, float] = _setting(
+    window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
         (-160.0, 240.0), "lowest and highest value of normalise=window, such as Hounsfield units"
     )
     augmentation: Literal["none", "light", "medium", "strong"] = _setting(
@@ -248,7 +262,7 @@ class NetworkConfig(_Section):
     dropout_kind: Literal["channel", "element"] = _setting(
         "channel", "whether whole feature maps or single values are dropped"
     )
-    dropout_layers: str | tuple[str, ...] = _setting(
+    dropout_layers: str | Annotated[tuple[str, ...], _FROM_A_LIST] = _setting(
         "auto",
         "active dropout layers: decoder (from the bottleneck on), bottleneck, all, or patterns of "
         "layer names; auto is decoder, and all for a factory's network",
@@ -267,11 +281,14 @@ class NetworkConfig(_Section):
             plain = False
         if not plain:
             raise ValueError("network.kwargs: numbers, words, lists and mappings of them only")
-        for value in _parts(self.kwargs):
+        for value in parts(self.kwargs):
             if isinstance(value, list) and len(value) > _LONGEST_ARGUMENT:
                 raise ValueError(f"network.kwargs: a list of over {_LONGEST_ARGUMENT} entries")
             if isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
                 raise ValueError(f"network.kwargs: {value:g} is above {_LARGEST_ARGUMENT}")
+            # Of a factory's own lists nothing is known.
+            if isinstance(value, list) and ":" not in self.name and _has_none_of_something(value):
+                raise ValueError(f"network.kwargs: {value!r:.60} has numbers below 1")
         return self
 
 
@@ -414,6 +431,11 @@ class TrainingConfig(_Section):
         "fp32", "of the network's forward pass; losses and D are always float32 or wider"
     )
     compile: bool = _setting(False, "torch.compile the network")
+    on_nonfinite: Literal["stop", "skip"] = _setting(
+        "stop",
+        "where a step's loss or gradients are not finite: end the run, whose last good epoch is "
+        "kept, or leave the step out, count and log it (which a GPU waits for)",
+    )
     workers: int = _setting(0, "processes that read and augment", "processes", ge=0, le=64)
     device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "auto: cuda, mps, then cpu")
     seed: int = _setting(0, "of weights, order, augmentation and dropout", ge=0, le=2**31)
@@ -499,7 +521,12 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def _has_none_of_something(values: list[Any]) -> bool:
+    """Tell whether a list, such as of channels or strides, has a whole number below 1."""
+    return any(type(value) is int and value < 1 for value in values)
 
 
 def _as_tuple(values: LabelValues) -> tuple[int, ...]:
@@ -544,8 +571,9 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     >>> load_config(overrides=["training.epochs=3"]).training.epochs
     3
     """
+    tree = None if file is None else parse_yaml(_read(file), str(file))
     # An empty file is one of defaults.
-    tree = ({} if file is None else parse_yaml(_read(file), str(file))) or {}
+    tree = {} if tree is None else tree
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -564,40 +592,22 @@ def build_config(tree: Any, source: str) -> Config:
     Traceback (most recent call last):
     polyseg.errors.PolysegError: a.yaml: loss.epsilom: unknown key; did you mean loss.epsilon?
     """
+    if not isinstance(tree, dict):
+        raise PolysegError(
+            f"{source}: holds no settings; `polyseg config init` writes a file of all"
+        )
     try:
-        if isinstance(tree, dict):
-            # A section of which nothing is left is one of defaults.
-            tree = {key: {} if value is None else value for key, value in tree.items()}
-        return Config.model_validate({} if tree is None else tree)
+        # A section of which nothing is left is one of defaults.
+        return Config.model_validate(
+            {key: {} if value is None else value for key, value in tree.items()}
+        )
     except ValidationError as error:
         problems = list(_describe(error))
         more = len(problems) - _MOST_PROBLEMS
         shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         raise PolysegError(f"{source}: {'; '.join(shown)[:2000]}") from None
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise PolysegError(f"{source}: {str(error)[:200]}") from None
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML that may come from anywhere: no tags that build objects, no aliases, no bombs.
-
-    Raises:
-        PolysegError: what is wrong, in one line that starts with `source`.
-
-    >>> parse_yaml("[1, 2]", "here")
-    [1, 2]
-    """
-    if len(text) > _LARGEST_FILE:
-        raise PolysegError(f"{source}: is over {_LARGEST_FILE:,} characters; no configuration is")
-    try:
-        _refuse_bombs(text, source)
-        tree = yaml.safe_load(text)
-        if any(isinstance(value, int) and abs(value) > 2**63 for value in _parts(tree)):
-            raise PolysegError(f"{source}: holds a whole number beyond 2 to the power of 63")
-        return tree
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
 
 
 def _parse_override(value: str, source: str) -> Any:
@@ -608,18 +618,6 @@ def _parse_override(value: str, source: str) -> Any:
             "the shell's"
         )
     return parsed
-
-
-def _refuse_bombs(text: str, source: str) -> None:
-    """Raise on what is small to write and huge to read: aliases, and nesting without end."""
-    depth = 0
-    for event in yaml.parse(text):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent):
-            raise PolysegError(f"{source}: YAML aliases (*name) are not taken; write it out")
-        if depth > _DEEPEST_NESTING:
-            raise PolysegError(f"{source}: is nested over {_DEEPEST_NESTING} deep; no setting is")
 
 
 def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:
@@ -663,7 +661,7 @@ def template() -> str:
 def _yaml_of(value: Any) -> str:
     """Return a value as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True).replace("\n...", "").strip()
+    return dump_yaml(plain, in_a_line=True)
 
 
 def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
@@ -676,11 +674,13 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
 
 def _read(file: Path) -> str:
     try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "is no file")
         with file.open(encoding="utf-8") as stream:
-            return stream.read(_LARGEST_FILE + 1)
+            return stream.read(LONGEST_YAML + 1)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not a text file"
-        raise PolysegError(f"{file}: cannot be read: {reason}") from None
+        why = reason(error) if isinstance(error, OSError) else "is not a text file"
+        raise PolysegError(f"{file}: cannot be read: {why}") from None
 
 
 def _lay(tree: Any, key: str, value: Any) -> None:
@@ -707,7 +707,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
         if first["type"] == "extra_forbidden":
             yield f"{key}: unknown key; {_nearest(key, list(settings))}"
         elif first["type"] == "value_error":
-            yield first["msg"].removeprefix("Value error, ")
+            said = first["msg"].removeprefix("Value error, ")
+            yield f"{key}: {said}" if key in settings else said
         elif others:
             yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
         else:

@@ -1,22 +1,79 @@
 """Durable files: whole or not at all, their hashes, one writer at a time; and names for them."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
+
+log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".partial-"
 """How the names of files begin that are not whole yet; a killed process may leave one."""
 
 
 _LARGEST_TEXT = 2**28
+_KNOWS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class Disk:
+    """What durable writing asks of the operating system, step by step.
+
+    Tests put one in its place that fails at a step, or forgets what never reached the disk.
+    """
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder and what is above it, each of which reaches the disk with its name."""
+        if not folder.is_dir():
+            self.make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            self.flush(folder.parent)
+
+    def create(self, path: Path) -> Path:
+        """Make an empty file beside `path`, under a temporary name that keeps the suffix."""
+        handle, name = tempfile.mkstemp(
+            prefix=f"{TEMPORARY_PREFIX}{path.stem}.", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+        return Path(name)
+
+    def flush(self, path: Path) -> None:
+        """Return when the bytes of a file, or the names in a folder, have reached the disk."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, at once, in place of what had it."""
+        old.replace(new)
+
+    def link(self, old: Path, new: Path) -> None:
+        """Give a file a second name that nothing has."""
+        os.link(old, new)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there."""
+        path.unlink(missing_ok=True)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove a folder with all that is in it, if it is there; links in it are not followed."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+disk = Disk()
+"""The seam: all that is written durably goes through it."""
 
 
 @contextlib.contextmanager
@@ -36,24 +93,46 @@ def atomic_path(path: Path) -> Iterator[Path]:
     'id,dice'
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f"{TEMPORARY_PREFIX}{path.stem}.", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
+        disk.make_folder(path.parent)
+        temporary = disk.create(path)
     except OSError as error:
-        raise PolysegError(f"{path}: cannot be written: {error.strerror}") from error
-    temporary = Path(name)
+        raise PolysegError(f"{path}: cannot be written: {reason(error)}") from error
     try:
         yield temporary
         _readable_by_umask(temporary)
-        _flush_to_disk(temporary)
-        temporary.replace(path)
-        _flush_to_disk(path.parent)
+        disk.flush(temporary)
+        disk.rename(temporary, path)
+        disk.flush(path.parent)
     except OSError as error:
-        raise PolysegError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise PolysegError(f"{path}: cannot be written: {reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        disk.remove(temporary)
+
+
+def keep_as(path: Path, older: Path) -> None:
+    """Give a file that is about to be replaced another name too, whole or not at all.
+
+    Raises:
+        PolysegError: the folder cannot be written, or the disk is full.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text(Path(folder) / "last", "first")
+    ...     keep_as(Path(folder) / "last", Path(folder) / "previous")
+    ...     write_text(Path(folder) / "last", "second")
+    ...     (Path(folder) / "previous").read_text()
+    'first'
+    """
+    if older.exists() and older.samefile(path):
+        return  # A rename between two names of one file would do nothing.
+    second = older.with_name(f"{TEMPORARY_PREFIX}{older.name}")
+    try:
+        disk.remove(second)
+        disk.link(path, second)
+        disk.rename(second, older)
+    except OSError:
+        # Some file systems know no second names.
+        with atomic_path(older) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,6 +182,8 @@ def sha256_of_file(path: Path) -> str:
 def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
     """Hold the lock file `path` for the length of the block; a dead process holds none.
 
+    Where the file system knows no locks, as some that are shared over a network, a warning says so.
+
     Raises:
         PolysegError: another process holds it; `owner` names what is in use.
 
@@ -111,26 +192,40 @@ def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
     ...         "one writer"
     'one writer'
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            stream = stack.enter_context(path.open("a+"))
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PolysegError(
-                f"{owner} is being written by another process; "
-                "wait for it to end or choose another --out"
-            ) from error
-        except OSError as error:
-            raise PolysegError(f"{path}: cannot be locked: {error.strerror}") from error
+    try:
+        stream = path.open("a+")
+    except OSError as error:
+        raise PolysegError(f"{path}: cannot be locked: {reason(error)}") from error
+    with stream:
+        lock(stream.fileno(), path, owner=owner)
         yield
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def lock(descriptor: int, path: Path, *, owner: str) -> None:
+    """Lock what is open, a file or a folder, until it is closed.
+
+    Raises:
+        PolysegError: another process holds it; `owner` names what is in use.
+
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     lock(file.fileno(), Path(file.name), owner="this run")
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PolysegError(
+            f"{owner} is being written by another process; wait for it to end or choose another "
+            "--out"
+        ) from error
+    except OSError as error:
+        if error.errno not in _KNOWS_NO_LOCKS:
+            raise PolysegError(f"{path}: cannot be locked: {reason(error)}") from error
+        log.warning(
+            "%s: its file system knows no locks (%s); make sure yourself that no other process "
+            "writes there",
+            path.parent,
+            error.strerror,
+        )
 
 
 def _readable_by_umask(path: Path) -> None:

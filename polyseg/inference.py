@@ -2,12 +2,17 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from polyseg.errors import PolysegError
+from polyseg.memory import Portions
 from polyseg.records import Batch
+
+LESS_MEMORY = "use smaller images (data.size), a smaller network, or the CPU (training.device=cpu)"
+"""What to do where one image is too much."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,14 +67,43 @@ def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield each batch with its logits, (B, K, H, W) float32 on the CPU.
+    """Yield the images in order with their logits, (B, K, H, W) float32 on the CPU.
+
+    They come batch by batch, and in smaller ones from where memory does not do for a whole batch.
+
+    Raises:
+        PolysegError: there is too little memory for one image.
 
     >>> batch = Batch(["a"], torch.zeros(1, 1, 4, 4), None)
     >>> [logits.shape for _, logits in predict(nn.Conv2d(1, 1, 1), [batch])]
     [torch.Size([1, 1, 4, 4])]
     """
-    device = device_of(network)
+    portions = Portions("prediction", LESS_MEMORY)
     for batch in batches:
-        with held_in_mode(network, training=False), torch.inference_mode():
-            logits = network(batch.images.to(device)).float().cpu()
-        yield batch, logits
+        yield from portions.run(len(batch.ids), partial(_predict, network, batch), shown(batch))
+
+
+def _predict(network: nn.Module, batch: Batch, rows: slice) -> tuple[Batch, Tensor]:
+    part = images_of(batch, rows)
+    with held_in_mode(network, training=False), torch.inference_mode():
+        return part, network(part.images.to(device_of(network))).float().cpu()
+
+
+def images_of(batch: Batch, rows: slice | list[int]) -> Batch:
+    """Return some of the images of a batch.
+
+    >>> images_of(Batch(["a", "b"], torch.zeros(2, 1, 4, 4), None), slice(1, 2)).ids
+    ['b']
+    """
+    ids = batch.ids[rows] if isinstance(rows, slice) else [batch.ids[i] for i in rows]
+    masks = None if batch.masks is None else batch.masks[rows]
+    return batch._replace(ids=ids, images=batch.images[rows], masks=masks)
+
+
+def shown(batch: Batch) -> str:
+    """Return what an image of a batch is called in errors.
+
+    >>> shown(Batch(["a"], torch.zeros(1, 1, 4, 6), None))
+    'an image of 4 x 6'
+    """
+    return "an image of {} x {}".format(*batch.images.shape[2:])

@@ -1,8 +1,8 @@
 """What the passes say of each image: scores over its region, and how sure those are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from polyseg.difficulty import Region, foreground_mean, mean_by_image, select_region
 from polyseg.errors import PolysegError
+from polyseg.inference import images_of, shown
+from polyseg.memory import Portions
 from polyseg.overlap import dice_coefficient
 from polyseg.passes import Passes
 from polyseg.ranks import jackknife_error, rank_stability
@@ -34,7 +36,7 @@ class Measurement:
         save_maps: bool,
     ) -> None:
         self.passes, self.batch = passes, batch
-        self.region, self.width = region, boundary_width
+        self.region, self.width, self.save_maps = region, boundary_width, save_maps
         self.truth = None if batch.masks is None else batch.masks.cpu().flatten(0, 1)
         self.known = None if save_maps else self._known_region()
         count = _GROUPS if self.known is not None else _GROUPS_OF_MAPS
@@ -56,6 +58,13 @@ class Measurement:
             tell()  # Before each pass, so that who listens can end it between any two.
             self.groups[index % len(self.groups)].update(sight.sample(index))
         self.done = samples
+
+    def of(self, rows: slice) -> "Measurement":
+        """Return this, or where fewer images are wanted a new one of those, without a pass yet."""
+        if rows == slice(0, len(self.batch.ids)):
+            return self
+        part = images_of(self.batch, rows)
+        return Measurement(self.passes, part, self.region, self.width, self.save_maps)
 
     @property
     def held(self) -> int:
@@ -90,6 +99,24 @@ class Measurement:
             self.region, self.truth, nothing, boundary_width=self.width
         )
         return None if fallback.any() else chosen
+
+
+def extended(
+    measurements: Iterable[Measurement], samples: int, portions: Portions, tell: Callable[[], None]
+) -> Iterator[Measurement]:
+    """Yield measurements with their passes run up to so many, of as many images as memory allows.
+
+    Those that do not fit are begun anew in parts, which see the same masks.
+    """
+    for one in measurements:
+        extend = partial(_extend, one, samples, tell)
+        yield from portions.run(len(one.batch.ids), extend, shown(one.batch))
+
+
+def _extend(whole: Measurement, samples: int, tell: Callable[[], None], rows: slice) -> Measurement:
+    part = whole.of(rows)
+    part.extend(samples, tell)
+    return part
 
 
 @dataclass(frozen=True)

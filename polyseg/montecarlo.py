@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from polyseg.difficulty import Region
 from polyseg.dropout import active_layers, stochastic_layers
 from polyseg.errors import PolysegError
-from polyseg.inference import held_in_mode
-from polyseg.measurement import Measurement, Table
+from polyseg.inference import LESS_MEMORY, held_in_mode
+from polyseg.measurement import Measurement, Table, extended
+from polyseg.memory import Portions, explaining_memory
 from polyseg.networks import hash_weights
 from polyseg.passes import Passes
 from polyseg.pilot import MOST, choose_samples
@@ -80,8 +81,9 @@ def assess(
         total: the number of images, for progress.
 
     Raises:
-        PolysegError: no active dropout, dropout that cannot be steered, no images, or a result
-            that is not finite.
+        PolysegError: no active dropout, dropout that cannot be steered, no images, a result that
+            is not finite, or too little memory for one image. Where it is too little for a batch
+            only, the batch is divided.
 
     >>> batch = Batch(["a", "b"], torch.rand(2, 1, 8, 8), torch.ones(2, 1, 8, 8))
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
@@ -99,7 +101,10 @@ def assess(
     def tell() -> None:
         progress("MC Dropout", len(table.images), total)
 
-    with held_in_mode(network, training=False), torch.inference_mode():
+    portions = Portions("MC Dropout", LESS_MEMORY)
+    extend = partial(extended, portions=portions, tell=tell)
+    whole = explaining_memory("MC Dropout", LESS_MEMORY)
+    with held_in_mode(network, training=False), torch.inference_mode(), whole:
         take_apart, batches = program == "auto" and not free, iter(batches)
         if take_apart:
             take_apart, batches = _worth_taking_apart(batches, wanted)
@@ -112,9 +117,9 @@ def assess(
         )
         pilot: list[Measurement] = []
         if wanted == "auto":
-            wanted, pilot = choose_samples(measurements, rank_target, METRICS.index(metric), tell)
-        for measurement in chain(pilot, measurements):
-            measurement.extend(wanted, tell)
+            index = METRICS.index(metric)
+            wanted, pilot = choose_samples(measurements, rank_target, index, extend)
+        for measurement in extend(chain(pilot, measurements), wanted):
             table.add(measurement)
             tell()
     if not table.images:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from polyseg.dropout import stochastic_layers
 from polyseg.errors import PolysegError
+from polyseg.memory import refuse_beyond_memory
 
 DropoutKind = Literal["channel", "element"]
 
@@ -27,6 +28,8 @@ _CHANNELS = (16, 32, 64, 128, 256)
 _LARGEST_MULTIPLE = 512
 _MOST_BLOCKS = 16
 _WINDOWS_AT_ONCE = 4
+_BYTES_OF_TRAINING = 16
+"""Of a parameter: itself, its gradient, and two moments."""
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
 
 
@@ -164,6 +167,29 @@ def network_names() -> list[str]:
     ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
     """
     return list(_RECIPES)
+
+
+def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
+    """Raise where a device can never hold what training keeps of a network.
+
+    That is weights, gradients and the two moments of Adam. One that was built on torch's "meta"
+    device tells as much, and takes no memory itself.
+
+    Raises:
+        PolysegError: the device has less memory.
+
+    >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
+    >>> refuse_untrainable(network, torch.device("cpu"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: network: its 1,125,899,906,842,624 parameters, ...
+    """
+    count = sum(weights.numel() for weights in network.parameters())
+    refuse_beyond_memory(
+        _BYTES_OF_TRAINING * count,
+        f"network: its {count:,} parameters, with their gradients and moments,",
+        "lower the channels in network.kwargs",
+        device,
+    )
 
 
 def hash_weights(network: nn.Module) -> str:

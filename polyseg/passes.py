@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from polyseg.dropout import refuse_hidden_dropout
 from polyseg.graph import UntraceableError
-from polyseg.inference import device_of
+from polyseg.inference import device_of, images_of
+from polyseg.memory import is_out_of_memory
 from polyseg.networks import SegmentationNetwork
 from polyseg.program import Look, Masks, Points, Program
 from polyseg.records import Batch
@@ -64,7 +65,7 @@ class Passes:
     def parts(self, batch: Batch) -> Iterator[Batch]:
         """Divide a batch as it is fastest."""
         for part in _by_emptiness(batch):
-            self._prepare(part.images.to(self.device))
+            self._prepare(part.images[:1].to(self.device))
             yield from self._in_reach_of_caches(part)
 
     def _in_reach_of_caches(self, batch: Batch) -> Iterator[Batch]:
@@ -73,9 +74,7 @@ class Passes:
             pixels = batch.images.shape[2] * batch.images.shape[3]
             at_once = max(1, _BYTES_AT_ONCE // int(self.program.bytes_a_pixel * pixels))
         for start in range(0, len(batch.ids), at_once):
-            chosen = slice(start, start + at_once)
-            masks = None if batch.masks is None else batch.masks[chosen]
-            yield Batch(batch.ids[chosen], batch.images[chosen], masks, batch.labels)
+            yield images_of(batch, slice(start, start + at_once))
 
     def plainly(self, images: Tensor, ids: list[str], index: int) -> Tensor:
         """Return the probabilities of a pass of the whole network, (B K, H, W)."""
@@ -113,13 +112,13 @@ class Passes:
         return masks
 
     def _prepare(self, images: Tensor) -> None:
-        """Try the network, and take it apart, when the first images come."""
+        """Try the network, and take it apart, when the first image comes."""
         if self.tried:
             return
         self.tried = True
         window = getattr(self.network, "window", None)
         height, width = window.size if window else (_TRIAL_SIDE, _TRIAL_SIDE)
-        part = images[:1, :, :height, :width]
+        part = images[..., :height, :width]
         if self.layers:
             refuse_hidden_dropout(self.network, part.repeat(2, 1, 1, 1))
         if not self.take_apart:
@@ -140,13 +139,18 @@ class Passes:
             return Program(core, self.layers, example.clone(), shared=shared)
 
     def _programmed(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight | None":
-        """Return how the program looks at images; None where it fails, or gives something else."""
+        """Return how the program looks at images; None where it fails, or gives something else.
+
+        The end of memory says nothing against the program.
+        """
         try:
             sight = Sight(self, images, ids, chosen, self.program)
             key = (*images.shape[2:], *sight.way)
             if key not in self.checked and not self._is_sound(sight):
                 return None
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             log.debug("MC Dropout: the program fails: %s", error)
             return None
         self.checked.add(key)
@@ -248,11 +252,7 @@ def _by_emptiness(batch: Batch) -> list[Batch]:
         return [batch]
     full = (batch.masks > 0).flatten(2).any(dim=2).all(dim=1).tolist()
     rows = ([i for i, one in enumerate(full) if one is kind] for kind in (True, False))
-    return [
-        Batch([batch.ids[i] for i in some], batch.images[some], batch.masks[some], batch.labels)
-        for some in rows
-        if some
-    ]
+    return [images_of(batch, some) for some in rows if some]
 
 
 def _of_images(values: Tensor, count: int, rows: list[int]) -> Tensor:

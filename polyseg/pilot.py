@@ -1,6 +1,6 @@
 """How many passes: N where it is chosen by the passes themselves, over the first images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from polyseg.measurement import Measurement, join_halves, stability_of
 from polyseg.ranks import passes_needed
@@ -11,8 +11,12 @@ _IMAGES, _BYTES = 48, 2**28
 """So many images judge the ranking of all; fewer, where their records would be larger."""
 
 
+Extend = Callable[[Iterable[Measurement], int], Iterable[Measurement]]
+"""Runs the passes of measurements up to so many; perhaps of fewer images each."""
+
+
 def choose_samples(
-    measurements: Iterator[Measurement], target: float, metric: int, tell: Callable[[], None]
+    measurements: Iterator[Measurement], target: float, metric: int, extend: Extend
 ) -> tuple[int, list[Measurement]]:
     """Return the least N that is expected to rank the images as stably as is wished.
 
@@ -20,7 +24,7 @@ def choose_samples(
         measurements: of which the first are taken and extended to N passes.
         target: the rank stability, in (0, 1).
         metric: which of `METRICS` ranks them.
-        tell: called before each pass.
+        extend: runs their passes.
 
     Returns:
         N, and the measurements that were taken.
@@ -28,8 +32,7 @@ def choose_samples(
     pilot = _first_of(measurements)
     samples = FEWEST
     while pilot:
-        for measurement in pilot:
-            measurement.extend(samples, tell)
+        pilot = list(extend(pilot, samples))
         parts = [measurement.results().halves() for measurement in pilot]
         labels = len(pilot[0].batch.labels)
         stability = stability_of(join_halves(parts)[:, :, metric], labels)

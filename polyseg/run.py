@@ -1,49 +1,53 @@
 """A run's folder: who may write it, its checkpoints, its history, what it was made with.
 
 An epoch is committed by the renaming of `checkpoints/last.safetensors`, which comes after all that
-it relies on. Checkpoints hold tensors and a JSON header; nothing in them can run.
+it relies on and names its hashes. `history.csv` and `schedule.h5` say what is in it too, for people
+and for other runs; a run that goes on makes them anew.
 """
 
 import contextlib
 import csv
 import io
 import json
+import logging
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
 
-from polyseg import __version__
-from polyseg.config import Config, build_config
-from polyseg.data.preprocessing import Levels, levels_from
+from polyseg import __version__, files
+from polyseg.cache import write_schedule
+from polyseg.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.config import Config
 from polyseg.data.splits import PARTS, Split, refuse_overlap
-from polyseg.errors import PolysegError
-from polyseg.files import TEMPORARY_PREFIX, atomic_path, exclusive_lock, read_text, write_text
-from polyseg.networks import SegmentationNetwork, Window, build_network
+from polyseg.errors import PolysegError, reason
+from polyseg.files import (
+    TEMPORARY_PREFIX,
+    exclusive_lock,
+    keep_as,
+    read_text,
+    sha256_of_file,
+    write_text,
+)
+
+log = logging.getLogger(__name__)
 
 QUANTILES = (5, 25, 50, 75, 95)
 """Percentiles of epsilon in the history."""
 
-MOST_CHANNELS = 64
-
-_KIND = "polyseg checkpoint"
-_SCHEMA = 1
 HISTORY_COLUMNS = (
     "epoch",
     "learning_rate",
     "train_loss",
     *(f"epsilon_q{quantile:02d}" for quantile in QUANTILES),
     "wrong_sign_images",
+    "skipped_steps",
     "validation_loss",
     "validation_dice",
     "validation_iou",
@@ -64,55 +68,13 @@ _RECORDED_VERSIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights, and what is known of them."""
-
-    config: Config
-    channels: int
-    """Of the images that the network takes."""
-    epoch: int
-    """Epochs completed."""
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
-    """The optimizer's tensors by "index/name"; empty where training cannot go on from here."""
-    best_epoch: int = 0
-    best_dice: float = -1.0
-    assessments: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of the assessment files written so far, by file name."""
-    replay: str = ""
-    """sha256 of the schedule that the run replays; empty where it makes its own."""
-    levels: Levels | None = None
-    """Gray levels of the training images, where images do not go by their own."""
-
-    def build(self, *, trust: bool = False) -> SegmentationNetwork:
-        """Return the network with these weights.
-
-        Raises:
-            PolysegError: the network is somebody's own code and `trust` does not allow it, or the
-                weights do not fit it.
-        """
-        name = self.config.network.name
-        if ":" in name and not trust:
-            raise PolysegError(
-                f"checkpoint: its network {name} is code outside polyseg; --trust imports and runs "
-                "it, if you know where it is from"
-            )
-        if ":" not in name:
-            # Settings may ask for any size: theirs must be that of the weights before one is made.
-            with torch.device("meta"):
-                _refuse_misfits(new_network(self.config, self.channels), self.weights)
-        network = new_network(self.config, self.channels)
-        fit_weights(network, self.weights)
-        return network
-
-
 class RunDirectory:
     """The paths of a run's folder, and the writing of what is written every epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last = path / "checkpoints" / "last.safetensors"
+        self.previous = path / "checkpoints" / "previous.safetensors"
         self.best = path / "checkpoints" / "best.safetensors"
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
@@ -132,9 +94,9 @@ class RunDirectory:
             PolysegError: the folder is in use, or is not empty.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.disk.make_folder(self.path)
         except OSError as error:
-            raise PolysegError(f"{self.path}: cannot be made: {error.strerror}") from error
+            raise PolysegError(f"{self.path}: cannot be made: {reason(error)}") from error
         with exclusive_lock(self.path / ".lock", owner=str(self.path)):
             if not resume:
                 self.refuse_occupied()
@@ -155,18 +117,82 @@ class RunDirectory:
                 f"{self.path}: is not empty; --resume continues a run, another --out starts one"
             )
 
-    def checkpoint_to_resume(self) -> Checkpoint:
-        """Read the last checkpoint.
+    def refuse_missing(self) -> None:
+        """Raise if there is no run to go on with.
 
         Raises:
-            PolysegError: there is none, or it is damaged.
+            PolysegError: there is none.
         """
-        if not self.last.is_file():
+        if not self.last.is_file() and not self.previous.is_file():
             raise PolysegError(
                 f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
                 "leave --resume out to start one"
             )
-        return read_checkpoint(self.last)
+
+    def checkpoint_to_resume(self) -> Checkpoint:
+        """Read the last checkpoint, or the one before it where the last is missing or damaged.
+
+        Raises:
+            PolysegError: there is none that can be read.
+        """
+        try:
+            return read_checkpoint(self.last)
+        except PolysegError as error:
+            if not self.previous.is_file():
+                raise
+            checkpoint = read_checkpoint(self.previous)
+            log.warning("%s; going on from the one before, of epoch %d", error, checkpoint.epoch)
+            return checkpoint
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """Write what an epoch came to; the renaming of the last checkpoint makes it count.
+
+        Raises:
+            PolysegError: a file cannot be written; what was committed before still is.
+        """
+        self._write_views(checkpoint)
+        if self.last.is_file():
+            keep_as(self.last, self.previous)
+        write_checkpoint(self.last, checkpoint)
+        self._write_best(checkpoint)
+
+    def recover(self, checkpoint: Checkpoint) -> None:
+        """Make the folder that of a checkpoint which training is to go on from.
+
+        Files that a killed process left are removed, and what is newer than the checkpoint; what
+        says the same as the checkpoint is written anew.
+        """
+        assessments = self.path / "uncertainty"
+        for path in () if assessments.is_symlink() else assessments.glob("epoch_*.h5"):
+            number = path.stem.removeprefix("epoch_")
+            if number.isdecimal() and int(number) > checkpoint.epoch:
+                files.disk.remove(path)
+        for folder in (self.path, *self._folders()):
+            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                if not path.is_dir():
+                    files.disk.remove(path)
+        if self.last.is_file() and not _is_sound(self.last):
+            files.disk.rename(self.last, self.last.with_suffix(".damaged"))
+        self._write_views(checkpoint)
+        self._write_best(checkpoint)
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of a run that training writes to."""
+        own = (self.last.parent, self.path / "uncertainty", self.figures, self.evaluation)
+        return [folder for folder in own if not folder.is_symlink()]
+
+    def _write_views(self, checkpoint: Checkpoint) -> None:
+        """Write what people and other runs read of the record."""
+        if checkpoint.history:
+            self._write_history(checkpoint.history)
+        if checkpoint.schedule is not None:
+            write_schedule(self.schedule, checkpoint.schedule)
+
+    def _write_best(self, checkpoint: Checkpoint) -> None:
+        # Also when a run goes on: a crash may have come between the two files.
+        if checkpoint.best_epoch == checkpoint.epoch:
+            bare = replace(checkpoint, optimizer={}, history=(), schedule=None)
+            write_checkpoint(self.best, bare)
 
     def assessment(self, epoch: int) -> Path:
         """Return the path of an epoch's assessment file."""
@@ -174,44 +200,61 @@ class RunDirectory:
 
     def begin(
         self, config: Config, split: Split, hashes: Mapping[str, str], device: torch.device
-    ) -> None:
-        """Write what a run is known by, before its first epoch."""
+    ) -> str:
+        """Write what a run is known by, before its first epoch; return the sha256 of the split."""
         self.write_config(config)
         write_text(self.environment, json.dumps(environment(device), indent=2) + "\n")
         write_text(self.split, split_json(split, hashes))
+        return sha256_of_file(self.split)
 
-    def changes_of_environment(self, device: torch.device) -> list[str]:
-        """Return what is no longer as it was when the run began, and may move its last digits."""
+    def changes_of_environment(self, now: Mapping[str, Any]) -> list[str]:
+        """Return what is no longer as it was when the run last went on, by name.
+
+        Raises:
+            PolysegError: environment.json is missing or damaged.
+        """
+        recorded = self._read_environment()
+        recorded |= recorded.get("resumed", [{}])[-1]
+        return [
+            f"{name} {recorded.get(name)} -> {value}"
+            for name, value in now.items()
+            if name not in ("command", "started") and recorded.get(name) != value
+        ]
+
+    def note_resumption(self, epoch: int, now: Mapping[str, Any]) -> None:
+        """Add to environment.json with what a run goes on."""
+        recorded = self._read_environment()
+        recorded["resumed"] = [*recorded.get("resumed", []), {"after_epoch": epoch, **now}]
+        write_text(self.environment, json.dumps(recorded, indent=2) + "\n")
+
+    def _read_environment(self) -> dict[str, Any]:
         try:
             recorded = json.loads(read_text(self.environment))
-            return [
-                f"{name} {recorded.get(name)} -> {now}"
-                for name, now in environment(device).items()
-                if name not in ("command", "started") and recorded.get(name) != now
-            ]
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return [f"{self.environment} cannot be read"]
-
-    def remove_leftovers(self, assessments: Mapping[str, str]) -> None:
-        """Remove what a run that was killed has left behind: assessments and torn files."""
-        for path in (self.path / "uncertainty").glob("*.h5"):
-            if path.name not in assessments:
-                path.unlink()
-        for path in self.path.rglob(f"{TEMPORARY_PREFIX}*"):
-            path.unlink()
+            resumed = recorded.get("resumed", [{}])
+            if not (isinstance(resumed, list) and resumed and isinstance(resumed[-1], dict)):
+                raise ValueError("it tells no environments")
+            return dict(recorded)
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise PolysegError(f"{self.environment}: cannot be read: {error}") from None
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml; a resumed run may have been given more epochs."""
         write_text(self.config, config.to_yaml())
 
-    def read_split(self) -> tuple[Split, dict[str, str]]:
+    def read_split(self, sha256: str = "") -> tuple[Split, dict[str, str]]:
         """Return the ids by part, and the hashes of the images by id.
 
+        Args:
+            sha256: what the hash of split.json must be, where it is known.
+
         Raises:
-            PolysegError: split.json is missing or not what a run writes.
+            PolysegError: split.json is missing or not what the run wrote.
         """
         try:
-            record = json.loads(read_text(self.split))
+            text = read_text(self.split)
+            if sha256 and sha256_of_file(self.split) != sha256:
+                raise ValueError("it is not the file that the run recorded (its sha256 differs)")
+            record = json.loads(text)
             split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
             rows = [row for part in PARTS for row in record[part]]
             if not split["train"] or not all(str(row["id"]).isprintable() for row in rows):
@@ -221,34 +264,12 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
 
-    def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Write history.csv, a row an epoch."""
+    def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=HISTORY_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in rows)
         write_text(self.history, text.getvalue())
-
-    def read_history(self, up_to: int) -> list[dict[str, float]]:
-        """Return the rows of the epochs up to and with `up_to`, of which none may be missing.
-
-        Raises:
-            PolysegError: history.csv is damaged.
-        """
-        if up_to == 0:
-            return []
-        try:
-            rows = [
-                {key: float(value) for key, value in row.items()}
-                for row in csv.DictReader(io.StringIO(read_text(self.history)))
-            ][:up_to]
-            if any(row.keys() != set(HISTORY_COLUMNS) for row in rows):
-                raise ValueError("its columns are not those that polyseg writes")
-            if [row["epoch"] for row in rows] != list(range(1, up_to + 1)):
-                raise ValueError(f"it lacks some of the epochs 1 to {up_to}")
-            return rows
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise PolysegError(f"{self.history}: cannot be read: {error}") from None
 
 
 def split_json(split: Split, hashes: Mapping[str, str]) -> str:
@@ -278,121 +299,14 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
     run = RunDirectory(path)
-    for candidate in (run.best, run.last):
-        if candidate.is_file():
-            return candidate
+    if run.best.is_file():
+        return run.best
+    if run.last.is_file():
+        log.warning("%s: has no best checkpoint; its last one is used", path)
+        return run.last
     raise PolysegError(
         f"{path}: is neither a checkpoint nor a run (no checkpoints/best.safetensors)"
     )
-
-
-def new_network(config: Config, channels: int) -> SegmentationNetwork:
-    """Build the network of a configuration, with weights from torch's global generator."""
-    settings = config.network
-    network = build_network(
-        settings.name,
-        in_channels=channels,
-        out_channels=len(config.data.labels),
-        dropout=settings.dropout,
-        dropout_kind=settings.dropout_kind,
-        dropout_layers=settings.dropout_layers,
-        multiple_of=settings.multiple_of,
-        settings=settings.kwargs,
-    )
-    if config.data.fit == "tile" and config.data.size is not None:
-        size = config.data.size
-        square = (size, size) if isinstance(size, int) else size
-        network.window = Window(square, config.data.tile_overlap)
-    return network
-
-
-def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a network that must have them all and no others.
-
-    Raises:
-        PolysegError: names, shapes or types differ.
-    """
-    _refuse_misfits(network, weights)
-    for name, values in weights.items():
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            raise PolysegError(f"checkpoint: its weights {name} are not finite")
-    network.load_state_dict(dict(weights))
-
-
-def _refuse_misfits(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = network.state_dict()
-    wrong = sorted(expected.keys() ^ weights.keys()) + [
-        name
-        for name, values in expected.items()
-        if name in weights
-        and (weights[name].shape != values.shape or weights[name].dtype != values.dtype)
-    ]
-    if wrong:
-        raise PolysegError(
-            f"checkpoint: {len(wrong)} weights do not fit its own configuration, such as {wrong[0]}"
-        )
-
-
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Raises:
-        PolysegError: the file cannot be written.
-    """
-    header = {
-        "kind": _KIND,
-        "schema": _SCHEMA,
-        "polyseg": __version__,
-        "epoch": checkpoint.epoch,
-        "channels": checkpoint.channels,
-        "levels": None if checkpoint.levels is None else vars(checkpoint.levels),
-        "best_epoch": checkpoint.best_epoch,
-        "best_dice": checkpoint.best_dice,
-        "assessments": dict(checkpoint.assessments),
-        "replay": checkpoint.replay,
-        "config": checkpoint.config.model_dump(mode="json"),
-    }
-    tensors = {f"weights/{name}": values for name, values in checkpoint.weights.items()}
-    tensors |= {f"optimizer/{name}": values for name, values in checkpoint.optimizer.items()}
-    # Copies, because two names may share one storage, which the format does not know.
-    tensors = {name: values.detach().cpu().clone() for name, values in tensors.items()}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"polyseg": json.dumps(header)})
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        PolysegError: the file is missing, damaged, or not polyseg's.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("polyseg", "{}"))
-            if not isinstance(header, dict) or header.get("kind") != _KIND:
-                raise PolysegError(f"{path}: is no polyseg checkpoint")
-            if header["schema"] != _SCHEMA:
-                raise PolysegError(f"{path}: is from another polyseg, such as a newer; update it")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _check_numbers(header)
-        return Checkpoint(
-            config=build_config(header["config"], str(path)),
-            channels=int(header["channels"]),
-            epoch=int(header["epoch"]),
-            levels=levels_from(header.get("levels"), int(header["channels"])),
-            weights=_with_prefix(tensors, "weights/"),
-            optimizer=_with_prefix(tensors, "optimizer/"),
-            best_epoch=int(header["best_epoch"]),
-            best_dice=float(header["best_dice"]),
-            assessments=_checked_names(header["assessments"]),
-            replay=str(header.get("replay", "")),
-        )
-    except PolysegError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PolysegError(f"{path}: cannot be read as a checkpoint: {error}") from None
-    except safetensors.SafetensorError as error:
-        raise PolysegError(f"{path}: is damaged or no checkpoint: {error}") from None
 
 
 def in_order(assessments: Iterable[str]) -> list[str]:
@@ -404,6 +318,14 @@ def in_order(assessments: Iterable[str]) -> list[str]:
     return sorted(assessments, key=lambda name: (len(name), name))
 
 
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        read_checkpoint(checkpoint)
+    except PolysegError:
+        return False
+    return True
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what the run is made with: versions, machine, command."""
     return {
@@ -411,34 +333,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _RECORDED_VERSIONS},
         "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _check_numbers(header: Mapping[str, Any]) -> None:
-    """Raise where a header has numbers that no training writes."""
-    epoch, best = header["epoch"], header["best_epoch"]
-    if not (isinstance(epoch, int) and isinstance(best, int) and 0 <= best <= epoch <= 100_000):
-        raise ValueError(f"epoch {epoch!r:.40} and best_epoch {best!r:.40} do not fit")
-    channels = header["channels"]
-    if not isinstance(channels, int) or not 1 <= channels <= MOST_CHANNELS:
-        raise ValueError(f"channels {channels!r:.40}: images have 1 to {MOST_CHANNELS}")
-
-
-def _checked_names(assessments: Mapping[str, Any]) -> dict[str, str]:
-    """Return hashes by file name, if the names are those of files in the run's own folder."""
-    for name in assessments:
-        if not re.fullmatch(r"epoch_[0-9]{4,9}\.h5", name):
-            raise ValueError(f"{name!r} is no name of an assessment")
-    return {name: str(digest) for name, digest in assessments.items()}
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): values
-        for name, values in tensors.items()
-        if name.startswith(prefix)
     }

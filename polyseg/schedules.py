@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from polyseg.config import Config, build_config, parse_yaml
+from polyseg.config import Config, build_config
 from polyseg.control import EpsilonControl
 from polyseg.data.dataset import epoch_order
 from polyseg.difficulty import FALLBACKS, normalise
 from polyseg.errors import PolysegError
+from polyseg.plain_yaml import parse_yaml
 from polyseg.ranks import partial_spearman, spearman
 from polyseg.records import Assessment, Metric, Schedule
 

@@ -4,11 +4,8 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,36 +13,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
+from polyseg.cache import read_assessment, write_assessment
+from polyseg.checkpoints import Checkpoint, columns_of, fit_weights, new_network
 from polyseg.config import Config, TrainingConfig
 from polyseg.control import EpsilonControl
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
 from polyseg.dropout import active_layers, refuse_hidden_dropout
-from polyseg.errors import Interrupted, PolysegError
-from polyseg.files import sha256_of_file
+from polyseg.errors import PolysegError
 from polyseg.inference import choose_device, predict
+from polyseg.memory import explaining_memory
 from polyseg.montecarlo import assess, describe, spread
+from polyseg.networks import SegmentationNetwork, refuse_untrainable
 from polyseg.objective import Note, as_tasks, build_objective, take_note
 from polyseg.overlap import dice_coefficient
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.replay import epsilon_of_batch
-from polyseg.run import (
-    QUANTILES,
-    Checkpoint,
-    RunDirectory,
-    fit_weights,
-    in_order,
-    new_network,
-    write_checkpoint,
-)
+from polyseg.run import HISTORY_COLUMNS, QUANTILES, RunDirectory, in_order
 from polyseg.seeds import derive_seed
+from polyseg.signals import Wish, ending_when_asked, interruption
 
 log = logging.getLogger(__name__)
 
 
 _ADAMS_STATE = {"step", "exp_avg", "exp_avg_sq"}
+_LESS_MEMORY = (
+    "lower training.batch_size or data.size, or set training.precision=bf16; the last epoch is "
+    "kept, and --resume goes on from it where the batch size is the same"
+)
 _STEPS_BETWEEN_LOOKS = 16
 """A look at the losses waits for the GPU, which has nothing to do until the next step is sent."""
 
@@ -56,6 +52,11 @@ class _Step(NamedTuple):
     names: list[str]
     losses: Tensor
     note: Note
+    finite: Tensor
+    """Whether losses and gradients are, (), bool."""
+
+
+_Taken = tuple[Tensor, Note, Tensor]
 
 
 class Trainer:
@@ -77,15 +78,13 @@ class Trainer:
         self.config, self.images, self.split, self.run = config, images, split, run
         self.replay = replay
         """The epsilons to use in place of assessments, in the order of the training images."""
-        self.replay_sha256 = ""
-        """Of the run's own copy of them."""
+        self.relies_on(replay="", split="")
         self.progress = progress
         self.device = choose_device(config.training.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
-        torch.manual_seed(derive_seed(config.training.seed, "weights"))
-        self.network = new_network(config, images.channels).to(self.device)
+        self.network = self._new_network(images.channels)
         if config.data.normalise == "dataset":
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
@@ -93,7 +92,8 @@ class Trainer:
             # Now, not at the first assessment, which may be hours away.
             active_layers(self.network)
             image, _ = images.patch(split["train"][0], seed=0)
-            refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
+            with explaining_memory("training", _LESS_MEMORY):
+                refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
         self.forward: nn.Module = self.network
         self.has_compiled = False
         if config.training.compile:
@@ -113,7 +113,21 @@ class Trainer:
         self.assessments: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
-        self.signal = 0
+        self.wish = Wish()
+
+    def _new_network(self, channels: int) -> SegmentationNetwork:
+        """Return the network with its first weights.
+
+        Raises:
+            PolysegError: this machine cannot hold it.
+        """
+        if ":" not in self.config.network.name:
+            with torch.device("meta"):
+                planned = new_network(self.config, channels)
+            refuse_untrainable(planned, self.device)
+        torch.manual_seed(derive_seed(self.config.training.seed, "weights"))
+        with explaining_memory("network", "lower its channels or features"):
+            return new_network(self.config, channels).to(self.device)
 
     def fit(self) -> None:
         """Train to the last epoch, or until early stopping or a signal.
@@ -123,7 +137,7 @@ class Trainer:
             PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
         """
         epochs = self.config.training.epochs
-        with self._signals():
+        with ending_when_asked(self._farewell) as self.wish:
             if self.epoch == 0:
                 self._start()
             while self.epoch < epochs and not self._stopped_early():
@@ -133,40 +147,42 @@ class Trainer:
         log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
         self._warn_of_an_early_best()
 
-    def resume(self) -> None:
-        """Take up the state of the last committed epoch.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a committed epoch, and make the folder that of it.
 
         Raises:
-            PolysegError: a file of the run is damaged or missing.
+            PolysegError: a file that the checkpoint relies on is damaged or missing.
         """
-        checkpoint = self.run.checkpoint_to_resume()
         fit_weights(self.network, checkpoint.weights)
         if checkpoint.epoch:
             _restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch = checkpoint.epoch
         self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
         self.assessments = dict(checkpoint.assessments)
-        self.replay_sha256 = checkpoint.replay
-        if self.replay is not None and sha256_of_file(self.run.replay) != checkpoint.replay:
-            raise PolysegError(f"{self.run.replay}: is not the schedule that this run replayed")
-        self.history = self.run.read_history(self.epoch)
+        self.relies_on(replay=checkpoint.replay, split=checkpoint.split)
         if self.epoch:
-            schedule = read_schedule(self.run.schedule)
-            rows = self._schedule_rows()
-            if (schedule.ids, schedule.labels) != rows or len(schedule.epochs) < self.epoch:
-                raise PolysegError(f"{self.run.schedule}: is not the schedule of this run")
-            self.epsilons = list(schedule.epsilon[: self.epoch])
-            if schedule.assessed is None:
-                raise PolysegError(f"{self.run.schedule}: does not tell its assessments")
-            self.assessed = schedule.assessed[: self.epoch].tolist()
+            self._take_up_record(checkpoint)
         for name in in_order(self.assessments):
             # All of them, since the figures at the end want them all; the last one stays.
             path = self.run.path / "uncertainty" / name
             self._adopt(read_assessment(path, sha256=self.assessments[name]))
-        self.run.remove_leftovers(self.assessments)
-        if self.epoch and self.best_epoch == self.epoch:
-            # A crash may have come between the two files; they hold the same weights.
-            write_checkpoint(self.run.best, dataclasses.replace(checkpoint, optimizer={}))
+        self.run.recover(checkpoint)
+
+    def relies_on(self, *, replay: str, split: str) -> None:
+        """Take note of the sha256 of the run's files that stay as they are."""
+        self.replay_sha256, self.split_sha256 = replay, split
+
+    def _take_up_record(self, checkpoint: Checkpoint) -> None:
+        """Take up history and schedule."""
+        self.history = [dict(row) for row in checkpoint.history]
+        schedule = checkpoint.schedule
+        columns = columns_of(self.split["train"], self.images.labels)
+        if schedule is None or schedule.assessed is None or not self.history:
+            raise PolysegError("checkpoint: holds no record of its training to go on from")
+        if (schedule.ids, schedule.labels) != columns or set(self.history[0]) != {*HISTORY_COLUMNS}:
+            raise PolysegError("checkpoint: its record is not that of this run")
+        self.epsilons = list(schedule.epsilon)
+        self.assessed = schedule.assessed.tolist()
 
     def _start(self) -> None:
         self._commit()
@@ -176,7 +192,7 @@ class Trainer:
 
     def _run_epoch(self, epoch: int) -> None:
         seconds: dict[str, float] = {}
-        with _stopwatch(seconds, "train"):
+        with _stopwatch(seconds, "train"), explaining_memory("training", _LESS_MEMORY):
             row = self._train(epoch)
         with _stopwatch(seconds, "validation"):
             row |= self._validate()
@@ -222,25 +238,29 @@ class Trainer:
             epsilon_of.update(zip(names, epsilon.reshape(-1, labels).tolist(), strict=True))
             steps.append(_Step(names, *take_step(images, masks, torch.from_numpy(epsilon))))
             if len(steps) % _STEPS_BETWEEN_LOOKS == 0:
-                self._refuse_what_is_not_finite(steps[-_STEPS_BETWEEN_LOOKS:], epoch)
+                self._refuse_what_is_not_finite(steps, epoch)
             self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
         self._refuse_what_is_not_finite(steps, epoch)
-        self.losses = {
+        taken = self._without_skipped(steps, epoch)
+        fresh = {
             name: losses
-            for step in steps
+            for step in taken
             for name, losses in zip(
                 step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
             )
         }
+        skipped = self.losses.keys() - fresh.keys()
+        self.losses = fresh | {name: self.losses[name] for name in skipped}
         self.assessed.append(self._assessed_for(epoch))
         self.epsilons.append(np.array([epsilon_of[name] for name in ids], np.float32).ravel())
         quantiles = np.percentile(self.epsilons[-1], QUANTILES)
         return {
             "epoch": epoch,
             "learning_rate": rate,
-            "train_loss": float(sum(step.losses.sum() for step in steps)) / (len(ids) * labels),
+            "train_loss": float(torch.cat([step.losses for step in taken]).mean()),
             **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
-            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in steps),
+            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in taken),
+            "skipped_steps": len(steps) - len(taken),
         }
 
     def _epsilon(self, names: Sequence[str], epoch: int) -> NDArray[np.float32]:
@@ -249,7 +269,7 @@ class Trainer:
             return self.control.epsilon(names).astype(np.float32)
         return epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
 
-    def _compiled_step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, Note]:
+    def _compiled_step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> _Taken:
         """Take a step; the first one compiles the network, and tells how long that took."""
         from torch._dynamo.exc import TorchDynamoException
 
@@ -263,10 +283,13 @@ class Trainer:
             self.has_compiled = True
         return taken
 
-    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, Note]:
-        """Take one step; return the losses, (B K,), and what else is to be noted of each."""
+    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> _Taken:
+        """Take one step; return the losses, (B K,), what to note of each, and if all are finite."""
         images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
         target = as_tasks(masks).float()
+        skips = self.config.training.on_nonfinite == "skip"
+        # A forward pass moves the statistics of batch normalisation, also by what is not finite.
+        buffers = [one.clone() for one in self.network.buffers()] if skips else []
         reduced = self.config.training.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
             logits = self.forward(images)
@@ -274,8 +297,14 @@ class Trainer:
         losses = self.objective(logits, target, epsilon)
         self.optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return losses.detach(), take_note(self.config.loss, losses, logits, target, epsilon)
+        finite = losses.detach().isfinite().all() & _norm_of_gradients(self.network).isfinite()
+        if not skips or bool(finite):
+            self.optimizer.step()
+        else:
+            for one, before in zip(self.network.buffers(), buffers, strict=True):
+                one.copy_(before)
+        note = take_note(self.config.loss, losses, logits, target, epsilon)
+        return losses.detach(), note, finite
 
     def _send(self, values: Tensor) -> Tensor:
         # A copy to CUDA that blocks would wait for all steps before it.
@@ -342,36 +371,28 @@ class Trainer:
         self.progress(f"MC Dropout after epoch {epoch}", done, total)
 
     def _commit(self) -> None:
-        """Write all of this epoch; the renaming of the last checkpoint makes it count."""
-        if self.history:
-            epochs = np.arange(1, self.epoch + 1)
-            epsilon = np.stack(self.epsilons)
-            ids, labels = self._schedule_rows()
-            assessed = np.array(self.assessed, np.int64)
-            write_schedule(self.run.schedule, Schedule(ids, epochs, epsilon, labels, assessed))
-            self.run.write_history(self.history)
-        checkpoint = Checkpoint(
-            config=self.config,
-            channels=self.images.channels,
-            epoch=self.epoch,
-            levels=self.images.levels,
-            weights=self.network.state_dict(),
-            best_epoch=self.best_epoch,
-            best_dice=self.best_dice,
-            assessments=self.assessments,
-            replay=self.replay_sha256,
+        self.run.commit(
+            Checkpoint(
+                config=self.config,
+                channels=self.images.channels,
+                epoch=self.epoch,
+                levels=self.images.levels,
+                weights=self.network.state_dict(),
+                optimizer=_optimizer_tensors(self.optimizer),
+                history=self.history,
+                schedule=self._schedule() if self.epoch else None,
+                best_epoch=self.best_epoch,
+                best_dice=self.best_dice,
+                assessments=self.assessments,
+                replay=self.replay_sha256,
+                split=self.split_sha256,
+            )
         )
-        optimizer = _optimizer_tensors(self.optimizer)
-        write_checkpoint(self.run.last, dataclasses.replace(checkpoint, optimizer=optimizer))
-        if self.best_epoch == self.epoch:
-            write_checkpoint(self.run.best, checkpoint)
 
-    def _schedule_rows(self) -> tuple[list[str], list[str] | None]:
-        """Return ids, and labels where there are several, of the columns of the schedule."""
-        ids, labels = self.split["train"], self.images.labels
-        if len(labels) == 1:
-            return ids, None
-        return [identity for identity in ids for _ in labels], [*labels] * len(ids)
+    def _schedule(self) -> Schedule:
+        ids, labels = columns_of(self.split["train"], self.images.labels)
+        epochs, assessed = np.arange(1, self.epoch + 1), np.array(self.assessed, np.int64)
+        return Schedule(ids, epochs, np.stack(self.epsilons), labels, assessed)
 
     def _assessment_epochs(self) -> list[int]:
         if not self.config.assesses:
@@ -403,51 +424,48 @@ class Trainer:
         return stopped
 
     def _refuse_what_is_not_finite(self, steps: Sequence[_Step], epoch: int) -> None:
-        """Raise for the first step that had such a loss: all after it have them too."""
-        if bool(torch.cat([step.losses for step in steps]).isfinite().all()):
+        """Raise for the first step that was not finite: all after it are not either."""
+        recent = steps[-_STEPS_BETWEEN_LOOKS:]
+        if self.config.training.on_nonfinite == "skip" or not recent:
             return
-        step = next(step for step in steps if not step.losses.isfinite().all())
-        of_images = step.losses.isfinite().reshape(len(step.names), -1).all(dim=1).tolist()
-        bad = ", ".join(name for name, good in zip(step.names, of_images, strict=True) if not good)
+        if bool(torch.stack([step.finite for step in recent]).all()):
+            return
+        number, step = next((n, one) for n, one in enumerate(steps, 1) if not one.finite)
         raise PolysegError(
-            f"epoch {epoch}: the loss of {bad} is not finite; the last good epoch is kept in "
-            f"{self.run.last}; try a lower training.learning_rate"
+            f"epoch {epoch}, step {number}: {_what_is_not_finite(step)}; the last good epoch is "
+            f"kept in {self.run.last}; try a lower training.learning_rate, or "
+            "training.on_nonfinite=skip"
         )
+
+    def _without_skipped(self, steps: Sequence[_Step], epoch: int) -> list[_Step]:
+        """Return the steps that were taken, and log those that were not.
+
+        Raises:
+            PolysegError: none was.
+        """
+        taken = []
+        for number, step in enumerate(steps, start=1):
+            if step.finite:
+                taken.append(step)
+            else:
+                what = _what_is_not_finite(step)
+                log.warning("epoch %d, step %d is skipped: %s", epoch, number, what)
+        if not taken:
+            raise PolysegError(
+                f"epoch {epoch}: no step had finite loss and gradients; the last good epoch is "
+                f"kept in {self.run.last}; try a lower training.learning_rate"
+            )
+        return taken
 
     def _leave_on_signal(self) -> None:
-        if self.signal:
-            raise self._interruption(self.signal)
+        if self.wish.number:
+            raise interruption(self.wish.number, self._farewell())
 
-    def _interruption(self, number: int) -> Interrupted:
-        name = signal.Signals(number).name
-        return Interrupted(
-            number,
-            f"ended by {name} after epoch {self.epoch}; "
-            f"`polyseg train --resume --out {self.run.path}` goes on from there",
+    def _farewell(self) -> str:
+        return (
+            f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` goes "
+            "on from there"
         )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a wish that is granted between two steps."""
-
-        process = os.getpid()
-
-        def remember(number: int, _: FrameType | None) -> None:
-            if os.getpid() != process:
-                return  # A process that reads images; this one ends it.
-            if self.signal:
-                raise self._interruption(number)
-            self.signal = number
-            log.warning("ending after this step; once more to leave at once")
-
-        before = {
-            number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def learning_rate(config: TrainingConfig, epoch: int) -> float:
@@ -462,6 +480,20 @@ def learning_rate(config: TrainingConfig, epoch: int) -> float:
     if config.scheduler == "polynomial":
         return config.learning_rate * math.pow(1 - share, 0.9)
     return config.learning_rate
+
+
+def _norm_of_gradients(network: nn.Module) -> Tensor:
+    """Return the norm of all gradients, (); not finite if any is not."""
+    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _what_is_not_finite(step: _Step) -> str:
+    of_images = step.losses.isfinite().reshape(len(step.names), -1).all(dim=1).tolist()
+    bad = [name for name, good in zip(step.names, of_images, strict=True) if not good]
+    if bad:
+        return f"the loss of {', '.join(bad)} is not finite"
+    return f"the gradients of {', '.join(step.names)} are not finite"
 
 
 def _build_optimizer(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:

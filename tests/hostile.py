@@ -12,13 +12,9 @@ import gzip
 import io
 import os
 import random
-import resource
-import select
-import signal
 import struct
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +27,8 @@ from polyseg.data.masks import to_masks
 from polyseg.data.readers import read_image_stack, read_label_stack
 from polyseg.errors import PolysegError
 
-MOST_SECONDS = 5.0
-MOST_GROWTH = 200 * 10**6
+from .children import faults_in_child, faults_of_reading
+
 Random = random.Random
 
 
@@ -534,70 +530,18 @@ def hostile_files(folder: Path, count: int, seed: int) -> Iterator[Path]:
 
 def faults(path: Path) -> list[str]:
     """Read a file in a child process and return what it did that no file may."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read_end)
-        with tempfile.TemporaryFile() as printed:
-            os.dup2(printed.fileno(), 1)
-            os.dup2(printed.fileno(), 2)
-            found = _faults_here(path)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if printed.seek(0, os.SEEK_END):
-                printed.seek(0)
-                found.append(f"printed {printed.read(200)!r}")
-        os.write(write_end, "\n".join(found).encode())
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as stream:
-        if not select.select([stream], [], [], 12 * MOST_SECONDS)[0]:
-            os.kill(child, signal.SIGKILL)
-        found = [line for line in stream.read().split("\n") if line]
-    status = os.waitpid(child, 0)[1]
-    return found if status == 0 else [*found, f"ended by {status}"]
+    return faults_in_child(
+        lambda: faults_of_reading(path, _read_image) + faults_of_reading(path, _read_masks)
+    )
 
 
-def _faults_here(path: Path) -> list[str]:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    found = []
-    for read in (_read_image, _read_masks):
-        Path("/proc/self/clear_refs").write_text("5")  # The peak becomes what is used now.
-        before, start = _memory("VmRSS"), time.process_time()
-        held: list[int] = []
-        try:
-            read(path, held)
-        except PolysegError as error:
-            message = str(error)
-            if "\n" in message or str(path) not in message:
-                found.append(f"{read.__name__} says {message!r}")
-        except BaseException as error:
-            found.append(f"{read.__name__} raised {error!r}"[:300].replace("\n", " "))
-        seconds, growth = time.process_time() - start, _memory("VmHWM") - before
-        if seconds > MOST_SECONDS:
-            found.append(f"{read.__name__} took {seconds:.1f} s")
-        if growth > MOST_GROWTH:
-            pixels = sum(held) / 1e6
-            found.append(f"{read.__name__} took {growth / 1e6:.0f} MB, of pixels {pixels:.0f}")
-    return found
+def _read_image(path: Path) -> None:
+    read_image_stack(path)
 
 
-def _read_image(path: Path, held: list[int]) -> None:
-    held.append(read_image_stack(path).pixels.nbytes)
-
-
-def _read_masks(path: Path, held: list[int]) -> None:
-    labels = read_label_stack(path).pixels
+def _read_masks(path: Path) -> None:
     # A sound volume may still be no mask.
-    held.append(labels.nbytes)
-    held.append(to_masks(labels, path, None).nbytes)
-
-
-def _memory(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+    to_masks(read_label_stack(path).pixels, path, None)
 
 
 def warm_up(folder: Path) -> None:
@@ -608,7 +552,7 @@ def warm_up(folder: Path) -> None:
         path.write_bytes(make(generator))
         for read in (_read_image, _read_masks):
             with contextlib.suppress(PolysegError):
-                read(path, [])
+                read(path)
 
 
 def main(count: int = 500, seed: int = 0) -> int:

@@ -2,15 +2,18 @@
 
 import contextlib
 import dataclasses
+import hashlib
 
 import h5py
 import numpy as np
 import pytest
 
-from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
+from polyseg.cache import read_assessment, read_schedule, seal, write_assessment, write_schedule
 from polyseg.errors import PolysegError
 from polyseg.files import sha256_of_file
 from polyseg.records import MAPS, METRICS, Assessment, Schedule
+
+SCHEDULE = Schedule(["a", "b"], np.arange(1, 4), np.linspace(0, 1, 6, dtype="f4").reshape(3, 2))
 
 
 @pytest.fixture
@@ -55,8 +58,8 @@ def test_plain_h5py_reads_it(tmp_path, assessment):
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     with h5py.File(path) as file:
-        assert file.attrs["schema"] == 1 and file.attrs["samples"] == 20
-        assert file["id"].asstr()[1] == "ß image"
+        assert file.attrs["schema"] == 2 and file.attrs["samples"] == 20
+        assert file["id"].asstr()[1] == "ß image" and file.attrs["metric"] == b"entropy"
         assert file["difficulty"].shape == (4,) and file["difficulty"].dtype == np.float64
         assert file["maps/mean"].chunks == (1, 6, 5) and file["maps/mean"].fletcher32
 
@@ -78,14 +81,11 @@ def test_the_sizes_of_masks_follow_their_rows(assessment):
 
 
 def test_schedule_round_trip(tmp_path):
-    schedule = Schedule(
-        ["a", "b"], np.arange(1, 4), np.random.default_rng(0).random((3, 2), dtype=np.float32)
-    )
-    write_schedule(tmp_path / "schedule.h5", schedule)
+    write_schedule(tmp_path / "schedule.h5", SCHEDULE)
     again = read_schedule(tmp_path / "schedule.h5")
-    assert again.ids == schedule.ids
-    np.testing.assert_array_equal(again.epochs, schedule.epochs)
-    np.testing.assert_array_equal(again.epsilon, schedule.epsilon)
+    assert again.ids == SCHEDULE.ids
+    np.testing.assert_array_equal(again.epochs, SCHEDULE.epochs)
+    np.testing.assert_array_equal(again.epsilon, SCHEDULE.epsilon)
 
 
 def test_a_hash_that_differs_is_refused(tmp_path, assessment):
@@ -102,9 +102,11 @@ def test_maps_of_several_sizes_are_refused_and_leave_nothing(tmp_path, assessmen
     assert list(tmp_path.iterdir()) == []
 
 
-def spoil(path, change):
+def forge(path, change):
+    """Change a file as somebody would who means harm, and knows of the seal."""
     with h5py.File(path, "r+") as file:
         change(file)
+    seal(path)
 
 
 def replace(name, value):
@@ -119,9 +121,14 @@ def replace(name, value):
     "change",
     [
         lambda file: file.attrs.__setitem__("kind", "something else"),
-        lambda file: file.attrs.__setitem__("schema", 2),
+        lambda file: file.attrs.__setitem__("schema", 1),
         lambda file: file.attrs.__setitem__("metric", "no such"),
         lambda file: file.attrs.__delitem__("epoch"),
+        lambda file: file.attrs.__setitem__("epoch", -1),
+        lambda file: file.attrs.__setitem__("epoch", 1.5),
+        lambda file: file.attrs.__setitem__("region", np.full(3, b"mask")),
+        lambda file: file.attrs.__setitem__("region", "a text that lies in the heap"),
+        replace("id", ["texts", "that lie", "in the", "heap"]),
         lambda file: file.__delitem__("dice"),
         replace("dice", np.zeros(3)),
         replace("dice", np.zeros(4, np.float32)),
@@ -136,7 +143,7 @@ def replace(name, value):
 def test_misfits_are_one_line(tmp_path, assessment, change):
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
-    spoil(path, change)
+    forge(path, change)
     with pytest.raises(PolysegError, match=r"a\.h5: cannot be read as a polyseg assessment") as e:
         read_assessment(path)
     assert "\n" not in str(e.value)
@@ -151,7 +158,7 @@ def test_data_outside_the_file_is_refused(tmp_path, assessment):
         del file["dice"]
         file.create_dataset("dice", (4,), "f8", external=[(str(outside), 0, 32)])
 
-    spoil(path, change)
+    forge(path, change)
     with pytest.raises(PolysegError, match="not a plain dataset"):
         read_assessment(path)
 
@@ -184,10 +191,76 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_shape_promises_no_more_than_the_file_holds(tmp_path):
     """Chunks that were never written take no room in the file, and terabytes when they are read."""
     path = tmp_path / "bomb.h5"
-    with h5py.File(path, "w") as file:
-        file.attrs.update({"kind": "polyseg schedule", "schema": 1})
-        file.create_dataset("id", data=["a"], dtype=h5py.string_dtype())
-        file.create_dataset("epoch", shape=(2**40,), dtype="i8", chunks=(2**20,))
-        file.create_dataset("epsilon", shape=(2**40, 1), dtype="f4", chunks=(2**20, 1))
+    write_schedule(path, SCHEDULE)
+
+    def change(file):
+        del file["epsilon"]
+        file.create_dataset("epsilon", shape=(3, 2**40), dtype="f4", chunks=(1, 2**20))
+
+    forge(path, change)
     with pytest.raises(PolysegError, match="its values are not there"):
         read_schedule(path)
+
+
+def test_more_epochs_than_a_run_can_have_are_refused_unread(tmp_path):
+    path = tmp_path / "long.h5"
+    write_schedule(path, SCHEDULE)
+    forge(path, replace("epoch", np.zeros(100_001, np.int64)))
+    with pytest.raises(PolysegError, match=r"epoch must be .* of at most 100,000"):
+        read_schedule(path)
+
+
+def test_maps_that_were_never_written_are_refused(tmp_path, assessment):
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+
+    def change(file):
+        del file["maps/mean"]
+        file.create_dataset("maps/mean", (4, 2**13, 2**13), "f2", chunks=(1, 2**13, 2**13))
+
+    forge(path, change)
+    read_assessment(path)
+    with pytest.raises(PolysegError, match="maps/mean must hold each image's map"):
+        read_assessment(path, with_maps=True)
+
+
+def test_a_value_that_was_changed_is_refused(tmp_path, assessment):
+    """By plain h5py, which leaves a sound HDF5 file behind."""
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+    with h5py.File(path, "r+") as file:
+        file["dice"][0] = 0.25
+    with pytest.raises(PolysegError, match=r"a\.h5: .* its content is not what was written$"):
+        read_assessment(path)
+
+
+def test_any_flipped_bit_is_refused(tmp_path):
+    path = tmp_path / "schedule.h5"
+    write_schedule(path, SCHEDULE)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 53):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        path.write_bytes(content)
+        with pytest.raises(PolysegError, match=r"schedule\.h5: cannot be read as"):
+            read_schedule(path)
+
+
+def test_the_seal_is_the_hash_of_what_follows(tmp_path):
+    path = tmp_path / "schedule.h5"
+    write_schedule(path, SCHEDULE)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content[512:]).hexdigest()
+    text = f"polyseg: the sha256 of what follows byte 512 is {digest}\n"
+    assert content[:512].rstrip(b"\0").decode() == text
+
+
+def test_files_of_an_earlier_layout_are_refused_by_that_name(tmp_path, assessment):
+    """They had no seal; a run that recorded their hash is told the number of their layout."""
+    path = tmp_path / "old.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"kind": "polyseg assessment", "schema": 1})
+    with pytest.raises(PolysegError, match=r"old\.h5: .* is of an earlier layout"):
+        read_assessment(path)
+    with pytest.raises(PolysegError, match=r"old\.h5: .* has layout 1, not 2"):
+        read_assessment(path, sha256=sha256_of_file(path))

@@ -215,7 +215,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["plot-loss", "--epsilon", "nan"], "at least -0.5"),
         (["plot-loss", "--s", "2"], "--s 2"),
         (["plot-loss", "--epsilon", ",".join(map(str, range(40)))], "at most 12"),
-        (["plot-loss", "--out", ""], "is no name of a file"),
+        (["plot-loss", "--out", ""], "choose another name"),
         (["config", "init", "n" * 300], "File name too long"),
         (["evaluate", "n" * 300], "File name too long"),
         (["data", "demo", "new", "--images", "100000", "--size", "1024"], "make fewer"),
@@ -238,6 +238,43 @@ def test_a_mistake_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, a
 def test_a_name_cannot_steer_the_terminal(polyseg):
     answer = polyseg("evaluate", "\x1b[2Jgone")
     assert answer.code == 2 and "\x1b" not in answer.err and "[2Jgone" in answer.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "gone\nerror: no"],
+        ["tr\nain"],
+        ["train", "--epochs", "a\nb"],
+        ["train", "--set", "a\nb=1"],
+        ["train", "--set", 'data.path="a\\nb"'],
+        ["train", "--set", "data.group=(a\nb"],
+        ["train", "--data", "a\nb"],
+        ["config", "show", "a\nb.yaml"],
+        ["config", "init", "a\nb/\udcff/c" + "d" * 300],
+        ["data", "check", "a\nb"],
+        ["plot-loss", "--epsilon", "a\nb"],
+        ["train", "--set", "loss.name=" + "x" * 9000],
+        ["config", "show", "y/" * 1900],
+    ],
+    ids=lambda arguments: repr(arguments)[:40],
+)
+def test_a_newline_in_an_argument_makes_no_second_line(polyseg, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    answer = polyseg(*arguments)
+    assert answer.code == 2
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert len(answer.err) < 2100
+
+
+def test_several_problems_are_a_line_each(polyseg, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
+        (tmp_path / f"{name}_mask.png").write_bytes(b"no image")
+    answer = polyseg("data", "check", tmp_path)
+    assert answer.code == 2 and answer.err.startswith("error: ")
+    lines = answer.err.removesuffix("\n").split("\n")
+    assert len(lines) == 2 and all(str(tmp_path) in line for line in lines)
 
 
 def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +17,12 @@ from polyseg.config import (
     build_config,
     least_epsilon,
     load_config,
-    parse_yaml,
     settings_of,
     template,
 )
 from polyseg.errors import PolysegError
 from polyseg.losses import polydice1_curve
+from polyseg.plain_yaml import parse_yaml
 
 
 def test_every_setting_is_described_and_every_number_bounded():
@@ -71,9 +73,24 @@ def test_the_schema_is_json():
         ("uncertainty.samples=1", "2 to 10,000"),
         ("loss", "give key.sub=value"),
         ("loss.name.x=1", r"loss\.name: input should be .*, got {'x': 1}"),
-        ("training.epochs=!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("training.epochs=!!python/object/apply:os.getcwd []", "tags"),
         ("training.epochs=" + "[" * 40_000, "is nested over 30 deep"),
         ("network.kwargs={a: &x 1, b: *x}", "aliases"),
+        ("network.kwargs={a: 1, b: 2, a: 3}", "a stands twice, again in line 1"),
+        ("control.start=true", r"control\.start: input should be a valid number, got True"),
+        ("training.epochs=true", r"training\.epochs: input should be a valid integer, got True"),
+        ("training.epochs=1_0", r"training\.epochs: .* integer, got '1_0'"),
+        ("training.epochs=0o17", r"training\.epochs: .* integer, got '0o17'"),
+        ("training.epochs=017", r"training\.epochs: .* integer, got '017'"),
+        ("training.epochs='3'", r"training\.epochs: .* integer, got '3'"),
+        ("training.epochs=1:30", r"training\.epochs: .* integer, got '1:30'"),
+        ("control.start=2026-01-01", r"control\.start: .* number, got '2026-01-01'"),
+        ("output.figures=no", r"output\.figures: input should be a valid boolean, got 'no'"),
+        ("output.figures=1", r"output\.figures: input should be a valid boolean, got 1"),
+        ("training.learning_rate=1e400", "finite"),
+        ('data.path="a\\0b"', r"data\.path: 'a\\x00b' holds a control character"),
+        ('data.cache="a\\nb"', r"data\.cache: 'a\\nb' holds a control character"),
+        ('network.kwargs={"a\\0": 1}', r"network\.kwargs: 'a\\x00' holds a control character"),
         ("data.masks=Masken #1", "what follows # is a comment"),
     ],
 )
@@ -149,8 +166,11 @@ def test_several_terms_bound_every_epsilon_of_a_run():
     ("kwargs", "match"),
     [
         ("{bias: .nan}", "numbers, words, lists"),
-        ("{bias: !!binary gIE=}", "numbers, words, lists"),
-        ("{day: 2026-01-01}", "numbers, words, lists"),
+        ("{bias: !!binary gIE=}", "tags"),
+        ("{channels: [1000000]}", "1000000|1e\\+06 is above 4096"),
+        ("{a: {1: 2}}", "numbers, words, lists"),
+        ("{channels: [0, 8]}", r"\[0, 8\] has numbers below 1"),
+        ("{strides: [-2]}", r"\[-2\] has numbers below 1"),
         ("{channels: [4, 20000]}", "20000 is above 4096"),
         ("{strides: [" + "2, " * 20 + "2]}", "over 16 entries"),
     ],
@@ -160,8 +180,68 @@ def test_arguments_of_a_network_are_plain_and_small(kwargs, match):
         load_config(overrides=[f"network.kwargs={kwargs}"])
 
 
+def test_a_factory_may_take_lists_with_zeros():
+    load_config(overrides=["network.name=mine:make", "network.kwargs={padding: [0, 1]}"])
+
+
 def test_a_section_without_lines_is_one_of_defaults():
     assert build_config({"loss": None}, "a.yaml") == Config()
+
+
+@pytest.mark.parametrize("tree", [[], [1], 0, False, "words", {1: 2}, {None: {}}, {"data": [1]}])
+def test_what_holds_no_settings_is_refused(tree):
+    with pytest.raises(PolysegError, match=r"^a\.yaml: [^:]") as error:
+        build_config(tree, "a.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
+    for text in ("false", "0", "[]", "''"):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
+            load_config(tmp_path / "a.yaml")
+
+
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("training:\n  epochs: 3\nloss: {name: dice}\ntraining:\n  epochs: 9\n")
+    with pytest.raises(PolysegError, match=r"a\.yaml: .*training stands twice, again in line 4"):
+        load_config(path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(PolysegError, match="cannot be read: is no file"):
+            load_config(path)
+
+
+def test_numbers_are_as_they_were_written():
+    config = load_config(
+        overrides=["training.learning_rate=1e-3", "control.start=3", "loss.epsilon=-.25"]
+    )
+    assert (config.training.learning_rate, config.loss.epsilon) == (1e-3, -0.25)
+    assert config.control.start == 3.0 and isinstance(config.control.start, float)
+
+
+@pytest.mark.parametrize(
+    "word", ["no", "1_0", "1e-3", "017", "2026-01-01", "1:30", "~", "true", "="]
+)
+def test_words_that_look_like_something_else_come_back_as_words(tmp_path, word):
+    config = build_config({"data": {"images": word}}, "a")
+    (tmp_path / "a.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "a.yaml") == config
+    assert yaml.safe_load(config.to_yaml())["data"]["images"] == word
+
+
+@given(st.text(max_size=30))
+def test_any_text_of_a_setting_comes_back_or_is_refused(text):
+    try:
+        config = build_config({"data": {"images": text}}, "a")
+    except PolysegError as error:
+        assert str(error).startswith("a: data.images: ") and "\n" not in str(error)
+        return
+    assert build_config(parse_yaml(config.to_yaml(), "again"), "again") == config
 
 
 def test_many_mistakes_are_told_in_short():

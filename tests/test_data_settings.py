@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from polyseg.checkpoints import read_checkpoint
 from polyseg.jobs.training import train
-from polyseg.run import RunDirectory, read_checkpoint
+from polyseg.run import RunDirectory
 from tests.test_train import Stop, assert_same_run, run_of, stop_after
 
 SETTINGS = {

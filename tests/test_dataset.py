@@ -1,6 +1,12 @@
 """Sets of images: channels, levels, batches; in memory or on disk."""
 
+import dataclasses
 import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,6 +17,7 @@ from PIL import Image
 from polyseg.config import DataConfig, load_config
 from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo, training_batches
 from polyseg.data.loading import load_images, load_others
+from polyseg.data.store import index_of
 from polyseg.errors import PolysegError
 
 
@@ -187,6 +194,31 @@ def test_what_killed_runs_left_is_removed(folder, tmp_path):
     assert [path.name for path in cache.glob(".partial*")] == [".partial-new.images"]
 
 
+def test_files_that_nothing_used_for_a_month_are_removed(folder, tmp_path, caplog):
+    cache = tmp_path / "cache"
+
+    def load(size):
+        load_images(DataConfig(path=str(folder), size=size, memory=0, cache=str(cache)))
+        return {path.stem for path in cache.glob("*.images")}
+
+    def age(name, days):
+        for path in (cache / f"{name}.images", cache / f"{name}.json"):
+            os.utime(path, (time.time() - 24 * 3600 * days,) * 2)
+
+    first = load(16).pop()
+    age(first, 29)
+    second = (load(32) - {first}).pop()
+    age(first, 31)
+    age(second, 31)
+    (cache / "mine.images").write_text("x")
+    os.utime(cache / "mine.images", (0, 0))
+    # What is used again is used, whenever it was written.
+    assert load(16) == {first, "mine"}
+    assert load(16) == {first, "mine"}
+    assert {path.stem for path in cache.glob("*.json")} == {first}
+    assert load(32) == {first, second, "mine"}
+
+
 def test_a_task_that_no_image_has_is_named(folder, polyseg, tmp_path):
     for i in range(5):
         mask = np.zeros((20, 30), np.uint8)
@@ -229,3 +261,210 @@ def test_an_epochs_order_is_told_without_its_images():
     first, second = (epoch_order(images.ids, epoch=epoch, **order) for epoch in (1, 2))
     assert first != second
     assert sorted(name for batch in first for name in batch) == sorted(images.ids)
+
+
+def test_more_phantoms_than_memory_holds_are_refused_at_once(polyseg):
+    said = polyseg(
+        "train", "--dry-run", "--set", "data.demo_images=100000", "--set", "data.size=8192"
+    )
+    assert said.code == 2
+    assert "data.demo_images: 100,000 images of 8192 x 8192, with masks, take " in said.err
+    assert "take 13,421.8 GB, and this machine has" in said.err
+
+
+# ---- files that vanish or change under a run
+
+
+def batches_of(images, workers):
+    return training_batches(images, images.ids, batch_size=2, seed=0, epoch=1, workers=workers)
+
+
+@pytest.fixture
+def on_disk(folder, tmp_path):
+    settings = {"path": str(folder), "size": 32, "cache": str(tmp_path / "cache")}
+    return load_images(DataConfig(**settings, memory=0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_removed_meanwhile_is_read_on(on_disk, workers):
+    expected = list(batches_of(on_disk, 0))
+    for path in (on_disk.store.path, index_of(on_disk.store.path)):
+        path.unlink()
+    for (ids, images, masks), (others, again, same) in zip(
+        expected, batches_of(on_disk, workers), strict=True
+    ):
+        assert ids == others and torch.equal(images, again) and torch.equal(masks, same)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 0),
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: path.open("r+b").write(b"other"),
+    ],
+)
+def test_a_file_that_changes_meanwhile_is_one_line(on_disk, change, workers):
+    path = on_disk.store.path
+    change(path)
+    with pytest.raises(PolysegError, match=r"a checksum differs.*remove it") as caught:
+        list(batches_of(on_disk, workers))
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_gone_before_it_is_opened_is_one_line(on_disk, workers):
+    """As for a process that got the images sent."""
+    images = pickle.loads(pickle.dumps(on_disk))
+    on_disk.store.path.unlink()
+    with pytest.raises(PolysegError, match=r"\.images: cannot be read: No such file") as caught:
+        list(batches_of(images, workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_ends_a_run_with_workers_in_one_line(folder, polyseg, tmp_path):
+    """Between two runs that share the file, whose name and size stay."""
+    from tests.conftest import TINY
+
+    settings = [*TINY, "output.figures=false", "data.memory=0", f"data.cache={tmp_path / 'cache'}"]
+    flags = [part for one in settings for part in ("--set", one)]
+
+    def run(name):
+        place = ("--out", tmp_path / name, "--epochs", 1, "--set", "training.workers=1")
+        return polyseg("train", "--data", folder, *place, *flags)
+
+    assert run("first").code == 0
+    (path,) = (tmp_path / "cache").glob("*.images")
+    path.write_bytes(bytes(path.stat().st_size))
+    said = run("second")
+    errors = [line for line in said.err.splitlines() if "error" in line]
+    assert said.code == 2 and "Traceback" not in said.err
+    assert len(errors) == 1 and f"{path}: is no file of decoded images" in errors[0]
+
+
+# ---- workers that the system fails
+
+
+class Gloomy:
+    """A store that fails as it is told."""
+
+    def __init__(self, store, fail):
+        self.store, self.fail = store, fail
+
+    def get(self, i):
+        self.fail()
+        return self.store.get(i)
+
+
+def failing(fail):
+    images = make_demo(DataConfig(demo_images=8, size=32))
+    return dataclasses.replace(images, store=Gloomy(images.store, fail))
+
+
+def too_large():
+    return torch.empty(10**15)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_memory_for_a_batch_is_one_line(workers):
+    with pytest.raises(PolysegError, match=r"^reading .* ran out of memory; lower .*workers"):
+        list(batches_of(failing(too_large), workers))
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(PolysegError, match=r"^training\.workers: .*; lower training\.workers"):
+        list(batches_of(failing(die), 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_the_program_stays_a_traceback(workers):
+    def wrong():
+        raise KeyError("no such thing")
+
+    with pytest.raises(KeyError, match="no such thing"):
+        list(batches_of(failing(wrong), workers))
+
+
+_FEW_FILES = """
+import pathlib
+import resource
+import sys
+import torch
+from polyseg.config import DataConfig
+from polyseg.data.dataset import make_demo, training_batches
+from polyseg.data.loading import load_images, read_cases
+from polyseg.data.cases import Case
+from polyseg.errors import PolysegError
+from polyseg.files import write_text
+
+folder = pathlib.Path(sys.argv[1])
+cases = [Case("case 0", [folder / "images/case 0.png"], [folder / "masks/case 0.png"])]
+read_cases(cases, DataConfig())
+images = make_demo(DataConfig(demo_images=16, size=32))
+settings = dict(batch_size=2, seed=0, epoch=1)
+expected = list(training_batches(images, images.ids, **settings))
+
+
+def read(workers, soft, hard, spare=None):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    held = []
+    try:
+        while spare is not None:
+            held.append(open("/dev/null"))
+    except OSError:
+        del held[len(held) - (spare or 0):]
+    try:
+        found = list(training_batches(images, images.ids, workers=workers, **settings))
+        same = [a == b and torch.equal(x, y) for (a, x, _), (b, y, _) in zip(found, expected)]
+        said = "same" if all(same) and len(found) == len(expected) else "other"
+    except PolysegError as error:
+        said = str(error)
+    del held
+    print(said, "/", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+read(2, 4096, 4096)
+read(2, 50, 4096)
+read(2, 64, 64, spare=8)
+read(2, 64, 64, spare=0)
+read(0, 64, 64, spare=0)
+held = []
+try:
+    while True:
+        held.append(open("/dev/null"))
+except OSError:
+    pass
+for action in (
+    lambda: read_cases(cases, DataConfig()),
+    lambda: load_images(DataConfig(path=str(folder))),
+    lambda: write_text(folder / "note.txt", "x"),
+):
+    try:
+        action()
+    except PolysegError as error:
+        print(error)
+"""
+
+
+def test_few_open_files_are_enough_or_one_line(folder):
+    """More are asked for where the system allows it; nobody is waited for in vain."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FEW_FILES, folder], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    enough, raised, refused, none_left, none_wanted, *others = done.stdout.splitlines()
+    assert enough == "same / 4096"
+    assert raised.startswith("same / ") and 50 < int(raised.split()[-1]) < 300
+    number = r"training\.workers: 2 need [0-9]+ open files, and 64 are allowed; lower it, .* / 64"
+    assert re.fullmatch(number, refused)
+    assert none_left.startswith("training.workers: Too many open files; raise `ulimit -n`, or ")
+    assert none_wanted == "same / 64"
+    assert len(others) == 3
+    assert all("Too many open files; raise `ulimit -n`, or lower" in line for line in others)
+    places = [str(folder / name) for name in ("images/case 0.png", "", "note.txt")]
+    assert all(line.startswith(place) for line, place in zip(others, places, strict=True))

@@ -47,6 +47,13 @@ def summary_of(outcome):
     return json.loads((outcome.folder / "summary.json").read_text())
 
 
+@pytest.mark.parametrize("text", ["", " ", ",", " , "])
+def test_a_list_of_no_damage_is_refused(text):
+    assert job.kinds_of_damage(None) == ()
+    with pytest.raises(PolysegError, match=r"--corrupt: names no damage; choose .*noise"):
+        job.kinds_of_damage(text)
+
+
 def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     outcome = evaluate_runs(
         two, baseline=str(two[0]), out=tmp_path / "out", figures=True,

@@ -1,5 +1,6 @@
 """Durable files: whole or not at all, and one writer."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -7,8 +8,9 @@ import sys
 
 import pytest
 
+from polyseg import files
 from polyseg.errors import PolysegError
-from polyseg.files import atomic_path, exclusive_lock, sha256_of_file, write_text
+from polyseg.files import atomic_path, exclusive_lock, keep_as, sha256_of_file, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -77,3 +79,39 @@ def test_one_writer_and_a_dead_one_is_none(tmp_path):
     holder.communicate()
     with exclusive_lock(lock, owner="this run"):
         pass
+
+
+def test_an_older_file_is_kept_whichever_way_names_are_given(tmp_path, monkeypatch):
+    """By second names, and by copies where the file system knows none."""
+    for number, link in enumerate((files.disk.link, refused)):
+        monkeypatch.setattr(files.disk, "link", link)
+        last, previous = tmp_path / f"last{number}", tmp_path / f"previous{number}"
+        write_text(last, "first")
+        for _ in range(2):  # The second time both are the same file, or equal.
+            keep_as(last, previous)
+        write_text(last, "second")
+        assert (last.read_text(), previous.read_text()) == ("second", "first")
+        keep_as(last, previous)
+        assert previous.read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def refused(*_):
+    raise OSError(errno.EPERM, "no second names here")
+
+
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with exclusive_lock(tmp_path / ".lock", owner="this"):
+        assert "knows no locks (No locks available)" in caplog.text
+
+
+def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
+    flushed = []
+    flush = files.disk.flush
+    monkeypatch.setattr(files.disk, "flush", lambda path: (flushed.append(path), flush(path)))
+    write_text(tmp_path / "a" / "b" / "c.txt", "")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(flushed)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from polyseg.cache import read_assessment, read_schedule
+from polyseg.checkpoints import read_checkpoint
 from polyseg.config import ControlConfig, DataConfig, LossConfig, load_config
 from polyseg.control import EpsilonControl
 from polyseg.difficulty import epsilon_from_difficulty, normalise
@@ -20,7 +21,6 @@ from polyseg.montecarlo import assess
 from polyseg.networks import SegmentationNetwork, Window, build_network
 from polyseg.objective import as_tasks, build_objective
 from polyseg.records import Assessment, Batch
-from polyseg.run import read_checkpoint
 from tests.conftest import TINY
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg import montecarlo, pilot
+from polyseg import measurement, montecarlo, passes, pilot
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.dropout import active_layers
 from polyseg.errors import PolysegError
+from polyseg.inference import predict
 from polyseg.montecarlo import assess, stochastic_pass
 from polyseg.networks import build_network, hash_weights, network_names
 from polyseg.records import Batch
@@ -273,3 +274,120 @@ def test_hooks_are_gone_after_an_error(network):
     with pytest.raises(Stop):
         assess(network, [make_batch(1)], samples=2, progress=stop)
     assert not any(module._forward_hooks for module in network.modules())
+
+
+# ---- where memory ends
+
+
+def refuse_more(network, most):
+    """Let a network run out of memory wherever it sees more images than so many."""
+
+    def refuse(_, inputs):
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return network.register_forward_pre_hook(refuse)
+
+
+def unlike_batch(n):
+    """Return images that are far from equally difficult, so that rounding moves no rank."""
+    batch = make_batch(n)
+    return batch._replace(images=batch.images * torch.linspace(0.2, 4, n)[:, None, None, None])
+
+
+def assert_alike(found, expected):
+    np.testing.assert_allclose(found.difficulty, expected.difficulty, rtol=1e-5)
+    found, expected = dataclasses.asdict(found), dataclasses.asdict(expected)
+    assert found["ids"] == expected["ids"] and found["samples"] == expected["samples"]
+    np.testing.assert_allclose(found["scores"]["entropy"], expected["scores"]["entropy"], rtol=1e-6)
+    for name in ("scores", "scores_se", "maps"):
+        for key, values in expected[name].items():
+            np.testing.assert_allclose(found[name][key], values, rtol=1e-4, atol=1e-7)
+    for name in ("foreground_pixels", "mask_pixels", "fallback"):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("most", [2, 3, 5])
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize("samples", [4, "auto"])
+def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples, masks, most):
+    batches = list(split(unlike_batch(13), [7, 6]))
+    batches[0].masks[3] = 0
+    how = {"samples": samples, "masks": masks, "rank_target": 0.97}
+    expected = assess(network, batches, **how)
+    hook = refuse_more(network, most)
+    found = assess(network, batches, **how)
+    hook.remove()
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("save_maps", [False, True])
+def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_maps):
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
+    batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
+    expected = assess(network, [batch], **how)
+    whole, sizes = passes.Look, []
+
+    def tight(program, images, *arguments, **more):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+        return whole(program, images, *arguments, **more)
+
+    monkeypatch.setattr(passes, "Look", tight)
+    assert_alike(assess(network, [batch], **how), expected)
+    # After the halves, one third of the batch at a time, and never the plain way instead.
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+
+
+def test_memory_that_ends_after_the_pilots_first_passes(network, monkeypatch):
+    """Those that had passes already are measured anew in parts."""
+    batches = list(split(unlike_batch(9), [4, 5]))
+    how = {"samples": "auto", "rank_target": 0.9999}
+    expected = assess(network, batches, **how)
+    assert expected.samples > pilot.FEWEST
+    extend = measurement.Measurement.extend
+
+    def later(self, samples, tell):
+        if samples > pilot.FEWEST and len(self.batch.ids) > 2:
+            raise MemoryError
+        extend(self, samples, tell)
+
+    monkeypatch.setattr(measurement.Measurement, "extend", later)
+    found = assess(network, batches, **how)
+    assert_alike(found, expected)
+
+
+def test_too_little_memory_for_one_image_names_its_size(network, monkeypatch):
+    monkeypatch.setattr(passes, "_TRIAL_SIDE", 16)
+
+    def refuse(_, inputs):
+        if inputs[0].shape[-1] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated memory")
+
+    network.register_forward_pre_hook(refuse)
+    with pytest.raises(PolysegError, match=r"^MC Dropout: .* image of 32 x 32 alone; use .*$"):
+        assess(network, [make_batch(3)], samples=2)
+
+
+def test_memory_that_ends_before_any_pass_is_one_line(network):
+    refuse_more(network, 0)
+    with pytest.raises(PolysegError, match=r"^MC Dropout: ran out of memory; use smaller .*$"):
+        assess(network, [make_batch(3)], samples=2)
+
+
+def test_predictions_are_divided_where_memory_ends(network):
+    batches = list(split(make_batch(9), [5, 4]))
+    expected = torch.cat([logits for _, logits in predict(network, batches)])
+    refuse_more(network, 2)
+    found = list(predict(network, batches))
+    assert [len(batch.ids) for batch, _ in found] == [2, 2, 1, 2, 2]
+    assert [name for batch, _ in found for name in batch.ids] == make_batch(9).ids
+    torch.testing.assert_close(torch.cat([logits for _, logits in found]), expected)
+    assert torch.equal(torch.cat([batch.masks for batch, _ in found]), make_batch(9).masks)
+
+
+def test_a_prediction_of_one_image_too_large_is_one_line(network):
+    refuse_more(network, 0)
+    with pytest.raises(PolysegError, match="prediction: ran out of memory on an image of 32 x 32"):
+        list(predict(network, [make_batch(2)]))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from polyseg import memory
 from polyseg.data.phantoms import make_phantom
 from polyseg.dropout import refuse_hidden_dropout, stochastic_layers
 from polyseg.errors import PolysegError
@@ -14,6 +15,7 @@ from polyseg.networks import (
     build_network,
     hash_weights,
     network_names,
+    refuse_untrainable,
 )
 
 
@@ -303,3 +305,24 @@ def test_library_networks_have_no_functional_dropout(name):
 def test_alpha_dropout_is_refused_with_its_reason(layer):
     with pytest.raises(PolysegError, match="changes the mean"):
         stochastic_layers(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_how_large_a_network_is_can_be_known_before_it_is_made(name):
+    state = torch.random.get_rng_state()
+    with torch.device("meta"):
+        planned = build_network(name, in_channels=3, out_channels=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    made = build_network(name, in_channels=3, out_channels=2)
+    shapes = {key: values.shape for key, values in made.state_dict().items()}
+    assert {key: values.shape for key, values in planned.state_dict().items()} == shapes
+
+
+def test_a_network_that_memory_cannot_train_is_refused(monkeypatch):
+    network = build_network("unet", in_channels=1)
+    needed = 16 * sum(weights.numel() for weights in network.parameters())
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed)
+    refuse_untrainable(network, torch.device("cpu"))
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed - 1)
+    with pytest.raises(PolysegError, match=r"network: its [0-9,]+ parameters, .* network\.kwargs"):
+        refuse_untrainable(network, torch.device("cpu"))

@@ -263,7 +263,7 @@ def test_an_occupied_directory_is_refused_and_left_alone(tmp_path: Path, occupie
         write_phantoms(target, make_phantoms(1, size=(32, 32)))
     message = str(caught.value)
     assert message.startswith(f"{target}: ")
-    assert "choose a new one" in message
+    assert "choose another" in message
     assert "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
     assert note.read_text() == "mine"

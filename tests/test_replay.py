@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,14 +65,12 @@ def test_a_replay_goes_on_from_its_own_copy(tiny):
     original = run_of(tiny("original", *FIVE_EPOCHS))
     settings = ("control.replay_arm=shuffled",)
     whole = replay_of(original, tiny, *settings, name="whole")
-    original.schedule.rename(original.schedule.with_name("gone"))
     first = tiny("parts", *FIVE_EPOCHS, f"control.replay={original.path}", *settings)
-    with pytest.raises(PolysegError, match=r"schedule.h5: there is no such file"):
-        train(first)
-    original.schedule.with_name("gone").rename(original.schedule)
     two = first.model_copy(update={"training": first.training.model_copy(update={"epochs": 2})})
     parts = run_of(two)
-    original.schedule.unlink()
+    original.path.rename(original.path.with_name("gone"))
+    with pytest.raises(PolysegError, match="original: there is no such file"):
+        train(tiny("new", *FIVE_EPOCHS, f"control.replay={original.path}"))
     # The learning rate follows the number of epochs, so only the epsilons can be the same.
     train(first, resume=True)
     np.testing.assert_array_equal(
@@ -90,8 +89,21 @@ def test_another_schedule_cannot_be_slipped_under_a_resumed_run(tiny):
     longer = config.model_copy(
         update={"training": config.training.model_copy(update={"epochs": 5})}
     )
-    with pytest.raises(PolysegError, match="is not the schedule that this run replayed"):
+    with pytest.raises(PolysegError, match="is not the file that the run recorded"):
         train(longer, resume=True)
+
+
+@pytest.mark.parametrize("kept", ["schedule.h5", "checkpoints"])
+def test_a_run_is_replayed_from_its_file_or_its_checkpoint(tiny, kept):
+    original = run_of(tiny("original", *FIVE_EPOCHS))
+    first = replay_of(original, tiny, name="first")
+    shutil.rmtree(original.path / "checkpoints") if kept != "checkpoints" else (
+        original.schedule.unlink()
+    )
+    second = replay_of(original, tiny, name="second")
+    np.testing.assert_array_equal(
+        read_schedule(first.schedule).epsilon, read_schedule(second.schedule).epsilon
+    )
 
 
 def test_what_a_schedule_lacks_is_named(tiny):

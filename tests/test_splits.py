@@ -4,6 +4,8 @@ import functools
 import io
 import json
 import operator
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -208,6 +210,32 @@ def test_no_pattern_tears_a_volume_apart(pattern):
 def test_a_pattern_whose_group_takes_no_part_is_refused():
     with pytest.raises(PolysegError, match="finds nothing in a"):
         split_by_settings([Member("a")], DataConfig(group="(x)?a"))
+
+
+def test_a_pattern_that_never_ends_is_ended(monkeypatch):
+    """What waited for an alarm before still does."""
+    alarms = []
+    before = signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    monkeypatch.setattr("polyseg.data.splits._LONGEST_MATCHING", 0.05)
+    try:
+        images = [Member("a"), Member("a" * 60 + "!")]
+        with pytest.raises(PolysegError, match=r"data\.group .*takes too long on aaa.*simplify it"):
+            split_by_settings(images, DataConfig(group="^((a+)+)$"))
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 900
+        signal.raise_signal(signal.SIGALRM)
+        assert alarms == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_patterns_find_groups_in_other_threads_too():
+    images = [Member(f"p{i % 9}_{i}") for i in range(45)]
+    config = DataConfig(group="^(p.)")
+    with ThreadPoolExecutor(1) as pool:
+        split = pool.submit(split_by_settings, images, config).result()
+    assert split == split_by_settings(images, config)
 
 
 def test_groups_torn_by_given_parts_are_named():

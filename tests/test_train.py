@@ -15,15 +15,17 @@ import pytest
 import torch
 from scipy.special import expit
 
+from polyseg import run as run_room
 from polyseg import train as room
 from polyseg.cache import read_assessment, read_schedule
+from polyseg.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.config import TrainingConfig
 from polyseg.data.dataset import arrays_as_set
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.files import sha256_of_file
 from polyseg.jobs.training import plan, train
 from polyseg.networks import hash_weights
-from polyseg.run import RunDirectory, read_checkpoint
+from polyseg.run import RunDirectory
 
 
 def run_of(config):
@@ -228,18 +230,43 @@ def test_resuming_names_the_settings_that_it_cannot_change(tiny):
         train(tiny("run", "loss.epsilon=0.5"), resume=True)
 
 
-@pytest.mark.parametrize("name", ["history.csv", "schedule.h5", "split.json"])
-def test_a_run_without_its_record_is_refused_and_left_alone(tiny, name):
+def files_of(run):
+    return {path: path.read_bytes() for path in run.rglob("*.*") if path.name != "log.txt"}
+
+
+@pytest.mark.parametrize("name", ["split.json", "environment.json", "uncertainty/epoch_0002.h5"])
+@pytest.mark.parametrize("content", [None, b"changed"])
+def test_a_run_without_its_record_is_refused_and_left_alone(tiny, name, content):
     config = tiny("run")
     train(config)
     run = Path(config.output.path)
     (run / name).unlink()
-    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.name != "log.txt"}
+    if content is not None:
+        (run / name).write_bytes(content)
+    before = files_of(run)
     with pytest.raises(PolysegError, match=name):
         train(tiny("run", "training.epochs=5"), resume=True)
-    assert before == {
-        path: path.read_bytes() for path in run.rglob("*.*") if path.name != "log.txt"
-    }
+    assert before == files_of(run)
+
+
+@pytest.mark.parametrize("name", ["history.csv", "schedule.h5", "config.yaml"])
+def test_what_the_checkpoint_holds_as_well_is_made_anew(tiny, name):
+    run = run_of(tiny("run"))
+    before = files_of(run.path)
+    (run.path / name).unlink()
+    train(tiny("run"), resume=True)
+    assert files_of(run.path)[run.path / name] == before[run.path / name]
+
+
+def test_a_run_goes_on_from_its_older_checkpoint_where_the_last_is_damaged(tiny):
+    whole = run_of(tiny("whole"))
+    run = run_of(tiny("run"))
+    content = bytearray(run.last.read_bytes())
+    content[-100] ^= 1
+    run.last.write_bytes(content)
+    train(tiny("run"), resume=True)
+    assert_same_run(whole, run)
+    assert run.last.with_suffix(".damaged").read_bytes() == bytes(content)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -262,7 +289,7 @@ def test_an_optimizer_takes_up_only_what_fits(tiny, optimizer, damage):
         tensors[name] = value[None]
     else:
         tensors[name] = value.double()
-    room.write_checkpoint(run.last, dataclasses.replace(checkpoint, optimizer=tensors))
+    write_checkpoint(run.last, dataclasses.replace(checkpoint, optimizer=tensors))
     with pytest.raises(PolysegError, match="checkpoint: "):
         train(tiny("run", f"training.optimizer={optimizer}", "training.epochs=2"), resume=True)
 
@@ -317,14 +344,14 @@ def test_every_network_trains(tiny, name):
 def test_a_crash_between_the_two_checkpoints_is_mended(tiny, monkeypatch):
     whole = run_of(tiny("whole"))
     config = tiny("stopped")
-    write = room.write_checkpoint
+    write = run_room.write_checkpoint
 
     def crash_before_best(path, checkpoint):
         if path.name.startswith("best") and checkpoint.epoch == checkpoint.best_epoch == 2:
             raise Stop
         write(path, checkpoint)
 
-    monkeypatch.setattr(room, "write_checkpoint", crash_before_best)
+    monkeypatch.setattr(run_room, "write_checkpoint", crash_before_best)
     with pytest.raises(Stop):
         train(config)
     monkeypatch.undo()
@@ -371,14 +398,48 @@ def test_a_longer_run_keeps_its_first_assessment(tiny):
     assert "start: 1.0" in run.config.read_text()
 
 
-def test_what_changed_around_a_run_is_named(tiny, caplog):
-    config = tiny("run")
-    train(config)
-    run = RunDirectory(Path(config.output.path))
+def with_environment(run, **changes):
     record = json.loads(run.environment.read_text())
-    run.environment.write_text(json.dumps({**record, "torch": "1.0", "threads": 64}))
+    run.environment.write_text(json.dumps({**record, **changes}))
+
+
+def test_what_gives_other_numbers_is_refused_unless_told_otherwise(tiny, caplog):
+    run = run_of(tiny("run"))
+    with_environment(run, torch="1.0", threads=64, python="2.7")
+    more = tiny("run", "training.epochs=4")
+    with pytest.raises(PolysegError, match=r"torch 1.0 -> .*threads 64 -> 1.*--accept") as error:
+        train(more, resume=True)
+    assert "python" not in str(error.value) and len(history_of(run)) == 3
+    train(more, resume=True, accept_changes=True)
+    assert "threads 64 -> 1" in caplog.text and "python 2.7 -> " in caplog.text
+    assert len(history_of(run)) == 4
+    assert json.loads(run.environment.read_text())["resumed"][0]["after_epoch"] == 3
+    train(tiny("run", "training.epochs=5"), resume=True)
+
+
+def test_what_does_not_move_a_digit_is_only_named(tiny, caplog):
+    run = run_of(tiny("run"))
+    with_environment(run, platform="another", python="2.7")
     train(tiny("run", "training.epochs=4"), resume=True)
-    assert "last digits: torch 1.0 -> " in caplog.text and "threads 64 -> 1" in caplog.text
+    assert "python 2.7 -> " in caplog.text
+
+
+def test_a_learning_rate_is_changed_only_when_told(tiny):
+    run = run_of(tiny("run"))
+    config = tiny("run", "training.epochs=4", "training.learning_rate=0.001")
+    with pytest.raises(PolysegError, match=r"learning_rate .*--accept-changes allows it"):
+        train(config, resume=True)
+    train(config, resume=True, accept_changes=True)
+    assert float(history_of(run)[-1]["learning_rate"]) < 0.001
+    with pytest.raises(PolysegError, match=r"network.dropout .*start a new run"):
+        train(tiny("run", "network.dropout=0.4"), resume=True, accept_changes=True)
+
+
+def test_the_plan_of_a_resumed_run_is_what_is_left_of_it(tiny):
+    train(tiny("run"))
+    found = plan(tiny("run", "training.epochs=5"), resume=True)
+    assert (found["epochs done"], found["epochs"]) == (3, 2)
+    assert found["assessed after epochs"] == [4, 5]
 
 
 def functional(in_channels, out_channels):
@@ -444,10 +505,82 @@ def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch, between_l
     monkeypatch.setattr(room, "_STEPS_BETWEEN_LOOKS", between_looks)
     monkeypatch.setattr(room, "training_batches", remembered)
     monkeypatch.setattr(room, "build_objective", broken)
-    with pytest.raises(PolysegError, match="epoch 1: the loss of phantom") as error:
+    with pytest.raises(PolysegError, match=f"epoch 1, step {bad_step}: the loss of") as error:
         train(tiny("run"))
     assert f"loss of {shown[bad_step - 1][1]} is not finite" in str(error.value)
     assert len(shown) == min(-(-bad_step // between_looks) * between_looks, 3)
+
+
+def spoiling(bad_step, spoil):
+    """Return an objective that spoils the losses of one step of them all."""
+    steps = itertools.count(1)
+
+    def build(_):
+        def objective(logits, mask, epsilon):
+            losses = (logits.sigmoid() - mask).square().flatten(1).mean(1)
+            return spoil(losses) if losses.requires_grad and next(steps) == bad_step else losses
+
+        return objective
+
+    return build
+
+
+class Unbounded(torch.autograd.Function):
+    """Passes losses on as they are, and infinity back."""
+
+    @staticmethod
+    def forward(_, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient * float("inf")
+
+
+SPOILS = {"losses": lambda losses: losses * float("nan"), "gradients": Unbounded.apply}
+
+
+def test_gradients_that_are_not_finite_end_the_run(tiny, monkeypatch):
+    monkeypatch.setattr(room, "build_objective", spoiling(5, SPOILS["gradients"]))
+    with pytest.raises(PolysegError, match="epoch 2, step 2: the gradients of phantom"):
+        train(tiny("run"))
+    run = RunDirectory(Path(tiny("run").output.path))
+    assert read_checkpoint(run.last).epoch == 1
+
+
+@pytest.mark.parametrize("what", SPOILS)
+def test_a_skipped_step_is_as_if_its_batch_had_not_been(tiny, monkeypatch, what, caplog):
+    settings = (
+        "training.on_nonfinite=skip",
+        "control.enabled=false",
+        "network.dropout=0",
+        "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1, norm: BATCH}",
+        "data.augmentation=none",
+    )
+    monkeypatch.setattr(room, "build_objective", spoiling(5, SPOILS[what]))
+    skipping = run_of(tiny("skipping", *settings))
+    assert [row["skipped_steps"] for row in history_of(skipping)] == ["0", "1", "0"]
+    named = {"losses": "the loss of", "gradients": "the gradients of"}[what]
+    assert f"epoch 2, step 2 is skipped: {named} phantom" in caplog.text
+
+    taken, take = [], room.Trainer._step
+
+    def without_the_fifth(self, *batch):
+        taken.append(taken[-1] if len(taken) == 4 else take(self, *batch))
+        return taken[-1]
+
+    monkeypatch.setattr(room.Trainer, "_step", without_the_fifth)
+    monkeypatch.setattr(room, "build_objective", spoiling(-1, None))
+    assert_same_weights(weights_of(skipping), weights_of(run_of(tiny("without", *settings))))
+
+
+def test_an_epoch_without_a_finite_step_ends_the_run(tiny, monkeypatch):
+    def endless(logits, *_):
+        return logits.mean(dim=(1, 2, 3)) / 0
+
+    monkeypatch.setattr(room, "build_objective", lambda _: endless)
+    with pytest.raises(PolysegError, match="epoch 1: no step had finite loss"):
+        train(tiny("run", "training.on_nonfinite=skip"))
 
 
 def trainer_of_two_labels(config):

@@ -13,6 +13,7 @@ from polyseg.cli.options import (
     DataPath,
     Fold,
     Overrides,
+    Overwrite,
     Quiet,
     Verbose,
     as_overrides,
@@ -50,6 +51,7 @@ def data_split(
     out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel=WHERE)] = Path(
         "split.json"
     ),
+    overwrite: Overwrite = False,
     fold: Fold = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -67,7 +69,7 @@ def data_split(
     with talking(quiet, verbose) as display:
         from polyseg.jobs import data
 
-        found = data.make_split(settings, out, display)
+        found = data.make_split(settings, out, display, overwrite=overwrite)
     print_mapping(path, found, as_json)
 
 
@@ -77,6 +79,7 @@ def data_preview(
     out: Annotated[
         Path, typer.Option(help="File; without suffix both PDF and PNG.", rich_help_panel=WHERE)
     ] = Path("preview"),
+    overwrite: Overwrite = False,
     images: Annotated[int, typer.Option(help="Images, a row each.", rich_help_panel=HOW)] = 4,
     samples: Annotated[
         int, typer.Option(help="Augmented samples of each.", rich_help_panel=HOW)
@@ -96,7 +99,12 @@ def data_preview(
         from polyseg.jobs import data
 
         for file in data.preview(
-            settings, out=out, count=images, samples=samples, progress=display
+            settings,
+            out=out,
+            count=images,
+            samples=samples,
+            overwrite=overwrite,
+            progress=display,
         ):
             print(file)
 

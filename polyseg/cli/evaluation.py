@@ -13,6 +13,7 @@ from polyseg.cli.options import (
     Device,
     OtherData,
     Out,
+    Overwrite,
     Part,
     Quiet,
     Sources,
@@ -28,6 +29,7 @@ def evaluate(
     data: OtherData = None,
     part: Part = None,
     out: Out = None,
+    overwrite: Overwrite = False,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +121,7 @@ def evaluate(
             data=data,
             part=part,
             out=out,
+            overwrite=overwrite,
             cache=cache,
             device=device,
             trust=trust,

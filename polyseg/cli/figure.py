@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, Quiet, Verbose
+from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
 from polyseg.errors import PolysegError
 
 
@@ -24,6 +24,7 @@ def plot_loss(
         Path,
         typer.Option(help="File; without suffix both PDF and PNG.", rich_help_panel=WHERE),
     ] = Path("polydice"),
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -35,7 +36,12 @@ def plot_loss(
         from polyseg.jobs import figure
 
         for path in figure.plot_loss(
-            s=s, epsilons=_numbers(epsilon), terms=terms, gradient=gradient, out=out
+            s=s,
+            epsilons=_numbers(epsilon),
+            terms=terms,
+            gradient=gradient,
+            out=out,
+            overwrite=overwrite,
         ):
             print(path)
 

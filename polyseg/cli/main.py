@@ -19,7 +19,10 @@ from polyseg.cli.report import report
 from polyseg.cli.schedule import schedule_app
 from polyseg.cli.training import train
 from polyseg.cli.uncertainty import estimate_uncertainty
-from polyseg.errors import Interrupted, PolysegError
+from polyseg.errors import Interrupted, PolysegError, reason
+from polyseg.signals import Wish, ending_at_once
+
+_LONGEST_LINE = 2000
 
 app = typer.Typer(
     name="polyseg",
@@ -68,32 +71,57 @@ def main() -> None:
         # A terminal that cannot show a sign shows a question mark.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    with ending_at_once() as wish:
+        code = _end_of(wish)
+    sys.exit(code)
+
+
+def _end_of(wish: Wish) -> int:
+    """Run the command, say in a line what went wrong, and return the exit code.
+
+    Once that is known no signal changes it any more.
+    """
     try:
-        sys.exit(app(standalone_mode=False))
-    except PolysegError as error:
-        print(f"error: {_visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except TyperException as error:
-        # A mistyped command or option; without a message the help has been printed instead.
-        if message := error.format_message():
-            print(f"error: {message} (--help tells what there is)", file=sys.stderr)
-        sys.exit(2)
+        code = app(standalone_mode=False)
+        wish.granted = True
+        return code if isinstance(code, int) else 0
+    except (PolysegError, TyperException, OSError) as error:
+        wish.granted = True
+        return _tell(error)
     except Interrupted as end:
+        wish.granted = True
         print(end, file=sys.stderr)
-        sys.exit(128 + end.number)
-    except BrokenPipeError:
+        return 128 + end.number
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
+
+
+def _tell(error: PolysegError | TyperException | OSError) -> int:
+    """Say in a line what went wrong, and return the exit code."""
+    if isinstance(error, BrokenPipeError):
         # The reader went away, as `head` does; there is no one left to tell.
         sys.stderr.close()
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
+        return 128 + signal.SIGPIPE
+    if isinstance(error, PolysegError):
+        text = "\n".join(_visible(str(line)) for line in error.args)
+    elif isinstance(error, OSError):
         # Names that are too long, links in circles, folders in place of files.
         where = f"{error.filename!s:.200}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(128 + signal.SIGINT)
+        text = _visible(f"{where}{reason(error)}")
+    else:
+        # A mistyped command or option; without a message the help has been printed instead.
+        message = error.format_message()
+        text = f"{_visible(message)} (--help tells what there is)" if message else ""
+    if text:
+        print(f"error: {text}", file=sys.stderr)
+    return 2
 
 
 def _visible(text: str) -> str:
-    """Return a text without what would steer a terminal: names in it may be anyone's."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
+    """Return a text as one line, without what would steer a terminal: names in it may be anyone's.
+
+    >>> _visible("gone\\n.png")
+    'gone\\\\n.png'
+    """
+    signs = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return signs if len(signs) <= _LONGEST_LINE else f"{signs[:_LONGEST_LINE]}..."

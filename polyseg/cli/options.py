@@ -43,6 +43,14 @@ Part = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results.", rich_help_panel=WHERE)
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what a former run of this command left there.",
+        rich_help_panel=WHERE,
+    ),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(

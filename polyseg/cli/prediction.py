@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, AsJson, Device, Quiet, Source, Trust, Verbose
+from polyseg.cli.options import HOW, WHERE, AsJson, Device, Overwrite, Quiet, Source, Trust, Verbose
 from polyseg.cli.printing import print_outcome
 
 
@@ -19,6 +19,7 @@ def predict(
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the masks, new.", rich_help_panel=WHERE)
     ],
+    overwrite: Overwrite = False,
     uncertainty: Annotated[
         bool,
         typer.Option(
@@ -48,6 +49,7 @@ def predict(
             source,
             paths,
             out=out,
+            overwrite=overwrite,
             uncertainty=uncertainty,
             samples=samples,
             device=device,

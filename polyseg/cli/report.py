@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, Quiet, Verbose
+from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
 
 
 def report(
@@ -23,6 +23,7 @@ def report(
     out: Annotated[
         Path, typer.Option("--out", help="HTML file to write, new.", rich_help_panel=WHERE)
     ] = Path("report.html"),
+    overwrite: Overwrite = False,
     title: Annotated[
         str | None, typer.Option(help="Title of the page.", rich_help_panel=HOW)
     ] = None,
@@ -37,6 +38,11 @@ def report(
         from polyseg.jobs import page
 
         written = page.make_page(
-            runs, evaluations=evaluations or [], out=out, title=title, progress=display
+            runs,
+            evaluations=evaluations or [],
+            out=out,
+            overwrite=overwrite,
+            title=title,
+            progress=display,
         )
         print(written)

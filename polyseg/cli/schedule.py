@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Quiet, Verbose
+from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Verbose
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.files import without_nan
@@ -82,6 +82,7 @@ def schedule_plot(
         list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs, in any number.")
     ],
     out: Out = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -93,7 +94,7 @@ def schedule_plot(
     with talking(quiet, verbose):
         from polyseg.jobs import schedule
 
-        outcome = schedule.plot(runs, out)
+        outcome = schedule.plot(runs, out, overwrite=overwrite)
     print_outcome(outcome, as_json)
 
 
@@ -113,6 +114,7 @@ def schedule_recompute(
         Path | None,
         typer.Option("--out", help="File for the new schedule, HDF5.", rich_help_panel=WHERE),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -124,7 +126,7 @@ def schedule_recompute(
     with talking(quiet, verbose):
         from polyseg.jobs import schedule
 
-        found = schedule.recompute(run, overrides or [], out)
+        found = schedule.recompute(run, overrides or [], out, overwrite=overwrite)
     if as_json:
         _print_rows(found.rows, as_json)
         return
@@ -148,6 +150,7 @@ def schedule_export(
         Path | None,
         typer.Option("--out", help="File; to stdout if left out.", rich_help_panel=WHERE),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -158,7 +161,7 @@ def schedule_export(
     with talking(quiet, verbose):
         from polyseg.jobs import schedule
 
-        text = schedule.export(run, out)
+        text = schedule.export(run, out, overwrite=overwrite)
     print(text if out is None else out, end="" if out is None else "\n")
 
 
@@ -166,6 +169,7 @@ def schedule_export(
 def schedule_validity(
     run: Run,
     out: Out = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
     quiet: Quiet = False,
@@ -181,7 +185,11 @@ def schedule_validity(
 
         found = schedule.validity(run)
         table = as_json or as_csv
-        outcome = None if table and out is None else schedule.draw_validity(found.rows, run, out)
+        outcome = (
+            None
+            if table and out is None
+            else schedule.draw_validity(found.rows, run, out, overwrite=overwrite)
+        )
     if as_json or as_csv:
         _print_rows(found.rows, as_json)
         return

@@ -14,11 +14,15 @@ from polyseg.cli.options import (
     Fold,
     Overrides,
     Quiet,
+    Trust,
     Verbose,
     as_overrides,
 )
 from polyseg.cli.printing import print_mapping, print_outcome
 from polyseg.errors import PolysegError
+
+_OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.device")
+"""Settings that say where and how, not what, so that those of another run are not taken over."""
 
 
 def train(
@@ -83,6 +87,16 @@ def train(
             rich_help_panel=WHERE,
         ),
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes",
+            help="With --resume: go on although versions, device, threads or the learning rate are "
+            "others, and the result not what it would have been.",
+            rich_help_panel=WHERE,
+        ),
+    ] = False,
+    trust: Trust = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -97,12 +111,15 @@ def train(
 
     Example: polyseg train --data my/images --out runs/first --set data.size=256
     """
-    from polyseg.config import load_config
+    from polyseg.config import load_config, settings_of
 
     if resume and out is None:
         raise PolysegError("--resume: name the run by --out")
-    if resume and config is None and out is not None and (out / "config.yaml").is_file():
-        config = out / "config.yaml"
+    if accept_changes and not resume:
+        raise PolysegError("--accept-changes: of what? it goes with --resume")
+    from_run = None
+    if resume and config is None and out is not None and (out / "checkpoints").is_dir():
+        from_run = config = out / "config.yaml"
     if replay_arm is not None and replay is None:
         raise PolysegError("--replay-arm: of what? name the run by --replay")
     if replay_arm not in (None, "recorded", "shuffled", "mean", "inverted"):
@@ -111,7 +128,9 @@ def train(
         )
     own: list[str] = []
     if replay is not None and config is None and (replay / "config.yaml").is_file():
-        config, own = replay / "config.yaml", ["output.path=null"]
+        from_run = config = replay / "config.yaml"
+        defaults = {setting["key"]: setting["default"] for setting in settings_of()}
+        own = ["output.path=null", *(f"{key}={defaults[key]}" for key in _OF_THE_MACHINE)]
     flags = {
         "data.path": data,
         "output.path": None if out is None else str(out),
@@ -129,18 +148,19 @@ def train(
         else replay_arm,
     }
     settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)])
-    if own and ":" in settings.network.name:
+    if from_run is not None and ":" in settings.network.name and not trust:
         raise PolysegError(
-            f"{replay}: its network {settings.network.name} is code outside polyseg; if you trust "
-            f"it, say so by naming the settings too: polyseg train {config} --replay {replay}"
+            f"{from_run}: its network {settings.network.name} is code outside polyseg; --trust "
+            "imports and runs it, if you know where it is from"
         )
+    how = {"resume": resume, "accept_changes": accept_changes}
     with talking(quiet, verbose) as display:
         from polyseg.jobs import training
 
         found = (
-            training.plan(settings, progress=display)
+            training.plan(settings, **how, progress=display)
             if dry_run
-            else training.train(settings, resume=resume, progress=display)
+            else training.train(settings, **how, progress=display)
         )
     if isinstance(found, dict):
         print_mapping("Plan", found, as_json)

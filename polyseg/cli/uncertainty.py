@@ -12,6 +12,7 @@ from polyseg.cli.options import (
     Device,
     OtherData,
     Out,
+    Overwrite,
     Part,
     Quiet,
     Source,
@@ -32,6 +33,7 @@ def estimate_uncertainty(
         bool, typer.Option("--maps", help="Keep the pixel maps too.", rich_help_panel=HOW)
     ] = False,
     out: Out = None,
+    overwrite: Overwrite = False,
     cache: Cache = None,
     device: Device = "auto",
     trust: Trust = False,
@@ -53,6 +55,7 @@ def estimate_uncertainty(
             samples=samples,
             save_maps=maps,
             out=out,
+            overwrite=overwrite,
             cache=cache,
             device=device,
             trust=trust,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 
 READABLE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
@@ -135,8 +135,8 @@ class Folders:
                     elif _is_kind(entry, "file") and is_readable(folder / entry.name):
                         files.append(entry.name)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PolysegError(f"{shown(folder)}: cannot be listed: {reason}") from None
+            why = reason(error) if isinstance(error, OSError) else error
+            raise PolysegError(f"{shown(folder)}: cannot be listed: {why}") from None
         if broken := [name for name in (*files, *folders) if not name.isprintable()]:
             raise PolysegError(f"{shown(folder)}: {some('name', broken)} is no text; rename it")
         return Listing(_paths(folder, files), _paths(folder, folders))
@@ -340,7 +340,7 @@ def raise_problems(problems: Sequence[str]) -> None:
     """
     if problems:
         more = [f"and {len(problems) - _LINES} more"] if len(problems) > _LINES else []
-        raise PolysegError("\n".join([*problems[:_LINES], *more]))
+        raise PolysegError(*problems[:_LINES], *more)
 
 
 def seen_in(folder: Path) -> str:

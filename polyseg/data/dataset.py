@@ -1,9 +1,12 @@
 """The images of a run, decoded once, and batches of them."""
 
+import contextlib
 import logging
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,20 @@ from polyseg.data.phantoms import make_phantoms
 from polyseg.data.preprocessing import Levels, cut_patch, levels_of, pooled_levels
 from polyseg.data.splits import Member
 from polyseg.data.store import Image, Masks, MemoryStore, Store
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
+from polyseg.memory import explaining_memory, refuse_beyond_memory
 from polyseg.records import Batch
 from polyseg.seeds import derive_seed
 
 log = logging.getLogger(__name__)
+
+_BYTES_OF_PHANTOMS = {"ultrasound": 2, "endoscopy": 4}
+"""Of a pixel of image and mask."""
+_FILES_OF_A_WORKER, _FILES_BESIDES = 16, 32
+"""Open at once: of pipes and of the batches on their way, and what else may be opened meanwhile."""
+_OPEN_FILES = Path("/dev/fd")
+_SIGNS_OF_WORKERS = ("DataLoader worker (pid", "Too many open files", "ancdata")
+"""In what torch says where the system has ended a worker, or not let it work."""
 
 
 @dataclass(frozen=True)
@@ -285,11 +297,17 @@ def make_demo(config: DataConfig) -> ImageSet:
     """Return the demo's phantoms as if they had been read.
 
     Raises:
-        PolysegError: several labels are asked for, of which phantoms have one.
+        PolysegError: several labels are asked for, of which phantoms have one, or more phantoms
+            than memory holds.
     """
     if len(config.labels) > 1:
         raise PolysegError("data.foreground: the demo's masks are 0/1; leave it out")
     size = _pair(config.size) if config.size is not None and config.fit == "resize" else (128, 128)
+    refuse_beyond_memory(
+        config.demo_images * size[0] * size[1] * _BYTES_OF_PHANTOMS[config.demo_modality],
+        f"data.demo_images: {config.demo_images:,} images of {size[0]} x {size[1]}, with masks,",
+        "lower it, or data.size",
+    )
     phantoms = make_phantoms(config.demo_images, size=size, modality=config.demo_modality)
     return arrays_as_set(
         [phantom.id for phantom in phantoms],
@@ -310,15 +328,19 @@ def training_batches(
     changes: Changes | None = None,
     workers: int = 0,
     pinned: bool = False,
-) -> DataLoader[tuple[list[str], Tensor, Tensor]]:
-    """Return the batches of an epoch: shuffled by (seed, epoch), cut and changed by id as well.
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Yield the batches of an epoch: shuffled by (seed, epoch), cut and changed by id as well.
 
     The number of workers changes nothing in them, nor does the batch size in a sample, and torch's
     global random stream is not used. Pinned ones lie where CUDA copies from while it computes.
+
+    Raises:
+        PolysegError: an image cannot be read, or the system does not give the workers what they
+            need.
     """
     places = {identity: i for i, identity in enumerate(ids)}
     order = epoch_order(ids, batch_size=batch_size, seed=seed, epoch=epoch)
-    return DataLoader[Any](
+    loader = DataLoader[Any](
         _Augmented(images, list(ids), seed, epoch, changes),
         batch_sampler=[[places[identity] for identity in batch] for batch in order],
         # Of its own, because workers' seeds would else be drawn from torch's global stream.
@@ -327,6 +349,12 @@ def training_batches(
         collate_fn=_collate,
         pin_memory=pinned,
     )
+    with _explaining_workers():
+        _make_room_for_files(workers)
+        for batch in loader:
+            if isinstance(batch, PolysegError):
+                raise batch
+            yield batch
 
 
 def epoch_order(ids: Sequence[str], *, batch_size: int, seed: int, epoch: int) -> list[list[str]]:
@@ -359,10 +387,64 @@ class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):
             image, masks = augment(image, masks, self.changes, seed)
         return identity, image, masks
 
+    def __getitems__(self, places: list[int]) -> "_Samples | PolysegError":
+        """Return the samples of a batch, or what a user is to know of why there are none.
 
-def _collate(samples: list[tuple[str, Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
+        What is raised in a worker arrives with the whole way that it came; what is returned, not.
+        """
+        try:
+            with explaining_memory("reading and augmenting", "lower training.workers or data.size"):
+                return [self[i] for i in places]
+        except PolysegError as error:
+            return error
+
+
+_Samples = list[tuple[str, Tensor, Tensor]]
+
+
+def _collate(
+    samples: _Samples | PolysegError,
+) -> tuple[list[str], Tensor, Tensor] | PolysegError:
+    if isinstance(samples, PolysegError):
+        return samples
     ids, images, masks = zip(*samples, strict=True)
     return list(ids), torch.stack(images), torch.stack(masks)
+
+
+def _make_room_for_files(workers: int) -> None:
+    """Raise the number of files that may be open at once to what the workers need.
+
+    A worker that cannot open another can tell nobody, and would be waited for in vain.
+    """
+    if workers == 0:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(list(_OPEN_FILES.iterdir())) + _FILES_OF_A_WORKER * workers + _FILES_BESIDES
+    bounds = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    if needed <= min(bounds, default=needed):
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise PolysegError(
+            f"training.workers: {workers} need {needed:,} open files, and {hard:,} are allowed; "
+            "lower it, or raise `ulimit -n`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@contextlib.contextmanager
+def _explaining_workers() -> Iterator[None]:
+    """Make one line of what the system refuses to workers, or does to them."""
+    try:
+        yield
+    except OSError as error:
+        raise PolysegError(f"training.workers: {reason(error)}") from None
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(sign in said for sign in _SIGNS_OF_WORKERS):
+            raise
+        raise PolysegError(
+            f"training.workers: {said:.200}; lower training.workers, or set it to 0"
+        ) from None
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int]:

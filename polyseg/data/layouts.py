@@ -116,7 +116,7 @@ def find_cases(
     search = _Search(folders, layout, images, masks)
     units = search.units(path)
     if not units:
-        raise PolysegError(_unknown(search, path, layout))
+        raise PolysegError(*_unknown(search, path, layout))
     findings = Findings(unmasked, search.problems, search.notes)
     for unit in units:
         _add_unit(folders, unit, findings)
@@ -559,8 +559,8 @@ def _name(units: Sequence[_Unit]) -> str:
     return f"{name}, with parts {', '.join(parts)}" if parts else name
 
 
-def _unknown(search: _Search, path: Path, layout: LayoutName) -> str:
-    """Say what a folder of no known layout lacks."""
+def _unknown(search: _Search, path: Path, layout: LayoutName) -> list[str]:
+    """Say what a folder of no known layout lacks, a line for each thing."""
     images, masks = search.candidates(path)
     expected = {
         "folders": "expected a folder of images (images/, ...) and one of masks (masks/, ...)",
@@ -578,7 +578,7 @@ def _unknown(search: _Search, path: Path, layout: LayoutName) -> str:
             f"{(images or masks)[0]}: there is no folder of {other} beside it; if it is called "
             f"otherwise, say data.{other}=NAME"
         )
-    return "\n".join([*lines, *search.problems])
+    return [*lines, *search.problems]
 
 
 def _unlabelled(folders: Folders, path: Path) -> list[Case]:

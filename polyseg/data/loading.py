@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -46,6 +48,9 @@ _DECISIVE = ("size", "fit", "plane", "normalise", "window")
 _SCHEMA = 1
 """Raised when the same files and settings give another content."""
 _STALE_SECONDS = 24 * 3600
+_NAME = re.compile(r"[0-9a-f]{64}\.images")
+_UNUSED_DAYS = 30
+"""After which decoded images that no run has taken up are removed; they can be made anew."""
 LAYOUT_SETTINGS = ("layout", "images", "masks", "unmasked")
 MEGABYTE = 10**6
 
@@ -259,6 +264,7 @@ def _on_disk(
     folder = _cache_folder(config)
     path = folder / f"{_key(cases, config)}.images"
     _remove_stale(folder)
+    _remove_unused(folder, keep=path)
     if not (path.is_file() and index_of(path).is_file()):
         with writing_store(path) as file:
             while held:
@@ -268,6 +274,8 @@ def _on_disk(
                 file.add(sample.image, sample.masks, _to_plain(sample.item))
             _refuse(problems)
     store = DiskStore(path)
+    with contextlib.suppress(OSError):  # Somebody else's, perhaps.
+        os.utime(index_of(path))
     return [_from_plain(row, path) for row in zip(store.about, store.shapes, strict=True)], store
 
 
@@ -279,6 +287,30 @@ def _remove_stale(folder: Path) -> None:
                 path.unlink()
 
 
+def _remove_unused(folder: Path, *, keep: Path) -> None:
+    """Remove files of images that no run has taken up for long, and nothing else that lies there.
+
+    What still reads one of them has it open, and goes on.
+    """
+    freed = 0
+    for path in folder.glob("*.images"):
+        index = index_of(path)
+        with contextlib.suppress(OSError):
+            used = (index if index.is_file() else path).stat().st_mtime
+            ours = _NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+            if ours and path != keep and time.time() - used > _UNUSED_DAYS * 24 * 3600:
+                freed += path.stat().st_size
+                index.unlink(missing_ok=True)
+                path.unlink()
+    if freed:
+        log.info(
+            "%s: removed %.0f MB of decoded images that nothing had used for %d days",
+            folder,
+            freed / MEGABYTE,
+            _UNUSED_DAYS,
+        )
+
+
 def _tell(images: ImageSet, config: DataConfig) -> None:
     """Log where the images are, and which tasks none of them has."""
     count = len(images.items)
@@ -286,7 +318,7 @@ def _tell(images: ImageSet, config: DataConfig) -> None:
         log.info(
             "%d images of %.0f MB are over data.memory (%d MB): read from %s",
             count,
-            images.store.path.stat().st_size / MEGABYTE,
+            images.store.size / MEGABYTE,
             config.memory,
             images.store.path,
         )
@@ -340,9 +372,7 @@ def _refuse(problems: Sequence[str]) -> None:
     if problems:
         lines = [line for problem in problems for line in problem.splitlines()]
         more = len(lines) - _MOST_PROBLEMS
-        raise PolysegError(
-            "\n".join(lines[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else []))
-        )
+        raise PolysegError(*lines[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
 
 
 def _to_plain(item: Item) -> dict[str, Any]:

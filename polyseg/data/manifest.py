@@ -24,7 +24,7 @@ from polyseg.data.cases import (
     shown,
     stem_of,
 )
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 from polyseg.files import read_text
 
 MANIFEST_SUFFIXES = (".csv", ".tsv")
@@ -97,7 +97,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         text = read_text(path).removeprefix("\ufeff")
     except OSError as error:
-        raise PolysegError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
     except ValueError:
         raise PolysegError(f"{path}: is no text; save it as CSV in UTF-8") from None
     first = text[: text.find("\n")] if "\n" in text else text

@@ -21,7 +21,7 @@ from polyseg.data.cases import (
     shown,
     stem_of,
 )
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 from polyseg.files import read_text
 
 DESCRIPTION = "dataset.json"
@@ -213,10 +213,10 @@ def _read_description(root: Path) -> _Json:
     try:
         description = json.loads(read_text(path).removeprefix("\ufeff"))
     except OSError as error:
-        raise PolysegError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else shown(error)
-        raise PolysegError(f"{path}: is no JSON: {reason}") from None
+        why = "nested too deep" if isinstance(error, RecursionError) else shown(error)
+        raise PolysegError(f"{path}: is no JSON: {why}") from None
     if not isinstance(description, dict):
         raise PolysegError(f"{path}: expected an object with channel_names and labels")
     return description

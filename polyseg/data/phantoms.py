@@ -15,8 +15,9 @@ from PIL import Image
 
 from polyseg.data import endoscopy, ultrasound
 from polyseg.data.lesions import Factors, Size, draw_factors
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 from polyseg.files import write_text
+from polyseg.folders import whole_folder
 from polyseg.seeds import derive_seed
 
 MODALITIES = ("ultrasound", "endoscopy")
@@ -112,6 +113,8 @@ def make_phantoms(
 def write_phantoms(directory: Path, phantoms: Sequence[Phantom]) -> None:
     """Write images/ID.png, masks/ID.png (0 and 255) and phantoms.csv into a new directory.
 
+    All of it is there in the end, or nothing.
+
     Args:
         directory: must not exist, or be empty.
         phantoms: of distinct ids.
@@ -125,23 +128,16 @@ def write_phantoms(directory: Path, phantoms: Sequence[Phantom]) -> None:
     ...     sorted(path.name for path in Path(folder).iterdir())
     ['images', 'masks', 'phantoms.csv']
     """
-    _refuse_occupied(directory)
-    try:
-        for name in ("images", "masks"):
-            (directory / name).mkdir(parents=True)
-        for phantom in phantoms:
-            _save(directory / "images" / f"{phantom.id}.png", phantom.image)
-            _save(directory / "masks" / f"{phantom.id}.png", phantom.mask * np.uint8(255))
-    except OSError as error:
-        raise PolysegError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    write_text(directory / "phantoms.csv", _table(phantoms))
-
-
-def _refuse_occupied(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise PolysegError(
-            f"{directory}: is not an empty directory; choose a new one or empty it first"
-        )
+    with whole_folder(directory) as folder:
+        try:
+            for name in ("images", "masks"):
+                (folder / name).mkdir()
+            for phantom in phantoms:
+                _save(folder / "images" / f"{phantom.id}.png", phantom.image)
+                _save(folder / "masks" / f"{phantom.id}.png", phantom.mask * np.uint8(255))
+        except OSError as error:
+            raise PolysegError(f"{directory}: cannot be written: {reason(error)}") from error
+        write_text(folder / "phantoms.csv", _table(phantoms))
 
 
 def _save(path: Path, pixels: NDArray[np.uint8]) -> None:

@@ -1,9 +1,12 @@
 """Which images train, which choose, which test."""
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from polyseg.config import DataConfig
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 from polyseg.files import read_text
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,8 @@ Split = dict[str, list[str]]
 """Ids by part."""
 
 _LONGEST_MATCHED = 300
+_LONGEST_MATCHING = 5.0
+"""Seconds for all images; a pattern, which may be anyone's, can take for ever over a single one."""
 _SLICE = re.compile(r"#\d{3,}$")
 
 
@@ -54,7 +59,7 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     >>> split_by_settings([Member(i) for i in "abcd"], DataConfig(split=(0.5, 0.25, 0.25)))
     {'train': ['c', 'd'], 'val': ['b'], 'test': ['a']}
     """
-    members = [_grouped(member, config.group) for member in members]
+    members = _all_grouped(members, config.group)
     if config.split_file is not None:
         return _from_file(Path(config.split_file), members, config.fold)
     placed = {part: [member for member in members if member.part == part] for part in PARTS}
@@ -90,7 +95,7 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
     ['x (train and test)']
     """
-    group_of = {member.id: _grouped(member, config.group).group for member in members}
+    group_of = {member.id: member.group for member in _all_grouped(members, config.group)}
     parts: dict[str, list[str]] = {}
     for part, ids in split.items():
         for group in {group_of[identity] for identity in ids} - {None}:
@@ -158,7 +163,7 @@ def read_split_file(path: Path, fold: int | None = None) -> Split:
     try:
         record = json.loads(read_text(path))
     except OSError as error:
-        raise PolysegError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError):
         raise PolysegError(f"{path}: is not JSON") from None
     if isinstance(record, list):
@@ -245,13 +250,50 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     return split
 
 
-def _grouped(member: Member, pattern: str | None) -> Member:
+def _all_grouped(members: Sequence[Member], pattern: str | None) -> list[Member]:
+    """Return members with the groups that a pattern finds in their ids."""
+    if pattern is None:
+        return list(members)
+    grouped: list[Member] = []
+    try:
+        with _at_most(_LONGEST_MATCHING):
+            for member in members:
+                grouped.append(_grouped(member, pattern))  # noqa: PERF401 - for its length
+    except TimeoutError:
+        name = members[len(grouped)].id
+        raise PolysegError(
+            f"data.group {pattern!r}: takes too long on {name}; simplify it"
+        ) from None
+    return grouped
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds, by a signal, which `re` looks for.
+
+    Only the main thread is sent signals; elsewhere the block takes as long as it takes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, end)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _grouped(member: Member, pattern: str) -> Member:
     """Return a member with the group that a pattern finds in its id: its first group, or all.
 
     Slices go by the id of their volume, so that none is torn apart.
     """
-    if pattern is None:
-        return member
     found = re.search(pattern, _SLICE.sub("", member.id)[:_LONGEST_MATCHED])
     group = found and found[1 if found.re.groups else 0]
     if group is None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 
 Plane = Literal["axial", "coronal", "sagittal"]
 
@@ -73,13 +73,13 @@ def guarded(path: Path) -> Iterator[None]:
     except MemoryError:
         raise PolysegError(f"{path}: does not fit into memory") from None
     except OSError as error:
-        raise PolysegError(_line(path, error.strerror or str(error))) from None
+        raise PolysegError(_line(path, reason(error))) from None
     except Exception as error:  # Decoders fail on damaged files in many ways, all alike to users.
         raise PolysegError(_line(path, str(error) or type(error).__name__)) from None
 
 
-def _line(path: Path, reason: str) -> str:
-    words = " ".join(reason.split())[:120].rstrip()
+def _line(path: Path, why: str) -> str:
+    words = " ".join(why.split())[:120].rstrip()
     shown = "".join(letter if letter.isprintable() else "?" for letter in words)
     return f"{path}: cannot be read as an image: {shown}"
 

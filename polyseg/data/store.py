@@ -2,23 +2,26 @@
 
 The file is named by the sha256 of all that its content follows from, so it is never stale. It is
 written aside and renamed, its index after it, so that runs side by side may share it and none ever
-sees half of one. Each image carries a checksum. Both files may be removed while nothing runs.
+sees half of one. Each image carries a checksum. Runs that use a file keep it open, so that both may
+be removed at any time.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, reason
 from polyseg.files import atomic_path, read_text, write_text
 
 Image = NDArray[Any]
@@ -87,8 +90,9 @@ class MemoryStore:
 class DiskStore:
     """Images in a file, read one by one as they are asked for.
 
-    What was read belongs to the system's page cache, not to this process. Processes that were
-    forked from this one, or got the store sent, may read too.
+    What was read belongs to the system's page cache, not to this process. The file stays open, so
+    that it may be removed meanwhile. Processes that were forked from this one read from it too;
+    those that got the store sent open the file by its name when they first read.
 
     Raises:
         PolysegError: a file is missing or damaged.
@@ -107,21 +111,35 @@ class DiskStore:
             self._offsets = list(
                 itertools.accumulate((one.bytes for one in self.shapes), initial=0)
             )
-            if self._offsets[-1] != path.stat().st_size:
+            if self.size != path.stat().st_size:
                 raise ValueError("its size is not that of its images")
-            self._file = path.open("rb")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self._file  # noqa: B018 - opened, now that it is there
+        except OSError as error:
+            raise self._unreadable(error) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(" ".join(str(error).split())[:120]) from None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all images and masks."""
+        return self._offsets[-1]
+
+    @cached_property
+    def _file(self) -> IO[bytes]:
+        return self.path.open("rb")
 
     def get(self, i: int) -> tuple[Image, Masks | None]:
         """Return image i, (H, W, C), and its masks, (K, H, W), or None where there are none.
 
         Raises:
-            PolysegError: its bytes are not those that were written.
+            PolysegError: its bytes are not those that were written, or cannot be read.
         """
         shape = self.shapes[i]
-        # pread has no position of its own, which processes would move under one another.
-        values = os.pread(self._file.fileno(), shape.bytes, self._offsets[i])
+        try:
+            # pread has no position of its own, which processes would move under one another.
+            values = os.pread(self._file.fileno(), shape.bytes, self._offsets[i])
+        except OSError as error:
+            raise self._unreadable(error) from None
         if zlib.crc32(values) != self._checksums[i]:
             raise self._damaged("a checksum differs")
         pixels = np.frombuffer(values, dtype=np.uint8, count=shape.image_bytes)
@@ -131,17 +149,19 @@ class DiskStore:
         masks = np.frombuffer(values, dtype=np.uint8, offset=shape.image_bytes)
         return image, masks.reshape(shape.masks, shape.height, shape.width)
 
-    def _damaged(self, reason: str) -> PolysegError:
+    def _unreadable(self, error: OSError) -> PolysegError:
+        anew = "; it will be made anew at the next start"
+        gone = error.errno in (errno.ENOENT, errno.ESTALE)
+        return PolysegError(f"{self.path}: cannot be read: {reason(error)}{anew if gone else ''}")
+
+    def _damaged(self, why: str) -> PolysegError:
         return PolysegError(
-            f"{self.path}: is no file of decoded images ({reason}); remove it and "
+            f"{self.path}: is no file of decoded images ({why}); remove it and "
             f"{index_of(self.path).name}, they will be made anew"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        return {name: value for name, value in vars(self).items() if name != "_file"}
 
 
 class StoreWriter:

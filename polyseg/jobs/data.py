@@ -18,6 +18,8 @@ from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
 from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
+from polyseg.folders import refuse_existing
+from polyseg.jobs.figure import refuse_existing_figure
 from polyseg.jobs.models import new_split, refuse_sides
 from polyseg.plots.pictures import Sample, samples_sheet
 from polyseg.plots.style import save_figure
@@ -61,16 +63,15 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
     }
 
 
-def make_split(config: Config, out: Path, progress: Progress = no_progress) -> dict[str, Any]:
+def make_split(
+    config: Config, out: Path, progress: Progress = no_progress, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Divide a data set as its settings say, write the split for runs to come, return the counts.
 
     Raises:
         PolysegError: the data are not in order, or there is such a file already.
     """
-    if out.exists():
-        raise PolysegError(
-            f"{out}: exists already and nothing is overwritten; choose another --out"
-        )
+    refuse_existing(out, overwrite=overwrite)
     images = load_images(config.data, progress)
     split = new_split(config, images)
     write_text(out, split_json(split, images.hashes))
@@ -87,7 +88,13 @@ def make_split(config: Config, out: Path, progress: Progress = no_progress) -> d
 
 
 def preview(
-    config: Config, *, out: Path, count: int, samples: int, progress: Progress = no_progress
+    config: Config,
+    *,
+    out: Path,
+    count: int,
+    samples: int,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
 ) -> list[Path]:
     """Draw some training images as they are and as training would change them, with their masks.
 
@@ -96,9 +103,7 @@ def preview(
     """
     if not (1 <= count <= 50 and 1 <= samples <= 20):
         raise PolysegError("--images: 1 to 50; --samples: 1 to 20")
-    for path in (out, out.with_suffix(".png"), out.with_suffix(".pdf")):
-        if path.exists():
-            raise PolysegError(f"{path}: exists already; choose another --out")
+    refuse_existing_figure(out, overwrite=overwrite)
     images = load_images(config.data, progress)
     ids = new_split(config, images)["train"]
     if config.data.normalise == "dataset":

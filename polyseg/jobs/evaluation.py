@@ -6,41 +6,44 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polyseg import results
+from polyseg.checkpoints import read_checkpoint
 from polyseg.config import Config
 from polyseg.data.corruptions import CORRUPTIONS
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.evaluate import Evaluation, RunScores, compare
 from polyseg.files import short_names
+from polyseg.folders import moved, whole_folder
 from polyseg.jobs.arms import arms_of, pool_arms, pool_points
-from polyseg.jobs.models import (
-    LastImages,
-    fresh_folder,
-    images_for,
-    open_model,
-    refuse_full,
-    results_beside,
-)
+from polyseg.jobs.models import LastImages, images_for, open_model, results_beside
 from polyseg.jobs.testing import Questions, Tested, ask_network
 from polyseg.records import Progress, no_progress
 from polyseg.report import Outcome
-from polyseg.run import RunDirectory, find_checkpoint, read_checkpoint
+from polyseg.run import RunDirectory, find_checkpoint
 
 log = logging.getLogger(__name__)
+
+_KNOWN_BY = ("summary.json",)
 
 Hashes = Mapping[str, str]
 Arms = Mapping[str, Sequence[str]]
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
-    """Return the kinds that a list separated by commas names; "all" are all.
+    """Return the kinds that a list separated by commas names; "all" are all, None is none.
+
+    Raises:
+        PolysegError: the list names none, such as a variable of a script that was never set.
 
     >>> kinds_of_damage("noise, blur")
     ('noise', 'blur')
     """
     if text == "all":
         return CORRUPTIONS
-    return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    if text is not None and not names:
+        raise PolysegError(f"--corrupt: names no damage; choose {', '.join(CORRUPTIONS)}, or all")
+    return names
 
 
 def evaluate_runs(
@@ -52,6 +55,7 @@ def evaluate_runs(
     data: Path | None = None,
     part: str | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     cache: Path | None = None,
     device: str = "auto",
     trust: bool = False,
@@ -67,7 +71,8 @@ def evaluate_runs(
         group: runs that differ only by seed or fold are one arm.
         data: a folder of other images.
         part: of the run's own images.
-        out: folder for the results.
+        out: folder for the results, new or empty.
+        overwrite: or one that holds the results of a former evaluation, which are replaced.
         cache: folder for decoded images that do not fit into memory.
         device: where to compute.
         trust: whether code that a checkpoint names may run.
@@ -80,7 +85,39 @@ def evaluate_runs(
     # What can be found wrong is said before the first network is tested, which may take long.
     questions.check()
     place = out or results_beside(sources[0], "evaluation")
-    refuse_full(place)
+    with whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
+        evaluation, masks, images = _test(
+            sources,
+            questions,
+            baseline=baseline,
+            group=group,
+            data=data,
+            part=part,
+            cache=cache,
+            device=device,
+            trust=trust,
+            progress=progress,
+        )
+        files = results.write_evaluation(evaluation, folder, figures=figures)
+        if figures:
+            files += results.draw_predictions(evaluation, masks, images, folder)
+    return Outcome(place, moved(files, folder, place), evaluation)
+
+
+def _test(
+    sources: Sequence[Path],
+    questions: Questions,
+    *,
+    baseline: str | None,
+    group: bool,
+    data: Path | None,
+    part: str | None,
+    cache: Path | None,
+    device: str,
+    trust: bool,
+    progress: Progress,
+) -> tuple[Evaluation, list[results.PredictedMasks], ImageSet]:
+    """Return what all networks gave, what they predicted, and the images of the first."""
     names = short_names(sources)
     configs = {
         name: read_checkpoint(find_checkpoint(source)).config
@@ -112,11 +149,9 @@ def evaluate_runs(
     _warn_of_sizes(configs)
     evaluation = _together(tested, configs, arms, reference, questions)
     masks = [one for test in tested.values() for one in test.masks]
-    with fresh_folder(place) as folder:
-        files = results.write_evaluation(evaluation, folder, figures=figures)
-        if figures and images is not None:
-            files += results.draw_predictions(evaluation, masks, images, folder)
-        return Outcome(folder, files, evaluation)
+    if images is None:
+        raise ValueError("no sources")
+    return evaluation, masks, images
 
 
 def _together(

@@ -9,18 +9,27 @@ from numpy.typing import NDArray
 
 from polyseg import losses
 from polyseg.errors import PolysegError
+from polyseg.folders import refuse_existing
 from polyseg.plots.losses import loss_curves
 from polyseg.plots.style import save_figure
 
 
 def plot_loss(
-    *, s: float, epsilons: Sequence[float], terms: int, gradient: bool, out: Path
+    *,
+    s: float,
+    epsilons: Sequence[float],
+    terms: int,
+    gradient: bool,
+    out: Path,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Draw the loss, or its derivative, over the angle, and return the files.
 
     Raises:
-        PolysegError: s, an epsilon, the terms or the file's suffix are not in order.
+        PolysegError: s, an epsilon, the terms or the file's suffix are not in order, or there is
+            such a file already.
     """
+    refuse_existing_figure(out, overwrite=overwrite)
     if not 0 < s <= 1:
         raise PolysegError(f"--s {s:g}: a scale is above 0 and at most 1")
     if not 1 <= terms <= 10:
@@ -49,6 +58,17 @@ def plot_loss(
         wrong_above=wrong_above,
     )
     return save_figure(figure, out)
+
+
+def refuse_existing_figure(path: Path, *, overwrite: bool) -> None:
+    """Raise if there is something where a figure is to go; without suffix that is PNG and PDF.
+
+    Raises:
+        PolysegError: there is.
+    """
+    plain = bool(path.name) and not path.suffix
+    for place in [path.with_suffix(".png"), path.with_suffix(".pdf")] if plain else [path]:
+        refuse_existing(place, overwrite=overwrite)
 
 
 def _derivative_where_the_sum_is_one(theta: NDArray[np.float64], terms: int) -> NDArray[np.float64]:

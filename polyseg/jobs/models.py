@@ -1,14 +1,14 @@
 """Opening what was trained: a network from its checkpoint, and the images to show it."""
 
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyseg.checkpoints import Checkpoint, read_checkpoint
 from polyseg.config import Config, DataConfig
 from polyseg.data.dataset import ImageSet, Item, member_of
 from polyseg.data.likeness import refuse_leaks
@@ -19,7 +19,7 @@ from polyseg.inference import choose_device
 from polyseg.memory import keep_freed_memory
 from polyseg.networks import SegmentationNetwork
 from polyseg.records import Progress
-from polyseg.run import Checkpoint, RunDirectory, find_checkpoint, read_checkpoint
+from polyseg.run import RunDirectory, find_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,11 @@ def images_for(
         return images, images.ids
     part = part or default
     images = load(config, progress)
-    split = split_of_run(model.run, images) if model.run else _split_of_file(model, images, part)
+    split = (
+        split_of_run(model.run, images, model.checkpoint.split)
+        if model.run
+        else _split_of_file(model, images, part)
+    )
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     ids = images.ids if part == "all" else split[part]
     if not ids:
@@ -196,17 +200,27 @@ def _warn_of_many_windows(images: ImageSet) -> None:
         )
 
 
-def split_of_run(run: RunDirectory, images: ImageSet) -> Split:
+def split_of_run(run: RunDirectory, images: ImageSet, sha256: str = "") -> Split:
     """Return the split that a run recorded, if the images are still the same.
 
+    Args:
+        run: the run.
+        images: as they are now.
+        sha256: what the hash of split.json must be, where it is known.
+
     Raises:
-        PolysegError: an image is missing or has changed, by name.
+        PolysegError: split.json was changed, or images are missing or have changed, by name.
     """
-    split, hashes = run.read_split()
-    for identity, digest in hashes.items():
-        if images.hashes.get(identity) != digest:
-            what = "has changed" if identity in images.hashes else "is missing"
-            raise PolysegError(f"data: image {identity} {what} since {run.path} was made")
+    split, hashes = run.read_split(sha256)
+    what = {
+        identity: "has changed" if identity in images.hashes else "is missing"
+        for identity, digest in hashes.items()
+        if images.hashes.get(identity) != digest
+    }
+    if what:
+        shown = ", ".join(f"{identity} {how}" for identity, how in list(what.items())[:_SHOWN])
+        more = f" and {len(what) - _SHOWN} more" if len(what) > _SHOWN else ""
+        raise PolysegError(f"data: since {run.path} was made, image {shown}{more}")
     return split
 
 
@@ -225,35 +239,6 @@ def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
             "the run, --data of other images, or --split all"
         )
     return split_by_settings(images.members(), config)
-
-
-def refuse_full(path: Path) -> None:
-    """Raise if there is something where results are to go.
-
-    Raises:
-        PolysegError: there is.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise PolysegError(f"{path}: is not empty and nothing is overwritten; choose another --out")
-
-
-@contextlib.contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder that is there and empty; what fails before it is filled leaves none behind.
-
-    Raises:
-        PolysegError: it holds something already, or cannot be made.
-    """
-    refuse_full(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PolysegError(f"{path}: cannot be made: {error.strerror}") from error
-    try:
-        yield path
-    finally:
-        if not any(path.iterdir()):
-            path.rmdir()
 
 
 def _warn_of_known_images(model: Model, images: ImageSet) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from polyseg import __version__
 from polyseg.errors import PolysegError
 from polyseg.files import short_names, write_text
+from polyseg.folders import refuse_existing
 from polyseg.page.document import (
     Block,
     Folded,
@@ -72,6 +73,7 @@ def make_page(
     *,
     evaluations: Sequence[Path] = (),
     out: Path,
+    overwrite: bool = False,
     title: str | None = None,
     progress: Progress = no_progress,
 ) -> Path:
@@ -81,6 +83,7 @@ def make_page(
         sources: folders of runs.
         evaluations: folders of `polyseg evaluate`, in which runs are compared.
         out: the file, new.
+        overwrite: or one to replace.
         title: of the page.
         progress: of reading the runs.
 
@@ -88,7 +91,7 @@ def make_page(
         PolysegError: `out` is there already or no HTML file, a source is no run, an evaluation is
             none, or one is given twice.
     """
-    _check_place(out)
+    _check_place(out, overwrite)
     if len(sources) + len(evaluations) > MOST_RUNS:
         raise PolysegError(
             f"report: {len(sources)} runs and {len(evaluations)} evaluations are too many for a "
@@ -140,15 +143,12 @@ def page_of(
     )
 
 
-def _check_place(out: Path) -> None:
+def _check_place(out: Path, overwrite: bool) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise PolysegError(
             f"--out {out}: the page is one HTML file; give a name that ends in .html"
         )
-    if out.exists() or out.is_symlink():
-        raise PolysegError(
-            f"{out}: exists already and nothing is overwritten; choose another --out"
-        )
+    refuse_existing(out, overwrite=overwrite)
 
 
 def _named(sources: Sequence[Path]) -> list[tuple[Path, str]]:

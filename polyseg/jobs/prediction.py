@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from polyseg.data.preprocessing import resize_map
 from polyseg.data.writers import write_labels, write_map
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
+from polyseg.folders import moved, whole_folder
 from polyseg.inference import predict
-from polyseg.jobs.models import Model, fresh_folder, open_model, passes_of
+from polyseg.jobs.models import Model, open_model, passes_of
 from polyseg.montecarlo import assess
 from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.report import Outcome
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 _OF_VOLUMES = (".nii", ".gz", ".dcm", "")
 _UNBOUNDED = 10**9
 """MB."""
+_KNOWN_BY = ("predictions.csv",)
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Rows = list[dict[str, Any]]
 Maps = NDArray[np.float32]
@@ -41,6 +45,7 @@ def predict_images(
     paths: Sequence[Path],
     *,
     out: Path,
+    overwrite: bool = False,
     uncertainty: bool = False,
     samples: int | None = None,
     device: str = "auto",
@@ -55,6 +60,7 @@ def predict_images(
         source: a checkpoint or a run.
         paths: images, folders of images or of a DICOM series.
         out: a folder, new or empty.
+        overwrite: or one that holds former predictions, which are replaced.
         uncertainty: write maps of the uncertainty and the images' difficulties too.
         samples: passes of MC Dropout; those of the training where left out.
         device: where to compute.
@@ -69,23 +75,36 @@ def predict_images(
     model = _with_samples(open_model(source, device, trust), samples)
     cases = find_unlabelled(paths)
     files, rows, problems = [], [], []
-    with fresh_folder(out) as folder:
+    with whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
         for done, case in enumerate(cases, start=1):
             try:
                 written, told = _predict_case(model, case, folder, uncertainty)
                 files += written
                 rows += told
             except PolysegError as error:
+                if _is_for_want_of_space(error):
+                    raise
                 problems.append(str(error))
             progress("predicting", done, len(cases))
-        if rows:
-            files.append(folder / "predictions.csv")
-            write_text(files[-1], _csv(rows))
+        if not rows:
+            raise _refusal(problems, len(cases), out)
+        files.append(folder / "predictions.csv")
+        write_text(files[-1], _csv(rows))
     if problems:
-        lines = [line for problem in problems for line in problem.splitlines()]
-        good = f"{len(cases) - len(problems)} of {len(cases)} images are in {out}; the others:"
-        raise PolysegError("\n".join([good, *lines]))
-    return Outcome(out, files)
+        raise _refusal(problems, len(cases), out)
+    return Outcome(out, moved(files, folder, out))
+
+
+def _is_for_want_of_space(error: PolysegError) -> bool:
+    """Tell whether not an image but the disk is at fault, so that no other would fare better."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
+
+
+def _refusal(problems: Sequence[str], count: int, out: Path) -> PolysegError:
+    """Return the error that names the images that could not be segmented."""
+    lines = [line for problem in problems for line in problem.splitlines()]
+    good = f"{count - len(problems)} of {count} images are in {out}; the others:"
+    return PolysegError(good, *lines)
 
 
 def _with_samples(model: Model, samples: int | None) -> Model:

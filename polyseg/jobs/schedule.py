@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from polyseg import schedules
-from polyseg.cache import read_schedule, write_schedule
+from polyseg.cache import write_schedule
+from polyseg.checkpoints import Checkpoint, read_checkpoint
 from polyseg.config import Config, settings_of
 from polyseg.errors import PolysegError
 from polyseg.files import short_names, write_text
-from polyseg.jobs.models import fresh_folder, results_beside
+from polyseg.folders import moved, refuse_existing, whole_folder
+from polyseg.jobs.models import results_beside
 from polyseg.plots.schedules import (
     Panel,
     difficulty_panels,
@@ -27,7 +29,7 @@ from polyseg.plots.style import headed, save_figure
 from polyseg.plots.training import epsilon_quantiles
 from polyseg.records import Schedule
 from polyseg.report import Outcome, read_assessments
-from polyseg.run import Checkpoint, RunDirectory, read_checkpoint
+from polyseg.run import RunDirectory
 from polyseg.schedules import Row, RunRecord
 
 log = logging.getLogger(__name__)
@@ -69,8 +71,8 @@ def read_record(path: Path) -> RunRecord:
     schedule = _committed_schedule(run, checkpoint, ids, labels)
     found = [(one.ids, one.labels) for one in assessments] + [(schedule.ids, schedule.labels)]
     if any(rows != (ids, labels) for rows in found):
-        raise PolysegError(f"{run.schedule}: is not of the images that were assessed")
-    history = run.read_history(checkpoint.epoch)
+        raise PolysegError(f"{run.last}: its schedule is not of the images that were assessed")
+    history = checkpoint.history
     wrong_sign = np.array([row["wrong_sign_images"] for row in history]) / len(ids)
     return RunRecord(str(path), checkpoint.config, assessments, schedule, wrong_sign)
 
@@ -95,27 +97,35 @@ def show(path: Path, image: str | None = None) -> Findings:
     return Findings(rows, notes)
 
 
-def export(path: Path, out: Path | None = None) -> str:
+def export(path: Path, out: Path | None = None, *, overwrite: bool = False) -> str:
     """Return a row for each assessment and image as CSV, and write it where a file is given.
 
     Raises:
         PolysegError: there is no such run, or the file exists.
     """
-    _refuse_existing(out)
+    if out is not None:
+        refuse_existing(out, overwrite=overwrite)
     text = schedules.csv_text(schedules.tidy(read_record(path)))
     if out is not None:
         write_text(out, text)
     return text
 
 
-def recompute(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Findings:
+def recompute(
+    path: Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> Findings:
     """Return how the schedule would differ by other settings, and write it where a file is given.
 
     Raises:
         PolysegError: run or settings are not in order, the record does not suffice for them, or
             the file exists.
     """
-    _refuse_existing(out)
+    if out is not None:
+        refuse_existing(out, overwrite=overwrite)
     _refuse_unknown(overrides)
     record = read_record(path)
     if len(record.schedule.epochs) == 0:
@@ -132,7 +142,7 @@ def recompute(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     return Findings(schedules.compare(record, recomputed), notes)
 
 
-def plot(paths: Sequence[Path], out: Path | None = None) -> Outcome:
+def plot(paths: Sequence[Path], out: Path | None = None, *, overwrite: bool = False) -> Outcome:
     """Draw the schedules of runs, of several ones on top of one another as well.
 
     Raises:
@@ -145,7 +155,9 @@ def plot(paths: Sequence[Path], out: Path | None = None) -> Outcome:
     names = short_names(paths)
     several = len(records) > 1
     files = []
-    with fresh_folder(out or results_beside(paths[0], "schedule")) as folder:
+    target = out or results_beside(paths[0], "schedule")
+    known_by = _files_named("rank_stability.png")
+    with whole_folder(target, overwrite=overwrite, known_by=known_by) as folder:
         for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
             place = folder / _plain(f"{i}_{name}" if several else "")
             for label, part, below in _labelled(record, place):
@@ -159,7 +171,7 @@ def plot(paths: Sequence[Path], out: Path | None = None) -> Outcome:
             }
             if bands:
                 files += save_figure(headed(epsilon_bands(bands), label), below / "epsilon")
-        return Outcome(folder, files)
+    return Outcome(target, moved(files, folder, target))
 
 
 def validity(path: Path) -> Findings:
@@ -174,7 +186,9 @@ def validity(path: Path) -> Findings:
     return Findings(schedules.validity(record), [note])
 
 
-def draw_validity(rows: Sequence[Row], path: Path, out: Path | None = None) -> Outcome:
+def draw_validity(
+    rows: Sequence[Row], path: Path, out: Path | None = None, *, overwrite: bool = False
+) -> Outcome:
     """Draw the correlations that `validity` returned, a figure a label.
 
     Raises:
@@ -183,29 +197,27 @@ def draw_validity(rows: Sequence[Row], path: Path, out: Path | None = None) -> O
     labels = list(dict.fromkeys(row.get("label", "") for row in rows))
     epochs = sorted({row["epoch"] for row in rows})
     files = []
-    with fresh_folder(out or results_beside(path, "validity")) as folder:
+    target = out or results_beside(path, "validity")
+    known_by = _files_named("validity.png")
+    with whole_folder(target, overwrite=overwrite, known_by=known_by) as folder:
         for k, label in enumerate(labels, start=1):
             curves = schedules.validity_curves(rows, label)
             panels = {title: curves[measure] for measure, title in _PANELS.items()}
             below = folder / _plain(f"{k}_{label}" if label else "")
             files += save_figure(headed(validity_curves(epochs, panels), label), below / "validity")
-        return Outcome(folder, files)
+    return Outcome(target, moved(files, folder, target))
 
 
 def _committed_schedule(
     run: RunDirectory, checkpoint: Checkpoint, ids: list[str], labels: list[str] | None
 ) -> Schedule:
-    """Return the schedule of the epochs that count; the file may be an epoch ahead."""
+    """Return the schedule of the epochs that count; the run's file may be an epoch ahead."""
     n, epoch = len(ids), checkpoint.epoch
     if epoch == 0:
         return Schedule(ids, np.empty(0, np.int64), np.empty((0, n), np.float32), labels)
-    schedule = read_schedule(run.schedule)
-    if schedule.epochs[:epoch].tolist() != list(range(1, epoch + 1)):
-        raise PolysegError(f"{run.schedule}: lacks some of the epochs 1 to {epoch}")
-    assessed = None if schedule.assessed is None else schedule.assessed[:epoch]
-    return Schedule(
-        schedule.ids, schedule.epochs[:epoch], schedule.epsilon[:epoch], schedule.labels, assessed
-    )
+    if checkpoint.schedule is None:
+        raise PolysegError(f"{run.last}: holds no schedule of its {epoch} epochs")
+    return checkpoint.schedule
 
 
 def _warn_of_another_origin(record: RunRecord) -> None:
@@ -229,13 +241,6 @@ def _why_not_assessed(config: Config) -> str:
     return f"has no assessment yet; the first follows epoch {first}"
 
 
-def _refuse_existing(out: Path | None) -> None:
-    if out is not None and (out.exists() or out.is_symlink()):
-        raise PolysegError(
-            f"{out}: exists already and nothing is overwritten; choose another --out"
-        )
-
-
 def _refuse_unknown(overrides: Sequence[str]) -> None:
     """Raise on settings that no run has, which are typing errors, and name the nearest."""
     known = [setting["key"] for setting in settings_of()]
@@ -244,6 +249,11 @@ def _refuse_unknown(overrides: Sequence[str]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "`polyseg config show` lists them"
             raise PolysegError(f"--set {key}: there is no such setting; {hint}")
+
+
+def _files_named(name: str) -> list[str]:
+    """Return the patterns of a figure that is drawn for each run and label."""
+    return [name, f"1_*/{name}", f"1_*/1_*/{name}"]
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,8 @@
 """`polyseg train`: data, split and run folder put together, and what a run ends with."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 
 from polyseg import report, results
 from polyseg.cache import read_schedule, write_schedule
+from polyseg.checkpoints import Checkpoint, read_checkpoint
 from polyseg.config import POLYDICE_LOSSES, Config
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS, Split
-from polyseg.errors import PolysegError
+from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluate import Evaluation
+from polyseg.inference import choose_device
 from polyseg.jobs.models import new_split, split_of_run
 from polyseg.jobs.testing import score
 from polyseg.jobs.uncertainty import draw_extremes
@@ -22,7 +25,7 @@ from polyseg.memory import keep_freed_memory
 from polyseg.records import Progress, Schedule, no_progress
 from polyseg.replay import fit_schedule, replay_arm
 from polyseg.report import Outcome
-from polyseg.run import RunDirectory, new_run_path, read_checkpoint
+from polyseg.run import RunDirectory, environment, new_run_path
 from polyseg.train import Trainer
 
 log = logging.getLogger(__name__)
@@ -33,14 +36,39 @@ _FREE_TO_CHANGE = (
     "training.epochs",
     "training.device",
     "training.workers",
+    "training.on_nonfinite",
     "data.memory",
     "data.cache",
     "output.",
 )
+_CHANGED_WHEN_TOLD = (
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.scheduler",
+    "training.early_stopping",
+    "training.precision",
+    "training.compile",
+)
+"""What a run can be given anew without its record telling something untrue of earlier epochs."""
+_DECISIVE = ("polyseg", "torch", "numpy", "monai", "scipy", "processor", "device", "threads")
+"""What moves at least the last digits of all that follows."""
 
 
-def train(config: Config, *, resume: bool = False, progress: Progress = no_progress) -> Outcome:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    progress: Progress = no_progress,
+) -> Outcome:
     """Train, test the best checkpoint, draw the figures.
+
+    Args:
+        config: the settings.
+        resume: go on with the run that is in the folder.
+        accept_changes: go on although versions, machine or some settings are others, so that the
+            result is not the one that the run would have had.
+        progress: of all this.
 
     Raises:
         PolysegError: data, settings or folder are not in order.
@@ -49,30 +77,86 @@ def train(config: Config, *, resume: bool = False, progress: Progress = no_progr
     keep_freed_memory()
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
     if resume:
-        config = resumed_config(config, run)
-    else:
-        config = _settled(config, config.training.epochs)
-        run.refuse_occupied()
+        return _resume(config, run, accept_changes, progress)
+    config = _settled(config, config.training.epochs)
+    run.refuse_occupied()
     images = load_images(config.data, progress)
-    split = split_of_run(run, images) if resume else new_split(config, images)
+    split = new_split(config, images)
     # Before anything is written: what is wrong with the settings leaves no folder behind.
-    replay = _schedule_to_replay(config, images, split, run.replay if resume else None)
+    replay = _schedule_to_replay(config, images, split)
     trainer = Trainer(config, images, split, run, progress, replay)
-    with run.writing(resume=resume), _LogFile(run.log):
-        if resume:
-            trainer.resume()
-            run.write_config(config)
-        else:
-            run.begin(config, split, images.hashes, trainer.device)
-            if replay is not None:
-                trainer.replay_sha256 = write_schedule(run.replay, replay)
-        _log_start(trainer)
-        trainer.fit()
+    with run.writing(resume=False), _LogFile(run.log):
+        recorded = run.begin(config, split, images.hashes, trainer.device)
+        copied = "" if replay is None else write_schedule(run.replay, replay)
+        trainer.relies_on(replay=copied, split=recorded)
+        return _work(trainer, progress)
+
+
+def _resume(config: Config, run: RunDirectory, accept_changes: bool, progress: Progress) -> Outcome:
+    run.refuse_missing()
+    # Locked from the start, so that what is read here is not written meanwhile.
+    with run.writing(resume=True), _LogFile(run.log):
+        trainer, checkpoint = _taken_up(config, run, accept_changes, progress)
+        now = environment(trainer.device)
+        changes = run.changes_of_environment(now)
+        trainer.resume(checkpoint)
+        run.write_config(trainer.config)
+        log.info("resumed after epoch %d", trainer.epoch)
+        if changes:
+            log.warning("not as it was before: %s", "; ".join(changes))
+            run.note_resumption(trainer.epoch, now)
+        return _work(trainer, progress)
+
+
+def _taken_up(
+    config: Config, run: RunDirectory, accept_changes: bool, progress: Progress
+) -> tuple[Trainer, Checkpoint]:
+    """Return what goes on with a run and from where, once nothing speaks against it."""
+    checkpoint = run.checkpoint_to_resume()
+    config = resumed_config(config, run, checkpoint, accept_changes)
+    now = environment(choose_device(config.training.device))
+    _refuse_changes(run, run.changes_of_environment(now), accept_changes)
+    images = load_images(config.data, progress)
+    split = split_of_run(run, images, checkpoint.split)
+    replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)
+    return Trainer(config, images, split, run, progress, replay), checkpoint
+
+
+def _work(trainer: Trainer, progress: Progress) -> Outcome:
+    _log_start(trainer)
+    trainer.fit()
+    try:
         return _report(trainer, progress)
+    except Interrupted as end:
+        how = f"`polyseg train --resume --out {trainer.run.path}` tests and draws"
+        raise Interrupted(end.number, f"{end} after the last epoch; {how}") from None
 
 
-def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
+def _refuse_changes(run: RunDirectory, changes: Sequence[str], accepted: bool) -> None:
+    """Raise where a run would go on with what gives other numbers.
+
+    Raises:
+        PolysegError: names what has changed.
+    """
+    decisive = [change for change in changes if change.partition(" ")[0] in _DECISIVE]
+    if decisive and not accepted:
+        threads = " (OMP_NUM_THREADS sets the threads)" if "threads" in decisive[-1] else ""
+        raise PolysegError(
+            f"{run.path}: would not go on as it began, because something has changed: "
+            f"{'; '.join(decisive)}{threads}; --accept-changes goes on nevertheless"
+        )
+
+
+def plan(
+    config: Config,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
     """Return what a training run would cost, without training: counts and the share of MC Dropout.
+
+    Of a run to be resumed that is what is left of it.
 
     A training image is counted as three passes, one forward and two for the gradients, and each of
     MC Dropout as a whole one, which it is where the network cannot be taken apart.
@@ -81,13 +165,23 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
         PolysegError: data, settings or folder are not in order.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
-    run.refuse_occupied()
-    images = load_images(config.data, progress)
-    split = new_split(config, images)
-    _schedule_to_replay(config, images, split)
-    Trainer(config, images, split, run)  # which checks the network
-    epochs = config.training.epochs
-    moments = config.control.assessment_epochs(epochs) if config.assesses else []
+    done = -1
+    if resume:
+        run.refuse_missing()
+        trainer, checkpoint = _taken_up(config, run, accept_changes, progress)
+        config, images, split, done = (
+            *(trainer.config, trainer.images, trainer.split),
+            checkpoint.epoch,
+        )
+    else:
+        run.refuse_occupied()
+        images = load_images(config.data, progress)
+        split = new_split(config, images)
+        _schedule_to_replay(config, images, split)
+        Trainer(config, images, split, run)  # which checks the network
+    epochs = config.training.epochs - max(done, 0)
+    moments = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
+    moments = [epoch for epoch in moments if epoch > done]
     uncertainty = config.uncertainty
     samples = _LIKELY_SAMPLES if uncertainty.samples == "auto" else uncertainty.samples
     stochastic = len(moments) * len(split["train"]) * (samples if uncertainty.takes_passes else 1)
@@ -96,6 +190,7 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
         "images": {part: len(ids) for part, ids in split.items()},
         "image sizes": sorted(f"{height} x {width}" for height, width in images.sizes()),
         "channels": images.channels,
+        **({"epochs done": done} if resume else {}),
         "epochs": epochs,
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
         "assessed after epochs": moments,
@@ -105,9 +200,13 @@ def plan(config: Config, *, progress: Progress = no_progress) -> dict[str, Any]:
 
 
 def _schedule_to_replay(
-    config: Config, images: ImageSet, split: Split, copy: Path | None = None
+    config: Config,
+    images: ImageSet,
+    split: Split,
+    run: RunDirectory | None = None,
+    sha256: str | None = None,
 ) -> Schedule | None:
-    """Return the epsilons that the settings ask for, or a resumed run's own copy of them.
+    """Return the epsilons that the settings ask for, or the copy of them that `run` goes on with.
 
     Raises:
         PolysegError: there is no such schedule, or it does not fit.
@@ -115,36 +214,47 @@ def _schedule_to_replay(
     control = config.control
     if control.replay is None:
         return None
-    path = Path(control.replay) if copy is None else copy
-    path = RunDirectory(path).schedule if path.is_dir() else path
-    schedule = read_schedule(path)
+    path = Path(control.replay) if run is None else run.replay
+    schedule = _recorded(path) if path.is_dir() else read_schedule(path, sha256=sha256)
     terms = config.loss.terms if config.loss.name == "polydice" else 1
     # A run that is to stop early was perhaps recorded by one that did.
     epochs = 1 if config.training.early_stopping else config.training.epochs
     schedule = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
-    if copy is not None:
+    if run is not None:
         return schedule
     return replay_arm(schedule, control.replay_arm, config.training.seed)
 
 
-def resumed_config(config: Config, run: RunDirectory) -> Config:
+def _recorded(run: Path) -> Schedule:
+    """Return the schedule of a run: what it has committed, or the file if that is all there is."""
+    folder = RunDirectory(run)
+    schedule = read_checkpoint(folder.last).schedule if folder.last.is_file() else None
+    return read_schedule(folder.schedule) if schedule is None else schedule
+
+
+def resumed_config(
+    config: Config, run: RunDirectory, checkpoint: Checkpoint, accept_changes: bool = False
+) -> Config:
     """Return the configuration to go on with: the run's, with what may change from `config`.
 
     Raises:
-        PolysegError: a setting differs that would change the result, by name.
+        PolysegError: settings differ that would change the result, by name.
     """
-    recorded = run.checkpoint_to_resume().config
+    recorded = checkpoint.config
+    free = _FREE_TO_CHANGE + (_CHANGED_WHEN_TOLD if accept_changes else ())
     config = _settled(config, recorded.training.epochs)
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
         for key in wanted
         # By how they are written, because mappings that differ in order alone are equal.
-        if repr(wanted[key]) != repr(kept.get(key)) and not key.startswith(_FREE_TO_CHANGE)
+        if repr(wanted[key]) != repr(kept.get(key)) and not key.startswith(free)
     ]
     if differing:
+        told = all(change.startswith(_CHANGED_WHEN_TOLD) for change in differing)
         raise PolysegError(
-            f"{run.path}: --resume cannot change {'; '.join(differing)}; start a new run instead"
+            f"{run.path}: --resume cannot change {'; '.join(differing)}; "
+            + ("--accept-changes allows it" if told else "start a new run instead")
         )
     return config
 
@@ -180,13 +290,21 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _LogHandler(logging.FileHandler):
+    """Leaves a full disk to be told by what must be written; a log is only nice to have."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        """Do without the line."""
+
+
 class _LogFile:
     """Everything that the package logs, also into the run's log.txt."""
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and not path.is_file():
-            raise PolysegError(f"{path}: is no file to log to")
-        self.handler = logging.FileHandler(path, encoding="utf-8")
+        # A link may lead anywhere, if the folder is somebody else's.
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise PolysegError(f"{path}: is no file to log to; remove it")
+        self.handler = _LogHandler(path, encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def __enter__(self) -> None:
@@ -194,7 +312,8 @@ class _LogFile:
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("polyseg").removeHandler(self.handler)
-        self.handler.close()
+        with contextlib.suppress(OSError):
+            self.handler.close()
 
 
 def _log_start(trainer: Trainer) -> None:
@@ -205,10 +324,6 @@ def _log_start(trainer: Trainer) -> None:
     if config.control.replay is not None:
         arm = config.control.replay_arm
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
-    if trainer.epoch:
-        log.info("resumed after epoch %d", trainer.epoch)
-        if changes := trainer.run.changes_of_environment(trainer.device):
-            log.warning("results may differ in their last digits: %s", "; ".join(changes))
     empty = sum(not images.item(identity).foreground for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
     if empty and config.loss.name in (*POLYDICE_LOSSES, "dice", "tvmf") and not pushes:

@@ -12,19 +12,16 @@ from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
-from polyseg.jobs.models import (
-    fresh_folder,
-    images_for,
-    open_model,
-    passes_of,
-    results_beside,
-)
+from polyseg.folders import moved, whole_folder
+from polyseg.jobs.models import images_for, open_model, passes_of, results_beside
 from polyseg.montecarlo import assess, describe, spread
 from polyseg.networks import SegmentationNetwork, hash_weights
 from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.report import Outcome
 
 log = logging.getLogger(__name__)
+
+_KNOWN_BY = ("assessment.h5",)
 
 
 def estimate_uncertainty(
@@ -35,6 +32,7 @@ def estimate_uncertainty(
     samples: int | None = None,
     save_maps: bool = False,
     out: Path | None = None,
+    overwrite: bool = False,
     cache: Path | None = None,
     device: str = "auto",
     trust: bool = False,
@@ -52,7 +50,8 @@ def estimate_uncertainty(
     settings = passes_of(model.config) | {"save_maps": save_maps}
     if samples is not None:
         settings["samples"] = samples
-    with fresh_folder(out or results_beside(source, "uncertainty-estimate")) as folder:
+    place = out or results_beside(source, "uncertainty-estimate")
+    with whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
         assessment = assess(
             model.network,
             images.batches(spread(ids), model.config.training.batch_size),
@@ -71,7 +70,7 @@ def estimate_uncertainty(
         files += report.draw_assessment(assessment, figures)
         files += draw_extremes(model.network, model.config, images, assessment, figures)
     correlations = report.difficulty_correlations(assessment, images.known_difficulty)
-    return Outcome(folder, files, correlations=correlations)
+    return Outcome(place, moved(files, folder, place), correlations=correlations)
 
 
 def draw_extremes(

@@ -9,17 +9,19 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from PIL import Image
 
 from polyseg.cache import read_assessment, read_schedule
-from polyseg.config import parse_yaml
+from polyseg.checkpoints import Checkpoint, read_checkpoint
 from polyseg.errors import PolysegError
 from polyseg.files import TEMPORARY_PREFIX
+from polyseg.plain_yaml import parse_yaml
 from polyseg.records import Assessment, Schedule
 
 MOST_PICTURES = 40
@@ -29,7 +31,8 @@ LARGEST_PICTURE = 3 * 2**20
 MOST_EPOCHS = 100_000
 
 _LARGEST_TEXT = 2**25
-_LARGEST_ARRAYS = 2**33
+_LARGEST_ARRAYS = 2**31
+_LARGEST_CHECKPOINT = 2**32
 _MOST_PIXELS = 2**25
 _MOST_LABELS = 32
 _MOST_COLUMNS = 200
@@ -92,14 +95,20 @@ def read_run(path: Path, name: str) -> RunFiles:
         raise PolysegError(f"{path}: is no run (neither config.yaml nor history.csv in it){hint}")
     folder = _Folder(path)
     config_text = folder.read("config.yaml", _text, "")
+    # Where a run has a checkpoint, that tells what the run's HDF5 files must be.
+    checkpoint = folder.read("checkpoints/last.safetensors", _checkpoint, None)
     return RunFiles(
         name=name,
         config_text=config_text,
         settings=folder.read("config.yaml", _settings, {}) if config_text else {},
         environment=folder.read("environment.json", _mapping, {}),
         history=folder.read("history.csv", _history, []),
-        assessments=_assessments(folder),
-        schedule=folder.read("schedule.h5", _schedule, None),
+        assessments=_assessments(folder, checkpoint),
+        schedule=(
+            folder.read("schedule.h5", _schedule, None)
+            if checkpoint is None
+            else checkpoint.schedule
+        ),
         evaluation=_evaluation(folder, name, "evaluation"),
         pictures=_pictures(folder, "figures"),
         remarks=[f"{name}: {remark}" for remark in folder.remarks],
@@ -176,9 +185,18 @@ class _Folder:
         return list(names[:most])
 
 
-def _assessments(folder: _Folder) -> list[Assessment]:
-    names = folder.first(folder.names("uncertainty", ".h5"), MOST_ASSESSMENTS, "assessments")
-    read = (folder.read(name, _assessment, None) for name in names)
+def _assessments(folder: _Folder, checkpoint: Checkpoint | None) -> list[Assessment]:
+    hashes = {} if checkpoint is None else checkpoint.assessments
+    found = [
+        name
+        for name in folder.names("uncertainty", ".h5")
+        if checkpoint is None or PurePosixPath(name).name in hashes
+    ]
+    names = folder.first(found, MOST_ASSESSMENTS, "assessments")
+    read = (
+        folder.read(name, partial(_assessment, hashes.get(PurePosixPath(name).name)), None)
+        for name in names
+    )
     by_epoch = {one.epoch: one for one in read if one is not None}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
@@ -249,8 +267,14 @@ def _history(path: Path) -> list[dict[str, float]]:
     return history
 
 
-def _assessment(path: Path) -> Assessment:
-    assessment = read_assessment(_bounded(path, _LARGEST_ARRAYS))
+def _checkpoint(path: Path) -> Checkpoint:
+    checkpoint = read_checkpoint(_bounded(path, _LARGEST_CHECKPOINT))
+    _check_labels(checkpoint.config.data.labels)
+    return checkpoint
+
+
+def _assessment(sha256: str | None, path: Path) -> Assessment:
+    assessment = read_assessment(_bounded(path, _LARGEST_ARRAYS), sha256=sha256)
     _check_epoch(assessment.epoch)
     _check_labels(assessment.label_names)
     return assessment
@@ -269,7 +293,7 @@ def _check_epoch(epoch: float) -> None:
         raise ValueError(f"tells of epoch {epoch}")
 
 
-def _check_labels(labels: Sequence[str] | Mapping[str, None]) -> None:
+def _check_labels(labels: Collection[str]) -> None:
     if len(labels) > _MOST_LABELS:
         raise ValueError(f"has {len(labels)} labels, over {_MOST_LABELS}")
 

@@ -1,0 +1,119 @@
+"""YAML of plain values, of which is taken only what means the same to everyone.
+
+There are no tags that build objects, no aliases, and no key twice. Numbers are decimal: `no`, `on`,
+`017`, `1_0`, `1:30` and dates, of which YAML's versions differ in what they mean, are words. What
+is written puts such words into quotes, so that any version reads it as it was.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from polyseg.errors import PolysegError
+
+LONGEST_YAML = 50_000
+"""Characters."""
+
+_DEEPEST_NESTING = 30
+_LARGEST_NUMBER = 2**63
+_PLAIN = {
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "null": "~|null|Null|NULL|",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping, none of whose keys stands in it twice."""
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                name = self.construct_object(key, deep=True)
+                if name in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"{name!s:.60} stands twice, again in line {line}")
+                seen.add(name)
+        return mapping
+
+
+class _Dumper(yaml.SafeDumper):
+    # Those of YAML 1.1, so that its readers too find quotes where they need them.
+    yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
+
+
+for _kind, _pattern in _PLAIN.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), None
+        )
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML that may come from anywhere.
+
+    Raises:
+        PolysegError: what is wrong, in one line that starts with `source`.
+
+    >>> parse_yaml("[1, 1e-3, 1_0, no]", "here")
+    [1, 0.001, '1_0', 'no']
+    >>> parse_yaml("{a: 1, a: 2}", "here")
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: here: is not YAML: a stands twice, again in line 1
+    """
+    if len(text) > LONGEST_YAML:
+        raise PolysegError(f"{source}: is over {LONGEST_YAML:,} characters; no configuration is")
+    try:
+        _refuse_riddles(text, source)
+        tree = _Loader(text).get_single_data()
+        if any(isinstance(value, int) and abs(value) > _LARGEST_NUMBER for value in parts(tree)):
+            raise PolysegError(f"{source}: holds a whole number beyond 2 to the power of 63")
+        return tree
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
+
+
+def dump_yaml(tree: Any, *, in_a_line: bool = False) -> str:
+    """Return plain values as YAML, mappings in their own order.
+
+    >>> dump_yaml({"b": 1e-9, "a": ["no", "1e-3"]}, in_a_line=True)
+    "{b: 1.0e-09, a: ['no', '1e-3']}"
+    """
+    text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=in_a_line)
+    return text.replace("\n...", "").strip() if in_a_line else text
+
+
+def parts(tree: Any) -> Iterator[Any]:
+    """Yield what nested mappings and lists hold: values, keys, and mappings and lists themselves.
+
+    >>> list(parts({"a": [1]}))
+    [{'a': [1]}, 'a', [1], 1]
+    """
+    yield tree
+    for part in tree if isinstance(tree, dict | list | tuple) else ():
+        yield from parts(part)
+        if isinstance(tree, dict):
+            yield from parts(tree[part])
+
+
+def _refuse_riddles(text: str, source: str) -> None:
+    """Raise on what is small to write and huge to read, or asks for more than plain values."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise PolysegError(f"{source}: YAML aliases (*name) are not taken; write it out")
+        if tag := getattr(event, "tag", None):
+            raise PolysegError(f"{source}: YAML tags ({tag:.60}) are not taken; leave it out")
+        if depth > _DEEPEST_NESTING:
+            raise PolysegError(f"{source}: is nested over {_DEEPEST_NESTING} deep; no setting is")

@@ -1,0 +1,411 @@
+"""Small training runs in processes of their own: starting them, ending them, comparing them.
+
+Starting Python and importing torch takes longer than such a run. So most of them are forks of a
+server that has imported everything: processes like any other to the system, with a number, a memory
+and an end of their own. Genuine ones start by `python -m polyseg`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyseg.errors import PolysegError
+
+EPOCHS = 6
+SETTINGS = (
+    "data.demo_images=8",
+    "data.size=32",
+    "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1}",
+    "training.batch_size=4",
+    "uncertainty.samples=3",
+    "control.start=1",
+    "control.every=1",
+    "output.figures=false",
+)
+PATIENCE = 120.0
+"""Seconds after which a process that should have ended counts as hanging."""
+
+_BETWEEN_LOOKS = 0.003
+_REPOSITORY = Path(__file__).parents[2]
+_IMPORTED_ONCE = (
+    "tests.reliability.runs",
+    "polyseg.__main__",
+    "polyseg.cli.main",
+    "polyseg.jobs.training",
+    "polyseg.jobs.schedule",
+    "polyseg.jobs.evaluation",
+    "polyseg.jobs.uncertainty",
+    "polyseg.jobs.prediction",
+    "polyseg.jobs.page",
+    "monai.networks.nets",
+    "torch._dynamo",
+    "scipy.stats",
+    "matplotlib.pyplot",
+)
+_numbers = itertools.count()
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+class Answer(NamedTuple):
+    """How a command ended, and what it said; no code where it did not end in time."""
+
+    code: int | None
+    out: str
+    err: str
+
+    def __str__(self) -> str:
+        last = self.err.strip().splitlines()[-1:] or ["nothing"]
+        return f"code {self.code}, stderr ends with {last[0]!r}"
+
+
+class Times(NamedTuple):
+    """Seconds that a process had a processor, and that it wanted one which others had."""
+
+    worked: float
+    waited: float
+
+
+class Running:
+    """A process of polyseg."""
+
+    def __init__(self, process: "subprocess.Popen[bytes] | BaseProcess", words: Path) -> None:
+        self.process, self.words = process, words
+        self.genuine = isinstance(process, subprocess.Popen)
+        self.last_times = Times(0.0, 0.0)
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return int(self.process.pid or 0)
+
+    def send(self, number: int) -> None:
+        """Send a signal, which an ended process does not mind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def ended(self) -> bool:
+        """Return whether the process is over."""
+        return self.wait(0) is not None
+
+    def wait(self, seconds: float = PATIENCE) -> int | None:
+        """Return the exit code, minus the signal's number for one; None: still at work."""
+        if isinstance(self.process, subprocess.Popen):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+            return self.process.returncode
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def answer(self, seconds: float = PATIENCE) -> Answer:
+        """Return how it ended; what takes longer than `seconds` is killed."""
+        code = self.wait(seconds)
+        if code is None:
+            self.send(signal.SIGKILL)
+            self.wait()
+        return Answer(code, *(_text(self.words, ending) for ending in (".out", ".err")))
+
+    def work(self, seconds: float = PATIENCE) -> float:
+        """Wait until the process has worked for so long, or ends, or hangs; return its time.
+
+        What counts is the time on a processor, so that a loaded machine moves no instant.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not self.ended() and self.times().worked < seconds and time.monotonic() < deadline:
+            time.sleep(_BETWEEN_LOOKS)
+        return self.last_times.worked
+
+    def times(self) -> Times:
+        """Return for how long it has worked and waited, by the last look at it where it is over."""
+        with contextlib.suppress(OSError, IndexError):
+            worked, waited, _ = _proc(self.pid, "schedstat")[0].split()
+            self.last_times = Times(int(worked) / 1e9, int(waited) / 1e9)
+        return self.last_times
+
+    def has_begun(self) -> bool:
+        """Return whether polyseg itself is surely at work, and not Python's start before it.
+
+        It is once it has taken SIGTERM over, or imported torch; in a fork, where torch is there
+        from the beginning, after a second at most.
+        """
+        with contextlib.suppress(OSError):
+            status = dict(
+                line.split(":\t", 1) for line in _proc(self.pid, "status") if ":\t" in line
+            )
+            if int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1:
+                return True
+            if self.genuine:
+                return any("libtorch" in line for line in _proc(self.pid, "maps"))
+            return time.time() - self.words.with_suffix(".err").stat().st_mtime > 1
+        return False
+
+
+def _proc(pid: int, name: str) -> list[str]:
+    return Path(f"/proc/{pid}/{name}").read_text().splitlines()
+
+
+def _text(words: Path, ending: str) -> str:
+    path = words.with_suffix(ending)
+    return path.read_text() if path.exists() else ""
+
+
+def start(argv: list[str], place: Path, *, genuine: bool = False, at: float = 0) -> Running:
+    """Start a command; what it says goes to files in `place`.
+
+    Args:
+        argv: the arguments after `polyseg`.
+        place: a folder.
+        genuine: as `python -m polyseg`, not as a fork.
+        at: by `time.monotonic`, when a fork's command begins.
+    """
+    words = place / f"words-{next(_numbers)}"
+    if genuine:
+        with (
+            words.with_suffix(".out").open("wb") as out,
+            words.with_suffix(".err").open("wb") as err,
+        ):
+            command = [sys.executable, "-m", "polyseg", *argv]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=_REPOSITORY,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        return Running(process, words)
+    fork = _forks().Process(target=_run_in_fork, args=(argv, str(words), at), daemon=True)
+    fork.start()
+    return Running(fork, words)
+
+
+def run(argv: list[str], place: Path, *, genuine: bool = False) -> Answer:
+    """Run a command to its end."""
+    return start(argv, place, genuine=genuine).answer()
+
+
+@functools.cache
+def _forks() -> Any:
+    """Return what starts forks, from a server with all imports and one thread."""
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED_ONCE))
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    return context
+
+
+def _run_in_fork(argv: list[str], words: str, at: float) -> None:
+    """Be `polyseg` with these arguments."""
+    import torch
+
+    from polyseg.__main__ import main
+
+    os.setsid()
+    torch.set_num_threads(1)
+    sys.argv = ["polyseg", *argv]
+    time.sleep(max(0.0, at - time.monotonic()))
+    for number, ending in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(words + ending, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    sys.stdout.flush()
+    # What multiprocessing does at the end of a process is not what a command does.
+    os._exit(code)
+
+
+def training(folder: Path, *, epochs: int = EPOCHS) -> list[str]:
+    """Return the arguments of a small run."""
+    settings = (*SETTINGS, f"training.epochs={epochs}")
+    return ["train", "--out", str(folder), *(part for one in settings for part in ("--set", one))]
+
+
+def resuming(folder: Path) -> list[str]:
+    """Return the arguments that go on with a run."""
+    return ["train", "--resume", "--out", str(folder)]
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """Yield a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="polyseg-reliability-") as folder:
+        yield Path(folder)
+
+
+def lasting_folder() -> Path:
+    """Return a new folder that is gone when this process is."""
+    _kept.append(tempfile.TemporaryDirectory(prefix="polyseg-reliability-"))
+    return Path(_kept[-1].name)
+
+
+def trials(
+    name: str, count: int, seed: int, trial: Callable[[random.Random, int, Path], list[str]]
+) -> list[str]:
+    """Run trials, each with a folder and random numbers of its own; return what failed."""
+    failures = []
+    for number in range(count):
+        with workplace() as place:
+            chance = random.Random(f"{name} {seed} {number}")
+            try:
+                wrong = trial(chance, number, place)
+            except PolysegError as error:
+                wrong = [f"the harness cannot read the run: {error}"]
+            for failure in wrong:
+                failures.append(f"{name}, seed {seed}, trial {number}: {failure}")
+                print(failures[-1], file=sys.stderr, flush=True)
+    return failures
+
+
+class Reference(NamedTuple):
+    """A run that nothing disturbed, and how long its process worked."""
+
+    folder: Path
+    seconds: float
+
+
+@functools.cache
+def reference(*, genuine: bool = True, epochs: int = EPOCHS) -> Reference:
+    """Make a run that nothing disturbs, once."""
+    place = lasting_folder()
+    if not genuine:
+        # The first fork finds nothing warm, and takes longer than those that it stands for.
+        run(training(place / "first"), place)
+    process = start(training(place / "run", epochs=epochs), place, genuine=genuine)
+    seconds = process.work()
+    answer = process.answer()
+    if answer.code != 0:
+        raise RuntimeError(f"the reference run failed: {answer}")
+    return Reference(place / "run", seconds)
+
+
+def committed_epoch(folder: Path) -> int:
+    """Return the epoch of the last checkpoint, -1 where there is none."""
+    from polyseg.checkpoints import read_checkpoint
+
+    last = folder / "checkpoints" / "last.safetensors"
+    return read_checkpoint(last).epoch if last.is_file() else -1
+
+
+def go_on(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str], list[str]]:
+    """Return the arguments that go on with a run that was ended, and what is wrong.
+
+    Where nothing was committed, resuming must be refused in a line, and the run begins anew.
+    """
+    if committed_epoch(folder) >= 0:
+        return resuming(folder), []
+    refusal = run(resuming(folder), place, genuine=genuine)
+    good = refusal.code == 2 and is_a_line_on(folder, refusal.err)
+    wrong = [] if good else [f"--resume of a run without a checkpoint: {refusal}"]
+    if committed_epoch(folder) >= 0:
+        wrong.append("--resume of a run without a checkpoint began one")
+    shutil.rmtree(folder, ignore_errors=True)
+    return training(folder), wrong
+
+
+def is_a_line_on(folder: Path, words: str) -> bool:
+    """Return whether this is one line, which names the folder."""
+    return len(words.splitlines()) == 1 and str(folder) in words
+
+
+def end_well(argv: list[str], folder: Path, place: Path, *, genuine: bool = False) -> list[str]:
+    """Run a command that ends a run, and return how that run differs from the reference."""
+    answer = run(argv, place, genuine=genuine)
+    if answer.code != 0:
+        return [f"{argv[1]} failed: {answer}"]
+    return differences(folder, reference().folder)
+
+
+def differences(folder: Path, other: Path) -> list[str]:
+    """Return in what two runs differ, bit by bit, but for the seconds that they took."""
+    first, second = contents(folder), contents(other)
+    found = [f"{name} is in one run only" for name in sorted(first.keys() ^ second.keys())]
+    for name in sorted(first.keys() & second.keys()):
+        one, another = first[name], second[name]
+        inner = one.keys() | another.keys()
+        wrong = sorted(part for part in inner if one.get(part) != another.get(part))
+        found += [f"{name} differs in {len(wrong)} values, such as {wrong[0]}"] if wrong else []
+    return found
+
+
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what can be compared of all that a run holds, by file and name."""
+    return {
+        str(path.relative_to(folder)): {
+            name: _comparable(value, folder)
+            for name, value in _leaves(_read(path), "")
+            if "seconds" not in name
+        }
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def _read(path: Path) -> Any:
+    """Return the record that a file holds; None of files that tell when and where."""
+    from polyseg.cache import read_assessment, read_schedule
+    from polyseg.checkpoints import read_checkpoint
+
+    if path.suffix == ".safetensors":
+        checkpoint = read_checkpoint(path)
+        # Assessments hold the settings, which name the folder: so their hashes differ.
+        names = dict.fromkeys(checkpoint.assessments, "")
+        return dataclasses.replace(checkpoint, assessments=names)
+    if path.suffix == ".h5":
+        return read_schedule(path) if path.stem == "schedule" else read_assessment(path)
+    if path.name == "history.csv":
+        columns = zip(*(line.split(",") for line in path.read_text().splitlines()), strict=True)
+        return {column[0]: column[1:] for column in columns}
+    if path.name in (".lock", "log.txt", "environment.json"):
+        return None
+    return path.read_bytes().decode(errors="backslashreplace")
+
+
+def _leaves(record: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a record of records, by name."""
+    if hasattr(record, "model_dump"):
+        record = record.model_dump()
+    if dataclasses.is_dataclass(record):
+        record = {one.name: getattr(record, one.name) for one in dataclasses.fields(record)}
+    if isinstance(record, list | tuple):
+        record = dict(enumerate(record))
+    if not isinstance(record, Mapping):
+        yield name, record
+        return
+    for key, value in record.items():
+        yield from _leaves(value, f"{name}/{key}" if name else str(key))
+
+
+def _comparable(value: Any, folder: Path) -> Any:
+    """Return bytes of numbers, so that NaN equals itself; and texts without the folder's name."""
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+    if hasattr(value, "tobytes"):
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, Path):
+        value = str(value)
+    return value.replace(str(folder), "RUN") if isinstance(value, str) else repr(value)

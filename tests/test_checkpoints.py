@@ -1,0 +1,223 @@
+"""Checkpoints, also those that come from somebody else."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyseg import checkpoints as room
+from polyseg.checkpoints import (
+    Checkpoint,
+    fit_weights,
+    new_network,
+    read_checkpoint,
+    write_checkpoint,
+)
+from polyseg.config import load_config
+from polyseg.errors import PolysegError
+from polyseg.records import Schedule
+
+SMALL = "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1}"
+
+
+@pytest.fixture
+def checkpoint():
+    config = load_config(overrides=[SMALL])
+    network = new_network(config, 1)
+    return Checkpoint(
+        config=config,
+        channels=1,
+        epoch=7,
+        weights=network.state_dict(),
+        optimizer={"0/step": torch.tensor(3.0)},
+        best_epoch=5,
+        best_dice=0.75,
+        assessments={"epoch_0005.h5": "0" * 64},
+    )
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path, checkpoint):
+    path = tmp_path / "last.safetensors"
+    write_checkpoint(path, checkpoint)
+    again = read_checkpoint(path)
+    assert again.config == checkpoint.config
+    assert (again.epoch, again.best_epoch, again.best_dice) == (7, 5, 0.75)
+    assert again.assessments == checkpoint.assessments
+    assert torch.equal(again.optimizer["0/step"], torch.tensor(3.0))
+    images = torch.rand(1, 1, 32, 32)
+    network = new_network(checkpoint.config, 1)
+    fit_weights(network, checkpoint.weights)
+    assert torch.equal(again.build().eval()(images), network.eval()(images))
+
+
+@pytest.mark.parametrize("labels", [{}, {"a": 1, "b": 2}])
+def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, labels):
+    config = load_config(overrides=[SMALL, f"data.foreground={labels or 1}"])
+    names = ["x", "y", "x", "y"] if labels else None
+    ids = ["ä b", "ä b", "c", "c"] if labels else ["ä b", "c"]
+    if labels:
+        names = ["a", "b", "a", "b"]
+    epsilon = np.arange(2 * len(ids), dtype=np.float32).reshape(2, -1) / 3
+    schedule = Schedule(ids, np.array([1, 2]), epsilon, names, np.array([-1, 1]))
+    history = [{"epoch": 1.0, "loss": 1 / 3}, {"epoch": 2.0, "loss": float("nan")}]
+    whole = dataclasses.replace(
+        checkpoint, config=config, epoch=2, best_epoch=2, history=history, schedule=schedule
+    )
+    write_checkpoint(tmp_path / "a", whole)
+    again = read_checkpoint(tmp_path / "a")
+    np.testing.assert_equal(again.history, history)
+    assert again.schedule is not None
+    assert (again.schedule.ids, again.schedule.labels) == (ids, names)
+    np.testing.assert_array_equal(again.schedule.epsilon, epsilon)
+    np.testing.assert_array_equal(again.schedule.assessed, [-1, 1])
+
+
+def with_header(path, header):
+    tensors = {"weights/a": torch.zeros(1)}
+    # Whoever forges a header can hash it as well.
+    metadata = {"polyseg": header, "sha256": room._digest(header, tensors)}
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ("{}", "is no polyseg checkpoint"),
+        ("[]", "is no polyseg checkpoint"),
+        ("{", "cannot be read as a checkpoint"),
+        ("[" * 100_000, "cannot be read as a checkpoint"),
+        ('{"kind": "polyseg checkpoint", "schema": 99}', "another polyseg"),
+        ('{"kind": "polyseg checkpoint", "schema": 2}', "cannot be read as a checkpoint"),
+        (
+            '{"kind": "polyseg checkpoint", "schema": 2, "epoch": 0, "best_epoch": 0, '
+            '"channels": 1, "config": {"a": 1}}',
+            "a: unknown key",
+        ),
+    ],
+)
+def test_headers_that_are_not_ours_are_one_line(tmp_path, header, match):
+    path = tmp_path / "a.safetensors"
+    with_header(path, header)
+    with pytest.raises(PolysegError, match=match) as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epoch", -1), ("epoch", 10**30), ("epoch", "7"), ("best_epoch", 99), ("channels", 0)],
+)
+def test_numbers_that_no_training_writes_are_refused(tmp_path, checkpoint, field, value):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, dataclasses.replace(checkpoint, **{field: value}))
+    with pytest.raises(PolysegError, match=field):
+        read_checkpoint(path)
+
+
+def test_weights_that_diverged_are_refused(checkpoint):
+    weights = dict(checkpoint.weights)
+    name = next(key for key in weights if key.endswith("weight"))
+    weights[name] = weights[name] * float("nan")
+    with pytest.raises(PolysegError, match="not finite"):
+        fit_weights(new_network(checkpoint.config, 1), weights)
+
+
+@given(cut=st.integers(0, 3000), at=st.integers(0, 3000), bit=st.integers(0, 7))
+def test_damage_is_refused(tmp_path_factory, cut, at, bit):
+    folder = tmp_path_factory.mktemp("damage")
+    config = load_config(overrides=[SMALL])
+    write_checkpoint(folder / "whole", Checkpoint(config, 1, 1, {"a": torch.arange(4.0)}))
+    content = bytearray((folder / "whole").read_bytes())
+    content[at % len(content)] ^= 1 << bit
+    (folder / "bad").write_bytes(content[: len(content) - cut % len(content)])
+    with pytest.raises(PolysegError) as error:
+        read_checkpoint(folder / "bad")
+    assert "\n" not in str(error.value)
+
+
+def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
+    header = json.dumps({"weights/a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 16]}})
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(16)
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(PolysegError, match="is damaged or no checkpoint"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
+    with pytest.raises(PolysegError, match="is damaged or no checkpoint"):
+        read_checkpoint(tmp_path / "model.pt")
+
+
+def test_foreign_code_is_imported_only_with_trust(tmp_path, monkeypatch, checkpoint):
+    (tmp_path / "foreign.py").write_text(
+        "import pathlib, torch\n"
+        "pathlib.Path('ran').touch()\n"
+        "def make(in_channels, out_channels):\n"
+        "    return torch.nn.Sequential(\n"
+        "        torch.nn.Dropout2d(0.5), torch.nn.Conv2d(in_channels, out_channels, 1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(overrides=["network.name=foreign:make"])
+    weights = {"core.1.weight": torch.zeros(1, 1, 1, 1), "core.1.bias": torch.zeros(1)}
+    write_checkpoint(tmp_path / "a.safetensors", Checkpoint(config, 1, 1, weights))
+    read = read_checkpoint(tmp_path / "a.safetensors")
+    with pytest.raises(PolysegError, match="--trust"):
+        read.build()
+    assert not (tmp_path / "ran").exists()
+    read.build(trust=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
+def test_weights_must_fit_exactly(checkpoint, change):
+    weights = dict(checkpoint.weights)
+    name = next(key for key in weights if key.endswith("weight"))
+    if change == "missing":
+        del weights[name]
+    elif change == "extra":
+        weights["another"] = torch.zeros(1)
+    else:
+        weights[name] = weights[name].double() if change == "dtype" else weights[name][:1]
+    with pytest.raises(PolysegError, match="1 weights do not fit"):
+        fit_weights(new_network(checkpoint.config, 1), weights)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "network.kwargs={channels: [4096, 4096, 4096, 4096, 4096], strides: [2, 2, 2, 2]}",
+        "network={name: basic-unet, kwargs: {features: [4096, 4096, 4096, 4096, 4096, 4096]}}",
+        "network={name: dynunet, kwargs: {filters: [4096, 4096, 4096, 4096, 4096]}}",
+    ],
+)
+def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, monkeypatch):
+    """These would take many gigabytes."""
+    made = []
+    empty = torch.empty
+
+    def watched(*arguments, **named):
+        values = empty(*arguments, **named)
+        made.append(0 if values.device.type == "meta" else values.numel())
+        return values
+
+    monkeypatch.setattr(torch, "empty", watched)
+    huge = dataclasses.replace(checkpoint, config=load_config(overrides=[setting]))
+    with pytest.raises(PolysegError, match="weights do not fit its own configuration"):
+        huge.build()
+    assert made and max(made) < 1e6
+
+
+@pytest.mark.parametrize("name", ["unet", "basic-unet", "attention-unet", "dynunet", "segresnet"])
+def test_every_network_can_be_held_to_its_weights(name):
+    config = load_config(overrides=[f"network.name={name}"])
+    network = new_network(config, 3)
+    again = Checkpoint(config, 3, 1, network.state_dict()).build()
+    for one, other in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other) and other.device.type == "cpu"

@@ -1,0 +1,72 @@
+"""How signals end work."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from polyseg.errors import Interrupted
+from polyseg.signals import ENDING, ending_at_once, ending_when_asked
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_the_block_at_once(number):
+    before = signal.getsignal(number)
+    name = signal.Signals(number).name
+    with pytest.raises(Interrupted, match=f"ended by {name}$") as end, ending_at_once():
+        signal.raise_signal(number)
+    assert end.value.number == number and signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_wish_is_kept_until_it_is_granted_and_a_second_signal_is_not(number, caplog):
+    with (
+        pytest.raises(Interrupted, match="after epoch 3"),
+        ending_at_once(),
+        ending_when_asked(lambda: "after epoch 3") as wish,
+    ):
+        assert wish.number == 0
+        signal.raise_signal(number)
+        assert wish.number == number and "once more to leave at once" in caplog.text
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+
+def test_what_is_forked_leaves_the_end_to_the_one_that_forked():
+    with ending_at_once():
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+class Freed:
+    """Ends the process where Python drops what is raised."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_is_not_lost_where_python_drops_what_is_raised(capsys):
+    with pytest.raises(Interrupted), ending_at_once():
+        Freed()
+        time.sleep(30)
+    assert capsys.readouterr().err == ""
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_once_the_work_is_over_no_signal_ends_it():
+    with ending_at_once() as wish:
+        wish.granted = True
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_at_once():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
