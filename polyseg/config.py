@@ -431,6 +431,11 @@ class TrainingConfig(_Section):
         "fp32", "of the network's forward pass; losses and D are always float32 or wider"
     )
     compile: bool = _setting(False, "torch.compile the network")
+    sync_batch_norm: bool = _setting(
+        True,
+        "with several processes: batch normalisation over the whole batch, as one process has it; "
+        "false is faster and normalises each process's part by itself",
+    )
     on_nonfinite: Literal["stop", "skip"] = _setting(
         "stop",
         "where a step's loss or gradients are not finite: end the run, whose last good epoch is "

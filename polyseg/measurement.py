@@ -1,6 +1,6 @@
 """What the passes say of each image: scores over its region, and how sure those are."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -203,6 +203,29 @@ class Table:
             for name in MAPS:
                 values = getattr(results.whole, name).numpy().astype(np.float32)
                 self.maps.setdefault(name, []).extend(values)
+
+    @classmethod
+    def merged(cls, tables: Sequence["Table"]) -> "Table":
+        """Return what several tables hold; of an image that is in several, the first one's row."""
+        merged = cls(tables[0].save_maps)
+        seen: set[str] = set()
+        for table in tables:
+            new = [i for i, identity in enumerate(table.images) if identity not in seen]
+            if not new:
+                continue
+            rows = [i * len(table.labels) + k for i in new for k in range(len(table.labels))]
+            merged.labels = table.labels
+            merged.images += [table.images[i] for i in new]
+            for name, parts in table.parts.items():
+                values = np.concatenate(parts)
+                if len(values) == len(table.images) * len(table.labels):  # Some have no mask.
+                    merged._append(name, values[rows])
+            if table.halves:
+                merged.halves.append(join_halves(table.halves)[..., rows])
+            for name, maps in table.maps.items():
+                merged.maps.setdefault(name, []).extend(maps[row] for row in rows)
+            seen.update(table.images)
+        return merged
 
     def columns(self) -> dict[str, Any]:
         """Return the fields of the assessment that are one value a row."""

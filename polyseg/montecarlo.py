@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from polyseg.difficulty import Region
 from polyseg.dropout import active_layers, stochastic_layers
 from polyseg.errors import PolysegError
-from polyseg.inference import LESS_MEMORY, held_in_mode
+from polyseg.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.measurement import Measurement, Table, extended
 from polyseg.memory import Portions, explaining_memory
 from polyseg.networks import hash_weights
 from polyseg.passes import Passes
 from polyseg.pilot import MOST, choose_samples
+from polyseg.processes import ALONE, Processes
 from polyseg.records import FREE_METRICS, METRICS, Assessment, Batch, Metric, Progress, no_progress
 from polyseg.streams import MaskStreams, Sharing
 
@@ -53,6 +54,7 @@ def assess(
     save_maps: bool = False,
     progress: Progress = no_progress,
     total: int = 0,
+    processes: Processes = ALONE,
 ) -> Assessment:
     """Measure by MC Dropout how unsure the network is about each image.
 
@@ -79,6 +81,7 @@ def assess(
         save_maps: keep the pixel maps as well.
         progress: told before each pass and after each batch how many images are done.
         total: the number of images, for progress.
+        processes: that share the images; all give the same batches, and all get the whole.
 
     Raises:
         PolysegError: no active dropout, dropout that cannot be steered, no images, a result that
@@ -97,9 +100,18 @@ def assess(
     wanted = 0 if free else samples
     table = Table(save_maps)
     given: list[str] = []
+    divided = processes if wanted != "auto" else ALONE
 
     def tell() -> None:
-        progress("MC Dropout", len(table.images), total)
+        progress("MC Dropout", min(total, processes.count * len(table.images)), total)
+
+    def parts() -> Iterator[Batch]:
+        for batch in batches:
+            given.extend(batch.ids)
+            # Those that choose N are looked at by all processes, which must agree.
+            mine = images_of(batch, divided.rows(len(batch.ids)))
+            if mine.ids:
+                yield from passes.parts(mine)
 
     portions = Portions("MC Dropout", LESS_MEMORY)
     extend = partial(extended, portions=portions, tell=tell)
@@ -112,16 +124,17 @@ def assess(
         plain_pass = partial(stochastic_pass, network, layers)
         passes = Passes(network, layers, streams, plain_pass, take_apart=take_apart)
         measurements = (
-            Measurement(passes, part, region, boundary_width, save_maps)
-            for part in _parts(passes, batches, given)
+            Measurement(passes, part, region, boundary_width, save_maps) for part in parts()
         )
         pilot: list[Measurement] = []
         if wanted == "auto":
             index = METRICS.index(metric)
             wanted, pilot = choose_samples(measurements, rank_target, index, extend)
+            divided = processes
         for measurement in extend(chain(pilot, measurements), wanted):
             table.add(measurement)
             tell()
+    table = Table.merged(processes.gathered(table))
     if not table.images:
         raise PolysegError("MC Dropout: there are no images to assess")
     return Assessment(
@@ -214,10 +227,3 @@ def _worth_taking_apart(
             return True, chain(read, batches)
     log.debug("MC Dropout: so few pixels that the network is run whole each pass")
     return False, iter(read)
-
-
-def _parts(passes: Passes, batches: Iterator[Batch], ids: list[str]) -> Iterator[Batch]:
-    """Divide batches as it is fastest, and note the ids in the order in which they came."""
-    for batch in batches:
-        ids.extend(batch.ids)
-        yield from passes.parts(batch)

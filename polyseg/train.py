@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from polyseg.cache import read_assessment, write_assessment
 from polyseg.checkpoints import Checkpoint, columns_of, fit_weights, new_network
@@ -20,7 +21,7 @@ from polyseg.control import EpsilonControl
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
-from polyseg.dropout import active_layers, refuse_hidden_dropout
+from polyseg.dropout import active_layers, refuse_hidden_dropout, stochastic_layers
 from polyseg.errors import PolysegError
 from polyseg.inference import choose_device, predict
 from polyseg.memory import explaining_memory
@@ -28,6 +29,8 @@ from polyseg.montecarlo import assess, describe, spread
 from polyseg.networks import SegmentationNetwork, refuse_untrainable
 from polyseg.objective import Note, as_tasks, build_objective, take_note
 from polyseg.overlap import dice_coefficient
+from polyseg.parallel import DropoutTogether, normalise_together
+from polyseg.processes import ALONE, Processes
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.replay import epsilon_of_batch
 from polyseg.run import HISTORY_COLUMNS, QUANTILES, RunDirectory, in_order
@@ -55,6 +58,19 @@ class _Step(NamedTuple):
     finite: Tensor
     """Whether losses and gradients are, (), bool."""
 
+    def on_cpu(self) -> "_Step":
+        """Return the same where processes can exchange it."""
+        note = Note(*(values.cpu() for values in self.note))
+        return _Step(self.names, self.losses.cpu(), note, self.finite.cpu())
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_Step]") -> "_Step":
+        """Return a step of which processes have taken a part each."""
+        note = Note(*map(torch.cat, zip(*(part.note for part in parts), strict=True)))
+        names = [name for part in parts for name in part.names]
+        finite = torch.stack([part.finite for part in parts]).all()
+        return cls(names, torch.cat([part.losses for part in parts]), note, finite)
+
 
 _Taken = tuple[Tensor, Note, Tensor]
 
@@ -74,7 +90,9 @@ class Trainer:
         run: RunDirectory,
         progress: Progress = no_progress,
         replay: Schedule | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.config, self.images, self.split, self.run = config, images, split, run
         self.replay = replay
         """The epsilons to use in place of assessments, in the order of the training images."""
@@ -94,10 +112,9 @@ class Trainer:
             image, _ = images.patch(split["train"][0], seed=0)
             with explaining_memory("training", _LESS_MEMORY):
                 refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
-        self.forward: nn.Module = self.network
+        self.dropout = DropoutTogether(stochastic_layers(self.network), processes)
+        self.forward = self._as_trained()
         self.has_compiled = False
-        if config.training.compile:
-            self.forward = _compiled(self.network)
         self.optimizer = _build_optimizer(config.training, self.network)
         self.objective = build_objective(config.loss)
         self.changes = changes_of(config.data)
@@ -128,6 +145,20 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.training.seed, "weights"))
         with explaining_memory("network", "lower its channels or features"):
             return new_network(self.config, channels).to(self.device)
+
+    def _as_trained(self) -> nn.Module:
+        """Return the network as the steps call it: compiled, and one with the other processes'."""
+        together = self.processes.count > 1
+        if together and self.config.training.sync_batch_norm:
+            normalise_together(self.network)
+        compiles = self.config.training.compile
+        forward: nn.Module = _compiled(self.network) if compiles else self.network
+        if not together:
+            return forward
+        # Where statistics are a process's own, the leading process's are those that count.
+        return DistributedDataParallel(
+            forward, broadcast_buffers=not self.config.training.sync_batch_norm
+        )
 
     def fit(self) -> None:
         """Train to the last epoch, or until early stopping or a signal.
@@ -166,7 +197,8 @@ class Trainer:
             # All of them, since the figures at the end want them all; the last one stays.
             path = self.run.path / "uncertainty" / name
             self._adopt(read_assessment(path, sha256=self.assessments[name]))
-        self.run.recover(checkpoint)
+        if self.processes.leads:
+            self.run.recover(checkpoint)
 
     def relies_on(self, *, replay: str, split: str) -> None:
         """Take note of the sha256 of the run's files that stay as they are."""
@@ -216,11 +248,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(derive_seed(settings.seed, epoch, "dropout"))
-        self.network.train()
         ids = self.split["train"]
         epsilon_of: dict[str, list[float]] = {}
         labels = len(self.images.labels)
         steps: list[_Step] = []
+        self.network.train()
         batches = training_batches(
             self.images,
             ids,
@@ -230,17 +262,22 @@ class Trainer:
             changes=self.changes,
             workers=settings.workers,
             pinned=self.device.type == "cuda",
+            processes=self.processes,
         )
         take_step = self._compiled_step if settings.compile else self._step
-        for names, images, masks in batches:
-            self._leave_on_signal()
-            epsilon = self._epsilon(names, epoch)
-            epsilon_of.update(zip(names, epsilon.reshape(-1, labels).tolist(), strict=True))
-            steps.append(_Step(names, *take_step(images, masks, torch.from_numpy(epsilon))))
-            if len(steps) % _STEPS_BETWEEN_LOOKS == 0:
-                self._refuse_what_is_not_finite(steps, epoch)
-            self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
+        with self.dropout.taking_over():
+            for names, images, masks in batches:
+                self._leave_on_signal()
+                epsilon = self._epsilon(names, epoch)
+                epsilon_of.update(zip(names, epsilon.reshape(-1, labels).tolist(), strict=True))
+                rows = self.processes.rows(len(names))
+                mine = torch.from_numpy(epsilon.reshape(-1, labels)[rows].ravel())
+                steps.append(_Step(names[rows], *take_step(images, masks, mine, len(names))))
+                if len(steps) % _STEPS_BETWEEN_LOOKS == 0:
+                    self._refuse_what_is_not_finite(steps, epoch)
+                self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
         self._refuse_what_is_not_finite(steps, epoch)
+        steps = self._of_all_processes(steps)
         taken = self._without_skipped(steps, epoch)
         fresh = {
             name: losses
@@ -269,13 +306,20 @@ class Trainer:
             return self.control.epsilon(names).astype(np.float32)
         return epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
 
-    def _compiled_step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> _Taken:
+    def _of_all_processes(self, steps: list[_Step]) -> list[_Step]:
+        """Return the steps as one process would have taken them."""
+        if self.processes.count == 1:
+            return steps
+        parts = self.processes.gathered([step.on_cpu() for step in steps])
+        return [_Step.joined(of_one) for of_one in zip(*parts, strict=True)]
+
+    def _compiled_step(self, images: Tensor, masks: Tensor, epsilon: Tensor, total: int) -> _Taken:
         """Take a step; the first one compiles the network, and tells how long that took."""
         from torch._dynamo.exc import TorchDynamoException
 
         start = time.perf_counter()
         try:
-            taken = self._step(images, masks, epsilon)
+            taken = self._step(images, masks, epsilon, total)
         except TorchDynamoException as error:
             raise _cannot_compile(error) from None
         if not self.has_compiled:
@@ -283,8 +327,13 @@ class Trainer:
             self.has_compiled = True
         return taken
 
-    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> _Taken:
-        """Take one step; return the losses, (B K,), what to note of each, and if all are finite."""
+    def _step(self, images: Tensor, masks: Tensor, epsilon: Tensor, total: int) -> _Taken:
+        """Take one step by this process's rows of a batch of `total` images.
+
+        Returns:
+            Losses, (B K,), what to note of each, and whether all are finite.
+        """
+        self.dropout.total = total
         images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
         target = as_tasks(masks).float()
         skips = self.config.training.on_nonfinite == "skip"
@@ -296,9 +345,9 @@ class Trainer:
         logits = as_tasks(logits.float())
         losses = self.objective(logits, target, epsilon)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()  # type: ignore[no-untyped-call]
+        self._mean(losses, total).backward()  # type: ignore[no-untyped-call]
         finite = losses.detach().isfinite().all() & _norm_of_gradients(self.network).isfinite()
-        if not skips or bool(finite):
+        if not skips or self.processes.all(bool(finite)):
             self.optimizer.step()
         else:
             for one, before in zip(self.network.buffers(), buffers, strict=True):
@@ -306,26 +355,36 @@ class Trainer:
         note = take_note(self.config.loss, losses, logits, target, epsilon)
         return losses.detach(), note, finite
 
+    def _mean(self, losses: Tensor, total: int) -> Tensor:
+        """Return what to descend: the mean over the batch, once processes have averaged theirs."""
+        if self.processes.count == 1:
+            return losses.mean()
+        return losses.sum() * self.processes.count / (total * len(self.images.labels))
+
     def _send(self, values: Tensor) -> Tensor:
         # A copy to CUDA that blocks would wait for all steps before it.
         return values.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _validate(self) -> dict[str, float]:
         """Return mean loss (at the constant epsilon), Dice and IoU of the validation images."""
-        losses, dices = [], []
-        batches = self.images.batches(self.split["val"], self.config.training.batch_size)
+        ids = self.split["val"]
+        found: list[tuple[str, list[float], list[float]]] = []
+        mine = self.processes.share(ids)
+        batches = self.images.batches(mine, self.config.training.batch_size)
         for batch, predicted in predict(self.network, batches):
             if batch.masks is None:
                 raise ValueError("validation images have no masks")
             target, logits = as_tasks(batch.masks).float(), as_tasks(predicted)
             epsilon = torch.full((len(logits),), self.config.loss.epsilon)
-            losses.append(self.objective(logits, target, epsilon))
-            dices.append(dice_coefficient(logits >= 0, target))
-        if not dices:
+            losses = self.objective(logits, target, epsilon).reshape(len(batch.ids), -1)
+            dices = dice_coefficient(logits >= 0, target).reshape(len(batch.ids), -1)
+            found += zip(batch.ids, losses.tolist(), dices.tolist(), strict=True)
+        if not ids:
             return dict.fromkeys(("validation_loss", "validation_dice", "validation_iou"), math.nan)
-        dice = torch.cat(dices)
+        of_image = {one[0]: one[1:] for part in self.processes.gathered(found) for one in part}
+        loss, dice = torch.tensor([of_image[identity] for identity in ids]).unbind(1)
         return {
-            "validation_loss": float(torch.cat(losses).mean()),
+            "validation_loss": float(loss.mean()),
             "validation_dice": float(dice.mean()),
             "validation_iou": float((dice / (2 - dice)).mean()),
         }
@@ -341,6 +400,7 @@ class Trainer:
             epoch=epoch,
             progress=lambda _, done, total: self._report_assessment(epoch, done, total),
             total=len(ids),
+            processes=self.processes,
         ).in_order(ids)
         assessment = dataclasses.replace(
             assessment,
@@ -348,11 +408,14 @@ class Trainer:
             config_yaml=self.config.to_yaml(),
         )
         log.info("%s", describe(assessment))
+        # Bits that processes may compute otherwise must not lead them apart.
+        assessment = self.processes.from_leader(assessment)
         self._adopt(assessment)
         if self.config.control.statistics == "dataset":
             assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set)
         path = self.run.assessment(epoch)
-        self.assessments[path.name] = write_assessment(path, assessment)
+        written = write_assessment(path, assessment) if self.processes.leads else ""
+        self.assessments[path.name] = written
 
     def _training_losses(self) -> NDArray[np.float64]:
         """Return each image's loss of the last epoch, a row a label; before the first, zeros."""
@@ -371,6 +434,8 @@ class Trainer:
         self.progress(f"MC Dropout after epoch {epoch}", done, total)
 
     def _commit(self) -> None:
+        if not self.processes.leads:
+            return
         self.run.commit(
             Checkpoint(
                 config=self.config,

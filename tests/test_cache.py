@@ -224,6 +224,16 @@ def test_maps_that_were_never_written_are_refused(tmp_path, assessment):
         read_assessment(path, with_maps=True)
 
 
+@pytest.mark.parametrize(("piece", "mask"), [(b"x", 0), (bytes(60), 7), (bytes(5000), 0)])
+def test_pieces_of_maps_that_went_through_no_filter_are_refused(tmp_path, assessment, piece, mask):
+    """HDF5's filters crash over nothing."""
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+    forge(path, lambda file: file["maps/mean"].id.write_direct_chunk((2, 0, 0), piece, mask))
+    with pytest.raises(PolysegError, match="maps/mean must hold each image's map"):
+        read_assessment(path, with_maps=True)
+
+
 def test_a_value_that_was_changed_is_refused(tmp_path, assessment):
     """By plain h5py, which leaves a sound HDF5 file behind."""
     path = tmp_path / "a.h5"

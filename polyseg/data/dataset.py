@@ -24,6 +24,7 @@ from polyseg.data.splits import Member
 from polyseg.data.store import Image, Masks, MemoryStore, Store
 from polyseg.errors import PolysegError, reason
 from polyseg.memory import explaining_memory, refuse_beyond_memory
+from polyseg.processes import ALONE, Processes
 from polyseg.records import Batch
 from polyseg.seeds import derive_seed
 
@@ -328,11 +329,14 @@ def training_batches(
     changes: Changes | None = None,
     workers: int = 0,
     pinned: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Yield the batches of an epoch: shuffled by (seed, epoch), cut and changed by id as well.
 
-    The number of workers changes nothing in them, nor does the batch size in a sample, and torch's
-    global random stream is not used. Pinned ones lie where CUDA copies from while it computes.
+    Each is the names of all of its images, and the images and masks that are this process's rows
+    of it. The number of workers changes nothing in them, nor does the batch size in a sample, and
+    torch's global random stream is not used. Pinned ones lie where CUDA copies from while it
+    computes.
 
     Raises:
         PolysegError: an image cannot be read, or the system does not give the workers what they
@@ -342,7 +346,10 @@ def training_batches(
     order = epoch_order(ids, batch_size=batch_size, seed=seed, epoch=epoch)
     loader = DataLoader[Any](
         _Augmented(images, list(ids), seed, epoch, changes),
-        batch_sampler=[[places[identity] for identity in batch] for batch in order],
+        # A process without rows of a batch reads one all the same, for its shape.
+        batch_sampler=[
+            [places[one] for one in _rows(names, processes) or names[:1]] for names in order
+        ],
         # Of its own, because workers' seeds would else be drawn from torch's global stream.
         generator=torch.Generator().manual_seed(derive_seed(seed, epoch, "workers")),
         num_workers=workers,
@@ -351,10 +358,16 @@ def training_batches(
     )
     with _explaining_workers():
         _make_room_for_files(workers)
-        for batch in loader:
+        for names, batch in zip(order, loader, strict=True):
             if isinstance(batch, PolysegError):
                 raise batch
-            yield batch
+            count = len(_rows(names, processes))
+            yield names, *(part[:count] for part in batch[1:])
+
+
+def _rows(names: list[str], processes: Processes) -> list[str]:
+    """Return which images of a batch are this process's."""
+    return names[processes.rows(len(names))]
 
 
 def epoch_order(ids: Sequence[str], *, batch_size: int, seed: int, epoch: int) -> list[list[str]]:

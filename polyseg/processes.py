@@ -1,0 +1,114 @@
+"""The processes that share the work of a command: which one this is, its part, and how they meet.
+
+`torchrun` starts them and tells each its number; they meet over gloo, or nccl where each has a GPU.
+The first of them leads: it alone writes and speaks. Without `torchrun` there is one process.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import distributed
+
+from polyseg.errors import PolysegError
+
+T = TypeVar("T")
+
+_ENDED = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
+"""In what a collective says when one of the processes is no longer there."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share the work.
+
+    >>> Processes(rank=1, count=3).rows(8), Processes(rank=1, count=3).share("abcde")
+    (slice(2, 5, None), ['b', 'e'])
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def rows(self, total: int) -> slice:
+        """Return the rows that are this process's of a batch of so many images."""
+        return slice(total * self.rank // self.count, total * (self.rank + 1) // self.count)
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this process's share of what can be done in any order."""
+        return list(items[self.rank :: self.count])
+
+    def gathered(self, mine: T) -> list[T]:
+        """Return what each process has, by its number."""
+        if self.count == 1:
+            return [mine]
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, mine)
+        return found
+
+    def from_leader(self, mine: T | None) -> T:
+        """Return what the leading process has."""
+        if self.count == 1:
+            return cast(T, mine)
+        found = [mine]
+        distributed.broadcast_object_list(found, src=0)
+        return cast(T, found[0])
+
+    def all(self, mine: bool) -> bool:
+        """Return whether it holds in all of the processes."""
+        return all(self.gathered(mine))
+
+
+ALONE = Processes()
+
+
+def started_together() -> bool:
+    """Return whether `torchrun` has started this process, and others with it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leads() -> bool:
+    """Return whether this process is the one that writes and speaks."""
+    return not started_together() or os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[Processes]:
+    """Meet the other processes, if there are any, for the length of the block.
+
+    Args:
+        device: where this process computes.
+
+    Raises:
+        PolysegError: they do not meet, or one of them ends before the block does.
+    """
+    if not started_together():
+        yield ALONE
+        return
+    with _explaining_the_end_of_others():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend)
+        try:
+            yield Processes(distributed.get_rank(), distributed.get_world_size())
+        finally:
+            distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _explaining_the_end_of_others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or any(s in str(error) for s in _ENDED)):
+            raise
+        raise PolysegError(
+            "another process of this command has ended, and so does this one; what it said tells "
+            "why, and --resume goes on from the last epoch"
+        ) from None
