@@ -21,7 +21,7 @@ TEMPORARY_PREFIX = ".partial-"
 """How the names of files begin that are not whole yet; a killed process may leave one."""
 
 
-_LARGEST_TEXT = 2**28
+_LARGEST_TEXT = 2**26
 _KNOWS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -33,10 +33,10 @@ class Disk:
 
     def make_folder(self, folder: Path) -> None:
         """Make a folder and what is above it, each of which reaches the disk with its name."""
-        if not folder.is_dir():
-            self.make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
-            self.flush(folder.parent)
+        missing = [one for one in (folder, *folder.parents) if not one.is_dir()]
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+            self.flush(one.parent)
 
     def create(self, path: Path) -> Path:
         """Make an empty file beside `path`, under a temporary name that keeps the suffix."""

@@ -25,8 +25,8 @@ def command_page():
         "# Commands",
         "",
         "Results go to stdout, all else to stderr. Exit codes: 0; 2 for a mistake, told in one",
-        "line; 130 after Ctrl-C and 143 after SIGTERM, with everything committed up to the last",
-        "completed epoch.",
+        "line; 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 and 129 after SIGHUP, with",
+        "everything committed up to the last completed epoch.",
     ]
     for name, command in commands():
         description, _, example = command.help.partition("Example: ")
@@ -49,7 +49,8 @@ def configuration_page():
         "One YAML file of these sections, `polyseg train FILE`; any key also by",
         "`--set section.key=value`, whose value is YAML. Flags and `--set` go over the file, the",
         "file over the defaults. `polyseg config init` writes a file of all defaults,",
-        "`polyseg config schema` the JSON Schema.",
+        "`polyseg config schema` the JSON Schema. Numbers are decimal, truth is `true` or `false`,",
+        "and a key stands once.",
     ]
     section = ""
     for setting in settings_of():

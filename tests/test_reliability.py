@@ -7,6 +7,7 @@ import pytest
 SEED = 0
 FEW = [("kills", 4), ("signals", 6), ("access", 12), ("soak", 15)]
 FEW += [("damage", 20), ("configs", 46), ("checkpoints", 20), ("pickles", 5)]
+FEW += [("faults", 24), ("disk_full", 4)]
 """Modules, and how many of their trials run here."""
 
 
