@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from polyseg.dropout import stochastic_layers
 from polyseg.errors import PolysegError
@@ -143,6 +145,7 @@ def build_network(
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
         core, multiple = _from_monai(name, in_channels, out_channels, dropout, settings)
+        _drop_idle_biases(core)
     network = SegmentationNetwork(core, multiple)
     layers = _trace_dropout(network, name, in_channels, out_channels)
     if dropout_layers == "auto":
@@ -158,6 +161,19 @@ def build_network(
             kind = nn.Dropout2d if dropout_kind == "channel" else nn.Dropout
             _replace(network, layer.name, kind(dropout))
     return network
+
+
+def _drop_idle_biases(core: nn.Module) -> None:
+    """Leave out the biases of convolutions whose output batch normalisation centres right away.
+
+    They change nothing, and their gradients are rounding alone, which optimizers that divide by its
+    size make a random walk of.
+    """
+    for block in core.modules():
+        steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
+        first = next(iter(steps.values()), None)
+        if isinstance(first, _BatchNorm) and isinstance(block.conv, _ConvNd):
+            block.conv.register_parameter("bias", None)
 
 
 def network_names() -> list[str]:

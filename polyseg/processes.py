@@ -8,12 +8,12 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
-
-import torch
-from torch import distributed
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from polyseg.errors import PolysegError
+
+if TYPE_CHECKING:
+    from torch import device as Device  # noqa: N812
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ class Processes:
         """Return what each process has, by its number."""
         if self.count == 1:
             return [mine]
+        from torch import distributed
+
         found: list[Any] = [None] * self.count
         distributed.all_gather_object(found, mine)
         return found
@@ -57,6 +59,8 @@ class Processes:
         """Return what the leading process has."""
         if self.count == 1:
             return cast(T, mine)
+        from torch import distributed
+
         found = [mine]
         distributed.broadcast_object_list(found, src=0)
         return cast(T, found[0])
@@ -69,18 +73,16 @@ class Processes:
 ALONE = Processes()
 
 
-def started_together() -> bool:
-    """Return whether `torchrun` has started this process, and others with it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def rank_here() -> int:
+    """Return which of the processes that `torchrun` has started this is; 0 without it.
 
-
-def leads() -> bool:
-    """Return whether this process is the one that writes and speaks."""
-    return not started_together() or os.environ.get("RANK", "0") == "0"
+    It is known before they meet, so that only one of them speaks from the beginning.
+    """
+    return int(os.environ.get("RANK", "0")) if _count_here() > 1 else 0
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[Processes]:
+def together(device: "Device") -> Iterator[Processes]:
     """Meet the other processes, if there are any, for the length of the block.
 
     Args:
@@ -89,20 +91,29 @@ def together(device: torch.device) -> Iterator[Processes]:
     Raises:
         PolysegError: they do not meet, or one of them ends before the block does.
     """
-    if not started_together():
+    if _count_here() == 1:
         yield ALONE
         return
+    from torch import cuda, distributed
+
     with _explaining_the_end_of_others():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend)
+        if device.type == "cuda":
+            cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             yield Processes(distributed.get_rank(), distributed.get_world_size())
         finally:
             distributed.destroy_process_group()
 
 
+def _count_here() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def _explaining_the_end_of_others() -> Iterator[None]:
+    from torch import distributed
+
     try:
         yield
     except RuntimeError as error:
@@ -110,5 +121,5 @@ def _explaining_the_end_of_others() -> Iterator[None]:
             raise
         raise PolysegError(
             "another process of this command has ended, and so does this one; what it said tells "
-            "why, and --resume goes on from the last epoch"
+            "why, and a training goes on from its last epoch by --resume"
         ) from None

@@ -198,13 +198,17 @@ class RunDirectory:
         """Return the path of an epoch's assessment file."""
         return self.path / "uncertainty" / f"epoch_{epoch:04d}.h5"
 
-    def begin(
-        self, config: Config, split: Split, hashes: Mapping[str, str], device: torch.device
-    ) -> str:
-        """Write what a run is known by, before its first epoch; return the sha256 of the split."""
+    def begin(self, config: Config, split: str, now: Mapping[str, Any]) -> str:
+        """Write what a run is known by, before its first epoch; return the sha256 of the split.
+
+        Args:
+            config: its settings.
+            split: as `split_json` gives it.
+            now: as `environment` gives it.
+        """
         self.write_config(config)
-        write_text(self.environment, json.dumps(environment(device), indent=2) + "\n")
-        write_text(self.split, split_json(split, hashes))
+        write_text(self.environment, json.dumps(now, indent=2) + "\n")
+        write_text(self.split, split)
         return sha256_of_file(self.split)
 
     def changes_of_environment(self, now: Mapping[str, Any]) -> list[str]:
@@ -326,7 +330,7 @@ def _is_sound(checkpoint: Path) -> bool:
     return True
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Return what the run is made with: versions, machine, command."""
     return {
         "polyseg": __version__,
@@ -336,6 +340,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

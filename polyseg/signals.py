@@ -93,12 +93,6 @@ def interruption(number: int, farewell: str) -> Interrupted:
     return Interrupted(number, f"ended by {signal.Signals(number).name} {farewell}".rstrip())
 
 
-def ignore_signals() -> None:
-    """Let nothing disturb the last moments of a process whose work is done."""
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextlib.contextmanager
 def _handled_by(handle: Callable[[int], None], numbers: tuple[int, ...]) -> Iterator[None]:
     process, hook = os.getpid(), sys.unraisablehook

@@ -168,7 +168,7 @@ class Trainer:
             PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
         """
         epochs = self.config.training.epochs
-        with ending_when_asked(self._farewell) as self.wish:
+        with ending_when_asked(self._farewell) as self.wish, self._explaining_the_end():
             if self.epoch == 0:
                 self._start()
             while self.epoch < epochs and not self._stopped_early():
@@ -525,6 +525,16 @@ class Trainer:
     def _leave_on_signal(self) -> None:
         if self.wish.number:
             raise interruption(self.wish.number, self._farewell())
+
+    @contextlib.contextmanager
+    def _explaining_the_end(self) -> Iterator[None]:
+        """Let a signal be why the others left, where all processes got one."""
+        try:
+            yield
+        except RuntimeError:
+            if self.processes.count > 1:
+                self._leave_on_signal()
+            raise
 
     def _farewell(self) -> str:
         return (

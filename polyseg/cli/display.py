@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from polyseg.processes import rank_here
+
 
 class _Display:
     """Shows progress: bars on a terminal, elsewhere a plain line now and then."""
@@ -61,7 +63,9 @@ class _PlainHandler(logging.Handler):
 @contextlib.contextmanager
 def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     """Send the package's log and progress to stderr for the length of a command."""
-    console = Console(stderr=True, quiet=quiet)
+    # Of several processes one speaks.
+    leads = rank_here() == 0
+    console = Console(stderr=True, quiet=quiet or not leads)
     logger = logging.getLogger("polyseg")
     logger.setLevel(logging.DEBUG)
     handler = (
@@ -77,10 +81,13 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     )
     # A run's own log says all that there is to say, however quiet the terminal is.
     handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-    logger.addHandler(handler)
+    if leads:
+        logger.addHandler(handler)
     display = _Display(console)
     try:
-        with display.bars if console.is_terminal and not quiet else contextlib.nullcontext():
+        with (
+            display.bars if console.is_terminal and not console.quiet else contextlib.nullcontext()
+        ):
             yield display
     finally:
         logger.removeHandler(handler)

@@ -20,6 +20,7 @@ from polyseg.cli.schedule import schedule_app
 from polyseg.cli.training import train
 from polyseg.cli.uncertainty import estimate_uncertainty
 from polyseg.errors import Interrupted, PolysegError, reason
+from polyseg.processes import rank_here
 from polyseg.signals import Wish, ending_at_once
 
 _LONGEST_LINE = 2000
@@ -90,7 +91,8 @@ def _end_of(wish: Wish) -> int:
         return _tell(error)
     except Interrupted as end:
         wish.granted = True
-        print(end, file=sys.stderr)
+        if rank_here() == 0:
+            print(end, file=sys.stderr)
         return 128 + end.number
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
@@ -113,7 +115,8 @@ def _tell(error: PolysegError | TyperException | OSError) -> int:
         message = error.format_message()
         text = f"{_visible(message)} (--help tells what there is)" if message else ""
     if text:
-        print(f"error: {text}", file=sys.stderr)
+        who = f"process {rank_here()}: " if rank_here() else ""
+        print(f"{who}error: {text}", file=sys.stderr)
     return 2
 
 

@@ -20,6 +20,7 @@ from polyseg.cli.options import (
 )
 from polyseg.cli.printing import print_mapping, print_outcome
 from polyseg.errors import PolysegError
+from polyseg.processes import rank_here
 
 _OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.device")
 """Settings that say where and how, not what, so that those of another run are not taken over."""
@@ -162,6 +163,8 @@ def train(
             if dry_run
             else training.train(settings, **how, progress=display)
         )
+    if rank_here():
+        return
     if isinstance(found, dict):
         print_mapping("Plan", found, as_json)
     else:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,10 +22,11 @@ from polyseg.jobs.models import new_split, split_of_run
 from polyseg.jobs.testing import score
 from polyseg.jobs.uncertainty import draw_extremes
 from polyseg.memory import keep_freed_memory
+from polyseg.processes import ALONE, Processes, together
 from polyseg.records import Progress, Schedule, no_progress
 from polyseg.replay import fit_schedule, replay_arm
 from polyseg.report import Outcome
-from polyseg.run import RunDirectory, environment, new_run_path
+from polyseg.run import RunDirectory, environment, new_run_path, split_json
 from polyseg.train import Trainer
 
 log = logging.getLogger(__name__)
@@ -75,56 +76,91 @@ def train(
         Interrupted: a signal ended the training; its last epoch is committed.
     """
     keep_freed_memory()
-    run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
-    if resume:
-        return _resume(config, run, accept_changes, progress)
+    with contextlib.ExitStack() as stack:
+        with together(choose_device(config.training.device)) as processes:
+            # A name made of the time is that of one moment.
+            name = processes.from_leader(config.output.path or str(new_run_path()))
+            how = _How(RunDirectory(Path(name)), processes, accept_changes, progress)
+            trainer = (_resume if resume else _begin)(config, how, stack)
+            trainer.fit()
+        if not processes.leads:
+            return Outcome(trainer.run.path, [])
+        return _test_and_draw(trainer, progress)
+
+
+class _How(NamedTuple):
+    """How a run is begun or gone on with."""
+
+    run: RunDirectory
+    processes: Processes
+    accept_changes: bool
+    progress: Progress
+
+
+def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
+    """Return what trains a new run, whose folder is held and begun by the leading process."""
+    run = how.run
     config = _settled(config, config.training.epochs)
-    run.refuse_occupied()
-    images = load_images(config.data, progress)
+    if how.processes.leads:
+        run.refuse_occupied()
+    images = load_images(config.data, how.progress)
     split = new_split(config, images)
     # Before anything is written: what is wrong with the settings leaves no folder behind.
     replay = _schedule_to_replay(config, images, split)
-    trainer = Trainer(config, images, split, run, progress, replay)
-    with run.writing(resume=False), _LogFile(run.log):
-        recorded = run.begin(config, split, images.hashes, trainer.device)
+    trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
+    if how.processes.leads:
+        _hold(run, stack, resume=False)
+        now = environment(trainer.device, how.processes.count)
+        recorded = run.begin(config, split_json(split, images.hashes), now)
         copied = "" if replay is None else write_schedule(run.replay, replay)
         trainer.relies_on(replay=copied, split=recorded)
-        return _work(trainer, progress)
+        _log_start(trainer)
+    return trainer
 
 
-def _resume(config: Config, run: RunDirectory, accept_changes: bool, progress: Progress) -> Outcome:
-    run.refuse_missing()
-    # Locked from the start, so that what is read here is not written meanwhile.
-    with run.writing(resume=True), _LogFile(run.log):
-        trainer, checkpoint = _taken_up(config, run, accept_changes, progress)
-        now = environment(trainer.device)
-        changes = run.changes_of_environment(now)
-        trainer.resume(checkpoint)
+def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
+    """Return what goes on with a run, whose folder is held by the leading process."""
+    run = how.run
+    if how.processes.leads:
+        run.refuse_missing()
+        # From the start, so that what is read here is not written meanwhile.
+        _hold(run, stack, resume=True)
+    trainer, checkpoint, changes = _taken_up(config, how)
+    trainer.resume(checkpoint)
+    if how.processes.leads:
         run.write_config(trainer.config)
         log.info("resumed after epoch %d", trainer.epoch)
         if changes:
             log.warning("not as it was before: %s", "; ".join(changes))
-            run.note_resumption(trainer.epoch, now)
-        return _work(trainer, progress)
+            run.note_resumption(trainer.epoch, environment(trainer.device, how.processes.count))
+        _log_start(trainer)
+    return trainer
 
 
-def _taken_up(
-    config: Config, run: RunDirectory, accept_changes: bool, progress: Progress
-) -> tuple[Trainer, Checkpoint]:
-    """Return what goes on with a run and from where, once nothing speaks against it."""
-    checkpoint = run.checkpoint_to_resume()
-    config = resumed_config(config, run, checkpoint, accept_changes)
-    now = environment(choose_device(config.training.device))
-    _refuse_changes(run, run.changes_of_environment(now), accept_changes)
-    images = load_images(config.data, progress)
+def _hold(run: RunDirectory, stack: contextlib.ExitStack, *, resume: bool) -> None:
+    stack.enter_context(run.writing(resume=resume))
+    stack.enter_context(_LogFile(run.log))
+
+
+def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]]:
+    """Return what goes on with a run, from where, and what has changed that does not speak against it.
+
+    All processes see the run's folder, and only the leading one changes it.
+    """
+    run, processes = how.run, how.processes
+    checkpoint = processes.from_leader(run.checkpoint_to_resume() if processes.leads else None)
+    config = resumed_config(config, run, checkpoint, how.accept_changes)
+    now = environment(choose_device(config.training.device), processes.count)
+    changes = run.changes_of_environment(now) if processes.leads else []
+    _refuse_changes(run, changes, how.accept_changes)
+    images = load_images(config.data, how.progress)
     split = split_of_run(run, images, checkpoint.split)
     replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)
-    return Trainer(config, images, split, run, progress, replay), checkpoint
+    trainer = Trainer(config, images, split, run, how.progress, replay, processes)
+    return trainer, checkpoint, changes
 
 
-def _work(trainer: Trainer, progress: Progress) -> Outcome:
-    _log_start(trainer)
-    trainer.fit()
+def _test_and_draw(trainer: Trainer, progress: Progress) -> Outcome:
     try:
         return _report(trainer, progress)
     except Interrupted as end:
@@ -138,7 +174,10 @@ def _refuse_changes(run: RunDirectory, changes: Sequence[str], accepted: bool) -
     Raises:
         PolysegError: names what has changed.
     """
-    decisive = [change for change in changes if change.partition(" ")[0] in _DECISIVE]
+    names = {change.partition(" ")[0]: change for change in changes}
+    # With another number of processes results are equal to rounding only, as with other threads.
+    known = {"threads"} if "processes" in names else set()
+    decisive = [change for name, change in names.items() if name in {*_DECISIVE} - known]
     if decisive and not accepted:
         threads = " (OMP_NUM_THREADS sets the threads)" if "threads" in decisive[-1] else ""
         raise PolysegError(
@@ -168,7 +207,7 @@ def plan(
     done = -1
     if resume:
         run.refuse_missing()
-        trainer, checkpoint = _taken_up(config, run, accept_changes, progress)
+        trainer, checkpoint, _ = _taken_up(config, _How(run, ALONE, accept_changes, progress))
         config, images, split, done = (
             *(trainer.config, trainer.images, trainer.split),
             checkpoint.epoch,
