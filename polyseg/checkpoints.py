@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyseg import __version__
@@ -162,7 +164,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     metadata = {"polyseg": text, "sha256": _digest(text, tensors)}
     with atomic_path(path) as temporary:
         try:
-            safetensors.torch.save_file(tensors, temporary, metadata)
+            _save(temporary, tensors, metadata)
         except safetensors.SafetensorError as error:
             raise PolysegError(f"{path}: cannot be written: {error}") from None
 
@@ -233,8 +235,25 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, values in sorted(tensors.items()):
         digest.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(values).data)
     return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor, which it shares."""
+    bytes_of: NDArray[np.uint8] = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return bytes_of
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as a safetensors file."""
+    plain = {name: values.contiguous() for name, values in tensors.items()}
+    if any(values.dtype == torch.bfloat16 for values in plain.values()):
+        safetensors.torch.save_file(plain, path, metadata)
+        return
+    # From tensors the library keeps some memory of each, commit by commit; from arrays it does not.
+    arrays = {name: values.numpy() for name, values in plain.items()}
+    safetensors.numpy.save_file(arrays, path, metadata)
 
 
 def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -221,3 +221,15 @@ def test_every_network_can_be_held_to_its_weights(name):
     again = Checkpoint(config, 3, 1, network.state_dict()).build()
     for one, other in zip(network.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other) and other.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8]
+)
+def test_tensors_of_any_type_come_back_by_the_librarys_reader(tmp_path, dtype):
+    values = (torch.arange(6).reshape(2, 3) % 2).to(dtype).T
+    config = load_config(overrides=[SMALL])
+    write_checkpoint(tmp_path / "a", Checkpoint(config, 1, 1, {"a": values, "b": values[0, 0]}))
+    again = safetensors.torch.load_file(tmp_path / "a")
+    assert torch.equal(again["weights/a"], values) and again["weights/a"].dtype == dtype
+    assert again["weights/b"].shape == ()

@@ -143,7 +143,7 @@ def _hold(run: RunDirectory, stack: contextlib.ExitStack, *, resume: bool) -> No
 
 
 def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]]:
-    """Return what goes on with a run, from where, and what has changed that does not speak against it.
+    """Return what goes on with a run, from where, and what has changed, which does not matter.
 
     All processes see the run's folder, and only the leading one changes it.
     """
