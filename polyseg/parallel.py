@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce as reduce_with_gradient
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from polyseg.processes import Processes
@@ -54,9 +53,26 @@ class BatchNormTogether(_BatchNorm):
         """Take features of any number of dimensions."""
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, of the values and, on the way back, of their gradients."""
+
+    @staticmethod
+    def forward(_context: Any, mine: Tensor) -> Tensor:
+        return _summed(mine)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def _summed(mine: Tensor) -> Tensor:
+    total = mine.contiguous().clone()
+    distributed.all_reduce(total)
+    return total
+
+
 def _over_processes(mine: Tensor) -> Tensor:
-    """Return the sum over all processes, through which gradients flow."""
-    total: Tensor = reduce_with_gradient(mine)  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(mine)  # type: ignore[no-untyped-call]
     return total
 
 

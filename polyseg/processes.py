@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from polyseg.errors import PolysegError
@@ -19,6 +20,12 @@ T = TypeVar("T")
 
 _ENDED = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
 """In what a collective says when one of the processes is no longer there."""
+_OTHER_ENDED = (
+    "another process of this command has ended, and so does this one; what it said tells why, and "
+    "a training goes on from its last epoch by --resume"
+)
+PATIENCE = timedelta(days=2)
+"""To wait for a process that has more to do than the others; where one ends `torchrun` ends all."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,16 @@ class Processes:
         distributed.all_gather_object(found, mine)
         return found
 
+    def joined(self, mine: Sequence[T]) -> list[T]:
+        """Return what came of each item, in the items' order, of which each process did its share.
+
+        >>> items = "abc"
+        >>> ALONE.joined([item.upper() for item in ALONE.share(items)])
+        ['A', 'B', 'C']
+        """
+        parts = self.gathered(list(mine))
+        return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
+
     def from_leader(self, mine: T | None) -> T:
         """Return what the leading process has."""
         if self.count == 1:
@@ -69,6 +86,35 @@ class Processes:
         """Return whether it holds in all of the processes."""
         return all(self.gathered(mine))
 
+    def entered_by_leader(
+        self, stack: contextlib.ExitStack, block: contextlib.AbstractContextManager[T]
+    ) -> T:
+        """Enter a block in the leading process alone, until the stack ends; return what it yields.
+
+        The others go on once it is entered.
+        """
+        return self.from_leader(stack.enter_context(block) if self.leads else None)
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let an error leave the block when all processes have come to its end, and then end all.
+
+        So nothing in it is still at work when the one that failed, or leads, tidies up.
+
+        Raises:
+            PolysegError: another process failed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        well = self.all(error is None)
+        if error is not None:
+            raise error
+        if not well:
+            raise PolysegError(_OTHER_ENDED)
+
 
 ALONE = Processes()
 
@@ -82,11 +128,12 @@ def rank_here() -> int:
 
 
 @contextlib.contextmanager
-def together(device: "Device") -> Iterator[Processes]:
+def together(device: "Device", patience: timedelta | None = None) -> Iterator[Processes]:
     """Meet the other processes, if there are any, for the length of the block.
 
     Args:
         device: where this process computes.
+        patience: how long to wait for another one; torch knows where nothing is said.
 
     Raises:
         PolysegError: they do not meet, or one of them ends before the block does.
@@ -99,7 +146,8 @@ def together(device: "Device") -> Iterator[Processes]:
     with _explaining_the_end_of_others():
         if device.type == "cuda":
             cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=patience)
         try:
             yield Processes(distributed.get_rank(), distributed.get_world_size())
         finally:
@@ -119,7 +167,4 @@ def _explaining_the_end_of_others() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or any(s in str(error) for s in _ENDED)):
             raise
-        raise PolysegError(
-            "another process of this command has ended, and so does this one; what it said tells "
-            "why, and a training goes on from its last epoch by --resume"
-        ) from None
+        raise PolysegError(_OTHER_ENDED) from None

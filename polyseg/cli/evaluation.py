@@ -22,6 +22,7 @@ from polyseg.cli.options import (
 )
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
+from polyseg.processes import rank_here
 
 
 def evaluate(
@@ -128,7 +129,8 @@ def evaluate(
             figures=figures,
             progress=display,
         )
-    print_outcome(outcome, as_json)
+    if rank_here() == 0:
+        print_outcome(outcome, as_json)
 
 
 def _threshold(text: str) -> float | Literal["val"]:

@@ -8,6 +8,7 @@ import typer
 from polyseg.cli.display import talking
 from polyseg.cli.options import HOW, WHERE, AsJson, Device, Overwrite, Quiet, Source, Trust, Verbose
 from polyseg.cli.printing import print_outcome
+from polyseg.processes import rank_here
 
 
 def predict(
@@ -56,4 +57,5 @@ def predict(
             trust=trust,
             progress=display,
         )
-    print_outcome(outcome, as_json)
+    if rank_here() == 0:
+        print_outcome(outcome, as_json)

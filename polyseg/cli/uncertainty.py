@@ -20,6 +20,7 @@ from polyseg.cli.options import (
     Verbose,
 )
 from polyseg.cli.printing import print_outcome
+from polyseg.processes import rank_here
 
 
 def estimate_uncertainty(
@@ -61,4 +62,5 @@ def estimate_uncertainty(
             trust=trust,
             progress=display,
         )
-    print_outcome(outcome, as_json)
+    if rank_here() == 0:
+        print_outcome(outcome, as_json)

@@ -1,8 +1,10 @@
 """`polyseg evaluate`: networks tested side by side on the same images."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from polyseg import results
@@ -14,9 +16,11 @@ from polyseg.errors import PolysegError
 from polyseg.evaluate import Evaluation, RunScores, compare
 from polyseg.files import short_names
 from polyseg.folders import moved, whole_folder
+from polyseg.inference import choose_device
 from polyseg.jobs.arms import arms_of, pool_arms, pool_points
 from polyseg.jobs.models import LastImages, images_for, open_model, results_beside
 from polyseg.jobs.testing import Questions, Tested, ask_network
+from polyseg.processes import PATIENCE, Processes, together
 from polyseg.records import Progress, no_progress
 from polyseg.report import Outcome
 from polyseg.run import RunDirectory, find_checkpoint
@@ -27,6 +31,36 @@ _KNOWN_BY = ("summary.json",)
 
 Hashes = Mapping[str, str]
 Arms = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What all networks gave, before it is compared."""
+
+    tested: Mapping[str, Tested]
+    """By their names."""
+    configs: Mapping[str, Config]
+    arms: Arms
+    reference: str | None
+    images: ImageSet
+    """Of the first network."""
+
+    @property
+    def masks(self) -> list[results.PredictedMasks]:
+        """What all of them predicted."""
+        return [one for test in self.tested.values() for one in test.masks]
+
+    def evaluation(self, questions: Questions) -> Evaluation:
+        """Return all of it, arm by arm, and compared."""
+        runs: list[RunScores] = []
+        for name, test in self.tested.items():
+            seed, fold = self.configs[name].training.seed, self.configs[name].data.fold
+            runs += [dataclasses.replace(run, seed=seed, fold=fold) for run in test.scores]
+        points = [point for test in self.tested.values() for point in test.points]
+        if any([arm] != list(members) for arm, members in self.arms.items()):
+            points, runs = pool_points(points, runs, self.arms), pool_arms(runs, self.arms)
+        compared = [] if self.reference is None else compare(runs, self.reference)
+        return Evaluation(runs, compared, points, questions.tolerance, questions.failure)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -64,6 +98,8 @@ def evaluate_runs(
 ) -> Outcome:
     """Test checkpoints side by side on the same images.
 
+    Several processes share the images; the leading one compares, writes and draws.
+
     Args:
         sources: checkpoints or runs.
         questions: what to find out.
@@ -85,22 +121,29 @@ def evaluate_runs(
     # What can be found wrong is said before the first network is tested, which may take long.
     questions.check()
     place = out or results_beside(sources[0], "evaluation")
-    with whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
-        evaluation, masks, images = _test(
-            sources,
-            questions,
-            baseline=baseline,
-            group=group,
-            data=data,
-            part=part,
-            cache=cache,
-            device=device,
-            trust=trust,
-            progress=progress,
-        )
+    with contextlib.ExitStack() as stack:
+        with together(choose_device(device), PATIENCE) as processes:
+            held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
+            folder = processes.entered_by_leader(stack, held)
+            found = _test(
+                sources,
+                questions,
+                baseline=baseline,
+                group=group,
+                data=data,
+                part=part,
+                cache=cache,
+                device=device,
+                trust=trust,
+                progress=progress,
+                processes=processes,
+            )
+        if not processes.leads:
+            return Outcome(place, [])
+        evaluation = found.evaluation(questions)
         files = results.write_evaluation(evaluation, folder, figures=figures)
         if figures:
-            files += results.draw_predictions(evaluation, masks, images, folder)
+            files += results.draw_predictions(evaluation, found.masks, found.images, folder)
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
@@ -116,8 +159,9 @@ def _test(
     device: str,
     trust: bool,
     progress: Progress,
-) -> tuple[Evaluation, list[results.PredictedMasks], ImageSet]:
-    """Return what all networks gave, what they predicted, and the images of the first."""
+    processes: Processes,
+) -> _Found:
+    """Return what all networks gave."""
     names = short_names(sources)
     configs = {
         name: read_checkpoint(find_checkpoint(source)).config
@@ -144,33 +188,14 @@ def _test(
                 "%s: --split %s has images that it was trained or chosen on: no test", name, part
             )
         images = images or found
-        tested[name] = ask_network(model, name, found, ids, questions, cache, load, progress)
+        tested[name] = ask_network(
+            model, name, found, ids, questions, cache, load, progress, processes
+        )
     _refuse_other_images(arms, hashes)
     _warn_of_sizes(configs)
-    evaluation = _together(tested, configs, arms, reference, questions)
-    masks = [one for test in tested.values() for one in test.masks]
     if images is None:
         raise ValueError("no sources")
-    return evaluation, masks, images
-
-
-def _together(
-    tested: Mapping[str, Tested],
-    configs: Mapping[str, Config],
-    arms: Arms,
-    reference: str | None,
-    questions: Questions,
-) -> Evaluation:
-    """Return what all networks gave, arm by arm."""
-    runs: list[RunScores] = []
-    for name, test in tested.items():
-        seed, fold = configs[name].training.seed, configs[name].data.fold
-        runs += [dataclasses.replace(run, seed=seed, fold=fold) for run in test.scores]
-    points = [point for test in tested.values() for point in test.points]
-    if any([arm] != list(members) for arm, members in arms.items()):
-        points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
-    compared = [] if reference is None else compare(runs, reference)
-    return Evaluation(runs, compared, points, questions.tolerance, questions.failure)
+    return _Found(tested, configs, arms, reference, images)
 
 
 def _promised(source: Path, part: str | None) -> Hashes | None:

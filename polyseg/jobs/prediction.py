@@ -1,13 +1,14 @@
 """`polyseg predict`: masks of images that have none, in the images' own size, kind and geometry."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,10 @@ from polyseg.data.writers import write_labels, write_map
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
 from polyseg.folders import moved, whole_folder
-from polyseg.inference import predict
+from polyseg.inference import choose_device, predict
 from polyseg.jobs.models import Model, open_model, passes_of
 from polyseg.montecarlo import assess
+from polyseg.processes import PATIENCE, Processes, together
 from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.report import Outcome
 
@@ -54,7 +56,8 @@ def predict_images(
 ) -> Outcome:
     """Segment images, and write a mask for each, of its size, kind and geometry.
 
-    What can be read is segmented; what cannot is named at the end.
+    What can be read is segmented; what cannot is named at the end. Several processes share the
+    images, and each writes the masks of its own, so that all have to see one file system.
 
     Args:
         source: a checkpoint or a run.
@@ -72,20 +75,21 @@ def predict_images(
     """
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
-    model = _with_samples(open_model(source, device, trust), samples)
-    cases = find_unlabelled(paths)
-    files, rows, problems = [], [], []
-    with whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
-        for done, case in enumerate(cases, start=1):
-            try:
-                written, told = _predict_case(model, case, folder, uncertainty)
-                files += written
-                rows += told
-            except PolysegError as error:
-                if _is_for_want_of_space(error):
-                    raise
-                problems.append(str(error))
-            progress("predicting", done, len(cases))
+    with contextlib.ExitStack() as stack:
+        with together(choose_device(device), PATIENCE) as processes:
+            model = _with_samples(open_model(source, device, trust), samples)
+            cases = processes.from_leader(find_unlabelled(paths) if processes.leads else None)
+            held = whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY)
+            folder = processes.entered_by_leader(stack, held)
+            with processes.failing_together():
+                share = _predict_share(model, cases, folder, out, uncertainty, processes, progress)
+                done = list(share)
+            found = processes.joined(done)
+        if not processes.leads:
+            return Outcome(out, [])
+        files = [path for one in found for path in one.files]
+        rows = [row for one in found for row in one.rows]
+        problems = [one.problem for one in found if one.problem]
         if not rows:
             raise _refusal(problems, len(cases), out)
         files.append(folder / "predictions.csv")
@@ -93,6 +97,39 @@ def predict_images(
     if problems:
         raise _refusal(problems, len(cases), out)
     return Outcome(out, moved(files, folder, out))
+
+
+class _Predicted(NamedTuple):
+    """What came of a case."""
+
+    files: list[Path]
+    rows: Rows
+    problem: str = ""
+    """Why it could not be segmented."""
+
+
+def _predict_share(
+    model: Model,
+    cases: Sequence[Case],
+    folder: Path,
+    out: Path,
+    uncertainty: bool,
+    processes: Processes,
+    progress: Progress,
+) -> Iterator[_Predicted]:
+    """Yield what comes of each case of this process's share, whose files go into a folder.
+
+    Errors call it `out`, which is its name once all is there.
+    """
+    for done, case in enumerate(processes.share(cases), start=1):
+        try:
+            yield _Predicted(*_predict_case(model, case, folder, uncertainty))
+        except PolysegError as error:
+            told = str(error).replace(str(folder), str(out))
+            if _is_for_want_of_space(error):
+                raise PolysegError(told) from error
+            yield _Predicted([], [], told)
+        progress("predicting", min(len(cases), processes.count * done), len(cases))
 
 
 def _is_for_want_of_space(error: PolysegError) -> bool:

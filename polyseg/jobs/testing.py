@@ -1,10 +1,15 @@
-"""One network tested: what it predicts, by pass or by passes, of images as they are or damaged."""
+"""One network tested: what it predicts, by pass or by passes, of images as they are or damaged.
 
+Several processes share the images of each test, and all of them get the metrics of all images.
+"""
+
+import functools
 import logging
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +31,7 @@ from polyseg.inference import predict
 from polyseg.jobs.models import Load, Model, images_for, passes_of
 from polyseg.montecarlo import assess
 from polyseg.networks import SegmentationNetwork
+from polyseg.processes import ALONE, Processes
 from polyseg.records import METRICS, Progress, no_progress
 from polyseg.results import PredictedMasks
 
@@ -36,8 +42,11 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 _PIXELS_AT_ONCE = 2**24
 """Of which MC Dropout's maps are held."""
+_CHOOSING = 48
+"""At least as many images as choose how many passes there are, but for the rest of a batch."""
 
 Threshold = float | Literal["val"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,9 @@ def score(
     Raises:
         PolysegError: the images have no masks.
     """
-    predictions = _plain(network, images, ids, batch_size, f"testing {name}", progress)
-    return _judge(name, predictions, images, ids, dict.fromkeys(images.labels, 0.5), Questions())
+    predictions = _plain(network, images, ids, batch_size, f"testing {name}", progress, ALONE)
+    thresholds = dict.fromkeys(images.labels, 0.5)
+    return _judge(name, predictions, images, ids, thresholds, Questions(), ALONE)
 
 
 def choose_thresholds(
@@ -122,16 +132,18 @@ def choose_thresholds(
     ids: Sequence[str],
     batch_size: int,
     progress: Progress = no_progress,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
 
     Of several that are equally good it is the one nearest to 0.5.
     """
+    task = "choosing thresholds"
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
-        for one in _plain(network, images, ids, batch_size, "choosing thresholds", progress)
+        for one in _plain(network, images, ids, batch_size, task, progress, processes)
     ]
-    means = np.mean(dices, axis=0).round(9)
+    means = np.mean(processes.joined(dices), axis=0).round(9)
     nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
     return {
         label: max(zip(of_label.tolist(), nearness, THRESHOLDS, strict=True))[2]
@@ -148,6 +160,7 @@ def ask_network(
     cache: Path | None = None,
     load: Load = load_images,
     progress: Progress = no_progress,
+    processes: Processes = ALONE,
 ) -> Tested:
     """Ask one network everything.
 
@@ -160,24 +173,25 @@ def ask_network(
         cache: where decoded images go that do not fit into memory.
         load: what reads the network's own data.
         progress: of all this.
+        processes: that share the images; all get the whole.
 
     Raises:
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
-    thresholds = _thresholds(model, images, questions, cache, load, progress)
+    thresholds = _thresholds(model, images, questions, cache, load, progress, processes)
     scores: list[RunScores] = []
     if questions.uncertainty:
-        passes = _passes(model, images, ids, questions, progress)
-        scores = _judge(name, passes, images, ids, thresholds, questions, "mc_mean")
+        passes = _passes(model, images, ids, questions, progress, processes)
+        scores = _judge(name, passes, images, ids, thresholds, questions, processes, "mc_mean")
     uncertainty = _by_image(scores)
     size, kept = model.config.training.batch_size, _Keeper(name, images.labels, thresholds)
     predictions = (
         one._replace(uncertainty=uncertainty.get(one.id, {}))
-        for one in _plain(model.network, images, ids, size, f"testing {name}", progress)
+        for one in _plain(model.network, images, ids, size, f"testing {name}", progress, processes)
     )
-    plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions)
-    points = _under_damage(model, plain, images, ids, questions, progress)
-    return Tested(plain + scores, list(points), kept.masks())
+    plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions, processes)
+    points = _under_damage(model, plain, images, ids, questions, progress, processes)
+    return Tested(plain + scores, list(points), kept.masks(processes))
 
 
 def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
@@ -197,12 +211,13 @@ def _thresholds(
     cache: Path | None,
     load: Load,
     progress: Progress,
+    processes: Processes,
 ) -> dict[str, float]:
     if questions.threshold != "val":
         return dict.fromkeys(images.labels, float(questions.threshold))
     own, ids = images_for(model, None, "val", "val", progress, cache, load)
     size = model.config.training.batch_size
-    found = choose_thresholds(model.network, own, ids, size, progress)
+    found = choose_thresholds(model.network, own, ids, size, progress, processes)
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
         log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
@@ -216,17 +231,18 @@ def _plain(
     batch_size: int,
     task: str,
     progress: Progress,
+    processes: Processes,
 ) -> Iterator[_Prediction]:
-    """Yield what one pass without dropout predicts for each image."""
+    """Yield what one pass without dropout predicts for each image of this process's share."""
     done = 0
-    for batch, logits in predict(network, images.batches(ids, batch_size)):
+    for batch, logits in predict(network, images.batches(processes.share(ids), batch_size)):
         if batch.masks is None:
             raise PolysegError("evaluate: the images have no masks to compare with")
         for row, identity in enumerate(batch.ids):
             probability = logits[row].double().sigmoid().numpy()
             yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
         done += len(batch.ids)
-        progress(task, done, len(ids))
+        progress(task, min(len(ids), processes.count * done), len(ids))
 
 
 def _passes(
@@ -235,19 +251,21 @@ def _passes(
     ids: Sequence[str],
     questions: Questions,
     progress: Progress,
+    processes: Processes,
 ) -> Iterator[_Prediction]:
-    """Yield the mean prediction over the passes of MC Dropout for each image, and its uncertainty.
+    """Yield the mean over the passes of MC Dropout, and the uncertainty, of each image of a share.
 
     Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
     """
     settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
     settings |= {} if questions.samples is None else {"samples": questions.samples}
     names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
-    labels = len(images.labels)
-    for part in _chunks(images, ids):
+    labels, size, mine = len(images.labels), model.config.training.batch_size, processes.share(ids)
+    choosing = _CHOOSING + size if settings["samples"] == "auto" else 0
+    for part in _parts(images, ids, choosing, processes):
         found = assess(
             model.network,
-            images.batches(part, model.config.training.batch_size),
+            images.batches(part, size),
             **settings,
             seed=model.config.training.seed,
             epoch=model.checkpoint.epoch,
@@ -257,6 +275,8 @@ def _passes(
         # Where the passes choose N, the first part does so for all.
         settings["samples"] = found.samples
         for i, identity in enumerate(part):
+            if identity not in mine:
+                continue
             rows = slice(i * labels, (i + 1) * labels)
             _, masks = images.sample(identity)
             yield _Prediction(
@@ -265,6 +285,22 @@ def _passes(
                 masks.numpy(),
                 {name: found.scores[name][rows].tolist() for name in names},
             )
+
+
+def _parts(
+    images: ImageSet, ids: Sequence[str], choosing: int, processes: Processes
+) -> Iterator[list[str]]:
+    """Yield a process's share of the images in parts whose maps fit into memory.
+
+    So many of the first choose N: where there are several processes, all of them see all of those
+    before anything else, so that they choose the same.
+    """
+    first = next(_chunks(images, ids))[:choosing] if processes.count > 1 else []
+    rest = [identity for identity in processes.share(ids) if identity not in first]
+    if first:
+        yield first
+    if rest:
+        yield from _chunks(images, rest)
 
 
 def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
@@ -288,15 +324,16 @@ def _judge(
     ids: Sequence[str],
     thresholds: Mapping[str, float],
     questions: Questions,
+    processes: Processes,
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
-    """Return the metrics of predictions, a record a label."""
+    """Return the metrics of all images, a record a label, where each process judges its share."""
     in_mm = all(images.item(identity).spacing is not None for identity in ids)
-    results: dict[str, list[ImageScores]] = {label: [] for label in images.labels}
-    curves = {label: ReliabilityCurve() for label in images.labels}
+    rows: list[list[ImageScores]] = []
+    curves = [ReliabilityCurve() for _ in images.labels]
     for one in predictions:
-        for k, label in enumerate(images.labels):
-            results[label].append(
+        rows.append(
+            [
                 image_scores(
                     one.id,
                     one.probability[k],
@@ -306,19 +343,23 @@ def _judge(
                     tolerance=questions.tolerance,
                     uncertainty={key: values[k] for key, values in one.uncertainty.items()},
                 )
-            )
-            curves[label].add(one.probability[k], one.masks[k])
+                for k, label in enumerate(images.labels)
+            ]
+        )
+        for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
+            curve.add(probability, masks)
+    rows, of_all = processes.joined(rows), processes.gathered(curves)
     return [
         RunScores(
             name=name,
-            scores=scores,
+            scores=[row[k] for row in rows],
             label=label,
             prediction=prediction,
             threshold=thresholds[label],
             unit="mm" if in_mm else "px",
-            reliability=curves[label],
+            reliability=functools.reduce(operator.add, (curves[k] for curves in of_all)),
         )
-        for label, scores in results.items()
+        for k, label in enumerate(images.labels)
     ]
 
 
@@ -329,19 +370,20 @@ def _under_damage(
     ids: Sequence[str],
     questions: Questions,
     progress: Progress,
+    processes: Processes,
 ) -> Iterator[RobustnessPoint]:
     """Yield the metrics of a network on images damaged in each way, to each degree."""
     thresholds = {run.label: run.threshold for run in clean}
-    name, config = clean[0].name, model.config
+    name, config, mine = clean[0].name, model.config, processes.share(ids)
     for corruption in questions.corruptions:
         yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
         for strength in STRENGTHS[1:]:
             # One seed for all networks, so that all see the same damage.
-            seen = corrupted(images, corruption, strength, seed=0, config=config.data, ids=ids)
+            seen = corrupted(images, corruption, strength, seed=0, config=config.data, ids=mine)
             task = f"testing {name} under {corruption} {strength}"
             size = config.training.batch_size
-            predictions = _plain(model.network, seen, ids, size, task, progress)
-            for run in _judge(name, predictions, seen, ids, thresholds, questions):
+            predictions = _plain(model.network, seen, ids, size, task, progress, processes)
+            for run in _judge(name, predictions, images, ids, thresholds, questions, processes):
                 yield RobustnessPoint(run.title, corruption, strength, run.scores)
 
 
@@ -360,12 +402,15 @@ class _Keeper:
             self.shapes[one.id] = (predicted.shape[0], predicted.shape[1])
         return one
 
-    def masks(self) -> list[PredictedMasks]:
-        """Return them, a record a label."""
-        return [
-            PredictedMasks(self.name, label, self.packed[label], self.shapes)
-            for label in self.labels
-        ]
+    def masks(self, processes: Processes) -> list[PredictedMasks]:
+        """Return those that passed by in any of the processes, a record a label."""
+        packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
+        shapes = _united(processes.gathered(self.shapes))
+        return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]
+
+
+def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray[np.float64]:

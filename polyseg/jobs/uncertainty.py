@@ -1,5 +1,6 @@
 """`polyseg estimate-uncertainty`: what a trained network is unsure about."""
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -13,9 +14,11 @@ from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.files import write_text
 from polyseg.folders import moved, whole_folder
-from polyseg.jobs.models import images_for, open_model, passes_of, results_beside
+from polyseg.inference import choose_device
+from polyseg.jobs.models import Model, images_for, open_model, passes_of, results_beside
 from polyseg.montecarlo import assess, describe, spread
 from polyseg.networks import SegmentationNetwork, hash_weights
+from polyseg.processes import PATIENCE, together
 from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.report import Outcome
 
@@ -40,37 +43,50 @@ def estimate_uncertainty(
 ) -> Outcome:
     """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
 
+    Several processes share the images; the leading one writes.
+
     Raises:
         PolysegError: checkpoint, data or folder are not in order.
     """
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
-    model = open_model(source, device, trust)
-    images, ids = images_for(model, data, part, "all", progress, cache)
-    settings = passes_of(model.config) | {"save_maps": save_maps}
-    if samples is not None:
-        settings["samples"] = samples
     place = out or results_beside(source, "uncertainty-estimate")
-    with whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
-        assessment = assess(
-            model.network,
-            images.batches(spread(ids), model.config.training.batch_size),
-            **settings,
-            seed=model.config.training.seed,
-            epoch=model.checkpoint.epoch,
-            progress=progress,
-            total=len(ids),
-        ).in_order(ids)
-        log.info("%s", describe(assessment))
-        assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
-        write_assessment(folder / "assessment.h5", assessment)
-        write_text(folder / "per_image.csv", report.assessment_csv(assessment))
-        files = [folder / "assessment.h5", folder / "per_image.csv"]
-        figures = folder / "figures"
-        files += report.draw_assessment(assessment, figures)
-        files += draw_extremes(model.network, model.config, images, assessment, figures)
+    with contextlib.ExitStack() as stack:
+        with together(choose_device(device), PATIENCE) as processes:
+            model = open_model(source, device, trust)
+            images, ids = images_for(model, data, part, "all", progress, cache)
+            settings = passes_of(model.config) | {"save_maps": save_maps}
+            if samples is not None:
+                settings["samples"] = samples
+            held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
+            folder = processes.entered_by_leader(stack, held)
+            assessment = assess(
+                model.network,
+                images.batches(spread(ids), model.config.training.batch_size),
+                **settings,
+                seed=model.config.training.seed,
+                epoch=model.checkpoint.epoch,
+                progress=progress,
+                total=len(ids),
+                processes=processes,
+            ).in_order(ids)
+        if not processes.leads:
+            return Outcome(place, [])
+        files = _write(assessment, model, images, folder)
     correlations = report.difficulty_correlations(assessment, images.known_difficulty)
     return Outcome(place, moved(files, folder, place), correlations=correlations)
+
+
+def _write(assessment: Assessment, model: Model, images: ImageSet, folder: Path) -> list[Path]:
+    """Write an assessment and what there is to see of it; return the files."""
+    log.info("%s", describe(assessment))
+    assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
+    write_assessment(folder / "assessment.h5", assessment)
+    write_text(folder / "per_image.csv", report.assessment_csv(assessment))
+    files = [folder / "assessment.h5", folder / "per_image.csv"]
+    figures = folder / "figures"
+    files += report.draw_assessment(assessment, figures)
+    return files + draw_extremes(model.network, model.config, images, assessment, figures)
 
 
 def draw_extremes(

@@ -1,0 +1,269 @@
+"""Estimates, evaluations and predictions that two processes share: what one process finds."""
+
+import csv
+import json
+import math
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from polyseg import pilot
+from polyseg.cache import read_assessment
+from polyseg.config import load_config
+from polyseg.data.dataset import make_demo
+from polyseg.data.phantoms import make_phantoms
+from polyseg.errors import PolysegError
+from polyseg.jobs import testing as room
+from polyseg.processes import ALONE, Processes
+from tests import together
+from tests.conftest import TINY
+from tests.test_train import run_of
+
+SETTINGS = (*TINY, "output.figures=false", "loss.name=dice", "training.learning_rate=0.02")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return two runs, of which one has a fixed number of passes and the other's choose it."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        run_of(
+            load_config(
+                overrides=[*SETTINGS, f"uncertainty.samples={n}", f"output.path={folder}/s{n}"]
+            )
+        ).path
+        for n in (3, "auto")
+    ]
+
+
+@pytest.fixture
+def in_two(tmp_path):
+    """Run a command in two processes; return the exit code and all that they said."""
+
+    def run(*arguments):
+        log = tmp_path / "log"
+        code = together.end(together.begin(2, *arguments, log=log), seconds=120)
+        return code, log.read_text()
+
+    return run
+
+
+def assert_equal_to_rounding(one, other, where=""):
+    """Texts are equal, and so are numbers but for their last digits."""
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key, value in one.items():
+            assert_equal_to_rounding(value, other[key], f"{where} {key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal_to_rounding(*pair, f"{where} {i}")
+    elif isinstance(one, str | bool | None):
+        assert one == other, where
+    else:
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8, err_msg=where)
+
+
+def rows_of(path):
+    """Return a table with its numbers as such."""
+
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open() as stream:
+        return [[value(text) for text in row] for row in csv.reader(stream)]
+
+
+def files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_same_results(one, other):
+    """Two folders have the same files, and their tables and records the same in them."""
+    assert files_of(one) == files_of(other)
+    for name in files_of(one):
+        pair = one / name, other / name
+        if name.endswith(".csv"):
+            assert_equal_to_rounding(*map(rows_of, pair), name)
+        elif name.endswith(".json"):
+            assert_equal_to_rounding(*(json.loads(path.read_text()) for path in pair), name)
+        elif name.endswith(".h5"):
+            found = [vars(read_assessment(path, with_maps=True)) for path in pair]
+            assert_equal_to_rounding(*found, name)
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "log")
+
+
+def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
+    command = ("estimate-uncertainty", runs[1], "--maps", "--quiet", "--json", "--out")
+    assert polyseg(*command, tmp_path / "one").code == 0
+    code, said = in_two(*command, tmp_path / "two")
+    assert code == 0, said
+    assert_same_results(tmp_path / "one", tmp_path / "two")
+    assert read_assessment(tmp_path / "two/assessment.h5").samples >= pilot.FEWEST
+    assert said.count('"folder"') == 1
+    assert left_in(tmp_path) == ["one", "two"]
+
+
+def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
+    """Seven images, or three, are not divided evenly."""
+    command = (
+        *("evaluate", *runs, "--baseline", "s3", "--split", "test", "--threshold", "val"),
+        *("--uncertainty", "--corrupt", "noise", "--quiet", "--json", "--out"),
+    )
+    assert polyseg(*command, tmp_path / "one").code == 0
+    code, said = in_two(*command, tmp_path / "two")
+    assert code == 0, said
+    assert_same_results(tmp_path / "one", tmp_path / "two")
+    record = json.loads((tmp_path / "two/summary.json").read_text())
+    assert len(record["runs"]) == 4 and record["comparisons"] and record["robustness"]
+    # Of all images there is a mask to draw, whichever process has predicted it.
+    for name in ("predictions_worst.png", "predictions_best.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert said.count('"folder"') == 1
+    assert left_in(tmp_path) == ["one", "two"]
+
+
+def write_images(folder):
+    """Write five pictures, two volumes, and files of either kind that are none."""
+    folder.mkdir()
+    phantoms = make_phantoms(7, seed=5, size=(40, 48))
+    for i, phantom in enumerate(phantoms[:5]):
+        Image.fromarray(phantom.image).save(folder / f"case{i}.png")
+    volume = np.stack([phantom.image for phantom in phantoms[5:]]).astype(np.int16)
+    for i in (5, 6):
+        nibabel.save(
+            nibabel.Nifti1Image(volume.T, np.diag([1, 1, i, 1.0])), folder / f"v{i}.nii.gz"
+        )
+    for name in ("case1a.png", "case2a.png", "v5a.nii.gz"):
+        (folder / name).write_text("none")
+    return folder
+
+
+def test_two_processes_predict_what_one_does(runs, polyseg, in_two, tmp_path):
+    """What neither could read is named in the order of the files, once."""
+    command = (
+        *("predict", runs[0], write_images(tmp_path / "in"), "--uncertainty", "--samples", 4),
+        *("--quiet", "--out"),
+    )
+    one = polyseg(*command, tmp_path / "one")
+    code, said = in_two(*command, tmp_path / "two")
+    assert one.code == 2 and code != 0
+    told = one.err.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+    assert "7 of 10 images" in told and len(told.splitlines()) == 4 and told in said
+    assert "process 1: " not in said
+    assert_same_results(tmp_path / "one", tmp_path / "two")
+    masks = [name for name in files_of(tmp_path / "one") if not name.endswith(".csv")]
+    assert len(masks) == 14
+    for name in masks:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert len({(tmp_path / "two" / name).read_bytes() for name in masks}) == 14
+    assert left_in(tmp_path) == ["in", "one", "two"]
+
+
+FAILING = """
+import os
+import torch
+from polyseg.errors import PolysegError
+
+class Network(torch.nn.Conv2d):
+    def forward(self, images):
+        if os.environ.get("RANK") == "1":
+            raise PolysegError("images: too much for this one; choose others")
+        return super().forward(images)
+
+def make(in_channels, out_channels):
+    return Network(in_channels, out_channels, 3, padding=1)
+"""
+
+
+def test_where_one_process_fails_all_end_and_leave_nothing(in_two, tmp_path, monkeypatch):
+    (tmp_path / "failing_module.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    of_it = ("network.name=failing_module:make", "network.kwargs={}", f"output.path={tmp_path}/run")
+    run = run_of(load_config(overrides=[*SETTINGS, "control.enabled=false", *of_it])).path
+    sys.modules.pop("failing_module")
+    before = left_in(tmp_path)
+    code, said = in_two("evaluate", run, "--trust", "--out", tmp_path / "out")
+    assert code != 0
+    assert "process 1: error: images: too much for this one; choose others" in said
+    assert "Dice" not in said
+    assert left_in(tmp_path) == before
+
+
+# In this process.
+
+
+class Played(Processes):
+    """One of several processes of which the others' parts are given."""
+
+    others = ()
+
+    def gathered(self, mine):
+        return [*self.others[: self.rank], mine, *self.others[self.rank :]]
+
+
+def played(rank, *others):
+    one = Played(rank, len(others) + 1)
+    object.__setattr__(one, "others", others)
+    return one
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_what_came_of_shares_is_joined_in_the_order_of_the_items(count):
+    for total in range(9):
+        shares = [Processes(rank, count).share(range(total)) for rank in range(count)]
+        for rank, mine in enumerate(shares):
+            one = played(rank, *shares[:rank], *shares[rank + 1 :])
+            assert one.joined(mine) == list(range(total))
+
+
+def test_an_error_waits_for_the_others_and_ends_all():
+    with played(1, True).failing_together():
+        pass
+    with pytest.raises(PolysegError, match="another process"), played(0, False).failing_together():
+        pass
+    for one in (played(0, True), played(0, False), ALONE):
+        with pytest.raises(KeyError, match="mine"), one.failing_together():
+            raise KeyError("mine")
+
+
+def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeypatch):
+    images = make_demo(load_config(overrides=["data.demo_images=60", "data.size=16"]).data)
+    monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 20 * 16 * 16)
+    count, ids = 3, images.ids
+    parts = [list(room._parts(images, ids, 7, Processes(rank, count))) for rank in range(count)]
+    assert [one[0] for one in parts] == [ids[:7]] * count
+    rest = [identity for one in parts for part in one[1:] for identity in part]
+    assert sorted(rest) == sorted(ids[7:])
+    assert max(len(part) for one in parts for part in one) <= 20
+    # Never more than one process would have chosen by, and all that it would.
+    assert next(room._parts(images, ids, 50, Processes(1, count))) == ids[:20]
+    assert list(room._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
+    assert room._CHOOSING >= pilot._IMAGES
+    # Fewer images than processes, and no passes to choose.
+    assert list(room._parts(images, ids[:1], 0, Processes(1, 2))) == []
+
+
+def test_equality_to_rounding_sees_what_differs():
+    """The comparison itself, which would otherwise pass whatever it is given."""
+    base = {"a": [1.0, "x", None, math.nan], "b": np.array([1.0, 2.0])}
+    assert_equal_to_rounding(base, {"a": [1.0 + 1e-9, "x", None, math.nan], "b": base["b"]})
+    for wrong in (
+        {"a": [1.001, "x", None, math.nan], "b": base["b"]},
+        {"a": [1.0, "y", None, math.nan], "b": base["b"]},
+        {"a": [1.0, "x", None], "b": base["b"]},
+        {"a": base["a"], "b": np.array([1.0, 2.1])},
+        {"a": base["a"]},
+    ):
+        with pytest.raises(AssertionError):
+            assert_equal_to_rounding(base, wrong)
