@@ -50,6 +50,8 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     """The optimizer's tensors by "index/name"; empty where training cannot go on from here."""
+    scaler: Mapping[str, float] = field(default_factory=dict)
+    """How gradients are scaled; empty where they are not."""
     history: Sequence[Mapping[str, float]] = ()
     """A row an epoch; empty where training cannot go on from here."""
     schedule: Schedule | None = None
@@ -152,6 +154,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "assessments": dict(checkpoint.assessments),
         "replay": checkpoint.replay,
         "split": checkpoint.split,
+        "scaler": dict(checkpoint.scaler),
         "history": list(checkpoint.history[0]) if checkpoint.history else [],
         "config": checkpoint.config.model_dump(mode="json"),
     }
@@ -162,11 +165,9 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {name: values.detach().cpu().clone() for name, values in tensors.items()}
     text = json.dumps(header)
     metadata = {"polyseg": text, "sha256": _digest(text, tensors)}
+    # Not by the library, which would write to a temporary file of its own first.
     with atomic_path(path) as temporary:
-        try:
-            _save(temporary, tensors, metadata)
-        except safetensors.SafetensorError as error:
-            raise PolysegError(f"{path}: cannot be written: {error}") from None
+        temporary.write_bytes(_packed(tensors, metadata))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -201,6 +202,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             assessments=_checked_names(header["assessments"]),
             replay=str(header["replay"]),
             split=str(header["split"]),
+            scaler=_scaler(header["scaler"]),
             history=_history(header, tensors),
             schedule=_schedule(config, int(header["epoch"]), tensors),
         )
@@ -245,15 +247,13 @@ def _bytes(values: Tensor) -> NDArray[np.uint8]:
     return bytes_of
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as a safetensors file."""
+def _packed(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the bytes of a safetensors file."""
     plain = {name: values.contiguous() for name, values in tensors.items()}
     if any(values.dtype == torch.bfloat16 for values in plain.values()):
-        safetensors.torch.save_file(plain, path, metadata)
-        return
+        return safetensors.torch.save(plain, metadata)
     # From tensors the library keeps some memory of each, commit by commit; from arrays it does not.
-    arrays = {name: values.numpy() for name, values in plain.items()}
-    safetensors.numpy.save_file(arrays, path, metadata)
+    return safetensors.numpy.save({name: one.numpy() for name, one in plain.items()}, metadata)
 
 
 def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -270,6 +270,13 @@ def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if schedule.assessed is not None:
             tensors["schedule/assessed"] = torch.from_numpy(schedule.assessed)
     return tensors
+
+
+def _scaler(found: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {str(name): value for name, value in found.items()}
+    if any(type(value) not in (int, float) or not 0 <= value < 2**60 for value in numbers.values()):
+        raise ValueError("its scale of gradients is none")
+    return numbers
 
 
 def _history(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[dict[str, float]]:

@@ -427,8 +427,23 @@ class TrainingConfig(_Section):
     early_stopping: int = _setting(
         0, "end after so many epochs without a better validation Dice; 0: never", "epochs", ge=0
     )
-    precision: Literal["fp32", "bf16"] = _setting(
-        "fp32", "of the network's forward pass; losses and D are always float32 or wider"
+    precision: Literal["fp32", "bf16", "fp16"] = _setting(
+        "fp32",
+        "of the network's forward pass in training; losses and D are always float32 or wider; fp16 "
+        "scales the gradients, and leaves out steps in which they overflow",
+    )
+    accumulate: int = _setting(
+        1,
+        "parts that each batch goes through the network in, one after another, which takes less "
+        "memory; batch normalisation sees a part at a time",
+        "parts",
+        ge=1,
+        le=4096,
+    )
+    recompute: bool = _setting(
+        False,
+        "keep few feature maps for the way back and compute the others anew: far less memory for "
+        "about a third more time, and the same result",
     )
     compile: bool = _setting(False, "torch.compile the network")
     sync_batch_norm: bool = _setting(

@@ -55,7 +55,8 @@ def whole_folder(
         try:
             yield temporary
         except PolysegError as error:
-            raise PolysegError(str(error).replace(str(temporary), str(path))) from error
+            lines = (str(line).replace(str(temporary), str(path)) for line in error.args)
+            raise PolysegError(*lines) from error
         with _told(path):
             _refuse_occupied(path, overwrite, known_by)
             _put(temporary, place, older)

@@ -107,11 +107,13 @@ def assess(
 
     def parts() -> Iterator[Batch]:
         for batch in batches:
+            places = range(len(given), len(given) + len(batch.ids))
             given.extend(batch.ids)
             # Those that choose N are looked at by all processes, which must agree.
-            mine = images_of(batch, divided.rows(len(batch.ids)))
-            if mine.ids:
-                yield from passes.parts(mine)
+            mine = [i for i, place in enumerate(places) if place % divided.count == divided.rank]
+            if mine:
+                alone = len(mine) == len(batch.ids)
+                yield from passes.parts(batch if alone else images_of(batch, mine))
 
     portions = Portions("MC Dropout", LESS_MEMORY)
     extend = partial(extended, portions=portions, tell=tell)

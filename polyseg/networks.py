@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from polyseg.dropout import stochastic_layers
 from polyseg.errors import PolysegError
@@ -164,7 +165,7 @@ def build_network(
 
 
 def _drop_idle_biases(core: nn.Module) -> None:
-    """Leave out the biases of convolutions whose output batch normalisation centres right away.
+    """Leave out the biases of convolutions whose output is normalised, and so centred, right away.
 
     They change nothing, and their gradients are rounding alone, which optimizers that divide by its
     size make a random walk of.
@@ -172,7 +173,7 @@ def _drop_idle_biases(core: nn.Module) -> None:
     for block in core.modules():
         steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
         first = next(iter(steps.values()), None)
-        if isinstance(first, _BatchNorm) and isinstance(block.conv, _ConvNd):
+        if isinstance(first, _BatchNorm | _InstanceNorm) and isinstance(block.conv, _ConvNd):
             block.conv.register_parameter("bias", None)
 
 

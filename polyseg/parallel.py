@@ -45,7 +45,9 @@ class BatchNormTogether(_BatchNorm):
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        share = self.momentum or 1.0 / float(self.num_batches_tracked)
+        share = self.momentum
+        if share is None:
+            share = 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance * count / (count - 1), share)
 
@@ -102,8 +104,8 @@ class DropoutTogether:
 
     def __init__(self, layers: Mapping[str, Any], processes: Processes) -> None:
         self.layers, self.processes = layers, processes
-        self.total = 0
-        """Images in the batch of all processes."""
+        self.total, self.rows = 0, slice(None)
+        """Images in the batch of all processes, and which of them are looked at."""
 
     @contextlib.contextmanager
     def taking_over(self) -> Iterator[None]:
@@ -130,4 +132,4 @@ class DropoutTogether:
             shape[2:] = [1] * (features.dim() - 2)
         mask = torch.empty(shape, dtype=features.dtype, device=features.device)
         mask = mask.bernoulli_(1 - layer.p).div_(1 - layer.p)
-        return features * mask[self.processes.rows(self.total)]
+        return features * mask[self.rows]

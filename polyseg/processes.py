@@ -145,7 +145,13 @@ def together(device: "Device", patience: timedelta | None = None) -> Iterator[Pr
 
     with _explaining_the_end_of_others():
         if device.type == "cuda":
-            cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            place, there = int(os.environ.get("LOCAL_RANK", "0")), cuda.device_count()
+            if place >= there:
+                raise PolysegError(
+                    f"torchrun: process {place} of this machine has no GPU of its own, of which "
+                    f"there are {there}; lower --nproc-per-node"
+                )
+            cuda.set_device(place)
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=patience)
         try:

@@ -191,7 +191,7 @@ class RunDirectory:
     def _write_best(self, checkpoint: Checkpoint) -> None:
         # Also when a run goes on: a crash may have come between the two files.
         if checkpoint.best_epoch == checkpoint.epoch:
-            bare = replace(checkpoint, optimizer={}, history=(), schedule=None)
+            bare = replace(checkpoint, optimizer={}, scaler={}, history=(), schedule=None)
             write_checkpoint(self.best, bare)
 
     def assessment(self, epoch: int) -> Path:

@@ -31,6 +31,7 @@ from polyseg.objective import Note, as_tasks, build_objective, take_note
 from polyseg.overlap import dice_coefficient
 from polyseg.parallel import DropoutTogether, normalise_together
 from polyseg.processes import ALONE, Processes
+from polyseg.recomputation import recompute_blocks
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.replay import epsilon_of_batch
 from polyseg.run import HISTORY_COLUMNS, QUANTILES, RunDirectory, in_order
@@ -45,6 +46,7 @@ _LESS_MEMORY = (
     "lower training.batch_size or data.size, or set training.precision=bf16; the last epoch is "
     "kept, and --resume goes on from it where the batch size is the same"
 )
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STEPS_BETWEEN_LOOKS = 16
 """A look at the losses waits for the GPU, which has nothing to do until the next step is sent."""
 
@@ -116,6 +118,9 @@ class Trainer:
         self.forward = self._as_trained()
         self.has_compiled = False
         self.optimizer = _build_optimizer(config.training, self.network)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.training.precision == "fp16"
+        )
         self.objective = build_objective(config.loss)
         self.changes = changes_of(config.data)
         self.control = EpsilonControl(
@@ -151,6 +156,8 @@ class Trainer:
         together = self.processes.count > 1
         if together and self.config.training.sync_batch_norm:
             normalise_together(self.network)
+        if self.config.training.recompute:
+            recompute_blocks(self.network)
         compiles = self.config.training.compile
         forward: nn.Module = _compiled(self.network) if compiles else self.network
         if not together:
@@ -187,6 +194,8 @@ class Trainer:
         fit_weights(self.network, checkpoint.weights)
         if checkpoint.epoch:
             _restore_optimizer(self.optimizer, checkpoint.optimizer)
+        if self.scaler.is_enabled() and checkpoint.scaler:
+            self.scaler.load_state_dict(dict(checkpoint.scaler))
         self.epoch = checkpoint.epoch
         self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
         self.assessments = dict(checkpoint.assessments)
@@ -333,33 +342,57 @@ class Trainer:
         Returns:
             Losses, (B K,), what to note of each, and whether all are finite.
         """
-        self.dropout.total = total
-        images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
-        target = as_tasks(masks).float()
         skips = self.config.training.on_nonfinite == "skip"
         # A forward pass moves the statistics of batch normalisation, also by what is not finite.
         buffers = [one.clone() for one in self.network.buffers()] if skips else []
-        reduced = self.config.training.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
-            logits = self.forward(images)
-        logits = as_tasks(logits.float())
-        losses = self.objective(logits, target, epsilon)
         self.optimizer.zero_grad(set_to_none=True)
-        self._mean(losses, total).backward()  # type: ignore[no-untyped-call]
-        finite = losses.detach().isfinite().all() & _norm_of_gradients(self.network).isfinite()
+        labels, count = len(self.images.labels), self.config.training.accumulate
+        parts = []
+        for part in range(count):
+            rows = slice(len(images) * part // count, len(images) * (part + 1) // count)
+            mine = epsilon[rows.start * labels : rows.stop * labels]
+            with self._together_at_last(part + 1 == count):
+                parts.append(self._descend(images[rows], masks[rows], mine, rows, total))
+        losses = torch.cat([one for one, _ in parts])
+        self.scaler.unscale_(self.optimizer)
+        finite = losses.isfinite().all() & _norm_of_gradients(self.network).isfinite()
         if not skips or self.processes.all(bool(finite)):
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
         else:
             for one, before in zip(self.network.buffers(), buffers, strict=True):
                 one.copy_(before)
-        note = take_note(self.config.loss, losses, logits, target, epsilon)
-        return losses.detach(), note, finite
+        self.scaler.update()
+        return losses, Note(*map(torch.cat, zip(*(note for _, note in parts), strict=True))), finite
+
+    def _descend(
+        self, images: Tensor, masks: Tensor, epsilon: Tensor, rows: slice, total: int
+    ) -> tuple[Tensor, Note]:
+        """Add the gradients of some of this process's rows; return losses and what to note."""
+        start = self.processes.rows(total).start
+        self.dropout.total = total
+        self.dropout.rows = slice(start + rows.start, start + rows.stop)
+        images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
+        target = as_tasks(masks).float()
+        kind = _REDUCED.get(self.config.training.precision)
+        with torch.autocast(self.device.type, kind, enabled=kind is not None):
+            logits = self.forward(images)
+        logits = as_tasks(logits.float())
+        losses = self.objective(logits, target, epsilon)
+        self.scaler.scale(self._mean(losses, total)).backward()  # type: ignore[no-untyped-call]
+        return losses.detach(), take_note(self.config.loss, losses, logits, target, epsilon)
+
+    def _together_at_last(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let processes exchange gradients with the last part of a batch only."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.forward.no_sync()
 
     def _mean(self, losses: Tensor, total: int) -> Tensor:
-        """Return what to descend: the mean over the batch, once processes have averaged theirs."""
-        if self.processes.count == 1:
+        """Return this part's share of the mean over the batch, once processes have averaged."""
+        whole = total * len(self.images.labels)
+        if self.processes.count == 1 and len(losses) == whole:
             return losses.mean()
-        return losses.sum() * self.processes.count / (total * len(self.images.labels))
+        return losses.sum() * self.processes.count / whole
 
     def _send(self, values: Tensor) -> Tensor:
         # A copy to CUDA that blocks would wait for all steps before it.
@@ -444,6 +477,7 @@ class Trainer:
                 levels=self.images.levels,
                 weights=self.network.state_dict(),
                 optimizer=_optimizer_tensors(self.optimizer),
+                scaler=self.scaler.state_dict(),
                 history=self.history,
                 schedule=self._schedule() if self.epoch else None,
                 best_epoch=self.best_epoch,
@@ -495,12 +529,20 @@ class Trainer:
             return
         if bool(torch.stack([step.finite for step in recent]).all()):
             return
-        number, step = next((n, one) for n, one in enumerate(steps, 1) if not one.finite)
+        bad = ((n, one) for n, one in enumerate(steps, 1) if not self._is_as_it_should_be(one))
+        number, step = next(bad, (0, steps[0]))
+        if number == 0:
+            return
         raise PolysegError(
             f"epoch {epoch}, step {number}: {_what_is_not_finite(step)}; the last good epoch is "
             f"kept in {self.run.last}; try a lower training.learning_rate, or "
             "training.on_nonfinite=skip"
         )
+
+    def _is_as_it_should_be(self, step: _Step) -> bool:
+        """Return whether a step was taken, or only looked for a scale that float16 can hold."""
+        searches = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        return bool(step.finite) or (searches and bool(step.losses.isfinite().all()))
 
     def _without_skipped(self, steps: Sequence[_Step], epoch: int) -> list[_Step]:
         """Return the steps that were taken, and log those that were not.

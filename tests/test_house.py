@@ -75,6 +75,7 @@ ROOMS = [
     "checkpoints",
     "run",
     "parallel",
+    "recomputation",
     "train",
     "schedules",
     "evaluate",

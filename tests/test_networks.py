@@ -326,3 +326,17 @@ def test_a_network_that_memory_cannot_train_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "memory_of", lambda device: needed - 1)
     with pytest.raises(PolysegError, match=r"network: its [0-9,]+ parameters, .* network\.kwargs"):
         refuse_untrainable(network, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "group"])
+def test_biases_that_normalisation_cancels_are_left_out_and_no_others(norm):
+    """What is left out would have no gradient but rounding; all that is left has one."""
+    setting = ("group", {"num_groups": 2}) if norm == "group" else norm
+    sizes = {"channels": [4, 8], "strides": [2], "num_res_units": 1, "norm": setting}
+    network = build_network("unet", in_channels=1, dropout=0.0, settings=sizes).train()
+    network(torch.rand(4, 1, 32, 32)).square().mean().backward()
+    biases = [one for name, one in network.named_parameters() if name.endswith("conv.bias")]
+    assert len(biases) == (4 if norm == "group" else 1)  # The last has no norm.
+    scale = max(float(one.grad.abs().max()) for one in network.parameters())
+    for name, one in network.named_parameters():
+        assert float(one.grad.abs().max()) > 1e-6 * scale, name

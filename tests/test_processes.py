@@ -167,7 +167,7 @@ def network_of(rate, momentum):
 
 
 def step(network, dropout, images, rows):
-    dropout.total = len(images)
+    dropout.total, dropout.rows = len(images), rows
     torch.manual_seed(7)
     with dropout.taking_over():
         for _ in range(3):

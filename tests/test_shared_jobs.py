@@ -14,25 +14,33 @@ from polyseg import pilot
 from polyseg.cache import read_assessment
 from polyseg.config import load_config
 from polyseg.data.dataset import make_demo
+from polyseg.data.layouts import find_unlabelled
 from polyseg.data.phantoms import make_phantoms
 from polyseg.errors import PolysegError
 from polyseg.jobs import testing as room
+from polyseg.jobs.models import images_for, open_model
+from polyseg.jobs.prediction import _predict_share
+from polyseg.jobs.testing import Questions
 from polyseg.processes import ALONE, Processes
+from polyseg.records import no_progress
 from tests import together
 from tests.conftest import TINY
 from tests.test_train import run_of
 
 SETTINGS = (*TINY, "output.figures=false", "loss.name=dice", "training.learning_rate=0.02")
+IMAGES = 17
+"""Which two processes do not divide evenly."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return two runs, of which one has a fixed number of passes and the other's choose it."""
     folder = tmp_path_factory.mktemp("runs")
+    settings = (*SETTINGS, f"data.demo_images={IMAGES}", "training.epochs=1")
     return [
         run_of(
             load_config(
-                overrides=[*SETTINGS, f"uncertainty.samples={n}", f"output.path={folder}/s{n}"]
+                overrides=[*settings, f"uncertainty.samples={n}", f"output.path={folder}/s{n}"]
             )
         ).path
         for n in (3, "auto")
@@ -114,9 +122,8 @@ def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
 
 
 def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
-    """Seven images, or three, are not divided evenly."""
     command = (
-        *("evaluate", *runs, "--baseline", "s3", "--split", "test", "--threshold", "val"),
+        *("evaluate", *runs, "--baseline", "s3", "--split", "all", "--threshold", "val"),
         *("--uncertainty", "--corrupt", "noise", "--quiet", "--json", "--out"),
     )
     assert polyseg(*command, tmp_path / "one").code == 0
@@ -176,7 +183,8 @@ from polyseg.errors import PolysegError
 
 class Network(torch.nn.Conv2d):
     def forward(self, images):
-        if os.environ.get("RANK") == "1":
+        # Images of zeros are shown to it when it is built.
+        if os.environ.get("RANK") == "1" and images.any():
             raise PolysegError("images: too much for this one; choose others")
         return super().forward(images)
 
@@ -235,6 +243,24 @@ def test_an_error_waits_for_the_others_and_ends_all():
     for one in (played(0, True), played(0, False), ALONE):
         with pytest.raises(KeyError, match="mine"), one.failing_together():
             raise KeyError("mine")
+
+
+def test_each_process_looks_at_its_share_alone(runs, tmp_path):
+    model = open_model(runs[0], "cpu", trust=False)
+    images, ids = images_for(model, None, "all", "all", no_progress)
+    several = [Processes(rank, 3) for rank in range(3)]
+    questions = Questions(uncertainty=True, samples=2)
+    cases = find_unlabelled([write_images(tmp_path / "in")])
+    for one in several:
+        plain = room._plain(model.network, images, ids, 4, "testing", no_progress, one)
+        passes = room._passes(model, images, ids, questions, no_progress, one)
+        assert [found.id for found in plain] == one.share(ids)
+        assert [found.id for found in passes] == one.share(ids)
+        folder = tmp_path / f"of{one.rank}"
+        found = list(_predict_share(model, cases, folder, folder, False, one, no_progress))
+        assert len(found) == len(one.share(cases))
+        whole = [case for case, told in zip(one.share(cases), found, strict=True) if told.files]
+        assert len(files_of(folder)) == len(whole) > 0
 
 
 def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeypatch):

@@ -20,7 +20,7 @@ from polyseg import train as room
 from polyseg.cache import read_assessment, read_schedule
 from polyseg.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.config import TrainingConfig
-from polyseg.data.dataset import arrays_as_set
+from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.files import sha256_of_file
 from polyseg.jobs.training import plan, train
@@ -727,3 +727,78 @@ def test_learning_rates(scheduler, expected):
     config = TrainingConfig(scheduler=scheduler, learning_rate=1.0, epochs=4)
     found = [room.learning_rate(config, epoch) for epoch in range(1, 5)]
     assert found == pytest.approx(expected)
+
+
+PLAIN = (
+    "control.enabled=false",
+    "network.dropout=0",
+    "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1, norm: INSTANCE}",
+)
+
+
+def test_a_batch_in_parts_is_the_same_batch(tiny):
+    """Where nothing is normalised over the batch, and nothing dropped."""
+    whole = run_of(tiny("whole", *PLAIN))
+    parts = run_of(tiny("parts", *PLAIN, "training.accumulate=3"))
+    for name, values in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(parts)[name], values, rtol=1e-4, atol=1e-5, msg=name)
+    assert [row["train_loss"][:5] for row in history_of(whole)] == [
+        row["train_loss"][:5] for row in history_of(parts)
+    ]
+
+
+def test_parts_of_a_batch_keep_each_images_epsilon(tiny):
+    """More parts than images, of which some are empty, and two labels."""
+    settings = ("data.foreground={one: 1, two: 2}", "training.accumulate=5")
+    trainer = trainer_of_two_labels(tiny("run", *settings))
+    trainer.control = Growing()
+    seen = []
+    objective = trainer.objective
+
+    def watched(logits, target, epsilon):
+        seen.append(epsilon)
+        return objective(logits, target, epsilon)
+
+    trainer.objective = watched
+    row = trainer._train(1)
+    order = [name for name, *_ in trainer.losses.items()]
+    wanted = [int(name[-1]) + label for name in order for label in (0.0, 0.5)]
+    assert torch.cat(seen[::1]).tolist() == wanted and np.isfinite(row["train_loss"])
+
+
+def test_recomputing_changes_no_bit(tiny):
+    """Not the masks of dropout, nor the statistics of batch normalisation."""
+    norm = "network.kwargs={channels: [4, 8, 8], strides: [2, 2], num_res_units: 2, norm: batch}"
+    kept = run_of(tiny("kept", norm))
+    assert_same_run(kept, run_of(tiny("anew", norm, "training.recompute=true")))
+
+
+def test_float16_trains_close_to_float32_and_goes_on_bit_by_bit(tiny):
+    exact = run_of(tiny("exact"))
+    whole = run_of(tiny("whole", "training.precision=fp16"))
+    for column in ("train_loss", "validation_dice"):
+        for row, other in zip(history_of(exact), history_of(whole), strict=True):
+            assert float(row[column]) == pytest.approx(float(other[column]), abs=0.02)
+    config = tiny("stopped", "training.precision=fp16")
+    with pytest.raises(Stop):
+        train(config, progress=stop_after(2))
+    train(config, resume=True)
+    assert_same_run(whole, RunDirectory(Path(config.output.path)))
+    scaler = read_checkpoint(whole.last).scaler
+    assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == 9
+
+
+def test_a_scale_that_float16_cannot_hold_is_lowered(tiny, caplog):
+    config = tiny("run", "training.precision=fp16", "training.epochs=1", "control.enabled=false")
+    trainer = room.Trainer(*trainer_arguments(config))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
+    row = trainer._train(1)
+    assert row["skipped_steps"] >= 1 and "gradients of" in caplog.text
+    assert trainer.scaler.get_scale() in (2.0**20, 2.0**10)
+    assert all(weights.isfinite().all() for weights in trainer.network.state_dict().values())
+
+
+def trainer_arguments(config):
+    images = make_demo(config.data)
+    ids = images.ids
+    return config, images, {"train": ids, "val": [], "test": []}, RunDirectory(Path("nowhere"))

@@ -68,7 +68,7 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     console = Console(stderr=True, quiet=quiet or not leads)
     logger = logging.getLogger("polyseg")
     logger.setLevel(logging.DEBUG)
-    handler = (
+    handler: logging.Handler = (
         RichHandler(
             console=console,
             show_path=False,
@@ -81,8 +81,9 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     )
     # A run's own log says all that there is to say, however quiet the terminal is.
     handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-    if leads:
-        logger.addHandler(handler)
+    if not leads:
+        handler = logging.NullHandler()
+    logger.addHandler(handler)
     display = _Display(console)
     try:
         with (

@@ -260,7 +260,8 @@ def _passes(
     settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
     settings |= {} if questions.samples is None else {"samples": questions.samples}
     names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
-    labels, size, mine = len(images.labels), model.config.training.batch_size, processes.share(ids)
+    labels, size = len(images.labels), model.config.training.batch_size
+    mine = set(processes.share(ids))
     choosing = _CHOOSING + size if settings["samples"] == "auto" else 0
     for part in _parts(images, ids, choosing, processes):
         found = assess(

@@ -1,0 +1,227 @@
+"""Training and MC Dropout on a GPU, in fp32 and bf16: python -m tests.benchmarks.accelerator
+
+On a machine without a GPU it measures the CPU at small sizes, and says so. Training is beside the
+barest loop over the same network and MONAI's, an assessment beside N plain passes, all kept. All
+are measured in turn, A B A B, in one process; each ratio is the median over rounds of the time over
+that of the first row in the same round, and the range is over all rounds. polyseg runs by
+deterministic algorithms of cuDNN, as `polyseg train` does, the others by torch's defaults. bf16 is
+`training.precision` of polyseg and autocast around the others; polyseg assesses in fp32 always. The
+memory is what an epoch, or the assessment of a batch, adds to the peak: of what is allocated on the
+GPU, or of a fresh process.
+"""
+
+import argparse
+import functools
+import multiprocessing
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from polyseg.montecarlo import assess
+
+from . import montecarlo, training
+
+PRECISIONS = ("fp32", "bf16")
+SMALL = {"size": 96, "batch": 4, "images": 12, "rounds": 3}
+LARGE = {"size": 256, "batch": 16, "images": 64, "rounds": 5}
+ASSESSED = {"naive loop": "naive", "polyseg": "assess"}
+"""Ways of MC Dropout whose memory is measured, by what `montecarlo` calls them."""
+
+
+def under(function, device, precision, deterministic):
+    """Return the function with autocast, or without, and with a kind of cuDNN's algorithms."""
+
+    def run():
+        flags = torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=True
+        )
+        with flags, torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            return function()
+
+    return run
+
+
+def loops(arguments):
+    """Return by name and precision what makes each function that trains an epoch."""
+
+    def made(make, precision, deterministic):
+        return under(make(), arguments.device, precision, deterministic)
+
+    makers = {}
+    for name, make in training.build(arguments).items():
+        for precision in PRECISIONS:
+            if name.startswith("polyseg"):
+                ours = functools.partial(make, precision=precision, workers=arguments.workers)
+                makers[name, precision] = functools.partial(made, ours, "fp32", True)
+            else:
+                makers[name, precision] = functools.partial(made, make, precision, False)
+    return makers
+
+
+def assessments(arguments, batches):
+    """Return the difficulties to come, and by name and precision what assesses all images."""
+    found, ways = montecarlo.ways(arguments, batches)
+    device = arguments.device
+    functions = {
+        ("naive loop", precision): under(ways["naive loop"], device, precision, False)
+        for precision in PRECISIONS
+    }
+    for name in ("polyseg, plain", "polyseg"):
+        functions[name, "fp32"] = under(ways[name], device, "fp32", True)
+    return found, functions
+
+
+def measure(trained, assessed, arguments):
+    """Return the seconds of the rounds of both, each by name and precision, measured in turn."""
+    functions = {("training", key): function for key, function in trained.items()}
+    functions |= {("assessment", key): function for key, function in assessed.items()}
+    times, _ = training.measure(functions, arguments)
+    return [
+        {key: values for (kind, key), values in times.items() if kind == wanted}
+        for wanted in ("training", "assessment")
+    ]
+
+
+def in_child(function):
+    """Return what a function returns in a process of its own, forked from this one."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: there.send(function()))
+    child.start()
+    there.close()
+    try:
+        return here.recv()
+    finally:
+        child.join()
+
+
+def added_memory(function, device):
+    """Return the MB by which a function says that the peak grows."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return function()
+    return in_child(function)
+
+
+def memory(arguments):
+    """Return by name and precision the MB that an epoch, or an assessment of a batch, adds."""
+
+    # All is made in the child: threads that this process had would not be there.
+    def of_loop(key):
+        return training.memory_of_step(loops(arguments)[key], arguments.device)
+
+    names = ("bare loop", "polyseg")
+    keys = [(name, precision) for name in names for precision in PRECISIONS]
+    training_memory = {
+        key: added_memory(functools.partial(of_loop, key), arguments.device) for key in keys
+    }
+    assessment_memory = {
+        (name, "fp32"): added_memory(
+            functools.partial(montecarlo.memory_of, what, arguments), arguments.device
+        )
+        for name, what in ASSESSED.items()
+    }
+    return training_memory, assessment_memory
+
+
+def table_of(times, added, images, title):
+    """Return a table of the times, of which the first is the reference."""
+    columns = ("median s", "images/s", "ratio", "range", "MB")
+    table = Table("", "", *columns, title=title)
+    reference = np.array(next(iter(times.values())))
+    for (name, precision), values in times.items():
+        ratios, median = np.array(values) / reference, np.median(values)
+        megabytes = f"{added[name, precision]:.0f}" if (name, precision) in added else ""
+        table.add_row(
+            *(name, precision, f"{median:.3f}", f"{images / median:.1f}"),
+            *(f"{np.median(ratios):.2f}", f"{ratios.min():.2f} to {ratios.max():.2f}", megabytes),
+        )
+    return table
+
+
+def largest_difference(one, other):
+    """Return the largest relative difference of the difficulty of any image."""
+    return np.max(np.abs(one - other) / np.abs(other))
+
+
+def difference_between_devices(arguments, batches):
+    """Return how far D on the GPU is from that on the CPU, with TF32 and without."""
+    network = montecarlo.build(arguments, batches)
+    on_cpu = assess(network.cpu(), batches, samples=arguments.samples).difficulty
+    found = {}
+    for tf32 in (True, False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
+            on_gpu = assess(network.cuda(), batches, samples=arguments.samples).difficulty
+        found[tf32] = largest_difference(on_gpu, on_cpu)
+    return found
+
+
+def read_arguments():
+    """Return the settings, by which the other benchmarks are set up as well."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = LARGE if device == "cuda" else SMALL
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=usual["size"])
+    parser.add_argument("--batch", type=int, default=usual["batch"])
+    parser.add_argument("--images", type=int, default=usual["images"])
+    parser.add_argument("--rounds", type=int, default=usual["rounds"])
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=0, help="training.workers of polyseg")
+    parser.add_argument("--data", default="demo", help="images to assess: demo, or a folder")
+    parser.add_argument("--network", default="unet", help="to be assessed")
+    parser.add_argument("--foreground", type=float, nargs=2, default=(0.1, 0.2))
+    parser.add_argument("--compile", action="store_true", help="measure training.compile, too")
+    arguments = parser.parse_args()
+    arguments.device = device
+    # What both modules read where they make batches.
+    training.BATCH = montecarlo.BATCH = arguments.batch
+    return arguments
+
+
+def print_what_follows(times, assessed, found, arguments, batches):
+    """Print the share of MC Dropout in a run, and how far difficulties are apart."""
+    epoch = np.median(times["polyseg, light", "fp32"])
+    print(
+        f"share of MC Dropout in {montecarlo.EPOCHS} epochs with {montecarlo.ASSESSMENTS} "
+        "assessments, fp32, light augmentation, no validation, predicted:"
+    )
+    count = sum(len(batch.ids) for batch in batches)
+    for name in ("naive loop", "polyseg, plain", "polyseg"):
+        assessment = np.median(assessed[name, "fp32"]) * arguments.images / count
+        print(f"  {name}: {montecarlo.share(assessment, epoch):.1%}")
+    apart = largest_difference(found["program"], found["plain"])
+    print(f"largest relative difference of D, polyseg to polyseg, plain: {apart:.1e}")
+    if arguments.device == "cuda":
+        for tf32, apart in difference_between_devices(arguments, batches).items():
+            how = "as torch has it, with TF32" if tf32 else "without TF32"
+            print(f"largest relative difference of D, GPU to CPU, {how}: {apart:.1e}")
+    else:
+        print("largest relative difference of D, GPU to CPU: not measured, there is no GPU")
+
+
+def main():
+    """Measure and print the tables."""
+    arguments = read_arguments()
+    on_gpu = arguments.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else "CPU, because there is no GPU here"
+    print(f"{where}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    # First, because what was used before would be in the peak.
+    of_training, of_assessment = memory(arguments)
+    batches = montecarlo.load(arguments)
+    found, ways = assessments(arguments, batches)
+    epochs = {key: make() for key, make in loops(arguments).items()}
+    trained, assessed = measure(epochs, ways, arguments)
+    size = f"{arguments.size} x {arguments.size}, batches of {arguments.batch}"
+    console = Console()
+    title = f"an epoch of {arguments.images} images of {size}"
+    console.print(table_of(trained, of_training, arguments.images, title))
+    count = sum(len(batch.ids) for batch in batches)
+    title = f"MC Dropout, N = {arguments.samples}, of {count} images of {size}"
+    console.print(table_of(assessed, of_assessment, count, title))
+    print_what_follows(trained, assessed, found, arguments, batches)
+
+
+if __name__ == "__main__":
+    main()
