@@ -6,7 +6,7 @@ The first of them leads: it alone writes and speaks. Without `torchrun` there is
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from polyseg.errors import PolysegError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch import device as Device  # noqa: N812
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Processes:
     """This process among those that share the work.
 
     >>> Processes(rank=1, count=3).rows(8), Processes(rank=1, count=3).share("abcde")
-    (slice(2, 5, None), ['b', 'e'])
+    (slice(3, 6, None), ['b', 'e'])
     """
 
     rank: int = 0
@@ -45,8 +46,12 @@ class Processes:
         return self.rank == 0
 
     def rows(self, total: int) -> slice:
-        """Return the rows that are this process's of a batch of so many images."""
-        return slice(total * self.rank // self.count, total * (self.rank + 1) // self.count)
+        """Return the rows that are this process's of a batch of so many images.
+
+        Of what cannot be divided evenly the leading process has most.
+        """
+        start, stop = (-(-total * end // self.count) for end in (self.rank, self.rank + 1))
+        return slice(start, stop)
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Return this process's share of what can be done in any order."""
@@ -81,6 +86,15 @@ class Processes:
         found = [mine]
         distributed.broadcast_object_list(found, src=0)
         return cast(T, found[0])
+
+    def take_from_leader(self, values: "Iterable[Tensor]") -> None:
+        """Put into tensors what the leading process has in them."""
+        if self.count == 1:
+            return
+        from torch import distributed
+
+        for one in values:
+            distributed.broadcast(one, src=0)
 
     def all(self, mine: bool) -> bool:
         """Return whether it holds in all of the processes."""

@@ -56,6 +56,14 @@ HISTORY_COLUMNS = (
     "seconds_validation",
     "seconds_assessment",
 )
+_OF_A_BEGINNING = {
+    "environment.json",
+    "config.yaml",
+    "split.json",
+    "log.txt",
+    "replay.h5",
+    "checkpoints",
+}
 _RECORDED_VERSIONS = (
     "torch",
     "numpy",
@@ -100,6 +108,7 @@ class RunDirectory:
         with exclusive_lock(self.path / ".lock", owner=str(self.path)):
             if not resume:
                 self.refuse_occupied()
+                self._remove_torn_files()
             yield
 
     def refuse_occupied(self) -> None:
@@ -112,10 +121,17 @@ class RunDirectory:
         """
         if not str(self.path).isprintable():
             raise PolysegError(f"{str(self.path)!r}: is no text; choose another --out")
-        if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        if self.path.is_dir() and not self._holds_nothing():
             raise PolysegError(
                 f"{self.path}: is not empty; --resume continues a run, another --out starts one"
             )
+
+    def _holds_nothing(self) -> bool:
+        """Return whether the folder is empty, or a run was begun in it that committed nothing."""
+        entries = {entry.name for entry in self.path.iterdir()} - {".lock"}
+        names = {name for name in entries if not name.startswith(TEMPORARY_PREFIX)}
+        begun = names <= _OF_A_BEGINNING and _is_ours(self.environment)
+        return not names or (begun and not any(self.last.parent.glob("[!.]*")))
 
     def refuse_missing(self) -> None:
         """Raise if there is no run to go on with.
@@ -167,14 +183,17 @@ class RunDirectory:
             number = path.stem.removeprefix("epoch_")
             if number.isdecimal() and int(number) > checkpoint.epoch:
                 files.disk.remove(path)
-        for folder in (self.path, *self._folders()):
-            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-                if not path.is_dir():
-                    files.disk.remove(path)
+        self._remove_torn_files()
         if self.last.is_file() and not _is_sound(self.last):
             files.disk.rename(self.last, self.last.with_suffix(".damaged"))
         self._write_views(checkpoint)
         self._write_best(checkpoint)
+
+    def _remove_torn_files(self) -> None:
+        for folder in (self.path, *self._folders()):
+            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                if not path.is_dir():
+                    files.disk.remove(path)
 
     def _folders(self) -> list[Path]:
         """Return the folders of a run that training writes to."""
@@ -206,8 +225,9 @@ class RunDirectory:
             split: as `split_json` gives it.
             now: as `environment` gives it.
         """
-        self.write_config(config)
+        # First what tells that the folder is a run's, so that nobody's own file is taken for one.
         write_text(self.environment, json.dumps(now, indent=2) + "\n")
+        self.write_config(config)
         write_text(self.split, split)
         return sha256_of_file(self.split)
 
@@ -320,6 +340,14 @@ def in_order(assessments: Iterable[str]) -> list[str]:
     ['epoch_9999.h5', 'epoch_10000.h5']
     """
     return sorted(assessments, key=lambda name: (len(name), name))
+
+
+def _is_ours(environment: Path) -> bool:
+    """Return whether a run of polyseg has written this file."""
+    try:
+        return "polyseg" in json.loads(read_text(environment))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _is_sound(checkpoint: Path) -> bool:

@@ -162,10 +162,7 @@ class Trainer:
         forward: nn.Module = _compiled(self.network) if compiles else self.network
         if not together:
             return forward
-        # Where statistics are a process's own, the leading process's are those that count.
-        return DistributedDataParallel(
-            forward, broadcast_buffers=not self.config.training.sync_batch_norm
-        )
+        return DistributedDataParallel(forward)
 
     def fit(self) -> None:
         """Train to the last epoch, or until early stopping or a signal.
@@ -286,6 +283,8 @@ class Trainer:
                     self._refuse_what_is_not_finite(steps, epoch)
                 self.progress(f"epoch {epoch}/{settings.epochs}", len(epsilon_of), len(ids))
         self._refuse_what_is_not_finite(steps, epoch)
+        # Where statistics are a process's own, the leading process's are those that count.
+        self.processes.take_from_leader(self.network.buffers())
         steps = self._of_all_processes(steps)
         taken = self._without_skipped(steps, epoch)
         fresh = {

@@ -133,3 +133,28 @@ def test_a_pipe_in_place_of_a_record_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "split.json")
     with pytest.raises(PolysegError, match="is no file"):
         RunDirectory(tmp_path).read_split()
+
+
+def begun(run):
+    run.begin(load_config(), "{}", environment(torch.device("cpu")))
+    (run.path / "log.txt").touch()
+    run.last.parent.mkdir()
+    (run.last.parent / ".partial-last.abc.safetensors").touch()
+    return run
+
+
+def test_a_run_that_committed_nothing_may_begin_anew(tmp_path):
+    begun(RunDirectory(tmp_path)).refuse_occupied()
+
+
+@pytest.mark.parametrize(
+    "more", ["notes.txt", "checkpoints/last.safetensors", "uncertainty", "history.csv", "foreign"]
+)
+def test_what_may_be_somebodys_is_not_begun_over(tmp_path, more):
+    run = begun(RunDirectory(tmp_path))
+    if more == "foreign":
+        run.environment.write_text("[]")
+    else:
+        (tmp_path / more).touch()
+    with pytest.raises(PolysegError, match="is not empty"):
+        run.refuse_occupied()

@@ -174,7 +174,6 @@ def _trial(place: Path, moment: int, second: int | None, memory: str) -> list[st
         seen = found
     if seen < 0:
         wrong += _refusal(config)
-        shutil.rmtree(folder, ignore_errors=True)
     try:
         _train(config, Disk(), resume=seen >= 0)
     except PolysegError as error:

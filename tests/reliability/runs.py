@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -323,7 +322,6 @@ def go_on(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str
     wrong = [] if good else [f"--resume of a run without a checkpoint: {refusal}"]
     if committed_epoch(folder) >= 0:
         wrong.append("--resume of a run without a checkpoint began one")
-    shutil.rmtree(folder, ignore_errors=True)
     return training(folder), wrong
 
 
