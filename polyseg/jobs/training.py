@@ -109,9 +109,10 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     replay = _schedule_to_replay(config, images, split)
     trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
     if how.processes.leads:
-        _hold(run, stack, resume=False)
+        stack.enter_context(run.writing(resume=False))
         now = environment(trainer.device, how.processes.count)
         recorded = run.begin(config, split_json(split, images.hashes), now)
+        stack.enter_context(_LogFile(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
         trainer.relies_on(replay=copied, split=recorded)
         _log_start(trainer)
@@ -124,7 +125,8 @@ def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     if how.processes.leads:
         run.refuse_missing()
         # From the start, so that what is read here is not written meanwhile.
-        _hold(run, stack, resume=True)
+        stack.enter_context(run.writing(resume=True))
+        stack.enter_context(_LogFile(run.log))
     trainer, checkpoint, changes = _taken_up(config, how)
     trainer.resume(checkpoint)
     if how.processes.leads:
@@ -135,11 +137,6 @@ def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
             run.note_resumption(trainer.epoch, environment(trainer.device, how.processes.count))
         _log_start(trainer)
     return trainer
-
-
-def _hold(run: RunDirectory, stack: contextlib.ExitStack, *, resume: bool) -> None:
-    stack.enter_context(run.writing(resume=resume))
-    stack.enter_context(_LogFile(run.log))
 
 
 def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]]:
