@@ -442,8 +442,8 @@ class TrainingConfig(_Section):
     )
     recompute: bool = _setting(
         False,
-        "keep few feature maps for the way back and compute the others anew: far less memory for "
-        "about a third more time, and the same result",
+        "keep few feature maps for the way back and compute the others anew: less memory, more "
+        "time, the same result",
     )
     compile: bool = _setting(False, "torch.compile the network")
     sync_batch_norm: bool = _setting(
