@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ MOST_CHANNELS = 64
 _KIND = "polyseg checkpoint"
 _SCHEMA = 2
 _MOST_EPOCHS = 100_000
+_OF_A_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Checkpoint:
     """A row an epoch; empty where training cannot go on from here."""
     schedule: Schedule | None = None
     """The epsilons of all epochs; None where training cannot go on from here."""
+    losses: NDArray[np.float64] | None = None
+    """Of the columns of the schedule, each image's last one; None where there is no schedule."""
     best_epoch: int = 0
     best_dice: float = -1.0
     assessments: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +69,10 @@ class Checkpoint:
     """sha256 of the run's split.json; empty where it has none."""
     levels: Levels | None = None
     """Gray levels of the training images, where images do not go by their own."""
+
+    def weights_only(self) -> "Checkpoint":
+        """Return the same without what training goes on from."""
+        return replace(self, optimizer={}, scaler={}, history=(), schedule=None, losses=None)
 
     def build(self, *, trust: bool = False) -> SegmentationNetwork:
         """Return the network with these weights.
@@ -205,6 +212,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             scaler=_scaler(header["scaler"]),
             history=_history(header, tensors),
             schedule=_schedule(config, int(header["epoch"]), tensors),
+            losses=_losses(tensors),
         )
     except PolysegError:
         raise
@@ -266,15 +274,33 @@ def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if schedule is not None:
         ids = "\n".join(dict.fromkeys(schedule.ids)).encode()
         tensors["schedule/ids"] = torch.frombuffer(bytearray(ids), dtype=torch.uint8)
+        if checkpoint.losses is not None:
+            tensors["losses"] = torch.from_numpy(checkpoint.losses)
         tensors["schedule/epsilon"] = torch.from_numpy(schedule.epsilon)
         if schedule.assessed is not None:
             tensors["schedule/assessed"] = torch.from_numpy(schedule.assessed)
     return tensors
 
 
+def _losses(tensors: Mapping[str, Tensor]) -> NDArray[np.float64] | None:
+    if "losses" not in tensors or "schedule/epsilon" not in tensors:
+        return None
+    losses = tensors["losses"]
+    if losses.shape != tensors["schedule/epsilon"].shape[1:] or losses.dtype != torch.float64:
+        raise ValueError("its losses are not those of its images")
+    values: NDArray[np.float64] = losses.numpy()
+    return values
+
+
 def _scaler(found: Mapping[str, Any]) -> dict[str, float]:
     numbers = {str(name): value for name, value in found.items()}
-    if any(type(value) not in (int, float) or not 0 <= value < 2**60 for value in numbers.values()):
+    if not numbers:
+        return {}
+    plain = numbers.keys() == _OF_A_SCALER and all(
+        type(value) in (int, float) and 0 <= value < 2**127 for value in numbers.values()
+    )
+    grows = plain and numbers["growth_factor"] > 1 > numbers["backoff_factor"] > 0
+    if not (grows and numbers["scale"] > 0 and numbers["growth_interval"] >= 1):
         raise ValueError("its scale of gradients is none")
     return numbers
 

@@ -527,6 +527,12 @@ class Config(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _compiles_or_recomputes(self) -> Self:
+        if self.training.compile and self.training.recompute:
+            raise ValueError("training.recompute: torch cannot compile it; set compile to false")
+        return self
+
     @property
     def adaptive(self) -> bool:
         """Whether epsilon is adapted."""

@@ -193,12 +193,15 @@ def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
     'one writer'
     """
     try:
-        stream = path.open("a+")
+        # Not through a link, which may lead anywhere if the folder is somebody else's.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise PolysegError(f"{path}: cannot be locked: {reason(error)}") from error
-    with stream:
-        lock(stream.fileno(), path, owner=owner)
+    try:
+        lock(descriptor, path, owner=owner)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def lock(descriptor: int, path: Path, *, owner: str) -> None:

@@ -132,7 +132,8 @@ def assess(
         if wanted == "auto":
             index = METRICS.index(metric)
             wanted, pilot = choose_samples(measurements, rank_target, index, extend)
-            divided = processes
+            chosen: int = processes.from_leader(wanted)
+            wanted, divided = chosen, processes
         for measurement in extend(chain(pilot, measurements), wanted):
             table.add(measurement)
             tell()

@@ -23,7 +23,8 @@ class BatchNormTogether(_BatchNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return features (B, C, ...) normalised, where B may be 0 in some of the processes."""
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
+            # A process may try the network by itself; steps are taken by all together.
             return super().forward(features)
         wide = features.float()
         dims = [i for i in range(wide.dim()) if i != 1]
@@ -49,7 +50,7 @@ class BatchNormTogether(_BatchNorm):
         if share is None:
             share = 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance * count / (count - 1), share)
+        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
 
     def _check_input_dim(self, features: Tensor) -> None:
         """Take features of any number of dimensions."""
@@ -131,5 +132,5 @@ class DropoutTogether:
         if not isinstance(layer, nn.Dropout):
             shape[2:] = [1] * (features.dim() - 2)
         mask = torch.empty(shape, dtype=features.dtype, device=features.device)
-        mask = mask.bernoulli_(1 - layer.p).div_(1 - layer.p)
+        mask = mask.bernoulli_(1 - layer.p).div_(1 - layer.p if layer.p < 1 else 1)
         return features * mask[self.rows]

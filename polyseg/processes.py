@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _ENDED = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
 """In what a collective says when one of the processes is no longer there."""
+_TOLD = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _OTHER_ENDED = (
     "another process of this command has ended, and so does this one; what it said tells why, and "
     "a training goes on from its last epoch by --resume"
@@ -138,7 +139,7 @@ def rank_here() -> int:
 
     It is known before they meet, so that only one of them speaks from the beginning.
     """
-    return int(os.environ.get("RANK", "0")) if _count_here() > 1 else 0
+    return int(os.environ["RANK"]) if _count_here() > 1 else 0
 
 
 @contextlib.contextmanager
@@ -175,7 +176,12 @@ def together(device: "Device", patience: timedelta | None = None) -> Iterator[Pr
 
 
 def _count_here() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes there are, if all is there that `torchrun` tells them."""
+    told = {name: os.environ.get(name, "") for name in _TOLD}
+    numbers = (told["WORLD_SIZE"], told["RANK"])
+    if not all(told.values()) or not all(number.isdecimal() for number in numbers):
+        return 1
+    return int(told["WORLD_SIZE"])
 
 
 @contextlib.contextmanager

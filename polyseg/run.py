@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -210,8 +209,7 @@ class RunDirectory:
     def _write_best(self, checkpoint: Checkpoint) -> None:
         # Also when a run goes on: a crash may have come between the two files.
         if checkpoint.best_epoch == checkpoint.epoch:
-            bare = replace(checkpoint, optimizer={}, scaler={}, history=(), schedule=None)
-            write_checkpoint(self.best, bare)
+            write_checkpoint(self.best, checkpoint.weights_only())
 
     def assessment(self, epoch: int) -> Path:
         """Return the path of an epoch's assessment file."""
@@ -345,7 +343,8 @@ def in_order(assessments: Iterable[str]) -> list[str]:
 def _is_ours(environment: Path) -> bool:
     """Return whether a run of polyseg has written this file."""
     try:
-        return "polyseg" in json.loads(read_text(environment))
+        found = json.loads(read_text(environment))
+        return isinstance(found, dict) and "polyseg" in found
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 

@@ -108,9 +108,11 @@ class Trainer:
         if config.data.normalise == "dataset":
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
-        if config.assesses and config.uncertainty.takes_passes:
+        passes = config.assesses and config.uncertainty.takes_passes
+        if passes:
             # Now, not at the first assessment, which may be hours away.
             active_layers(self.network)
+        if passes or processes.count > 1:
             image, _ = images.patch(split["train"][0], seed=0)
             with explaining_memory("training", _LESS_MEMORY):
                 refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
@@ -162,7 +164,8 @@ class Trainer:
         forward: nn.Module = _compiled(self.network) if compiles else self.network
         if not together:
             return forward
-        return DistributedDataParallel(forward)
+        own = ":" in self.config.network.name  # Whose weights may not all be reached by the loss.
+        return DistributedDataParallel(forward, find_unused_parameters=own)
 
     def fit(self) -> None:
         """Train to the last epoch, or until early stopping or a signal.
@@ -219,12 +222,16 @@ class Trainer:
             raise PolysegError("checkpoint: holds no record of its training to go on from")
         if (schedule.ids, schedule.labels) != columns or set(self.history[0]) != {*HISTORY_COLUMNS}:
             raise PolysegError("checkpoint: its record is not that of this run")
+        names = dict.fromkeys(schedule.ids)
+        if checkpoint.losses is not None:
+            losses = checkpoint.losses.reshape(len(names), -1).tolist()
+            self.losses = dict(zip(names, losses, strict=True))
         self.epsilons = list(schedule.epsilon)
         self.assessed = schedule.assessed.tolist()
 
     def _start(self) -> None:
         self._commit()
-        if 0 in self._assessment_epochs():
+        if 0 in self._assessment_epochs() and not self.assessments:
             self._assess(0)
             self._commit()
 
@@ -287,9 +294,10 @@ class Trainer:
         self.processes.take_from_leader(self.network.buffers())
         steps = self._of_all_processes(steps)
         taken = self._without_skipped(steps, epoch)
+        told = [step for step in steps if step.losses.isfinite().all()]
         fresh = {
             name: losses
-            for step in taken
+            for step in told
             for name, losses in zip(
                 step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
             )
@@ -302,9 +310,9 @@ class Trainer:
         return {
             "epoch": epoch,
             "learning_rate": rate,
-            "train_loss": float(torch.cat([step.losses for step in taken]).mean()),
+            "train_loss": float(torch.cat([step.losses for step in told]).mean()),
             **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
-            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in taken),
+            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in told),
             "skipped_steps": len(steps) - len(taken),
         }
 
@@ -345,7 +353,9 @@ class Trainer:
         # A forward pass moves the statistics of batch normalisation, also by what is not finite.
         buffers = [one.clone() for one in self.network.buffers()] if skips else []
         self.optimizer.zero_grad(set_to_none=True)
-        labels, count = len(self.images.labels), self.config.training.accumulate
+        # As many parts in each process, none of which is empty in all.
+        fullest = -(-total // self.processes.count)
+        labels, count = len(self.images.labels), min(self.config.training.accumulate, fullest)
         parts = []
         for part in range(count):
             rows = slice(len(images) * part // count, len(images) * (part + 1) // count)
@@ -479,6 +489,7 @@ class Trainer:
                 scaler=self.scaler.state_dict(),
                 history=self.history,
                 schedule=self._schedule() if self.epoch else None,
+                losses=self._training_losses() if self.epoch else None,
                 best_epoch=self.best_epoch,
                 best_dice=self.best_dice,
                 assessments=self.assessments,
@@ -523,20 +534,26 @@ class Trainer:
 
     def _refuse_what_is_not_finite(self, steps: Sequence[_Step], epoch: int) -> None:
         """Raise for the first step that was not finite: all after it are not either."""
+        if self.config.training.on_nonfinite == "skip":
+            return
+        found = [one for one in self.processes.gathered(self._first_not_finite(steps)) if one]
+        if found:
+            number, _, what = min(found)
+            raise PolysegError(
+                f"epoch {epoch}, step {number}: {what}; the last good epoch is kept in "
+                f"{self.run.last}; try a lower training.learning_rate, or "
+                "training.on_nonfinite=skip"
+            )
+
+    def _first_not_finite(self, steps: Sequence[_Step]) -> tuple[int, bool, str] | None:
+        """Return the first such step, whether only its gradients are, and a sentence."""
         recent = steps[-_STEPS_BETWEEN_LOOKS:]
-        if self.config.training.on_nonfinite == "skip" or not recent:
-            return
-        if bool(torch.stack([step.finite for step in recent]).all()):
-            return
-        bad = ((n, one) for n, one in enumerate(steps, 1) if not self._is_as_it_should_be(one))
-        number, step = next(bad, (0, steps[0]))
-        if number == 0:
-            return
-        raise PolysegError(
-            f"epoch {epoch}, step {number}: {_what_is_not_finite(step)}; the last good epoch is "
-            f"kept in {self.run.last}; try a lower training.learning_rate, or "
-            "training.on_nonfinite=skip"
-        )
+        if not recent or bool(torch.stack([step.finite for step in recent]).all()):
+            return None
+        for number, step in enumerate(steps, start=1):
+            if not self._is_as_it_should_be(step):
+                return number, bool(step.losses.isfinite().all()), _what_is_not_finite(step)
+        return None
 
     def _is_as_it_should_be(self, step: _Step) -> bool:
         """Return whether a step was taken, or only looked for a scale that float16 can hold."""
@@ -556,7 +573,7 @@ class Trainer:
             else:
                 what = _what_is_not_finite(step)
                 log.warning("epoch %d, step %d is skipped: %s", epoch, number, what)
-        if not taken:
+        if not all(taken or self._is_as_it_should_be(step) for step in steps):
             raise PolysegError(
                 f"epoch {epoch}: no step had finite loss and gradients; the last good epoch is "
                 f"kept in {self.run.last}; try a lower training.learning_rate"

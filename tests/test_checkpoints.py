@@ -233,3 +233,17 @@ def test_tensors_of_any_type_come_back_by_the_librarys_reader(tmp_path, dtype):
     again = safetensors.torch.load_file(tmp_path / "a")
     assert torch.equal(again["weights/a"], values) and again["weights/a"].dtype == dtype
     assert again["weights/b"].shape == ()
+
+
+@pytest.mark.parametrize(
+    "scaler",
+    [{"x": 1}, {"scale": 0}, {"growth_factor": 1}, {"backoff_factor": 2}, {"scale": "1"}],
+)
+def test_a_scale_of_gradients_that_is_none_is_refused(tmp_path, checkpoint, scaler):
+    good = torch.amp.GradScaler("cpu").state_dict()
+    path = tmp_path / "a"
+    write_checkpoint(path, dataclasses.replace(checkpoint, scaler=good))
+    assert read_checkpoint(path).scaler == good
+    write_checkpoint(path, dataclasses.replace(checkpoint, scaler=good | scaler))
+    with pytest.raises(PolysegError, match="scale of gradients"):
+        read_checkpoint(path)

@@ -71,8 +71,10 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     constant = "training.scheduler=constant"
     for count, epochs in ((2, 2), (1, 4)):
         which = ["--resume", "--epochs", epochs] if count == 1 else ["--epochs", 2]
-        command = [*training(run.path, constant), *which]
+        # With figures, for which the first process looks at images when the others are gone.
+        command = [*training(run.path, constant, "output.figures=true"), *which]
         assert together.run(count, *command, log=tmp_path / "log") == 0
+    assert (run.figures / "overlays_hardest.png").is_file()
     assert "processes 2 -> 1" in (tmp_path / "log").read_text()
     whole = tmp_path / "whole"
     assert together.run(1, *training(whole, constant), log=tmp_path / "log") == 0
@@ -93,7 +95,8 @@ def wait_for(path, seconds=60):
 
 def test_where_one_process_is_killed_all_end_and_the_run_goes_on(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    command = training(run.path, "training.epochs=400", "training.scheduler=constant")
+    settings = ("training.epochs=400", "training.scheduler=constant", "training.accumulate=3")
+    command = training(run.path, *settings)
     agent = together.begin(2, *command, log=tmp_path / "log")
     wait_for(run.assessment(2))
     start, victims = time.monotonic(), together.workers(agent)
@@ -104,7 +107,9 @@ def test_where_one_process_is_killed_all_end_and_the_run_goes_on(tmp_path):
     done = read_checkpoint(run.last).epoch
     more = ["--resume", "--epochs", done + 1]
     assert together.run(2, *command, *more, log=tmp_path / "log") == 0
-    assert read_checkpoint(run.last).epoch == done + 1
+    last = read_checkpoint(run.last)
+    assert last.epoch == done + 1
+    assert all(bool(one.isfinite().all()) for one in last.weights.values())
 
 
 def test_two_agents_are_one_run(alone, tmp_path):

@@ -802,3 +802,61 @@ def trainer_arguments(config):
     images = make_demo(config.data)
     ids = images.ids
     return config, images, {"train": ids, "val": [], "test": []}, RunDirectory(Path("nowhere"))
+
+
+@pytest.mark.parametrize("what", SPOILS)
+def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
+    """What its images lost before is part of what it goes on from."""
+    settings = (
+        "training.on_nonfinite=skip",
+        "uncertainty.metric=training_loss",
+        "training.epochs=4",
+    )
+
+    def build(_):
+        def objective(logits, mask, epsilon):
+            losses = (logits.sigmoid() - mask).square().flatten(1).mean(1)
+            return SPOILS[what](losses) if losses.requires_grad and spoiled(logits) else losses
+
+        return objective
+
+    def spoiled(logits):
+        # One batch of an epoch, told by what goes in and not by what came before.
+        return trainer_epoch[0] == 3 and len(logits) == 3
+
+    trainer_epoch = [0]
+    run_epoch = room.Trainer._run_epoch
+
+    def watched(self, epoch):
+        trainer_epoch[0] = epoch
+        run_epoch(self, epoch)
+
+    monkeypatch.setattr(room.Trainer, "_run_epoch", watched)
+    monkeypatch.setattr(room, "build_objective", build)
+    whole = run_of(tiny("whole", *settings))
+    assert [row["skipped_steps"] for row in history_of(whole)] == ["0", "0", "1", "0"]
+    config = tiny("stopped", *settings)
+    with pytest.raises(Stop):
+        train(config, progress=stop_after(2))
+    train(config, resume=True)
+    assert_same_run(whole, RunDirectory(Path(config.output.path)))
+
+
+def test_an_epoch_that_only_looks_for_a_scale_is_no_end(tiny):
+    config = tiny("run", "training.precision=fp16", "control.enabled=false", "training.epochs=2")
+    trainer = room.Trainer(*trainer_arguments(config))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    row = trainer._train(1)
+    assert row["skipped_steps"] == 4 and np.isfinite(row["train_loss"])
+
+
+def test_a_best_checkpoint_of_another_network_is_not_built(tiny):
+    run = run_of(tiny("run"))
+    best = read_checkpoint(run.best)
+    # Where the best epoch is not the last one, the file is not written anew.
+    write_checkpoint(run.last, dataclasses.replace(read_checkpoint(run.last), best_epoch=1))
+    network = best.config.network.model_copy(update={"name": "os:getcwd"})
+    config = best.config.model_copy(update={"network": network})
+    write_checkpoint(run.best, dataclasses.replace(best, config=config))
+    with pytest.raises(PolysegError, match="is of another network than this run"):
+        train(tiny("run"), resume=True)

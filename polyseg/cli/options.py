@@ -47,7 +47,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace what a former run of this command left there.",
+        help="Replace what a former run of this command left there, the whole folder.",
         rich_help_panel=WHERE,
     ),
 ]

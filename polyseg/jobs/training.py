@@ -11,7 +11,7 @@ import numpy as np
 from polyseg import report, results
 from polyseg.cache import read_schedule, write_schedule
 from polyseg.checkpoints import Checkpoint, read_checkpoint
-from polyseg.config import POLYDICE_LOSSES, Config
+from polyseg.config import POLYDICE_LOSSES, Config, TrainingConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS, Split
@@ -22,7 +22,7 @@ from polyseg.jobs.models import new_split, split_of_run
 from polyseg.jobs.testing import score
 from polyseg.jobs.uncertainty import draw_extremes
 from polyseg.memory import keep_freed_memory
-from polyseg.processes import ALONE, Processes, together
+from polyseg.processes import ALONE, PATIENCE, Processes, together
 from polyseg.records import Progress, Schedule, no_progress
 from polyseg.replay import fit_schedule, replay_arm
 from polyseg.report import Outcome
@@ -77,7 +77,7 @@ def train(
     """
     keep_freed_memory()
     with contextlib.ExitStack() as stack:
-        with together(choose_device(config.training.device)) as processes:
+        with together(choose_device(config.training.device), PATIENCE) as processes:
             # A name made of the time is that of one moment.
             name = processes.from_leader(config.output.path or str(new_run_path()))
             how = _How(RunDirectory(Path(name)), processes, accept_changes, progress)
@@ -149,7 +149,7 @@ def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]
     config = resumed_config(config, run, checkpoint, how.accept_changes)
     now = environment(choose_device(config.training.device), processes.count)
     changes = run.changes_of_environment(now) if processes.leads else []
-    _refuse_changes(run, changes, how.accept_changes)
+    _refuse_changes(run, changes, config.training, how.accept_changes)
     images = load_images(config.data, how.progress)
     split = split_of_run(run, images, checkpoint.split)
     replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)
@@ -165,7 +165,9 @@ def _test_and_draw(trainer: Trainer, progress: Progress) -> Outcome:
         raise Interrupted(end.number, f"{end} after the last epoch; {how}") from None
 
 
-def _refuse_changes(run: RunDirectory, changes: Sequence[str], accepted: bool) -> None:
+def _refuse_changes(
+    run: RunDirectory, changes: Sequence[str], training: TrainingConfig, accepted: bool
+) -> None:
     """Raise where a run would go on with what gives other numbers.
 
     Raises:
@@ -173,8 +175,11 @@ def _refuse_changes(run: RunDirectory, changes: Sequence[str], accepted: bool) -
     """
     names = {change.partition(" ")[0]: change for change in changes}
     # With another number of processes results are equal to rounding only, as with other threads.
-    known = {"threads"} if "processes" in names else set()
-    decisive = [change for name, change in names.items() if name in {*_DECISIVE} - known]
+    exact = training.sync_batch_norm and training.accumulate == 1
+    decide = {*_DECISIVE, "processes"}
+    if "processes" in names and exact:
+        decide -= {"processes", "threads"}
+    decisive = [change for name, change in names.items() if name in decide]
     if decisive and not accepted:
         threads = " (OMP_NUM_THREADS sets the threads)" if "threads" in decisive[-1] else ""
         raise PolysegError(
@@ -373,13 +378,30 @@ def _log_start(trainer: Trainer) -> None:
         )
 
 
+def _best_of(trainer: Trainer) -> Checkpoint:
+    """Return the best checkpoint, if it is one of this run.
+
+    Raises:
+        PolysegError: it is of another network.
+    """
+    best = read_checkpoint(trainer.run.best)
+    if best.config.network != trainer.config.network:
+        raise PolysegError(f"{trainer.run.best}: is of another network than this run")
+    if best.epoch != trainer.best_epoch:
+        log.warning(
+            "%s is of epoch %d, and the best was %d: that one is lost",
+            *(trainer.run.best, best.epoch, trainer.best_epoch),
+        )
+    return best
+
+
 def _report(trainer: Trainer, progress: Progress) -> Outcome:
     """Test the best checkpoint and draw what there is to see."""
     run, config, images = trainer.run, trainer.config, trainer.images
     files = [run.history]
     evaluation: Evaluation | None = None
     if trainer.split["test"]:
-        best = read_checkpoint(run.best).build(trust=True).to(trainer.device)
+        best = _best_of(trainer).build(trust=":" in config.network.name).to(trainer.device)
         ids, size = trainer.split["test"], config.training.batch_size
         evaluation = Evaluation(score(run.path.name, best, images, ids, size, progress=progress))
         files += results.write_evaluation(evaluation, run.evaluation, figures=config.output.figures)
