@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyseg.cache import read_assessment, write_assessment
 from polyseg.checkpoints import Checkpoint, columns_of, fit_weights, new_network
-from polyseg.config import Config, TrainingConfig
+from polyseg.config import Config
 from polyseg.control import EpsilonControl
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet, training_batches
@@ -28,6 +28,13 @@ from polyseg.memory import explaining_memory
 from polyseg.montecarlo import assess, describe, spread
 from polyseg.networks import SegmentationNetwork, refuse_untrainable
 from polyseg.objective import Note, as_tasks, build_objective, take_note
+from polyseg.optimizers import (
+    build_optimizer,
+    learning_rate,
+    norm_of_gradients,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from polyseg.overlap import dice_coefficient
 from polyseg.parallel import DropoutTogether, normalise_together
 from polyseg.processes import ALONE, Processes
@@ -41,7 +48,6 @@ from polyseg.signals import Wish, ending_when_asked, interruption
 log = logging.getLogger(__name__)
 
 
-_ADAMS_STATE = {"step", "exp_avg", "exp_avg_sq"}
 _LESS_MEMORY = (
     "lower training.batch_size or data.size, or set training.precision=bf16; the last epoch is "
     "kept, and --resume goes on from it where the batch size is the same"
@@ -119,7 +125,7 @@ class Trainer:
         self.dropout = DropoutTogether(stochastic_layers(self.network), processes)
         self.forward = self._as_trained()
         self.has_compiled = False
-        self.optimizer = _build_optimizer(config.training, self.network)
+        self.optimizer = build_optimizer(config.training, self.network)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.training.precision == "fp16"
         )
@@ -193,7 +199,7 @@ class Trainer:
         """
         fit_weights(self.network, checkpoint.weights)
         if checkpoint.epoch:
-            _restore_optimizer(self.optimizer, checkpoint.optimizer)
+            restore_optimizer(self.optimizer, checkpoint.optimizer)
         if self.scaler.is_enabled() and checkpoint.scaler:
             self.scaler.load_state_dict(dict(checkpoint.scaler))
         self.epoch = checkpoint.epoch
@@ -364,7 +370,7 @@ class Trainer:
                 parts.append(self._descend(images[rows], masks[rows], mine, rows, total))
         losses = torch.cat([one for one, _ in parts])
         self.scaler.unscale_(self.optimizer)
-        finite = losses.isfinite().all() & _norm_of_gradients(self.network).isfinite()
+        finite = losses.isfinite().all() & norm_of_gradients(self.network).isfinite()
         if not skips or self.processes.all(bool(finite)):
             self.scaler.step(self.optimizer)
         else:
@@ -485,7 +491,7 @@ class Trainer:
                 epoch=self.epoch,
                 levels=self.images.levels,
                 weights=self.network.state_dict(),
-                optimizer=_optimizer_tensors(self.optimizer),
+                optimizer=optimizer_tensors(self.optimizer),
                 scaler=self.scaler.state_dict(),
                 history=self.history,
                 schedule=self._schedule() if self.epoch else None,
@@ -601,44 +607,12 @@ class Trainer:
         )
 
 
-def learning_rate(config: TrainingConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch, 1 to E, which depends on nothing else.
-
-    >>> learning_rate(TrainingConfig(scheduler="constant", learning_rate=0.5), 7)
-    0.5
-    """
-    share = (epoch - 1) / config.epochs
-    if config.scheduler == "cosine":
-        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
-    if config.scheduler == "polynomial":
-        return config.learning_rate * math.pow(1 - share, 0.9)
-    return config.learning_rate
-
-
-def _norm_of_gradients(network: nn.Module) -> Tensor:
-    """Return the norm of all gradients, (); not finite if any is not."""
-    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
 def _what_is_not_finite(step: _Step) -> str:
     of_images = step.losses.isfinite().reshape(len(step.names), -1).all(dim=1).tolist()
     bad = [name for name, good in zip(step.names, of_images, strict=True) if not good]
     if bad:
         return f"the loss of {', '.join(bad)} is not finite"
     return f"the gradients of {', '.join(step.names)} are not finite"
-
-
-def _build_optimizer(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
-    parameters = list(network.parameters())
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    # One pass over the weights for all of a step; it knows no complex ones. SGD has it too, but
-    # fails where a weight gets its first gradient later than others.
-    fused = all(weights.is_floating_point() for weights in parameters) or None
-    return kind(parameters, fused=fused, **settings)
 
 
 def _compiled(network: nn.Module) -> nn.Module:
@@ -655,44 +629,6 @@ def _cannot_compile(error: RuntimeError) -> PolysegError:
         f"training.compile: torch cannot compile the network here ({reason:.160}); "
         "set training.compile=false"
     )
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors by "parameter/name"."""
-    return {
-        f"{parameter}/{name}": value
-        for parameter, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        parameter, _, name = key.partition("/")
-        if not parameter.isdecimal():
-            raise PolysegError(f"checkpoint: optimizer tensor {key!r:.60} is none of polyseg's")
-        state.setdefault(int(parameter), {})[name] = value
-    _refuse_misfits(optimizer, state)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _refuse_misfits(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
-) -> None:
-    """Raise unless what an optimizer is to take up is what one of its kind has laid down."""
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAMS_STATE
-    fits = bool(state) and max(state) < len(parameters)
-    # What the loss does not reach has no state.
-    for i, held in state.items() if fits else ():
-        shapes = {name: () if name == "step" else parameters[i].shape for name in names}
-        fits &= {name: value.shape for name, value in held.items()} == shapes
-        fits &= all(value.dtype == torch.float32 for value in held.values())
-    if not fits:
-        raise PolysegError("checkpoint: its optimizer's tensors are missing or do not fit")
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ ROOMS = [
     "data.loading",
     "checkpoints",
     "run",
+    "optimizers",
     "parallel",
     "recomputation",
     "train",

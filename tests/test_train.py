@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy.special import expit
 
+from polyseg import optimizers
 from polyseg import run as run_room
 from polyseg import train as room
 from polyseg.cache import read_assessment, read_schedule
@@ -636,24 +637,24 @@ def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant
 def test_each_optimizer_waits_for_weights_that_the_loss_reaches_late():
     for name in ("adamw", "adam", "sgd"):
         network = torch.nn.ModuleList([torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)])
-        optimizer = room._build_optimizer(TrainingConfig(optimizer=name), network)
+        optimizer = optimizers.build_optimizer(TrainingConfig(optimizer=name), network)
         for reached in (network[:1], network):
             optimizer.zero_grad()
             sum(layer(torch.ones(2)).sum() for layer in reached).backward()
             optimizer.step()
-        tensors = room._optimizer_tensors(optimizer)
+        tensors = optimizers.optimizer_tensors(optimizer)
         steps = {key: value for key, value in tensors.items() if key.endswith("step")}
         assert all(value.dtype == torch.float32 for value in tensors.values())
         assert {key: value.tolist() for key, value in steps.items()} == (
             {} if name == "sgd" else {"0/step": 2.0, "1/step": 2.0, "2/step": 1.0, "3/step": 1.0}
         )
-        room._restore_optimizer(optimizer, tensors)
+        optimizers.restore_optimizer(optimizer, tensors)
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.complex64, None)])
 def test_adam_takes_its_steps_at_once_where_it_can(dtype, fused):
     network = torch.nn.Linear(2, 1, dtype=dtype)
-    optimizer = room._build_optimizer(TrainingConfig(), network)
+    optimizer = optimizers.build_optimizer(TrainingConfig(), network)
     assert optimizer.defaults["fused"] is fused
     network(torch.ones(2, dtype=dtype)).abs().sum().backward()
     optimizer.step()
@@ -725,7 +726,7 @@ def test_the_plan_is_what_a_run_does(tiny):
 )
 def test_learning_rates(scheduler, expected):
     config = TrainingConfig(scheduler=scheduler, learning_rate=1.0, epochs=4)
-    found = [room.learning_rate(config, epoch) for epoch in range(1, 5)]
+    found = [optimizers.learning_rate(config, epoch) for epoch in range(1, 5)]
     assert found == pytest.approx(expected)
 
 

@@ -1,0 +1,89 @@
+"""The optimizer of a training: made by the settings, laid down in a checkpoint, taken up again."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyseg.config import TrainingConfig
+from polyseg.errors import PolysegError
+
+_ADAMS_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def learning_rate(config: TrainingConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch, 1 to E, which depends on nothing else.
+
+    >>> learning_rate(TrainingConfig(scheduler="constant", learning_rate=0.5), 7)
+    0.5
+    """
+    share = (epoch - 1) / config.epochs
+    if config.scheduler == "cosine":
+        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+    if config.scheduler == "polynomial":
+        return config.learning_rate * math.pow(1 - share, 0.9)
+    return config.learning_rate
+
+
+def build_optimizer(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that the settings name, for the weights of a network."""
+    parameters = list(network.parameters())
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    # One pass over the weights for all of a step; it knows no complex ones. SGD has it too, but
+    # fails where a weight gets its first gradient later than others.
+    fused = all(weights.is_floating_point() for weights in parameters) or None
+    return kind(parameters, fused=fused, **settings)
+
+
+def norm_of_gradients(network: nn.Module) -> Tensor:
+    """Return the norm of all gradients, (); not finite if any is not."""
+    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors by "parameter/name"."""
+    return {
+        f"{parameter}/{name}": value
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
+    """Give an optimizer the tensors that one of its kind has laid down.
+
+    Raises:
+        PolysegError: they are missing or do not fit.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parameter, _, name = key.partition("/")
+        if not parameter.isdecimal():
+            raise PolysegError(f"checkpoint: optimizer tensor {key!r:.60} is none of polyseg's")
+        state.setdefault(int(parameter), {})[name] = value
+    _refuse_misfits(optimizer, state)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _refuse_misfits(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Raise unless what an optimizer is to take up is what one of its kind has laid down."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAMS_STATE
+    fits = bool(state) and max(state) < len(parameters)
+    # What the loss does not reach has no state.
+    for i, held in state.items() if fits else ():
+        shapes = {name: () if name == "step" else parameters[i].shape for name in names}
+        fits &= {name: value.shape for name, value in held.items()} == shapes
+        fits &= all(value.dtype == torch.float32 for value in held.values())
+    if not fits:
+        raise PolysegError("checkpoint: its optimizer's tensors are missing or do not fit")
