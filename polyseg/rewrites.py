@@ -157,7 +157,7 @@ def split_concatenations(network: fx.GraphModule) -> None:
 
 
 def use_winograd(network: fx.GraphModule) -> None:
-    """Run wide 3 x 3 convolutions of small maps by Winograd's algorithm, once a pass."""
+    """Run wide 3 x 3 convolutions by Winograd's algorithm, which are run once a pass."""
     stochastic = stochastic_nodes(network)
     for node in calls_to(network, (aten.conv2d.default,)):
         conv = Convolution.of(node)
@@ -165,7 +165,7 @@ def use_winograd(network: fx.GraphModule) -> None:
             continue
         weight = tensor_of(network, conv.weight)
         fits = conv.is_centred(network) and pair(conv.settings["dilation"]) == (1, 1)
-        if fits and winograd.is_worthwhile(weight, *sides_of(node)):
+        if fits and winograd.is_worthwhile(weight):
             kernel = add_constant(network, node, winograd.transform_kernel(weight))
             replace_call(node, winograd.convolve, conv.input, kernel, conv.bias)
     network.graph.eliminate_dead_code()

@@ -1,20 +1,18 @@
 """Convolutions with 3 x 3 kernels by a quarter of the multiplications (Winograd, 1980).
 
 F(4 x 4, 3 x 3) as Lavin and Gray (2016, arXiv:1509.09308) have it: tiles of 6 x 6 inputs become as
-many sums, each sum of all channels goes through a matrix of its own, and 4 x 4 outputs come back. A
-whole side of a map is transformed by one matrix, which has the zeros around the map in it.
+many sums, each sum of all channels goes through a matrix of its own, and 4 x 4 outputs come back.
 """
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _OUTPUTS, _SUMS = 4, 6
 """A side of a tile: what comes out of it, and what is multiplied."""
 
-_MOST_TRANSFORMS = 0.25
-"""Pixels a side for a channel, up to which the transforms cost less than the products save."""
+_MOST_TRANSFORMS = 1 / 32
+"""Of a channel that comes in and one that goes out, up to which products save what they cost."""
 
 _INTO_SUMS = (
     (4, 0, -5, 0, 1, 0),
@@ -40,22 +38,18 @@ _OF_KERNEL = (
 )
 
 
-def is_worthwhile(weight: Tensor, height: int, width: int) -> bool:
-    """Whether `convolve` is faster on a processor: transforms are dear on large, thin maps.
+def is_worthwhile(weight: Tensor) -> bool:
+    """Whether `convolve` is faster on a processor: transforms are dear where channels are few.
 
     Args:
         weight: (K, C, h, w)
-        height: of the map in pixels.
-        width: of the map.
 
-    >>> is_worthwhile(torch.zeros(128, 128, 3, 3), 16, 16)
-    True
-    >>> is_worthwhile(torch.zeros(64, 64, 3, 3), 32, 32)
-    False
+    >>> is_worthwhile(torch.zeros(64, 64, 3, 3)), is_worthwhile(torch.zeros(32, 64, 3, 3))
+    (True, False)
     """
     outputs, inputs = weight.shape[:2]
-    transforms = max(height, width) * (1 / inputs + 1 / outputs)
-    return tuple(weight.shape[2:]) == (3, 3) and transforms <= _MOST_TRANSFORMS
+    thinness = 1 / inputs + 1 / outputs
+    return tuple(weight.shape[2:]) == (3, 3) and thinness <= _MOST_TRANSFORMS
 
 
 def transform_kernel(weight: Tensor) -> Tensor:
@@ -93,19 +87,16 @@ def convolve(images: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tens
     True
     """
     count, channels, height, width = images.shape
-    (down, up), (across, back) = (
-        tuple(one.to(images) for one in _matrices(size)) for size in (height, width)
-    )
-    rows, columns = len(down) // _SUMS, len(across) // _SUMS
-    grid = (count, _SUMS, rows, _SUMS, columns)
-    sums = down @ images.permute(0, 2, 3, 1).reshape(count, height, width * channels)
-    sums = across @ sums.view(-1, width, channels)
-    sums = sums.view(*grid, channels).permute(1, 3, 0, 2, 4, 5)
-    sums = sums.reshape(len(kernel), -1, channels) @ kernel
-    sums = sums.view(_SUMS, _SUMS, count, rows, columns, -1).permute(2, 0, 3, 1, 4, 5)
-    sums = back @ sums.reshape(count * len(down), len(across), -1)
-    result: Tensor = up @ sums.view(count, len(down), -1)
-    result = result.view(count, height, width, -1)
+    rows, columns = -(-height // _OUTPUTS), -(-width // _OUTPUTS)
+    below, beyond = _OUTPUTS * rows + 1 - height, _OUTPUTS * columns + 1 - width
+    framed = functional.pad(images.permute(0, 2, 3, 1), (0, 0, 1, beyond, 1, below))
+    tiles = framed.unfold(1, _SUMS, _OUTPUTS).unfold(2, _SUMS, _OUTPUTS).permute(4, 5, 0, 1, 2, 3)
+    sums = _along_both(images.new_tensor(_INTO_SUMS), tiles)
+    sums = sums.view(len(kernel), -1, channels) @ kernel
+    made = _along_both(images.new_tensor(_OUT_OF_SUMS), sums.view(_SUMS, _SUMS, -1))
+    made = made.view(_OUTPUTS, _OUTPUTS, count, rows, columns, -1).permute(2, 3, 0, 4, 1, 5)
+    made = made.reshape(count, _OUTPUTS * rows, _OUTPUTS * columns, -1)
+    result: Tensor = made[:, :height, :width].contiguous()
     if bias is not None:
         result += bias
     return result.permute(0, 3, 1, 2)
@@ -120,15 +111,8 @@ def products(kernel: Tensor) -> float:
     return kernel.numel() / _OUTPUTS**2
 
 
-@lru_cache
-def _matrices(size: int) -> tuple[Tensor, Tensor]:
-    """Return what transforms a side of a map, (6 T, size) for T tiles, and back, (size, 6 T)."""
-    tiles = -(-size // _OUTPUTS)
-    padded = _OUTPUTS * tiles + 2
-    there = torch.zeros(_SUMS, tiles, padded)
-    back = torch.zeros(tiles, _OUTPUTS, _SUMS, tiles)
-    for tile in range(tiles):
-        first = tile * _OUTPUTS
-        there[:, tile, first : first + _SUMS] = torch.tensor(_INTO_SUMS)
-        back[tile, :, :, tile] = torch.tensor(_OUT_OF_SUMS)
-    return there.flatten(0, 1)[:, 1 : size + 1].contiguous(), back.view(-1, _SUMS * tiles)[:size]
+def _along_both(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """Apply a matrix to the rows and to the columns of tiles, (n, n, ...), flat."""
+    size = matrix.shape[1]
+    rows = matrix @ tiles.reshape(size, -1)
+    return matrix @ rows.view(len(matrix), size, -1)
