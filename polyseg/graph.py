@@ -67,7 +67,7 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     Raises:
         UntraceableError: what it does hangs on more than shapes, or it is no such network.
     """
-    settings = _settings_of(core)
+    settings = settings_of(core)
     known, traced = _traced.get(core, (None, ""))
     if known != settings:
         try:
@@ -84,8 +84,12 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     return network
 
 
-def _settings_of(core: nn.Module) -> list[Any]:
-    """Return what a module's behaviour may hang on besides its input and its tensors."""
+def settings_of(core: nn.Module) -> list[Any]:
+    """Return what a module's behaviour may hang on besides its input and its tensors.
+
+    >>> settings_of(nn.Dropout(0.2)) == settings_of(nn.Dropout(0.3))
+    False
+    """
     plain = (bool, int, float, str, tuple, list, type(None))
     return [
         (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})

@@ -1,20 +1,22 @@
 """The passes of MC Dropout over batches: by a network's program, or the plain way.
 
-A program does once what the passes have in common. For every size of image and way of looking its
-first batch is compared with the plain pass, which is the reference, and which all networks run that
-cannot be taken apart.
+A program does once what the passes have in common. For every size of image and way of looking the
+first batch that a network sees is compared with the plain pass, which is the reference, and which
+all networks run that cannot be taken apart.
 """
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from polyseg.dropout import refuse_hidden_dropout
-from polyseg.graph import UntraceableError
+from polyseg.graph import UntraceableError, settings_of
 from polyseg.inference import device_of, images_of
 from polyseg.memory import is_out_of_memory
 from polyseg.networks import SegmentationNetwork
@@ -32,6 +34,30 @@ _TOLERANCE = 1e-4
 """Of probabilities, between a program and the plain pass; rounding makes far less of it."""
 _BYTES_AT_ONCE = 2**24
 """Feature maps of this size stay near a processor's caches."""
+
+
+@dataclass
+class Findings:
+    """What was seen of a network as it is set up, which its weights do not change."""
+
+    settings: list[Any]
+    drops_openly: bool = False
+    sound: set[tuple[Any, ...]] = field(default_factory=set)
+    """Of which ways of looking its program gives what the plain passes give."""
+    shapes: dict[tuple[Any, ...], torch.Size] = field(default_factory=dict)
+    """Of its masks."""
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Findings":
+        """Return what is known, which is nothing where a setting has changed."""
+        settings = settings_of(network)
+        known = _findings.get(network)
+        if known is None or known.settings != settings:
+            known = _findings[network] = cls(settings)
+        return known
+
+
+_findings: "WeakKeyDictionary[nn.Module, Findings]" = WeakKeyDictionary()
 
 
 class Passes:
@@ -55,11 +81,12 @@ class Passes:
             plain_pass: of the whole network.
             take_apart: whether to try and make a program of it.
         """
-        self.network, self.layers, self.streams = network, layers, streams
+        self.network, self.layers = network, layers
+        self.known = Findings.of(network)
+        self.streams = replace(streams, shapes=self.known.shapes)
         self.plain_pass, self.take_apart = plain_pass, take_apart
         self.program: Program | None = None
         self.device = device_of(network)
-        self.checked: set[tuple[Any, ...]] = set()
         self.tried = False
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
@@ -119,8 +146,9 @@ class Passes:
         window = getattr(self.network, "window", None)
         height, width = window.size if window else (_TRIAL_SIDE, _TRIAL_SIDE)
         part = images[..., :height, :width]
-        if self.layers:
+        if self.layers and not self.known.drops_openly:
             refuse_hidden_dropout(self.network, part.repeat(2, 1, 1, 1))
+            self.known.drops_openly = True
         if not self.take_apart:
             return
         try:
@@ -145,15 +173,15 @@ class Passes:
         """
         try:
             sight = Sight(self, images, ids, chosen, self.program)
-            key = (*images.shape[2:], *sight.way)
-            if key not in self.checked and not self._is_sound(sight):
+            key = (self.device, self.streams.masks, *images.shape[1:], *sight.way)
+            if key not in self.known.sound and not self._is_sound(sight):
                 return None
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             log.debug("MC Dropout: the program fails: %s", error)
             return None
-        self.checked.add(key)
+        self.known.sound.add(key)
         return sight
 
     def _is_sound(self, sight: "Sight") -> bool:

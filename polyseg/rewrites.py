@@ -175,7 +175,7 @@ def absorb_masks(network: fx.GraphModule) -> None:
     """Multiply masks into the weights next to them: conv(m x) and m conv(x) are convolutions of x.
 
     For masks of whole channels that all images share. A convolution of what hangs on no mask is
-    left alone, for it is done once.
+    left alone, for it is done once, and so is a product that is needed elsewhere all the same.
     """
     stochastic = stochastic_nodes(network)
     for node in calls_to(network, (*CONVOLUTIONS, MULTIPLY)):
@@ -184,13 +184,18 @@ def absorb_masks(network: fx.GraphModule) -> None:
         if mask is None or not mask.meta["channelwise"]:
             continue
         if conv:
-            if conv.settings["groups"] == 1:
+            if all(map(_may_absorb, conv.input.users)):
                 node.replace_all_uses_with(conv.with_masked_input(network, mask))
             continue
         source = Convolution.of(node.args[0])
         if source and source.input in stochastic and source.is_own(network):
             node.replace_all_uses_with(source.with_masked_output(network, mask))
     network.graph.eliminate_dead_code()
+
+
+def _may_absorb(node: Node) -> bool:
+    conv = Convolution.of(node)
+    return conv is not None and conv.settings["groups"] == 1
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,11 @@ def open_last_convolution(network: fx.GraphModule) -> Taps:
     )
 
 
+def _reads_before(reader: Node, node: Node) -> bool:
+    """Whether an operation comes before another and makes a tensor of its own of what it reads."""
+    return reader.target in (winograd.convolve, *CONVOLUTIONS) and reader < node
+
+
 def work_in_place(part: Part) -> None:
     """Let activations, products and sums overwrite what was made for them alone."""
     network = part.function
@@ -272,11 +282,11 @@ def _swap_summands(node: Node) -> None:
 
 
 def _is_spare(node: Any, user: Node) -> bool:
-    """Whether a tensor was newly made for this user alone, and is of its result's shape."""
+    """Whether a tensor is newly made, of no use after this user, and of its result's shape."""
     return (
         isinstance(node, Node)
         and node.target in _MAKES_A_TENSOR
-        and len(node.users) == 1
+        and all(one is user or _reads_before(one, user) for one in node.users)
         and user.args.count(node) == 1
         and sides_of(node) is not None
         # By their names, for the number of images is one.

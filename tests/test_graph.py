@@ -445,8 +445,12 @@ def test_masks_on_both_sides_of_a_convolution():
         nn.Sequential(conv(), drop(), nn.MaxPool2d(2)),
         nn.Sequential(drop(nn.Dropout), up(groups=2), drop(), nn.ReLU()),
         Flow(lambda s, x: s.b(y := s.a(s.d(x))) + y, a=nn.ELU(), b=drop(), d=drop()),
+        Flow(lambda s, x: s.a(y := s.d(x)).relu() + y, a=conv(), d=drop()),
     ],
-    ids=["single values", "groups", "done once", "groups transposed", "no convolution"],
+    ids=[
+        *("single values", "groups", "done once", "groups transposed", "no convolution"),
+        "needed elsewhere",
+    ],
 )
 def test_masks_that_cannot_be_absorbed_stay(core):
     check_nothing(core, rewrites.absorb_masks, shared=True)
@@ -593,10 +597,17 @@ def check_in_place(core, **how):
         (lambda s, x: s.b(s.d(x)) + s.d(x), ["mul", "conv2d", "addcmul_"]),
         (lambda s, x: s.d(x) + s.b(s.d(x)), ["mul", "conv2d", "addcmul_"]),
         (lambda s, x: s.d(x) + x, ["addcmul"]),
+        (
+            lambda s, x: s.b(y := s.a(s.d(x))).tanh() - s.d(y),
+            ["mul", "conv2d", "conv2d", "tanh", "mul_", "sub"],
+        ),
     ],
-    ids=["relu", "leaky", "prelu", "product", "sum", "sum turned", "addcmul", "turned", "inputs"],
+    ids=[
+        *("relu", "leaky", "prelu", "product", "sum", "sum turned", "addcmul", "turned", "inputs"),
+        "convolved before",
+    ],
 )
-def test_what_was_made_for_one_user_alone_is_overwritten(flow, expected):
+def test_what_is_of_no_use_afterwards_is_overwritten(flow, expected):
     core = Flow(flow, a=conv(), b=conv(), d=drop(nn.Dropout), p=nn.PReLU(init=-0.3))
     _, after = check_in_place(core)
     assert after == Counter(expected)
@@ -609,11 +620,16 @@ def test_what_was_made_for_one_user_alone_is_overwritten(flow, expected):
         lambda s, x: (y := s.d(x).relu().tanh()) * y.relu(),
         lambda s, x: s.one(s.d(x)) - x * s.one(s.d(x)),
         lambda s, x: s.d(x).tanh().relu(),
+        lambda s, x: s.d(y := s.a(s.d(x))).tanh() - s.b(y),
+        lambda s, x: (y := s.a(s.d(x))).flatten(2).unflatten(2, x.shape[2:]) - s.d(y).tanh() * x,
     ],
-    ids=["used twice", "used with itself", "broadcast", "not newly made"],
+    ids=[
+        *("used twice", "used with itself", "broadcast", "not newly made", "convolved later"),
+        "seen through a view",
+    ],
 )
 def test_what_others_use_is_not_overwritten(flow):
-    check_in_place(Flow(flow, a=conv(), d=drop(), one=conv(4, 1)))
+    check_in_place(Flow(flow, a=conv(), b=conv(), d=drop(), one=conv(4, 1)))
 
 
 def test_a_prelu_of_several_slopes_stays():

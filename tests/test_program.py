@@ -647,3 +647,52 @@ def test_memory_does_not_grow_with_the_passes(program, save_maps):
     how = {"program": program, "save_maps": save_maps, "progress": progress}
     assess(build("unet"), [make_batch(2)], samples=40, **how)
     assert len(held) == 2 and held[1] <= held[0]
+
+
+# What is known of a network.
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """List the comparisons with the plain pass."""
+    made, is_sound = [], passes.Passes._is_sound
+
+    def count(self, sight):
+        made.append(sight)
+        return is_sound(self, sight)
+
+    monkeypatch.setattr(passes.Passes, "_is_sound", count)
+    return made
+
+
+def test_a_program_is_compared_once_and_other_weights_need_no_more(compared, caplog):
+    network, batch = build("unet"), make_batch()
+    for epoch in range(3):
+        with torch.no_grad():
+            for one in network.parameters():
+                one.mul_(1.05)
+        check(network, [batch], caplog, epoch=epoch)
+    assert len(compared) == 1
+
+
+def test_another_setting_size_or_kind_of_masks_is_compared_anew(compared, caplog):
+    network = build("unet")
+    assess(network, [make_batch()], samples=2)
+    assess(network, [make_batch()], samples=2, masks="independent")
+    assess(network, [make_batch(size=(64, 64))], samples=2)
+    assert len(compared) == 3
+    for layer in active_layers(network).values():
+        layer.p = 0.4
+    check(network, [make_batch()], caplog)
+    assert len(compared) == 4
+
+
+def test_a_program_that_was_wrong_is_compared_again(compared, monkeypatch, caplog):
+    network, batch = build("unet"), make_batch()
+    monkeypatch.setattr(Look, "original", Look.__call__, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Look, "__call__", broken_logits)
+        assess(network, [batch], samples=2)
+    caplog.clear()
+    check(network, [batch], caplog)
+    assert len(compared) == 2
