@@ -242,11 +242,18 @@ class Part:
         results = self.function(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, results, strict=True))
 
-    def lay_out(self, layout: torch.memory_format) -> None:
-        """Keep weights in this order."""
-        for name, values in self.function.named_buffers():
+    def lay_out(self, layout: torch.memory_format, kind: torch.dtype) -> None:
+        """Keep weights of its own in this order, as numbers of this kind."""
+        for node in self.function.graph.find_nodes(op="get_attr"):
+            path, _, name = str(node.target).rpartition(".")
+            owner = self.function.get_submodule(path)
+            values = getattr(owner, name).detach()
+            if values.is_floating_point():
+                values = values.to(kind)
             if values.dim() == 4:
-                setattr(self.function, name, values.contiguous(memory_format=layout))
+                values = values.contiguous(memory_format=layout)
+            delattr(owner, name)
+            owner.register_buffer(name, values)
 
     @cached_property
     def cost(self) -> float:

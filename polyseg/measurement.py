@@ -54,9 +54,10 @@ class Measurement:
         sight = self.passes.look(self.batch.images, self.batch.ids, chosen)
         if self.plain is None:
             self.plain = sight.without_dropout()
+        each = sight.samples(range(self.done, samples))
         for index in range(self.done, samples):
             tell()  # Before each pass, so that who listens can end it between any two.
-            self.groups[index % len(self.groups)].update(sight.sample(index))
+            self.groups[index % len(self.groups)].update(next(each))
         self.done = samples
 
     def of(self, rows: slice) -> "Measurement":

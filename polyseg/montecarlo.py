@@ -34,6 +34,7 @@ __all__ = ["assess", "describe", "spread", "stochastic_layers", "stochastic_pass
 
 log = logging.getLogger(__name__)
 
+_KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WORTH_TAKING_APART = 2_000_000
 """Pixels of all images times passes from which a program repays the second that making it takes."""
 
@@ -49,6 +50,7 @@ def assess(
     boundary_width: int = 3,
     masks: Sharing = "consistent",
     program: Literal["auto", "plain"] = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
     seed: int = 0,
     epoch: int = 0,
     save_maps: bool = False,
@@ -76,6 +78,7 @@ def assess(
         masks: "consistent" or "independent".
         program: "plain" runs the whole network each pass, and so does "auto" where pixels of all
             images times passes are too few to repay taking it apart.
+        precision: of the network in a pass; scores are float32 or wider whatever it is.
         seed: of the masks, together with epoch, pass and layer.
         epoch: the epochs the network was trained for.
         save_maps: keep the pixel maps as well.
@@ -124,7 +127,9 @@ def assess(
             take_apart, batches = _worth_taking_apart(batches, wanted)
         streams = MaskStreams(masks, seed, epoch)
         plain_pass = partial(stochastic_pass, network, layers)
-        passes = Passes(network, layers, streams, plain_pass, take_apart=take_apart)
+        passes = Passes(
+            network, layers, streams, plain_pass, take_apart=take_apart, kind=_KINDS[precision]
+        )
         measurements = (
             Measurement(passes, part, region, boundary_width, save_maps) for part in parts()
         )
@@ -154,12 +159,12 @@ def assess(
 
 
 def stochastic_pass(
-    network: nn.Module, layers: dict[str, Any], images: Tensor, streams: MaskStreams, index: int
+    network: nn.Module, layers: dict[str, Any], images: Tensor, streams: MaskStreams, passes: range
 ) -> Tensor:
-    """Return the probabilities of one thinned network, p_n = f(x; z_n) (eq. 7).
+    """Return the probabilities of thinned networks, p_n = f(x; z_n) (eq. 7).
 
     z_n is Bernoulli(1 - rate) and what is kept is divided by 1 - rate, so means are preserved. The
-    result is (B K, H, W), the K labels of an image one after another.
+    result is (passes B K, H, W), pass after pass, the K labels of an image one after another.
     """
     calls = dict.fromkeys(layers, 0)
 
@@ -170,7 +175,7 @@ def stochastic_pass(
     def drop(name: str, layer: Any, features: Tensor) -> Tensor:
         calls[name] += 1
         shape = streams.shape_of(name, calls[name], layer, features)
-        mask = streams.mask(index, name, calls[name], shape, layer.p)
+        mask = streams.mask(passes, name, calls[name], shape, layer.p)
         thinned: Tensor = features * mask.to(features)
         return thinned
 
@@ -182,8 +187,8 @@ def stochastic_pass(
     ]
     hooks.append(getattr(network, "core", network).register_forward_pre_hook(begin))
     try:
-        probability: Tensor = network(images).float().sigmoid().flatten(0, 1)
-        return probability
+        logits: Tensor = network(images.repeat(len(passes), 1, 1, 1))
+        return logits.float().sigmoid().flatten(0, 1)
     finally:
         for hook in hooks:
             hook.remove()

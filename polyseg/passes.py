@@ -26,14 +26,18 @@ from polyseg.streams import MaskStreams
 
 log = logging.getLogger(__name__)
 
-PlainPass = Callable[[Tensor, MaskStreams, int], Tensor]
-"""From (B, C, H, W) images, the masks and the number of a pass to probabilities, (B K, H, W)."""
+PlainPass = Callable[[Tensor, MaskStreams, range], Tensor]
+"""From (B, C, H, W) images, masks and numbers of passes to probabilities, (passes B K, H, W)."""
 
 _TRIAL_SIDE = 512
 _TOLERANCE = 1e-4
 """Of probabilities, between a program and the plain pass; rounding makes far less of it."""
+_TIMES_ROUNDING = 4
+"""As many times as far as a lower precision moves the plain pass may the program be from that."""
 _BYTES_AT_ONCE = 2**24
 """Feature maps of this size stay near a processor's caches."""
+_PIXELS_AT_ONCE = 2**22
+"""Passes are run together over so many pixels on an accelerator, which fewer do not fill."""
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Passes:
         plain_pass: PlainPass,
         *,
         take_apart: bool,
+        kind: torch.dtype = torch.float32,
     ) -> None:
         """Prepare the passes, which run nothing yet.
 
@@ -80,13 +85,16 @@ class Passes:
             streams: their masks.
             plain_pass: of the whole network.
             take_apart: whether to try and make a program of it.
+            kind: of numbers that it computes with, as far as it may.
         """
         self.network, self.layers = network, layers
         self.known = Findings.of(network)
         self.streams = replace(streams, shapes=self.known.shapes)
-        self.plain_pass, self.take_apart = plain_pass, take_apart
+        self.plain_pass, self.take_apart, self.kind = plain_pass, take_apart, kind
         self.program: Program | None = None
         self.device = device_of(network)
+        self.most_pixels = _most_pixels_together(self.device)
+        """That passes run together over; 0 where each runs alone."""
         self.tried = False
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
@@ -103,9 +111,20 @@ class Passes:
         for start in range(0, len(batch.ids), at_once):
             yield images_of(batch, slice(start, start + at_once))
 
-    def plainly(self, images: Tensor, ids: list[str], index: int) -> Tensor:
-        """Return the probabilities of a pass of the whole network, (B K, H, W)."""
-        return self.plain_pass(images, self.streams.of(ids, images.shape[2:]), index)
+    def plainly(self, images: Tensor, ids: list[str], passes: range) -> Tensor:
+        """Return the probabilities of passes of the whole network, (passes B K, H, W)."""
+        with self._as_precise():
+            return self.plain_pass(images, self.streams.of(ids, images.shape[2:]), passes)
+
+    def without_dropout(self, images: Tensor) -> Tensor:
+        """Return the probabilities of the network as it is, (B K, H, W)."""
+        with self._as_precise():
+            logits: Tensor = self.network(images)
+        return logits.float().sigmoid().flatten(0, 1)
+
+    def _as_precise(self) -> torch.autocast:
+        reduced = self.kind != torch.float32
+        return torch.autocast(self.device.type, self.kind if reduced else None, enabled=reduced)
 
     def look(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight":
         """Return what gives the probabilities of one pass after another.
@@ -127,14 +146,14 @@ class Passes:
             self.program = None
         return Sight(self, images, ids, chosen, None)
 
-    def mask_inputs(self, images: Tensor, ids: list[str], index: int) -> Masks:
-        """Return the masks of a pass by the names of the program's inputs."""
+    def mask_inputs(self, images: Tensor, ids: list[str], passes: range) -> Masks:
+        """Return the masks of passes by the names of the program's inputs."""
         streams = self.streams.of(ids, images.shape[2:])
         assert self.program is not None
         masks = {}
         for one in self.program.masks:
             shape, rate = streams.known_shape(one.layer, one.call), self.layers[one.layer].p
-            drawn = streams.mask(index, one.layer, one.call, shape, rate)
+            drawn = streams.mask(passes, one.layer, one.call, shape, rate)
             masks[one.node] = drawn.to(self.device)
         return masks
 
@@ -163,8 +182,9 @@ class Passes:
         example, _, _ = _padded(self.network, images)
         core = getattr(self.network, "core", self.network)
         with torch.inference_mode(mode=False), torch.no_grad():
-            shared = self.streams.masks == "consistent"
-            return Program(core, self.layers, example.clone(), shared=shared)
+            # Together on an accelerator, passes differ in their masks like images do.
+            shared = self.streams.masks == "consistent" and not self.most_pixels
+            return Program(core, self.layers, example.clone(), shared=shared, kind=self.kind)
 
     def _programmed(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight | None":
         """Return how the program looks at images; None where it fails, or gives something else.
@@ -173,7 +193,7 @@ class Passes:
         """
         try:
             sight = Sight(self, images, ids, chosen, self.program)
-            key = (self.device, self.streams.masks, *images.shape[1:], *sight.way)
+            key = (self.device, self.kind, self.streams.masks, *images.shape[1:], *sight.way)
             if key not in self.known.sound and not self._is_sound(sight):
                 return None
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -199,12 +219,23 @@ class Passes:
             (sight.part_of(sight.sample(0), rows), plain),
             (_of_images(sight.without_dropout(), len(sight.ids), rows), whole.without_dropout()),
         )
+        allowed = _TOLERANCE + _TIMES_ROUNDING * self._rounding(whole)
         # Weights that diverged are not the program's fault.
         return all(
             found.shape == wanted.shape
-            and bool((~wanted.isfinite() | ((found - wanted).abs() <= _TOLERANCE)).all())
+            and bool((~wanted.isfinite() | ((found - wanted).abs() <= allowed)).all())
             for found, wanted in pairs
         )
+
+    def _rounding(self, whole: "Sight") -> float:
+        """Return how far a precision below single moves what the whole network gives."""
+        if self.kind == torch.float32:
+            return 0.0
+        reduced = whole.without_dropout()
+        self.kind, kept = torch.float32, self.kind
+        single = self.without_dropout(whole.images).cpu()
+        self.kind = kept
+        return float((reduced - single).abs().nan_to_num().max())
 
 
 class Sight:
@@ -226,7 +257,7 @@ class Sight:
             if chosen is not None:
                 points = Points.of(chosen.to(images.device)).moved(self.top, self.left)
             # Image by image on a processor; all at once they fill an accelerator.
-            self.inside = Look(program, padded, points, crop=images.device.type == "cpu")
+            self.inside = Look(program, padded, points, crop=not passes.most_pixels)
 
     @property
     def way(self) -> tuple[bool, bool]:
@@ -235,13 +266,38 @@ class Sight:
 
     def sample(self, index: int) -> Tensor:
         """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
+        (found,) = self._together(range(index, index + 1))
+        return found
+
+    def samples(self, passes: range) -> Iterator[Tensor]:
+        """Yield the probabilities of one pass after another, of which several may run together."""
+        pixels, first = self.images[:, 0].numel(), passes.start
+        while first < passes.stop:
+            count = max(1, min(self.passes.most_pixels // pixels, passes.stop - first))
+            try:
+                found = self._together(range(first, first + count))
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                self.passes.most_pixels = count // 2 * pixels
+                continue
+            yield from found
+            first += count
+
+    def _together(self, passes: range) -> tuple[Tensor, ...]:
+        """Return the probabilities of passes that run at once, each as `sample` does."""
         if self.inside is None:
-            whole = self.passes.plainly(self.images, self.ids, index).cpu()
-            return whole if self.chosen is None else whole[self.chosen.flatten(0, 1)]
-        logits = self.inside(self.passes.mask_inputs(self.images, self.ids, index))
+            whole = self.passes.plainly(self.images, self.ids, passes).cpu()
+            each = whole.chunk(len(passes))
+            if self.chosen is None:
+                return each
+            chosen = self.chosen.flatten(0, 1)
+            return tuple(one[chosen] for one in each)
+        masks = self.passes.mask_inputs(self.images, self.ids, passes)
+        logits = self.inside(masks, len(passes))
         if self.chosen is None:
             logits = self._cut(logits)
-        return logits.float().sigmoid().cpu()
+        return logits.float().sigmoid().cpu().chunk(len(passes))
 
     def part_of(self, sample: Tensor, rows: list[int]) -> Tensor:
         """Return what `sample` says of some of the images."""
@@ -258,17 +314,20 @@ class Sight:
     @cached_property
     def _without_dropout(self) -> Tensor:
         if self.inside is None:
-            logits: Tensor = self.passes.network(self.images).flatten(0, 1)
-        else:
-            kept = self.inside.program.all_kept(self.images)
-            logits = self._cut(self.inside.everywhere(kept))
-        return logits.float().sigmoid().cpu()
+            return self.passes.without_dropout(self.images).cpu()
+        logits = self.inside.everywhere(self.inside.program.all_kept(self.images))
+        return self._cut(logits).float().sigmoid().cpu()
 
     def _cut(self, logits: Tensor) -> Tensor:
         """Return the logits without what the network was padded by, (B K, H, W)."""
         height, width = self.images.shape[2:]
         rows = slice(self.top, self.top + height)
         return logits[..., rows, self.left : self.left + width].flatten(0, 1)
+
+
+def _most_pixels_together(device: torch.device) -> int:
+    # A processor is faster with few feature maps, which stay near.
+    return 0 if device.type == "cpu" else _PIXELS_AT_ONCE
 
 
 def _by_emptiness(batch: Batch) -> list[Batch]:

@@ -51,7 +51,13 @@ class Program:
     """A network taken apart into prefix and suffix, with its weights as they are now."""
 
     def __init__(
-        self, core: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, *, shared: bool
+        self,
+        core: nn.Module,
+        layers: Mapping[str, nn.Module],
+        images: Tensor,
+        *,
+        shared: bool,
+        kind: torch.dtype = torch.float32,
     ) -> None:
         """Take a network apart.
 
@@ -60,6 +66,7 @@ class Program:
             layers: its active dropout layers by name.
             images: an example.
             shared: whether the images of a batch have one mask a pass.
+            kind: of numbers that the passes compute with; what they have in common is float32.
 
         Raises:
             UntraceableError: the network cannot be taken apart.
@@ -71,21 +78,23 @@ class Program:
         rewrites.fold_identities(network)
         rewrites.merge_pointwise(network)
         rewrites.split_concatenations(network)
-        if images.device.type == "cpu":
+        if images.device.type == "cpu" and kind == torch.float32:
             rewrites.use_winograd(network)
         opened = copy.deepcopy(network)
         self.taps: Taps = rewrites.open_last_convolution(opened)
         self.labels = graph.output_channels(network)
         self.channels = graph.output_channels(opened)
         self.input = graph.input_names(network)[0]
-        self.prefix, self.suffix = _prefix_and_suffix(network, shared)
-        _, self.opened = _prefix_and_suffix(opened, shared)
+        self.prefix, self.suffix = _prefix_and_suffix(network, shared, kind)
+        _, self.opened = _prefix_and_suffix(opened, shared, kind)
         # With batch norm folded, this layout spares convolutions their copies; layers that
         # normalise over space are slower in it.
         over_space = graph.normalises_over_space(network)
         self.layout = torch.contiguous_format if over_space else torch.channels_last
-        for part in (self.prefix, self.suffix, self.opened):
-            part.lay_out(self.layout)
+        self.kind = kind
+        self.prefix.lay_out(self.layout, torch.float32)
+        for part in (self.suffix, self.opened):
+            part.lay_out(self.layout, kind)
         self.frame = (int(images.shape[2]), int(images.shape[3]))
         self.tails = self._find_tails(self.begin(images[:1]))
 
@@ -100,11 +109,23 @@ class Program:
         features = {self.input: images.contiguous(memory_format=self.layout)}
         self.prefix.run(features)
         wanted = {self.input, *self.suffix.inputs}
-        return {name: values for name, values in features.items() if name in wanted}
+        return {name: values.to(self.kind) for name, values in features.items() if name in wanted}
 
-    def logits(self, features: Mapping[str, Tensor], masks: Masks) -> Tensor:
-        """Return the logits of a pass, (B, K, H, W)."""
-        return _result(self.suffix, {**features, **masks})
+    def inputs(
+        self, features: Mapping[str, Tensor], masks: Masks, count: int = 1
+    ) -> dict[str, Tensor]:
+        """Return what passes begin with: what all have in common, so many times, and masks."""
+        # Of an empty batch nothing could be repeated, but there is none.
+        if count > 1:
+            features = {
+                name: values.repeat(count, *(1 for _ in values.shape[1:]))
+                for name, values in features.items()
+            }
+        return {**features, **{name: mask.to(self.kind) for name, mask in masks.items()}}
+
+    def logits(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of passes that begin with these values, (passes B, K, H, W)."""
+        return _result(self.suffix, values)
 
     def all_kept(self, like: Tensor) -> Masks:
         """Return the masks that drop nothing."""
@@ -112,20 +133,19 @@ class Program:
 
     def _find_tails(self, features: dict[str, Tensor]) -> list["Tail"]:
         """Return the ends of the suffix that can be run on a window, the longest first."""
-        masks = self.all_kept(features[self.input])
+        values = self.inputs(features, self.all_kept(features[self.input]))
         tails = []
         for width in self.opened.widths()[:-1]:
             narrow = self.opened.narrow(width)
             if not narrow:
                 continue
             head, end = graph.cut(self.opened.function, narrow)
-            rewrites.work_in_place(head)
-            rewrites.work_in_place(end)
             for part in (head, end):
-                part.lay_out(self.layout)
-            values = {**features, **masks}
-            head.run(values)
-            tail = Tail.of(head, end, values, self.frame)
+                rewrites.work_in_place(part, self.kind)
+                part.lay_out(self.layout, self.kind)
+            reached = dict(values)
+            head.run(reached)
+            tail = Tail.of(head, end, reached, self.frame)
             if tail is not None:
                 tails.append(tail)
         return tails
@@ -313,29 +333,35 @@ class Look:
         """Whether less than the images is run."""
         return self.share < 1
 
-    def __call__(self, masks: Masks) -> Tensor:
-        """Return the logits of a pass: (n,) at the points, or (B, K, H, W)."""
+    def __call__(self, masks: Masks, count: int = 1) -> Tensor:
+        """Return the logits of passes: (passes n,) at the points, or (passes B, K, H, W).
+
+        Args:
+            masks: of one pass, or of several as those of images, pass after pass.
+            count: of the passes; several only where nothing is cropped.
+        """
+        values = self.program.inputs(self.features, masks, count)
         if self.points is None:
-            return self.program.logits(self.features, masks)
-        values = {**self.features, **masks}
-        logits = torch.cat([self._add_taps(image, one) for image, one in self._opened(values)])
-        bias = self.program.taps.bias
-        return logits if bias is None else logits + bias[self.points.label]
+            return self.program.logits(values)
+        each = [self._add_taps(image, one) for image, one in self._opened(values, count)]
+        logits, bias = torch.cat(each, dim=1), self.program.taps.bias
+        return (logits if bias is None else logits + bias[self.points.label]).flatten()
 
     def _add_taps(self, image: int, opened: Tensor) -> Tensor:
-        """Return the sums of the taps of an image's points, (n,)."""
+        """Return the sums of the taps of an image's points, (passes, n)."""
         index = self.index[image]
-        found = opened.permute(0, 2, 3, 1).flatten().index_select(0, index.flatten())
-        return found.view_as(index).sum(dim=1)
+        found = opened.permute(0, 2, 3, 1).flatten(1).index_select(1, index.flatten())
+        return found.float().view(len(found), *index.shape).sum(dim=2)
 
     def everywhere(self, masks: Masks) -> Tensor:
         """Return the logits of a pass at all pixels, (B, K, H, W)."""
-        return self.program.logits(self.features, masks)
+        return self.program.logits(self.program.inputs(self.features, masks))
 
-    def _opened(self, values: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield each image with its taps, (1, T K, H, W) of its place."""
+    def _opened(self, values: dict[str, Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield each image with its taps, (passes, T K, H, W) of its place."""
         if self.tail is None:
-            yield from enumerate(torch.split(_result(self.program.opened, values), 1))
+            opened = _result(self.program.opened, values)
+            yield from enumerate(opened.view(count, -1, *opened.shape[1:]).unbind(1))
             return
         self.tail.head.run(values)
         for image, place in enumerate(self.places):
@@ -384,14 +410,16 @@ class Look:
         ]
 
 
-def _prefix_and_suffix(network: fx.GraphModule, shared: bool) -> tuple[Part, Part]:
+def _prefix_and_suffix(
+    network: fx.GraphModule, shared: bool, kind: torch.dtype
+) -> tuple[Part, Part]:
     if shared:
         rewrites.absorb_masks(network)
     stochastic = graph.stochastic_nodes(network)
     still = {node for node in network.graph.nodes if node not in stochastic}
     prefix, suffix = graph.cut(network, still)
     rewrites.work_in_place(prefix)
-    rewrites.work_in_place(suffix)
+    rewrites.work_in_place(suffix, kind)
     return prefix, suffix
 
 

@@ -244,16 +244,17 @@ def _reads_before(reader: Node, node: Node) -> bool:
     return reader.target in (winograd.convolve, *CONVOLUTIONS) and reader < node
 
 
-def work_in_place(part: Part) -> None:
-    """Let activations, products and sums overwrite what was made for them alone."""
+def work_in_place(part: Part, kind: torch.dtype = torch.float32) -> None:
+    """Let activations, products and sums of this kind overwrite what is of no use afterwards."""
     network = part.function
     for node in calls_to(network, (aten.prelu.default,)):
         slope = tensor_of(network, node.args[1])
         if slope is not None and slope.numel() == 1:
             node.target = aten.leaky_relu.default
             node.args = (node.args[0], float(slope))
-    for node in calls_to(network, (ADD,)):
-        _add_product(node)
+    if kind == torch.float32:  # For others processors have no such operation, and take longer.
+        for node in calls_to(network, (ADD,)):
+            _add_product(node)
     network.graph.eliminate_dead_code()
     for node in calls_to(network, tuple(IN_PLACE)):
         if node.target is ADD and not _is_spare(node.args[0], node):

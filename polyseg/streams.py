@@ -19,7 +19,7 @@ class MaskStreams:
     They are drawn on the CPU, so every device sees the same masks.
 
     >>> streams = MaskStreams("independent", seed=0, epoch=1).of(["a", "b"], (8, 8))
-    >>> streams.mask(3, "dropout", call=1, shape=torch.Size([4, 1, 1]), rate=0.5).shape
+    >>> streams.mask(range(3, 4), "dropout", call=1, shape=torch.Size([4, 1, 1]), rate=0.5).shape
     torch.Size([2, 4, 1, 1])
     """
 
@@ -47,12 +47,18 @@ class MaskStreams:
         self.shapes[(*self.size, name, call)] = shape
         return shape
 
-    def mask(self, index: int, name: str, call: int, shape: torch.Size, rate: float) -> Tensor:
-        """Return (1, *shape) for all images alike, or (B, *shape): 0 or 1 / (1 - rate)."""
-        owners: list[tuple[str, ...]] = (
-            [()] if self.masks == "consistent" else [(identity,) for identity in self.ids]
+    def mask(self, passes: range, name: str, call: int, shape: torch.Size, rate: float) -> Tensor:
+        """Return 0 or 1 / (1 - rate): (1, *shape) for all images alike, or (B, *shape).
+
+        Of several passes it is (passes B, *shape), the images of one after those of another.
+        """
+        alike = self.masks == "consistent"
+        owners: list[tuple[str, ...]] = [()] if alike else [(identity,) for identity in self.ids]
+        drawn = torch.stack(
+            [self._draw((n, name, call, *owner), shape) for n in passes for owner in owners]
         )
-        drawn = torch.stack([self._draw((index, name, call, *owner), shape) for owner in owners])
+        if alike and len(passes) > 1:
+            drawn = drawn.repeat_interleave(len(self.ids), dim=0)
         return (drawn >= rate).float() / (1 - rate)
 
     def _draw(self, key: tuple[int | str, ...], shape: torch.Size) -> Tensor:

@@ -482,12 +482,12 @@ def broken_fold(network):
         node.replace_all_uses_with(node.args[0])
 
 
-def broken_sizes(self, values):
+def broken_sizes(self, values, count):
     raise RuntimeError("sizes do not fit")
 
 
-def broken_logits(self, masks):
-    return Look.original(self, masks) + 0.1
+def broken_logits(self, masks, count):
+    return Look.original(self, masks, count) + 0.1
 
 
 @pytest.mark.parametrize(
@@ -696,3 +696,92 @@ def test_a_program_that_was_wrong_is_compared_again(compared, monkeypatch, caplo
     caplog.clear()
     check(network, [batch], caplog)
     assert len(compared) == 2
+
+
+# Passes that run together, as on an accelerator.
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Let three passes over three images run together, and list how many do."""
+    counts, run = [], passes.Sight._together
+
+    def count(self, numbers):
+        found = run(self, numbers)
+        counts.append(len(numbers))
+        return found
+
+    def begin():
+        pixels = 3 * 3 * NEEDS_PADDING[0] * NEEDS_PADDING[1]
+        monkeypatch.setattr(passes.Sight, "_together", count)
+        monkeypatch.setattr(passes, "_most_pixels_together", lambda _: pixels)
+        return counts
+
+    return begin
+
+
+@pytest.mark.parametrize("program", ["auto", "plain"])
+@pytest.mark.parametrize("kind", ["channel", "element"])
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize("region", ["mask", "prediction"])
+def test_passes_that_run_together_are_those_that_run_alone(region, masks, kind, program, together):
+    network, batch = (
+        build("unet", labels=2, dropout_kind=kind),
+        make_batch(labels=2, names=("a", "b")),
+    )
+    how = {"samples": 7, "masks": masks, "region": region}
+    alone = assess(network, [batch], program="plain", **how)
+    counts = together()
+    ours = assess(network, [batch], program=program, **how)
+    assert counts[-3:] == [3, 3, 1]
+    for name in SCORES:
+        largest = alone.scores[name].max()
+        assert np.abs(ours.scores[name] - alone.scores[name]).max() < CLOSE * largest
+
+
+def test_where_memory_ends_fewer_passes_run_together(together, monkeypatch):
+    network, batch = build("unet"), make_batch()
+    expected = assess(network, [batch], samples=7)
+    counts, inputs = together(), Program.inputs
+
+    def too_much(self, features, masks, count=1):
+        if count > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs(self, features, masks, count)
+
+    monkeypatch.setattr(Program, "inputs", too_much)
+    found = assess(network, [batch], samples=7)
+    assert counts[-7:] == [1] * 7
+    np.testing.assert_allclose(found.difficulty, expected.difficulty, rtol=CLOSE)
+
+
+# Numbers of half the size.
+
+
+@pytest.mark.parametrize("name", ["unet", "attention-unet", "own"])
+@pytest.mark.parametrize("masks", ["consistent", "independent"])
+def test_half_the_digits_rank_images_alike(name, masks, caplog):
+    caplog.set_level(logging.INFO, "polyseg")
+    network, batch = build(name), make_batch(12)
+    exact = assess(network, [batch], samples=6, masks=masks)
+    caplog.clear()
+    for program in ("auto", "plain"):
+        found = assess(network, [batch], samples=6, masks=masks, precision="bf16", program=program)
+        assert not np.array_equal(found.difficulty, exact.difficulty)
+        np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=0.1)
+        np.testing.assert_allclose(found.dice, exact.dice, atol=0.05)
+    assert "plain way" not in caplog.text and "run whole" not in caplog.text
+
+
+def test_a_wrong_program_is_noticed_with_half_the_digits(monkeypatch, caplog):
+    monkeypatch.setattr(rewrites, "fold_batch_norms", broken_fold)
+    assess(build("unet"), [make_batch()], samples=2, precision="bf16")
+    assert "plain way" in caplog.text
+
+
+def test_weights_keep_all_their_digits():
+    network = build("unet")
+    before = {name: values.clone() for name, values in network.state_dict().items()}
+    assess(network, [make_batch()], samples=2, precision="bf16")
+    for name, values in network.state_dict().items():
+        assert values.dtype == before[name].dtype and torch.equal(values, before[name])
