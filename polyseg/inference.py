@@ -1,6 +1,7 @@
 """Running a trained network as it is: no dropout, no gradient, nothing changed by it."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -35,6 +36,26 @@ def choose_device(name: str) -> torch.device:
         here = ", ".join(kind for kind, present in at_hand.items() if present)
         raise PolysegError(f"device {name}: is not at hand; this machine has {here}")
     return torch.device(name)
+
+
+def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
+    """Let a GPU compute by algorithms that give the same bits each time, or by the fastest ones.
+
+    The fastest are found by trial, which may end otherwise the next time. All that this process
+    computes from here on goes by it; it comes before anything is computed there, since cuBLAS looks
+    only once. Other devices have no such choice, and nothing is changed for them.
+
+    >>> choose_algorithms(torch.device("cpu"), deterministic=False)
+    """
+    if device.type != "cuda":
+        return
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # What knows no such algorithm warns; memory that is written to anyway need not be filled first.
+    torch.use_deterministic_algorithms(deterministic, warn_only=deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -69,6 +69,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
             raise PolysegError(f"checkpoint: optimizer tensor {key!r:.60} is none of polyseg's")
         state.setdefault(int(parameter), {})[name] = value
     _refuse_misfits(optimizer, state)
+    weights = _weights_of(optimizer)
+    for i, held in state.items():
+        state[i] = {name: _laid_out_as(weights[i], value) for name, value in held.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -77,7 +80,7 @@ def _refuse_misfits(
     optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
     """Raise unless what an optimizer is to take up is what one of its kind has laid down."""
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    parameters = _weights_of(optimizer)
     names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAMS_STATE
     fits = bool(state) and max(state) < len(parameters)
     # What the loss does not reach has no state.
@@ -87,3 +90,14 @@ def _refuse_misfits(
         fits &= all(value.dtype == torch.float32 for value in held.values())
     if not fits:
         raise PolysegError("checkpoint: its optimizer's tensors are missing or do not fit")
+
+
+def _weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [one for group in optimizer.param_groups for one in group["params"]]
+
+
+def _laid_out_as(weights: Tensor, value: Tensor) -> Tensor:
+    """Return what belongs to weights in the order of memory that those have, by which Adam goes."""
+    if value.shape != weights.shape:
+        return value
+    return torch.empty_like(weights, dtype=value.dtype, requires_grad=False).copy_(value)

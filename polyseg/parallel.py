@@ -131,6 +131,17 @@ class DropoutTogether:
         shape = [self.total, *features.shape[1:]]
         if not isinstance(layer, nn.Dropout):
             shape[2:] = [1] * (features.dim() - 2)
-        mask = torch.empty(shape, dtype=features.dtype, device=features.device)
+        mask = torch.empty(
+            shape,
+            dtype=features.dtype,
+            device=features.device,
+            memory_format=_order_in_memory(features),
+        )
         mask = mask.bernoulli_(1 - layer.p).div_(1 - layer.p if layer.p < 1 else 1)
         return features * mask[self.rows]
+
+
+def _order_in_memory(features: Tensor) -> torch.memory_format:
+    """Return the order of features, in which torch's own layers draw masks for them."""
+    last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not features.is_contiguous() else torch.contiguous_format

@@ -77,6 +77,8 @@ ROOMS = [
     "optimizers",
     "parallel",
     "recomputation",
+    "steps",
+    "nonfinite",
     "train",
     "schedules",
     "evaluate",

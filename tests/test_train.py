@@ -15,8 +15,9 @@ import pytest
 import torch
 from scipy.special import expit
 
-from polyseg import optimizers
+from polyseg import nonfinite, optimizers
 from polyseg import run as run_room
+from polyseg import steps as steps_room
 from polyseg import train as room
 from polyseg.cache import read_assessment, read_schedule
 from polyseg.checkpoints import read_checkpoint, write_checkpoint
@@ -503,9 +504,9 @@ def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch, between_l
             shown.append(batch[0])
             yield batch
 
-    monkeypatch.setattr(room, "_STEPS_BETWEEN_LOOKS", between_looks)
+    monkeypatch.setattr(nonfinite, "_STEPS_BETWEEN_LOOKS", between_looks)
     monkeypatch.setattr(room, "training_batches", remembered)
-    monkeypatch.setattr(room, "build_objective", broken)
+    monkeypatch.setattr(steps_room, "build_objective", broken)
     with pytest.raises(PolysegError, match=f"epoch 1, step {bad_step}: the loss of") as error:
         train(tiny("run"))
     assert f"loss of {shown[bad_step - 1][1]} is not finite" in str(error.value)
@@ -542,7 +543,7 @@ SPOILS = {"losses": lambda losses: losses * float("nan"), "gradients": Unbounded
 
 
 def test_gradients_that_are_not_finite_end_the_run(tiny, monkeypatch):
-    monkeypatch.setattr(room, "build_objective", spoiling(5, SPOILS["gradients"]))
+    monkeypatch.setattr(steps_room, "build_objective", spoiling(5, SPOILS["gradients"]))
     with pytest.raises(PolysegError, match="epoch 2, step 2: the gradients of phantom"):
         train(tiny("run"))
     run = RunDirectory(Path(tiny("run").output.path))
@@ -558,20 +559,20 @@ def test_a_skipped_step_is_as_if_its_batch_had_not_been(tiny, monkeypatch, what,
         "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1, norm: BATCH}",
         "data.augmentation=none",
     )
-    monkeypatch.setattr(room, "build_objective", spoiling(5, SPOILS[what]))
+    monkeypatch.setattr(steps_room, "build_objective", spoiling(5, SPOILS[what]))
     skipping = run_of(tiny("skipping", *settings))
     assert [row["skipped_steps"] for row in history_of(skipping)] == ["0", "1", "0"]
     named = {"losses": "the loss of", "gradients": "the gradients of"}[what]
     assert f"epoch 2, step 2 is skipped: {named} phantom" in caplog.text
 
-    taken, take = [], room.Trainer._step
+    taken, take = [], steps_room.Steps.take
 
     def without_the_fifth(self, *batch):
         taken.append(taken[-1] if len(taken) == 4 else take(self, *batch))
         return taken[-1]
 
-    monkeypatch.setattr(room.Trainer, "_step", without_the_fifth)
-    monkeypatch.setattr(room, "build_objective", spoiling(-1, None))
+    monkeypatch.setattr(steps_room.Steps, "take", without_the_fifth)
+    monkeypatch.setattr(steps_room, "build_objective", spoiling(-1, None))
     assert_same_weights(weights_of(skipping), weights_of(run_of(tiny("without", *settings))))
 
 
@@ -579,7 +580,7 @@ def test_an_epoch_without_a_finite_step_ends_the_run(tiny, monkeypatch):
     def endless(logits, *_):
         return logits.mean(dim=(1, 2, 3)) / 0
 
-    monkeypatch.setattr(room, "build_objective", lambda _: endless)
+    monkeypatch.setattr(steps_room, "build_objective", lambda _: endless)
     with pytest.raises(PolysegError, match="epoch 1: no step had finite loss"):
         train(tiny("run", "training.on_nonfinite=skip"))
 
@@ -611,7 +612,7 @@ def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant
     )
     if not constant:
         trainer.control = Growing()
-    expected, taken, objective = {}, [], trainer.objective
+    expected, taken, objective = {}, [], trainer.steps.objective
 
     def watched(logits, target, epsilon):
         taken.append(objective(logits, target, epsilon))
@@ -619,7 +620,7 @@ def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant
         expected[len(taken)] = at_constant.detach()
         return taken[-1]
 
-    monkeypatch.setattr(trainer, "objective", watched)
+    monkeypatch.setattr(trainer.steps, "objective", watched)
     for epoch in (1, 2):
         row = trainer._train(epoch)
         last = [expected.pop(step) for step in sorted(expected)]
@@ -754,13 +755,13 @@ def test_parts_of_a_batch_keep_each_images_epsilon(tiny):
     trainer = trainer_of_two_labels(tiny("run", *settings))
     trainer.control = Growing()
     seen = []
-    objective = trainer.objective
+    objective = trainer.steps.objective
 
     def watched(logits, target, epsilon):
         seen.append(epsilon)
         return objective(logits, target, epsilon)
 
-    trainer.objective = watched
+    trainer.steps.objective = watched
     row = trainer._train(1)
     order = [name for name, *_ in trainer.losses.items()]
     wanted = [int(name[-1]) + label for name in order for label in (0.0, 0.5)]
@@ -792,10 +793,10 @@ def test_float16_trains_close_to_float32_and_goes_on_bit_by_bit(tiny):
 def test_a_scale_that_float16_cannot_hold_is_lowered(tiny, caplog):
     config = tiny("run", "training.precision=fp16", "training.epochs=1", "control.enabled=false")
     trainer = room.Trainer(*trainer_arguments(config))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
+    trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
     row = trainer._train(1)
     assert row["skipped_steps"] >= 1 and "gradients of" in caplog.text
-    assert trainer.scaler.get_scale() in (2.0**20, 2.0**10)
+    assert trainer.steps.scaler.get_scale() in (2.0**20, 2.0**10)
     assert all(weights.isfinite().all() for weights in trainer.network.state_dict().values())
 
 
@@ -833,7 +834,7 @@ def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
         run_epoch(self, epoch)
 
     monkeypatch.setattr(room.Trainer, "_run_epoch", watched)
-    monkeypatch.setattr(room, "build_objective", build)
+    monkeypatch.setattr(steps_room, "build_objective", build)
     whole = run_of(tiny("whole", *settings))
     assert [row["skipped_steps"] for row in history_of(whole)] == ["0", "0", "1", "0"]
     config = tiny("stopped", *settings)
@@ -846,7 +847,7 @@ def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
 def test_an_epoch_that_only_looks_for_a_scale_is_no_end(tiny):
     config = tiny("run", "training.precision=fp16", "control.enabled=false", "training.epochs=2")
     trainer = room.Trainer(*trainer_arguments(config))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     row = trainer._train(1)
     assert row["skipped_steps"] == 4 and np.isfinite(row["train_loss"])
 

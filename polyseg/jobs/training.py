@@ -49,6 +49,8 @@ _CHANGED_WHEN_TOLD = (
     "training.early_stopping",
     "training.precision",
     "training.compile",
+    "training.channels_last",
+    "training.deterministic",
 )
 """What a run can be given anew without its record telling something untrue of earlier epochs."""
 _DECISIVE = ("polyseg", "torch", "numpy", "monai", "scipy", "processor", "device", "threads")

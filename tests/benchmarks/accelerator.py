@@ -4,13 +4,16 @@ On a machine without a GPU it measures the CPU at small sizes, and says so. Trai
 barest loop over the same network and MONAI's, an assessment beside N plain passes, all kept. All
 are measured in turn, A B A B, in one process; each ratio is the median over rounds of the time over
 that of the first row in the same round, and the range is over all rounds. polyseg runs by
-deterministic algorithms of cuDNN, as `polyseg train` does, the others by torch's defaults. bf16 is
-`training.precision` of polyseg and autocast around the others; polyseg assesses in fp32 always. The
-memory is what an epoch, or the assessment of a batch, adds to the peak: of what is allocated on the
-GPU, or of a fresh process.
+deterministic algorithms, as `polyseg train` does, the others by torch's defaults. The row "by
+trial" is `training.deterministic=false`, by which cuDNN chooses the fastest: what "polyseg" takes
+over that is the price of determinism, and on a CPU there is none. "channels last" is that setting
+of training, by deterministic algorithms. bf16 is `training.precision` of polyseg and autocast
+around the others; polyseg assesses in fp32 always. The memory is what an epoch, or the assessment
+of a batch, adds to the peak: of what is allocated on the GPU, or of a fresh process.
 """
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 
@@ -26,18 +29,33 @@ from . import montecarlo, training
 PRECISIONS = ("fp32", "bf16")
 SMALL = {"size": 96, "batch": 4, "images": 12, "rounds": 3}
 LARGE = {"size": 256, "batch": 16, "images": 64, "rounds": 5}
+VARIANTS = {"by trial": {"deterministic": False}, "channels last": {"channels_last": True}}
+"""Other settings of training, by what polyseg's rows with them are called."""
 ASSESSED = {"naive loop": "naive", "polyseg": "assess"}
 """Ways of MC Dropout whose memory is measured, by what `montecarlo` calls them."""
 
 
-def under(function, device, precision, deterministic):
-    """Return the function with autocast, or without, and with a kind of cuDNN's algorithms."""
+@contextlib.contextmanager
+def algorithms(deterministic, benchmark):
+    """Let torch go by a kind of algorithms for the length of the block, whatever went before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    flags = torch.backends.cudnn.flags(
+        enabled=True, benchmark=benchmark, deterministic=deterministic, allow_tf32=True
+    )
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        with flags:
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+
+
+def under(function, device, precision, deterministic, benchmark=False):
+    """Return the function with autocast, or without, and with a kind of algorithms."""
 
     def run():
-        flags = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=True
-        )
-        with flags, torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        reduced = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+        with algorithms(deterministic, benchmark), reduced:
             return function()
 
     return run
@@ -46,15 +64,19 @@ def under(function, device, precision, deterministic):
 def loops(arguments):
     """Return by name and precision what makes each function that trains an epoch."""
 
-    def made(make, precision, deterministic):
-        return under(make(), arguments.device, precision, deterministic)
+    def made(make, precision, deterministic, benchmark=False):
+        return under(make(), arguments.device, precision, deterministic, benchmark)
 
+    built = training.build(arguments)
+    for name, settings in VARIANTS.items():
+        built[f"polyseg, {name}"] = functools.partial(built["polyseg"], **settings)
     makers = {}
-    for name, make in training.build(arguments).items():
+    for name, make in built.items():
         for precision in PRECISIONS:
             if name.startswith("polyseg"):
                 ours = functools.partial(make, precision=precision, workers=arguments.workers)
-                makers[name, precision] = functools.partial(made, ours, "fp32", True)
+                exact = ours.keywords.get("deterministic", True)
+                makers[name, precision] = functools.partial(made, ours, "fp32", exact, not exact)
             else:
                 makers[name, precision] = functools.partial(made, make, precision, False)
     return makers

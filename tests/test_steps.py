@@ -1,0 +1,195 @@
+"""Steps with channels last and by deterministic algorithms: what is equal, what torch is asked."""
+
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+import torch
+from torch import nn
+
+from polyseg.dropout import stochastic_layers
+from polyseg.errors import PolysegError
+from polyseg.inference import choose_algorithms
+from polyseg.jobs.training import train
+from polyseg.networks import build_network
+from polyseg.parallel import DropoutTogether
+from polyseg.processes import Processes
+from polyseg.run import RunDirectory
+from polyseg.train import Trainer
+from tests.test_train import (
+    Stop,
+    assert_same_run,
+    history_of,
+    run_of,
+    stop_after,
+    trainer_arguments,
+    weights_of,
+)
+
+LAST, PLAIN = (f"training.channels_last={value}" for value in ("true", "false"))
+WHERE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def test_channels_last_change_an_epoch_by_rounding_only(tiny):
+    settings = ("training.epochs=1", "training.optimizer=sgd")
+    plain, last = (run_of(tiny(*names, *settings)) for names in (("plain", PLAIN), ("last", LAST)))
+    for name, values in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(last)[name], values, rtol=1e-4, atol=1e-6, msg=name)
+    for row, other in zip(history_of(plain), history_of(last), strict=True):
+        assert {name: float(value) for name, value in other.items()} == pytest.approx(
+            {name: float(value) for name, value in row.items()}, rel=1e-5, abs=1e-6
+        )
+
+
+def laid_out_apart(weights):
+    return weights.is_contiguous(memory_format=torch.channels_last) and not weights.is_contiguous()
+
+
+def test_channels_last_reach_kernels_feature_maps_and_gradients(tiny):
+    trainer = Trainer(*trainer_arguments(tiny("run", LAST, "control.enabled=false")))
+    layer = next(
+        one
+        for one in trainer.network.modules()
+        if isinstance(one, nn.Conv2d) and min(one.in_channels, one.out_channels) > 1
+    )
+    seen = []
+    layer.register_forward_hook(lambda _, given, made: seen.extend((given[0], made)))
+    trainer._train(1)
+    assert seen and all(laid_out_apart(features) for features in seen)
+    assert laid_out_apart(layer.weight) and laid_out_apart(layer.weight.grad)
+    moments = trainer.steps.optimizer.state[layer.weight]
+    assert laid_out_apart(moments["exp_avg"]) and laid_out_apart(moments["exp_avg_sq"])
+    plain = Trainer(*trainer_arguments(tiny("run", PLAIN, "control.enabled=false")))
+    assert all(weights.is_contiguous() for weights in plain.network.parameters())
+
+
+def test_a_checkpoint_has_its_weights_in_plain_order(tiny):
+    config, images, split, _ = trainer_arguments(tiny("run", LAST, "training.epochs=1"))
+    run = RunDirectory(Path(config.output.path))
+    trainer = Trainer(config, images, split, run)
+    with run.writing(resume=False):
+        trainer.fit()
+    assert any(laid_out_apart(one) for one in trainer.network.parameters() if one.dim() == 4)
+    written = safetensors.numpy.load_file(run.last)
+    for name, weights in trainer.network.state_dict().items():
+        assert written[f"weights/{name}"].flags.c_contiguous
+        assert written[f"weights/{name}"].tolist() == weights.tolist(), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
+    """Adam that is fused goes by the order in memory, whatever that of the weights is."""
+    settings = (LAST, f"training.optimizer={optimizer}")
+    whole = run_of(tiny("whole", *settings))
+    config = tiny("stopped", *settings)
+    with pytest.raises(Stop):
+        train(config, progress=stop_after(1))
+    train(config, resume=True)
+    assert_same_run(whole, RunDirectory(Path(config.output.path)))
+
+
+@pytest.mark.parametrize("override", [PLAIN, "training.deterministic=false"])
+def test_what_moves_digits_is_changed_only_when_told(tiny, override):
+    run = run_of(tiny("run", "training.epochs=1"))
+    changed = tiny("run", "training.epochs=2", override)
+    with pytest.raises(PolysegError, match=r"cannot change training\..*--accept-changes allows"):
+        train(changed, resume=True)
+    train(changed, resume=True, accept_changes=True)
+    assert len(history_of(run)) == 2
+
+
+def viewing(in_channels, out_channels):
+    class Viewing(nn.Conv2d):
+        def forward(self, x):
+            features = super().forward(x)
+            return features.view(len(x), -1).view(features.shape)
+
+    return nn.Sequential(Viewing(in_channels, 4, 3, padding=1), nn.Conv2d(4, out_channels, 1))
+
+
+def test_a_network_that_views_its_maps_is_told_what_to_set(tiny):
+    settings = (f"network.name={__name__}:viewing", "network.kwargs={}", "control.enabled=false")
+    run_of(tiny("plain", *settings))
+    with pytest.raises(PolysegError, match=r"^training\.channels_last: .*channels_last=false$"):
+        train(tiny("last", *settings, LAST))
+
+
+def test_a_network_of_polysegs_has_channels_last_on_a_cpu_and_another_has_not(tiny):
+    ours = Trainer(*trainer_arguments(tiny("ours", "control.enabled=false")))
+    assert ours.steps.channels_last
+    assert any(laid_out_apart(one) for one in ours.network.parameters() if one.dim() == 4)
+    settings = (f"network.name={__name__}:viewing", "network.kwargs={}", "control.enabled=false")
+    assert not Trainer(*trainer_arguments(tiny("other", *settings))).steps.channels_last
+
+
+@pytest.mark.parametrize("kind", ["channel", "element"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_processes_drop_what_torchs_layers_drop_in_each_order_of_memory(kind, order):
+    network = build_network("unet", in_channels=1, dropout=0.5, dropout_kind=kind)
+    layer = next(iter(stochastic_layers(network).values())).train()
+    features = torch.randn(4, 6, 5, 5).contiguous(memory_format=order)
+    torch.manual_seed(1)
+    expected = layer(features)
+    together = DropoutTogether({"layer": layer}, Processes(rank=1, count=2))
+    together.total, together.rows = 4, slice(2, 4)
+    torch.manual_seed(1)
+    with together.taking_over():
+        found = layer(features[2:])
+    assert torch.equal(found, expected[2:]) and 0 < int((found == 0).sum()) < found.numel()
+
+
+@pytest.fixture
+def choices_restored(monkeypatch):
+    """Give torch's global choices back as they were."""
+    cudnn, utils = torch.backends.cudnn, torch.utils.deterministic
+    flags = cudnn.deterministic, cudnn.benchmark, utils.fill_uninitialized_memory
+    asked = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    monkeypatch.setenv(WHERE, "so that it is as it was afterwards")
+    monkeypatch.delenv(WHERE)
+    yield
+    cudnn.deterministic, cudnn.benchmark, utils.fill_uninitialized_memory = flags
+    torch.use_deterministic_algorithms(asked, warn_only=warns)
+
+
+def choices():
+    return {
+        "deterministic": torch.backends.cudnn.deterministic,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "everywhere": torch.are_deterministic_algorithms_enabled(),
+        "only warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fills": torch.utils.deterministic.fill_uninitialized_memory,
+        "cuBLAS": os.environ.get(WHERE),
+    }
+
+
+@pytest.mark.usefixtures("choices_restored")
+def test_a_gpu_is_asked_for_the_same_bits_or_for_speed():
+    choose_algorithms(torch.device("cuda"), deterministic=True)
+    everywhere = dict.fromkeys(("deterministic", "everywhere", "only warns"), True)
+    same_bits = {"benchmark": False, "fills": False, "cuBLAS": ":4096:8", **everywhere}
+    assert choices() == same_bits
+    choose_algorithms(torch.device("cuda:1"), deterministic=False)
+    fast = dict.fromkeys(everywhere, False)
+    assert choices() == {"benchmark": True, "fills": False, "cuBLAS": ":4096:8", **fast}
+
+
+@pytest.mark.usefixtures("choices_restored")
+def test_what_the_environment_says_of_cublas_stays(monkeypatch):
+    monkeypatch.setenv(WHERE, ":16:8")
+    choose_algorithms(torch.device("cuda"), deterministic=True)
+    assert choices()["cuBLAS"] == ":16:8"
+
+
+@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_other_devices_leave_torch_as_it_is(device, deterministic):
+    before = choices()
+    choose_algorithms(torch.device(device), deterministic=deterministic)
+    assert choices() == before
+
+
+def test_a_cpu_trains_the_same_without_deterministic(tiny):
+    assert_same_run(run_of(tiny("one")), run_of(tiny("two", "training.deterministic=false")))
