@@ -8,21 +8,26 @@ deterministic algorithms, as `polyseg train` does, the others by torch's default
 trial" is `training.deterministic=false`, by which cuDNN chooses the fastest: what "polyseg" takes
 over that is the price of determinism, and on a CPU there is none. "channels last" is that setting
 of training, by deterministic algorithms. bf16 is `training.precision` of polyseg and autocast
-around the others; polyseg assesses in fp32 always. The memory is what an epoch, or the assessment
-of a batch, adds to the peak: of what is allocated on the GPU, or of a fresh process.
+around the others, and `uncertainty.precision` of assessments, of which the row "one by one" runs
+pass after pass, where the others run as many together as fill a GPU. The memory is what an epoch,
+or the assessment of a batch, adds to the peak: of what is allocated on the GPU, or of a fresh
+process.
 """
 
 import argparse
 import contextlib
 import functools
 import multiprocessing
+from unittest import mock
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from polyseg import passes
 from polyseg.montecarlo import assess
+from polyseg.ranks import spearman
 
 from . import montecarlo, training
 
@@ -31,6 +36,12 @@ SMALL = {"size": 96, "batch": 4, "images": 12, "rounds": 3}
 LARGE = {"size": 256, "batch": 16, "images": 64, "rounds": 5}
 VARIANTS = {"by trial": {"deterministic": False}, "channels last": {"channels_last": True}}
 """Other settings of training, by what polyseg's rows with them are called."""
+OURS = {
+    "polyseg, plain": ("plain", True),
+    "polyseg": ("auto", True),
+    "polyseg, one by one": ("auto", False),
+}
+"""Ways that polyseg assesses in, by program, and whether passes may run together."""
 ASSESSED = {"naive loop": "naive", "polyseg": "assess"}
 """Ways of MC Dropout whose memory is measured, by what `montecarlo` calls them."""
 
@@ -84,14 +95,23 @@ def loops(arguments):
 
 def assessments(arguments, batches):
     """Return the difficulties to come, and by name and precision what assesses all images."""
-    found, ways = montecarlo.ways(arguments, batches)
-    device = arguments.device
-    functions = {
-        ("naive loop", precision): under(ways["naive loop"], device, precision, False)
-        for precision in PRECISIONS
-    }
-    for name in ("polyseg, plain", "polyseg"):
-        functions[name, "fp32"] = under(ways[name], device, "fp32", True)
+    _, ways = montecarlo.ways(arguments, batches)
+    device, found, functions = arguments.device, {}, {}
+    network = montecarlo.build(arguments, batches)
+
+    def ours(key, program, together):
+        how = {"samples": arguments.samples, "program": program, "precision": key[1]}
+        with mock.patch.object(passes, "_PIXELS_AT_ONCE", passes._PIXELS_AT_ONCE * together):
+            found[key] = assess(network, batches, **how).difficulty
+
+    for precision in PRECISIONS:
+        functions["naive loop", precision] = under(ways["naive loop"], device, precision, False)
+    for name, (program, together) in OURS.items():
+        if together or device == "cuda":
+            for key in ((name, precision) for precision in PRECISIONS):
+                functions[key] = under(
+                    functools.partial(ours, key, program, together), device, "fp32", True
+                )
     return found, functions
 
 
@@ -213,8 +233,11 @@ def print_what_follows(times, assessed, found, arguments, batches):
     for name in ("naive loop", "polyseg, plain", "polyseg"):
         assessment = np.median(assessed[name, "fp32"]) * arguments.images / count
         print(f"  {name}: {montecarlo.share(assessment, epoch):.1%}")
-    apart = largest_difference(found["program"], found["plain"])
-    print(f"largest relative difference of D, polyseg to polyseg, plain: {apart:.1e}")
+    reference = found["polyseg, plain", "fp32"]
+    for (name, precision), difficulty in found.items():
+        apart, alike = largest_difference(difficulty, reference), spearman(difficulty, reference)
+        told = f"{apart:.1e}, rank correlation {alike:.4f}"
+        print(f"largest relative difference of D, {name}, {precision}, to plain, fp32: {told}")
     if arguments.device == "cuda":
         for tf32, apart in difference_between_devices(arguments, batches).items():
             how = "as torch has it, with TF32" if tf32 else "without TF32"

@@ -33,8 +33,8 @@ def load(settings, arguments):
     return images, {"train": chosen[: arguments.images], "val": [], "test": []}
 
 
-def run_once(settings, images, split):
-    """Return processor seconds and history of a run that is thrown away."""
+def trained(settings, images, split):
+    """Return what has trained a run that is thrown away, and its processor seconds."""
     config = load_config(None, settings)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / "run")
@@ -44,7 +44,7 @@ def run_once(settings, images, split):
             now = environment(trainer.device)
             trainer.relies_on(split=run.begin(config, split_json(split, {}), now), replay="")
             trainer.fit()
-        return time.process_time() - start, trainer.history
+        return trainer, time.process_time() - start
 
 
 def phase(histories, name):
@@ -59,7 +59,9 @@ def main():
     parser.add_argument("--data", default="demo", help="demo, or a folder")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--samples", type=int, nargs="+", default=(20, 6))
+    parser.add_argument(
+        "--samples", nargs="+", default=("20", "20:bf16", "6"), help="N, and another precision"
+    )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--foreground", type=float, nargs=2, default=(0.1, 0.2))
     parser.add_argument("--rounds", type=int, default=3)
@@ -78,15 +80,19 @@ def main():
         settings.append(f"data.demo_images={20 * arguments.images}")
     images, split = load(settings, arguments)
     kinds = {"without": ["control.enabled=false"]}
-    kinds |= {f"N = {count}": [f"uncertainty.samples={count}"] for count in arguments.samples}
+    for asked in arguments.samples:
+        count, _, precision = asked.partition(":")
+        name = " ".join(("N =", count, precision)).strip()
+        kinds[name] = [f"uncertainty.samples={count}"]
+        kinds[name] += [f"uncertainty.precision={precision}"] if precision else []
     seconds, histories = ({name: [] for name in kinds} for _ in range(2))
     for _ in range(arguments.rounds):
         for name, more in kinds.items():
-            taken, history = run_once([*settings, *more], images, split)
+            trainer, taken = trained([*settings, *more], images, split)
             seconds[name].append(taken)
-            histories[name].append(history)
+            histories[name].append(trainer.history)
             print(f"{name}: {taken:.1f} s", flush=True)
-    assessments = sum(row["assessed"] for row in histories[f"N = {arguments.samples[0]}"][0])
+    assessments = sum(row["assessed"] for row in histories[name][0])
     title = (
         f"{len(split['train'])} images of {arguments.size} x {arguments.size}, "
         f"{arguments.epochs} epochs, {assessments:.0f} assessments"
