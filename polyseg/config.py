@@ -356,7 +356,7 @@ class UncertaintyConfig(_Section):
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32",
         "of the network in the passes; bf16, for GPUs and processors that have it, is faster and "
-        "moves D by its rounding, which the docs measure; scores are float32 or wider in either",
+        "moves D by its rounding, about a thousandth; scores are float32 or wider in either",
     )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
 
@@ -455,14 +455,14 @@ class TrainingConfig(_Section):
         "auto",
         "train with the channels of a pixel side by side in memory: on one CPU thread a step with "
         "images of 256 x 256 takes 0.76 times as long, GPUs are not measured; equal to rounding "
-        "where dropout is by channels, since by elements it draws other masks; auto: on a CPU, "
-        "but for networks of one's own",
+        "where dropout is by channels, by elements it may draw other masks; auto: on a CPU, but "
+        "for networks of one's own and those with instance normalisation",
     )
     deterministic: bool = _setting(
         True,
-        "on a GPU: algorithms that give the same bits each time, so that a resumed run equals one "
-        "that was not stopped; false: the fastest by trial, and runs may differ from each other "
-        "from the first step on. On a CPU it changes nothing",
+        "on a GPU: algorithms that give the same bits each time, as far as torch has them, so that "
+        "a resumed run equals one that was not stopped; false: the fastest by trial, and runs may "
+        "differ from each other from the first step on. On a CPU it changes nothing",
     )
     sync_batch_norm: bool = _setting(
         True,

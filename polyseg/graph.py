@@ -67,7 +67,7 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     Raises:
         UntraceableError: what it does hangs on more than shapes, or it is no such network.
     """
-    settings = settings_of(core)
+    settings = _settings_of(core)
     known, traced = _traced.get(core, (None, ""))
     if known != settings:
         try:
@@ -84,12 +84,8 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     return network
 
 
-def settings_of(core: nn.Module) -> list[Any]:
-    """Return what a module's behaviour may hang on besides its input and its tensors.
-
-    >>> settings_of(nn.Dropout(0.2)) == settings_of(nn.Dropout(0.3))
-    False
-    """
+def _settings_of(core: nn.Module) -> list[Any]:
+    """Return what a module's behaviour may hang on besides its input and its tensors."""
     plain = (bool, int, float, str, tuple, list, type(None))
     return [
         (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
@@ -254,6 +250,17 @@ class Part:
                 values = values.contiguous(memory_format=layout)
             delattr(owner, name)
             owner.register_buffer(name, values)
+
+    def of_images(self) -> set[str]:
+        """Return the names of the inputs that have a row for each image of a batch."""
+        nodes = self.function.graph.find_nodes(op="placeholder")
+        shapes = [getattr(node.meta.get("val"), "shape", ()) for node in nodes]
+        # How many images there are is a symbol, and other lengths are numbers.
+        return {
+            name
+            for name, shape in zip(self.inputs, shapes, strict=True)
+            if shape and not isinstance(shape[0], int)
+        }
 
     @cached_property
     def cost(self) -> float:

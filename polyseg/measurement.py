@@ -56,7 +56,7 @@ class Measurement:
             self.plain = sight.without_dropout()
         each = sight.samples(range(self.done, samples))
         for index in range(self.done, samples):
-            tell()  # Before each pass, so that who listens can end it between any two.
+            tell()  # Before each pass, so that who listens can end it between those that run apart.
             self.groups[index % len(self.groups)].update(next(each))
         self.done = samples
 

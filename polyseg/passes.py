@@ -1,22 +1,20 @@
 """The passes of MC Dropout over batches: by a network's program, or the plain way.
 
-A program does once what the passes have in common. For every size of image and way of looking the
-first batch that a network sees is compared with the plain pass, which is the reference, and which
-all networks run that cannot be taken apart.
+A program does once what the passes have in common. For every size of image and way of looking its
+first batch is compared with the plain pass, which is the reference, and which all networks run that
+cannot be taken apart.
 """
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from polyseg.dropout import refuse_hidden_dropout
-from polyseg.graph import UntraceableError, settings_of
+from polyseg.graph import UntraceableError
 from polyseg.inference import device_of, images_of
 from polyseg.memory import is_out_of_memory
 from polyseg.networks import SegmentationNetwork
@@ -33,35 +31,12 @@ _TRIAL_SIDE = 512
 _TOLERANCE = 1e-4
 """Of probabilities, between a program and the plain pass; rounding makes far less of it."""
 _TIMES_ROUNDING = 4
-"""As many times as far as a lower precision moves the plain pass may the program be from that."""
+"""So many times what a lower precision moves pixels by may be between one way and another, at most
+and in the mean."""
 _BYTES_AT_ONCE = 2**24
 """Feature maps of this size stay near a processor's caches."""
 _PIXELS_AT_ONCE = 2**22
 """Passes are run together over so many pixels on an accelerator, which fewer do not fill."""
-
-
-@dataclass
-class Findings:
-    """What was seen of a network as it is set up, which its weights do not change."""
-
-    settings: list[Any]
-    drops_openly: bool = False
-    sound: set[tuple[Any, ...]] = field(default_factory=set)
-    """Of which ways of looking its program gives what the plain passes give."""
-    shapes: dict[tuple[Any, ...], torch.Size] = field(default_factory=dict)
-    """Of its masks."""
-
-    @classmethod
-    def of(cls, network: nn.Module) -> "Findings":
-        """Return what is known, which is nothing where a setting has changed."""
-        settings = settings_of(network)
-        known = _findings.get(network)
-        if known is None or known.settings != settings:
-            known = _findings[network] = cls(settings)
-        return known
-
-
-_findings: "WeakKeyDictionary[nn.Module, Findings]" = WeakKeyDictionary()
 
 
 class Passes:
@@ -87,14 +62,17 @@ class Passes:
             take_apart: whether to try and make a program of it.
             kind: of numbers that it computes with, as far as it may.
         """
-        self.network, self.layers = network, layers
-        self.known = Findings.of(network)
-        self.streams = replace(streams, shapes=self.known.shapes)
+        self.network, self.layers, self.streams = network, layers, streams
         self.plain_pass, self.take_apart, self.kind = plain_pass, take_apart, kind
         self.program: Program | None = None
         self.device = device_of(network)
-        self.most_pixels = _most_pixels_together(self.device)
+        # Window by window, a network would take passes for windows.
+        windows = getattr(network, "window", None) is not None
+        self.most_pixels = 0 if windows else _most_pixels_together(self.device)
         """That passes run together over; 0 where each runs alone."""
+        self.checked: set[tuple[Any, ...]] = set()
+        self.joinable: dict[tuple[Any, ...], bool] = {}
+        """Of which ways of looking passes give together what they give one by one."""
         self.tried = False
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
@@ -165,9 +143,8 @@ class Passes:
         window = getattr(self.network, "window", None)
         height, width = window.size if window else (_TRIAL_SIDE, _TRIAL_SIDE)
         part = images[..., :height, :width]
-        if self.layers and not self.known.drops_openly:
+        if self.layers:
             refuse_hidden_dropout(self.network, part.repeat(2, 1, 1, 1))
-            self.known.drops_openly = True
         if not self.take_apart:
             return
         try:
@@ -193,15 +170,14 @@ class Passes:
         """
         try:
             sight = Sight(self, images, ids, chosen, self.program)
-            key = (self.device, self.kind, self.streams.masks, *images.shape[1:], *sight.way)
-            if key not in self.known.sound and not self._is_sound(sight):
+            if sight.way not in self.checked and not self._is_sound(sight):
                 return None
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             log.debug("MC Dropout: the program fails: %s", error)
             return None
-        self.known.sound.add(key)
+        self.checked.add(sight.way)
         return sight
 
     def _is_sound(self, sight: "Sight") -> bool:
@@ -219,23 +195,34 @@ class Passes:
             (sight.part_of(sight.sample(0), rows), plain),
             (_of_images(sight.without_dropout(), len(sight.ids), rows), whole.without_dropout()),
         )
-        allowed = _TOLERANCE + _TIMES_ROUNDING * self._rounding(whole)
-        # Weights that diverged are not the program's fault.
         return all(
-            found.shape == wanted.shape
-            and bool((~wanted.isfinite() | ((found - wanted).abs() <= allowed)).all())
-            for found, wanted in pairs
+            _are_alike(found, wanted, rounding)
+            for (found, wanted), rounding in zip(pairs, self._rounding(whole), strict=True)
         )
 
-    def _rounding(self, whole: "Sight") -> float:
-        """Return how far a precision below single moves what the whole network gives."""
+    def may_join(self, sight: "Sight") -> bool:
+        """Whether passes over a batch may run together: each must give what it gives alone."""
+        if sight.way not in self.joinable:
+            try:
+                together, alone = sight.together(range(2)), [sight.sample(0), sight.sample(1)]
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    return False
+                log.debug("MC Dropout: passes cannot run together: %s", error)
+                together, alone = (), []
+            rounding, _ = self._rounding(sight)
+            self.joinable[sight.way] = len(together) == 2 and all(
+                _are_alike(one, other, rounding) for one, other in zip(together, alone, strict=True)
+            )
+        return self.joinable[sight.way]
+
+    def _rounding(self, sight: "Sight") -> tuple[Tensor, Tensor]:
+        """Return how far a precision below single moves what is looked at, and all pixels."""
         if self.kind == torch.float32:
-            return 0.0
-        reduced = whole.without_dropout()
-        self.kind, kept = torch.float32, self.kind
-        single = self.without_dropout(whole.images).cpu()
-        self.kind = kept
-        return float((reduced - single).abs().nan_to_num().max())
+            return torch.zeros(1), torch.zeros(1)
+        single: Tensor = self.network(sight.images).float().sigmoid().flatten(0, 1)
+        moved = (self.without_dropout(sight.images) - single).abs().nan_to_num().cpu()
+        return moved if sight.chosen is None else moved[sight.chosen.flatten(0, 1)], moved
 
 
 class Sight:
@@ -260,13 +247,14 @@ class Sight:
             self.inside = Look(program, padded, points, crop=not passes.most_pixels)
 
     @property
-    def way(self) -> tuple[bool, bool]:
-        """Whether it looks at points, and at less than the images for them."""
-        return (self.chosen is not None, self.inside is not None and self.inside.cropped)
+    def way(self) -> tuple[Any, ...]:
+        """What decides how it is computed: the size, whether at points, by which tail."""
+        tail = None if self.inside is None else self.inside.tail_number
+        return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, tail)
 
     def sample(self, index: int) -> Tensor:
         """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
-        (found,) = self._together(range(index, index + 1))
+        (found,) = self.together(range(index, index + 1))
         return found
 
     def samples(self, passes: range) -> Iterator[Tensor]:
@@ -274,8 +262,10 @@ class Sight:
         pixels, first = self.images[:, 0].numel(), passes.start
         while first < passes.stop:
             count = max(1, min(self.passes.most_pixels // pixels, passes.stop - first))
+            if count > 1 and not self.passes.may_join(self):
+                count = 1
             try:
-                found = self._together(range(first, first + count))
+                found = self.together(range(first, first + count))
             except RuntimeError as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise
@@ -284,7 +274,7 @@ class Sight:
             yield from found
             first += count
 
-    def _together(self, passes: range) -> tuple[Tensor, ...]:
+    def together(self, passes: range) -> tuple[Tensor, ...]:
         """Return the probabilities of passes that run at once, each as `sample` does."""
         if self.inside is None:
             whole = self.passes.plainly(self.images, self.ids, passes).cpu()
@@ -340,6 +330,20 @@ def _by_emptiness(batch: Batch) -> list[Batch]:
     full = (batch.masks > 0).flatten(2).any(dim=2).all(dim=1).tolist()
     rows = ([i for i, one in enumerate(full) if one is kind] for kind in (True, False))
     return [images_of(batch, some) for some in rows if some]
+
+
+def _are_alike(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
+    """Whether probabilities are equal but for rounding; of half a precision that is told."""
+    if found.shape != wanted.shape:
+        return False
+    # Weights that diverged are nobody's fault.
+    apart = (found - wanted).abs()[wanted.isfinite()]
+    if apart.numel() == 0:
+        return True
+    return bool(
+        apart.max() <= _TOLERANCE + _TIMES_ROUNDING * rounding.max()
+        and apart.mean() <= _TOLERANCE + _TIMES_ROUNDING * rounding.mean()
+    )
 
 
 def _of_images(values: Tensor, count: int, rows: list[int]) -> Tensor:

@@ -95,6 +95,8 @@ class Program:
         self.prefix.lay_out(self.layout, torch.float32)
         for part in (self.suffix, self.opened):
             part.lay_out(self.layout, kind)
+        self.of_images = self.suffix.of_images() | self.opened.of_images()
+        """Names of inputs that have a row for each image."""
         self.frame = (int(images.shape[2]), int(images.shape[3]))
         self.tails = self._find_tails(self.begin(images[:1]))
 
@@ -109,17 +111,19 @@ class Program:
         features = {self.input: images.contiguous(memory_format=self.layout)}
         self.prefix.run(features)
         wanted = {self.input, *self.suffix.inputs}
-        return {name: values.to(self.kind) for name, values in features.items() if name in wanted}
+        return {name: self._cast(one) for name, one in features.items() if name in wanted}
+
+    def _cast(self, values: Tensor) -> Tensor:
+        return values.to(self.kind) if values.is_floating_point() else values
 
     def inputs(
         self, features: Mapping[str, Tensor], masks: Masks, count: int = 1
     ) -> dict[str, Tensor]:
         """Return what passes begin with: what all have in common, so many times, and masks."""
-        # Of an empty batch nothing could be repeated, but there is none.
         if count > 1:
             features = {
-                name: values.repeat(count, *(1 for _ in values.shape[1:]))
-                for name, values in features.items()
+                name: torch.cat([one] * count) if name in self.of_images else one
+                for name, one in features.items()
             }
         return {**features, **{name: mask.to(self.kind) for name, mask in masks.items()}}
 
@@ -322,6 +326,7 @@ class Look:
         self.program, self.points = program, points
         self.features = program.begin(images)
         self.tail: Tail | None = None
+        self.tail_number: int | None = None
         self.share = 1.0
         """Cost of a pass as a share of one over all pixels."""
         self.places: list[Place] = []
@@ -403,7 +408,8 @@ class Look:
         self.share = min(shares)
         if self.share >= _WORTHWHILE * shares[-1]:
             self.share = shares[-1]
-        self.tail = tails[shares.index(self.share)]
+        self.tail_number = shares.index(self.share)
+        self.tail = tails[self.tail_number]
         self.places = [
             Place(self.tail, image, window, wanted[image], self.features)
             for image, window in enumerate(self.tail.windows(wanted))

@@ -241,7 +241,8 @@ def open_last_convolution(network: fx.GraphModule) -> Taps:
 
 def _reads_before(reader: Node, node: Node) -> bool:
     """Whether an operation comes before another and makes a tensor of its own of what it reads."""
-    return reader.target in (winograd.convolve, *CONVOLUTIONS) and reader < node
+    # Not a transposed one, from which on the graph may be cut, and what reads no map comes first.
+    return reader.target in (winograd.convolve, aten.conv2d.default) and reader < node
 
 
 def work_in_place(part: Part, kind: torch.dtype = torch.float32) -> None:

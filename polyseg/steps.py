@@ -67,7 +67,7 @@ class Steps:
     def __init__(self, network: nn.Module, config: Config, processes: Processes = ALONE) -> None:
         self.network, self.config, self.processes = network, config, processes
         self.device = device_of(network)
-        self.channels_last = _has_channels_last(config, self.device)
+        self.channels_last = _has_channels_last(network, config)
         if self.channels_last:
             _put_channels_last(network)
         self.dropout = DropoutTogether(stochastic_layers(network), processes)
@@ -226,19 +226,31 @@ def _as_called(network: nn.Module, config: Config, processes: Processes) -> nn.M
     return DistributedDataParallel(forward, find_unused_parameters=own)
 
 
-def _has_channels_last(config: Config, device: torch.device) -> bool:
+def _has_channels_last(network: nn.Module, config: Config) -> bool:
     asked = config.training.channels_last
     if asked != "auto":
         return asked
     # What somebody wrote may rely on the plain order.
-    return device.type == "cpu" and ":" not in config.network.name
+    return (
+        device_of(network).type == "cpu"
+        and ":" not in config.network.name
+        and not _has_instance_norm(network)
+    )
+
+
+def _has_instance_norm(network: nn.Module) -> bool:
+    # Which torch copies feature maps for, into the plain order and back.
+    kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    return any(isinstance(layer, kinds) for layer in network.modules())
 
 
 def _put_channels_last(network: nn.Module) -> None:
     """Lay out the kernels of a network, from which its feature maps take over the layout."""
     for weights in network.parameters():
         if weights.dim() == 4:
-            weights.data = weights.data.contiguous(memory_format=torch.channels_last)
+            # A copy, because kernels of one channel are in both orders, and gradients in this one.
+            ordered = torch.empty_like(weights.data, memory_format=torch.channels_last)
+            weights.data = ordered.copy_(weights.data)
 
 
 def _is_of_the_compiler(error: RuntimeError) -> bool:

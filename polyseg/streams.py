@@ -28,7 +28,7 @@ class MaskStreams:
     epoch: int
     ids: list[str] = field(default_factory=list)
     shapes: dict[tuple[Any, ...], torch.Size] = field(default_factory=dict)
-    """What `shape_of` was asked for, by size of the images, layer and call; whatever the seed."""
+    """What `shape_of` was asked for, by size of the images, layer and call."""
     size: tuple[int, ...] = ()
 
     def of(self, ids: list[str], size: Sequence[int]) -> "MaskStreams":

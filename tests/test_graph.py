@@ -632,6 +632,18 @@ def test_what_others_use_is_not_overwritten(flow):
     check_in_place(Flow(flow, a=conv(), b=conv(), d=drop(), one=conv(4, 1)))
 
 
+def test_what_a_transposed_convolution_reads_is_not_overwritten():
+    """From there on the graph may be cut, and what reads no larger map comes first."""
+    core = Flow(
+        lambda s, x: s.up(y := s.a(s.d(x))) + functional.interpolate(y.relu(), scale_factor=2.0),
+        a=conv(),
+        up=up(4, 4),
+        d=drop(),
+    )
+    _, after = check_in_place(core)
+    assert after["relu"] == 1 and after["relu_"] == 0
+
+
 def test_a_prelu_of_several_slopes_stays():
     core = nn.Sequential(drop(), conv(), prelu([-0.5, 0.2, 0.0, 1.5]))
     _, after = check_in_place(core)

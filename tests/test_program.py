@@ -14,7 +14,7 @@ from polyseg import montecarlo, nodes, passes, rewrites, winograd
 from polyseg.dropout import active_layers
 from polyseg.graph import UntraceableError
 from polyseg.montecarlo import assess
-from polyseg.networks import build_network, network_names
+from polyseg.networks import Window, build_network, network_names
 from polyseg.program import Look, Points, Program
 from polyseg.records import Batch
 
@@ -649,62 +649,13 @@ def test_memory_does_not_grow_with_the_passes(program, save_maps):
     assert len(held) == 2 and held[1] <= held[0]
 
 
-# What is known of a network.
-
-
-@pytest.fixture
-def compared(monkeypatch):
-    """List the comparisons with the plain pass."""
-    made, is_sound = [], passes.Passes._is_sound
-
-    def count(self, sight):
-        made.append(sight)
-        return is_sound(self, sight)
-
-    monkeypatch.setattr(passes.Passes, "_is_sound", count)
-    return made
-
-
-def test_a_program_is_compared_once_and_other_weights_need_no_more(compared, caplog):
-    network, batch = build("unet"), make_batch()
-    for epoch in range(3):
-        with torch.no_grad():
-            for one in network.parameters():
-                one.mul_(1.05)
-        check(network, [batch], caplog, epoch=epoch)
-    assert len(compared) == 1
-
-
-def test_another_setting_size_or_kind_of_masks_is_compared_anew(compared, caplog):
-    network = build("unet")
-    assess(network, [make_batch()], samples=2)
-    assess(network, [make_batch()], samples=2, masks="independent")
-    assess(network, [make_batch(size=(64, 64))], samples=2)
-    assert len(compared) == 3
-    for layer in active_layers(network).values():
-        layer.p = 0.4
-    check(network, [make_batch()], caplog)
-    assert len(compared) == 4
-
-
-def test_a_program_that_was_wrong_is_compared_again(compared, monkeypatch, caplog):
-    network, batch = build("unet"), make_batch()
-    monkeypatch.setattr(Look, "original", Look.__call__, raising=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(Look, "__call__", broken_logits)
-        assess(network, [batch], samples=2)
-    caplog.clear()
-    check(network, [batch], caplog)
-    assert len(compared) == 2
-
-
 # Passes that run together, as on an accelerator.
 
 
 @pytest.fixture
 def together(monkeypatch):
     """Let three passes over three images run together, and list how many do."""
-    counts, run = [], passes.Sight._together
+    counts, run = [], passes.Sight.together
 
     def count(self, numbers):
         found = run(self, numbers)
@@ -713,7 +664,7 @@ def together(monkeypatch):
 
     def begin():
         pixels = 3 * 3 * NEEDS_PADDING[0] * NEEDS_PADDING[1]
-        monkeypatch.setattr(passes.Sight, "_together", count)
+        monkeypatch.setattr(passes.Sight, "together", count)
         monkeypatch.setattr(passes, "_most_pixels_together", lambda _: pixels)
         return counts
 
@@ -755,6 +706,56 @@ def test_where_memory_ends_fewer_passes_run_together(together, monkeypatch):
     np.testing.assert_allclose(found.difficulty, expected.difficulty, rtol=CLOSE)
 
 
+class Placed(nn.Module):
+    """Has features that hang on parameters alone, and so no row for each image."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.gate, self.scale = nn.Parameter(torch.randn(8)), nn.Parameter(torch.tensor(0.1))
+        self.enter, self.drop = nn.Conv2d(in_channels, 8, 3, padding=1), nn.Dropout2d(0.3)
+        self.leave = nn.Conv2d(8, out_channels, 3, padding=1)
+
+    def forward(self, images):
+        features = self.drop(self.enter(images).relu()) * self.gate.sigmoid().view(1, -1, 1, 1)
+        return self.leave(features * self.scale.exp())
+
+
+class OfBatch(nn.Module):
+    """Normalises by the batch that it sees, so that other images, or passes, change the result."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.enter, self.drop = nn.Conv2d(in_channels, 8, 3, padding=1), nn.Dropout2d(0.3)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+        self.leave = nn.Conv2d(8, out_channels, 3, padding=1)
+
+    def forward(self, images):
+        return self.leave(self.norm(self.drop(self.enter(images).relu())))
+
+
+@pytest.mark.parametrize("program", ["auto", "plain"])
+@pytest.mark.parametrize(("kind", "joins"), [(Placed, True), (OfBatch, False)])
+def test_passes_run_together_only_where_that_changes_nothing(kind, joins, program, together):
+    torch.manual_seed(2)
+    network, batch = kind(1, 1), make_batch()
+    alone = assess(network, [batch], samples=7, program=program)
+    counts = together()
+    found = assess(network, [batch], samples=7, program=program)
+    assert (counts[-3:] == [3, 3, 1]) is joins and (counts[-7:] == [1] * 7) is not joins
+    np.testing.assert_allclose(found.difficulty, alone.difficulty, rtol=CLOSE)
+
+
+def test_window_by_window_passes_run_alone(together):
+    network = build("unet")
+    network.window = Window((32, 32), 0.5)
+    batch = make_batch(size=(64, 64))
+    alone = assess(network, [batch], samples=7)
+    counts = together()
+    found = assess(network, [batch], samples=7)
+    assert set(counts) == {1}
+    np.testing.assert_array_equal(found.difficulty, alone.difficulty)
+
+
 # Numbers of half the size.
 
 
@@ -773,9 +774,12 @@ def test_half_the_digits_rank_images_alike(name, masks, caplog):
     assert "plain way" not in caplog.text and "run whole" not in caplog.text
 
 
-def test_a_wrong_program_is_noticed_with_half_the_digits(monkeypatch, caplog):
+@pytest.mark.parametrize("deviation", [3.0, 16.0])
+def test_a_wrong_program_is_noticed_with_half_the_digits(deviation, monkeypatch, caplog):
+    network = build("unet")
+    sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
     monkeypatch.setattr(rewrites, "fold_batch_norms", broken_fold)
-    assess(build("unet"), [make_batch()], samples=2, precision="bf16")
+    assess(network, [make_batch()], samples=2, precision="bf16")
     assert "plain way" in caplog.text
 
 
@@ -785,3 +789,27 @@ def test_weights_keep_all_their_digits():
     assess(network, [make_batch()], samples=2, precision="bf16")
     for name, values in network.state_dict().items():
         assert values.dtype == before[name].dtype and torch.equal(values, before[name])
+
+
+class Chooses(nn.Module):
+    """Has a map of yes and no among what all passes have in common."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.enter, self.drop = nn.Conv2d(in_channels, 8, 3, padding=1), nn.Dropout2d(0.3)
+        self.leave = nn.Conv2d(8, out_channels, 3, padding=1)
+
+    def forward(self, images):
+        features = self.drop(self.enter(images).relu())
+        return self.leave(torch.where(images > 0, features, -features))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_no_fraction_stays_so(precision, caplog):
+    caplog.set_level(logging.INFO, "polyseg")
+    network, batch = Chooses(1, 1), make_batch()
+    exact = assess(network, [batch], samples=4, program="plain")
+    found = assess(network, [batch], samples=4, precision=precision)
+    rtol = CLOSE if precision == "fp32" else 0.1
+    np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=rtol)
+    assert "plain way" not in caplog.text and "run whole" not in caplog.text

@@ -121,6 +121,8 @@ def test_a_network_of_polysegs_has_channels_last_on_a_cpu_and_another_has_not(ti
     assert any(laid_out_apart(one) for one in ours.network.parameters() if one.dim() == 4)
     settings = (f"network.name={__name__}:viewing", "network.kwargs={}", "control.enabled=false")
     assert not Trainer(*trainer_arguments(tiny("other", *settings))).steps.channels_last
+    normalised = tiny("third", "network.kwargs.norm=instance", "control.enabled=false")
+    assert not Trainer(*trainer_arguments(normalised)).steps.channels_last
 
 
 @pytest.mark.parametrize("kind", ["channel", "element"])

@@ -101,7 +101,8 @@ def assessments(arguments, batches):
 
     def ours(key, program, together):
         how = {"samples": arguments.samples, "program": program, "precision": key[1]}
-        with mock.patch.object(passes, "_PIXELS_AT_ONCE", passes._PIXELS_AT_ONCE * together):
+        pixels = passes._PIXELS_AT_ONCE if together else 1
+        with mock.patch.object(passes, "_PIXELS_AT_ONCE", pixels):
             found[key] = assess(network, batches, **how).difficulty
 
     for precision in PRECISIONS:
