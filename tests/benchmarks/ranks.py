@@ -81,15 +81,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     keep_freed_memory()
-    settings = [
-        f"data.path={arguments.data}",
-        f"data.size={arguments.size}",
-        f"training.epochs={arguments.epochs}",
-        f"training.device={arguments.device}",
-        "control.enabled=false",
-    ]
-    if arguments.data == "demo":
-        settings.append(f"data.demo_images={arguments.images}")
+    settings = [*runs.settings_of(arguments), "control.enabled=false"]
     images, split = runs.load(settings, arguments)
     for kind in arguments.kinds:
         trainer, _ = runs.trained([*settings, f"network.dropout_kind={kind}"], images, split)

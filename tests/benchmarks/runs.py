@@ -23,6 +23,21 @@ from polyseg.run import RunDirectory, environment, split_json
 from polyseg.train import Trainer
 
 
+def settings_of(arguments):
+    """Return the settings that all runs have."""
+    settings = [
+        f"data.path={arguments.data}",
+        f"data.size={arguments.size}",
+        f"training.epochs={arguments.epochs}",
+        f"training.device={arguments.device}",
+    ]
+    # Of phantoms enough for those whose foreground is in the range.
+    wide = arguments.foreground[1] - arguments.foreground[0] == 1
+    if arguments.data == "demo":
+        settings.append(f"data.demo_images={arguments.images * (1 if wide else 20)}")
+    return settings
+
+
 def load(settings, arguments):
     """Return the images, and a split that trains with those in the range."""
     images = load_images(load_config(None, settings).data)
@@ -69,15 +84,7 @@ def main():
     parser.add_argument("--set", nargs="*", default=(), help="settings of all runs")
     arguments = parser.parse_args()
     keep_freed_memory()
-    settings = [
-        f"data.path={arguments.data}",
-        f"data.size={arguments.size}",
-        f"training.epochs={arguments.epochs}",
-        f"training.device={arguments.device}",
-        *arguments.set,
-    ]
-    if arguments.data == "demo":
-        settings.append(f"data.demo_images={20 * arguments.images}")
+    settings = [*settings_of(arguments), *arguments.set]
     images, split = load(settings, arguments)
     kinds = {"without": ["control.enabled=false"]}
     for asked in arguments.samples:
