@@ -207,6 +207,7 @@ class Passes:
                 together, alone = sight.together(range(2)), [sight.sample(0), sight.sample(1)]
             except RuntimeError as error:
                 if is_out_of_memory(error):
+                    self.most_pixels = 1  # Not to be tried again and again.
                     return False
                 log.debug("MC Dropout: passes cannot run together: %s", error)
                 together, alone = (), []
