@@ -51,10 +51,10 @@ class Measurement:
         chosen = None
         if self.known is not None:
             chosen = self.known.reshape(len(self.batch.ids), -1, *self.known.shape[1:])
-        sight = self.passes.look(self.batch.images, self.batch.ids, chosen)
+        passes = self.passes.over(self.batch.images, self.batch.ids, chosen)
         if self.plain is None:
-            self.plain = sight.without_dropout()
-        each = sight.samples(range(self.done, samples))
+            self.plain = passes.without_dropout()
+        each = passes.samples(range(self.done, samples))
         for index in range(self.done, samples):
             tell()  # Before each pass, so that who listens can end it between those that run apart.
             self.groups[index % len(self.groups)].update(next(each))

@@ -1,12 +1,13 @@
-"""MC Dropout: N passes with only the active dropout layers on, and what they say of each image.
+"""Measure uncertainty by MC Dropout: N passes with only the active dropout layers on.
 
 Layers stay in evaluation mode and each active one multiplies by its mask, drawn from a generator of
 its own, so normalisation statistics do not move and torch's random stream is not advanced. Where
-there is enough to do, a network that can be taken apart runs as a program that does once what the
-passes have in common; the plain pass is the reference that it is checked against, and what all
-others run.
+there is enough to compute, the network is made a program, which computes once what the passes have
+in common. The plain pass is the reference that a program is checked against, and what is run where
+none can be made, or where it fails.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from polyseg.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.measurement import Measurement, Table, extended
 from polyseg.memory import Portions, explaining_memory
 from polyseg.networks import hash_weights
-from polyseg.passes import Passes
+from polyseg.passes import Passes, ProgramFailedError
 from polyseg.pilot import MOST, choose_samples
 from polyseg.processes import ALONE, Processes
 from polyseg.records import FREE_METRICS, METRICS, Assessment, Batch, Metric, Progress, no_progress
@@ -66,7 +67,9 @@ def assess(
 
     Args:
         network: maps (B, C, H, W) to logits (B, K, H, W); has active dropout layers.
-        batches: images, on any device, of one size within a batch.
+        batches: images, on any device, of one size within a batch. A list, or anything else that
+            can be read twice: should the fast passes fail, all is measured anew by plain ones. An
+            iterator is read once, by plain passes.
         samples: N, at least 2 (what a single pass disagrees with, nobody knows). "auto" is the
             least N, from 6 to 100, whose rank stability reaches `rank_target`, judged from the
             first images. It has no meaning for a metric that takes no passes.
@@ -100,55 +103,76 @@ def assess(
     if not free and samples != "auto" and samples < 2:
         raise PolysegError(f"uncertainty.samples = {samples}: MC Dropout takes at least 2 passes")
     layers = {} if free else active_layers(network)
-    wanted = 0 if free else samples
-    table = Table(save_maps)
-    given: list[str] = []
-    divided = processes if wanted != "auto" else ALONE
+    streams = MaskStreams(masks, seed, epoch)
 
-    def tell() -> None:
-        progress("MC Dropout", min(total, processes.count * len(table.images)), total)
+    def attempt(batches: Iterable[Batch], *, take_apart: bool) -> tuple[Table, list[str], int]:
+        """Return what is measured, the ids in the order given, and N."""
+        wanted = 0 if free else samples
+        table, given = Table(save_maps), list[str]()
+        divided = processes if wanted != "auto" else ALONE
+        passes = Passes(
+            network,
+            layers,
+            streams,
+            partial(stochastic_pass, network, layers),
+            take_apart=take_apart,
+            kind=_KINDS[precision],
+        )
 
-    def parts() -> Iterator[Batch]:
-        for batch in batches:
-            places = range(len(given), len(given) + len(batch.ids))
-            given.extend(batch.ids)
-            # Those that choose N are looked at by all processes, which must agree.
-            mine = [i for i, place in enumerate(places) if place % divided.count == divided.rank]
-            if mine:
-                alone = len(mine) == len(batch.ids)
-                yield from passes.parts(batch if alone else images_of(batch, mine))
+        def tell() -> None:
+            progress("MC Dropout", min(total, processes.count * len(table.images)), total)
 
-    portions = Portions("MC Dropout", LESS_MEMORY)
-    extend = partial(extended, portions=portions, tell=tell)
+        def measurements() -> Iterator[Measurement]:
+            for batch in batches:
+                places = range(len(given), len(given) + len(batch.ids))
+                given.extend(batch.ids)
+                # Those that choose N are measured by all processes, which must agree.
+                mine = [
+                    i for i, place in enumerate(places) if place % divided.count == divided.rank
+                ]
+                if mine:
+                    alone = len(mine) == len(batch.ids)
+                    for part in passes.parts(batch if alone else images_of(batch, mine)):
+                        yield Measurement(passes, part, region, boundary_width, save_maps)
+
+        extend = partial(extended, portions=Portions("MC Dropout", LESS_MEMORY), tell=tell)
+        each, pilot = measurements(), list[Measurement]()
+        if wanted == "auto":
+            with _failing_in_all(processes):
+                found, pilot = choose_samples(each, rank_target, METRICS.index(metric), extend)
+            chosen: int = processes.from_leader(found)
+            divided = processes
+        else:
+            chosen = wanted
+        with _failing_in_all(processes):
+            for measurement in extend(chain(pilot, each), chosen):
+                table.add(measurement)
+                tell()
+        return Table.merged(processes.gathered(table)), given, chosen
+
     whole = explaining_memory("MC Dropout", LESS_MEMORY)
     with held_in_mode(network, training=False), torch.inference_mode(), whole:
-        take_apart, batches = program == "auto" and not free, iter(batches)
+        take_apart, first = program == "auto" and not free, batches
+        if take_apart and iter(batches) is batches:
+            take_apart = False
+            log.info("MC Dropout: the batches can be read once only, so that all passes are plain")
         if take_apart:
-            take_apart, batches = _worth_taking_apart(batches, wanted)
-        streams = MaskStreams(masks, seed, epoch)
-        plain_pass = partial(stochastic_pass, network, layers)
-        passes = Passes(
-            network, layers, streams, plain_pass, take_apart=take_apart, kind=_KINDS[precision]
-        )
-        measurements = (
-            Measurement(passes, part, region, boundary_width, save_maps) for part in parts()
-        )
-        pilot: list[Measurement] = []
-        if wanted == "auto":
-            index = METRICS.index(metric)
-            wanted, pilot = choose_samples(measurements, rank_target, index, extend)
-            chosen: int = processes.from_leader(wanted)
-            wanted, divided = chosen, processes
-        for measurement in extend(chain(pilot, measurements), wanted):
-            table.add(measurement)
-            tell()
-    table = Table.merged(processes.gathered(table))
+            take_apart, first = _worth_taking_apart(iter(batches), samples)
+        try:
+            table, given, count = attempt(first, take_apart=take_apart)
+        except ProgramFailedError as error:
+            log.warning(
+                "MC Dropout: the fast passes failed (%s); all passes are run plainly, "
+                "which is slower",
+                str(error)[:200],
+            )
+            table, given, count = attempt(batches, take_apart=False)
     if not table.images:
         raise PolysegError("MC Dropout: there are no images to assess")
     return Assessment(
         weights_sha256=hash_weights(network),
         epoch=epoch,
-        samples=wanted,
+        samples=count,
         rate=max((layer.p for layer in layers.values()), default=0.0),
         metric=metric,
         region=region,
@@ -156,6 +180,22 @@ def assess(
         seed=seed,
         **table.columns(),
     ).in_order(given)
+
+
+@contextlib.contextmanager
+def _failing_in_all(processes: Processes) -> Iterator[None]:
+    """Let the failure of a program in one process end the block in all of them.
+
+    Raises:
+        ProgramFailedError: the program failed here, or in another process.
+    """
+    error: ProgramFailedError | None = None
+    try:
+        yield
+    except ProgramFailedError as found:
+        error = found
+    if not processes.all(error is None):
+        raise error or ProgramFailedError("in another process")
 
 
 def stochastic_pass(

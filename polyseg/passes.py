@@ -1,10 +1,11 @@
-"""The passes of MC Dropout over batches: by a network's program, or the plain way.
+"""Run the passes of MC Dropout over batches: by a network's program, or plainly.
 
-A program does once what the passes have in common. For every size of image and way of looking its
-first batch is compared with the plain pass, which is the reference, and which all networks run that
-cannot be taken apart.
+A program computes once what the passes have in common. For every size of image and every way to
+compute it, its first batch is compared with the plain pass, which is the reference, and which all
+networks run of which no program can be made.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyseg.compiler.run import Masks, Points, PreparedBatch, Program
+from polyseg.compiler.trace import UntraceableError
 from polyseg.dropout import refuse_hidden_dropout
-from polyseg.graph import UntraceableError
+from polyseg.errors import PolysegError
 from polyseg.inference import device_of, images_of
 from polyseg.memory import is_out_of_memory
 from polyseg.networks import SegmentationNetwork
-from polyseg.program import Look, Masks, Points, Program
 from polyseg.records import Batch
 from polyseg.streams import MaskStreams
 
@@ -37,6 +39,10 @@ _BYTES_AT_ONCE = 2**24
 """Feature maps of this size stay near a processor's caches."""
 _PIXELS_AT_ONCE = 2**22
 """Passes are run together over so many pixels on an accelerator, which fewer do not fill."""
+
+
+class ProgramFailedError(Exception):
+    """The program of a network failed, or gave something else than the network."""
 
 
 class Passes:
@@ -104,25 +110,26 @@ class Passes:
         reduced = self.kind != torch.float32
         return torch.autocast(self.device.type, self.kind if reduced else None, enabled=reduced)
 
-    def look(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight":
-        """Return what gives the probabilities of one pass after another.
+    def over(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "BatchPasses":
+        """Return the passes over a batch.
 
         Args:
             images: (B, C, H, W).
-            ids: theirs.
+            ids: of the images.
             chosen: (B, K, H, W), the only pixels that are wanted; None for all.
+
+        Raises:
+            ProgramFailedError: the program fails, or gives something else than the network.
         """
         images = images.to(self.device)
-        if self.program is not None:
-            sight = self._programmed(images, ids, chosen)
-            if sight is not None:
-                return sight
-            log.warning(
-                "MC Dropout: the network's program does not give what the network gives; its "
-                "passes are run the plain way, which is slower"
-            )
-            self.program = None
-        return Sight(self, images, ids, chosen, None)
+        if self.program is None:
+            return BatchPasses(self, images, ids, chosen, None)
+        with _program_failing():
+            ours = BatchPasses(self, images, ids, chosen, self.program)
+            if ours.way not in self.checked and not self._is_sound(ours):
+                raise ProgramFailedError("it gives something else than the network")
+        self.checked.add(ours.way)
+        return ours
 
     def mask_inputs(self, images: Tensor, ids: list[str], passes: range) -> Masks:
         """Return the masks of passes by the names of the program's inputs."""
@@ -163,71 +170,67 @@ class Passes:
             shared = self.streams.masks == "consistent" and not self.most_pixels
             return Program(core, self.layers, example.clone(), shared=shared, kind=self.kind)
 
-    def _programmed(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "Sight | None":
-        """Return how the program looks at images; None where it fails, or gives something else.
-
-        The end of memory says nothing against the program.
-        """
-        try:
-            sight = Sight(self, images, ids, chosen, self.program)
-            if sight.way not in self.checked and not self._is_sound(sight):
-                return None
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            log.debug("MC Dropout: the program fails: %s", error)
-            return None
-        self.checked.add(sight.way)
-        return sight
-
-    def _is_sound(self, sight: "Sight") -> bool:
+    def _is_sound(self, ours: "BatchPasses") -> bool:
         """Compare a program with the whole network, in a pass and without dropout.
 
         On the first and the last image of the batch, which tell a wrong program as all would.
         """
-        rows = sorted({0, len(sight.ids) - 1})
-        ids = [sight.ids[i] for i in rows]
-        chosen = None if sight.chosen is None else sight.chosen[rows]
-        whole = Sight(self, sight.images[rows], ids, chosen, None)
+        rows = sorted({0, len(ours.ids) - 1})
+        ids = [ours.ids[i] for i in rows]
+        chosen = None if ours.chosen is None else ours.chosen[rows]
+        whole = BatchPasses(self, ours.images[rows], ids, chosen, None)
         # Which first of all tells the masks' shapes.
         plain = whole.sample(0)
         pairs = (
-            (sight.part_of(sight.sample(0), rows), plain),
-            (_of_images(sight.without_dropout(), len(sight.ids), rows), whole.without_dropout()),
+            (ours.part_of(ours.sample(0), rows), plain),
+            (_of_images(ours.without_dropout(), len(ours.ids), rows), whole.without_dropout()),
         )
         return all(
             _are_alike(found, wanted, rounding)
             for (found, wanted), rounding in zip(pairs, self._rounding(whole), strict=True)
         )
 
-    def may_join(self, sight: "Sight") -> bool:
+    def may_join(self, ours: "BatchPasses") -> bool:
         """Whether passes over a batch may run together: each must give what it gives alone."""
-        if sight.way not in self.joinable:
+        if ours.way not in self.joinable:
             try:
-                together, alone = sight.together(range(2)), [sight.sample(0), sight.sample(1)]
-            except RuntimeError as error:
+                together, alone = ours.together(range(2)), [ours.sample(0), ours.sample(1)]
+            except (RuntimeError, ProgramFailedError) as error:
                 if is_out_of_memory(error):
                     self.most_pixels = 1  # Not to be tried again and again.
                     return False
                 log.debug("MC Dropout: passes cannot run together: %s", error)
                 together, alone = (), []
-            rounding, _ = self._rounding(sight)
-            self.joinable[sight.way] = len(together) == 2 and all(
+            rounding, _ = self._rounding(ours)
+            self.joinable[ours.way] = len(together) == 2 and all(
                 _are_alike(one, other, rounding) for one, other in zip(together, alone, strict=True)
             )
-        return self.joinable[sight.way]
+        return self.joinable[ours.way]
 
-    def _rounding(self, sight: "Sight") -> tuple[Tensor, Tensor]:
+    def _rounding(self, ours: "BatchPasses") -> tuple[Tensor, Tensor]:
         """Return how far a precision below single moves what is looked at, and all pixels."""
         if self.kind == torch.float32:
             return torch.zeros(1), torch.zeros(1)
-        single: Tensor = self.network(sight.images).float().sigmoid().flatten(0, 1)
-        moved = (self.without_dropout(sight.images) - single).abs().nan_to_num().cpu()
-        return moved if sight.chosen is None else moved[sight.chosen.flatten(0, 1)], moved
+        single: Tensor = self.network(ours.images).float().sigmoid().flatten(0, 1)
+        moved = (self.without_dropout(ours.images) - single).abs().nan_to_num().cpu()
+        return moved if ours.chosen is None else moved[ours.chosen.flatten(0, 1)], moved
 
 
-class Sight:
-    """A batch on its way through pass after pass."""
+@contextlib.contextmanager
+def _program_failing() -> Iterator[None]:
+    """Turn the errors of a program into one; that memory ran out says nothing against it."""
+    try:
+        yield
+    except (ProgramFailedError, PolysegError):
+        raise
+    except Exception as error:  # A network may be anything.
+        if is_out_of_memory(error):
+            raise
+        raise ProgramFailedError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+class BatchPasses:
+    """The passes over one batch."""
 
     def __init__(
         self,
@@ -238,20 +241,20 @@ class Sight:
         program: Program | None,
     ) -> None:
         self.passes, self.images, self.ids, self.chosen = passes, images, ids, chosen
-        self.inside: Look | None = None
+        self.inside: PreparedBatch | None = None
         if program is not None:
             padded, self.top, self.left = _padded(passes.network, images)
             points = None
             if chosen is not None:
                 points = Points.of(chosen.to(images.device)).moved(self.top, self.left)
-            # Image by image on a processor; all at once they fill an accelerator.
-            self.inside = Look(program, padded, points, crop=not passes.most_pixels)
+            # Windows go image by image, which suits a processor; accelerators want all at once.
+            self.inside = PreparedBatch(program, padded, points, crop=not passes.most_pixels)
 
     @property
     def way(self) -> tuple[Any, ...]:
-        """What decides how it is computed: the size, whether at points, by which tail."""
-        tail = None if self.inside is None else self.inside.tail_number
-        return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, tail)
+        """What decides how it is computed: the size, whether at points, by which windowed end."""
+        end = None if self.inside is None else self.inside.end_number
+        return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, end)
 
     def sample(self, index: int) -> Tensor:
         """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
@@ -284,8 +287,9 @@ class Sight:
                 return each
             chosen = self.chosen.flatten(0, 1)
             return tuple(one[chosen] for one in each)
-        masks = self.passes.mask_inputs(self.images, self.ids, passes)
-        logits = self.inside(masks, len(passes))
+        with _program_failing():
+            masks = self.passes.mask_inputs(self.images, self.ids, passes)
+            logits = self.inside(masks, len(passes))
         if self.chosen is None:
             logits = self._cut(logits)
         return logits.float().sigmoid().cpu().chunk(len(passes))
@@ -306,7 +310,8 @@ class Sight:
     def _without_dropout(self) -> Tensor:
         if self.inside is None:
             return self.passes.without_dropout(self.images).cpu()
-        logits = self.inside.everywhere(self.inside.program.all_kept(self.images))
+        with _program_failing():
+            logits = self.inside.everywhere(self.inside.program.all_kept(self.images))
         return self._cut(logits).float().sigmoid().cpu()
 
     def _cut(self, logits: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_images_of_another_folder_need_no_masks(folder):
     (folder / "masks").rmdir()
     images = load_others(folder, DataConfig(), channels=1)
     assert len(images.ids) == 5 and not images.has_masks
-    assert next(images.batches(images.ids, 2)).masks is None
+    assert next(iter(images.batches(images.ids, 2))).masks is None
 
 
 def test_every_bad_file_of_a_set_is_named(folder):

@@ -9,18 +9,18 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from polyseg import graph, nodes, rewrites
+from polyseg.compiler import operations, rewrite, split, trace
+from polyseg.compiler.trace import UntraceableError
 from polyseg.dropout import stochastic_layers
-from polyseg.graph import UntraceableError
 
 SIZE = (6, 8)
 REWRITES = (
-    rewrites.fold_batch_norms,
-    rewrites.move_masks_behind_activations,
-    rewrites.fold_identities,
-    rewrites.merge_pointwise,
-    rewrites.split_concatenations,
-    rewrites.absorb_masks,
+    rewrite.fold_batch_norms,
+    rewrite.move_masks_behind_activations,
+    rewrite.fold_identities,
+    rewrite.merge_pointwise,
+    rewrite.split_concatenations,
+    rewrite.absorb_masks,
 )
 
 
@@ -81,7 +81,7 @@ def run(network, values):
     copied.output(copied.graph_copy(network.graph, {}))
     function = fx.GraphModule(network, copied)
     with torch.no_grad():
-        return function(*(values[name] for name in graph.input_names(network)))[0]
+        return function(*(values[name] for name in trace.input_names(network)))[0]
 
 
 def begin(core, shared=False):
@@ -91,9 +91,9 @@ def begin(core, shared=False):
 
 def begin_with_inputs(core, shared=False):
     images = torch.randn(3, 4, *SIZE, dtype=torch.float64)
-    network = graph.trace(prepare(core), images[:2])
-    inputs = graph.insert_masks(network, core, stochastic_layers(core))
-    values = {graph.input_names(network)[0]: images}
+    network = trace.trace(prepare(core), images[:2])
+    inputs = trace.insert_masks(network, core, stochastic_layers(core))
+    values = {trace.input_names(network)[0]: images}
     for one in inputs:
         node = next(node for node in network.graph.nodes if node.name == one.node)
         shape = next(iter(node.users)).args[0].meta["val"].shape[1:]
@@ -147,7 +147,7 @@ def check_nothing(core, rewrite, *before, **how):
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_is_folded_into_the_convolution(layer, affine):
     norm = nn.BatchNorm2d(layer.out_channels, affine=affine)
-    before, after, _ = check(nn.Sequential(layer, norm), rewrites.fold_batch_norms)
+    before, after, _ = check(nn.Sequential(layer, norm), rewrite.fold_batch_norms)
     assert before["batch_norm"] == 1
     assert after == before - Counter(["batch_norm"])
 
@@ -157,7 +157,7 @@ def test_batch_norm_is_folded_into_the_convolution(layer, affine):
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_is_folded_across_a_mask(kind, layer, affine):
     core = nn.Sequential(layer, drop(kind), nn.BatchNorm2d(4, affine=affine))
-    before, after, _ = check(core, rewrites.fold_batch_norms)
+    before, after, _ = check(core, rewrite.fold_batch_norms)
     assert after == before - Counter(["batch_norm"]) + Counter(["add"])
 
 
@@ -168,7 +168,7 @@ def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
         a=nn.BatchNorm2d(4),
         b=nn.BatchNorm2d(4),
     )
-    _, after, _ = check(core, rewrites.fold_batch_norms)
+    _, after, _ = check(core, rewrite.fold_batch_norms)
     assert "batch_norm" not in after
 
 
@@ -185,7 +185,7 @@ def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
     ids=["grouped transposed", "relu between", "no statistics", "used", "product used", "masked"],
 )
 def test_batch_norm_stays_where_it_cannot_be_folded(core):
-    check_nothing(core, rewrites.fold_batch_norms)
+    check_nothing(core, rewrite.fold_batch_norms)
 
 
 # Masks behind activations.
@@ -205,7 +205,7 @@ def prelu(slopes):
 )
 def test_masks_move_behind_activations(kind, activation):
     core = nn.Sequential(conv(), drop(kind), activation, nn.ReLU())
-    before, after, network = check(core, rewrites.move_masks_behind_activations)
+    before, after, network = check(core, rewrite.move_masks_behind_activations)
     assert after == before
     assert sources(network, "mul") == ["relu"]  # behind both
     assert "mul" not in sources(network, "relu")
@@ -213,14 +213,14 @@ def test_masks_move_behind_activations(kind, activation):
 
 def test_a_product_that_is_used_elsewhere_stays_there():
     core = Flow(lambda s, x: (y := s.d(s.c(x))).relu() + y, c=conv(), d=drop())
-    before, after, _ = check(core, rewrites.move_masks_behind_activations)
+    before, after, _ = check(core, rewrite.move_masks_behind_activations)
     assert after == before + Counter(["mul"])
 
 
 @pytest.mark.parametrize("activation", [nn.ELU(), nn.GELU(), nn.ReLU6(), nn.Sigmoid()])
 def test_masks_stay_before_activations_that_are_not_homogeneous(activation):
     core = nn.Sequential(conv(), drop(), activation)
-    check_nothing(core, rewrites.move_masks_behind_activations)
+    check_nothing(core, rewrite.move_masks_behind_activations)
 
 
 def test_only_masks_move_for_they_are_not_negative():
@@ -232,7 +232,7 @@ def test_only_masks_move_for_they_are_not_negative():
         def forward(self, images):
             return (images * self.scale).relu()
 
-    check_nothing(Scaled(), rewrites.move_masks_behind_activations)
+    check_nothing(Scaled(), rewrite.move_masks_behind_activations)
 
 
 # Identities.
@@ -254,7 +254,7 @@ def test_the_input_is_added_to_the_kernel(layer, first):
         u = x.tanh()
         return s.c(u) + u if first else u + s.c(u)
 
-    before, after, _ = check(Flow(flow, c=layer), rewrites.fold_identities)
+    before, after, _ = check(Flow(flow, c=layer), rewrite.fold_identities)
     assert after == before - Counter(["add"])
 
 
@@ -284,7 +284,7 @@ def test_the_input_is_added_to_the_kernel(layer, first):
     ],
 )
 def test_sums_that_are_no_identity_stay(core):
-    check_nothing(core, rewrites.fold_identities)
+    check_nothing(core, rewrite.fold_identities)
 
 
 # Pointwise convolutions.
@@ -303,14 +303,14 @@ def test_sums_that_are_no_identity_stay(core):
 )
 def test_a_pointwise_convolution_is_merged(inner, bias):
     core = nn.Sequential(inner(bias[0]), conv(5, 3, 1, bias=bias[1]))
-    before, after, _ = check(core, rewrites.merge_pointwise)
+    before, after, _ = check(core, rewrite.merge_pointwise)
     assert before.total() == 2
     assert after.total() == 1
 
 
 def test_several_in_a_row_become_one():
     core = nn.Sequential(conv(4, 6), conv(6, 5, 1), conv(5, 1, 1))
-    _, after, _ = check(core, rewrites.merge_pointwise)
+    _, after, _ = check(core, rewrite.merge_pointwise)
     assert after == Counter(["conv2d"])
 
 
@@ -344,7 +344,7 @@ def test_several_in_a_row_become_one():
     ],
 )
 def test_what_cannot_be_merged_stays(core):
-    check_nothing(core, rewrites.merge_pointwise)
+    check_nothing(core, rewrite.merge_pointwise)
 
 
 # Concatenations.
@@ -367,10 +367,10 @@ def test_what_hangs_on_no_mask_is_convolved_apart(layer, turned):
         parts = [s.d(s.a(x)), s.b(x)]
         return torch.cat(parts[::-1] if turned else parts, 1)
 
-    before, after, network = check(joining(layer, flow), rewrites.split_concatenations)
+    before, after, network = check(joining(layer, flow), rewrite.split_concatenations)
     kind = "conv2d" if isinstance(layer, nn.Conv2d) else "conv_transpose2d"
     assert after == before - Counter(["cat"]) + Counter([kind, "add"])
-    moving = [kind_of(node) for node in graph.stochastic_nodes(network)]
+    moving = [kind_of(node) for node in split.stochastic_nodes(network)]
     assert moving.count(kind) == 1
 
 
@@ -379,7 +379,7 @@ def test_parts_of_one_kind_stay_together_though_they_lie_apart():
         return torch.cat([s.b(x), s.d(s.a(x)), x, s.d(x)], 1)
 
     core = joining(conv(16, 2), flow, d=drop(nn.Dropout))
-    before, after, network = check(core, rewrites.split_concatenations)
+    before, after, network = check(core, rewrite.split_concatenations)
     assert after == before + Counter(["conv2d", "add", "cat"])
     assert sources(network, "conv2d")[-2:] == ["cat", "cat"]
 
@@ -397,7 +397,7 @@ def test_parts_of_one_kind_stay_together_though_they_lie_apart():
     ids=["all moving", "sum moving", "groups", "groups transposed", "along rows", "relu between"],
 )
 def test_concatenations_stay_where_splitting_is_no_use(core):
-    check_nothing(core, rewrites.split_concatenations)
+    check_nothing(core, rewrite.split_concatenations)
 
 
 # Masks into weights.
@@ -416,7 +416,7 @@ def maps_multiplied(network):
 )
 def test_a_mask_goes_into_the_convolution_behind_it(layer):
     core = nn.Sequential(conv(), nn.ReLU(), drop(), layer)
-    _, _, network = check(core, rewrites.absorb_masks, shared=True)
+    _, _, network = check(core, rewrite.absorb_masks, shared=True)
     assert maps_multiplied(network) == 0
 
 
@@ -427,13 +427,13 @@ def test_a_mask_goes_into_the_convolution_behind_it(layer):
 )
 def test_a_mask_goes_into_the_convolution_before_it(layer):
     core = nn.Sequential(drop(nn.Dropout), layer, drop(), nn.ReLU())
-    _, _, network = check(core, rewrites.absorb_masks, shared=True)
+    _, _, network = check(core, rewrite.absorb_masks, shared=True)
     assert maps_multiplied(network) == 1  # that of single values
 
 
 def test_masks_on_both_sides_of_a_convolution():
     core = nn.Sequential(drop(), conv(), drop(), nn.ELU(), conv())
-    _, _, network = check(core, rewrites.absorb_masks, shared=True)
+    _, _, network = check(core, rewrite.absorb_masks, shared=True)
     assert maps_multiplied(network) <= 1
 
 
@@ -453,7 +453,7 @@ def test_masks_on_both_sides_of_a_convolution():
     ],
 )
 def test_masks_that_cannot_be_absorbed_stay(core):
-    check_nothing(core, rewrites.absorb_masks, shared=True)
+    check_nothing(core, rewrite.absorb_masks, shared=True)
 
 
 # The last convolution.
@@ -485,13 +485,13 @@ def summed(opened, taps, labels):
 def test_the_taps_of_the_last_convolution_add_up(last):
     network, values = begin(nn.Sequential(conv(), nn.ReLU(), last))
     expected = run(network, values)
-    taps = rewrites.open_last_convolution(network)
+    taps = rewrite.open_last_convolution(network)
     network.graph.lint()
     opened = run(network, values)
     assert len(taps.rows) == last.weight[0, 0].numel()
     channels = len(taps.rows) * last.out_channels
     assert opened.shape[2:] == SIZE
-    assert graph.output_channels(network) == opened.shape[1]
+    assert trace.output_channels(network) == opened.shape[1]
     if len(taps.rows) > 1:
         assert channels < opened.shape[1] <= channels + 16 and opened.shape[1] % 16 == 0
         assert not opened[:, channels:].any()
@@ -515,7 +515,7 @@ def test_the_taps_of_the_last_convolution_add_up(last):
 def test_another_end_is_kept_and_is_one_tap(last):
     network, values = begin(nn.Sequential(conv(), nn.ReLU(), last))
     expected, before = run(network, values), kinds(network)
-    assert rewrites.open_last_convolution(network) == rewrites.Taps((0,), (0,), None)
+    assert rewrite.open_last_convolution(network) == rewrite.Taps((0,), (0,), None)
     assert kinds(network) == before
     assert torch.equal(run(network, values), expected)
 
@@ -524,8 +524,8 @@ def test_another_end_is_kept_and_is_one_tap(last):
 
 
 def parts_of(network):
-    still = set(network.graph.nodes) - graph.stochastic_nodes(network)
-    return graph.cut(network, still)
+    still = set(network.graph.nodes) - split.stochastic_nodes(network)
+    return split.cut(network, still)
 
 
 def run_parts(parts, values):
@@ -579,7 +579,7 @@ def check_in_place(core, **how):
     parts = parts_of(network)
     before = kinds(parts[1].function)
     for part in parts:
-        rewrites.work_in_place(part)
+        rewrite.work_in_place(part)
         part.function.graph.lint()
     assert worst(run_parts(parts, values), expected) < 1e-12
     return before, kinds(parts[1].function)
@@ -708,15 +708,15 @@ def test_the_rewrites_one_after_another():
     network, values = begin(core, shared=True)
     expected = run(network, values)
     before = kinds(network)
-    for rewrite in REWRITES:
-        rewrite(network)
+    for apply in REWRITES:
+        apply(network)
         network.graph.lint()
         assert worst(run(network, values), expected) < 1e-12, rewrite.__name__
     assert "batch_norm" not in kinds(network)
     assert kinds(network)["conv2d"] == before["conv2d"]  # one split, one merged
     parts = parts_of(network)
     for part in parts:
-        rewrites.work_in_place(part)
+        rewrite.work_in_place(part)
     assert worst(run_parts(parts, values), expected) < 1e-12
 
 
@@ -745,7 +745,7 @@ def check_traced(core):
     """The graph gives what the network gives under the same masks."""
     network, values, inputs = begin_with_inputs(core)
     layers = stochastic_layers(core)
-    images = values[graph.input_names(network)[0]]
+    images = values[trace.input_names(network)[0]]
     masks = {(layers[one.layer], one.call): values[one.node] for one in inputs}
     found = run(network, values)
     assert worst(found, masked_pass(core, masks, images)) < 1e-12
@@ -858,16 +858,16 @@ def test_what_is_no_graph_is_told(flow):
 def test_changed_weights_are_seen_by_the_next_trace():
     core = nn.Sequential(conv(), nn.BatchNorm2d(4), drop(), conv(4, 1))
     network, values = begin(core)
-    rewrites.fold_batch_norms(network)
+    rewrite.fold_batch_norms(network)
     before = run(network, values)
     with torch.no_grad():
         core[0].weight.mul_(2)
         core[1].running_mean.add_(1)
         core[3].weight.copy_(torch.randn_like(core[3].weight))
-    images = values[graph.input_names(network)[0]]
-    again = graph.trace(core, images[:2])
-    inputs = graph.insert_masks(again, core, stochastic_layers(core))
-    rewrites.fold_batch_norms(again)
+    images = values[trace.input_names(network)[0]]
+    again = trace.trace(core, images[:2])
+    inputs = trace.insert_masks(again, core, stochastic_layers(core))
+    rewrite.fold_batch_norms(again)
     masks = {(core[2], one.call): values[one.node] for one in inputs}
     found = run(again, values)
     assert worst(found, masked_pass(core, masks, images)) < 1e-12
@@ -878,8 +878,8 @@ def test_a_rewrite_does_not_reach_the_network_or_the_next_trace():
     core = prepare(nn.Sequential(conv(), nn.BatchNorm2d(4), drop(), nn.ReLU(), conv()))
     state = {name: values.clone() for name, values in core.state_dict().items()}
     first, _ = begin(core)
-    for rewrite in REWRITES:
-        rewrite(first)
+    for apply in REWRITES:
+        apply(first)
     second, _ = begin(core)
     assert kinds(second) == Counter(["conv2d", "batch_norm", "mul", "relu", "conv2d"])
     for name, values in core.state_dict().items():
@@ -902,13 +902,16 @@ def test_a_traced_network_can_be_forgotten():
 )
 def test_normalisation_over_space_is_told(layer, expected):
     network, _ = begin(nn.Sequential(conv(), layer, drop()))
-    assert graph.normalises_over_space(network) is expected
+    assert trace.normalises_over_space(network) is expected
 
 
 def test_a_constant_takes_no_name_that_is_taken():
     network, _ = begin(nn.Sequential(drop(), conv()))
     first = next(iter(network.graph.nodes))
-    names = [nodes.add_constant(network, first, torch.full((), i)).target for i in range(3)]
+    names = [operations.add_constant(network, first, torch.full((), i)).target for i in range(3)]
     delattr(network, names[0])
-    again = nodes.add_constant(network, first, torch.full((), 3))
-    assert [float(nodes.tensor_of(network, again)), float(getattr(network, names[2]))] == [3, 2]
+    again = operations.add_constant(network, first, torch.full((), 3))
+    assert [float(operations.tensor_of(network, again)), float(getattr(network, names[2]))] == [
+        3,
+        2,
+    ]

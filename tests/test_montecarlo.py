@@ -328,7 +328,7 @@ def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_ma
     monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
     batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
     expected = assess(network, [batch], **how)
-    whole, sizes = passes.Look, []
+    whole, sizes = passes.PreparedBatch, []
 
     def tight(program, images, *arguments, **more):
         sizes.append(len(images))
@@ -336,7 +336,7 @@ def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_ma
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
         return whole(program, images, *arguments, **more)
 
-    monkeypatch.setattr(passes, "Look", tight)
+    monkeypatch.setattr(passes, "PreparedBatch", tight)
     assert_alike(assess(network, [batch], **how), expected)
     # After the halves, one third of the batch at a time, and never the plain way instead.
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg import montecarlo, nodes, passes, rewrites, winograd
+from polyseg import montecarlo, passes
+from polyseg.compiler import operations, rewrite, winograd
+from polyseg.compiler.run import Points, PreparedBatch, Program
+from polyseg.compiler.trace import UntraceableError
+from polyseg.data.dataset import Repeatable
 from polyseg.dropout import active_layers
-from polyseg.graph import UntraceableError
 from polyseg.montecarlo import assess
 from polyseg.networks import Window, build_network, network_names
-from polyseg.program import Look, Points, Program
 from polyseg.records import Batch
 
 NEEDS_PADDING = (30, 42)
@@ -142,7 +144,7 @@ def check(network, batches, caplog, used=True, **how):
         ours.scores["deterministic_entropy"], plain.scores["deterministic_entropy"], rtol=CLOSE
     )
     assert ours.ids == plain.ids
-    told = "run whole each pass" in caplog.text or "plain way" in caplog.text
+    told = "run whole each pass" in caplog.text or "run plainly" in caplog.text
     assert told is not used, caplog.text
     return ours
 
@@ -166,11 +168,6 @@ def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
     program = make_program(network, batch.images, masks == "consistent")
     targets = [node.target for node in program.suffix.function.graph.nodes]
     assert winograd.convolve in targets
-
-
-def test_the_last_level_is_run_on_cells():
-    program = make_program(build("unet"), torch.randn(2, 1, 32, 48))
-    assert program.tails and all(tail.cells for tail in program.tails)
 
 
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
@@ -410,13 +407,13 @@ def test_a_look_at_points_gives_the_pass_there(name, kind, shared):
         masks = masks_of(program, network, images, kind, shared)
         expected = plainly(network, program, masks, images)
         largest = expected.abs().max()
-        everywhere = Look(program, images, None)(masks)
+        everywhere = PreparedBatch(program, images, None)(masks)
         assert (everywhere - expected).abs().max() / largest < CLOSE
         cropped = set()
         for place, where in PLACES.items():
             points, chosen = points_of(where, (96, 128))
             for crop in (True, False):
-                look = Look(program, images, points, crop=crop)
+                look = PreparedBatch(program, images, points, crop=crop)
                 apart = (look(masks) - expected[chosen]).abs().max() / largest
                 assert apart < CLOSE, f"{place}, crop={crop}: relative difference {apart:.1e}"
                 if look.cropped:
@@ -437,7 +434,7 @@ def test_points_of_one_image_only():
     with torch.no_grad():
         program = make_program(network, images)
         masks = masks_of(program, network, images, "channel", True)
-        found = Look(program, images, Points.of(chosen))(masks)
+        found = PreparedBatch(program, images, Points.of(chosen))(masks)
         expected = plainly(network, program, masks, images)[chosen]
     assert (found - expected).abs().max() / expected.abs().max() < CLOSE
 
@@ -446,10 +443,10 @@ def test_an_assessment_looks_at_a_part_of_the_images(monkeypatch, caplog):
     ways = []
 
     def look(*arguments, **settings):
-        ways.append(Look(*arguments, **settings))
+        ways.append(PreparedBatch(*arguments, **settings))
         return ways[-1]
 
-    monkeypatch.setattr(passes, "Look", look)
+    monkeypatch.setattr(passes, "PreparedBatch", look)
     batch = make_batch(4, (96, 96))
     check(build("unet"), [batch], caplog)
     assert ways and all(way.cropped for way in ways)
@@ -461,10 +458,10 @@ def test_no_windows_where_each_pixel_hangs_on_all(norm, monkeypatch, caplog):
     ways = []
 
     def look(*arguments, **settings):
-        ways.append(Look(*arguments, **settings))
+        ways.append(PreparedBatch(*arguments, **settings))
         return ways[-1]
 
-    monkeypatch.setattr(passes, "Look", look)
+    monkeypatch.setattr(passes, "PreparedBatch", look)
     network = build("own", settings={"norm": norm})
     check(network, [make_batch(4, (96, 96))], caplog)
     assert ways and not any(way.cropped for way in ways)
@@ -478,7 +475,7 @@ def broken_masks(self, like):
 
 
 def broken_fold(network):
-    for node in nodes.calls_to(network, (nodes.aten.batch_norm.default,)):
+    for node in operations.calls_to(network, (operations.aten.batch_norm.default,)):
         node.replace_all_uses_with(node.args[0])
 
 
@@ -487,25 +484,25 @@ def broken_sizes(self, values, count):
 
 
 def broken_logits(self, masks, count):
-    return Look.original(self, masks, count) + 0.1
+    return PreparedBatch.original(self, masks, count) + 0.1
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
-        (rewrites, "fold_batch_norms", broken_fold),
-        (Look, "__call__", broken_logits),
-        (Look, "_opened", broken_sizes),
+        (rewrite, "fold_batch_norms", broken_fold),
+        (PreparedBatch, "__call__", broken_logits),
+        (PreparedBatch, "_opened", broken_sizes),
     ],
     ids=["rewrite", "numbers", "sizes"],
 )
 def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, caplog):
-    monkeypatch.setattr(Look, "original", Look.__call__, raising=False)
+    monkeypatch.setattr(PreparedBatch, "original", PreparedBatch.__call__, raising=False)
     monkeypatch.setattr(owner, name, wrong)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     ours = assess(network, batches, samples=4)
     warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
-    assert len(warnings) == 1 and "plain way" in warnings[0].message
+    assert len(warnings) == 1 and "run plainly" in warnings[0].message
     plain = assess(network, batches, samples=4, program="plain")
     for field in SCORES:
         np.testing.assert_allclose(ours.scores[field], plain.scores[field], rtol=1e-9)
@@ -544,9 +541,10 @@ WORTH = 3 * NEEDS_PADDING[0] * NEEDS_PADDING[1] * 2
 
 
 def in_batches(batch, sizes):
-    for start, end in pairwise(np.cumsum([0, *sizes])):
-        ids, images, masks, labels = batch
-        yield Batch(ids[start:end], images[start:end], masks[start:end], labels)
+    return [
+        Batch(batch.ids[start:end], batch.images[start:end], batch.masks[start:end], batch.labels)
+        for start, end in pairwise(np.cumsum([0, *sizes]))
+    ]
 
 
 @pytest.fixture
@@ -595,7 +593,7 @@ def test_no_more_is_read_ahead_than_decides(tried):
     def progress(_, images, __):
         done.append((images, len(read)))
 
-    result = assess(build("unet"), batches(), samples=2, progress=progress)
+    result = assess(build("unet"), Repeatable(batches), samples=2, progress=progress)
     assert done[0] == (0, 3) and len(read) == 9
     assert result.ids == make_batch(9).ids
 
@@ -604,7 +602,7 @@ def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplo
     caplog.set_level(logging.DEBUG, "polyseg")
     monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", AS_IT_IS)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
-    ours = assess(network, iter(batches), samples=4)
+    ours = assess(network, batches, samples=4)
     assert [one.levelname for one in caplog.records] == ["DEBUG"]
     plain = assess(network, batches, samples=4, program="plain")
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
@@ -655,7 +653,7 @@ def test_memory_does_not_grow_with_the_passes(program, save_maps):
 @pytest.fixture
 def together(monkeypatch):
     """Let three passes over three images run together, and list how many do."""
-    counts, run = [], passes.Sight.together
+    counts, run = [], passes.BatchPasses.together
 
     def count(self, numbers):
         found = run(self, numbers)
@@ -664,7 +662,7 @@ def together(monkeypatch):
 
     def begin():
         pixels = 3 * 3 * NEEDS_PADDING[0] * NEEDS_PADDING[1]
-        monkeypatch.setattr(passes.Sight, "together", count)
+        monkeypatch.setattr(passes.BatchPasses, "together", count)
         monkeypatch.setattr(passes, "_most_pixels_together", lambda _: pixels)
         return counts
 
@@ -771,16 +769,16 @@ def test_half_the_digits_rank_images_alike(name, masks, caplog):
         assert not np.array_equal(found.difficulty, exact.difficulty)
         np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=0.1)
         np.testing.assert_allclose(found.dice, exact.dice, atol=0.05)
-    assert "plain way" not in caplog.text and "run whole" not in caplog.text
+    assert "run plainly" not in caplog.text and "run whole" not in caplog.text
 
 
 @pytest.mark.parametrize("deviation", [3.0, 16.0])
 def test_a_wrong_program_is_noticed_with_half_the_digits(deviation, monkeypatch, caplog):
     network = build("unet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
-    monkeypatch.setattr(rewrites, "fold_batch_norms", broken_fold)
+    monkeypatch.setattr(rewrite, "fold_batch_norms", broken_fold)
     assess(network, [make_batch()], samples=2, precision="bf16")
-    assert "plain way" in caplog.text
+    assert "run plainly" in caplog.text
 
 
 def test_weights_keep_all_their_digits():
@@ -812,4 +810,4 @@ def test_what_is_no_fraction_stays_so(precision, caplog):
     found = assess(network, [batch], samples=4, precision=precision)
     rtol = CLOSE if precision == "fp32" else 0.1
     np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=rtol)
-    assert "plain way" not in caplog.text and "run whole" not in caplog.text
+    assert "run plainly" not in caplog.text and "run whole" not in caplog.text

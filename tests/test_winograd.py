@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from polyseg import rewrites, winograd
+from polyseg.compiler import rewrite, winograd
 from tests.test_graph import begin, check_nothing, conv, drop, kinds, run, worst
 
 WIDE = 64  # Enough for maps of 6 x 8.
@@ -45,11 +45,11 @@ def test_a_wide_convolution_is_run_by_it(layers):
     core = nn.Sequential(conv(4, WIDE), nn.ReLU(), *layers(), conv(WIDE, 2))
     network, values = begin(core, shared=True)
     expected = run(network, values)
-    rewrites.use_winograd(network)
+    rewrite.use_winograd(network)
     network.graph.lint()
     assert sum(node.target is winograd.convolve for node in network.graph.nodes) == 1
     assert worst(run(network, values), expected) < 1e-12
-    rewrites.absorb_masks(network)
+    rewrite.absorb_masks(network)
     assert worst(run(network, values), expected) < 1e-12
 
 
@@ -67,5 +67,5 @@ def test_a_wide_convolution_is_run_by_it(layers):
     ids=["done once", "thin", "stride", "dilation", "groups", "5 x 5", "not padded"],
 )
 def test_other_convolutions_stay(core):
-    check_nothing(core, rewrites.use_winograd, shared=True)
+    check_nothing(core, rewrite.use_winograd, shared=True)
     assert "convolve" not in kinds(begin(core)[0])

@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ _FILES_OF_A_WORKER, _FILES_BESIDES = 16, 32
 _OPEN_FILES = Path("/dev/fd")
 _SIGNS_OF_WORKERS = ("DataLoader worker (pid", "Too many open files", "ancdata")
 """In what torch says where the system has ended a worker, or not let it work."""
+
+
+@dataclass(frozen=True)
+class Repeatable:
+    """Batches that are made anew each time they are iterated."""
+
+    make: Callable[[], Iterator[Batch]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.make()
 
 
 @dataclass(frozen=True)
@@ -156,11 +166,15 @@ class ImageSet:
             image, masks = cut_patch(image, masks, self.tiling.size, share, seed)
         return self._tensors(i, image, masks)
 
-    def batches(self, ids: Sequence[str], batch_size: int) -> Iterator[Batch]:
-        """Yield whole images in this order, un-augmented, neighbours of one size together.
+    def batches(self, ids: Sequence[str], batch_size: int) -> Iterable[Batch]:
+        """Return whole images in this order, un-augmented, neighbours of one size together.
 
-        Those that are looked at window by window come one by one: their windows make the batch.
+        Images that are read window by window come one by one: their windows make the batch. The
+        result can be iterated more than once.
         """
+        return Repeatable(partial(self._batches, ids, batch_size))
+
+    def _batches(self, ids: Sequence[str], batch_size: int) -> Iterator[Batch]:
         batch_size = 1 if self.tiling is not None else batch_size
         start = 0
         sizes = [self.item(identity).size for identity in ids]

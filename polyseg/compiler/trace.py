@@ -8,9 +8,8 @@ any mask is the same in all passes of MC Dropout.
 # mypy: disable-error-code="no-any-return, return-value"
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,22 +17,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from polyseg import winograd
-from polyseg.dropout import DROPOUT_LAYERS
-from polyseg.nodes import (
+from polyseg.compiler.operations import (
     MULTIPLY,
-    Convolution,
     arguments_of,
     aten,
     calls_to,
     channels_of,
-    pair,
+    is_pointwise,
     replace_call,
-    sides_of,
 )
+from polyseg.dropout import DROPOUT_LAYERS
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+_STEPS = (
+    *(aten.sign, aten.sgn, aten.round, aten.floor, aten.ceil, aten.trunc, aten.fix, aten.frac),
+    *(aten.fmod, aten.remainder, aten.floor_divide, aten.heaviside, aten.hardshrink),
+    aten.threshold,
+)
+"""Functions with jumps, at which two ways of computing may part by more than rounding."""
 _COPIES = (aten.clone.default, aten.detach.default, aten.contiguous.default, aten.alias.default)
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 class UntraceableError(Exception):
@@ -116,9 +119,11 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
     if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
         raise UntraceableError("it is more than operations on tensors")
     _refuse_what_is_no_operation(network)
+    _refuse_jumps(network)
     _without_side_effects(network)
-    for node in calls_to(network, _COPIES):
-        node.replace_all_uses_with(node.args[0])
+    for node in calls_to(network, (*_COPIES, *_PADS)):
+        if node.target in _COPIES or not any(arguments_of(node)["pad"]):
+            node.replace_all_uses_with(node.args[0])
     network.graph.eliminate_dead_code()
     return network
 
@@ -149,6 +154,32 @@ def _refuse_what_is_no_operation(network: fx.GraphModule) -> None:
         known = node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload)
         if not known and getattr(node.target, "__module__", "") != "_operator":
             raise UntraceableError(f"it holds {node.target}, which is no plain operation")
+
+
+def _refuse_jumps(network: fx.GraphModule) -> None:
+    """Raise where rounding of a computed value could change a result by more than rounding.
+
+    Such as a comparison, whose result is no floating-point number. What is compared may be the
+    images themselves, or what only single values of these are computed from.
+    """
+    exact: set[Node] = set()
+    for node in network.graph.nodes:
+        given = node.op in ("placeholder", "get_attr")
+        if given or (exact.issuperset(node.all_input_nodes) and _same_bits(node)):
+            exact.add(node)
+        elif node.op == "call_function" and _jumps(node):
+            raise UntraceableError(f"it holds {node.target}, where rounding may change a decision")
+
+
+def _same_bits(node: Node) -> bool:
+    return node.op == "call_function" and (is_pointwise(node) or not node.all_input_nodes)
+
+
+def _jumps(node: Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return True
+    return getattr(node.target, "overloadpacket", None) in _STEPS
 
 
 def _without_side_effects(network: fx.GraphModule) -> None:
@@ -199,15 +230,6 @@ def insert_masks(
     return inputs
 
 
-def stochastic_nodes(network: fx.GraphModule) -> set[Node]:
-    """Return the masks and all that hangs on them."""
-    found: set[Node] = set()
-    for node in network.graph.nodes:
-        if node.name.startswith("mask_") or found.intersection(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def input_names(network: fx.GraphModule) -> list[str]:
     """Return the names of the inputs, the images first."""
     return [node.name for node in network.graph.nodes if node.op == "placeholder"]
@@ -223,120 +245,3 @@ def normalises_over_space(network: fx.GraphModule) -> bool:
     """Return whether there is a layer whose every output hangs on all of its input."""
     kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
     return any(True for _ in calls_to(network, kinds))
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of the operations of a graph, which read and write tensors by name."""
-
-    function: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def run(self, values: dict[str, Tensor]) -> None:
-        """Take the inputs from `values` and add the outputs to it."""
-        results = self.function(*(values[name] for name in self.inputs))
-        values.update(zip(self.outputs, results, strict=True))
-
-    def lay_out(self, layout: torch.memory_format, kind: torch.dtype) -> None:
-        """Keep weights of its own in this order, as numbers of this kind."""
-        for node in self.function.graph.find_nodes(op="get_attr"):
-            path, _, name = str(node.target).rpartition(".")
-            owner = self.function.get_submodule(path)
-            values = getattr(owner, name).detach()
-            if values.is_floating_point():
-                values = values.to(kind)
-            if values.dim() == 4:
-                values = values.contiguous(memory_format=layout)
-            delattr(owner, name)
-            owner.register_buffer(name, values)
-
-    def of_images(self) -> set[str]:
-        """Return the names of the inputs that have a row for each image of a batch."""
-        nodes = self.function.graph.find_nodes(op="placeholder")
-        shapes = [getattr(node.meta.get("val"), "shape", ()) for node in nodes]
-        # How many images there are is a symbol, and other lengths are numbers.
-        return {
-            name
-            for name, shape in zip(self.inputs, shapes, strict=True)
-            if shape and not isinstance(shape[0], int)
-        }
-
-    @cached_property
-    def cost(self) -> float:
-        """Return about how much there is to compute for an image, in multiplications."""
-        return float(sum(_cost(node) for node in self.function.graph.nodes))
-
-    def most_values(self) -> int:
-        """Return how many values the largest feature map of an image has, as traced."""
-        nodes = [node for node in self.function.graph.nodes if sides_of(node)]
-        return max(channels_of(node) * sides_of(node)[0] * sides_of(node)[1] for node in nodes)
-
-    def widths(self) -> list[int]:
-        """Return the widths that occur, the smallest first."""
-        return sorted({sides_of(node)[1] for node in self.function.graph.nodes if sides_of(node)})
-
-    def narrow(self, width: int) -> set[Node]:
-        """Return the operations up to the last that is no wider, and what they hang on."""
-        nodes = list(self.function.graph.nodes)
-        small = [i for i, node in enumerate(nodes) if sides_of(node) and sides_of(node)[1] <= width]
-        small = [i for i in small if nodes[i].op == "call_function"]
-        if not small:
-            return set()
-        wanted = {node for i, node in enumerate(nodes) if sides_of(node) and i <= max(small)}
-        for node in reversed(nodes):
-            if node in wanted:
-                wanted.update(node.all_input_nodes)
-        return {node for node in wanted if node.op == "call_function"}
-
-
-def cut(network: fx.GraphModule, early: Collection[Node]) -> tuple[Part, Part]:
-    """Part a graph in two, of which the first holds these operations."""
-    calls = [node for node in network.graph.nodes if node.op == "call_function"]
-    output = next(node for node in network.graph.nodes if node.op == "output")
-    results = list(output.args[0])
-    first = [node for node in calls if node in early]
-    frontier = [
-        node for node in first if node in results or any(user not in early for user in node.users)
-    ]
-    second = [node for node in calls if node not in early]
-    return _part(network, first, frontier), _part(network, second, results)
-
-
-def _part(network: fx.GraphModule, nodes: list[Node], results: list[Node]) -> Part:
-    made, graph = set(nodes), fx.Graph()
-    inputs = dict.fromkeys(
-        source
-        for node in nodes
-        for source in node.all_input_nodes
-        if source not in made and source.op != "get_attr"
-    )
-    inputs |= dict.fromkeys(node for node in results if node not in made)
-    copies: dict[Node, Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in nodes:
-        for constant in node.all_input_nodes:
-            if constant.op == "get_attr" and constant not in copies:
-                copies[constant] = graph.node_copy(constant)
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in results))
-    function = fx.GraphModule(network, graph)
-    return Part(function, tuple(node.name for node in inputs), tuple(node.name for node in results))
-
-
-def _cost(node: Node) -> float:
-    sides = sides_of(node)
-    if sides is None or node.op != "call_function":
-        return 0.0
-    values = channels_of(node) * sides[0] * sides[1]
-    if node.target is winograd.convolve:
-        return winograd.products(node.args[1].meta["val"]) * sides[0] * sides[1] + 4.0 * values
-    conv = Convolution.of(node)
-    if conv is None:
-        return 4.0 * values
-    shape = conv.kernel_shape
-    inputs = shape[0] if conv.transposed else shape[1]
-    stride = pair(conv.settings["stride"]) if conv.transposed else (1, 1)
-    return values * inputs * shape[2] * shape[3] / (stride[0] * stride[1]) + 4.0 * values

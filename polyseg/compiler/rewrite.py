@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from polyseg import winograd
-from polyseg.graph import Part, stochastic_nodes
-from polyseg.nodes import (
+from polyseg.compiler import winograd
+from polyseg.compiler.operations import (
     ADD,
     CONCATENATE,
     CONVOLUTIONS,
@@ -35,6 +34,7 @@ from polyseg.nodes import (
     sides_of,
     tensor_of,
 )
+from polyseg.compiler.split import Part, stochastic_nodes
 
 # f(m x) = m f(x) for every m >= 0.
 _ACTIVATIONS = (aten.relu.default, aten.leaky_relu.default, aten.prelu.default)
@@ -48,6 +48,17 @@ IN_PLACE = {
 _AT_ONCE = 16
 """Values in a vector of the widest registers: fewer channels take as long."""
 _MAKES_A_TENSOR = (winograd.convolve, *CONVOLUTIONS, *IN_PLACE, *IN_PLACE.values())
+
+
+def apply_all(network: fx.GraphModule, *, wide: bool) -> None:
+    """Apply the rewrites that hold whether or not images share their masks."""
+    fold_batch_norms(network)
+    move_masks_behind_activations(network)
+    fold_identities(network)
+    merge_pointwise(network)
+    split_concatenations(network)
+    if wide:
+        use_winograd(network)
 
 
 def fold_batch_norms(network: fx.GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""Single operations of a graph: what they are, and putting others in their place."""
+"""Read single operations of a torch.fx graph, and replace them by others."""
 # torch.fx types what a node is called with as all that it could be.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value"
@@ -63,6 +63,12 @@ def sides_of(node: Node) -> tuple[int, int] | None:
     shape = getattr(node.meta.get("val"), "shape", ())
     is_map = node.op in ("call_function", "placeholder") and len(shape) == 4
     return (int(shape[2]), int(shape[3])) if is_map and shape[3] > 1 else None
+
+
+def is_pointwise(node: Node) -> bool:
+    """Return whether an operation computes each value from the values at the same place alone."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
 def keep_shape(old: Node, *new: Node) -> None:

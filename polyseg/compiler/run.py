@@ -1,0 +1,266 @@
+"""Run the passes of MC Dropout as a program, which computes once what all passes share.
+
+The network's graph is split in two: the prefix, which depends on no dropout mask and runs once for
+a batch, and the suffix, which runs once a pass. Where the wanted pixels are known beforehand, the
+last convolution is summed at these alone, and the last operations run on windows around them.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from polyseg.compiler import rewrite, trace
+from polyseg.compiler.rewrite import Taps
+from polyseg.compiler.split import Part, cut, stochastic_nodes
+from polyseg.compiler.trace import MaskInput, UntraceableError
+from polyseg.compiler.window import Window, WindowedEnd
+
+_WORTHWHILE = 0.85
+"""Share of the cost of a pass below which a longer windowed end is preferred to the shortest."""
+
+Masks = Mapping[str, Tensor]
+"""Dropout masks by name of the graph's inputs."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Pixels of a batch, image after image."""
+
+    image: Tensor
+    """(n,) index of the image in the batch."""
+    label: Tensor
+    row: Tensor
+    column: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> "Points":
+        """Return the pixels where (B, K, H, W) is true."""
+        # int32 is half as wide as the usual int64, and the indices are read in each pass.
+        return cls(*(where.int() for where in chosen.nonzero(as_tuple=True)))
+
+    def moved(self, rows: int, columns: int) -> "Points":
+        """Return the pixels in a frame that begins so many rows and columns before."""
+        return Points(self.image, self.label, self.row + rows, self.column + columns)
+
+
+class Program:
+    """A network as prefix and suffix, with the weights that it has now."""
+
+    def __init__(
+        self,
+        core: nn.Module,
+        layers: Mapping[str, nn.Module],
+        images: Tensor,
+        *,
+        shared: bool,
+        kind: torch.dtype = torch.float32,
+    ) -> None:
+        """Make the program of a network.
+
+        Args:
+            core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
+            layers: its active dropout layers by name.
+            images: an example.
+            shared: whether the images of a batch have one mask a pass.
+            kind: of the numbers that the passes compute with; the prefix computes in float32.
+
+        Raises:
+            UntraceableError: the network cannot be made a program.
+        """
+        network = trace.trace(core, images[:1].repeat(2, 1, 1, 1))
+        self.masks: list[MaskInput] = trace.insert_masks(network, core, layers)
+        rewrite.apply_all(network, wide=images.device.type == "cpu" and kind == torch.float32)
+        opened = copy.deepcopy(network)
+        self.taps: Taps = rewrite.open_last_convolution(opened)
+        self.labels = trace.output_channels(network)
+        self.channels = trace.output_channels(opened)
+        self.input = trace.input_names(network)[0]
+        self.kind = kind
+        # With batch norm folded, convolutions need no copies in this layout; layers that normalise
+        # over space are slower in it.
+        over_space = trace.normalises_over_space(network)
+        self.layout = torch.contiguous_format if over_space else torch.channels_last
+        self.prefix, self.suffix = self._split(network, shared)
+        _, self.opened = self._split(opened, shared)
+        self.of_images = self.suffix.of_images() | self.opened.of_images()
+        """Names of inputs that have a row for each image."""
+        self.frame = (int(images.shape[2]), int(images.shape[3]))
+        self.ends = self._find_ends(self.begin(images[:1]))
+
+    def _split(self, network: fx.GraphModule, shared: bool) -> tuple[Part, Part]:
+        if shared:
+            rewrite.absorb_masks(network)
+        stochastic = stochastic_nodes(network)
+        still = {node for node in network.graph.nodes if node not in stochastic}
+        prefix, suffix = cut(network, still)
+        self._finish(prefix, torch.float32)
+        self._finish(suffix, self.kind)
+        return prefix, suffix
+
+    def _finish(self, part: Part, kind: torch.dtype) -> None:
+        rewrite.work_in_place(part, kind)
+        part.lay_out(self.layout, kind)
+
+    def _find_ends(self, features: dict[str, Tensor]) -> list[WindowedEnd]:
+        """Return the ends of the suffix that can run on windows, the longest first."""
+        values = self.inputs(features, self.all_kept(features[self.input]))
+        finish = partial(self._finish, kind=self.kind)
+        ends: list[WindowedEnd] = []
+        for width in self.opened.widths()[:-1]:
+            end = WindowedEnd.of(self.opened, width, self.frame, finish)
+            if end is None or (ends and end.end.cost >= ends[-1].end.cost):
+                continue
+            if not end.is_exact(values, self.kind):
+                raise UntraceableError("a window gives something else than the whole frame")
+            ends.append(end)
+        return ends
+
+    @property
+    def bytes_a_pixel(self) -> float:
+        """Bytes of the largest feature map that a whole batch has, for a pixel of the images."""
+        whole = self.ends[-1].head if self.ends else self.opened
+        return 4 * whole.most_values() / (self.frame[0] * self.frame[1])
+
+    def begin(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what all passes over (B, C, H, W) images have in common, by name."""
+        features = {self.input: images.contiguous(memory_format=self.layout)}
+        self.prefix.run(features)
+        wanted = {self.input, *self.suffix.inputs, *self.opened.inputs}
+        return {name: self._cast(one) for name, one in features.items() if name in wanted}
+
+    def _cast(self, values: Tensor) -> Tensor:
+        return values.to(self.kind) if values.is_floating_point() else values
+
+    def inputs(
+        self, features: Mapping[str, Tensor], masks: Masks, count: int = 1
+    ) -> dict[str, Tensor]:
+        """Return the inputs of so many passes: the features, repeated, and the masks."""
+        if count > 1:
+            features = {
+                name: torch.cat([one] * count) if name in self.of_images else one
+                for name, one in features.items()
+            }
+        return {**features, **{name: mask.to(self.kind) for name, mask in masks.items()}}
+
+    def all_kept(self, like: Tensor) -> Masks:
+        """Return the masks that drop nothing."""
+        return {one.node: like.new_ones(1, one.channels, 1, 1) for one in self.masks}
+
+
+class PreparedBatch:
+    """A batch ready for its passes: what they have in common is computed.
+
+    For chosen pixels the last operations run image by image, each on its window, so that their
+    large feature maps stay in a processor's caches.
+    """
+
+    def __init__(
+        self, program: Program, images: Tensor, points: Points | None, *, crop: bool = True
+    ) -> None:
+        """Compute what all passes over (B, C, H, W) images have in common.
+
+        Args:
+            program: of the network.
+            images: padded as the core wants them.
+            points: the wanted pixels of these images; None for all.
+            crop: whether the last operations may run on windows.
+        """
+        self.program, self.points = program, points
+        self.features = program.begin(images)
+        self.end: WindowedEnd | None = None
+        self.share = 1.0
+        """Cost of a pass as a share of one over all pixels."""
+        self.windows: list[Window] = []
+        self.cropped_features: list[dict[str, Tensor]] = []
+        if points is not None:
+            self._find_taps(points, crop=crop and images.shape[2:] == program.frame)
+
+    @property
+    def end_number(self) -> int | None:
+        """Which of the program's windowed ends is used; None without windows."""
+        return None if self.end is None else self.program.ends.index(self.end)
+
+    @property
+    def cropped(self) -> bool:
+        """Whether less than the whole images is run."""
+        return self.share < 1
+
+    def __call__(self, masks: Masks, count: int = 1) -> Tensor:
+        """Return the logits of passes: (passes n,) at the points, or (passes B, K, H, W).
+
+        Args:
+            masks: of one pass, or of several as those of images, pass after pass.
+            count: number of passes; more than one only where nothing is cropped.
+        """
+        values = self.program.inputs(self.features, masks, count)
+        if self.points is None:
+            return self.program.suffix.result(values)
+        each = [self._add_taps(image, one) for image, one in self._opened(values, count)]
+        logits, bias = torch.cat(each, dim=1), self.program.taps.bias
+        return (logits if bias is None else logits + bias[self.points.label]).flatten()
+
+    def everywhere(self, masks: Masks) -> Tensor:
+        """Return the logits of a pass at all pixels, (B, K, H, W)."""
+        return self.program.suffix.result(self.program.inputs(self.features, masks))
+
+    def _add_taps(self, image: int, opened: Tensor) -> Tensor:
+        """Return the sums of the taps of an image's points, (passes, n)."""
+        index = self.index[image]
+        found = opened.permute(0, 2, 3, 1).flatten(1).index_select(1, index.flatten())
+        return found.float().view(len(found), *index.shape).sum(dim=2)
+
+    def _opened(self, values: dict[str, Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield each image with its taps, (passes, T K, H, W) of its window."""
+        if self.end is None:
+            opened = self.program.opened.result(values)
+            yield from enumerate(opened.view(count, -1, *opened.shape[1:]).unbind(1))
+            return
+        self.end.head.run(values)
+        changing = [name for name in self.end.end.inputs if name not in self.features]
+        for image, window in enumerate(self.windows):
+            moving = self.end.crop({name: values[name] for name in changing}, image, window)
+            yield image, self.end.end.result(self.cropped_features[image] | moving)
+
+    def _find_taps(self, points: Points, *, crop: bool) -> None:
+        """Find where each tap of each point lies in what `_opened` yields, (n, T)."""
+        taps, channels = self.program.taps, self.program.channels
+        count, _, height, width = self.features[self.program.input].shape
+        offsets = points.row.new_tensor([taps.rows, taps.columns])
+        rows, columns = points.row[:, None] + offsets[0], points.column[:, None] + offsets[1]
+        outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        sizes = points.image.bincount(minlength=count).tolist()
+        if crop and self.program.ends:
+            wanted = torch.zeros(count, height, width, dtype=torch.bool, device=rows.device)
+            wanted[points.image[:, None], rows, columns] = True
+            self._choose_end(wanted)
+        pixel = rows * width + columns
+        if self.end is not None:
+            frames = rows.new_tensor(self.windows)[points.image.long()]
+            top, left, _, across = (one[:, None] for one in frames.unbind(1))
+            pixel = (rows - top) * across + columns - left
+        tap = torch.arange(len(taps.rows), device=rows.device, dtype=torch.int32)
+        channel = tap * self.program.labels + points.label[:, None]
+        # Taps outside the frame read the last channel, which is 0 where there are several taps.
+        index = pixel * channels + channel.masked_fill(outside, channels - 1)
+        self.index = torch.split(index, sizes)
+
+    def _choose_end(self, wanted: Tensor) -> None:
+        """Choose the cheapest end for the pixels; without much of a gain, the shortest."""
+        # An image without a wanted pixel would have an empty window.
+        wanted[:, 0, 0] |= ~wanted.flatten(1).any(dim=1)
+        ends = self.program.ends
+        shares = [end.share(wanted) for end in ends]
+        self.share = min(shares)
+        if self.share >= _WORTHWHILE * shares[-1]:
+            self.share = shares[-1]
+        end = self.end = ends[shares.index(self.share)]
+        self.windows = end.windows(wanted)
+        still = {name: self.features[name] for name in end.end.inputs if name in self.features}
+        self.cropped_features = [
+            end.crop(still, image, window) for image, window in enumerate(self.windows)
+        ]

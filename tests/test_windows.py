@@ -1,0 +1,172 @@
+"""Windows are exact: rule by rule, and for whole networks of listed and of other operations."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from polyseg import montecarlo
+from polyseg.compiler import trace, window
+from polyseg.compiler.operations import sides_of
+from polyseg.montecarlo import assess
+from polyseg.records import Batch
+from tests.generated_networks import SIZES, generate
+from tests.test_program import sharpen
+
+SCORES = ("mutual_information", "entropy", "variance")
+NETWORKS = range(20)
+"""Seeds of networks; `python -m tests.test_windows 1000` tries as many of either kind."""
+
+
+@pytest.fixture(autouse=True)
+def _always_made_a_program(monkeypatch):
+    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
+
+
+# Rule by rule, against what changing a pixel changes.
+
+
+def margin_of(layer, size=(48, 48)):
+    """Return what the rule of a layer's one operation says of maps that are right everywhere."""
+    graph = trace.trace(layer.eval(), torch.randn(2, 4, *size)).graph
+    (node,) = (node for node in graph.nodes if node.op == "call_function")
+    rule = window._RULES.get(node.target, window._pointwise)
+    return rule(node, 0), sides_of(node)
+
+
+def reached_beyond(layer, size=48):
+    """Return how many outputs beside a cell change with its inputs, at most of the four sides."""
+    layer.double().eval()
+    images = torch.rand(1, 4, size, size, dtype=torch.float64) + 1
+    with torch.no_grad():
+        before = layer(images)
+        step = size / before.shape[3]
+        # What lies around 12 to 36 is what a crop leaves out.
+        outside = images + torch.rand_like(images)
+        outside[..., 12:36, 12:36] = images[..., 12:36, 12:36]
+        apart = (layer(outside) - before).abs().amax(dim=(0, 1)) > 1e-12
+    start, stop = int(12 / step), int(36 / step)
+    rows, columns = (~apart[start:stop, start:stop]).nonzero(as_tuple=True)
+    if len(rows) == 0:
+        return stop - start
+    last = stop - start - 1
+    return int(max(rows.min(), columns.min(), last - rows.max(), last - columns.max()))
+
+
+LAYERS = {
+    "convolution": lambda: nn.Conv2d(4, 4, 3, padding=1),
+    "dilated": lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+    "wide and low": lambda: nn.Conv2d(4, 4, (1, 5), padding=(0, 2)),
+    "grouped": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    "pointwise": lambda: nn.Conv2d(4, 4, 1),
+    "stride 2": lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1),
+    "stride 2 without padding": lambda: nn.Conv2d(4, 4, 2, stride=2),
+    "stride 2, kernel 4": lambda: nn.Conv2d(4, 4, 4, stride=2, padding=1),
+    "stride 3": lambda: nn.Conv2d(4, 4, 5, stride=3, padding=1),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 2, 2),
+    "transposed, kernel 3": lambda: nn.ConvTranspose2d(4, 4, 3, 2, 1, output_padding=1),
+    "transposed, kernel 4": lambda: nn.ConvTranspose2d(4, 4, 4, 2, 1),
+    "transposed, stride 1": lambda: nn.ConvTranspose2d(4, 4, 3, 1, 1),
+    "max pooling": lambda: nn.MaxPool2d(2),
+    "max pooling that overlaps": lambda: nn.MaxPool2d(3, 2, 1),
+    "average pooling": lambda: nn.AvgPool2d(3, 1, 1),
+    "nearest": lambda: nn.Upsample(scale_factor=2),
+    "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "bilinear by 3": lambda: nn.Upsample(scale_factor=3, mode="bilinear"),
+    "batch norm": lambda: nn.BatchNorm2d(4),
+    "ReLU": nn.ReLU,
+    "parametric ReLU": lambda: nn.PReLU(4),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_margin_holds_all_that_lies_outside(make):
+    layer = make()
+    margin, _ = margin_of(layer)
+    reached = reached_beyond(layer)
+    # Where the two edges differ the rule takes the larger for both.
+    assert margin is not None and reached <= margin <= reached + 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        nn.Upsample(size=(96, 96)),
+        nn.Upsample(scale_factor=1.5),
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 2, padding=1),
+        nn.ConvTranspose2d(4, 4, 3, 2),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(5, 1, 1),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    ],
+    ids=str,
+)
+def test_a_layer_that_does_not_commute_with_cropping_has_no_margin(layer):
+    assert margin_of(layer)[0] is None
+
+
+# Whole networks.
+
+
+def batches_of(pick, size):
+    """Return two batches of images with foreground anywhere: first often all, then a few pixels."""
+    generator = torch.Generator().manual_seed(pick(2**20))
+    images = torch.randn(4, 1, *size, generator=generator)
+    masks = torch.zeros(4, 1, *size, dtype=torch.uint8)
+    if pick(2):
+        masks[0] = 1
+    for mask in masks[:, 0]:
+        top, left = pick(size[0]), pick(size[1])
+        mask[top : top + 1 + pick(12), left : left + 1 + pick(12)] = 1
+    at_once = 1 + pick(3)
+    ids = [f"image {i}" for i in range(4)]
+    return [
+        Batch(ids[i : i + at_once], images[i : i + at_once], masks[i : i + at_once])
+        for i in range(0, 4, at_once)
+    ]
+
+
+def check(pick, strange):
+    torch.manual_seed(pick(2**20))
+    network = generate(pick, strange=strange)
+    size = SIZES[pick(len(SIZES))]
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+    sharpen(network, torch.randn(4, 1, *size))
+    batches = batches_of(pick, size)
+    how = {"samples": 4, "masks": ("consistent", "independent")[pick(2)]}
+    plain = assess(network, batches, program="plain", **how)
+    ours = assess(network, batches, **how)
+    for name in SCORES:
+        expected = plain.scores[name]
+        # Below 1e-8, float32 probabilities of passes that nearly agree leave no more digits.
+        apart = np.abs(ours.scores[name] - expected) / np.maximum(expected, 1e-4)
+        assert apart.max() < 1e-4, f"{name}: {apart.max():.1e}"
+
+
+@pytest.mark.parametrize("seed", NETWORKS)
+def test_networks_of_listed_operations_are_assessed_as_by_plain_passes(seed):
+    check(random.Random(seed).randrange, strange=0)
+
+
+@pytest.mark.parametrize("seed", NETWORKS)
+def test_networks_of_other_operations_are_assessed_as_by_plain_passes(seed):
+    check(random.Random(seed).randrange, strange=1 + seed % 3)
+
+
+if __name__ == "__main__":
+    montecarlo._WORTH_TAKING_APART = 0
+    for number in range(int(sys.argv[1])):
+        for strange in (0, 1 + number % 3):
+            try:
+                check(random.Random(number).randrange, strange)
+            except Exception as error:
+                print(f"seed {number}, strange {strange}: {type(error).__name__}: {error}"[:300])
