@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyseg.compiler.run import Masks, Points, PreparedBatch, Program
+from polyseg.compiler.run import Masks, PreparedBatch, Program
 from polyseg.compiler.trace import UntraceableError
 from polyseg.dropout import refuse_hidden_dropout
 from polyseg.errors import PolysegError
@@ -244,11 +244,19 @@ class BatchPasses:
         self.inside: PreparedBatch | None = None
         if program is not None:
             padded, self.top, self.left = _padded(passes.network, images)
-            points = None
-            if chosen is not None:
-                points = Points.of(chosen.to(images.device)).moved(self.top, self.left)
             # Windows go image by image, which suits a processor; accelerators want all at once.
-            self.inside = PreparedBatch(program, padded, points, crop=not passes.most_pixels)
+            self.inside = PreparedBatch(
+                program, padded, self._placed(chosen, padded), crop=not passes.most_pixels
+            )
+
+    def _placed(self, chosen: Tensor | None, padded: Tensor) -> Tensor | None:
+        """Return the chosen pixels as pixels of the padded images."""
+        if chosen is None:
+            return None
+        placed = chosen.new_zeros(*chosen.shape[:2], *padded.shape[2:], device=padded.device)
+        height, width = chosen.shape[2:]
+        placed[..., self.top : self.top + height, self.left : self.left + width] = chosen
+        return placed
 
     @property
     def way(self) -> tuple[Any, ...]:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from polyseg import montecarlo, passes
-from polyseg.compiler import operations, rewrite, winograd
-from polyseg.compiler.run import Points, PreparedBatch, Program
+from polyseg.compiler import operations, rewrite, window, winograd
+from polyseg.compiler.run import PreparedBatch, Program
 from polyseg.compiler.trace import UntraceableError
 from polyseg.data.dataset import Repeatable
 from polyseg.dropout import active_layers
 from polyseg.montecarlo import assess
 from polyseg.networks import Window, build_network, network_names
+from polyseg.processes import Processes
 from polyseg.records import Batch
 
 NEEDS_PADDING = (30, 42)
@@ -335,11 +336,11 @@ def test_networks_that_are_hardly_a_program_are_assessed_all_the_same(network, m
 # Windows.
 
 
-def points_of(where, size):
+def chosen_of(where, size):
     chosen = torch.zeros(2, 1, *size, dtype=torch.bool)
     for image in range(2):
         chosen[image, 0][where] = True
-    return Points.of(chosen), chosen
+    return chosen
 
 
 PLACES = {
@@ -399,7 +400,7 @@ def plainly(network, program, masks, images):
     ("name", "kind"),
     [("unet", "channel"), ("unet", "element"), ("dynunet", "channel"), ("basic-unet", "element")],
 )
-def test_a_look_at_points_gives_the_pass_there(name, kind, shared):
+def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
     network = build(name, dropout_kind=kind)
     images = torch.randn(2, 1, 96, 128)
     with torch.no_grad():
@@ -411,12 +412,12 @@ def test_a_look_at_points_gives_the_pass_there(name, kind, shared):
         assert (everywhere - expected).abs().max() / largest < CLOSE
         cropped = set()
         for place, where in PLACES.items():
-            points, chosen = points_of(where, (96, 128))
+            chosen = chosen_of(where, (96, 128))
             for crop in (True, False):
-                look = PreparedBatch(program, images, points, crop=crop)
+                look = PreparedBatch(program, images, chosen, crop=crop)
                 apart = (look(masks) - expected[chosen]).abs().max() / largest
                 assert apart < CLOSE, f"{place}, crop={crop}: relative difference {apart:.1e}"
-                if look.cropped:
+                if look.share < 1:
                     cropped.add((place, crop))
     small = set(PLACES) - {"all"}
     assert {(place, True) for place in small} >= cropped
@@ -424,7 +425,7 @@ def test_a_look_at_points_gives_the_pass_there(name, kind, shared):
     assert ("all", True) not in cropped
 
 
-def test_points_of_one_image_only():
+def test_pixels_of_some_images_only():
     """Images of a batch differ in what is wanted of them; of one it is nothing."""
     network = build("unet")
     images = torch.randn(3, 1, 64, 64)
@@ -434,7 +435,7 @@ def test_points_of_one_image_only():
     with torch.no_grad():
         program = make_program(network, images)
         masks = masks_of(program, network, images, "channel", True)
-        found = PreparedBatch(program, images, Points.of(chosen))(masks)
+        found = PreparedBatch(program, images, chosen)(masks)
         expected = plainly(network, program, masks, images)[chosen]
     assert (found - expected).abs().max() / expected.abs().max() < CLOSE
 
@@ -449,22 +450,23 @@ def test_an_assessment_looks_at_a_part_of_the_images(monkeypatch, caplog):
     monkeypatch.setattr(passes, "PreparedBatch", look)
     batch = make_batch(4, (96, 96))
     check(build("unet"), [batch], caplog)
-    assert ways and all(way.cropped for way in ways)
-    assert all(way.share < 0.9 for way in ways)
+    assert ways and all(way.share < 0.9 for way in ways)
 
 
 @pytest.mark.parametrize("norm", ["group", "instance"])
-def test_no_windows_where_each_pixel_hangs_on_all(norm, monkeypatch, caplog):
-    ways = []
-
-    def look(*arguments, **settings):
-        ways.append(PreparedBatch(*arguments, **settings))
-        return ways[-1]
-
-    monkeypatch.setattr(passes, "PreparedBatch", look)
-    network = build("own", settings={"norm": norm})
-    check(network, [make_batch(4, (96, 96))], caplog)
-    assert ways and not any(way.cropped for way in ways)
+def test_normalisation_over_space_runs_on_whole_images(norm):
+    network, images = build("own", settings={"norm": norm}), torch.randn(2, 1, 96, 96)
+    program = make_program(network, images)
+    parts = [program.suffix, *(end.end for end in program.ends)]
+    normalising = [
+        sum(
+            "norm" in str(node.target)
+            for node in part.function.graph.nodes
+            if node.op == "call_function"
+        )
+        for part in parts
+    ]
+    assert normalising[0] > 0 and len(parts) > 1 and not any(normalising[1:])
 
 
 # A program that is wrong.
@@ -479,7 +481,7 @@ def broken_fold(network):
         node.replace_all_uses_with(node.args[0])
 
 
-def broken_sizes(self, values, count):
+def broken_sizes(self, features, masks, count=1):
     raise RuntimeError("sizes do not fit")
 
 
@@ -492,7 +494,7 @@ def broken_logits(self, masks, count):
     [
         (rewrite, "fold_batch_norms", broken_fold),
         (PreparedBatch, "__call__", broken_logits),
-        (PreparedBatch, "_opened", broken_sizes),
+        (Program, "inputs", broken_sizes),
     ],
     ids=["rewrite", "numbers", "sizes"],
 )
@@ -506,6 +508,58 @@ def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, cap
     plain = assess(network, batches, samples=4, program="plain")
     for field in SCORES:
         np.testing.assert_allclose(ours.scores[field], plain.scores[field], rtol=1e-9)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes do not fit"), LookupError("mask_0")])
+@pytest.mark.parametrize("samples", [4, "auto"])
+def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypatch, caplog):
+    """It fails in the second batch, in the third of its passes; the first batch was filled."""
+    network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
+    plain = assess(network, batches, samples=samples, program="plain")
+    original, calls = PreparedBatch.__call__, []
+
+    def fails_later(self, masks, count=1):
+        calls.append(count)
+        if len(calls) == 9:
+            raise error
+        return original(self, masks, count)
+
+    monkeypatch.setattr(PreparedBatch, "__call__", fails_later)
+    ours = assess(network, batches, samples=samples)
+    assert len(calls) == 9
+    warnings = [one.message for one in caplog.records if one.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and str(error) in warnings[0] and "run plainly" in warnings[0]
+    np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
+
+
+def test_batches_that_can_be_read_once_are_passed_plainly(caplog):
+    caplog.set_level(logging.INFO, "polyseg")
+    network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
+    ours = assess(network, iter(batches), samples=4)
+    assert "can be read once" in caplog.text
+    plain = assess(network, batches, samples=4, program="plain")
+    np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
+
+
+def test_the_failure_of_a_program_in_another_process_ends_it_here():
+    class Two(Processes):
+        def gathered(self, mine):
+            return [mine, False]
+
+    with pytest.raises(passes.ProgramFailedError), montecarlo._failing_in_all(Two(0, 2)):
+        pass
+    with montecarlo._failing_in_all(Processes()):
+        pass
+
+
+def test_windows_that_are_too_small_are_noticed(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "polyseg")
+    monkeypatch.setattr(window, "_strided", lambda *_: 0)
+    network, batches = build("unet"), [make_batch(size=(96, 96))]
+    ours = assess(network, batches, samples=4)
+    assert "run whole each pass" in caplog.text and "window" in caplog.text
+    plain = assess(network, batches, samples=4, program="plain")
+    np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
 def test_wrong_masks_without_dropout_are_noticed(monkeypatch):

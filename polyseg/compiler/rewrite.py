@@ -7,11 +7,10 @@ floating-point sums. A mask that images share can be moved and absorbed like any
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value"
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx import Node
 
 from polyseg.compiler import winograd
@@ -45,8 +44,6 @@ IN_PLACE = {
     MULTIPLY: aten.mul_.Tensor,
     ADD: aten.add_.Tensor,
 }
-_AT_ONCE = 16
-"""Values in a vector of the widest registers: fewer channels take as long."""
 _MAKES_A_TENSOR = (winograd.convolve, *CONVOLUTIONS, *IN_PLACE, *IN_PLACE.values())
 
 
@@ -207,47 +204,6 @@ def absorb_masks(network: fx.GraphModule) -> None:
 def _may_absorb(node: Node) -> bool:
     conv = Convolution.of(node)
     return conv is not None and conv.settings["groups"] == 1
-
-
-@dataclass(frozen=True)
-class Taps:
-    """What the last convolution adds up at a pixel, its products one by one."""
-
-    rows: tuple[int, ...]
-    """Of each tap, where it looks relative to the pixel."""
-    columns: tuple[int, ...]
-    bias: Tensor | None
-    """(K,)"""
-
-
-def open_last_convolution(network: fx.GraphModule) -> Taps:
-    """Leave out the sum that ends the network, so that it need be made at chosen pixels only.
-
-    The output becomes (B, T K, H, W), tap by tap, and a 1 x 1 convolution of what enters the last
-    one. Channels of zeros, one at least, make as many of several taps as processors multiply at
-    once. A network that does not end in such a convolution keeps its output, which is one tap.
-    """
-    node = next(node for node in network.graph.nodes if node.op == "output").args[0][0]
-    conv = Convolution.of(node)
-    if not (conv and conv.has_constant_weight(network) and conv.is_centred(network)):
-        return Taps((0,), (0,), None)
-    weight = tensor_of(network, conv.weight)
-    height, width = weight.shape[2:]
-    spread = weight.permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None]
-    if height * width > 1:
-        spare = _AT_ONCE - len(spread) % _AT_ONCE
-        spread = nn.functional.pad(spread, (0, 0, 0, 0, 0, 0, 0, spare))
-    down, across = pair(conv.settings["dilation"])
-    opened = replace_call(
-        node, aten.conv2d.default, conv.input, add_constant(network, node, spread.contiguous())
-    )
-    opened.meta["val"] = node.meta["val"][:, :1].expand(-1, len(spread), -1, -1)
-    network.graph.eliminate_dead_code()
-    return Taps(
-        tuple(down * (i - height // 2) for i in range(height) for _ in range(width)),
-        tuple(across * (j - width // 2) for _ in range(height) for j in range(width)),
-        tensor_of(network, conv.bias),
-    )
 
 
 def _reads_before(reader: Node, node: Node) -> bool:

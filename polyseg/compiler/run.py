@@ -2,19 +2,16 @@
 
 The network's graph is split in two: the prefix, which depends on no dropout mask and runs once for
 a batch, and the suffix, which runs once a pass. Where the wanted pixels are known beforehand, the
-last convolution is summed at these alone, and the last operations run on windows around them.
+last operations run on windows around them.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
 from polyseg.compiler import rewrite, trace
-from polyseg.compiler.rewrite import Taps
 from polyseg.compiler.split import Part, cut, stochastic_nodes
 from polyseg.compiler.trace import MaskInput, UntraceableError
 from polyseg.compiler.window import Window, WindowedEnd
@@ -24,27 +21,6 @@ _WORTHWHILE = 0.85
 
 Masks = Mapping[str, Tensor]
 """Dropout masks by name of the graph's inputs."""
-
-
-@dataclass(frozen=True)
-class Points:
-    """Pixels of a batch, image after image."""
-
-    image: Tensor
-    """(n,) index of the image in the batch."""
-    label: Tensor
-    row: Tensor
-    column: Tensor
-
-    @classmethod
-    def of(cls, chosen: Tensor) -> "Points":
-        """Return the pixels where (B, K, H, W) is true."""
-        # int32 is half as wide as the usual int64, and the indices are read in each pass.
-        return cls(*(where.int() for where in chosen.nonzero(as_tuple=True)))
-
-    def moved(self, rows: int, columns: int) -> "Points":
-        """Return the pixels in a frame that begins so many rows and columns before."""
-        return Points(self.image, self.label, self.row + rows, self.column + columns)
 
 
 class Program:
@@ -74,10 +50,6 @@ class Program:
         network = trace.trace(core, images[:1].repeat(2, 1, 1, 1))
         self.masks: list[MaskInput] = trace.insert_masks(network, core, layers)
         rewrite.apply_all(network, wide=images.device.type == "cpu" and kind == torch.float32)
-        opened = copy.deepcopy(network)
-        self.taps: Taps = rewrite.open_last_convolution(opened)
-        self.labels = trace.output_channels(network)
-        self.channels = trace.output_channels(opened)
         self.input = trace.input_names(network)[0]
         self.kind = kind
         # With batch norm folded, convolutions need no copies in this layout; layers that normalise
@@ -85,8 +57,7 @@ class Program:
         over_space = trace.normalises_over_space(network)
         self.layout = torch.contiguous_format if over_space else torch.channels_last
         self.prefix, self.suffix = self._split(network, shared)
-        _, self.opened = self._split(opened, shared)
-        self.of_images = self.suffix.of_images() | self.opened.of_images()
+        self.of_images = self.suffix.of_images()
         """Names of inputs that have a row for each image."""
         self.frame = (int(images.shape[2]), int(images.shape[3]))
         self.ends = self._find_ends(self.begin(images[:1]))
@@ -110,8 +81,8 @@ class Program:
         values = self.inputs(features, self.all_kept(features[self.input]))
         finish = partial(self._finish, kind=self.kind)
         ends: list[WindowedEnd] = []
-        for width in self.opened.widths()[:-1]:
-            end = WindowedEnd.of(self.opened, width, self.frame, finish)
+        for width in self.suffix.widths()[:-1]:
+            end = WindowedEnd.of(self.suffix, width, self.frame, finish)
             if end is None or (ends and end.end.cost >= ends[-1].end.cost):
                 continue
             if not end.is_exact(values, self.kind):
@@ -122,14 +93,14 @@ class Program:
     @property
     def bytes_a_pixel(self) -> float:
         """Bytes of the largest feature map that a whole batch has, for a pixel of the images."""
-        whole = self.ends[-1].head if self.ends else self.opened
+        whole = self.ends[-1].head if self.ends else self.suffix
         return 4 * whole.most_values() / (self.frame[0] * self.frame[1])
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
         """Return what all passes over (B, C, H, W) images have in common, by name."""
         features = {self.input: images.contiguous(memory_format=self.layout)}
         self.prefix.run(features)
-        wanted = {self.input, *self.suffix.inputs, *self.opened.inputs}
+        wanted = {self.input, *self.suffix.inputs}
         return {name: self._cast(one) for name, one in features.items() if name in wanted}
 
     def _cast(self, values: Tensor) -> Tensor:
@@ -159,98 +130,66 @@ class PreparedBatch:
     """
 
     def __init__(
-        self, program: Program, images: Tensor, points: Points | None, *, crop: bool = True
+        self, program: Program, images: Tensor, chosen: Tensor | None, *, crop: bool = True
     ) -> None:
         """Compute what all passes over (B, C, H, W) images have in common.
 
         Args:
             program: of the network.
             images: padded as the core wants them.
-            points: the wanted pixels of these images; None for all.
+            chosen: (B, K, H, W), true at the wanted pixels of these images; None for all.
             crop: whether the last operations may run on windows.
         """
-        self.program, self.points = program, points
+        self.program, self.chosen = program, chosen
         self.features = program.begin(images)
         self.end: WindowedEnd | None = None
         self.share = 1.0
         """Cost of a pass as a share of one over all pixels."""
         self.windows: list[Window] = []
-        self.cropped_features: list[dict[str, Tensor]] = []
-        if points is not None:
-            self._find_taps(points, crop=crop and images.shape[2:] == program.frame)
+        if chosen is None:
+            return
+        if crop and program.ends and images.shape[2:] == program.frame:
+            self._choose_end(chosen.any(dim=1))
+        parts = [chosen]
+        if self.end is not None:
+            crops = (self.end.crop({"": chosen}, i, one) for i, one in enumerate(self.windows))
+            parts = [part[""] for part in crops]
+        self.wanted = [part.flatten().nonzero().flatten() for part in parts]
+        """Indices into the logits of the batch, or of each image's window."""
 
     @property
     def end_number(self) -> int | None:
         """Which of the program's windowed ends is used; None without windows."""
         return None if self.end is None else self.program.ends.index(self.end)
 
-    @property
-    def cropped(self) -> bool:
-        """Whether less than the whole images is run."""
-        return self.share < 1
-
     def __call__(self, masks: Masks, count: int = 1) -> Tensor:
-        """Return the logits of passes: (passes n,) at the points, or (passes B, K, H, W).
+        """Return the logits of passes: (passes n,) at the n chosen pixels, or (passes B, K, H, W).
 
         Args:
             masks: of one pass, or of several as those of images, pass after pass.
-            count: number of passes; more than one only where nothing is cropped.
+            count: number of passes; more than one only without windows.
         """
         values = self.program.inputs(self.features, masks, count)
-        if self.points is None:
+        if self.chosen is None:
             return self.program.suffix.result(values)
-        each = [self._add_taps(image, one) for image, one in self._opened(values, count)]
-        logits, bias = torch.cat(each, dim=1), self.program.taps.bias
-        return (logits if bias is None else logits + bias[self.points.label]).flatten()
+        if self.end is None:
+            logits = self.program.suffix.result(values).reshape(count, -1)
+            return logits.index_select(1, self.wanted[0]).flatten()
+        self.end.head.run(values)
+        changing = {name: values[name] for name in self.changing}
+        each = []
+        for image, window in enumerate(self.windows):
+            moving = self.end.crop(changing, image, window)
+            logits = self.end.end.result(self.still[image] | moving)
+            each.append(logits.flatten().index_select(0, self.wanted[image]))
+        return torch.cat(each)
 
     def everywhere(self, masks: Masks) -> Tensor:
         """Return the logits of a pass at all pixels, (B, K, H, W)."""
         return self.program.suffix.result(self.program.inputs(self.features, masks))
 
-    def _add_taps(self, image: int, opened: Tensor) -> Tensor:
-        """Return the sums of the taps of an image's points, (passes, n)."""
-        index = self.index[image]
-        found = opened.permute(0, 2, 3, 1).flatten(1).index_select(1, index.flatten())
-        return found.float().view(len(found), *index.shape).sum(dim=2)
-
-    def _opened(self, values: dict[str, Tensor], count: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield each image with its taps, (passes, T K, H, W) of its window."""
-        if self.end is None:
-            opened = self.program.opened.result(values)
-            yield from enumerate(opened.view(count, -1, *opened.shape[1:]).unbind(1))
-            return
-        self.end.head.run(values)
-        changing = [name for name in self.end.end.inputs if name not in self.features]
-        for image, window in enumerate(self.windows):
-            moving = self.end.crop({name: values[name] for name in changing}, image, window)
-            yield image, self.end.end.result(self.cropped_features[image] | moving)
-
-    def _find_taps(self, points: Points, *, crop: bool) -> None:
-        """Find where each tap of each point lies in what `_opened` yields, (n, T)."""
-        taps, channels = self.program.taps, self.program.channels
-        count, _, height, width = self.features[self.program.input].shape
-        offsets = points.row.new_tensor([taps.rows, taps.columns])
-        rows, columns = points.row[:, None] + offsets[0], points.column[:, None] + offsets[1]
-        outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
-        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-        sizes = points.image.bincount(minlength=count).tolist()
-        if crop and self.program.ends:
-            wanted = torch.zeros(count, height, width, dtype=torch.bool, device=rows.device)
-            wanted[points.image[:, None], rows, columns] = True
-            self._choose_end(wanted)
-        pixel = rows * width + columns
-        if self.end is not None:
-            frames = rows.new_tensor(self.windows)[points.image.long()]
-            top, left, _, across = (one[:, None] for one in frames.unbind(1))
-            pixel = (rows - top) * across + columns - left
-        tap = torch.arange(len(taps.rows), device=rows.device, dtype=torch.int32)
-        channel = tap * self.program.labels + points.label[:, None]
-        # Taps outside the frame read the last channel, which is 0 where there are several taps.
-        index = pixel * channels + channel.masked_fill(outside, channels - 1)
-        self.index = torch.split(index, sizes)
-
     def _choose_end(self, wanted: Tensor) -> None:
-        """Choose the cheapest end for the pixels; without much of a gain, the shortest."""
+        """Choose the cheapest end for (B, H, W) pixels; without much of a gain, the shortest."""
         # An image without a wanted pixel would have an empty window.
         wanted[:, 0, 0] |= ~wanted.flatten(1).any(dim=1)
         ends = self.program.ends
@@ -261,6 +200,5 @@ class PreparedBatch:
         end = self.end = ends[shares.index(self.share)]
         self.windows = end.windows(wanted)
         still = {name: self.features[name] for name in end.end.inputs if name in self.features}
-        self.cropped_features = [
-            end.crop(still, image, window) for image, window in enumerate(self.windows)
-        ]
+        self.changing = [name for name in end.end.inputs if name not in still]
+        self.still = [end.crop(still, image, one) for image, one in enumerate(self.windows)]
