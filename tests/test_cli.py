@@ -60,7 +60,7 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     run = tmp_path / "adaptive"
     for name in ("config.yaml", "environment.json", "split.json", "log.txt", "history.csv"):
         assert (run / name).stat().st_size > 0
-    for name in ("curves", "epsilon", "difficulty", "difficulty_dice", "overlays_hardest"):
+    for name in ("curves", "epsilon", "difficulty", "difficulty_dice", "overlays_largest_d"):
         with Image.open(run / "figures" / f"{name}.png") as image:
             assert min(image.size) > 300
         assert (run / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
