@@ -431,7 +431,7 @@ def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
-    """Return what the log says of an epoch, in 71 columns: a terminal shows the time before it.
+    """Return what the log says of an epoch, in 74 columns: a terminal shows the time before it.
 
     Of epsilon the 5th and 95th percentiles, unless it is the constant.
     """
@@ -444,6 +444,6 @@ def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
         f"loss {row['train_loss']:.3f}",
         f"val Dice {row['validation_dice']:.3f}{best}" if trainer.split["val"] else "",
         f"ε {low:.2f} to {high:.2f}" if adapted else "",
-        f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s",
+        f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s",
     ]
     return "  ".join(filter(None, parts))
