@@ -6,7 +6,8 @@ Layout of an assessment of n images: attributes for what was measured how; `id` 
 `scores/NAME` and `scores_se/NAME` (n) float64; `foreground_pixels` and, with masks, `mask_pixels`
 (n) int64; `fallback` (n) int8; `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11,
 so that eq. 11 and 12 can be computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon`
-(E, n) float32, `assessed` (E) int64, where it is known.
+(E, n) float32, `assessed` (E) int64, where it is known; `statistics` (S, 2) float64, D_pct and
+sigma_D, and `group` (E, n) int32, the row of them behind each epsilon, -1 for none.
 
 Texts have a fixed size and so lie where they stand: a reference into HDF5's heap may promise any
 size. The first 512 bytes, HDF5's user block, are the seal: the sha256 of all that follows. It is
@@ -30,9 +31,10 @@ from polyseg.errors import PolysegError
 from polyseg.files import atomic_path, sha256_of_file
 from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
 
-SCHEMA = 2
-"""Raised when a file's layout changes so that one side would misread the other's files."""
+SCHEMA = 3
+"""Layout that is written; a release whose files say more than older ones raises it."""
 
+_READABLE = (2, SCHEMA)
 _ASSESSMENT = "polyseg assessment"
 _SCHEDULE = "polyseg schedule"
 _MOST_IMAGES = 10_000_000
@@ -125,6 +127,8 @@ def write_schedule(path: Path, schedule: Schedule) -> str:
         file["epsilon"] = schedule.epsilon.astype(np.float32)
         if schedule.assessed is not None:
             file["assessed"] = schedule.assessed.astype(np.int64)
+        if schedule.group is not None:
+            file["group"], file["statistics"] = schedule.group, schedule.statistics
     return sha256_of_file(path)
 
 
@@ -148,6 +152,9 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
             epsilon[()],
             labels,
             _optional(file, "assessed", len(epochs), "i8"),
+            # Layout 2 has neither.
+            _dataset(file, "group")[()] if _has(file, "group") else None,
+            _finite(_dataset(file, "statistics")[()]) if _has(file, "statistics") else None,
         )
 
 
@@ -198,8 +205,9 @@ def _reading(path: Path, kind: str, sha256: str | None) -> Iterator[Any]:
             _refuse_damage(path)
         # No lock: files are never changed once they have their name.
         with h5py.File(path, "r", locking=False) as file:
-            if (schema := _attribute(file, "schema")) != SCHEMA:
-                raise ValueError(f"has layout {schema}, not {SCHEMA}, and is of another polyseg")
+            if (schema := _attribute(file, "schema")) not in _READABLE:
+                known = " or ".join(map(str, _READABLE))
+                raise ValueError(f"has layout {schema}, not {known}, and is of another polyseg")
             if _attribute(file, "kind") != kind:
                 raise ValueError(f"is no {kind} file")
             yield file

@@ -279,6 +279,9 @@ def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         tensors["schedule/epsilon"] = torch.from_numpy(schedule.epsilon)
         if schedule.assessed is not None:
             tensors["schedule/assessed"] = torch.from_numpy(schedule.assessed)
+        if schedule.group is not None and schedule.statistics is not None:
+            tensors["schedule/group"] = torch.from_numpy(schedule.group)
+            tensors["schedule/statistics"] = torch.from_numpy(schedule.statistics)
     return tensors
 
 
@@ -329,7 +332,14 @@ def _schedule(config: Config, epochs: int, tensors: Mapping[str, Tensor]) -> Sch
         raise ValueError("its schedule holds what is no name")
     ids, names = columns_of(images, labels)
     numbers = np.arange(1, epochs + 1)
-    return Schedule(ids, numbers, epsilon.numpy(), names, assessed.numpy())
+    # Which checkpoints of version 0.1 do not have.
+    group, statistics = (
+        tensors[name].numpy() if name in tensors else None
+        for name in ("schedule/group", "schedule/statistics")
+    )
+    if statistics is not None and not np.isfinite(statistics).all():
+        raise ValueError("its schedule has statistics that are not finite")
+    return Schedule(ids, numbers, epsilon.numpy(), names, assessed.numpy(), group, statistics)
 
 
 def columns_of(images: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str] | None]:

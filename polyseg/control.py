@@ -4,16 +4,26 @@ With several labels each image has one epsilon a label, and eq. 11 compares diff
 label: they are binary tasks of their own, of which one may be harder throughout.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from polyseg.config import ControlConfig
-from polyseg.difficulty import epsilon_from_difficulty, normalise
-from polyseg.records import Assessment
+from polyseg.difficulty import epsilon_from_difficulty, normalise_by, percentile_and_sigma
+from polyseg.records import Assessment, Schedule
+
+
+class Adapted(NamedTuple):
+    """The epsilons of a batch, and the statistics of eq. 11 that they follow from."""
+
+    epsilon: NDArray[np.float64]
+    """(n,), or (n K,), the labels of an image one after another."""
+    statistics: NDArray[np.float64] | None
+    """(K, 2) D_pct and sigma_D of each label; None where epsilon is the constant."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +42,46 @@ class EpsilonControl:
     """K, labels of each image."""
 
     def epsilon(self, ids: Sequence[str]) -> NDArray[np.float64]:
-        """Return epsilon for the images of a batch, (n,), or (n K,), an image's one after another.
+        """Return epsilon for the images of a batch, as `adapt` does."""
+        return self.adapt(ids).epsilon
+
+    def adapt(self, ids: Sequence[str]) -> Adapted:
+        """Return epsilon for the images of a batch, and the statistics that it follows from.
 
         With "batch" statistics percentile and sigma are those of these images, with "dataset"
         statistics those of all that were assessed.
         """
         if self.assessment is None:
-            return np.full(len(ids) * self.labels, self.constant)
+            return Adapted(np.full(len(ids) * self.labels, self.constant), None)
         rows = [row for identity in ids for row in self._rows[identity]]
         if self.config.statistics == "batch":
             return self._from_difficulty(self.assessment.difficulty[rows])
-        return self.over_data_set[rows]
+        return Adapted(self.over_data_set[rows], self._data_set.statistics)
 
-    @cached_property
+    @property
     def over_data_set(self) -> NDArray[np.float64]:
         """Epsilon of every assessed image, with the statistics of all of them."""
+        return self._data_set.epsilon
+
+    @cached_property
+    def _data_set(self) -> Adapted:
         if self.assessment is None:
             raise ValueError("there is no assessment yet")
         return self._from_difficulty(self.assessment.difficulty)
 
-    def _from_difficulty(self, difficulty: NDArray[np.float64]) -> NDArray[np.float64]:
-        columns = difficulty.reshape(-1, self.labels).T
-        normalised = [
-            normalise(column, self.config.percentile, self.config.delta) for column in columns
-        ]
-        return epsilon_from_difficulty(
-            np.stack(normalised, axis=1).ravel(),
+    def _from_difficulty(self, difficulty: NDArray[np.float64]) -> Adapted:
+        columns = difficulty.reshape(-1, self.labels)
+        statistics = np.array(
+            [percentile_and_sigma(column, self.config.percentile) for column in columns.T]
+        )
+        center, sigma = statistics.T
+        epsilon = epsilon_from_difficulty(
+            normalise_by(columns, center, sigma, self.config.delta).ravel(),
             self.config.epsilon_min,
             self.config.epsilon_max,
             self.config.sensitivity,
         )
+        return Adapted(epsilon, statistics)
 
     @cached_property
     def _rows(self) -> dict[str, list[int]]:
@@ -69,3 +89,61 @@ class EpsilonControl:
         for i, identity in enumerate(self.assessment.ids if self.assessment else []):
             rows.setdefault(identity, []).append(i)
         return rows
+
+
+@dataclass
+class Recorder:
+    """The columns of a schedule, epoch by epoch.
+
+    >>> recorder = Recorder(["a", "b"])
+    >>> recorder.add([(["b", "a"], Adapted(np.array([0.5, 1.0]), np.array([[0.1, 0.2]])))])
+    >>> recorder.columns()["epsilon"].tolist(), recorder.columns()["group"].tolist()
+    ([[1.0, 0.5]], [[0, 0]])
+    """
+
+    ids: Sequence[str]
+    """The n images, in the order of the columns."""
+    labels: int = 1
+    """K, labels of each image."""
+    epsilon: list[NDArray[np.float32]] = field(default_factory=list)
+    """(n K,) each."""
+    group: list[NDArray[np.int32]] = field(default_factory=list)
+    """(n K,) each."""
+    statistics: list[NDArray[np.float64]] = field(default_factory=list)
+    """(2,) each."""
+
+    def take_up(self, schedule: Schedule) -> None:
+        """Go on from a schedule with these columns, of which older files hold no statistics."""
+        none = np.full(schedule.epsilon.shape, -1, np.int32)
+        self.epsilon = list(schedule.epsilon)
+        self.group = list(none if schedule.group is None else schedule.group)
+        if schedule.statistics is not None:
+            self.statistics = list(schedule.statistics)
+
+    def add(self, batches: Iterable[tuple[Sequence[str], Adapted]]) -> None:
+        """Add an epoch: the images of its batches, and what they met."""
+        places = {identity: i for i, identity in enumerate(self.ids)}
+        epsilon = np.empty((len(self.ids), self.labels), np.float32)
+        group = np.full(epsilon.shape, -1, np.int32)
+        for names, adapted in batches:
+            rows = [places[name] for name in names]
+            epsilon[rows] = adapted.epsilon.reshape(-1, self.labels)
+            if adapted.statistics is not None:
+                group[rows] = self._row_of(adapted.statistics)
+        self.epsilon.append(epsilon.ravel())
+        self.group.append(group.ravel())
+
+    def columns(self) -> dict[str, Any]:
+        """Return epsilon, group and statistics as a schedule has them."""
+        return {
+            "epsilon": np.stack(self.epsilon),
+            "group": np.stack(self.group) if self.statistics else None,
+            "statistics": np.stack(self.statistics) if self.statistics else None,
+        }
+
+    def _row_of(self, statistics: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Return the rows of the statistics, (K,); those of a data set are kept once."""
+        if not np.array_equal(self.statistics[-self.labels :], statistics):
+            self.statistics += list(statistics)
+        start = len(self.statistics) - self.labels
+        return np.arange(start, start + self.labels, dtype=np.int32)

@@ -72,8 +72,30 @@ def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) 
     array([-1.225,  0.   ,  1.225])
     """
     values = np.asarray(difficulty, dtype=np.float64)
-    result = (values - np.percentile(values, percentile)) / (values.std() + delta)
-    return _like(result, difficulty)
+    found = percentile_and_sigma(values, percentile)
+    return _like(normalise_by(values, *found, delta), difficulty)
+
+
+def percentile_and_sigma(difficulty: NDArray[np.float64], percentile: float) -> tuple[float, float]:
+    """Return D_pct and sigma_D of some images, by which `normalise` goes.
+
+    Args:
+        difficulty: (n,), n at least 1.
+        percentile: pct in [0, 100], by linear interpolation.
+
+    >>> percentile_and_sigma(np.array([0.25, 0.5, 0.75, 0.5]), 50)
+    (0.5, 0.1767766952966369)
+    """
+    return float(np.percentile(difficulty, percentile)), float(difficulty.std())
+
+
+def normalise_by(difficulty: Any, center: Any, sigma: Any, delta: float) -> Any:
+    """Return the normalised difficulty by given statistics: D_pct, the center, and sigma_D.
+
+    >>> normalise_by(0.75, center=0.5, sigma=0.25, delta=0.0)
+    1.0
+    """
+    return (difficulty - center) / (sigma + delta)
 
 
 def epsilon_from_difficulty(

@@ -29,9 +29,17 @@ from polyseg.passes import Passes, ProgramFailedError
 from polyseg.pilot import MOST, choose_samples
 from polyseg.processes import ALONE, Processes
 from polyseg.records import FREE_METRICS, METRICS, Assessment, Batch, Metric, Progress, no_progress
+from polyseg.statistics import rank_correlation
 from polyseg.streams import MaskStreams, Sharing
 
-__all__ = ["assess", "describe", "spread", "stochastic_layers", "stochastic_pass"]
+__all__ = [
+    "assess",
+    "describe",
+    "describe_order",
+    "spread",
+    "stochastic_layers",
+    "stochastic_pass",
+]
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +263,25 @@ def describe(assessment: Assessment) -> str:
         f"{text}; {assessment.samples} passes, standard error {np.median(errors):.4f}, "
         f"rank stability {assessment.rank_stability[assessment.metric]:.3f}"
     )
+
+
+def describe_order(assessment: Assessment) -> list[str]:
+    """Return a line for each label: how D correlates with 1 - Dice; none without masks."""
+    lines = []
+    for label in assessment.label_names:
+        part = assessment.of_label(label)
+        found = rank_correlation(part.difficulty, 1 - part.dice)
+        if not np.isfinite(found.interval).all():
+            continue
+        name = f"D of {label}" if label else "D"
+        low, high = found.interval
+        verdict = f": {name} is {found.order}" if found.order else ""
+        more = "; see `polyseg schedule validity`" if verdict else ""
+        lines.append(
+            f"Spearman's correlation of {name} with 1 - Dice: {found.value:.2f} (95 % interval "
+            f"{low:.2f} to {high:.2f}, {found.images} images){verdict}{more}"
+        )
+    return lines
 
 
 def _worth_taking_apart(

@@ -135,3 +135,35 @@ class Schedule:
     """(n,), as in an assessment."""
     assessed: NDArray[np.int64] | None = None
     """(E,) the epoch after which was assessed what each epoch goes by, -1 before there is one."""
+    group: NDArray[np.int32] | None = None
+    """(E, n) row of `statistics` that gave each epsilon, -1 for none; None if no epoch has any."""
+    statistics: NDArray[np.float64] | None = None
+    """(S, 2) D_pct and sigma_D of eq. 11, a row for each batch, or data set, and label."""
+
+    def __post_init__(self) -> None:
+        """Check that the groups are rows of the statistics.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if self.group is None and self.statistics is None:
+            return
+        group, statistics = np.asarray(self.group), np.asarray(self.statistics)
+        fits = group.shape == self.epsilon.shape and statistics.shape[1:] == (2,)
+        plain = group.dtype == np.int32 and statistics.dtype == np.float64
+        if not (fits and plain and ((group >= -1) & (group < len(statistics))).all()):
+            raise ValueError(
+                f"group {group.shape} {group.dtype} and statistics {statistics.shape} "
+                f"{statistics.dtype} must be {self.epsilon.shape} int32, rows of (S, 2) float64"
+            )
+
+    def percentile_and_sigma(self) -> NDArray[np.float64]:
+        """Return D_pct and sigma_D behind each epsilon, (E, n, 2), NaN where none is recorded.
+
+        >>> Schedule(["a"], np.array([1]), np.zeros((1, 1), np.float32)).percentile_and_sigma()
+        array([[[nan, nan]]])
+        """
+        if self.group is None or self.statistics is None:
+            return np.full((*self.epsilon.shape, 2), np.nan)
+        # The last row, which is that of -1.
+        return np.vstack([self.statistics, np.full(2, np.nan)])[self.group]

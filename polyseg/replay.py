@@ -23,6 +23,8 @@ _NAMED = 5
 def replay_arm(schedule: Schedule, arm: ReplayArm, seed: int) -> Schedule:
     """Return the schedule with its epsilons given to other images, epoch by epoch.
 
+    The statistics of eq. 11 explain the epsilons as recorded only, so the other arms have none.
+
     Args:
         schedule: of n images, or n images with K labels each.
         arm: "recorded", as it is; "shuffled", permuted over the images, all labels of an image
@@ -46,7 +48,8 @@ def replay_arm(schedule: Schedule, arm: ReplayArm, seed: int) -> Schedule:
         "inverted": lambda i: _inverted(epsilon[i]),
     }[arm]
     changed = np.stack([change(i) for i in range(len(epsilon))])
-    return replace(schedule, epsilon=changed.reshape(schedule.epsilon.shape))
+    changed = changed.reshape(schedule.epsilon.shape)
+    return replace(schedule, epsilon=changed, group=None, statistics=None)
 
 
 def fit_schedule(
@@ -78,7 +81,8 @@ def fit_schedule(
     wanted = [(identity, label) for identity in ids for label in labels]
     _refuse_missing([place for place in wanted if place not in columns], source)
     _refuse_epochs(schedule, epochs, source)
-    chosen = schedule.epsilon[:, [columns[place] for place in wanted]]
+    kept = [columns[place] for place in wanted]
+    chosen = schedule.epsilon[:, kept]
     least = least_epsilon(terms)
     if not ((chosen >= least) & (chosen <= LARGEST_EPSILON)).all():
         raise PolysegError(
@@ -92,6 +96,8 @@ def fit_schedule(
         epsilon=chosen,
         labels=[label for _, label in wanted] if several else None,
         assessed=schedule.assessed,
+        group=None if schedule.group is None else schedule.group[:, kept],
+        statistics=schedule.statistics,
     )
 
 

@@ -29,6 +29,7 @@ from polyseg.plots.training import (
 from polyseg.ranks import spearman
 from polyseg.records import Assessment
 from polyseg.run import RunDirectory, in_order
+from polyseg.statistics import rank_correlation
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Outcome:
     files: list[Path]
     evaluation: Evaluation | None = None
     correlations: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    """Sentences on the correlations."""
 
 
 def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Assessment]:
@@ -56,8 +59,9 @@ def difficulty_correlations(
 ) -> list[dict[str, Any]]:
     """Return Spearman's correlation of each score with 1 - Dice, and with difficulty where known.
 
-    With several labels there are rows for each, since labels differ in difficulty. A correlation is
-    NaN where it is not defined, such as without masks.
+    That with 1 - Dice has its 95 % interval, by `rank_correlation`. With several labels there are
+    rows for each, since labels differ in difficulty. A correlation is NaN where it is not defined,
+    such as without masks.
     """
     found: list[dict[str, Any]] = []
     for label in assessment.label_names:
@@ -66,7 +70,8 @@ def difficulty_correlations(
         truth = np.array([known[part.ids[i]] for i in rows])
         for name, scores in part.scores.items():
             row: dict[str, Any] = {"metric": name} | ({"label": label} if label else {})
-            row["with 1 - Dice"] = spearman(scores, 1 - part.dice)
+            of_error = rank_correlation(scores, 1 - part.dice)
+            row |= {"with 1 - Dice": of_error.value, "95 % interval": list(of_error.interval)}
             if rows:
                 row["with known difficulty"] = spearman(scores[rows], truth)
             found.append(row)

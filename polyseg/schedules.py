@@ -7,6 +7,7 @@ one of an image and a label.
 import csv
 import difflib
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from polyseg.config import Config, build_config
-from polyseg.control import EpsilonControl
+from polyseg.control import EpsilonControl, Recorder
 from polyseg.data.dataset import epoch_order
-from polyseg.difficulty import FALLBACKS, normalise
+from polyseg.difficulty import FALLBACKS, normalise_by
 from polyseg.errors import PolysegError
 from polyseg.plain_yaml import parse_yaml
 from polyseg.ranks import partial_spearman, spearman
@@ -86,6 +87,11 @@ class RunRecord:
         met = self.schedule.epsilon[self.fed(k)].astype(np.float64)
         return met[0] if len(met) else np.full(len(self.schedule.ids), math.nan)
 
+    def next_statistics(self, k: int) -> Values:
+        """Return the D_pct and sigma_D that those epsilons follow from, (n, 2), or NaN."""
+        met = self.schedule.percentile_and_sigma()[self.fed(k)]
+        return met[0] if len(met) else np.full((len(self.schedule.ids), 2), math.nan)
+
 
 def overview(record: RunRecord) -> list[Row]:
     """Return a row for each assessment and label: how D and epsilon spread, and whether D stays.
@@ -103,10 +109,14 @@ def overview(record: RunRecord) -> list[Row]:
 
 
 def image_history(record: RunRecord, identity: str) -> list[Row]:
-    """Return what each assessment said of one image, a row a label.
+    """Return what each assessment said of one image, and how its epsilons follow from that.
 
-    `rank` is 1 for the hardest image, and equally hard ones share the lowest of their ranks;
-    `percentile` is the share of the images, in percent, that are easier, equals counted half.
+    A row for each label and each stretch of epochs with the same statistics in eq. 11: with those
+    of the batch that is an epoch, with those of the data set all epochs until the next assessment.
+    An assessment that no epoch followed has a row without them. Where statistics were not recorded
+    they are NaN, and `epsilon` is that of the first epoch after the assessment.
+    `rank` is 1 for the largest D, and equal ones share the lowest of their ranks;
+    `percentile` is the share of the images, in percent, with smaller D, equal ones counted half.
 
     Raises:
         PolysegError: the run does not train on such an image.
@@ -124,15 +134,16 @@ def image_history(record: RunRecord, identity: str) -> list[Row]:
             difficulty = part.assessments[k].difficulty
             row["rank"] = int((difficulty > difficulty[i]).sum()) + 1
             row["percentile"] = float(stats.percentileofscore(difficulty, difficulty[i], "mean"))
-            rows.append(row)
+            rows += [row | stretch for stretch in _stretches(part, k, i)]
     return rows
 
 
 def tidy(record: RunRecord) -> list[Row]:
     """Return a row for each assessment, image and label.
 
-    `normalised` is eq. 11 over all images; `epsilon` is what the image met in the epoch after, NaN
-    where none followed.
+    `epsilon` is what the image met in the epoch after; `difficulty_percentile` and `sigma` are the
+    D_pct and sigma_D that it follows from, and `normalised` is eq. 11 by them. They are NaN where
+    no epoch followed, and all but `epsilon` where they were not recorded.
     """
     parts = list(_by_label(record))
     rows = []
@@ -268,18 +279,14 @@ def recompute(record: RunRecord, config: Config) -> Schedule:
         for assessment in _needed_assessments(record, config)
     }
     assessed = [max(e for e in controls if e < epoch) for epoch in record.schedule.epochs]
-    rows = []
+    recorder = Recorder(ids, len(record.labels))
     for epoch, moment in zip(record.schedule.epochs.tolist(), assessed, strict=True):
-        epsilon_of: dict[str, NDArray[np.float32]] = {}
-        for names in epoch_order(
+        order = epoch_order(
             ids, batch_size=config.training.batch_size, seed=config.training.seed, epoch=epoch
-        ):
-            epsilon = controls[moment].epsilon(names).astype(np.float32)
-            epsilon_of |= zip(names, epsilon.reshape(len(names), -1), strict=True)
-        rows.append(np.concatenate([epsilon_of[identity] for identity in ids]))
-    return replace(
-        record.schedule, epsilon=np.stack(rows), assessed=np.array(assessed, dtype=np.int64)
-    )
+        )
+        recorder.add((names, controls[moment].adapt(names)) for names in order)
+    moments = np.array(assessed, dtype=np.int64)
+    return replace(record.schedule, assessed=moments, **recorder.columns())
 
 
 def compare(record: RunRecord, recomputed: Schedule) -> list[Row]:
@@ -342,7 +349,10 @@ def _of_label(schedule: Schedule, label: str) -> Schedule:
         return schedule
     columns = [i for i, one in enumerate(schedule.labels) if one == label]
     ids = [schedule.ids[i] for i in columns]
-    return replace(schedule, ids=ids, epsilon=schedule.epsilon[:, columns], labels=None)
+    group = None if schedule.group is None else schedule.group[:, columns]
+    return replace(
+        schedule, ids=ids, epsilon=schedule.epsilon[:, columns], labels=None, group=group
+    )
 
 
 def _by_label(record: RunRecord) -> Iterator[tuple[Row, RunRecord]]:
@@ -370,8 +380,8 @@ def _overview(part: RunRecord, k: int) -> Row:
         "difficulty_percentile": float(np.percentile(difficulty, part.config.control.percentile)),
         "sigma": float(difficulty.std()),
         **_quantiles("epsilon", part.next_epsilon(k)),
-        **{f"hardest_{i + 1}": one for i, one in enumerate(order[:_EXTREMES])},
-        **{f"easiest_{i + 1}": one for i, one in enumerate(order[::-1][:_EXTREMES])},
+        **{f"largest_{i + 1}": one for i, one in enumerate(order[:_EXTREMES])},
+        **{f"smallest_{i + 1}": one for i, one in enumerate(order[::-1][:_EXTREMES])},
         "fallbacks": int((assessment.fallback > 0).sum()),
         "spearman_previous": correlation(difficulty, before),
         "rank_stability": _rank_stability(assessment),
@@ -384,19 +394,50 @@ def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
     assessment, control = part.assessments[k], part.config.control
     n = len(assessment.ids)
     errors = assessment.scores_se.get(assessment.metric, np.full(n, math.nan))
-    normalised = normalise(assessment.difficulty, control.percentile, control.delta)
+    center, sigma = part.next_statistics(k).T
+    normalised = normalise_by(assessment.difficulty, center, sigma, control.delta)
     return {
         "epoch": [assessment.epoch] * n,
         "id": assessment.ids,
         **{name: [value] * n for name, value in own.items()},
         "difficulty": assessment.difficulty.tolist(),
         "difficulty_se": errors.tolist(),
+        "difficulty_percentile": center.tolist(),
+        "sigma": sigma.tolist(),
         "normalised": normalised.tolist(),
         "epsilon": part.next_epsilon(k).tolist(),
         "dice": assessment.dice.tolist(),
         "foreground_pixels": assessment.foreground_pixels.tolist(),
         "fallback": [FALLBACKS[code] for code in assessment.fallback],
     }
+
+
+def _stretches(part: RunRecord, k: int, i: int) -> list[Row]:
+    """Return a row for each stretch of epochs after assessment k with the same statistics."""
+    fed = part.fed(k)
+    epochs, epsilon = part.schedule.epochs[fed].tolist(), part.schedule.epsilon[fed, i].tolist()
+    if not epochs:
+        return [dict.fromkeys(("from_epoch", "to_epoch"), math.nan)]
+    met = part.schedule.percentile_and_sigma()[fed, i]
+    changes = [not np.array_equal(*pair, equal_nan=True) for pair in itertools.pairwise(met)]
+    starts = [0, *(j for j, changed in enumerate(changes, start=1) if changed)]
+    rows = []
+    for first, after in itertools.pairwise([*starts, len(epochs)]):
+        center, sigma = met[first].tolist()
+        normalised = normalise_by(
+            float(part.assessments[k].difficulty[i]), center, sigma, part.config.control.delta
+        )
+        rows.append(
+            {
+                "from_epoch": epochs[first],
+                "to_epoch": epochs[after - 1],
+                "difficulty_percentile": center,
+                "sigma": sigma,
+                "normalised": normalised,
+                "epsilon": epsilon[first],
+            }
+        )
+    return rows
 
 
 def _validity(part: RunRecord, k: int, name: Metric) -> Row:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from polyseg.errors import PolysegError
+from polyseg.ranks import spearman
 
 Values = NDArray[np.float64]
 
@@ -22,6 +23,8 @@ _DIGITS = 12
 """Decimals of a difference, as a share of the largest value, that are no rounding."""
 _ENUMERATED = 13
 """Up to so many differences all their signs are gone through, which is exact even with ties."""
+_NO_ORDER = 0.1
+"""Upper end of an interval below which a correlation is none."""
 _BATCH = 50_000
 """Values drawn at a time by the bootstrap: bounds its memory, and fits a processor's cache."""
 
@@ -31,6 +34,28 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's correlation of two series, with its confidence interval."""
+
+    value: float
+    """NaN where it is undefined."""
+    interval: Interval
+    images: int
+    """n, the images that have both values."""
+
+    @property
+    def order(self) -> str:
+        """What an interval that reaches little above 0 says of a difficulty and an error.
+
+        >>> RankCorrelation(-0.4, Interval(-0.6, -0.1), 75).order
+        'not ordered by error'
+        """
+        if self.interval.high < _NO_ORDER:
+            return "not ordered by error"
+        contains_zero = self.interval.low <= 0 <= self.interval.high
+        return "not shown to be ordered by error" if contains_zero else ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,40 @@ def mean_interval(
         low, high = _bootstrap(mirrored, level, resamples, seed)
         return Interval(0.0 - high, 0.0 - low)
     return _bootstrap(known, level, resamples, seed)
+
+
+def rank_correlation(
+    first: ArrayLike, second: ArrayLike, *, level: float = 0.95
+) -> RankCorrelation:
+    """Return Spearman's correlation of two series over images, with a confidence interval.
+
+    By Fisher's z = artanh r, with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
+    Wright (2000), whose intervals hold their level also for large r.
+
+    Args:
+        first: (n,); images with a value that is not finite are left out.
+        second: (n,).
+        level: in (0, 1).
+
+    Returns:
+        The interval is NaN below four images and where the correlation is undefined, and (r, r)
+        where r is 1 or -1.
+
+    >>> x = np.arange(30.0)
+    >>> found = rank_correlation(x, np.roll(x, 3))
+    >>> round(found.value, 2), [round(end, 2) for end in found.interval]
+    (0.46, [0.1, 0.71])
+    """
+    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    r, images = spearman(x, y), int((np.isfinite(x) & np.isfinite(y)).sum())
+    if images < 4 or not math.isfinite(r):
+        return RankCorrelation(r, Interval(math.nan, math.nan), images)
+    if abs(r) >= 1:
+        return RankCorrelation(r, Interval(r, r), images)
+    error = math.sqrt((1 + r**2 / 2) / (images - 3))
+    half = float(stats.norm.ppf((1 + level) / 2)) * error
+    z = math.atanh(r)
+    return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
 
 
 def paired_difference(

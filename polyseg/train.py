@@ -15,7 +15,7 @@ from torch import Tensor
 from polyseg.cache import read_assessment, write_assessment
 from polyseg.checkpoints import Checkpoint, columns_of, new_network
 from polyseg.config import Config
-from polyseg.control import EpsilonControl
+from polyseg.control import Adapted, EpsilonControl, Recorder
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet, training_batches
 from polyseg.data.splits import Split
@@ -23,7 +23,7 @@ from polyseg.dropout import active_layers, refuse_hidden_dropout
 from polyseg.errors import PolysegError
 from polyseg.inference import choose_algorithms, choose_device, predict
 from polyseg.memory import explaining_memory
-from polyseg.montecarlo import assess, describe, spread
+from polyseg.montecarlo import assess, describe, describe_order, spread
 from polyseg.networks import SegmentationNetwork, refuse_untrainable
 from polyseg.nonfinite import Watch
 from polyseg.objective import as_tasks
@@ -92,7 +92,7 @@ class Trainer:
         self.epoch = 0
         self.best_epoch, self.best_dice = 0, -1.0
         self.history: list[dict[str, float]] = []
-        self.epsilons: list[NDArray[np.float32]] = []
+        self.recorder = Recorder(split["train"], len(images.labels))
         self.assessed: list[int] = []
         """Of each epoch trained, after which epoch was assessed what it went by; -1: none."""
         self.assessments: dict[str, str] = {}
@@ -169,7 +169,7 @@ class Trainer:
         if checkpoint.losses is not None:
             losses = checkpoint.losses.reshape(len(names), -1).tolist()
             self.losses = dict(zip(names, losses, strict=True))
-        self.epsilons = list(schedule.epsilon)
+        self.recorder.take_up(schedule)
         self.assessed = schedule.assessed.tolist()
 
     def _start(self) -> None:
@@ -200,22 +200,26 @@ class Trainer:
     def _train(self, epoch: int) -> dict[str, float]:
         """Return the history's columns that training has to tell."""
         ids, epochs = self.split["train"], self.config.training.epochs
-        epsilon_of: dict[str, list[float]] = {}
+        labels = len(self.images.labels)
+        met: list[tuple[list[str], Adapted]] = []
+        done = 0
         steps: list[Step] = []
         torch.manual_seed(derive_seed(self.config.training.seed, epoch, "dropout"))
         with self.steps.at_rate(learning_rate(self.config.training, epoch)):
             for names, images, masks in self._batches(epoch):
                 self._leave_on_signal()
-                epsilon = self._epsilon(names, epoch)
-                epsilon_of.update(zip(names, epsilon.tolist(), strict=True))
-                steps.append(self.steps.take(names, images, masks, torch.from_numpy(epsilon)))
+                adapted = self._adapted(names, epoch)
+                met.append((names, adapted))
+                epsilon = torch.from_numpy(adapted.epsilon.astype(np.float32)).reshape(-1, labels)
+                steps.append(self.steps.take(names, images, masks, epsilon))
                 self.watch.glance(steps, epoch)
-                self.progress(f"epoch {epoch}/{epochs}", len(epsilon_of), len(ids))
+                done += len(names)
+                self.progress(f"epoch {epoch}/{epochs}", done, len(ids))
         self.watch.look(steps, epoch)
         # Where statistics are a process's own, the leading process's are those that count.
         self.processes.take_from_leader(self.network.buffers())
         self.assessed.append(self._assessed_for(epoch))
-        self.epsilons.append(np.array([epsilon_of[name] for name in ids], np.float32).ravel())
+        self.recorder.add(met)
         return self._account(of_all_processes(steps, self.processes), epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
@@ -233,21 +237,19 @@ class Trainer:
             processes=self.processes,
         )
 
-    def _epsilon(self, names: Sequence[str], epoch: int) -> NDArray[np.float32]:
-        """Return what the images of a batch meet, a row each, a column a label."""
-        labels = len(self.images.labels)
+    def _adapted(self, names: Sequence[str], epoch: int) -> Adapted:
+        """Return the epsilons of a batch; a replayed schedule keeps its own statistics."""
         if self.replay is None:
-            epsilon = self.control.epsilon(names).astype(np.float32)
-        else:
-            epsilon = epsilon_of_batch(self.replay, names, epoch, labels)
-        return epsilon.reshape(-1, labels)
+            return self.control.adapt(names)
+        epsilon = epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
+        return Adapted(epsilon.astype(np.float64), None)
 
     def _account(self, steps: Sequence[Step], epoch: int) -> dict[str, float]:
         """Keep what the images lost in an epoch's steps, and return what the history tells."""
         skipped = len(steps) - len(self.watch.without_skipped(steps, epoch))
         told = [step for step in steps if step.losses.isfinite().all()]
         self._keep_losses(told)
-        quantiles = np.percentile(self.epsilons[-1], QUANTILES)
+        quantiles = np.percentile(self.recorder.epsilon[-1], QUANTILES)
         return {
             "epoch": epoch,
             "learning_rate": learning_rate(self.config.training, epoch),
@@ -312,7 +314,8 @@ class Trainer:
             scores={**assessment.scores, "training_loss": self._training_losses()},
             config_yaml=self.config.to_yaml(),
         )
-        log.info("%s", describe(assessment))
+        for line in (describe(assessment), *describe_order(assessment)):
+            log.info("%s", line)
         # Bits that processes may compute otherwise must not lead them apart.
         assessment = self.processes.from_leader(assessment)
         self._adopt(assessment)
@@ -364,7 +367,11 @@ class Trainer:
     def _schedule(self) -> Schedule:
         ids, labels = columns_of(self.split["train"], self.images.labels)
         epochs, assessed = np.arange(1, self.epoch + 1), np.array(self.assessed, np.int64)
-        return Schedule(ids, epochs, np.stack(self.epsilons), labels, assessed)
+        columns = self.recorder.columns()
+        if self.replay is not None and self.replay.group is not None:
+            own = {"group": self.replay.group[: self.epoch], "statistics": self.replay.statistics}
+            columns |= own
+        return Schedule(ids, epochs, labels=labels, assessed=assessed, **columns)
 
     def _assessment_epochs(self) -> list[int]:
         if not self.config.assesses:
@@ -424,13 +431,19 @@ def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
-    """Return what the log says of an epoch."""
-    middle = "/".join(f"{row[f'epsilon_q{q:02d}']:.2f}" for q in (5, 50, 95))
+    """Return what the log says of an epoch, in 74 columns: a terminal shows the time before it.
+
+    Of epsilon the 5th and 95th percentiles, unless it is the constant.
+    """
+    best = " best" if trainer.best_epoch == row["epoch"] else ""
+    low, high = row["epsilon_q05"], row["epsilon_q95"]
+    adapted = trainer.assessed[-1] >= 0 or low < high
+    seconds = sum(value for name, value in row.items() if name.startswith("seconds"))
     parts = [
         f"epoch {row['epoch']:.0f}/{trainer.config.training.epochs}",
-        f"loss {row['train_loss']:.4f}",
-        f"val Dice {row['validation_dice']:.4f} (best {trainer.best_dice:.4f})",
-        f"epsilon {middle}" + (" assessed" if row["assessed"] else ""),
-        f"{sum(value for name, value in row.items() if name.startswith('seconds')):.1f} s",
+        f"loss {row['train_loss']:.3f}",
+        f"val Dice {row['validation_dice']:.3f}{best}" if trainer.split["val"] else "",
+        f"ε {low:.2f} to {high:.2f}" if adapted else "",
+        f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s",
     ]
-    return "  ".join(parts)
+    return "  ".join(filter(None, parts))

@@ -15,6 +15,12 @@ from polyseg.records import MAPS, METRICS, Assessment, Schedule
 
 SCHEDULE = Schedule(["a", "b"], np.arange(1, 4), np.linspace(0, 1, 6, dtype="f4").reshape(3, 2))
 
+EXPLAINED = dataclasses.replace(
+    SCHEDULE,
+    group=np.array([[-1, -1], [0, 1], [0, 0]], np.int32),
+    statistics=np.array([[0.25, 1.5], [0.5, 0.0]]),
+)
+
 
 @pytest.fixture
 def assessment():
@@ -58,7 +64,7 @@ def test_plain_h5py_reads_it(tmp_path, assessment):
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     with h5py.File(path) as file:
-        assert file.attrs["schema"] == 2 and file.attrs["samples"] == 20
+        assert file.attrs["schema"] == 3 and file.attrs["samples"] == 20
         assert file["id"].asstr()[1] == "ß image" and file.attrs["metric"] == b"entropy"
         assert file["difficulty"].shape == (4,) and file["difficulty"].dtype == np.float64
         assert file["maps/mean"].chunks == (1, 6, 5) and file["maps/mean"].fletcher32
@@ -86,6 +92,58 @@ def test_schedule_round_trip(tmp_path):
     assert again.ids == SCHEDULE.ids
     np.testing.assert_array_equal(again.epochs, SCHEDULE.epochs)
     np.testing.assert_array_equal(again.epsilon, SCHEDULE.epsilon)
+    assert again.group is None and again.statistics is None
+    write_schedule(tmp_path / "schedule.h5", EXPLAINED)
+    again = read_schedule(tmp_path / "schedule.h5")
+    np.testing.assert_array_equal(again.group, EXPLAINED.group)
+    np.testing.assert_array_equal(again.statistics, EXPLAINED.statistics)
+    with h5py.File(tmp_path / "schedule.h5") as file:
+        assert file["group"].dtype == np.int32 and file["statistics"].dtype == np.float64
+
+
+def test_statistics_of_each_epsilon():
+    nan = float("nan")
+    expected = [[[nan, nan]] * 2, [[0.25, 1.5], [0.5, 0.0]], [[0.25, 1.5]] * 2]
+    np.testing.assert_array_equal(EXPLAINED.percentile_and_sigma(), expected)
+    assert np.isnan(SCHEDULE.percentile_and_sigma()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("group", np.zeros((3, 2))),
+        ("group", np.zeros((2, 2), np.int32)),
+        ("group", np.full((3, 2), 2, np.int32)),
+        ("group", np.full((3, 2), -2, np.int32)),
+        ("group", None),
+        ("statistics", None),
+        ("statistics", np.zeros((2, 3))),
+        ("statistics", np.zeros((2, 2), np.float32)),
+        ("statistics", np.full((2, 2), np.nan)),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(tmp_path, name, value):
+    path = tmp_path / "schedule.h5"
+    write_schedule(path, EXPLAINED)
+
+    def change(file):
+        del file[name]
+        if value is not None:
+            file[name] = value
+
+    forge(path, change)
+    with pytest.raises(PolysegError, match=r"schedule\.h5: cannot be read as a polyseg schedule"):
+        read_schedule(path)
+
+
+def test_a_schedule_of_layout_2_has_no_statistics(tmp_path):
+    path = tmp_path / "schedule.h5"
+    write_schedule(path, SCHEDULE)
+    forge(path, lambda file: file.attrs.__setitem__("schema", 2))
+    np.testing.assert_array_equal(read_schedule(path).epsilon, SCHEDULE.epsilon)
+    forge(path, lambda file: file.attrs.__setitem__("schema", 4))
+    with pytest.raises(PolysegError, match="has layout 4, not 2 or 3"):
+        read_schedule(path)
 
 
 def test_a_hash_that_differs_is_refused(tmp_path, assessment):

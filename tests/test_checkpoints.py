@@ -63,7 +63,10 @@ def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, label
     if labels:
         names = ["a", "b", "a", "b"]
     epsilon = np.arange(2 * len(ids), dtype=np.float32).reshape(2, -1) / 3
-    schedule = Schedule(ids, np.array([1, 2]), epsilon, names, np.array([-1, 1]))
+    group = np.full(epsilon.shape, -1, np.int32)
+    group[1] = 0
+    statistics = np.array([[0.25, 0.1]])
+    schedule = Schedule(ids, np.array([1, 2]), epsilon, names, np.array([-1, 1]), group, statistics)
     history = [{"epoch": 1.0, "loss": 1 / 3}, {"epoch": 2.0, "loss": float("nan")}]
     whole = dataclasses.replace(
         checkpoint, config=config, epoch=2, best_epoch=2, history=history, schedule=schedule
@@ -75,6 +78,15 @@ def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, label
     assert (again.schedule.ids, again.schedule.labels) == (ids, names)
     np.testing.assert_array_equal(again.schedule.epsilon, epsilon)
     np.testing.assert_array_equal(again.schedule.assessed, [-1, 1])
+    np.testing.assert_array_equal(again.schedule.group, group)
+    np.testing.assert_array_equal(again.schedule.statistics, statistics)
+    bare = dataclasses.replace(schedule, group=None, statistics=None)
+    write_checkpoint(tmp_path / "a", dataclasses.replace(whole, schedule=bare))
+    assert read_checkpoint(tmp_path / "a").schedule.group is None
+    broken = dataclasses.replace(schedule, statistics=np.full((1, 2), np.inf))
+    write_checkpoint(tmp_path / "a", dataclasses.replace(whole, schedule=broken))
+    with pytest.raises(PolysegError, match="statistics that are not finite"):
+        read_checkpoint(tmp_path / "a")
 
 
 def with_header(path, header):

@@ -20,6 +20,7 @@ from polyseg.config import Config
 from polyseg.jobs.figure import _derivative_where_the_sum_is_one
 from polyseg.losses import polydice1_curve
 from polyseg.metrics import METRICS
+from polyseg.montecarlo import describe_order
 
 from .conftest import TINY
 from .reference import commands
@@ -60,7 +61,7 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     run = tmp_path / "adaptive"
     for name in ("config.yaml", "environment.json", "split.json", "log.txt", "history.csv"):
         assert (run / name).stat().st_size > 0
-    for name in ("curves", "epsilon", "difficulty", "difficulty_dice", "overlays_hardest"):
+    for name in ("curves", "epsilon", "difficulty", "difficulty_dice", "overlays_largest_d"):
         with Image.open(run / "figures" / f"{name}.png") as image:
             assert min(image.size) > 300
         assert (run / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -76,6 +77,9 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     assessment = read_assessment(out / "assessment.h5", with_maps=True)
     assert len(assessment.ids) == 16 and assessment.samples == 4
     assert assessment.maps["entropy"][0].shape == (32, 32)
+    (line,) = describe_order(assessment)
+    assert "".join(line.split()) in "".join(answer.out.split())
+    assert (out / "figures/overlays_smallest_d.png").is_file()
     rows = list(csv.DictReader((out / "per_image.csv").open()))
     np.testing.assert_allclose(
         [float(row["difficulty"]) for row in rows], assessment.difficulty, rtol=1e-8

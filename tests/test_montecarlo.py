@@ -13,7 +13,7 @@ from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.dropout import active_layers
 from polyseg.errors import PolysegError
 from polyseg.inference import predict
-from polyseg.montecarlo import assess, stochastic_pass
+from polyseg.montecarlo import assess, describe_order, stochastic_pass
 from polyseg.networks import build_network, hash_weights, network_names
 from polyseg.records import Batch
 from polyseg.streams import MaskStreams
@@ -393,3 +393,32 @@ def test_a_prediction_of_one_image_too_large_is_one_line(network):
     refuse_more(network, 0)
     with pytest.raises(PolysegError, match="prediction: ran out of memory on an image of 32 x 32"):
         list(predict(network, [make_batch(2)]))
+
+
+def test_the_order_by_error_is_described_for_each_label(network):
+    found = assess(network, [make_batch(n=6)], samples=2)
+    ordered = np.arange(6.0)
+    given = {"scores": {"mutual_information": ordered}}
+    (line,) = describe_order(dataclasses.replace(found, **given, dice=1 - ordered / 10))
+    assert line == (
+        "Spearman's correlation of D with 1 - Dice: 1.00 (95 % interval 1.00 to 1.00, 6 images)"
+    )
+    dice = np.array([0.1, 0.3, 0.2, 0.5, 0.4, 0.6])
+    (line,) = describe_order(dataclasses.replace(found, **given, dice=dice))
+    assert line.endswith("D is not ordered by error; see `polyseg schedule validity`")
+    # One label rises with the error, the other falls.
+    both = dataclasses.replace(
+        found,
+        ids=[name for name in found.ids for _ in range(2)],
+        labels=["x", "y"] * 6,
+        scores={"mutual_information": np.repeat(ordered, 2)},
+        scores_se={},
+        foreground_pixels=np.ones(12, np.int64),
+        mask_pixels=None,
+        fallback=np.zeros(12, np.int8),
+        dice=np.ravel([1 - ordered / 10, dice], order="F"),
+    )
+    first, second = describe_order(both)
+    assert first.startswith("Spearman's correlation of D of x") and "see" not in first
+    assert "D of y is not ordered by error" in second
+    assert describe_order(dataclasses.replace(found, dice=np.full(6, np.nan))) == []

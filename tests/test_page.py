@@ -159,8 +159,8 @@ def make_run(tmp_path):
         (path / "evaluation/summary.json").write_text(json.dumps(summary(name, labels or ("",))))
         (path / "evaluation/per_image.csv").write_text(per_image(run=name))
         (path / "evaluation/comparison.png").write_bytes(png())
-        (path / "figures/overlays_easiest.png").write_bytes(png((9, 9)))
-        (path / "figures/overlays_hardest.png").write_bytes(png((7, 7)))
+        (path / "figures/overlays_smallest_d.png").write_bytes(png((9, 9)))
+        (path / "figures/overlays_largest_d.png").write_bytes(png((7, 7)))
         (path / "figures/curves.png").write_bytes(png((5, 5)))
         return path
 
@@ -220,7 +220,21 @@ def test_values_of_the_assessments_are_numpys(make_run):
         f"{one:#.3g}" for one in np.percentile(np.linspace(0.1, 0.4, 30), (5, 25, 50, 75, 95))
     ]
     expected += [f"{one:.2f}".replace("-", "−") for one in np.percentile(epsilon, (5, 50, 95))]
-    assert " ".join(["2 7 30", *expected, "1.00 0.88"]) in Parser(written(run)).text
+    text = Parser(written(run)).text
+    assert " ".join(["2 7 30", *expected, "1.00 1.00 to 1.00 0.88"]) in text
+    assert "Images of largest and smallest D" in text and "ardest" not in text
+
+
+@pytest.mark.parametrize("labels", [(), ("bone", "cyst")])
+def test_a_page_says_where_difficulty_is_not_ordered_by_error(make_run, labels):
+    rows = IMAGES * (len(labels) or 1)
+    run = make_run(labels=labels, dice=np.linspace(0.3, 0.9, rows))
+    text = Parser(written(run)).text
+    for name in [f"D of {label}" for label in labels] or ["D"]:
+        assert (
+            f"correlation of {name} with 1 - Dice: -1.00 (95 % interval -1.00 to -1.00, 30 images)"
+            f": {name} is not ordered by error; see `polyseg schedule validity`" in text
+        )
 
 
 def test_the_worst_images_come_first_and_what_is_undefined_last(make_run):
@@ -328,7 +342,7 @@ def test_nothing_outside_the_run_is_read(make_run, tmp_path):
 
 def test_links_within_a_run_are_followed(make_run):
     run = make_run()
-    (run / "figures/again.png").symlink_to("overlays_hardest.png")
+    (run / "figures/again.png").symlink_to("overlays_largest_d.png")
     page = Parser(written(run))
     assert not page.all("aside")
     assert "figures/again.png" in page.text

@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
         # With figures, for which the first process looks at images when the others are gone.
         command = [*training(run.path, constant, "output.figures=true"), *which]
         assert together.run(count, *command, log=tmp_path / "log") == 0
-    assert (run.figures / "overlays_hardest.png").is_file()
+    assert (run.figures / "overlays_largest_d.png").is_file()
     assert "processes 2 -> 1" in (tmp_path / "log").read_text()
     whole = tmp_path / "whole"
     assert together.run(1, *training(whole, constant), log=tmp_path / "log") == 0

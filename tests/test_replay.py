@@ -41,6 +41,9 @@ def test_a_replay_equals_its_original_bit_for_bit(tiny, statistics):
     np.testing.assert_array_equal(one.epsilon, other.epsilon)
     assert one.assessed.tolist() == other.assessed.tolist() == [-1, 1, 1, 3, 3]
     assert len(np.unique(one.epsilon)) > 5
+    for name in ("group", "statistics"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert (one.group[1:] >= 0).all() and len(one.statistics) > 1
     assert not (again.path / "uncertainty").exists()
     without = [{k: v for k, v in row.items() if k != "assessed"} for row in history_of(original)]
     assert without == [
@@ -57,6 +60,9 @@ def test_an_arm_trains_another_network_on_the_same_epsilons(tiny):
         assert not np.array_equal(used, recorded)
         np.testing.assert_array_equal(used, read_schedule(run.replay).epsilon)
         np.testing.assert_allclose(used.mean(axis=1), recorded.mean(axis=1), atol=1e-6)
+        # The statistics do not give these epsilons.
+        for path in (run.schedule, run.replay):
+            assert read_schedule(path).group is None and read_schedule(path).statistics is None
         with pytest.raises(AssertionError):
             assert_same_weights(weights_of(original), weights_of(run))
 
@@ -149,6 +155,11 @@ def test_columns_are_put_in_the_order_of_the_run():
     assert fitted.ids == ["image 1", "image 1", "image 0", "image 0"]
     assert fitted.labels == ["y", "x", "y", "x"]
     np.testing.assert_allclose(fitted.epsilon, [[0.3, 0.2, 0.1, 0.0]])
+    explained = dataclasses.replace(
+        schedule, group=np.array([[0, 1, 2, -1]], np.int32), statistics=np.arange(6.0).reshape(3, 2)
+    )
+    fitted_too = fit_schedule(explained, ["image 1", "image 0"], ["y"], 1, 1, "file")
+    np.testing.assert_array_equal(fitted_too.percentile_and_sigma(), [[[np.nan] * 2, [2, 3]]])
     batch = epsilon_of_batch(fitted, ["image 0"], epoch=1, labels=2)
     np.testing.assert_allclose(batch, [0.1, 0.0])
     with pytest.raises(PolysegError, match="has no epsilon for z of image 0"):

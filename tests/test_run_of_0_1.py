@@ -96,6 +96,20 @@ def test_its_schedule_is_shown(polyseg, run):
     assert len(json.loads(answer.out)) == 2
 
 
+def test_statistics_that_it_did_not_record_are_said_to_be_missing(polyseg, run):
+    asked = ("schedule", "show", run, "--image", "phantom_0007")
+    assert "not recorded from epoch 2 to 4" in " ".join(polyseg(*asked).out.split())
+    rows = json.loads(polyseg(*asked, "--json").out)
+    assert [row["sigma"] for row in rows] == [row["normalised"] for row in rows] == [None, None]
+    polyseg("train", "--resume", "--accept-changes", "--out", run, "--epochs", "6")
+    rows = json.loads(polyseg(*asked, "--json").out)
+    known = {row["from_epoch"]: row["sigma"] is not None for row in rows}
+    assert known == {2: False, 4: False, 5: True, 6: True}
+    with h5py.File(run / "schedule.h5") as file:
+        assert (file["group"][:4] == -1).all() and (file["group"][4:] >= 0).all()
+        assert file.attrs["schema"] == 3
+
+
 def test_its_difficulty_is_validated(polyseg, run):
     answer = polyseg("schedule", "validity", run, "--json")
     assert answer.code == 0, answer.err

@@ -8,8 +8,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -66,8 +68,18 @@ def make_record(difficulties, epochs, *overrides, labels=None, **changes):
     config = load_config(overrides=[f"training.epochs={epochs}", *overrides])
     assessments = [assessment(e, d, labels, **changes) for e, d in difficulties.items()]
     n = len(assessments[0].ids)
-    epsilon = np.random.default_rng(9).random((epochs, n)).astype(np.float32)
-    schedule = Schedule(assessments[0].ids, np.arange(1, epochs + 1), epsilon, labels)
+    noise = np.random.default_rng(9)
+    epsilon = noise.random((epochs, n)).astype(np.float32)
+    # Statistics of two batches an epoch, the same for all labels.
+    group = 2 * np.arange(epochs)[:, None] + noise.integers(0, 2, (epochs, n))
+    schedule = Schedule(
+        assessments[0].ids,
+        np.arange(1, epochs + 1),
+        epsilon,
+        labels,
+        group=group.astype(np.int32),
+        statistics=noise.random((2 * epochs, 2)),
+    )
     return schedules.RunRecord("made", config, assessments, schedule, np.arange(epochs) / 10)
 
 
@@ -102,9 +114,9 @@ class TestOverview:
         assert math.isnan(rows[0]["spearman_previous"])
         assert rows[1]["spearman_previous"] == pytest.approx(stats.spearmanr(one, two).statistic)
         assert rows[2]["spearman_previous"] == pytest.approx(stats.spearmanr(two, three).statistic)
-        assert rows[0]["hardest_1"] == f"i{one.argmax()}"
-        assert rows[0]["easiest_1"] == f"i{one.argmin()}"
-        assert rows[0]["hardest_2"] == f"i{one.argsort()[-2]}"
+        assert rows[0]["largest_1"] == f"i{one.argmax()}"
+        assert rows[0]["smallest_1"] == f"i{one.argmin()}"
+        assert rows[0]["largest_2"] == f"i{one.argsort()[-2]}"
 
     def test_the_wrong_sign_is_that_of_the_epochs_that_went_by_the_assessment(self):
         rows = schedules.overview(self.record)  # shares 0, 0.1, ... of epochs 1, 2, ...
@@ -128,15 +140,15 @@ class TestOverview:
         ]
         dark = record.assessments[0].difficulty[1::2]
         assert rows[1]["difficulty_q50"] == np.median(dark)
-        assert rows[1]["hardest_1"] == f"i{dark.argmax()}"
+        assert rows[1]["largest_1"] == f"i{dark.argmax()}"
         assert rows[1]["epsilon_q50"] == pytest.approx(
             np.median(record.schedule.epsilon[1, 1::2]), rel=1e-6
         )
 
     def test_one_image_has_no_ranks_and_breaks_nothing(self):
         row = schedules.overview(make_record({1: np.array([0.3])}, 2))[0]
-        assert row["hardest_1"] == row["easiest_1"] == "i0" and row["sigma"] == 0
-        assert "hardest_2" not in row
+        assert row["largest_1"] == row["smallest_1"] == "i0" and row["sigma"] == 0
+        assert "largest_2" not in row
 
 
 TWO_RANKINGS = {1: np.array([0.1, 0.3, 0.3, 0.2, 0.5]), 3: np.array([0.5, 0.4, 0.3, 0.2, 0.1])}
@@ -146,21 +158,45 @@ class TestImageHistory:
     def test_rank_and_percentile_are_those_of_scipy(self):
         record = make_record(TWO_RANKINGS, 4)
         for i in range(5):
-            for row, difficulty in zip(
-                schedules.image_history(record, f"i{i}"), TWO_RANKINGS.values(), strict=True
-            ):
+            for row in schedules.image_history(record, f"i{i}"):
+                difficulty = TWO_RANKINGS[row["epoch"]]
                 assert row["rank"] == stats.rankdata(-difficulty, method="min")[i]
                 middle = stats.rankdata(difficulty, method="average")[i] - 0.5
                 assert row["percentile"] == pytest.approx(100 * middle / 5)
 
     def test_the_numbers_are_those_of_the_files(self):
         record = make_record(TWO_RANKINGS, 3)
-        first, last = schedules.image_history(record, "i2")
-        assert first["epsilon"] == record.schedule.epsilon[1, 2] and math.isnan(last["epsilon"])
+        first, second, last = schedules.image_history(record, "i2")
+        assert (first["from_epoch"], first["to_epoch"], second["from_epoch"]) == (2, 2, 3)
+        assert first["epsilon"] == record.schedule.epsilon[1, 2]
+        assert second["epsilon"] == record.schedule.epsilon[2, 2]
+        for name in ("from_epoch", "difficulty_percentile", "sigma", "normalised", "epsilon"):
+            assert math.isnan(last[name])
         one = record.assessments[0]
         assert first["difficulty_se"] == one.scores_se["mutual_information"][2]
         assert first["dice"] == one.dice[2] and first["fallback"] == "none"
-        assert first["normalised"] == pytest.approx((0.3 - 0.3) / one.difficulty.std())
+        schedule = record.schedule
+        for epoch, row in ((2, first), (3, second)):
+            center, sigma = schedule.statistics[schedule.group[epoch - 1, 2]]
+            assert (row["difficulty_percentile"], row["sigma"]) == (center, sigma)
+            assert row["normalised"] == pytest.approx((0.3 - center) / (sigma + 1e-9))
+
+    def test_epochs_with_the_same_statistics_are_one_row(self):
+        record = make_record(TWO_RANKINGS, 5)
+        group = np.repeat(np.array([-1, 0, 0, 1, 2], np.int32)[:, None], 5, axis=1)
+        rows = schedules.image_history(
+            replace(record, schedule=replace(record.schedule, group=group)), "i0"
+        )
+        stretches = [(row["epoch"], row["from_epoch"], row["to_epoch"]) for row in rows]
+        assert stretches == [(1, 2, 3), (3, 4, 4), (3, 5, 5)]
+
+    def test_statistics_that_were_not_recorded_are_missing(self):
+        record = make_record(TWO_RANKINGS, 4)
+        old = replace(record, schedule=replace(record.schedule, group=None, statistics=None))
+        rows = schedules.image_history(old, "i0")
+        assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(2, 3), (4, 4)]
+        assert all(math.isnan(row["normalised"]) and math.isnan(row["sigma"]) for row in rows)
+        assert rows[0]["epsilon"] == old.schedule.epsilon[1, 0]
 
     def test_an_unknown_image_is_refused_with_its_neighbour(self):
         with pytest.raises(PolysegError, match=r"did you mean i2\?"):
@@ -171,7 +207,7 @@ class TestImageHistory:
     def test_there_is_a_row_a_label(self):
         record = make_record(random_difficulties((1, 2), 6), 3, labels=["a", "b"] * 3)
         rows = schedules.image_history(record, "i1")
-        assert [row["label"] for row in rows] == ["a", "b"] * 2
+        assert [row["label"] for row in rows] == ["a", "b", "a", "b"]
         assert rows[1]["epsilon"] == record.schedule.epsilon[1, 3]
         assert all(1 <= row["rank"] <= 3 for row in rows)
 
@@ -184,8 +220,14 @@ class TestTidy:
         for k, one in enumerate(record.assessments):
             mine = rows[5 * k : 5 * k + 5]
             assert [row["difficulty"] for row in mine] == one.difficulty.tolist()
-            expected = (one.difficulty - np.quantile(one.difficulty, 0.8)) / one.difficulty.std()
-            np.testing.assert_allclose([row["normalised"] for row in mine], expected, rtol=1e-6)
+            for name in ("difficulty_percentile", "sigma", "normalised"):
+                assert math.isnan(mine[0][name]) is (k == 1)  # no epoch followed
+        schedule = record.schedule
+        center, sigma = schedule.statistics[schedule.group[1]].T
+        expected = (record.assessments[0].difficulty - center) / (sigma + 1e-9)
+        np.testing.assert_allclose([row["normalised"] for row in rows[:5]], expected, rtol=1e-12)
+        assert [row["difficulty_percentile"] for row in rows[:5]] == center.tolist()
+        assert [row["sigma"] for row in rows[:5]] == sigma.tolist()
         assert [row["epsilon"] for row in rows[:5]] == record.schedule.epsilon[1].tolist()
         assert all(math.isnan(row["epsilon"]) for row in rows[5:])
 
@@ -449,6 +491,81 @@ def runs(tmp_path_factory):
     return folder
 
 
+def by_hand(run):
+    """Return the recorded epsilons of adapted epochs and what eq. 11 and 12 give, (E, n) each.
+
+    By h5py and NumPy alone, from the files of a run.
+    """
+    assessments = {}
+    for path in (run / "uncertainty").glob("epoch_*.h5"):
+        with h5py.File(path) as file:
+            assessments[int(path.stem[6:])] = file["difficulty"][:]
+    with h5py.File(run / "schedule.h5") as file:
+        adapted = file["assessed"][:] >= 0
+        difficulty = np.stack([assessments[epoch] for epoch in file["assessed"][:][adapted]])
+        epsilon, group = file["epsilon"][:][adapted], file["group"][:][adapted]
+        percentile, sigma = file["statistics"][:][group].transpose(2, 0, 1)
+    control = yaml.safe_load((run / "config.yaml").read_text())["control"]
+    low, high = control["epsilon_min"], control["epsilon_max"]
+    normalised = (difficulty - percentile) / (sigma + control["delta"])
+    return epsilon, low + (high - low) / (1 + np.exp(-control["sensitivity"] * normalised))
+
+
+ADAPTIVE = ("batch", "early", "labels", "labels-dataset")
+
+
+class TestStatistics:
+    """Of eq. 11, as training used them."""
+
+    @pytest.mark.parametrize("name", ADAPTIVE)
+    def test_every_epsilon_follows_from_the_files(self, runs, name):
+        epsilon, expected = by_hand(runs / name)
+        largest = np.abs(epsilon - expected).max()
+        print(f"{name}: {epsilon.size} epsilons, largest difference {largest:.2g}")
+        assert np.ptp(epsilon) > 0.1 and largest <= 1e-6
+
+    @pytest.mark.parametrize("name", ["batch", "labels"])
+    def test_they_are_those_of_the_batch(self, runs, name):
+        """Images of one number were a batch: D_pct and sigma are their median and deviation."""
+        record = job.read_record(runs / name)
+        difficulty = {one.epoch: one.difficulty for one in record.assessments}
+        schedule, labels = record.schedule, len(record.labels)
+        seen = 0
+        for assessed, groups in zip(schedule.assessed, schedule.group, strict=True):
+            for group in set(groups[groups >= 0]) if assessed >= 0 else ():
+                members = np.flatnonzero(groups == group)
+                assert len(members) <= record.config.training.batch_size
+                assert len(set(members % labels)) == 1
+                d = difficulty[assessed][members]
+                expected = (np.quantile(d, 0.5), np.sqrt(np.mean((d - d.mean()) ** 2)))
+                np.testing.assert_allclose(schedule.statistics[group], expected, rtol=1e-12)
+                seen += len(members)
+        assert seen == (schedule.assessed >= 0).sum() * len(schedule.ids) > 0
+
+    def test_a_data_set_has_one_pair_for_each_assessment_and_label(self, runs):
+        schedule = read_schedule(runs / "labels-dataset/schedule.h5")
+        record = job.read_record(runs / "labels-dataset")
+        fed = [one for k, one in enumerate(record.assessments) if record.fed(k).any()]
+        expected = [
+            (np.median(d), d.std())
+            for one in fed
+            for d in (one.difficulty[0::2], one.difficulty[1::2])
+        ]
+        np.testing.assert_allclose(schedule.statistics, expected, rtol=1e-12)
+
+    @pytest.mark.parametrize("name", ADAPTIVE)
+    def test_checkpoint_and_file_hold_the_same(self, runs, name):
+        of_file = read_schedule(runs / name / "schedule.h5")
+        of_checkpoint = read_checkpoint(RunDirectory(runs / name).last).schedule
+        for one in ("group", "statistics", "epsilon"):
+            np.testing.assert_array_equal(getattr(of_file, one), getattr(of_checkpoint, one))
+        assert ((of_file.group >= 0).all(axis=1) == (of_file.assessed >= 0)).all()
+
+    def test_a_constant_epsilon_has_none(self, runs):
+        with h5py.File(runs / "dice/schedule.h5") as file:
+            assert "group" not in file and "statistics" not in file
+
+
 def two_labels(folder):
     """Write a set of images with a bright disc of label 1 and a dark one of label 2."""
     for part in ("images", "masks"):
@@ -467,9 +584,6 @@ def two_labels(folder):
     return folder
 
 
-ADAPTIVE = ("batch", "early", "labels", "labels-dataset")
-
-
 def rewrite_schedule(path, change):
     last = RunDirectory(path).last
     checkpoint = read_checkpoint(last)
@@ -486,6 +600,8 @@ class TestRealRuns:
         assert (new.ids, new.labels) == (old.ids, old.labels)
         assert np.array_equal(new.epochs, old.epochs)
         assert np.array_equal(new.assessed, old.assessed)
+        assert np.array_equal(new.group, old.group)
+        assert np.array_equal(new.statistics, old.statistics)
         assert all(row["largest_change"] == 0 for row in found.rows) and not found.notes
 
     def test_the_runs_are_what_they_are_meant_to_be(self, runs):
@@ -645,8 +761,29 @@ class TestCommands:
         identity = job.read_record(runs / "batch").schedule.ids[0]
         answer = polyseg("schedule", "show", runs / "batch", "--image", identity)
         assert answer.code == 0 and "rank" in answer.out and " ± " in answer.out
-        asked = ("schedule", "show", runs / "batch", "--image", identity, "--json")
-        assert [row["id"] for row in json.loads(polyseg(*asked).out)] == [identity] * 3
+        assert "epsilon differs from epoch to epoch" in " ".join(answer.out.split())
+        asked = ("schedule", "show", runs / "batch", "--image", identity)
+        rows = json.loads(polyseg(*asked, "--json").out)
+        # Assessed after epochs 1, 3 and 5 of 6; each batch has statistics of its own.
+        assert [row["from_epoch"] for row in rows] == [2, 3, 4, 5, 6]
+        assert [row["epoch"] for row in rows] == [1, 1, 3, 3, 5]
+        read = list(csv.DictReader(io.StringIO(polyseg(*asked, "--csv").out)))
+        assert [float(row["sigma"]) for row in read] == pytest.approx([r["sigma"] for r in rows])
+
+    def test_the_shown_numbers_of_an_image_give_its_epsilon(self, polyseg, runs):
+        """With a pocket calculator: the digits that are printed suffice for three of epsilon."""
+        for name in ("batch", "early", "labels", "labels-dataset"):
+            identity = job.read_record(runs / name).schedule.ids[0]
+            text = polyseg("schedule", "show", runs / name, "--image", identity).out
+            shown = [
+                [float(cell) for cell in line.replace(" ", "").split("│")[2:-1]]
+                for line in text.partition("D_norm")[2].splitlines()
+                if line.count("│") == 7
+            ]
+            assert shown
+            for d, center, sigma, normalised, epsilon in shown:
+                assert (d - center) / (sigma + 1e-9) == pytest.approx(normalised, abs=5e-3)
+                assert -0.4 + 1.4 / (1 + math.exp(-normalised)) == pytest.approx(epsilon, abs=1e-3)
         refused = polyseg("schedule", "show", runs / "batch", "--image", "nobody")
         assert refused.code == 2 and refused.err.startswith("error: --image nobody")
 

@@ -42,7 +42,7 @@ def test_bands_of_runs_of_unequal_length_share_the_axis():
     assert epsilon_bands(runs).axes[0].get_xlim()[1] > 8.5
 
 
-def test_the_map_puts_the_hardest_image_on_top():
+def test_the_map_puts_the_image_of_largest_difficulty_on_top():
     epsilon, difficulty = noise(4, 6), noise(6, seed=1)
     figure = epsilon_map(
         np.arange(1, 5), epsilon, difficulty, limits=(-0.4, 1.0), assessed=[0, 2, 9]

@@ -12,10 +12,12 @@ from scipy import stats
 from polyseg.errors import PolysegError
 from polyseg.statistics import (
     Interval,
+    RankCorrelation,
     adjust_together,
     holm,
     mean_interval,
     paired_difference,
+    rank_correlation,
     seed_spread,
     stars,
     terciles,
@@ -434,3 +436,57 @@ def test_without_anything_defined_nothing_is(shape):
     assert math.isnan(spread.mean)
     assert math.isnan(spread.deviation_over_seeds)
     assert math.isnan(spread.deviation_over_images)
+
+
+# Rank correlations.
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_scipy_but_wider():
+    """SciPy's, of the ranks, has the standard error 1 / sqrt(n - 3) for z."""
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=40)
+    y = 0.6 * x + generator.normal(size=40)
+    found = rank_correlation(x, y)
+    plain = stats.pearsonr(stats.rankdata(x), stats.rankdata(y))
+    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    wider = math.sqrt(1 + found.value**2 / 2)
+    for end, theirs in zip(found.interval, plain.confidence_interval(0.95), strict=True):
+        z, middle = math.atanh(theirs), math.atanh(found.value)
+        assert end == pytest.approx(math.tanh(middle + wider * (z - middle)))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_intervals_of_rank_correlations_hold_their_level(rho):
+    """Of two normal variables, whose Spearman correlation is known, in 1000 draws."""
+    truth = 6 / math.pi * math.asin(rho / 2)
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        x, noise = generator.normal(size=(2, 60))
+        low, high = rank_correlation(x, rho * x + math.sqrt(1 - rho**2) * noise).interval
+        inside += low <= truth <= high
+    assert 930 <= inside <= 975
+
+
+def test_few_images_have_no_interval():
+    x = np.array([1.0, 2.0, 3.0, np.nan, 5.0])
+    found = rank_correlation(x, np.array([1.0, 2.0, 4.0, 3.0, np.nan]))
+    assert found.images == 3 and found.value == 1 and undefined(found.interval)
+    assert undefined(rank_correlation(x, np.full(5, 0.5)).interval)
+    assert rank_correlation(-np.arange(6.0), np.arange(6.0)).interval == (-1, -1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "order"),
+    [
+        (-0.6, -0.2, "not ordered by error"),
+        (-0.6, 0.09, "not ordered by error"),
+        (-0.1, 0.1, "not shown to be ordered by error"),
+        (-0.3, 0.4, "not shown to be ordered by error"),
+        (0.01, 0.09, "not ordered by error"),
+        (0.05, 0.4, ""),
+        (math.nan, math.nan, ""),
+    ],
+)
+def test_what_an_interval_says_of_the_order(low, high, order):
+    assert RankCorrelation(0.0, Interval(low, high), 20).order == order

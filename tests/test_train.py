@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +23,15 @@ from polyseg import train as room
 from polyseg.cache import read_assessment, read_schedule
 from polyseg.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.config import TrainingConfig
+from polyseg.control import Adapted
 from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.files import sha256_of_file
-from polyseg.jobs.training import plan, train
+from polyseg.jobs.training import _describe_data, plan, train
+from polyseg.montecarlo import describe_order
 from polyseg.networks import hash_weights
-from polyseg.run import RunDirectory
+from polyseg.run import HISTORY_COLUMNS, RunDirectory
+from polyseg.statistics import rank_correlation
 
 
 def run_of(config):
@@ -601,8 +605,9 @@ class Growing:
 
     assessment = None
 
-    def epsilon(self, ids):
-        return np.array([int(name[-1]) + label for name in ids for label in (0.0, 0.5)])
+    def adapt(self, ids):
+        epsilon = [int(name[-1]) + label for name in ids for label in (0.0, 0.5)]
+        return Adapted(np.array(epsilon), None)
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -862,3 +867,105 @@ def test_a_best_checkpoint_of_another_network_is_not_built(tiny):
     write_checkpoint(run.best, dataclasses.replace(best, config=config))
     with pytest.raises(PolysegError, match="is of another network than this run"):
         train(tiny("run"), resume=True)
+
+
+@pytest.fixture
+def _with_log(caplog):
+    """Log as commands do."""
+    caplog.set_level("INFO", "polyseg")
+
+
+def said_of_epochs(run):
+    lines = [line.partition(" INFO ")[2] for line in run.log.read_text().splitlines()]
+    return [line for line in lines if re.match(r"epoch \d+/\d+  ", line)]
+
+
+@pytest.mark.usefixtures("_with_log")
+def test_epochs_are_told_without_an_epsilon_that_is_the_constant(tiny):
+    adaptive = said_of_epochs(run_of(tiny("run", "control.start=2")))
+    assert ["ε" in line for line in adaptive] == [False, False, True]
+    plain = said_of_epochs(run_of(tiny("dice", "loss.name=dice")))
+    assert len(plain) == 3 and not any("ε" in line for line in plain)
+    replayed = said_of_epochs(run_of(tiny("again", f"control.replay={tiny('run').output.path}")))
+    assert ["ε" in line for line in replayed] == [False, False, True]
+    alone = said_of_epochs(run_of(tiny("alone", "data.split=[1, 0, 0]")))
+    assert len(alone) == 3 and not any("Dice" in line for line in alone)
+
+
+@pytest.mark.usefixtures("_with_log")
+def test_the_best_epoch_so_far_is_marked(tiny):
+    run = run_of(tiny())
+    best, marked = -1.0, []
+    for row in history_of(run):
+        marked.append(float(row["validation_dice"]) > best)
+        best = max(best, float(row["validation_dice"]))
+    assert [" best" in line for line in said_of_epochs(run)] == marked and marked[0]
+
+
+def test_the_longest_line_of_an_epoch_fits_a_terminal():
+    """Of 80 columns, of which the time takes 6."""
+    row = dict.fromkeys(HISTORY_COLUMNS, 0.0)
+    row |= {"epoch": 1000, "train_loss": 0.98765, "validation_dice": 0.98765}
+    row |= {"epsilon_q05": -0.4987, "epsilon_q95": 9.876, "seconds_train": 9876.5}
+    trainer = SimpleNamespace(
+        best_epoch=1000,
+        assessed=[5],
+        split={"val": ["a"]},
+        config=SimpleNamespace(training=SimpleNamespace(epochs=1000)),
+    )
+    line = room._epoch_line(row, trainer)
+    expected = "epoch 1000/1000  loss 0.988  val Dice 0.988 best  ε -0.50 to 9.88  9876 s"
+    assert line == expected and len(line) <= 74
+
+
+def test_a_run_says_what_the_data_became(tiny, tmp_path):
+    sizes = {"a": (40, 60), "b": (30, 30), "c": (64, 64), "d": (64, 64)}
+    images = arrays_as_set(
+        list(sizes),
+        [np.zeros((8, 8), np.uint8)] * 4,
+        [np.ones((8, 8), np.uint8)] * 4,
+        tiny().data,
+    )
+    items = [
+        dataclasses.replace(item, original_size=sizes[item.id], group=group)
+        for item, group in zip(images.items, ("x", "x", "y", None), strict=True)
+    ]
+    images = dataclasses.replace(images, items=items)
+    split = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+    config = tiny("run", f"data.path={tmp_path}").data
+    told = "4 images of 30 x 30 to 64 x 64 -> 8 x 8: 2 train, 1 val, 1 test; 2 groups"
+    assert _describe_data(images, split, config) == told
+    single = config.model_copy(update={"group": "(.)"})
+    assert _describe_data(images, split, single).endswith("; 4 groups")
+
+
+@pytest.mark.usefixtures("_with_log")
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ((), "16 phantoms of 32 x 32: 11 train, 3 val, 2 test"),
+        (("data.fit=tile",), "16 phantoms of 128 x 128 -> tiles of 32 x 32: 11 train"),
+    ],
+)
+def test_a_log_begins_with_what_the_data_became(tiny, settings, told):
+    log = run_of(tiny("run", "training.epochs=1", *settings)).log.read_text()
+    assert log.count(told) == 1
+
+
+@pytest.mark.usefixtures("_with_log")
+def test_each_assessment_and_the_end_say_whether_difficulty_is_ordered_by_error(tiny):
+    config = tiny()
+    outcome = train(config)
+    run = RunDirectory(Path(config.output.path))
+    log = run.log.read_text()
+    for name in read_checkpoint(run.last).assessments:
+        (line,) = describe_order(read_assessment(run.path / "uncertainty" / name))
+        assert "95 % interval" in line and line in log
+    assert outcome.notes == [line]
+    assert outcome.correlations[0]["95 % interval"] == pytest.approx(
+        list(
+            rank_correlation(
+                (last := read_assessment(run.path / "uncertainty" / name)).difficulty, 1 - last.dice
+            ).interval
+        )
+    )

@@ -74,7 +74,7 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
             show_path=False,
             show_level=False,
             highlighter=None,
-            log_time_format="%H:%M:%S",
+            log_time_format="%H:%M",
         )
         if console.is_terminal
         else _PlainHandler()

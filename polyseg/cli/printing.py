@@ -1,6 +1,7 @@
 """What a command found, on stdout: as tables for people, or as JSON."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
             "files": [str(path) for path in outcome.files],
             "evaluation": None if found is None else forms.summary(found),
             "correlations": list(outcome.correlations),
+            "notes": list(outcome.notes),
         }
         print(json.dumps(without_nan(record), indent=2))
         return
@@ -39,6 +41,8 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
             print_sheet(console, sheet)
     if outcome.correlations:
         print_correlations(console, outcome.correlations)
+    for note in outcome.notes:
+        console.print(note, highlight=False, markup=False)
     suffixes: dict[Path, list[str]] = {}
     for path in outcome.files:
         shown = path.relative_to(outcome.folder) if path.is_relative_to(outcome.folder) else path
@@ -92,9 +96,17 @@ def print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> N
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "metric" else "right")
     for row in rows:
-        cells = (value if isinstance(value, str) else f"{value:.3f}" for value in row.values())
-        table.add_row(*("-" if cell == "nan" else escape(cell) for cell in cells))
+        table.add_row(*map(_correlation, row.values()))
     console.print(table)
+
+
+def _correlation(value: Any) -> str:
+    """Return a name, a correlation or its interval as a cell."""
+    if isinstance(value, str):
+        return escape(value)
+    ends = value if isinstance(value, list) else [value]
+    known = all(math.isfinite(end) for end in ends)
+    return " to ".join(f"{end:.3f}" for end in ends) if known else "-"
 
 
 def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:

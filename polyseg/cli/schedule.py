@@ -35,7 +35,7 @@ Column = tuple[str, Callable[[Row], str]]
 """Its head, and what it shows of a row."""
 _ENDLESS = 100_000
 """Characters of a line that nothing breaks."""
-_WORDS = ("score", "hardest", "easiest", "fallback")
+_WORDS = ("score", "largest D", "smallest D", "fallback")
 
 
 @schedule_app.command("show")
@@ -44,7 +44,10 @@ def schedule_show(
     image: Annotated[
         str | None,
         typer.Option(
-            "--image", metavar="ID", help="The history of one image.", rich_help_panel=WHERE
+            "--image",
+            metavar="ID",
+            help="Show how the epsilons of this image follow from its difficulty.",
+            rich_help_panel=WHERE,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -66,14 +69,7 @@ def schedule_show(
     elif image is None:
         _print_overview(run, found)
     else:
-        columns = [
-            _whole("epoch"),
-            ("D ± its error", lambda row: _with_error(row["difficulty"], row["difficulty_se"])),
-            *(_whole("rank"), _number("percentile", ".1f"), _number("normalised", ".2f")),
-            *(_number("epsilon", ".3f"), _number("dice", ".3f", "Dice")),
-            ("fallback", lambda row: str(row["fallback"])),
-        ]
-        _print_table(f"{image} in {run}", columns, found.rows, found.notes)
+        _print_image(f"{image} in {run}", found)
 
 
 @schedule_app.command("plot")
@@ -227,13 +223,33 @@ def _print_overview(run: Path, found: "Findings") -> None:
     ]
     extreme = [
         _whole("epoch"),
-        ("hardest", lambda row: str(row["hardest_1"])),
-        ("easiest", lambda row: str(row["easiest_1"])),
+        ("largest D", lambda row: str(row["largest_1"])),
+        ("smallest D", lambda row: str(row["smallest_1"])),
     ]
     _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows)
     _print_table(f"{run}: how the order of the images lasts", lasting, found.rows)
     title = f"{run}: the images of largest and smallest D"
     _print_table(title, extreme, found.rows, found.notes, whole=True)
+
+
+def _print_image(title: str, found: "Findings") -> None:
+    """Print what each assessment said of an image, and the numbers of eq. 11 and 12."""
+    assessed = [
+        _whole("epoch"),
+        ("D ± its error", lambda row: _with_error(row["difficulty"], row["difficulty_se"])),
+        *(_whole("rank"), _number("percentile", ".1f"), _number("dice", ".3f", "Dice")),
+        ("fallback", lambda row: str(row["fallback"])),
+    ]
+    followed = [
+        ("epochs", lambda row: _stretch(row["from_epoch"], row["to_epoch"])),
+        *(_number("difficulty", "#.6g", "D"), _number("difficulty_percentile", "#.6g", "D_pct")),
+        *(_number("sigma", "#.6g"), _number("normalised", ".4f", "D_norm")),
+        _number("epsilon", ".4f"),
+    ]
+    rows = {(row["epoch"], row.get("label")): row for row in found.rows}
+    _print_table(f"{title}: each assessment", assessed, list(rows.values()))
+    met = [row for row in found.rows if math.isfinite(row["from_epoch"])]
+    _print_table(f"{title}: from D to epsilon", followed, met, found.notes)
 
 
 def _print_table(

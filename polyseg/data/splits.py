@@ -105,6 +105,15 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     ]
 
 
+def count_groups(members: Sequence[Member], config: DataConfig) -> int:
+    """Return how many groups the images form; 0 where none has one.
+
+    >>> count_groups([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
+    1
+    """
+    return len({member.group for member in _all_grouped(members, config.group)} - {None})
+
+
 def divide(
     members: Sequence[Member], shares: Sequence[float], config: DataConfig
 ) -> list[list[str]]:

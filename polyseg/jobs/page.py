@@ -14,6 +14,7 @@ from polyseg import __version__
 from polyseg.errors import PolysegError
 from polyseg.files import short_names, write_text
 from polyseg.folders import refuse_existing
+from polyseg.montecarlo import describe_order
 from polyseg.page.document import (
     Block,
     Folded,
@@ -50,8 +51,8 @@ from polyseg.page.results import (
     rules,
 )
 from polyseg.page.runfiles import EvaluationFiles, RunFiles, read_evaluation, read_run
-from polyseg.ranks import spearman
 from polyseg.records import Assessment, Progress, no_progress
+from polyseg.statistics import RankCorrelation, rank_correlation
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def page_of(
         "Settings": _settings(runs),
         "Training": _training(runs),
         "Difficulty and ε": _each(runs, _difficulty),
-        "Hardest and easiest images": _each(runs, _extremes),
+        "Images of largest and smallest D": _each(runs, _extremes),
         "Test images": _each(runs, _tests),
         "How it was made": [*_machines(runs), *_each(runs, _command)],
     }
@@ -294,7 +295,9 @@ def _training(runs: Sequence[RunFiles]) -> list[Block]:
 
 def _difficulty(run: RunFiles) -> list[Block]:
     blocks = _gallery(difficulty_pictures(run))
-    return [*blocks, _assessments(run)] if run.assessments else blocks
+    if not run.assessments:
+        return blocks
+    return [*blocks, _assessments(run), *map(Text, describe_order(run.assessments[-1]))]
 
 
 def _assessments(run: RunFiles) -> Table:
@@ -311,7 +314,8 @@ def _assessments(run: RunFiles) -> Table:
     return Table(
         f"Assessments of {run.name}: percentiles of the difficulty D ({metric}) over the training "
         "images and of the ε of the epoch that followed, Spearman's correlation ρ of D with "
-        "1 − Dice, and the rank correlation that D is expected to have with endless passes.",
+        "1 − Dice and its 95 % interval, and the rank correlation that D is expected to have with "
+        "endless passes.",
         [*head, "ρ with 1 − Dice", "rank stability"],
         rows,
     )
@@ -329,9 +333,14 @@ def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: boo
         str(len(one.ids)),
         *_percentiles(one.difficulty, _QUANTILES, "#.3g"),
         *_percentiles(followed, _QUANTILES[::2], ".2f"),
-        number(spearman(one.difficulty, 1 - one.dice), 2),
+        _with_interval(rank_correlation(one.difficulty, 1 - one.dice)),
         number(one.rank_stability.get(one.metric), 2),
     ]
+
+
+def _with_interval(found: RankCorrelation) -> str:
+    value, *ends = (number(one, 2) for one in (found.value, *found.interval))
+    return value if DASH in ends else f"{value}\n{' to '.join(ends)}"
 
 
 def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:

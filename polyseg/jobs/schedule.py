@@ -78,21 +78,22 @@ def read_record(path: Path) -> RunRecord:
 
 
 def show(path: Path, image: str | None = None) -> Findings:
-    """Return a row an assessment, or what each said of one image.
+    """Return a row for each assessment, or how the epsilons of one image followed from its D.
 
     Raises:
         PolysegError: there is no such run or image.
     """
     record = read_record(path)
     rows = schedules.overview(record) if image is None else schedules.image_history(record, image)
+    if image is not None:
+        return Findings(rows, _notes_on_equations(record))
     notes = []
     if record.config.control.statistics == "batch":
-        what = "D_pct and sigma" if image is None else "the normalised D"
         notes.append(
-            f"{what}: over all training images; eq. 11 went by those of each batch "
-            "(control.statistics=batch), which differ from step to step"
+            "D_pct and sigma: over all training images; eq. 11 uses those of each batch "
+            "(control.statistics=batch), which --image shows"
         )
-    if len(record.labels) > 1 and image is None:
+    if len(record.labels) > 1:
         notes.append("wrong sign: over all labels together")
     return Findings(rows, notes)
 
@@ -218,6 +219,30 @@ def _committed_schedule(
     if checkpoint.schedule is None:
         raise PolysegError(f"{run.last}: holds no schedule of its {epoch} epochs")
     return checkpoint.schedule
+
+
+def _notes_on_equations(record: RunRecord) -> list[str]:
+    """Return eq. 11 and 12 with the settings of a run, and which statistics they used."""
+    control = record.config.control
+    span = control.epsilon_max - control.epsilon_min
+    notes = [
+        f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), pct = {control.percentile:g}",
+        f"eq. 12: epsilon = {control.epsilon_min:g} + {span:g} / "
+        f"(1 + exp(-{control.sensitivity:g} D_norm))",
+        "D_pct and sigma: of the batch that the image was in (control.statistics=batch), so "
+        "epsilon differs from epoch to epoch"
+        if control.statistics == "batch"
+        else "D_pct and sigma: of all training images (control.statistics=dataset)",
+    ]
+    schedule = record.schedule
+    known = np.isfinite(schedule.percentile_and_sigma()).all(axis=(1, 2))
+    lacking = schedule.epochs[~known & (schedule.epochs > record.assessments[0].epoch)]
+    if lacking.size:
+        notes.append(
+            f"not recorded from epoch {lacking[0]} to {lacking[-1]}, by an older polyseg: D_pct "
+            "and sigma; epsilon there is that of the first epoch of the row"
+        )
+    return notes
 
 
 def _warn_of_another_origin(record: RunRecord) -> None:

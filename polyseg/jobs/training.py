@@ -11,10 +11,11 @@ import numpy as np
 from polyseg import report, results
 from polyseg.cache import read_schedule, write_schedule
 from polyseg.checkpoints import Checkpoint, read_checkpoint
-from polyseg.config import POLYDICE_LOSSES, Config, TrainingConfig
-from polyseg.data.dataset import ImageSet
+from polyseg.config import POLYDICE_LOSSES, Config, DataConfig, TrainingConfig
+from polyseg.data.cases import counted
+from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.loading import load_images
-from polyseg.data.splits import PARTS, Split
+from polyseg.data.splits import PARTS, Split, count_groups
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluate import Evaluation
 from polyseg.inference import choose_device
@@ -22,6 +23,7 @@ from polyseg.jobs.models import new_split, split_of_run
 from polyseg.jobs.testing import score
 from polyseg.jobs.uncertainty import draw_extremes
 from polyseg.memory import keep_freed_memory
+from polyseg.montecarlo import describe_order
 from polyseg.processes import ALONE, PATIENCE, Processes, together
 from polyseg.records import Progress, Schedule, no_progress
 from polyseg.replay import fit_schedule, replay_arm
@@ -361,9 +363,8 @@ class _LogFile:
 
 def _log_start(trainer: Trainer) -> None:
     config, images, split = trainer.config, trainer.images, trainer.split
-    counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
-    what = "demo phantoms" if config.data.path == "demo" else config.data.path
-    log.info("%s: %s images; run folder %s", what, counts, trainer.run.path)
+    log.info("%s", _describe_data(images, split, config.data))
+    log.info("run folder %s", trainer.run.path)
     if config.control.replay is not None:
         arm = config.control.replay_arm
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
@@ -378,6 +379,30 @@ def _log_start(trainer: Trainer) -> None:
             config.loss.name,
             config.loss.smooth,
         )
+
+
+def _describe_data(images: ImageSet, split: Split, config: DataConfig) -> str:
+    """Return in a line what became of the data: sizes, images of each part, groups."""
+    items = [images.item(identity) for part in PARTS for identity in split[part]]
+    what = counted(len(items), "phantom" if config.path == "demo" else "image")
+    size = _range_of([item.original_size for item in items])
+    if images.tiling is not None:
+        size += f" -> tiles of {_range_of([images.tiling.size])}"
+    elif any(item.size != item.original_size for item in items):
+        size += f" -> {_range_of([item.size for item in items])}"
+    counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
+    groups = count_groups([member_of(item) for item in items], config)
+    return f"{what} of {size}: {counts}" + (f"; {counted(groups, 'group')}" if groups else "")
+
+
+def _range_of(sizes: Sequence[tuple[int, int]]) -> str:
+    """Return the smallest and the largest size by area.
+
+    >>> _range_of([(96, 64), (512, 640), (96, 64)])
+    '96 x 64 to 512 x 640'
+    """
+    ends = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    return " to ".join(dict.fromkeys(f"{h} x {w}" for h, w in (ends[0], ends[-1])))
 
 
 def _best_of(trainer: Trainer) -> Checkpoint:
@@ -408,15 +433,17 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
         evaluation = Evaluation(score(run.path.name, best, images, ids, size, progress=progress))
         files += results.write_evaluation(evaluation, run.evaluation, figures=config.output.figures)
     correlations: list[dict[str, Any]] = []
+    notes: list[str] = []
     if trainer.assessments:
         assessments = report.read_assessments(run, trainer.assessments)
         correlations = report.difficulty_correlations(assessments[-1], images.known_difficulty)
         report.log_correlations(correlations)
+        notes = describe_order(assessments[-1])
         if config.output.figures:
             files += report.draw_assessment(assessments[-1], run.figures)
             files += report.draw_difficulties(assessments, run.figures)
             files += draw_extremes(trainer.network, config, images, assessments[-1], run.figures)
     if config.output.figures:
         files += report.draw_history(trainer.history, run.figures)
-        files += report.draw_schedule(np.stack(trainer.epsilons), config, run.figures)
-    return Outcome(run.path, files, evaluation, correlations)
+        files += report.draw_schedule(np.stack(trainer.recorder.epsilon), config, run.figures)
+    return Outcome(run.path, files, evaluation, correlations, notes)

@@ -16,7 +16,7 @@ from polyseg.files import write_text
 from polyseg.folders import moved, whole_folder
 from polyseg.inference import choose_device
 from polyseg.jobs.models import Model, images_for, open_model, passes_of, results_beside
-from polyseg.montecarlo import assess, describe, spread
+from polyseg.montecarlo import assess, describe, describe_order, spread
 from polyseg.networks import SegmentationNetwork, hash_weights
 from polyseg.processes import PATIENCE, together
 from polyseg.records import METRICS, Assessment, Progress, no_progress
@@ -74,7 +74,8 @@ def estimate_uncertainty(
             return Outcome(place, [])
         files = _write(assessment, model, images, folder)
     correlations = report.difficulty_correlations(assessment, images.known_difficulty)
-    return Outcome(place, moved(files, folder, place), correlations=correlations)
+    notes = describe_order(assessment)
+    return Outcome(place, moved(files, folder, place), correlations=correlations, notes=notes)
 
 
 def _write(assessment: Assessment, model: Model, images: ImageSet, folder: Path) -> list[Path]:
@@ -96,7 +97,7 @@ def draw_extremes(
     assessment: Assessment,
     folder: Path,
 ) -> list[Path]:
-    """Draw the hardest and the easiest images of an assessment.
+    """Draw the images of largest and of smallest D of an assessment.
 
     Their maps are measured anew, with the network as it is now, which may have trained on since.
     """
@@ -109,7 +110,7 @@ def draw_extremes(
     shown = min(config.output.overlays, len(order))
     labels = assessment.labels or [""] * len(order)
     files = []
-    for title, rows in (("hardest", order[:shown]), ("easiest", order[::-1][:shown])):
+    for which, rows in (("largest", order[:shown]), ("smallest", order[::-1][:shown])):
         if len(rows) == 0:
             continue
         again = assess(
@@ -122,8 +123,8 @@ def draw_extremes(
         places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
         chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
         # Measured anew, they may stand in another order, and the figure goes by what it shows.
-        chosen.sort(key=lambda i: again.difficulty[i], reverse=title == "hardest")
-        path = folder / f"overlays_{title}"
-        heading = f"The {len(rows)} {title} images{since}"
+        chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
+        path = folder / f"overlays_{which}_d"
+        heading = f"The {len(rows)} images of {which} D{since}"
         files += report.draw_overlays(again, chosen, images, path, heading)
     return files

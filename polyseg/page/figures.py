@@ -27,11 +27,15 @@ from polyseg.records import Assessment, Schedule
 _LARGEST_DRAWING = 300_000
 _ONE_COLUMN = 1000
 """Pixels of width up to which a figure that is kept as a file was drawn for a column."""
+_OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
+_LARGEST = f"the images of the largest {_OVERLAYS}"
+_SMALLEST = f"the images of the smallest {_OVERLAYS}"
 _CAPTIONS = {
-    "overlays_hardest": "the images of the greatest difficulty D in the last assessment, with mask,"
-    " mean prediction and uncertainty",
-    "overlays_easiest": "the images of the least difficulty D in the last assessment, with mask, "
-    "mean prediction and uncertainty",
+    "overlays_largest_d": _LARGEST,
+    "overlays_smallest_d": _SMALLEST,
+    # Names of version 0.1.
+    "overlays_hardest": _LARGEST,
+    "overlays_easiest": _SMALLEST,
     "differences": "mean differences to the baseline with 95 % intervals by bootstrap over the "
     "images; stars tell of p after Holm's method",
     "comparison": "a point each test image; boxes show the quartiles, whiskers reach from 5 to "
@@ -109,13 +113,13 @@ def epsilon_of(schedule: Schedule, label: str) -> Any:
 def extreme_pictures(run: RunFiles) -> list[Picture]:
     """Return the figures of training that a run keeps as files, but those that are drawn anew.
 
-    That is those of the hardest and the easiest images, and what stands in for a damaged record.
+    That is those of the images of largest and smallest D, and what stands in for a damaged record.
     """
     drawn = {"curves": run.history, "epsilon": run.schedule, "difficulty": run.assessments}
     anew = tuple(f"figures/{kind}" for kind, source in drawn.items() if source)
     found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
-    # The hardest first, as they are what readers look for.
-    found.sort(key=lambda name: "hardest" not in name)
+    # The largest D first, as that is what readers look for.
+    found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]
 
 

@@ -112,7 +112,7 @@ def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure
 
     >>> blank = np.zeros((4, 6))
     >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
-    >>> figure = overlays([case], metric="entropy", title="the hardest")
+    >>> figure = overlays([case], metric="entropy", title="largest D")
     >>> [axes.get_title() for axes in figure.axes[:4]]
     ['image', 'mask', 'mean prediction', 'uncertainty']
     """
@@ -174,7 +174,7 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
 
     >>> blank = np.zeros((4, 6))
     >>> case = PredictionCase("a", blank, blank, [blank > 0], [1.0])
-    >>> figure = predictions([case], ["adaptive"], title="the hardest")
+    >>> figure = predictions([case], ["adaptive"], title="two images")
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['a', 'Dice 1.000']
     """

@@ -68,7 +68,7 @@ def epsilon_map(
     limits: tuple[float, float],
     assessed: Sequence[int] = (),
 ) -> Figure:
-    """Draw the epsilon of every image in every epoch, the hardest image at the end on top.
+    """Draw the epsilon of every image in every epoch, the largest D at the end on top.
 
     Args:
         epochs: (E,) from 1.
@@ -83,7 +83,7 @@ def epsilon_map(
     [[0.5], [0.0]]
     """
     figure = Figure(figsize=(ONE_COLUMN, 3.2))
-    axes = figure.add_subplot(ylabel="image (at the end hardest on top)")
+    axes = figure.add_subplot(ylabel="image (largest D at the end on top)")
     shown = axes.imshow(
         epsilon[:, np.argsort(-difficulty, kind="stable")].T,
         extent=(epochs[0] - 0.5, epochs[-1] + 0.5, len(difficulty) + 0.5, 0.5),

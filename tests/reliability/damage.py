@@ -180,7 +180,11 @@ def schedule(numbers: np.random.Generator) -> Schedule:
     epochs = np.arange(1, numbers.integers(2, 20))
     epsilon = numbers.random((len(epochs), len(ids)), dtype=np.float32)
     assessed = np.maximum(epochs - 3, -1) if numbers.random() < 0.5 else None
-    return Schedule(ids, epochs, epsilon, labels, assessed)
+    if numbers.random() < 0.5:
+        return Schedule(ids, epochs, epsilon, labels, assessed)
+    statistics = numbers.random((numbers.integers(1, 9), 2))
+    group = numbers.integers(-1, len(statistics), epsilon.shape, dtype=np.int32)
+    return Schedule(ids, epochs, epsilon, labels, assessed, group, statistics)
 
 
 # Damage that the readers of images do not know.
