@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.files import atomic_path, sha256_of_file
+from polyseg.ranks import FEWEST_JUDGED
 from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
 
 SCHEMA = 3
@@ -68,9 +69,10 @@ def write_assessment(path: Path, assessment: Assessment) -> str:
         file["difficulty"] = assessment.difficulty
         for name, values in assessment.scores.items():
             file[f"scores/{name}"] = values
-            if name in assessment.rank_stability:
+            if name in assessment.rank_stability and assessment.samples >= FEWEST_JUDGED:
                 file[f"scores/{name}"].attrs["rank_stability"] = assessment.rank_stability[name]
-        for name, values in assessment.scores_se.items():
+        judged = assessment.scores_se if assessment.samples >= FEWEST_JUDGED else {}
+        for name, values in judged.items():
             file[f"scores_se/{name}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
             file[column] = getattr(assessment, column)
@@ -97,14 +99,21 @@ def read_assessment(
     """
     with _reading(path, _ASSESSMENT, sha256) as file:
         ids, labels = _rows(file)
-        n = len(ids)
+        n, attributes = len(ids), _attributes(file)
+        scores = _columns(file, "scores", n)
+        if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros for what is not known.
+            measured = [name for name in METRICS if name in scores]
+            errors = {name: np.full(n, np.nan) for name in measured}
+            stability = dict.fromkeys(measured, float("nan"))
+        else:
+            errors, stability = _columns(file, "scores_se", n), _rank_stability(file)
         return Assessment(
-            **_attributes(file),
+            **attributes,
             ids=ids,
             labels=labels,
-            scores=_columns(file, "scores", n),
-            scores_se=_columns(file, "scores_se", n),
-            rank_stability=_rank_stability(file),
+            scores=scores,
+            scores_se=errors,
+            rank_stability=stability,
             foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
             fallback=_within(_column(file, "fallback", n, "i1"), 0, len(FALLBACKS) - 1),
             dice=_within(_column(file, "dice", n, "f8"), 0, 1, or_nan=True),

@@ -1,9 +1,10 @@
 """From pixels to one difficulty an image, and from difficulties to epsilons (section 3.4).
 
-The functions take NumPy arrays or torch tensors and answer in kind, in float64.
+The functions take NumPy arrays or torch tensors and return the same kind, in float64. Arrays of
+another shape than stated are a ValueError that prints the shapes.
 """
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ Array = TypeVar("Array", NDArray[np.float64], Tensor)
 Region = Literal["mask", "prediction", "union", "boundary", "image"]
 
 FALLBACKS = ("none", "prediction", "empty")
-"""What `select_region` had to do for an image, by code."""
+"""By code, what `select_region` took for an image: the region asked for; the prediction, because
+that region is empty; nothing, because the prediction is empty too."""
 
 
 def foreground_mean(pixel_map: Array, region: Array) -> Array:
@@ -31,6 +33,11 @@ def foreground_mean(pixel_map: Array, region: Array) -> Array:
     >>> foreground_mean(np.array([[[0.2, 0.4], [0.9, 0.9]]]), np.array([[[1, 1], [0, 0]]]))
     array([0.3])
     """
+    if len(pixel_map.shape) != 3 or pixel_map.shape != region.shape:
+        raise ValueError(
+            f"pixel map {tuple(pixel_map.shape)} and region {tuple(region.shape)} must have one "
+            "shape (B, H, W)"
+        )
     chosen = _numpy(region) > 0
     values = mean_by_image(_numpy(pixel_map)[chosen], chosen.nonzero()[0], len(chosen))
     return _like(values, pixel_map)
@@ -52,7 +59,11 @@ def mean_by_image(
     >>> mean_by_image(np.array([0.2, 0.4, 0.9]), np.array([0, 0, 2]), 3)
     array([0.3, 0. , 0.9])
     """
+    if np.ndim(values) != 1 or values.shape != image.shape:
+        raise ValueError(f"values {values.shape} and image {image.shape} must have one shape (n,)")
     total = np.bincount(image, weights=values, minlength=images)
+    if len(total) != images:
+        raise ValueError(f"image {image.shape} holds {len(total) - 1}, of {images} images from 0")
     mean: NDArray[np.float64] = total / np.bincount(image, minlength=images).clip(min=1)
     return mean
 
@@ -72,6 +83,8 @@ def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) 
     array([-1.225,  0.   ,  1.225])
     """
     values = np.asarray(difficulty, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"difficulty {values.shape} must be (n,) with n at least 1")
     found = percentile_and_sigma(values, percentile)
     return _like(normalise_by(values, *found, delta), difficulty)
 
@@ -115,6 +128,8 @@ def epsilon_from_difficulty(
     >>> epsilon_from_difficulty(np.array([-50.0, 0.0, 50.0]), -0.4, 1.0, 1.0)
     array([-0.4,  0.3,  1. ])
     """
+    if len(normalised.shape) != 1:
+        raise ValueError(f"normalised difficulties {tuple(normalised.shape)} must be (n,)")
     # tanh never overflows, and the clip keeps rounding inside the range.
     x = _float64(normalised) * (0.5 * sensitivity)
     share = 0.5 * (1 + (x.tanh() if isinstance(x, Tensor) else np.tanh(x)))
@@ -125,37 +140,52 @@ def epsilon_from_difficulty(
 def select_region(
     region: Region, mask: Tensor | None, mean: Tensor, *, boundary_width: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Return the pixels that count as foreground, and what had to be done to find some.
+    """Return the pixels that D is averaged over, and which images needed a fallback to have some.
 
-    Without a mask, or with an empty one, "mask" and "boundary" go by the prediction instead; where
-    that is empty too, nothing is chosen and D is 0: the network agrees that nothing is there.
+    Where the region of an image is empty, as "mask" of an empty mask and "boundary" of a mask that
+    fills the image are, the prediction takes its place: its region of that name, or if that is
+    empty too all of it. Where nothing is predicted either, nothing is chosen and D is 0.
 
     Args:
         region: "mask"; "prediction", mean >= 0.5; "union" of both; "boundary", the pixels within
             `boundary_width` of the mask's edge on either side; "image", all pixels.
-        mask: (B, H, W) in {0, 1}, or None.
+        mask: (B, H, W) in {0, 1}, or None, which counts as empty.
         mean: (B, H, W) mean prediction in [0, 1].
         boundary_width: pixels.
 
     Returns:
         (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`.
 
+    Raises:
+        ValueError: an unknown region, or other shapes.
+
     >>> mean = torch.tensor([[[0.9, 0.1]]])
     >>> select_region("mask", torch.zeros(1, 1, 2), mean)
     (tensor([[[ True, False]]]), tensor([1], dtype=torch.int8))
     """
+    if mean.ndim != 3 or (mask is not None and mask.shape != mean.shape):
+        given = None if mask is None else tuple(mask.shape)
+        raise ValueError(f"mask {given} and mean {tuple(mean.shape)} must have one shape (B, H, W)")
     predicted = mean >= 0.5
     truth = torch.zeros_like(predicted) if mask is None else mask > 0
-    fallback = torch.zeros(len(mean), dtype=torch.int8, device=mean.device)
-    if region in ("mask", "boundary"):
-        without_truth = ~truth.flatten(1).any(dim=1)
-        fallback[without_truth] = FALLBACKS.index("prediction")
-        outline = torch.where(without_truth[:, None, None], predicted, truth)
-        chosen = _edge_band(outline, boundary_width) if region == "boundary" else outline
+    if region == "mask":
+        tried = [truth, predicted]
+    elif region == "boundary":
+        tried = [*(_edge_band(one, boundary_width) for one in (truth, predicted)), predicted]
     elif region == "union":
-        chosen = truth | predicted
+        tried = [truth | predicted]
+    elif region == "prediction":
+        tried = [predicted]
+    elif region == "image":
+        tried = [torch.ones_like(predicted)]
     else:
-        chosen = predicted if region == "prediction" else torch.ones_like(predicted)
+        raise ValueError(f"region = {region!r}: choose one of {', '.join(get_args(Region))}")
+    chosen = tried[0]
+    fallback = torch.zeros(len(mean), dtype=torch.int8, device=mean.device)
+    for other in tried[1:]:
+        empty = ~chosen.flatten(1).any(dim=1)
+        fallback[empty] = FALLBACKS.index("prediction")
+        chosen = torch.where(empty[:, None, None], other, chosen)
     fallback[~chosen.flatten(1).any(dim=1)] = FALLBACKS.index("empty")
     return chosen, fallback
 

@@ -1,10 +1,14 @@
-"""The dropout of a network: which layers drop, and whether MC Dropout can steer all that do."""
+"""The dropout of a network: which layers drop, and whether MC Dropout controls all randomness."""
 
+import contextlib
 import inspect
+import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +21,10 @@ DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 _CHANGES_THE_MEAN = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPS_WITHIN = (nn.MultiheadAttention, nn.RNNBase)
+_WITHOUT_OTHER_RANDOMNESS = WeakSet[nn.Module]()
+_SEEDS, _SEEDS_IF_DRAWN = 5, 50
+"""Numbers of passes, each with a seed of its own, that are compared to find other randomness: the
+larger one where something is seen to be drawn, which at a small rate seldom changes a pass."""
 
 
 def stochastic_layers(network: nn.Module) -> dict[str, Any]:
@@ -67,10 +75,11 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
-    """Raise if training drops anything that MC Dropout would not drop alike.
+    """Raise if anything is random in training that MC Dropout would not repeat in its passes.
 
-    Two passes are tried, in training and in evaluation mode; modes, buffers and torch's random
-    stream are afterwards as they were before.
+    A pass in training and one in evaluation mode count what drops. Then passes with several seeds,
+    with the dropout layers in evaluation and all else in training mode, must give equal outputs.
+    Modes, buffers and the random streams of torch, NumPy and Python are afterwards as before.
 
     Args:
         network: any.
@@ -78,7 +87,8 @@ def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
 
     Raises:
         PolysegError: something is dropped outside a dropout layer, an active layer is skipped in
-            evaluation mode, or a layer's first dimension is not that of the images.
+            evaluation mode, a layer's first dimension is not that of the images, or something else
+            is random, such as stochastic depth by torch.bernoulli.
 
     >>> refuse_hidden_dropout(nn.Dropout(0.5), torch.zeros(2, 1, 4, 4))
     """
@@ -100,6 +110,78 @@ def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
         raise PolysegError(
             "network: none of its active dropout layers is run, so MC Dropout has nothing to sample"
         )
+    _refuse_other_randomness(network, images)
+
+
+def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
+    """Raise if passes in training mode differ by the seed while no dropout layer drops.
+
+    A network that passed is not tried again: training changes its weights, not what it draws.
+    """
+    if network in _WITHOUT_OTHER_RANDOMNESS:
+        return
+    expected, drawn = _pass_without_dropout(network, images, seed=0)
+    # Accelerators may add up in another order each time.
+    tolerance = 0.0 if images.device.type == "cpu" else 1e-5 * float(expected.abs().max())
+    for seed in range(1, _SEEDS_IF_DRAWN if drawn else _SEEDS):
+        found, _ = _pass_without_dropout(network, images, seed=seed)
+        # Weights that diverged give NaN, which is no randomness.
+        if (found - expected).nan_to_num().abs().max() > tolerance:
+            what = ", ".join(sorted(drawn)) or "a generator of its own"
+            raise PolysegError(
+                f"network: its output in training is random even with its dropout layers off, by "
+                f"{what}, which MC Dropout cannot steer; use nn.Dropout or nn.Dropout2d layers in "
+                "its place, or take it out"
+            )
+    _WITHOUT_OTHER_RANDOMNESS.add(network)
+
+
+def _pass_without_dropout(
+    network: nn.Module, images: Tensor, *, seed: int
+) -> tuple[Tensor, set[str]]:
+    """Return the output with dropout layers in evaluation and all else in training mode, and draws.
+
+    The output is flat, and the draws are the names of what drew random numbers. The network and the
+    random streams are afterwards as before.
+    """
+    with held_in_mode(network, training=True), _left_as_it_was(network, images.device):
+        for layer in stochastic_layers(network).values():
+            layer.eval()
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.manual_seed(seed)
+        with torch.no_grad(), _Draws(images.device) as draws:
+            output = _flat(network(images))
+    return output, draws.names
+
+
+def _flat(output: Any) -> Tensor:
+    """Return all numbers of an output, which in training may be several tensors."""
+    if isinstance(output, Tensor):
+        return output.flatten()
+    parts = output.values() if isinstance(output, Mapping) else output
+    return torch.cat([_flat(one) for one in parts])
+
+
+@contextlib.contextmanager
+def _left_as_it_was(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Give a network its buffers back, and torch, NumPy and Python their random streams."""
+    # Where normalisation layers keep the statistics that a pass in training moves.
+    buffers = [
+        (module._buffers, name, values, values.clone())
+        for module in network.modules()
+        for name, values in module._buffers.items()
+        if values is not None
+    ]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for owner, name, values, before in buffers:
+            owner[name] = values.copy_(before)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _count_calls(network: nn.Module, images: Tensor, *, training: bool) -> tuple[Counter[str], int]:
@@ -118,23 +200,54 @@ def _count_calls(network: nn.Module, images: Tensor, *, training: bool) -> tuple
         layer.register_forward_hook(lambda _m, _i, output, name=name: count(name, output))
         for name, layer in stochastic_layers(network).items()
     ]
-    # Where normalisation layers keep the statistics that a pass in training moves.
-    buffers = [(values, values.clone()) for values in network.buffers()]
-    devices = [images.device] if images.device.type == "cuda" else []
     try:
         with (
             held_in_mode(network, training=training),
-            torch.random.fork_rng(devices),
+            _left_as_it_was(network, images.device),
             torch.no_grad(),
             _DropoutCalls() as calls,
         ):
             network(images)
     finally:
-        for values, before in buffers:
-            values.copy_(before)
         for hook in hooks:
             hook.remove()
     return by_layer, calls.number
+
+
+class _Draws(TorchFunctionMode):
+    """Collects the names of what draws from the random streams of torch, NumPy and Python."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.names = device, set[str]()
+        self.python, self.numpy = random.getstate(), _numpy_state()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        before = self._state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(self._state(), before):
+            self.names.add(f"torch's {func.__name__}")
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if random.getstate() != self.python:
+            self.names.add("Python's random")
+        if _numpy_state() != self.numpy:
+            self.names.add("numpy.random")
+
+    def _state(self) -> Tensor:
+        state = torch.get_rng_state()
+        if self.device.type != "cuda":
+            return state
+        return torch.cat([state, torch.cuda.get_rng_state(self.device)])
+
+
+def _numpy_state() -> str:
+    # Its repr would leave out most of the keys.
+    return repr([np.asarray(part).tolist() for part in np.random.get_state()])  # noqa: NPY002
 
 
 class _DropoutCalls(TorchFunctionMode):

@@ -1,21 +1,27 @@
-"""Dice and its polynomial relatives as functions of (probability, mask, epsilon), image by image.
+"""Dice, PolyDice and t-vMF Dice as functions of probability, mask and epsilon, image by image.
 
 Notation: p the probabilities and y the mask of one image, flattened; a = ||p||, b = ||y||,
 q = <p, y>. Everything follows from these three sums, so the gradient with respect to p is a
 combination of p and y, and the maps are read once forward and once backward.
 
+Shapes: probability and mask have one shape, (B, H, W), (B, C, H, W) or (B, C, D, H, W). Without
+`per_channel` C is 1, and results are (B,). With `per_channel=True` each of the C channels of an
+image is a binary task of its own, and results are (B, C). Any other shape is a ValueError that
+prints the shapes, and so is a mask that holds anything but 0 and 1. A mask of dtype bool holds
+nothing else and is not searched; of other masks the search makes CUDA synchronise.
+
 Smoothing turns cos(theta) = q / (ab) into (2q + smooth) / (2ab + smooth) and s = 2ab / (a^2 + b^2)
 into (2ab + smooth) / (a^2 + b^2 + smooth). Their product is Dice with the same smoothing, so the
 identity Dice loss = 1 - s cos(theta) holds for every value of `smooth`.
 
-An empty mask (b = q = 0) then has cos(theta) = 1 and theta = 0, and Dice and PolyDice are
+An empty mask (b = q = 0) then has cos(theta) = 1 and theta = 0, and all losses of this module are
 1 - s = a^2 / (a^2 + smooth), with gradient 2 p smooth / (a^2 + smooth)^2: predictions are pushed
 towards zero, strongly only while a^2 is not far above `smooth`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,46 +33,63 @@ Scale = Literal["norms", "printed"]
 ScaleGradient = Literal["guarded", "full", "detached"]
 
 
-def dice_loss(probability: Tensor, mask: Tensor, *, smooth: float = 1e-6) -> Tensor:
+def dice_loss(
+    probability: Tensor, mask: Tensor, *, smooth: float = 1e-6, per_channel: bool = False
+) -> Tensor:
     """Return the Dice loss with squared denominator, 1 - 2q / (a^2 + b^2) (eq. 2).
 
     Args:
-        probability: (B, ...) in [0, 1].
-        mask: (B, ...) in {0, 1}, any dtype.
+        probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
+        mask: same shape, in {0, 1}, any dtype.
         smooth: added to the numerator and the denominator.
+        per_channel: return (B, C), a value for each channel; without it C must be 1.
 
     Returns:
-        (B,) in [0, 1], float32 or wider.
+        (B,), or (B, C) with `per_channel`, in [0, 1], float32 or wider.
 
-    >>> p, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1, 0], [1, 0]])
+    Raises:
+        ValueError: shapes, dtype or mask are not as above.
+
+    >>> p, y = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[[1, 0]], [[1, 0]]])
     >>> dice_loss(p, y, smooth=0.0)
     tensor([0., 1.])
     """
-    q, a2, b2 = _moments(probability, mask)
+    q, a2, b2 = _moments(probability, mask, per_channel)
     return 1 - (2 * q + smooth) / (a2 + b2 + smooth)
 
 
 def scale_and_angle(
-    probability: Tensor, mask: Tensor, *, scale: Scale = "norms", smooth: float = 1e-6
+    probability: Tensor,
+    mask: Tensor,
+    *,
+    scale: Scale = "norms",
+    smooth: float = 1e-6,
+    per_channel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return s and theta, the geometry of the Dice loss, 1 - s cos(theta) (eq. 3).
 
     Args:
-        probability: (B, ...) in [0, 1].
-        mask: (B, ...) in {0, 1}, any dtype.
+        probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
+        mask: same shape, in {0, 1}, any dtype.
         scale: "norms", s = 2ab / (a^2 + b^2), for which the identity holds, or "printed",
             s = 2q / (a^2 + b^2), as section 3.1.2 has it.
-        smooth: see the head of this room.
+        smooth: see the docstring of this module.
+        per_channel: return (B, C), a value for each channel; without it C must be 1.
 
     Returns:
-        s in [0, 1] and theta in [0, pi/2], each (B,). The derivative of theta is infinite at 0:
-        losses are built on theta squared, whose derivative is finite.
+        s in [0, 1] and theta in [0, pi/2], each (B,), or (B, C) with `per_channel`. The derivative
+        of theta is infinite at 0: losses are built on theta squared, whose derivative is finite.
 
-    >>> s, theta = scale_and_angle(torch.tensor([[0.5, 0.0]]), torch.tensor([[1, 0]]), smooth=0.0)
+    Raises:
+        ValueError: an unknown scale; shapes, dtype or mask are not as above.
+
+    >>> p, y = torch.tensor([[[0.5, 0.0]]]), torch.tensor([[[1, 0]]])
+    >>> s, theta = scale_and_angle(p, y, smooth=0.0)
     >>> s.item(), theta.item()
     (0.800000011920929, 0.0)
     """
-    s, cosine = _scale_and_cosine(probability, mask, scale=scale, smooth=smooth)
+    moments = _moments(probability, mask, per_channel)
+    s, cosine = _scale_and_cosine(moments, scale=scale, smooth=smooth)
     return s, torch.arccos(cosine.clamp(-1, 1))
 
 
@@ -79,6 +102,7 @@ def polydice_loss(
     scale: Scale = "norms",
     scale_gradient: ScaleGradient = "guarded",
     smooth: float = 1e-6,
+    per_channel: bool = False,
 ) -> Tensor:
     """Return PolyDice of K terms, (1 - s) + s sum_k alpha_k theta^(2k) (eq. 5).
 
@@ -86,29 +110,35 @@ def polydice_loss(
     1 - cos(theta) with K, so the loss tends to Dice.
 
     Args:
-        probability: (B, ...) in [0, 1].
-        mask: (B, ...) in {0, 1}, any dtype.
-        epsilon: one steepness for all or one an image, (B,); below -1/2 misalignment is rewarded.
+        probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
+        mask: same shape, in {0, 1}, any dtype.
+        epsilon: one steepness for all, one for each image, (B,), or with `per_channel` one for each
+            channel of each image, (B, C). Below -1/2 (with one term) misalignment is rewarded.
         terms: K, at least 1.
         scale: see `scale_and_angle`.
-        scale_gradient: where the sum exceeds 1 the loss falls with s, and rewards predicting
-            everything or nothing. "guarded" holds the factor s of the sum constant in the backward
-            pass of those images, "detached" of all images, "full" of none. The value is the same.
-        smooth: see the head of this room.
+        scale_gradient: where the sum exceeds 1 the loss rises with s, dL/ds = sum - 1 > 0, so it
+            rewards making s small, as predicting everything or nothing does. "guarded" holds the
+            factor s of the sum constant in the backward pass of those images, "detached" of all
+            images, "full" of none. The value is the same.
+        smooth: see the docstring of this module.
+        per_channel: return (B, C), a value for each channel; without it C must be 1.
 
     Returns:
-        (B,), float32 or wider. The gradient is finite everywhere, theta = 0 included.
+        (B,), or (B, C) with `per_channel`, float32 or wider. The gradient is finite everywhere,
+        theta = 0 included.
 
     Raises:
-        ValueError: terms below 1, an unknown scale or scale_gradient, or shapes that differ.
+        ValueError: terms below 1, an unknown scale or scale_gradient; shapes, dtype or mask are not
+            as above.
 
-    >>> p, y = torch.tensor([[0.9, 0.2]]), torch.tensor([[1, 0]])
+    >>> p, y = torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[1, 0]]])
     >>> torch.allclose(polydice_loss(p, y, terms=8), dice_loss(p, y))
     True
     """
     if terms < 1:
         raise ValueError(f"terms = {terms}: PolyDice has at least one term")
-    s, cosine = _scale_and_cosine(probability, mask, scale=scale, smooth=smooth)
+    moments = _moments(probability, mask, per_channel)
+    s, cosine = _scale_and_cosine(moments, scale=scale, smooth=smooth)
     penalty = _penalty(_squared_angle(cosine), _as_steepness(epsilon, s), terms)
     return (1 - s) + _guarded(s, penalty, scale_gradient) * penalty
 
@@ -121,15 +151,18 @@ def polydice1_loss(
     scale: Scale = "norms",
     scale_gradient: ScaleGradient = "guarded",
     smooth: float = 1e-6,
+    per_channel: bool = False,
 ) -> Tensor:
     """Return PolyDice-1, (1 - s) + s (1/2 + epsilon) theta^2 (eq. 6).
 
     Arguments, result and errors are those of `polydice_loss` with terms = 1. epsilon = 0 is the
     quadratic approximation of the Dice loss and never below it.
 
-    >>> p, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1, 0], [1, 0]])
+    >>> p, y = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[[1, 0]], [[1, 0]]])
     >>> polydice1_loss(p, y, torch.tensor([0.0, 0.5]))
     tensor([0.0000, 2.4674])
+    >>> polydice1_loss(p[None], y[None], torch.tensor([[0.0, 0.5]]), per_channel=True)
+    tensor([[0.0000, 2.4674]])
     """
     return polydice_loss(
         probability,
@@ -139,19 +172,26 @@ def polydice1_loss(
         scale=scale,
         scale_gradient=scale_gradient,
         smooth=smooth,
+        per_channel=per_channel,
     )
 
 
 def in_wrong_sign_region(theta: Tensor, epsilon: float | Tensor, *, terms: int = 1) -> Tensor:
-    """Return for each image whether the loss falls as s grows: sum_k alpha_k theta^(2k) > 1.
+    """Return for each image whether the loss rises with s: sum_k alpha_k theta^(2k) > 1.
+
+    There the derivative of the loss with respect to s, that sum - 1, is positive, and the loss
+    rewards making s small.
 
     Args:
-        theta: (B,) radians.
-        epsilon: one steepness for all or (B,).
+        theta: (B,) or (B, C), radians.
+        epsilon: a number, (B,), or with theta (B, C) also (B, C).
         terms: K, at least 1.
 
     Returns:
-        (B,) bool.
+        Bool, of theta's shape.
+
+    Raises:
+        ValueError: epsilon is of another shape.
 
     >>> in_wrong_sign_region(torch.tensor([0.8, 0.9]), 1.0)
     tensor([False,  True])
@@ -162,69 +202,110 @@ def in_wrong_sign_region(theta: Tensor, epsilon: float | Tensor, *, terms: int =
 def polydice1_curve(
     theta: NDArray[np.float64], epsilon: float, s: float, *, terms: int = 1
 ) -> NDArray[np.float64]:
-    """Return PolyDice as a function of the angle at constant s; one term unless told otherwise.
+    """Return PolyDice at given angles and constant s, of one term unless `terms` says otherwise.
 
     Args:
         theta: radians, any shape.
-        epsilon: steepness.
+        epsilon: steepness, a number.
         s: scale, in [0, 1].
         terms: K, at least 1.
 
     Returns:
         The loss, of theta's shape, float64.
 
+    Raises:
+        ValueError: epsilon or s is no number.
+
     >>> polydice1_curve(np.array([0.0, 1.0]), epsilon=0.5, s=0.1)
     array([0.9, 1. ])
     """
+    if np.ndim(epsilon) or np.ndim(s):
+        raise ValueError(
+            f"epsilon {np.shape(epsilon)} and s {np.shape(s)} must be numbers, at theta "
+            f"{np.shape(theta)}"
+        )
     squared = torch.as_tensor(np.asarray(theta, dtype=np.float64)).square()
     penalty = _penalty(squared, _as_steepness(epsilon, squared), terms)
     return np.asarray((1 - s) + s * penalty.numpy())
 
 
 def tvmf_dice_loss(
-    probability: Tensor, mask: Tensor, concentration: float = 32.0, *, smooth: float = 1e-6
+    probability: Tensor,
+    mask: Tensor,
+    concentration: float = 32.0,
+    *,
+    smooth: float = 1e-6,
+    per_channel: bool = False,
 ) -> Tensor:
     """Return the t-vMF Dice loss, (1 - phi)^2 with the t-vMF similarity phi of p and y.
 
     phi = (1 + cos(theta)) / (1 + concentration (1 - cos(theta))) - 1, after Kato and Hotta,
     "Adaptive t-vMF Dice Loss for Multi-class Medical Image Segmentation" (2022), with a fixed
-    concentration.
+    concentration. Of an empty mask phi is 1 whatever is predicted; there the loss is 1 - s, as
+    that of all losses of this module.
 
     Args:
-        probability: (B, ...) in [0, 1].
-        mask: (B, ...) in {0, 1}, any dtype.
+        probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
+        mask: same shape, in {0, 1}, any dtype.
         concentration: how narrow the similarity is, at least 0; at 0 phi is cos(theta).
-        smooth: see the head of this room.
+        smooth: see the docstring of this module.
+        per_channel: return (B, C), a value for each channel; without it C must be 1.
 
     Returns:
-        (B,) in [0, 4], float32 or wider.
+        (B,), or (B, C) with `per_channel`, in [0, 4], float32 or wider.
 
-    >>> tvmf_dice_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 0]]))
+    Raises:
+        ValueError: shapes, dtype or mask are not as above.
+
+    >>> tvmf_dice_loss(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1, 0]]]))
     tensor([0.])
     """
-    _, cosine = _scale_and_cosine(probability, mask, scale="norms", smooth=smooth)
+    moments = _moments(probability, mask, per_channel)
+    s, cosine = _scale_and_cosine(moments, scale="norms", smooth=smooth)
     similarity = (1 + cosine) / (1 + concentration * (1 - cosine)) - 1
-    return (1 - similarity).square()
+    return torch.where(moments.b2 > 0, (1 - similarity).square(), 1 - s)
 
 
-def _moments(probability: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, a^2 and b^2, each (B,), in float32 or wider whatever the autocast."""
-    if probability.shape != mask.shape or probability.ndim == 0:
-        raise ValueError(
-            f"probability {tuple(probability.shape)} and mask {tuple(mask.shape)} "
-            "must have one shape (B, ...)"
-        )
+class _Sums(NamedTuple):
+    """The sums that all losses are made of, each (B,) or (B, C)."""
+
+    q: Tensor
+    a2: Tensor
+    b2: Tensor
+
+
+def _moments(probability: Tensor, mask: Tensor, per_channel: bool) -> _Sums:
+    """Return q, a^2 and b^2, (B,) or (B, C), in float32 or wider whatever the autocast."""
+    _check_inputs(probability, mask, per_channel)
     dtype = torch.promote_types(probability.dtype, torch.float32)
     with torch.autocast(probability.device.type, enabled=False):
-        p = probability.flatten(1) if probability.ndim > 1 else probability[:, None]
-        y = mask.reshape(p.shape)
-        return _moments_of_rows(p.to(dtype), y.to(dtype))
+        p, y = (values.flatten(2 if per_channel else 1) for values in (probability, mask))
+        return _Sums(*_moments_of_rows(p.to(dtype), y.to(dtype)))
 
 
-def _scale_and_cosine(
-    probability: Tensor, mask: Tensor, *, scale: Scale, smooth: float
-) -> tuple[Tensor, Tensor]:
-    q, a2, b2 = _moments(probability, mask)
+def _check_inputs(probability: Tensor, mask: Tensor, per_channel: bool) -> None:
+    shape = tuple(probability.shape)
+    given = f"probability {shape} and mask {tuple(mask.shape)}"
+    if shape != mask.shape or len(shape) not in (3, 4, 5):
+        raise ValueError(f"{given} must have one shape, (B, H, W), (B, C, H, W) or (B, C, D, H, W)")
+    if per_channel and len(shape) == 3:
+        raise ValueError(f"{given} have no channels, which per_channel=True needs: (B, C, H, W)")
+    if len(shape) > 3 and shape[1] != 1 and not per_channel:
+        raise ValueError(
+            f"{given} have {shape[1]} channels; set per_channel=True for a loss of each, or give "
+            "volumes of one channel as (B, 1, D, H, W)"
+        )
+    if not probability.is_floating_point():
+        raise ValueError(f"probability {shape} must be floating point, not {probability.dtype}")
+    # Of all numbers, of any dtype, only 0 and 1 are their own squares.
+    if mask.dtype != torch.bool and not torch.equal(mask * mask, mask):
+        raise ValueError(
+            f"mask {shape} must hold 0 and 1 only; give mask > 0 where it is 0 and 255"
+        )
+
+
+def _scale_and_cosine(moments: _Sums, *, scale: Scale, smooth: float) -> tuple[Tensor, Tensor]:
+    q, a2, b2 = moments
     # The floor keeps the root's derivative finite for a prediction of zeros only.
     norms = a2.clamp_min(torch.finfo(a2.dtype).tiny).sqrt() * b2.sqrt()
     cosine = (2 * q + smooth) / (2 * norms + smooth)
@@ -238,8 +319,18 @@ def _scale_and_cosine(
 
 
 def _as_steepness(epsilon: float | Tensor, like: Tensor) -> Tensor:
-    """Return 1/2 + epsilon in the type and on the device of `like`."""
-    return 0.5 + torch.as_tensor(epsilon, dtype=like.dtype, device=like.device)
+    """Return 1/2 + epsilon in the type and on the device of `like`, of a shape that goes with it.
+
+    Raises:
+        ValueError: epsilon is no number, not of the shape of `like`, and not (B,).
+    """
+    steepness = 0.5 + torch.as_tensor(epsilon, dtype=like.dtype, device=like.device)
+    if steepness.shape in ((), like.shape):
+        return steepness
+    if like.ndim == 2 and steepness.shape == like.shape[:1]:
+        return steepness[:, None]
+    allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (like.shape[:1], like.shape)))
+    raise ValueError(f"epsilon {tuple(steepness.shape)} must be a number or {allowed} here")
 
 
 def _penalty(squared_angle: Tensor, steepness: Tensor, terms: int) -> Tensor:
@@ -262,20 +353,20 @@ def _guarded(s: Tensor, penalty: Tensor, scale_gradient: ScaleGradient) -> Tenso
 
 
 class _Moments(torch.autograd.Function):
-    """(q, a^2, b^2) of each image; nothing is kept for the backward pass but p and y."""
+    """(q, a^2, b^2) of each row, (..., n); nothing is kept for the backward pass but p and y."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(p, y)
         # y is 0 or 1, so its squared norm is its sum.
-        return torch.linalg.vecdot(p, y), torch.linalg.vecdot(p, p), y.sum(dim=1)
+        return torch.linalg.vecdot(p, y), torch.linalg.vecdot(p, p), y.sum(dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, da2: Tensor, _: Tensor) -> tuple[Tensor, None]:
         p, y = ctx.saved_tensors
         # In place: as one broadcast addcmul it takes nine times as long on a CPU.
-        return (dq[:, None] * y).addcmul_(2 * da2[:, None], p), None
+        return (dq[..., None] * y).addcmul_(2 * da2[..., None], p), None
 
 
 class _SquaredAngle(torch.autograd.Function):

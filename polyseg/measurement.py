@@ -16,7 +16,7 @@ from polyseg.inference import images_of, shown
 from polyseg.memory import Portions
 from polyseg.overlap import dice_coefficient
 from polyseg.passes import Passes
-from polyseg.ranks import jackknife_error, rank_stability
+from polyseg.ranks import FEWEST_JUDGED, jackknife_error, rank_stability
 from polyseg.records import FREE_METRICS, MAPS, METRICS, Batch, Metric
 from polyseg.uncertainty import UncertaintyAccumulator, binary_entropy
 
@@ -143,12 +143,19 @@ class Results:
         return UncertaintyAccumulator.merged(self.groups)
 
     def errors(self) -> NDArray[np.float64]:
-        """Return the standard errors of the scores, (metrics, rows)."""
+        """Return the standard errors of the scores, (metrics, rows); NaN from too few passes."""
+        if self.everything.count < FEWEST_JUDGED:
+            return np.full_like(self.scores(), np.nan)
         left_out = [self.scores(self.everything.without(group)) for group in self.groups]
         return jackknife_error(np.stack(left_out))
 
     def halves(self) -> NDArray[np.float64]:
-        """Return the scores of either half of the passes, (ways of halving, 2, metrics, rows)."""
+        """Return the scores of either half of the passes, (ways of halving, 2, metrics, rows).
+
+        NaN from too few passes.
+        """
+        if self.everything.count < FEWEST_JUDGED:
+            return np.full((1, 2, *self.scores().shape), np.nan)
         middle = len(self.groups) // 2
         ways = []
         for i in range(0, middle, 2):

@@ -28,6 +28,7 @@ from polyseg.networks import hash_weights
 from polyseg.passes import Passes, ProgramFailedError
 from polyseg.pilot import MOST, choose_samples
 from polyseg.processes import ALONE, Processes
+from polyseg.ranks import FEWEST_JUDGED
 from polyseg.records import FREE_METRICS, METRICS, Assessment, Batch, Metric, Progress, no_progress
 from polyseg.statistics import rank_correlation
 from polyseg.streams import MaskStreams, Sharing
@@ -78,7 +79,8 @@ def assess(
         batches: images, on any device, of one size within a batch. A list, or anything else that
             can be read twice: should the fast passes fail, all is measured anew by plain ones. An
             iterator is read once, by plain passes.
-        samples: N, at least 2 (what a single pass disagrees with, nobody knows). "auto" is the
+        samples: N, at least 2, since a single pass has nothing to disagree with; standard errors
+            and rank stability are NaN below 4. "auto" is the
             least N, from 6 to 100, whose rank stability reaches `rank_target`, judged from the
             first images. It has no meaning for a metric that takes no passes.
         rank_target: in (0, 1).
@@ -253,16 +255,21 @@ def spread(ids: Sequence[str]) -> list[str]:
 
 
 def describe(assessment: Assessment) -> str:
-    """Return in a line how sure an assessment is."""
+    """Return in a line the difficulties of an assessment and how certain they are.
+
+    What is not known, such as a standard error from fewer than 4 passes, is a dash.
+    """
     quartiles = "/".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
     text = f"difficulty by {assessment.metric}: quartiles {quartiles}"
     errors = assessment.scores_se.get(assessment.metric)
     if errors is None:
         return text
-    return (
-        f"{text}; {assessment.samples} passes, standard error {np.median(errors):.4f}, "
-        f"rank stability {assessment.rank_stability[assessment.metric]:.3f}"
-    )
+    error, stability = np.median(errors), assessment.rank_stability[assessment.metric]
+    text += f"; {assessment.samples} passes, "
+    text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
+    if assessment.samples < FEWEST_JUDGED:
+        text += f" (known from {FEWEST_JUDGED} passes on)"
+    return text
 
 
 def describe_order(assessment: Assessment) -> list[str]:

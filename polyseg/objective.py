@@ -20,7 +20,7 @@ class Note(NamedTuple):
     at_constant: Tensor
     """Losses at the constant epsilon, to the bit those of the step where that is its epsilon."""
     wrong_sign: Tensor
-    """Whether the image is where a PolyDice loss falls with s."""
+    """Whether the image is where a PolyDice loss rises with s."""
 
 
 def build_objective(config: LossConfig) -> Objective:
@@ -59,9 +59,9 @@ def as_tasks(values: Tensor) -> Tensor:
 def take_note(
     config: LossConfig, values: Tensor, logits: Tensor, mask: Tensor, epsilon: Tensor
 ) -> Note:
-    """Return what else a step tells of its images, from the losses that it had.
+    """Return what a step records of its images beside their losses, from the losses it had.
 
-    Losses without an epsilon are the same at any, and never fall with s.
+    Losses without an epsilon are the same at any epsilon, and never count as rising with s.
 
     >>> far_off = torch.tensor([[[[9.0, -9.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
     >>> config, epsilon = LossConfig(), torch.zeros(1)
@@ -73,7 +73,7 @@ def take_note(
         return Note(values, torch.zeros_like(values, dtype=torch.bool))
     with torch.no_grad():
         s, theta = losses.scale_and_angle(
-            logits.sigmoid(), mask, scale=config.scale, smooth=config.smooth
+            logits.sigmoid(), mask.bool(), scale=config.scale, smooth=config.smooth
         )
         # Of all that is added up epsilon is in one term only, epsilon s theta^2.
         at_constant = values - (epsilon - config.epsilon) * s * theta.square()
@@ -82,10 +82,12 @@ def take_note(
 
 
 def _by_name(config: LossConfig) -> Objective:
+    # Masks were checked when they were read: a bool mask is not searched for other values again,
+    # which on CUDA would wait for the device in every step.
     if config.name in POLYDICE_LOSSES:
         return lambda logits, mask, epsilon: losses.polydice_loss(
             logits.sigmoid(),
-            mask,
+            mask.bool(),
             epsilon,
             terms=config.terms if config.name == "polydice" else 1,
             scale=config.scale,
@@ -94,11 +96,11 @@ def _by_name(config: LossConfig) -> Objective:
         )
     if config.name == "dice":
         return lambda logits, mask, _: losses.dice_loss(
-            logits.sigmoid(), mask, smooth=config.smooth
+            logits.sigmoid(), mask.bool(), smooth=config.smooth
         )
     if config.name == "tvmf":
         return lambda logits, mask, _: losses.tvmf_dice_loss(
-            logits.sigmoid(), mask, config.tvmf_concentration, smooth=config.smooth
+            logits.sigmoid(), mask.bool(), config.tvmf_concentration, smooth=config.smooth
         )
     if config.name == "bce":
         return lambda logits, mask, _: _cross_entropy(logits, mask)

@@ -11,14 +11,21 @@ def dice_coefficient(predicted: Tensor, truth: Tensor) -> Tensor:
 
     Args:
         predicted: (B, ...) bool.
-        truth: (B, ...), foreground above 0.
+        truth: same shape, foreground above 0.
 
     Returns:
         (B,) float64 in [0, 1].
 
+    Raises:
+        ValueError: the shapes differ.
+
     >>> dice_coefficient(torch.tensor([[True, True]]), torch.tensor([[1, 0]]))
     tensor([0.6667], dtype=torch.float64)
     """
+    if predicted.shape != truth.shape:
+        raise ValueError(
+            f"predicted {tuple(predicted.shape)} and truth {tuple(truth.shape)} differ"
+        )
     foreground = truth > 0
     both = (predicted & foreground).flatten(1).sum(dim=1).double()
     either = (predicted.flatten(1).sum(dim=1) + foreground.flatten(1).sum(dim=1)).double()

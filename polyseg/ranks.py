@@ -8,6 +8,10 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
+FEWEST_JUDGED = 4
+"""Least number of passes for a standard error and a rank stability. Of fewer, a half is a single
+pass, which disagrees with nothing: its mutual information and variance are 0 whatever the image."""
+
 
 def spearman(first: Values, second: Values) -> float:
     """Return Spearman's rank correlation of two series, NaN where it has no meaning.
@@ -107,10 +111,15 @@ def jackknife_error(left_out: Values) -> Values:
     Returns:
         (n,), not negative.
 
+    Raises:
+        ValueError: there are fewer than 2 groups.
+
     >>> means = np.array([[(2.0 + 3.0) / 2], [(1.0 + 3.0) / 2], [(1.0 + 2.0) / 2]])
     >>> round(float(jackknife_error(means)[0]), 4) == round(1 / 3**0.5, 4)
     True
     """
     groups: Any = len(left_out)
+    if groups < 2:
+        raise ValueError(f"left_out {left_out.shape} must be (G, n) with G at least 2")
     error: Values = np.sqrt((groups - 1) * left_out.var(axis=0))
     return error

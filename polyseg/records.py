@@ -62,7 +62,7 @@ class Assessment:
     scores: Mapping[Metric, NDArray[np.float64]]
     """Each (n,), raw, before eq. 11; those that were measured."""
     scores_se: Mapping[Metric, NDArray[np.float64]]
-    """Each (n,), standard error over the passes; of `METRICS` only."""
+    """Each (n,), standard error over the passes, NaN below 4 passes; of `METRICS` only."""
     foreground_pixels: NDArray[np.int64]
     """(n,) pixels that the scores were averaged over."""
     fallback: NDArray[np.int8]
@@ -70,7 +70,8 @@ class Assessment:
     dice: NDArray[np.float64]
     """(n,) of the prediction without dropout at 0.5 against the mask; NaN without a mask."""
     rank_stability: Mapping[Metric, float] = field(default_factory=dict)
-    """The rank correlation that each of `METRICS` is expected to have with endless passes."""
+    """The rank correlation that each of `METRICS` is expected to have with endless passes; NaN
+    below 4 passes, and where ranks have no meaning."""
     mask_pixels: NDArray[np.int64] | None = None
     """(n,) foreground pixels of the ground-truth mask, whatever the region; None without masks."""
     epsilon: NDArray[np.float64] | None = None

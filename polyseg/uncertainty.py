@@ -39,6 +39,7 @@ def prediction_variance(samples: Tensor) -> Tensor:
     >>> prediction_variance(torch.tensor([[0.0], [1.0]]))
     tensor([0.2500])
     """
+    _check_samples(samples)
     return _at_least_float32(samples).var(dim=0, correction=0)
 
 
@@ -54,6 +55,7 @@ def predictive_entropy(samples: Tensor) -> Tensor:
     >>> predictive_entropy(torch.tensor([[0.0], [1.0]]))
     tensor([0.6931])
     """
+    _check_samples(samples)
     return binary_entropy(_at_least_float32(samples).mean(dim=0))
 
 
@@ -69,6 +71,7 @@ def mutual_information(samples: Tensor) -> Tensor:
     >>> mutual_information(torch.tensor([[0.0, 0.5], [1.0, 0.5]]))
     tensor([0.6931, 0.0000])
     """
+    _check_samples(samples)
     # In float64, because the two entropies may agree in six digits.
     wide = samples.to(_widest(samples))
     shared = predictive_entropy(wide) - binary_entropy(wide).mean(dim=0)
@@ -117,6 +120,8 @@ class UncertaintyAccumulator:
         >>> UncertaintyAccumulator.merged(parts).variance.item()
         0.25
         """
+        if len(shapes := {tuple(one._mean.shape) for one in records if one.count}) > 1:
+            raise ValueError(f"records of samples of several shapes, {sorted(shapes)}")
         count = sum(one.count for one in records)
         mean = sum((one.count * one._mean for one in records), torch.zeros(())) / count
         squares = sum(
@@ -127,6 +132,11 @@ class UncertaintyAccumulator:
 
     def without(self, part: "UncertaintyAccumulator") -> "UncertaintyAccumulator":
         """Return the record of the samples that `part`, of some of them, did not take in."""
+        if self._mean.shape != part._mean.shape or not 0 < part.count < self.count:
+            raise ValueError(
+                f"{part.count} samples {tuple(part._mean.shape)} are not some of {self.count} "
+                f"samples {tuple(self._mean.shape)}"
+            )
         count = self.count - part.count
         mean = (self.count * self._mean - part.count * part._mean) / count
         squares = self._squares - part._squares
@@ -143,6 +153,8 @@ class UncertaintyAccumulator:
 
     def at(self, chosen: Tensor) -> "UncertaintyAccumulator":
         """Return the record of the pixels that are chosen, by a mask of the samples' shape."""
+        if chosen.shape != self._mean.shape:
+            raise ValueError(f"chosen {tuple(chosen.shape)} of samples {tuple(self._mean.shape)}")
         parts = (self._mean[chosen], self._squares[chosen], self._entropy[chosen])
         return UncertaintyAccumulator(self.count, *parts)
 
@@ -170,6 +182,11 @@ class UncertaintyAccumulator:
         if self.count == 0:
             raise ValueError("no sample was taken in yet")
         return total
+
+
+def _check_samples(samples: Tensor) -> None:
+    if samples.ndim == 0 or len(samples) == 0:
+        raise ValueError(f"samples {tuple(samples.shape)} must be (N, ...) with N at least 1")
 
 
 def _at_least_float32(samples: Tensor) -> Tensor:

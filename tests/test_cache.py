@@ -70,6 +70,40 @@ def test_plain_h5py_reads_it(tmp_path, assessment):
         assert file["maps/mean"].chunks == (1, 6, 5) and file["maps/mean"].fletcher32
 
 
+@pytest.mark.parametrize("samples", [2, 3])
+def test_errors_from_too_few_passes_are_not_written_and_read_as_missing(
+    tmp_path, assessment, samples
+):
+    nothing = {name: np.full(4, np.nan) for name in METRICS}
+    few = dataclasses.replace(
+        assessment,
+        samples=samples,
+        scores_se=nothing,
+        rank_stability=dict.fromkeys(METRICS, float("nan")),
+    )
+    path = tmp_path / "a.h5"
+    write_assessment(path, few)
+    with h5py.File(path) as file:
+        assert "scores_se" not in file and "rank_stability" not in file["scores/entropy"].attrs
+    again = read_assessment(path)
+    np.testing.assert_equal(again.scores_se, few.scores_se)
+    np.testing.assert_equal(again.rank_stability, few.rank_stability)
+
+
+def test_zeros_that_version_0_1_wrote_from_too_few_passes_are_read_as_missing(tmp_path, assessment):
+    path = tmp_path / "a.h5"
+    write_assessment(path, assessment)
+    with h5py.File(path, "r+") as file:
+        file.attrs["samples"] = 3
+        file["scores_se/entropy"][:] = 0
+        file["scores/entropy"].attrs["rank_stability"] = 0.0
+    seal(path)
+    again = read_assessment(path)
+    assert np.isnan(again.scores_se["entropy"]).all()
+    assert np.isnan(again.rank_stability["entropy"])
+    np.testing.assert_array_equal(again.difficulty, assessment.difficulty)
+
+
 @pytest.mark.parametrize("name", ["mask_pixels", "epsilon"])
 def test_what_is_not_known_is_not_written(tmp_path, assessment, name):
     path = tmp_path / "a.h5"

@@ -1,5 +1,8 @@
 """Section 3.4: D, eq. 11 and eq. 12 against NumPy and SciPy, and their order."""
 
+import re
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,10 @@ from scipy import ndimage, special
 
 from polyseg.difficulty import (
     FALLBACKS,
+    Region,
     epsilon_from_difficulty,
     foreground_mean,
+    mean_by_image,
     normalise,
     select_region,
 )
@@ -129,3 +134,73 @@ def test_without_truth_the_prediction_stands_in_and_it_is_recorded(blob, region)
     without, codes = select_region(region, None, means[:1])
     assert FALLBACKS[codes[0]] == "prediction"
     assert torch.equal(without[0], chosen[1])
+
+
+def test_the_boundary_of_a_mask_that_fills_the_image_falls_back_to_the_prediction():
+    """Such a mask has no edge; D = 0 would call the image the easiest."""
+    masks = torch.ones(3, 32, 32)
+    means = torch.zeros(3, 32, 32)
+    means[0, :16] = 0.9
+    means[1] = 0.9
+    chosen, fallback = select_region("boundary", masks, means)
+    assert [FALLBACKS[code] for code in fallback] == ["prediction", "prediction", "empty"]
+    # The edge of the prediction, where it has one, and otherwise all of it.
+    assert chosen[0].any(dim=1).nonzero().flatten().tolist() == list(range(13, 19))
+    assert chosen[1].all() and not chosen[2].any()
+
+
+@pytest.mark.parametrize("region", get_args(Region))
+@pytest.mark.parametrize("truth", [0, 1, None])
+@pytest.mark.parametrize("prediction", [0.0, 0.9])
+def test_a_region_is_empty_only_where_nothing_is_predicted_and_says_so(region, truth, prediction):
+    mask = None if truth is None else torch.full((1, 8, 8), truth)
+    chosen, fallback = select_region(region, mask, torch.full((1, 8, 8), prediction))
+    assert chosen.any().item() == (FALLBACKS[fallback[0]] != "empty")
+    if not chosen.any():
+        assert prediction == 0
+
+
+def test_fallbacks_are_chosen_for_each_image_alone():
+    mask, mean = torch.zeros(3, 12, 12), torch.zeros(3, 12, 12)
+    mask[0, 3:8, 3:8] = 1
+    mask[1] = 1
+    mean[:, :6] = 0.9
+    together, codes = select_region("boundary", mask, mean)
+    for i in range(3):
+        alone, code = select_region("boundary", mask[i : i + 1], mean[i : i + 1])
+        assert torch.equal(together[i : i + 1], alone) and codes[i] == code[0]
+
+
+def test_an_unknown_region_is_refused():
+    with pytest.raises(ValueError, match="region = 'edge': choose one of mask, prediction"):
+        select_region("edge", None, torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (foreground_mean, [(2, 1, 3, 3), (2, 1, 3, 3)]),
+        (foreground_mean, [(2, 3, 3), (2, 1, 3, 3)]),
+        (foreground_mean, [(2, 3, 3), (1, 3, 3)]),
+        (foreground_mean, [(3, 3), (3, 3)]),
+        (normalise, [(3, 1)]),
+        (normalise, [()]),
+        (normalise, [(0,)]),
+        (lambda x: epsilon_from_difficulty(x, 0, 1, 1), [(3, 1)]),
+        (lambda x: epsilon_from_difficulty(x, 0, 1, 1), [()]),
+        (lambda mask, mean: select_region("mask", mask, mean), [(2, 1, 3, 3), (2, 3, 3)]),
+        (lambda mask, mean: select_region("union", mask, mean), [(1, 3, 3), (2, 3, 3)]),
+        (lambda mask, mean: select_region("mask", mask, mean), [(2, 1, 3, 3), (2, 1, 3, 3)]),
+        (lambda mean: select_region("image", None, mean), [(2, 1, 3, 3)]),
+    ],
+)
+def test_wrong_shapes_are_refused_with_the_shapes(function, shapes):
+    with pytest.raises(ValueError, match=".*".join(re.escape(str(shape)) for shape in shapes)):
+        function(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_means_of_pixels_that_belong_to_no_image_are_refused():
+    with pytest.raises(ValueError, match=r"values \(3,\) and image \(2,\)"):
+        mean_by_image(np.zeros(3), np.zeros(2, dtype=np.int64), 2)
+    with pytest.raises(ValueError, match="holds 4, of 3 images"):
+        mean_by_image(np.zeros(2), np.array([0, 4]), 3)

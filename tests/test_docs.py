@@ -53,6 +53,19 @@ def test_every_command_line_that_is_shown_parses(where, line):
     load_config(overrides=[word for word in overrides if not word.endswith("=1")])
 
 
+def code_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
+    binary, channels = code_blocks(TOP / "docs" / "library.md")
+    for code, shape in ((binary, (8,)), (channels, (8, 3))):
+        names = {}
+        exec(code, names)
+        assert names["losses"].shape == shape
+        assert all(one.grad is not None for one in names["network"].parameters())
+
+
 def test_links_lead_somewhere():
     for page in (TOP / "README.md", TOP / "CHANGELOG.md", *(TOP / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

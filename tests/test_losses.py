@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -22,13 +23,14 @@ from polyseg.losses import (
 
 def make_case(seed: int, images: int = 4, pixels: int = 200, foreground: float = 0.3):
     generator = torch.Generator().manual_seed(seed)
-    p = torch.rand(images, pixels, generator=generator, dtype=torch.float64)
-    y = (torch.rand(images, pixels, generator=generator) < foreground).to(torch.float64)
+    p = torch.rand(images, 1, pixels, generator=generator, dtype=torch.float64)
+    y = (torch.rand(images, 1, pixels, generator=generator) < foreground).to(torch.float64)
     return p, y
 
 
 def reference(p, y, epsilon, *, scale="norms", smooth=0.0, terms=1):
     """Eq. 5 by the text, in float64 NumPy, for one image."""
+    p, y = p.ravel(), y.ravel()
     q, a2, b2 = float(p @ y), float(p @ p), float(y @ y)
     ab = math.sqrt(a2) * math.sqrt(b2)
     s = ((2 * ab if scale == "norms" else 2 * q) + smooth) / (a2 + b2 + smooth)
@@ -62,7 +64,7 @@ def test_dice_is_one_minus_s_cosine_theta_at_any_smoothing(smooth):
 
 def test_dice_is_the_closed_form():
     p, y = make_case(3)
-    expected = 1 - 2 * (p * y).sum(1) / ((p**2).sum(1) + (y**2).sum(1))
+    expected = 1 - 2 * (p * y).sum((1, 2)) / ((p**2).sum((1, 2)) + (y**2).sum((1, 2)))
     torch.testing.assert_close(dice_loss(p, y, smooth=0.0), expected)
 
 
@@ -150,10 +152,10 @@ def test_detached_scale_is_the_gradient_with_s_held_constant():
 
 
 def test_guard_acts_where_the_sign_is_wrong_and_only_there():
-    y = torch.zeros(2, 64, dtype=torch.float64)
-    y[:, :8] = 1
-    p = torch.full((2, 64), 0.3, dtype=torch.float64)
-    p[0, :8] = 0.95  # near the mask
+    y = torch.zeros(2, 8, 8, dtype=torch.float64)
+    y[:, 0] = 1
+    p = torch.full((2, 8, 8), 0.3, dtype=torch.float64)
+    p[0, 0] = 0.95  # near the mask
     _, theta = scale_and_angle(p, y)
     assert in_wrong_sign_region(theta, 1.0).tolist() == [False, True]
     guarded = gradient(p, y, 1.0)
@@ -171,7 +173,7 @@ def test_the_guard_leaves_the_value_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_perfect_prediction_has_zero_loss_and_a_finite_gradient(dtype):
-    y = torch.tensor([[1, 1, 0, 0]], dtype=dtype)
+    y = torch.tensor([[[1, 1, 0, 0]]], dtype=dtype)
     assert polydice1_loss(y, y, 1.0).item() == pytest.approx(0, abs=1e-6)
     assert gradient(y, y, 1.0).isfinite().all()
 
@@ -179,8 +181,8 @@ def test_a_perfect_prediction_has_zero_loss_and_a_finite_gradient(dtype):
 @settings(max_examples=30)
 @given(exponent=st.floats(-12, -1))
 def test_the_gradient_near_angle_zero_is_that_of_float64(exponent):
-    y = torch.zeros(1, 100, dtype=torch.float64)
-    y[:, :30] = 1
+    y = torch.zeros(1, 10, 10, dtype=torch.float64)
+    y[:, :3] = 1
     p = (y * 0.8 + 10.0**exponent).clamp(0, 1)
     exact = gradient(p, y, 0.5)
     single = gradient(p.float(), y.float(), 0.5).double()
@@ -188,7 +190,7 @@ def test_the_gradient_near_angle_zero_is_that_of_float64(exponent):
 
 
 def test_orthogonal_prediction_has_a_right_angle():
-    p, y = torch.tensor([[0.0, 0.0, 0.7]]), torch.tensor([[1, 1, 0]])
+    p, y = torch.tensor([[[0.0, 0.0, 0.7]]]), torch.tensor([[[1, 1, 0]]])
     _, theta = scale_and_angle(p, y, smooth=0.0)
     assert theta.item() == pytest.approx(math.pi / 2)
     s = 2 * 0.7 * math.sqrt(2) / (0.49 + 2)
@@ -199,7 +201,7 @@ def test_orthogonal_prediction_has_a_right_angle():
 
 @pytest.mark.parametrize("smooth", [1e-6, 0.1, 1.0])
 def test_empty_mask_is_pushed_to_zero_by_the_stated_rule(smooth):
-    p = torch.rand(1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = torch.rand(1, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.zeros_like(p)
     a2 = float((p**2).sum())
     for epsilon in (-0.4, 0.0, 2.0):
@@ -211,7 +213,7 @@ def test_empty_mask_is_pushed_to_zero_by_the_stated_rule(smooth):
 
 @pytest.mark.parametrize("mask", [0.0, 1.0])
 def test_a_prediction_of_zeros_has_a_finite_gradient(mask):
-    p, y = torch.zeros(1, 16), torch.full((1, 16), mask)
+    p, y = torch.zeros(1, 4, 4), torch.full((1, 4, 4), mask)
     assert gradient(p, y, 0.5).isfinite().all()
     assert polydice1_loss(p, y).item() == pytest.approx(mask, abs=1e-5)
 
@@ -264,8 +266,8 @@ def test_the_angles_of_the_wrong_sign_region():
 
 @given(cosine=st.floats(0, 1), concentration=st.floats(0, 100))
 def test_tvmf_against_its_formula(cosine, concentration):
-    y = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    p = torch.tensor([[cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64)
+    y = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
+    p = torch.tensor([[[cosine, math.sqrt(1 - cosine**2)]]], dtype=torch.float64)
     phi = (1 + cosine) / (1 + concentration * (1 - cosine)) - 1
     assert tvmf_dice_loss(p, y, concentration, smooth=0.0).item() == pytest.approx(
         (1 - phi) ** 2, abs=1e-9
@@ -286,6 +288,158 @@ def test_unknown_settings_are_refused(settings, match):
         polydice_loss(p, y, **settings)
 
 
-def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        dice_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+def with_shape(*shape):
+    return torch.full(shape, 0.5), torch.ones(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask_shape", "per_channel", "match"),
+    [
+        ((2, 3, 4), (2, 3, 5), False, r"\(2, 3, 4\).*\(2, 3, 5\)"),
+        ((2, 1, 3, 4), (2, 3, 4), False, r"\(2, 1, 3, 4\).*\(2, 3, 4\)"),
+        ((2, 12), (2, 12), False, r"\(2, 12\).*must have one shape"),
+        ((), (), False, r"\(\).*must have one shape"),
+        ((2, 1, 1, 1, 3, 4), (2, 1, 1, 1, 3, 4), True, r"\(2, 1, 1, 1, 3, 4\).*one shape"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), False, r"\(2, 3, 4, 4\).*3 channels"),
+        ((2, 3, 4, 4, 4), (2, 3, 4, 4, 4), False, r"\(2, 3, 4, 4, 4\).*3 channels"),
+        ((2, 4, 4), (2, 4, 4), True, r"\(2, 4, 4\).*no channels"),
+    ],
+)
+@pytest.mark.parametrize(
+    "function", [dice_loss, scale_and_angle, polydice_loss, polydice1_loss, tvmf_dice_loss]
+)
+def test_shapes_that_are_not_maps_of_images_are_refused(
+    function, shape, mask_shape, per_channel, match
+):
+    with pytest.raises(ValueError, match=match):
+        function(torch.full(shape, 0.5), torch.ones(mask_shape), per_channel=per_channel)
+
+
+@pytest.mark.parametrize(
+    ("epsilon_shape", "per_channel"),
+    [
+        *((shape, False) for shape in ((4, 1), (5,), (1,), (4, 4), (1, 4), (4, 3))),
+        *((shape, True) for shape in ((3,), (4, 1), (1, 3), (3, 4), (4, 3, 1))),
+    ],
+)
+@pytest.mark.parametrize("function", [polydice_loss, polydice1_loss])
+def test_an_epsilon_that_is_not_one_for_each_image_is_refused(function, epsilon_shape, per_channel):
+    p, y = with_shape(4, 3 if per_channel else 1, 2, 5)
+    found = re.escape(str(epsilon_shape))
+    with pytest.raises(ValueError, match=rf"epsilon {found} must be a number or \(4,\)"):
+        function(p, y, torch.zeros(epsilon_shape), per_channel=per_channel)
+
+
+def test_an_epsilon_of_another_shape_than_the_angles_is_refused():
+    with pytest.raises(ValueError, match=r"epsilon \(2, 1\)"):
+        in_wrong_sign_region(torch.ones(2), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"epsilon \(3,\).*theta \(3, 1\)"):
+        polydice1_curve(np.ones((3, 1)), np.zeros(3), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool])
+def test_a_probability_that_is_not_floating_point_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"probability \(1, 2, 2\).*floating point.*" + str(dtype)):
+        polydice1_loss(torch.ones(1, 2, 2, dtype=dtype), torch.ones(1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *((dtype, value) for dtype in (torch.int16, torch.float32) for value in (255, 2, -1)),
+        *((torch.uint8, value) for value in (2, 16, 255)),
+        *((dtype, 0.5) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_a_mask_of_other_values_than_0_and_1_is_refused(dtype, value):
+    mask = torch.zeros(2, 1, 3, 3, dtype=dtype)
+    mask[1, 0, 2, 2] = value
+    with pytest.raises(ValueError, match=r"mask \(2, 1, 3, 3\) must hold 0 and 1 only"):
+        dice_loss(torch.rand(2, 1, 3, 3), mask)
+
+
+def test_a_mask_of_nan_is_refused():
+    with pytest.raises(ValueError, match="0 and 1 only"):
+        dice_loss(torch.rand(1, 2, 2), torch.full((1, 2, 2), math.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_masks_of_any_dtype_give_the_same_loss(dtype):
+    p, y = make_case(16)
+    assert torch.equal(polydice1_loss(p, y.to(dtype)), polydice1_loss(p, y))
+
+
+@pytest.mark.parametrize("size", [(12, 20), (3, 8, 10)])
+@pytest.mark.parametrize("function", [dice_loss, polydice_loss, polydice1_loss, tvmf_dice_loss])
+def test_each_channel_is_a_task_of_its_own(function, size):
+    p, y = (values.view(4, 3, *size) for values in make_case(17, images=12, pixels=240))
+    found = function(p, y, per_channel=True)
+    assert found.shape == (4, 3)
+    for k in range(3):
+        torch.testing.assert_close(found[:, k], function(p[:, k : k + 1], y[:, k : k + 1]))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3)])
+def test_epsilon_of_channels_is_a_number_or_one_for_each_image_or_channel(shape):
+    p, y = (values.view(4, 3, 12, 20) for values in make_case(18, images=12, pixels=240))
+    epsilon = torch.rand(shape, dtype=torch.float64)
+    found = polydice1_loss(p, y, epsilon, per_channel=True)
+    s, theta = scale_and_angle(p, y, per_channel=True)
+    each = epsilon[:, None].expand(4, 3) if shape == (4,) else epsilon.expand(4, 3)
+    for i, k in itertools.product(range(4), range(3)):
+        alone = polydice1_loss(p[i : i + 1, k], y[i : i + 1, k], float(each[i, k]))
+        assert found[i, k].item() == pytest.approx(alone.item())
+    torch.testing.assert_close(found, (1 - s) + s * (0.5 + each) * theta.square())
+    wrong = in_wrong_sign_region(theta, epsilon)
+    assert torch.equal(wrong, (0.5 + each) * theta.square() > 1)
+
+
+def test_the_gradient_of_a_channel_is_that_of_the_channel_alone():
+    p, y = (values.view(2, 3, 5, 4) for values in make_case(19, images=6, pixels=20))
+    together = gradient(p, y, 0.7, per_channel=True)
+    for k in range(3):
+        alone = gradient(p[:, k : k + 1], y[:, k : k + 1], 0.7)
+        torch.testing.assert_close(together[:, k : k + 1], alone)
+
+
+@pytest.mark.parametrize(("angle", "epsilon"), [(1.3, 0.0), (1.5, 0.0), (0.7, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("terms", [1, 3])
+def test_in_the_wrong_sign_region_the_loss_rises_with_s(angle, epsilon, terms):
+    """By autograd through the curve written out, at a constant angle."""
+    s = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    steepness = [0.5 + epsilon, -1 / 24, 1 / 720][:terms]
+    penalty = sum(alpha * angle ** (2 * k) for k, alpha in enumerate(steepness, start=1))
+    loss = (1 - s) + s * penalty
+    (slope,) = torch.autograd.grad(loss, s)
+    theta = torch.tensor([angle], dtype=torch.float64)
+    assert in_wrong_sign_region(theta, epsilon, terms=terms).item() == (slope.item() > 0)
+    low, high = (
+        polydice1_curve(theta.numpy(), epsilon, s.item() + step, terms=terms)
+        for step in (-0.01, 0.01)
+    )
+    assert (high - low).item() == pytest.approx(0.02 * slope.item())
+
+
+def test_the_full_gradient_rewards_a_small_s_in_the_wrong_sign_region_and_the_guarded_does_not():
+    """Shrinking a prediction that is too small already changes s alone, at a constant angle."""
+    y = torch.zeros(1, 8, 8, dtype=torch.float64)
+    y[:, 0] = 1
+    p = torch.full_like(y, 0.1)
+    s, theta = scale_and_angle(p, y)
+    smaller, same = scale_and_angle(0.9 * p, y)
+    assert smaller < s and in_wrong_sign_region(theta, 1.0)
+    torch.testing.assert_close(same, theta)
+
+    def slope(scale_gradient):
+        return (gradient(p, y, 1.0, scale_gradient=scale_gradient) * p).sum()
+
+    assert slope("full") > 0 > slope("guarded")
+
+
+@pytest.mark.parametrize("smooth", [1e-6, 1.0])
+@pytest.mark.parametrize("concentration", [0.0, 32.0])
+def test_tvmf_of_an_empty_mask_is_the_dice_loss(smooth, concentration):
+    p = torch.rand(2, 5, 5, dtype=torch.float64)
+    y = torch.zeros_like(p)
+    found = tvmf_dice_loss(p, y, concentration, smooth=smooth)
+    torch.testing.assert_close(found, dice_loss(p, y, smooth=smooth))

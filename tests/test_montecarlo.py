@@ -12,10 +12,10 @@ from polyseg import measurement, montecarlo, passes, pilot
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.dropout import active_layers
 from polyseg.errors import PolysegError
-from polyseg.inference import predict
-from polyseg.montecarlo import assess, describe_order, stochastic_pass
+from polyseg.inference import images_of, predict
+from polyseg.montecarlo import assess, describe, describe_order, stochastic_pass
 from polyseg.networks import build_network, hash_weights, network_names
-from polyseg.records import Batch
+from polyseg.records import METRICS, Batch
 from polyseg.streams import MaskStreams
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
@@ -34,7 +34,7 @@ def split(batch, sizes):
     start = 0
     for size in sizes:
         end = start + size
-        yield Batch(batch.ids[start:end], batch.images[start:end], batch.masks[start:end])
+        yield images_of(batch, slice(start, end))
         start = end
 
 
@@ -163,7 +163,7 @@ def test_normalisation_stays_in_evaluation_mode(network):
 def test_fallbacks_and_dice_are_recorded(network):
     batch = make_batch(2)
     batch.masks[1] = 0
-    result = assess(network, [batch], samples=2)
+    result = assess(network, [batch], samples=4)
     assert FALLBACKS[result.fallback[0]] == "none"
     assert FALLBACKS[result.fallback[1]] in ("prediction", "empty")
     assert np.isfinite(result.scores_se["entropy"][0])
@@ -201,6 +201,47 @@ def test_without_masks_of_all_images_their_sizes_are_not_known(network):
         result = assess(network, batches, samples=2)
         assert result.mask_pixels is None
         assert result.in_order(result.ids[::-1]).mask_pixels is None
+
+
+@pytest.mark.parametrize("save_maps", [False, True])
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("samples", [2, 3, 4, 5])
+def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
+    network, samples, with_masks, save_maps
+):
+    """A half of 2 or 3 passes is a single one, which disagrees with nothing."""
+    batch, how = unlike_batch(6), {"samples": samples, "save_maps": save_maps}
+    if not with_masks:
+        batch, how = batch._replace(masks=None), how | {"region": "image"}
+    result = assess(network, split(batch, [4, 2]), **how)
+    line = describe(result)
+    for name in METRICS:
+        errors, stability = result.scores_se[name], result.rank_stability[name]
+        assert errors.shape == (6,)
+        if samples < 4:
+            assert np.isnan(errors).all() and np.isnan(stability)
+        else:
+            assert (errors > 1e-7).all() and 0 <= stability <= 1
+    known = "standard error -, rank stability - (known from 4 passes on)"
+    assert (known in line) == (samples < 4)
+
+
+def test_a_stability_without_meaning_is_a_dash(network):
+    """Two images have no rank correlation."""
+    assert describe(assess(network, [make_batch(2)], samples=4)).endswith("rank stability -")
+
+
+def test_the_boundary_of_a_mask_that_fills_the_image_is_not_the_easiest(network):
+    batch = make_batch(3)
+    batch.masks[1] = 1
+    result = assess(network, [batch], samples=4, region="boundary")
+    assert FALLBACKS[result.fallback[0]] == FALLBACKS[result.fallback[2]] == "none"
+    if (result.foreground_pixels > 0).all():
+        assert FALLBACKS[result.fallback[1]] == "prediction" and result.difficulty[1] > 0
+    else:
+        assert FALLBACKS[result.fallback[1]] == "empty"
+    alone = assess(network, [make_batch(3)], samples=4, region="boundary")
+    np.testing.assert_allclose(result.difficulty[[0, 2]], alone.difficulty[[0, 2]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("save_maps", [False, True])

@@ -1,11 +1,15 @@
 """Networks by name, any image size, and which of their dropout layers stay."""
 
+import copy
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from polyseg import memory
+from polyseg import dropout, memory
 from polyseg.data.phantoms import make_phantom
 from polyseg.dropout import refuse_hidden_dropout, stochastic_layers
 from polyseg.errors import PolysegError
@@ -293,12 +297,116 @@ def test_dropout_inside_attention_is_refused():
         refuse_hidden_dropout(AttentionDropout(), torch.rand(2, 1, 8, 8))
 
 
+@pytest.mark.parametrize("kind", ["channel", "element"])
 @pytest.mark.parametrize("name", network_names())
-def test_library_networks_have_no_functional_dropout(name):
-    network = build_network(name, in_channels=1)
+def test_library_networks_draw_by_their_dropout_layers_only(name, kind):
+    network = build_network(name, in_channels=1, dropout_kind=kind)
     before = hash_weights(network)
     refuse_hidden_dropout(network, torch.rand(2, 1, 32, 32))
     assert hash_weights(network) == before
+
+
+def image_by_image(x):
+    return len(x), 1, 1, 1
+
+
+# What a network does to its features in training, and how the refusal calls it.
+RANDOM = {
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full(image_by_image(x), 0.9)) / 0.9,
+    "bernoulli_": lambda x: x * x.new_empty(image_by_image(x)).bernoulli_(0.95),
+    "rand": lambda x: x if torch.rand(()) < 0.95 else torch.zeros_like(x),
+    "rand_like": lambda x: x * (torch.rand_like(x) < 0.9),
+    # As behind a residual branch that starts at 1e-6, which ConvNeXt has.
+    "randn_like": lambda x: x + 1e-6 * torch.randn_like(x),
+    "rrelu": lambda x: functional.rrelu(x, training=True),
+    "Python's random": lambda x: x if random.random() < 0.95 else torch.zeros_like(x),
+    "numpy.random": lambda x: x * float(np.random.rand() < 0.95),  # noqa: NPY002
+    "a generator of its own": lambda x: x * torch.rand(image_by_image(x), generator=OWN),
+}
+OWN = torch.Generator()
+
+
+class RandomInTraining(nn.Module):
+    """Dropout and batch normalisation, and something random by hand beside them."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw = draw
+        self.convolution, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.dropout, self.head = nn.Dropout2d(0.3), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        x = self.dropout(self.norm(self.convolution(x)))
+        return self.head(self.draw(x) if self.training else x)
+
+
+def states():
+    numpy_state = np.random.get_state()[1].tolist()  # noqa: NPY002
+    return torch.random.get_rng_state().tolist(), random.getstate(), numpy_state
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_randomness_outside_dropout_layers_is_refused_by_name(name):
+    network, images = RandomInTraining(RANDOM[name]), torch.rand(2, 1, 8, 8)
+    weights, before = hash_weights(network), states()
+    with pytest.raises(
+        PolysegError, match=rf"random even with .* off, by .*{name}, .* use nn\.Dro"
+    ):
+        refuse_hidden_dropout(network, images)
+    assert states() == before and hash_weights(network) == weights
+    assert all(module.training for module in network.modules())
+
+
+def test_random_numbers_without_an_effect_on_the_output_are_accepted():
+    refuse_hidden_dropout(RandomInTraining(lambda x: (torch.rand(3), x)[1]), torch.rand(2, 1, 8, 8))
+
+
+class MovesItsBuffers(nn.Module):
+    """Centres by a running mean that each pass in training puts in the place of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.dropout = nn.Dropout2d(0.3)
+        self.norm = nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3, padding=1))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        return self.dropout(self.norm(x - self.mean))
+
+
+def test_layers_that_keep_running_statistics_are_accepted_and_put_back():
+    network = MovesItsBuffers()
+    mean, before = network.mean, hash_weights(network)
+    refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
+    assert network.mean is mean and hash_weights(network) == before
+
+
+def test_several_outputs_in_training_are_compared():
+    class Deep(RandomInTraining):
+        def forward(self, x):
+            output = self.head(self.dropout(self.convolution(x)))
+            return {"out": output, "aux": [self.draw(output)]} if self.training else output
+
+    refuse_hidden_dropout(Deep(lambda x: x), torch.rand(2, 1, 8, 8))
+    with pytest.raises(PolysegError, match="rand_like"):
+        refuse_hidden_dropout(Deep(RANDOM["rand_like"]), torch.rand(2, 1, 8, 8))
+
+
+def test_weights_that_diverged_are_not_called_random():
+    network = RandomInTraining(lambda x: x)
+    nn.init.constant_(network.head.weight, float("nan"))
+    refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
+
+
+def test_a_network_is_tried_for_randomness_once(monkeypatch):
+    network = RandomInTraining(lambda x: x)
+    refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
+    monkeypatch.setattr(dropout, "_pass_without_dropout", None)
+    refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
+    with pytest.raises(TypeError):
+        refuse_hidden_dropout(copy.deepcopy(network), torch.rand(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize("layer", [nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.1)])

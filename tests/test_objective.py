@@ -1,5 +1,7 @@
 """The losses by name against formulas written out in NumPy."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,20 @@ def test_each_image_has_its_own_epsilon(case, name, terms):
             logits[i : i + 1].sigmoid(), mask[i : i + 1], float(epsilon[i]), terms=terms
         )
         assert found[i].item() == pytest.approx(alone.item())
+
+
+@pytest.mark.parametrize("scale", ["norms", "printed"])
+@pytest.mark.parametrize("name", get_args(LossConfig.model_fields["name"].annotation))
+def test_an_empty_mask_is_lost_by_what_is_predicted_and_has_a_gradient(name, scale):
+    """Each loss is larger the more is predicted, and pushes every pixel down."""
+    objective = build_objective(LossConfig(name=name, scale=scale))
+    logits = torch.tensor([-8.0, -5.0, -2.0]).repeat_interleave(64).reshape(3, 1, 8, 8)
+    logits.requires_grad_()
+    for epsilon in (-0.4, 0.0, 2.0):
+        values = objective(logits, torch.zeros(3, 1, 8, 8), torch.full((3,), epsilon))
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+        assert values[0] < values[1] < values[2]
+        assert (gradient > 0).all()
 
 
 def note_of(config, logits, mask, epsilon):

@@ -212,6 +212,11 @@ def test_stability_is_of_ranks_alone(halves):
     assert rank_stability(halves) == pytest.approx(rank_stability(bent))
 
 
+def test_a_jackknife_of_one_group_is_refused():
+    with pytest.raises(ValueError, match=r"left_out \(1, 3\) must be \(G, n\)"):
+        jackknife_error(np.ones((1, 3)))
+
+
 def test_halves_that_agree_and_that_are_opposed():
     series = np.array([3.0, 1.0, 2.0, 7.0])
     assert rank_stability(np.array([[series, series]])) == 1

@@ -1,6 +1,7 @@
 """Eq. 8, 9 and 10 against NumPy in float64, and the accumulator against the functions."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -200,3 +201,22 @@ def test_misuse_is_refused():
     record.update(torch.zeros(2))
     with pytest.raises(ValueError, match=r"\(3,\) after \(2,\)"):
         record.update(torch.zeros(3))
+
+
+@pytest.mark.parametrize("function", [prediction_variance, predictive_entropy, mutual_information])
+@pytest.mark.parametrize("shape", [(), (0, 3)])
+def test_no_samples_are_refused(function, shape):
+    with pytest.raises(ValueError, match=re.escape(f"samples {shape} must be (N, ...)")):
+        function(torch.zeros(shape))
+
+
+def test_records_of_other_samples_do_not_go_together():
+    record, other = recorded(torch.rand(3, 2, 4)), recorded(torch.rand(2, 1, 4))
+    with pytest.raises(ValueError, match=r"\(1, 4\), \(2, 4\)"):
+        UncertaintyAccumulator.merged([record, other])
+    with pytest.raises(ValueError, match=r"2 samples \(1, 4\) are not some of 3 samples \(2, 4\)"):
+        record.without(other)
+    with pytest.raises(ValueError, match=r"3 samples .* are not some of 3"):
+        record.without(record)
+    with pytest.raises(ValueError, match=r"chosen \(2,\) of samples \(2, 4\)"):
+        record.at(torch.tensor([True, False]))
