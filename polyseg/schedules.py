@@ -4,9 +4,7 @@ Everything here is worked out from records; no network is needed. With several l
 one of an image and a label.
 """
 
-import csv
 import difflib
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from polyseg.control import EpsilonControl
 from polyseg.data.dataset import epoch_order
 from polyseg.difficulty import FALLBACKS, normalise
 from polyseg.errors import PolysegError
+from polyseg.files import csv_table
 from polyseg.plain_yaml import parse_yaml
 from polyseg.ranks import partial_spearman, spearman
 from polyseg.records import Assessment, Metric, Schedule
@@ -309,11 +308,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     "a,b",0.5
     c,
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
-    return text.getvalue()
+    return csv_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
 
 
 def correlation(first: Values, second: Values) -> float:
