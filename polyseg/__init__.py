@@ -5,3 +5,4 @@ Importing this package imports none of them, so that the command line starts at 
 """
 
 __version__ = "0.1.0"
+INTENDED_USE = "For research use only. Not a medical device."

@@ -53,7 +53,7 @@ _SEAL = "polyseg: the sha256 of what follows byte 512 is "
 _MISFITS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
 
 
-def write_assessment(path: Path, assessment: Assessment) -> str:
+def write_assessment(path: str | Path, assessment: Assessment) -> str:
     """Write an assessment file whole or not at all, and return its sha256.
 
     Raises:
@@ -85,7 +85,7 @@ def write_assessment(path: Path, assessment: Assessment) -> str:
 
 
 def read_assessment(
-    path: Path, *, sha256: str | None = None, with_maps: bool = False
+    path: str | Path, *, sha256: str | None = None, with_maps: bool = False
 ) -> Assessment:
     """Read an assessment file.
 
@@ -124,7 +124,7 @@ def read_assessment(
         )
 
 
-def write_schedule(path: Path, schedule: Schedule) -> str:
+def write_schedule(path: str | Path, schedule: Schedule) -> str:
     """Write a schedule file whole or not at all, and return its sha256.
 
     Raises:
@@ -141,7 +141,7 @@ def write_schedule(path: Path, schedule: Schedule) -> str:
     return sha256_of_file(path)
 
 
-def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
+def read_schedule(path: str | Path, *, sha256: str | None = None) -> Schedule:
     """Read a schedule file.
 
     Raises:
@@ -168,7 +168,7 @@ def read_schedule(path: Path, *, sha256: str | None = None) -> Schedule:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, kind: str) -> Iterator[Any]:
+def _writing(path: str | Path, kind: str) -> Iterator[Any]:
     # In memory first: where a disk is full the library may end the process, or forget to say so.
     image = io.BytesIO()
     with h5py.File(image, "w", userblock_size=_SEAL_BYTES) as file:
@@ -181,9 +181,9 @@ def _writing(path: Path, kind: str) -> Iterator[Any]:
         temporary.write_bytes(image.getbuffer())
 
 
-def seal(path: Path) -> None:
+def seal(path: str | Path) -> None:
     """Write the sha256 of an HDF5 file into its user block, without which it is not read."""
-    with path.open("r+b") as stream:
+    with Path(path).open("r+b") as stream:
         block = _seal_of(stream)
         stream.seek(0)
         stream.write(block)
@@ -200,8 +200,9 @@ def _seal(digest: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str, sha256: str | None) -> Iterator[Any]:
+def _reading(path: str | Path, kind: str, sha256: str | None) -> Iterator[Any]:
     """Yield the open file once it is known to be what it should be; any misfit is one line."""
+    path = Path(path)
     if not path.is_file():
         raise PolysegError(f"{path}: there is no such file")
     if sha256 is not None and sha256_of_file(path) != sha256:

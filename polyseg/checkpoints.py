@@ -143,7 +143,7 @@ def _refuse_misfits(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint whole or not at all.
 
     Raises:
@@ -177,14 +177,14 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         temporary.write_bytes(_packed(tensors, metadata))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
         PolysegError: the file is missing, damaged, or not polyseg's.
     """
     try:
-        content = _content(path)
+        content = _content(Path(path))
         tensors = safetensors.torch.load(content)
         metadata = _metadata(content)
         text = metadata.get("polyseg", "{}")

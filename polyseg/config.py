@@ -602,7 +602,7 @@ def least_epsilon(terms: int) -> float:
     return -0.5 - float(sum(rest))
 
 
-def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file and lay dotted overrides over it.
 
     Args:
@@ -615,7 +615,7 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     >>> load_config(overrides=["training.epochs=3"]).training.epochs
     3
     """
-    tree = None if file is None else parse_yaml(_read(file), str(file))
+    tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
     # An empty file is one of defaults.
     tree = {} if tree is None else tree
     for override in overrides:

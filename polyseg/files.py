@@ -1,15 +1,18 @@
 """Durable files: whole or not at all, their hashes, one writer at a time; and names for them."""
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ TEMPORARY_PREFIX = ".partial-"
 
 
 _LARGEST_TEXT = 2**26
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+"""How text starts that a spreadsheet would compute, with any number of apostrophes before it."""
 _KNOWS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -77,7 +82,7 @@ disk = Disk()
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` when the block ends well.
 
     The bytes reach the disk before the name does, and an error in the block leaves neither a
@@ -92,6 +97,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     ...     (Path(folder) / "table.csv").read_text()
     'id,dice'
     """
+    path = Path(path)
     try:
         disk.make_folder(path.parent)
         temporary = disk.create(path)
@@ -135,7 +141,7 @@ def keep_as(path: Path, older: Path) -> None:
             shutil.copyfile(path, temporary)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a text file (UTF-8) whole or not at all.
 
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +153,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """Read a text file (UTF-8) of any size that a run's own record may have.
 
     Raises:
@@ -159,6 +165,7 @@ def read_text(path: Path) -> str:
     Traceback (most recent call last):
     OSError: is no file
     """
+    path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError("is no file")
     if path.stat().st_size > _LARGEST_TEXT:
@@ -166,7 +173,56 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def sha256_of_file(path: Path) -> str:
+def csv_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as CSV text in which no cell is a formula to a spreadsheet.
+
+    Text that starts with =, +, -, @, a tab or a line break gets an apostrophe before it, unless it
+    is a number; so does text of that kind that has apostrophes before it already, so that
+    `csv_rows` can tell both apart.
+
+    >>> print(csv_table(["id", "change"], [["=1+1", "-0.5"], ["a,b", -2]]), end="")
+    id,change
+    '=1+1,-0.5
+    "a,b",-2
+    """
+    return "".join(map(_csv_line, (head, *rows)))
+
+
+def _csv_line(row: Sequence[Any]) -> str:
+    text = io.StringIO()
+    # Ended by both signs first, because the library quotes only those that end its lines.
+    csv.writer(text, lineterminator="\r\n").writerow([_no_formula(cell) for cell in row])
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def csv_rows(text: str) -> list[list[str]]:
+    """Return the rows of a text that `csv_table` wrote, without empty ones, each cell as it was.
+
+    Raises:
+        csv.Error: it is no CSV.
+
+    >>> csv_rows(csv_table(["id"], [["=1+1"], ["'=1+1"], ["-0.5"]]))
+    [['id'], ['=1+1'], ["'=1+1"], ['-0.5']]
+    """
+    rows = csv.reader(io.StringIO(text, newline=""))
+    return [[_as_it_was(cell) for cell in row] for row in rows if row]
+
+
+def _as_it_was(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _no_formula(cell: Any) -> Any:
+    if not isinstance(cell, str) or not _FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)
+        return cell
+    except ValueError:
+        return f"'{cell}"
+
+
+def sha256_of_file(path: str | Path) -> str:
     """Return the sha256 of a file as 64 hexadecimal digits.
 
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +230,7 @@ def sha256_of_file(path: Path) -> str:
     ...     sha256_of_file(Path(folder) / "empty")[:12]
     'e3b0c44298fc'
     """
-    with path.open("rb") as stream:
+    with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

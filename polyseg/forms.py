@@ -1,7 +1,5 @@
 """An evaluation written down: its tables as Markdown and LaTeX, its numbers as CSV and JSON."""
 
-import csv
-import io
 import json
 import math
 import re
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from polyseg.evaluate import Comparison, Evaluation, RunScores, failure_detection, strata
-from polyseg.files import without_nan
+from polyseg.files import csv_table, without_nan
 from polyseg.metrics import METRICS
 from polyseg.tables import DASH, RULE, Cell, Sheet, heading, sheets
 
@@ -38,8 +36,6 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     """
     single = [one for run in runs for one in (run.members or [run])]
     unsure = list(dict.fromkeys(k for run in single for one in run.scores for k in one.uncertainty))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     grouped = any(run.members for run in runs)
     arm_of = {id(one): run.name for run in runs for one in run.members}
     named = {"label": any(run.label for run in single)}
@@ -48,7 +44,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     heads = [*(["arm"] if grouped else []), "run"]
     heads += [*(name for name, there in named.items() if there), "id"]
     metrics = [metric.key for metric in METRICS]
-    writer.writerow([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure])
+    rows = []
     for run in single:
         own = [arm_of.get(id(run), run.name)] if grouped else []
         own += [run.name, *(getattr(run, name) for name, there in named.items() if there)]
@@ -56,20 +52,18 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
             values = [image.values[key] for key in metrics]
             found = [image.uncertainty.get(name, math.nan) for name in unsure]
             pixels = [image.mask_pixels, image.predicted_pixels]
-            writer.writerow([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
-    return text.getvalue()
+            rows.append([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
+    return csv_table([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure], rows)
 
 
 def robustness_csv(evaluation: Evaluation) -> str:
     """Return the means of all metrics at each strength of each damage as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     metrics = [metric.key for metric in METRICS]
-    writer.writerow(["run", "corruption", "strength", *metrics])
-    for point in evaluation.robustness:
-        means = [point.mean(key) for key in metrics]
-        writer.writerow([point.run, point.corruption, point.strength, *map(_plain, means)])
-    return text.getvalue()
+    rows = [
+        [point.run, point.corruption, point.strength, *(_plain(point.mean(key)) for key in metrics)]
+        for point in evaluation.robustness
+    ]
+    return csv_table(["run", "corruption", "strength", *metrics], rows)
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

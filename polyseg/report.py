@@ -1,7 +1,5 @@
 """What a run or a checkpoint leaves for people: tables and figures from the records."""
 
-import csv
-import io
 import logging
 import math
 import re
@@ -18,6 +16,7 @@ from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.difficulty import FALLBACKS
 from polyseg.evaluate import Evaluation
+from polyseg.files import csv_table
 from polyseg.plots.pictures import OverlayCase, overlays
 from polyseg.plots.style import headed, save_figure
 from polyseg.plots.training import (
@@ -93,23 +92,21 @@ def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def assessment_csv(assessment: Assessment) -> str:
     """Return an assessment as CSV, a row an image."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     labels = assessment.labels
     errors = assessment.scores_se.get(assessment.metric)
     of_difficulty = [assessment.difficulty] if errors is None else [assessment.difficulty, errors]
     columns = [*of_difficulty, *assessment.scores.values()]
     named = ["difficulty", "difficulty_se"][: len(of_difficulty)]
     heads = ["id", *(["label"] if labels else []), *named, *assessment.scores, "dice"]
-    writer.writerow([*heads, "foreground_pixels", "fallback"])
+    rows = []
     for i, identity in enumerate(assessment.ids):
         values = [column[i] for column in columns]
         row = [f"{value:.9g}" for value in (*values, assessment.dice[i])]
         own = [identity, *([labels[i]] if labels else [])]
-        writer.writerow(
+        rows.append(
             [*own, *row, assessment.foreground_pixels[i], FALLBACKS[assessment.fallback[i]]]
         )
-    return text.getvalue()
+    return csv_table([*heads, "foreground_pixels", "fallback"], rows)
 
 
 def draw_assessment(assessment: Assessment, folder: Path) -> list[Path]:

@@ -6,8 +6,6 @@ and for other runs; a run that goes on makes them anew.
 """
 
 import contextlib
-import csv
-import io
 import json
 import logging
 import platform
@@ -28,6 +26,7 @@ from polyseg.data.splits import PARTS, Split, refuse_overlap
 from polyseg.errors import PolysegError, reason
 from polyseg.files import (
     TEMPORARY_PREFIX,
+    csv_table,
     exclusive_lock,
     keep_as,
     read_text,
@@ -78,7 +77,8 @@ _RECORDED_VERSIONS = (
 class RunDirectory:
     """The paths of a run's folder, and the writing of what is written every epoch."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
         self.path = path
         self.last = path / "checkpoints" / "last.safetensors"
         self.previous = path / "checkpoints" / "previous.safetensors"
@@ -287,11 +287,10 @@ class RunDirectory:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
 
     def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=HISTORY_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in rows)
-        write_text(self.history, text.getvalue())
+        cells = (
+            [f"{row[key]:.9g}" if key in row else "" for key in HISTORY_COLUMNS] for row in rows
+        )
+        write_text(self.history, csv_table(HISTORY_COLUMNS, cells))
 
 
 def split_json(split: Split, hashes: Mapping[str, str]) -> str:
@@ -312,12 +311,13 @@ def new_run_path() -> Path:
     return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint file that a path stands for: itself, or a run's best one.
 
     Raises:
         PolysegError: there is none.
     """
+    path = Path(path)
     if path.is_file():
         return path
     run = RunDirectory(path)

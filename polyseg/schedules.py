@@ -4,9 +4,7 @@ Everything here is worked out from records; no network is needed. With several l
 one of an image and a label.
 """
 
-import csv
 import difflib
-import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from polyseg.control import EpsilonControl, Recorder
 from polyseg.data.dataset import epoch_order
 from polyseg.difficulty import FALLBACKS, normalise_by
 from polyseg.errors import PolysegError
+from polyseg.files import csv_table
 from polyseg.plain_yaml import parse_yaml
 from polyseg.ranks import partial_spearman, spearman
 from polyseg.records import Assessment, Metric, Schedule
@@ -316,11 +315,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     "a,b",0.5
     c,
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
-    return text.getvalue()
+    return csv_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
 
 
 def correlation(first: Values, second: Values) -> float:

@@ -1,15 +1,20 @@
 """What all tests share."""
 
+import os
 import sys
 from typing import NamedTuple
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import settings
+from polyseg.__main__ import shorten_waiting
 
-from polyseg.cli.main import main
-from polyseg.config import load_config
+shorten_waiting(os.environ)  # Before torch is imported; child processes inherit it.
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from polyseg.cli.main import main  # noqa: E402
+from polyseg.config import load_config  # noqa: E402
 
 # Machines differ in speed, and no test may fail by the clock.
 settings.register_profile("polyseg", deadline=None, max_examples=50)

@@ -16,11 +16,13 @@ from scipy.optimize import brentq
 
 from polyseg import __version__
 from polyseg.cache import read_assessment
+from polyseg.checkpoints import read_checkpoint
 from polyseg.config import Config
 from polyseg.jobs.figure import _derivative_where_the_sum_is_one
 from polyseg.losses import polydice1_curve
 from polyseg.metrics import METRICS
 from polyseg.montecarlo import describe_order
+from polyseg.networks import hash_weights
 
 from .conftest import TINY
 from .reference import commands
@@ -295,6 +297,121 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(images / "images" / "phantom_0003.png")
     answer = polyseg("evaluate", run, "--no-figures")
     assert answer.code == 2 and "image phantom_0003 has changed" in answer.err
+
+
+def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
+    whole, run, new = tmp_path / "whole", tmp_path / "run", tmp_path / "new"
+    command = ["train", "--data", images, *SET, "--set", "training.scheduler=constant", "-q"]
+    assert polyseg(*command, "--out", whole).code == 0
+    assert polyseg(*command, "--out", run, "--epochs", 2).code == 0
+    images.rename(new)
+    answer = polyseg("train", "--resume", "--out", run, "--epochs", 3)
+    assert answer.code == 2 and len(answer.err.splitlines()) == 1
+    assert f"{images}: there is no such file or folder" in answer.err and "--data" in answer.err
+    again = ["train", "--resume", "--out", run, "--epochs", 3, "--data", new]
+    assert polyseg(*again, "--dry-run").code == 0
+    answer = polyseg(*again)
+    assert answer.code == 0, answer.err
+    told = [line for line in answer.err.splitlines() if str(new) in line and str(images) in line]
+    assert len(told) == 1 and "read from" in told[0]
+    first, second = (
+        read_checkpoint(path / "checkpoints/last.safetensors") for path in (whole, run)
+    )
+    assert hash_weights(first.build(trust=False)) == hash_weights(second.build(trust=False))
+    # From now on that is where they are.
+    assert polyseg("train", "--resume", "--out", run, "-q").code == 0
+
+
+@pytest.mark.parametrize("change", ["missing", "changed"])
+def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change):
+    run, new = tmp_path / "run", tmp_path / "new"
+    polyseg("train", "--data", images, "--out", run, *SET, "-q", "--epochs", 1)
+    shutil.copytree(images, new)
+    (new / "masks/phantom_0003.png").unlink()
+    (new / "images/phantom_0003.png").unlink()
+    if change == "changed":
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(new / "images/phantom_0003.png")
+        Image.fromarray(np.full((32, 32), 255, np.uint8)).save(new / "masks/phantom_0003.png")
+    before = (run / "config.yaml").read_text()
+    answer = polyseg("train", "--resume", "--out", run, "--epochs", 2, "--data", new)
+    expected = "has changed" if change == "changed" else "is missing"
+    assert answer.code == 2 and f"image phantom_0003 {expected}" in answer.err
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
+    run, new, others = tmp_path / "run", tmp_path / "new", tmp_path / "others"
+    polyseg("train", "--data", images, "--out", run, *SET, "-q")
+    polyseg("data", "demo", others, "--images", 4, "--size", 32, "--seed", 5)
+
+    def evaluated(*more):
+        answer = polyseg("evaluate", run, "--no-figures", "--json", *more)
+        return answer, json.loads(answer.out)["evaluation"]["runs"] if answer.code == 0 else None
+
+    choice = ("--threshold", "val")
+    _, there = evaluated("--out", tmp_path / "a", *choice)
+    images.rename(new)
+    for command in ("evaluate", "estimate-uncertainty"):
+        answer = polyseg(command, run)
+        assert answer.code == 2 and len(answer.err.splitlines()) == 1
+        assert f"{images}: there is no such file or folder" in answer.err and "--data" in answer.err
+    answer, moved = evaluated("--out", tmp_path / "b", "--data", new, *choice)
+    assert moved == there and "read from" in answer.err
+    answer, _ = evaluated("--out", tmp_path / "c", "--data", new, "--split", "train")
+    assert answer.code == 0 and "no test" in answer.err
+    answer, every = evaluated("--out", tmp_path / "d", "--data", new, "--split", "all")
+    assert every[0]["counts"]["images"] == 16 and "no test" in answer.err
+    _, other = evaluated("--out", tmp_path / "e", "--data", others)
+    assert other[0]["counts"]["images"] == 4
+    answer, _ = evaluated("--data", others, "--split", "test")
+    assert answer.code == 2 and "is not what" in answer.err
+    answer = polyseg("estimate-uncertainty", run, "--data", new, "--split", "test", "--json")
+    assert answer.code == 0 and "read from" in answer.err
+
+
+def test_names_of_files_are_no_formulas_in_any_table(polyseg, tmp_path, images):
+    """A spreadsheet shows them, polyseg and JSON keep them, a page shows them as they are."""
+    for kind in ("images", "masks"):
+        for number in range(16):
+            name = {14: "@SUM(A1)", 15: "-0.5"}.get(number, f"=1+{number}")
+            (images / kind / f"phantom_{number:04}.png").rename(images / kind / f"{name}.png")
+    run = tmp_path / "=run"
+    last = ["--resume", "--out", run, "--epochs", "3"]
+    assert polyseg("train", "--data", images, "--out", run, *SET, "-q", "--epochs", 2).code == 0
+    assert polyseg("train", *last, "-q", "--set", "training.scheduler=constant").code == 2
+    assert polyseg("train", *last, "-q").code == 0
+    all_of_it = ["--out", tmp_path / "e", "--split", "all", "--corrupt", "noise", "--no-figures"]
+    assert polyseg("evaluate", run, *all_of_it).code == 0
+    assert polyseg("estimate-uncertainty", run, "--out", tmp_path / "u").code == 0
+    assert polyseg("predict", run, images / "images", "--out", tmp_path / "p").code == 0
+    assert polyseg("schedule", "export", run, "--out", tmp_path / "s.csv").code == 0
+    shown = polyseg("schedule", "show", run, "--csv")
+    (tmp_path / "shown.csv").write_text(shown.out)
+    tables = [*tmp_path.rglob("*.csv")]
+    assert len(tables) == 9, tables
+    found = set()
+    for path in tables:
+        for row in csv.reader(path.open(newline="")):
+            for cell in row:
+                found.add(cell)
+                if cell.startswith(("=", "+", "-", "@")):
+                    float(cell)
+    assert {"'=1+1", "'@SUM(A1)", "-0.5", "'=run", "'=1+1.png"} <= found
+    split = json.loads((run / "split.json").read_text())
+    page_there = ["--out", tmp_path / "r.html"]
+    formula = next(row["id"] for row in split["train"] if row["id"].startswith("="))
+    assert polyseg("schedule", "show", run, "--image", formula).code == 0
+    assert polyseg("report", run, "--evaluation", tmp_path / "e", *page_there).code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert f">{formula}<" in page and "'=1" not in page and "&#x27;=1" not in page
+
+
+def test_a_manifest_may_name_images_by_what_looks_like_a_formula(polyseg, tmp_path, images):
+    rows = [f"images/phantom_{i:04}.png,masks/phantom_{i:04}.png,=1+{i}" for i in range(16)]
+    (images / "list.csv").write_text("\n".join(["image,mask,id", *rows]) + "\n")
+    out = tmp_path / "split.json"
+    assert polyseg("data", "split", images / "list.csv", "--out", out).code == 0
+    assert '"=1+3"' in out.read_text()
 
 
 def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):

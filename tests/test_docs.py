@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from polyseg import __version__
+from polyseg import INTENDED_USE, __version__
 from polyseg.cli.main import app
 from polyseg.config import load_config
 
@@ -31,6 +31,10 @@ def test_the_house_is_described_room_by_room():
 
 def test_the_changelog_knows_this_version():
     assert f"## [{__version__}]" in (TOP / "CHANGELOG.md").read_text()
+
+
+def test_the_intended_use_stands_in_the_readme():
+    assert INTENDED_USE in (TOP / "README.md").read_text()
 
 
 def command_lines():

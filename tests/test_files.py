@@ -1,16 +1,45 @@
 """Durable files: whole or not at all, and one writer."""
 
+import csv
 import errno
 import hashlib
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from polyseg import files
+from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
+from polyseg.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.config import load_config
+from polyseg.data.layouts import find_cases
+from polyseg.data.manifest import read_manifest
+from polyseg.data.phantoms import make_phantoms, write_phantoms
+from polyseg.data.readers import read_image_stack, read_label_stack
 from polyseg.errors import PolysegError
-from polyseg.files import atomic_path, exclusive_lock, keep_as, sha256_of_file, write_text
+from polyseg.files import (
+    atomic_path,
+    csv_rows,
+    csv_table,
+    exclusive_lock,
+    keep_as,
+    read_text,
+    sha256_of_file,
+    write_text,
+)
+from polyseg.jobs.models import images_for, open_model, results_beside
+from polyseg.jobs.schedule import read_record
+from polyseg.jobs.training import train
+from polyseg.plots.style import save_figure
+from polyseg.records import no_progress
+from polyseg.run import RunDirectory, find_checkpoint
+
+from .conftest import TINY
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -115,3 +144,74 @@ def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(files.disk, "flush", lambda path: (flushed.append(path), flush(path)))
     write_text(tmp_path / "a" / "b" / "c.txt", "")
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(flushed)
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@given(st.text("'=+-@\t\r\n1e.,;\"a", max_size=8))
+@example("=1+1")
+@example("'=1+1")
+@example("-0.5")
+@example("\tx")
+def test_no_cell_is_a_formula_and_each_can_be_undone(name):
+    text = csv_table(["id", name], [[name, -0.5]])
+    (head, row) = csv.reader(io.StringIO(text, newline=""))
+    (cell, value) = row
+    assert head == ["id", cell] and float(value) == -0.5
+    assert is_number(cell) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    assert csv_rows(text) == [["id", name], [name, "-0.5"]]
+
+
+@pytest.mark.parametrize("cell", ["-0.5", "+3", "-1e-07", -0.5, "-inf", "nan", "a=b", "", 7, None])
+def test_numbers_and_plain_text_stay_as_they_are(cell):
+    assert csv_table(["a", "b"], [[0, cell]]) == f"a,b\n0,{'' if cell is None else cell}\n"
+
+
+def test_public_functions_take_paths_as_text(tmp_path):
+    settings = load_config(overrides=[*TINY, "training.epochs=1", "output.figures=false"])
+    run = tmp_path / "run"
+    place = settings.output.model_copy(update={"path": str(run)})
+    train(settings.model_copy(update={"output": place}))
+    assessment = run / "uncertainty/epoch_0001.h5"
+    phantoms = tmp_path / "phantoms"
+    write_phantoms(str(phantoms), make_phantoms(2, size=(16, 16)))
+    image = next((phantoms / "images").iterdir())
+    (phantoms / "list.csv").write_text(f"image,mask\n{image},{image}\n")
+    model = open_model(run, "cpu", False)
+    readers = [
+        (read_assessment, assessment),
+        (read_schedule, run / "schedule.h5"),
+        (read_checkpoint, run / "checkpoints/last.safetensors"),
+        (find_checkpoint, run),
+        (load_config, run / "config.yaml"),
+        (lambda path: RunDirectory(path).read_split(), run),
+        (lambda path: open_model(path, "cpu", False).source, run),
+        (lambda path: images_for(model, path, None, "all", no_progress)[1], phantoms),
+        (lambda path: results_beside(path, "x").parent, run),
+        (read_record, run),
+        (read_image_stack, image),
+        (read_label_stack, image),
+        (find_cases, phantoms),
+        (read_manifest, phantoms / "list.csv"),
+        (sha256_of_file, image),
+        (read_text, run / "split.json"),
+    ]
+    for read, path in readers:
+        assert type(read(str(path))) is type(read(path)), read
+    writers = [
+        (write_assessment, read_assessment(assessment)),
+        (write_schedule, read_schedule(run / "schedule.h5")),
+        (write_checkpoint, read_checkpoint(run / "checkpoints/last.safetensors")),
+        (write_text, "text"),
+    ]
+    for number, (write, value) in enumerate(writers):
+        write(str(tmp_path / f"{number}"), value)
+        assert (tmp_path / f"{number}").is_file(), write
+    save_figure(Figure(), str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").is_file()

@@ -214,6 +214,14 @@ def test_nothing_unpickles_or_evaluates():
         assert not {"pickle", "marshal", "shelve"} & set(imports(tree)), room
 
 
+def test_csv_is_written_in_one_place():
+    """Where no cell can become a formula."""
+    for room, tree in rooms():
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert room == "files" or not {"csv.writer", "csv.DictWriter"} & called, room
+        assert room in ("files", "data.manifest") or "csv.reader" not in called, room
+
+
 def public_functions(body):
     for node in body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from polyseg import INTENDED_USE
 from polyseg.cache import write_assessment, write_schedule
 from polyseg.errors import PolysegError
 from polyseg.jobs import page as page_job
@@ -211,6 +212,19 @@ def test_a_page_tells_all_that_a_run_holds(make_run):
     assert len(heads) == 2 + 20 + 30 + 1  # twice a heading, the worst, all of them
     assert len(page.all("figure")) == 4 + 3  # drawn and kept, the curves not twice
     assert [one["class"] for one in page.all("figure")].count("png") == 3
+
+
+def test_a_page_ends_with_the_intended_use(make_run):
+    page = written(make_run())
+    assert f"<footer><p>{INTENDED_USE}</p></footer>" in page.partition("</main>")[2]
+
+
+def test_names_that_csv_files_mark_are_shown_as_they_are(make_run):
+    run = make_run("a")
+    table = per_image("'=1+1 ", "'@a") + "'@a,''=2 ,0.5,3\n"
+    (run / "evaluation/per_image.csv").write_text(table)
+    text = Parser(written(run)).text
+    assert "=1+1 0" in text and "'=1+1" not in text and "''=2" not in text and "'=2" in text
 
 
 def test_values_of_the_assessments_are_numpys(make_run):

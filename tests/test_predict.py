@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from polyseg import INTENDED_USE
 from polyseg.data.phantoms import make_phantoms
 from polyseg.jobs.training import train
 from tests.layout_copies import COPIES
@@ -69,6 +70,7 @@ def test_pictures_keep_size_and_format(run, phantoms, polyseg, tmp_path):
     assert np.mean(scores) > 0.5
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
     assert [row["id"] for row in rows] == sorted(phantom.id for phantom in phantoms)
+    assert {row["intended_use"] for row in rows} == {INTENDED_USE}
 
 
 def test_sixteen_bit_tiff_keeps_size_and_resolution(run, phantoms, polyseg, tmp_path):

@@ -85,6 +85,7 @@ def _end_of(wish: Wish) -> int:
     try:
         code = app(standalone_mode=False)
         wish.granted = True
+        sys.stdout.flush()  # So that results which cannot be written are an error too.
         return code if isinstance(code, int) else 0
     except (PolysegError, TyperException, OSError) as error:
         wish.granted = True
@@ -100,10 +101,6 @@ def _end_of(wish: Wish) -> int:
 
 def _tell(error: PolysegError | TyperException | OSError) -> int:
     """Say in a line what went wrong, and return the exit code."""
-    if isinstance(error, BrokenPipeError):
-        # The reader went away, as `head` does; there is no one left to tell.
-        sys.stderr.close()
-        return 128 + signal.SIGPIPE
     if isinstance(error, PolysegError):
         text = "\n".join(_visible(str(line)) for line in error.args)
     elif isinstance(error, OSError):

@@ -75,7 +75,7 @@ _EXPECTED = (
 
 
 def find_cases(
-    path: Path,
+    path: str | Path,
     *,
     layout: LayoutName = "auto",
     images: str | None = None,
@@ -103,6 +103,7 @@ def find_cases(
     Traceback (most recent call last):
     polyseg.errors.PolysegError: nowhere: there is no such file or folder
     """
+    path = Path(path)
     _check_settings(path, layout, images, masks)
     if exists(path, "file"):
         return read_manifest(path, unmasked)

@@ -42,7 +42,7 @@ class _Row:
     cells: dict[str, str]
 
 
-def read_manifest(path: Path, unmasked: Unmasked = "refuse") -> Layout:
+def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
     """Read the cases that a CSV file lists, paths relative to its folder or absolute.
 
     Several masks of an image, or several files of one channel each, are separated by ";".
@@ -60,6 +60,7 @@ def read_manifest(path: Path, unmasked: Unmasked = "refuse") -> Layout:
     Traceback (most recent call last):
     polyseg.errors.PolysegError: nowhere.csv: cannot be read: No such file or directory
     """
+    path = Path(path)
     rows = list(_rows(path))
     findings = Findings(unmasked)
     folders = Folders()

@@ -3,8 +3,6 @@
 Everything about a phantom follows from a seed, its index and its difficulty.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +14,7 @@ from PIL import Image
 from polyseg.data import endoscopy, ultrasound
 from polyseg.data.lesions import Factors, Size, draw_factors
 from polyseg.errors import PolysegError, reason
-from polyseg.files import write_text
+from polyseg.files import csv_table, write_text
 from polyseg.folders import whole_folder
 from polyseg.seeds import derive_seed
 
@@ -110,7 +108,7 @@ def make_phantoms(
     ]
 
 
-def write_phantoms(directory: Path, phantoms: Sequence[Phantom]) -> None:
+def write_phantoms(directory: str | Path, phantoms: Sequence[Phantom]) -> None:
     """Write images/ID.png, masks/ID.png (0 and 255) and phantoms.csv into a new directory.
 
     All of it is there in the end, or nothing.
@@ -128,6 +126,7 @@ def write_phantoms(directory: Path, phantoms: Sequence[Phantom]) -> None:
     ...     sorted(path.name for path in Path(folder).iterdir())
     ['images', 'masks', 'phantoms.csv']
     """
+    directory = Path(directory)
     with whole_folder(directory) as folder:
         try:
             for name in ("images", "masks"):
@@ -146,10 +145,8 @@ def _save(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 def _table(phantoms: Sequence[Phantom]) -> str:
     names = [field.name for field in fields(Factors)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "difficulty", *names])
-    for phantom in phantoms:
-        values = [phantom.factors[name] for name in names]
-        writer.writerow([phantom.id, phantom.difficulty, *values])
-    return text.getvalue()
+    rows = (
+        [phantom.id, phantom.difficulty, *(phantom.factors[name] for name in names)]
+        for phantom in phantoms
+    )
+    return csv_table(["id", "difficulty", *names], rows)

@@ -12,7 +12,7 @@ from polyseg.errors import PolysegError
 _SUFFIXES = (*PICTURE_SUFFIXES, *TIFF_SUFFIXES, *NIFTI_SUFFIXES, ".dcm")
 
 
-def read_image_stack(path: Path, plane: Plane = "axial") -> Stack:
+def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
     """Read an image, a volume or a series as slices, (N, H, W, C).
 
     Args:
@@ -26,10 +26,10 @@ def read_image_stack(path: Path, plane: Plane = "axial") -> Stack:
     Traceback (most recent call last):
     polyseg.errors.PolysegError: notes.txt: is of no kind that is read: .png, .jpg, .jpeg, .bmp, .gif, .tif, .tiff, .nii, .nii.gz, .dcm
     """  # noqa: E501
-    return _read(path, plane, labels=False)
+    return _read(Path(path), plane, labels=False)
 
 
-def read_label_stack(path: Path, plane: Plane = "axial") -> Stack:
+def read_label_stack(path: str | Path, plane: Plane = "axial") -> Stack:
     """Read a mask or labels as slices, (N, H, W), of the values that the file holds.
 
     Args:
@@ -48,7 +48,7 @@ def read_label_stack(path: Path, plane: Plane = "axial") -> Stack:
     array([[[255, 255, 255],
             [255, 255, 255]]], dtype=uint8)
     """
-    return _read(path, plane, labels=True)
+    return _read(Path(path), plane, labels=True)
 
 
 def _is_bare_dicom(path: Path) -> bool:

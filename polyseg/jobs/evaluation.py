@@ -183,7 +183,7 @@ def _test(
         hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
         if not group:
             _refuse_other_images(arms, hashes)
-        if data is None and part in ("train", "val", "all"):
+        if part in ("train", "val") or (data is None and part == "all"):
             log.warning(
                 "%s: --split %s has images that it was trained or chosen on: no test", name, part
             )

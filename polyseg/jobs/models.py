@@ -45,7 +45,7 @@ class Model:
         return self.checkpoint.config
 
 
-def open_model(source: Path, device: str, trust: bool) -> Model:
+def open_model(source: str | Path, device: str, trust: bool) -> Model:
     """Return the network of a checkpoint file, or of a run's best checkpoint.
 
     Raises:
@@ -62,7 +62,7 @@ def open_model(source: Path, device: str, trust: bool) -> Model:
     checkpoint = dataclasses.replace(checkpoint, config=config)
     network = checkpoint.build(trust=trust).to(choose_device(device))
     run = RunDirectory(path.parent.parent)
-    return Model(source, run if run.split.is_file() else None, checkpoint, network)
+    return Model(Path(source), run if run.split.is_file() else None, checkpoint, network)
 
 
 class LastImages:
@@ -84,11 +84,11 @@ class LastImages:
 
 def images_for(
     model: Model,
-    data: Path | None,
+    data: str | Path | None,
     part: str | None,
     default: str,
     progress: Progress,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     load: Load = load_images,
 ) -> tuple[ImageSet, list[str]]:
     """Return images and the ids to use: a part of the run's own data, or all of a folder.
@@ -107,18 +107,29 @@ def images_for(
     """
     if part not in (None, "all", *PARTS):
         raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
+    data = None if data is None else Path(data)
     config = model.config.data
     if cache is not None:
         config = config.model_copy(update={"cache": str(cache)})
     own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
     if not own and data is not None:
-        if part not in (None, "all"):
-            raise PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
+        # Only data of a folder that is gone may have a split elsewhere.
+        if part not in (None, "all") and not is_gone(config):
+            raise _not_trained_on(model, data, part)
         images = load_others(data, config, model.checkpoint.channels, progress)
         images = dataclasses.replace(images, levels=model.checkpoint.levels)
+        split = None if part == "all" else moved_split(model, images)
+        if split is not None:
+            log.info(
+                "%s: its images are read from %s, in place of %s", model.source, data, config.path
+            )
+            return images, part_of(split, part or default, images, model)
+        if part not in (None, "all"):
+            raise _not_trained_on(model, data, part)
         _warn_of_known_images(model, images)
         return images, images.ids
     part = part or default
+    refuse_gone(config, model.source)
     images = load(config, progress)
     split = (
         split_of_run(model.run, images, model.checkpoint.split)
@@ -126,10 +137,53 @@ def images_for(
         else _split_of_file(model, images, part)
     )
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
+    return images, part_of(split, part, images, model)
+
+
+def part_of(split: Split, part: str, images: ImageSet, model: Model) -> list[str]:
+    """Return the ids of a part of a split, or of all images.
+
+    Raises:
+        PolysegError: there are none.
+    """
     ids = images.ids if part == "all" else split[part]
     if not ids:
         raise PolysegError(f"--split {part}: {model.source} has no {part} images; choose another")
-    return images, ids
+    return ids
+
+
+def _not_trained_on(model: Model, data: Path, part: str) -> PolysegError:
+    return PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
+
+
+def is_gone(config: DataConfig) -> bool:
+    """Return whether the folder or file that the settings name is not there any more."""
+    return config.path != "demo" and not Path(config.path).exists()
+
+
+def refuse_gone(config: DataConfig, owner: Path) -> None:
+    """Raise if the data of a run are not where its settings say.
+
+    Raises:
+        PolysegError: names the option that says where they are now.
+    """
+    if is_gone(config):
+        raise PolysegError(
+            f"{config.path}: there is no such file or folder; give the place where the images of "
+            f"{owner} are now by --data"
+        )
+
+
+def moved_split(model: Model, images: ImageSet) -> Split | None:
+    """Return the split of a model's run if its own data are gone and `images` hold all of them.
+
+    None where the images are others, or the model's own data are still there.
+    """
+    if model.run is None or not is_gone(model.config.data):
+        return None
+    split, hashes = model.run.read_split(model.checkpoint.split)
+    same = all(images.hashes.get(identity) == digest for identity, digest in hashes.items())
+    return split if same else None
 
 
 def new_split(config: Config, images: ImageSet) -> Split:
@@ -268,7 +322,8 @@ def passes_of(config: Config) -> dict[str, Any]:
     return settings
 
 
-def results_beside(source: Path, name: str) -> Path:
+def results_beside(source: str | Path, name: str) -> Path:
     """Return where results go that were given no place: into the run, or beside the checkpoint."""
+    source = Path(source)
     folder = source if source.is_dir() else source.parent
     return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,10 +1,8 @@
 """`polyseg predict`: masks of images that have none, in the images' own size, kind and geometry."""
 
 import contextlib
-import csv
 import dataclasses
 import errno
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg import INTENDED_USE
 from polyseg.config import MOST_SAMPLES, Config, DataConfig
 from polyseg.data.cases import Case
 from polyseg.data.dataset import ImageSet
@@ -21,7 +20,7 @@ from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.data.writers import write_labels, write_map
 from polyseg.errors import PolysegError
-from polyseg.files import write_text
+from polyseg.files import csv_table, write_text
 from polyseg.folders import moved, whole_folder
 from polyseg.inference import choose_device, predict
 from polyseg.jobs.models import Model, open_model, passes_of
@@ -93,7 +92,8 @@ def predict_images(
         if not rows:
             raise _refusal(problems, len(cases), out)
         files.append(folder / "predictions.csv")
-        write_text(files[-1], _csv(rows))
+        table = [[*row.values(), INTENDED_USE] for row in rows]
+        write_text(files[-1], csv_table([*rows[0], "intended_use"], table))
     if problems:
         raise _refusal(problems, len(cases), out)
     return Outcome(out, moved(files, folder, out))
@@ -267,11 +267,3 @@ def _rows(
                 row |= {name: f"{assessment.scores[name][i]:.9g}" for name in METRICS}
             rows.append(row)
     return rows
-
-
-def _csv(rows: Rows) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

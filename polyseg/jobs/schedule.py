@@ -51,12 +51,13 @@ class Findings:
     notes: Sequence[str] = ()
 
 
-def read_record(path: Path) -> RunRecord:
+def read_record(path: str | Path) -> RunRecord:
     """Return what a run has committed, also while it trains on.
 
     Raises:
         PolysegError: it is no run, has no assessments, or a file of it is damaged.
     """
+    path = Path(path)
     run = RunDirectory(path)
     if not run.last.is_file():
         owner = next((p for p in path.parents if RunDirectory(p).last.is_file()), None)

@@ -28,7 +28,7 @@ from polyseg.evaluate import (
     image_scores,
 )
 from polyseg.inference import predict
-from polyseg.jobs.models import Load, Model, images_for, passes_of
+from polyseg.jobs.models import Load, Model, images_for, moved_split, part_of, passes_of
 from polyseg.montecarlo import assess
 from polyseg.networks import SegmentationNetwork
 from polyseg.processes import ALONE, Processes
@@ -215,7 +215,12 @@ def _thresholds(
 ) -> dict[str, float]:
     if questions.threshold != "val":
         return dict.fromkeys(images.labels, float(questions.threshold))
-    own, ids = images_for(model, None, "val", "val", progress, cache, load)
+    split = moved_split(model, images)
+    own, ids = (
+        images_for(model, None, "val", "val", progress, cache, load)
+        if split is None
+        else (images, part_of(split, "val", images, model))
+    )
     size = model.config.training.batch_size
     found = choose_thresholds(model.network, own, ids, size, progress, processes)
     for label, threshold in found.items():

@@ -19,7 +19,7 @@ from polyseg.data.splits import PARTS, Split, count_groups
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluate import Evaluation
 from polyseg.inference import choose_device
-from polyseg.jobs.models import new_split, split_of_run
+from polyseg.jobs.models import new_split, refuse_gone, split_of_run
 from polyseg.jobs.testing import score
 from polyseg.jobs.uncertainty import draw_extremes
 from polyseg.memory import keep_freed_memory
@@ -40,10 +40,12 @@ _FREE_TO_CHANGE = (
     "training.device",
     "training.workers",
     "training.on_nonfinite",
+    "data.path",
     "data.memory",
     "data.cache",
     "output.",
 )
+"""Settings that say where and how long; that the images are the same is checked one by one."""
 _CHANGED_WHEN_TOLD = (
     "training.learning_rate",
     "training.weight_decay",
@@ -136,6 +138,9 @@ def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     if how.processes.leads:
         run.write_config(trainer.config)
         log.info("resumed after epoch %d", trainer.epoch)
+        place, former = trainer.config.data.path, checkpoint.config.data.path
+        if place != former:
+            log.info("the images are read from %s, in place of %s", place, former)
         if changes:
             log.warning("not as it was before: %s", "; ".join(changes))
             run.note_resumption(trainer.epoch, environment(trainer.device, how.processes.count))
@@ -154,6 +159,7 @@ def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]
     now = environment(choose_device(config.training.device), processes.count)
     changes = run.changes_of_environment(now) if processes.leads else []
     _refuse_changes(run, changes, config.training, how.accept_changes)
+    refuse_gone(config.data, run.path)
     images = load_images(config.data, how.progress)
     split = split_of_run(run, images, checkpoint.split)
     replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)

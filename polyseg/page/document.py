@@ -18,6 +18,8 @@ from html import escape
 from importlib import resources
 from typing import Literal, TypeAlias
 
+from polyseg import INTENDED_USE
+
 _PLAIN = r"[+−-]?\d[\d.,]*(e[+−-]?\d+)?"
 _NUMBER = re.compile(rf"(< )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\))?|–|")
 _SORTABLE = ' class="sortable"'
@@ -141,6 +143,7 @@ def render(page: Page) -> str:
             "<main>",
             *sections,
             "</main>",
+            f"<footer><p>{INTENDED_USE}</p></footer>",
             f"<script>{_asset('script.js')}</script>",
             "</body>",
             "</html>",

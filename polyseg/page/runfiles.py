@@ -20,7 +20,7 @@ from PIL import Image
 from polyseg.cache import read_assessment, read_schedule
 from polyseg.checkpoints import Checkpoint, read_checkpoint
 from polyseg.errors import PolysegError
-from polyseg.files import TEMPORARY_PREFIX
+from polyseg.files import TEMPORARY_PREFIX, csv_rows
 from polyseg.plain_yaml import parse_yaml
 from polyseg.records import Assessment, Schedule
 
@@ -251,7 +251,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _table(path: Path) -> list[list[str]]:
-    rows = [row for row in csv.reader(io.StringIO(_text(path))) if row]
+    rows = csv_rows(_text(path))
     if any(len(row) != len(rows[0]) for row in rows) or (rows and len(rows[0]) > _MOST_COLUMNS):
         raise ValueError("is no table, or has too many columns")
     return rows

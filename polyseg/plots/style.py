@@ -85,7 +85,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return in_style
 
 
-def save_figure(figure: Figure, path: Path) -> list[Path]:
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     """Write a figure whole or not at all, and return the paths of what was written.
 
     Args:
@@ -100,6 +100,7 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     ...     [path.name for path in save_figure(Figure(), Path(folder) / "curves")]
     ['curves.png', 'curves.pdf']
     """
+    path = Path(path)
     if not path.name or path.is_dir():
         raise PolysegError(f"{path}: is no name of a file for the figure")
     if not path.suffix:

@@ -1,0 +1,133 @@
+"""How the program starts: threads that do not spin, and standard streams that may be closed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polyseg.__main__ import shorten_waiting
+
+from .conftest import TINY
+
+SET = [word for override in TINY for word in ("--set", override)]
+TRAIN = ["train", *SET, "--epochs", "1", "--set", "output.figures=false", "--out"]
+WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+
+
+def start(*arguments, redirect="", **how):
+    """Run the program as a shell does that redirects its streams."""
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-m", "polyseg"]
+    how.setdefault("stdout", subprocess.PIPE)
+    how.setdefault("stderr", subprocess.PIPE)
+    return subprocess.run([*command, *map(str, arguments)], text=True, check=False, **how)
+
+
+@pytest.fixture
+def gone():
+    """Yield a pipe whose reader has left."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    yield write_end
+    os.close(write_end)
+
+
+def test_threads_wait_briefly_by_default():
+    environment = {"OMP_NUM_THREADS": "2"}
+    shorten_waiting(environment)
+    assert environment == {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_the_waiting_that_a_user_has_set_is_kept(name):
+    environment = {name: "3"}
+    shorten_waiting(environment)
+    assert environment == {name: "3"}
+
+
+def test_importing_the_package_leaves_the_environment():
+    code = "import os; b = dict(os.environ); import polyseg.__main__; assert b == dict(os.environ)"
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has the library of GNU on Linux only")
+def test_openmp_is_told_before_torch_is_imported(tmp_path):
+    """The library itself prints what it goes by."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment["OMP_DISPLAY_ENV"] = "VERBOSE"
+    done = start("train", "--dry-run", *SET, "--out", tmp_path / "run", env=environment)
+    assert done.returncode == 0
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
+
+
+def test_child_processes_of_the_tests_wait_briefly_too():
+    assert set(WAITING) & set(os.environ)
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["config", "schema"], 0), (["--version"], 0), (["config", "show", "nowhere.yaml"], 2)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_closed_streams_change_no_exit_code(arguments, code, redirect):
+    done = start(*arguments, redirect=redirect)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if code and "2>&-" not in redirect:
+        assert done.stderr.startswith("error: nowhere.yaml")
+    if not code and redirect == "2>&-":
+        assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["config", "schema"], 0), (["--help"], 0), (["config", "show", "nowhere.yaml"], 2)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_readers_that_have_left_change_no_exit_code(gone, arguments, code, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = start(*arguments, stdout=gone, env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert start(*arguments, stdout=gone, stderr=gone, env=environment).returncode == code
+
+
+@pytest.mark.parametrize("redirect", ["", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_figure_is_drawn_whoever_reads(tmp_path, gone, redirect):
+    done = start("plot-loss", "--out", tmp_path / "a.png", redirect=redirect, stdout=gone)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("talk", [[], ["--json"]])
+def test_training_ends_well_without_streams(tmp_path, gone, talk):
+    done = start(*TRAIN, tmp_path / "closed", *talk, redirect=">&- 2>&-")
+    assert done.returncode == 0
+    done = start(*TRAIN, tmp_path / "gone", *talk, stdout=gone, stderr=gone)
+    assert done.returncode == 0
+    first, second = (
+        json.loads((tmp_path / name / "evaluation/summary.json").read_text())["runs"][0]["metrics"]
+        for name in ("closed", "gone")
+    )
+    assert first == second
+    assert "epoch 1/1" in (tmp_path / "gone" / "log.txt").read_text()
+
+
+@full_device
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_results_that_cannot_be_written_are_an_error(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = start("config", "schema", redirect=">/dev/full", env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No space left on device")
+
+
+@full_device
+def test_messages_that_cannot_be_written_end_no_work(tmp_path):
+    assert start("config", "show", "nowhere.yaml", redirect="2>/dev/full").returncode == 2
+    assert start(*TRAIN, tmp_path / "run", redirect="2>/dev/full").returncode == 0
