@@ -166,9 +166,7 @@ class Passes:
         example, _, _ = _padded(self.network, images)
         core = getattr(self.network, "core", self.network)
         with torch.inference_mode(mode=False), torch.no_grad():
-            # Together on an accelerator, passes differ in their masks like images do.
-            shared = self.streams.masks == "consistent" and not self.most_pixels
-            return Program(core, self.layers, example.clone(), shared=shared, kind=self.kind)
+            return Program(core, self.layers, example.clone(), kind=self.kind)
 
     def _is_sound(self, ours: "BatchPasses") -> bool:
         """Compare a program with the whole network, in a pass and without dropout.

@@ -16,11 +16,9 @@ from polyseg.dropout import stochastic_layers
 SIZE = (6, 8)
 REWRITES = (
     rewrite.fold_batch_norms,
-    rewrite.move_masks_behind_activations,
     rewrite.fold_identities,
     rewrite.merge_pointwise,
     rewrite.split_concatenations,
-    rewrite.absorb_masks,
 )
 
 
@@ -152,15 +150,6 @@ def test_batch_norm_is_folded_into_the_convolution(layer, affine):
     assert after == before - Counter(["batch_norm"])
 
 
-@pytest.mark.parametrize("kind", [nn.Dropout2d, nn.Dropout])
-@pytest.mark.parametrize("layer", [conv(), conv(groups=2), up(bias=False)])
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_is_folded_across_a_mask(kind, layer, affine):
-    core = nn.Sequential(layer, drop(kind), nn.BatchNorm2d(4, affine=affine))
-    before, after, _ = check(core, rewrite.fold_batch_norms)
-    assert after == before - Counter(["batch_norm"]) + Counter(["add"])
-
-
 def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
     core = Flow(
         lambda s, x: s.b(s.c(s.a(s.c(x)).relu())),
@@ -189,50 +178,6 @@ def test_batch_norm_stays_where_it_cannot_be_folded(core):
 
 
 # Masks behind activations.
-
-
-def prelu(slopes):
-    layer = nn.PReLU(len(slopes))
-    layer.weight.data = torch.tensor(slopes)
-    return layer
-
-
-@pytest.mark.parametrize("kind", [nn.Dropout2d, nn.Dropout])
-@pytest.mark.parametrize(
-    "activation",
-    [nn.ReLU(), nn.LeakyReLU(-0.2), prelu([-0.5]), prelu([-0.5, 0.2, 0.0, 1.5])],
-    ids=["relu", "leaky", "prelu", "prelu by channel"],
-)
-def test_masks_move_behind_activations(kind, activation):
-    core = nn.Sequential(conv(), drop(kind), activation, nn.ReLU())
-    before, after, network = check(core, rewrite.move_masks_behind_activations)
-    assert after == before
-    assert sources(network, "mul") == ["relu"]  # behind both
-    assert "mul" not in sources(network, "relu")
-
-
-def test_a_product_that_is_used_elsewhere_stays_there():
-    core = Flow(lambda s, x: (y := s.d(s.c(x))).relu() + y, c=conv(), d=drop())
-    before, after, _ = check(core, rewrite.move_masks_behind_activations)
-    assert after == before + Counter(["mul"])
-
-
-@pytest.mark.parametrize("activation", [nn.ELU(), nn.GELU(), nn.ReLU6(), nn.Sigmoid()])
-def test_masks_stay_before_activations_that_are_not_homogeneous(activation):
-    core = nn.Sequential(conv(), drop(), activation)
-    check_nothing(core, rewrite.move_masks_behind_activations)
-
-
-def test_only_masks_move_for_they_are_not_negative():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.randn(1, 4, 1, 1))
-
-        def forward(self, images):
-            return (images * self.scale).relu()
-
-    check_nothing(Scaled(), rewrite.move_masks_behind_activations)
 
 
 # Identities.
@@ -403,59 +348,6 @@ def test_concatenations_stay_where_splitting_is_no_use(core):
 # Masks into weights.
 
 
-def maps_multiplied(network):
-    """Count the products that are feature maps, not weights."""
-    nodes = [node for node in network.graph.nodes if kind_of(node) == "mul"]
-    return sum("val" in node.meta for node in nodes)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [conv(4, 3), conv(4, 3, bias=False), conv(4, 3, stride=2, dilation=2), up(4, 3)],
-    ids=["plain", "no bias", "strided, dilated", "transposed"],
-)
-def test_a_mask_goes_into_the_convolution_behind_it(layer):
-    core = nn.Sequential(conv(), nn.ReLU(), drop(), layer)
-    _, _, network = check(core, rewrite.absorb_masks, shared=True)
-    assert maps_multiplied(network) == 0
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [conv(4, 3), conv(4, 3, bias=False), conv(4, 4, groups=2), up(4, 3), up(4, 3, bias=False)],
-    ids=["plain", "no bias", "grouped", "transposed", "transposed, no bias"],
-)
-def test_a_mask_goes_into_the_convolution_before_it(layer):
-    core = nn.Sequential(drop(nn.Dropout), layer, drop(), nn.ReLU())
-    _, _, network = check(core, rewrite.absorb_masks, shared=True)
-    assert maps_multiplied(network) == 1  # that of single values
-
-
-def test_masks_on_both_sides_of_a_convolution():
-    core = nn.Sequential(drop(), conv(), drop(), nn.ELU(), conv())
-    _, _, network = check(core, rewrite.absorb_masks, shared=True)
-    assert maps_multiplied(network) <= 1
-
-
-@pytest.mark.parametrize(
-    "core",
-    [
-        nn.Sequential(drop(nn.Dropout), conv()),
-        nn.Sequential(drop(), conv(groups=2)),
-        nn.Sequential(conv(), drop(), nn.MaxPool2d(2)),
-        nn.Sequential(drop(nn.Dropout), up(groups=2), drop(), nn.ReLU()),
-        Flow(lambda s, x: s.b(y := s.a(s.d(x))) + y, a=nn.ELU(), b=drop(), d=drop()),
-        Flow(lambda s, x: s.a(y := s.d(x)).relu() + y, a=conv(), d=drop()),
-    ],
-    ids=[
-        *("single values", "groups", "done once", "groups transposed", "no convolution"),
-        "needed elsewhere",
-    ],
-)
-def test_masks_that_cannot_be_absorbed_stay(core):
-    check_nothing(core, rewrite.absorb_masks, shared=True)
-
-
 # The last convolution.
 
 
@@ -580,6 +472,12 @@ def test_what_a_transposed_convolution_reads_is_not_overwritten():
     assert after["relu"] == 1 and after["relu_"] == 0
 
 
+def prelu(slopes):
+    layer = nn.PReLU(len(slopes))
+    layer.weight.data = torch.tensor(slopes)
+    return layer
+
+
 def test_a_prelu_of_several_slopes_stays():
     core = nn.Sequential(drop(), conv(), prelu([-0.5, 0.2, 0.0, 1.5]))
     _, after = check_in_place(core)
@@ -621,7 +519,7 @@ def test_the_rewrites_one_after_another():
         low = s.act(s.d1(s.n2(s.c2(top))))
         low = s.act(s.d2(s.c3(low)) + low)
         joined = torch.cat([s.up(low), top], 1)
-        out = s.act(s.n3(s.d3(s.c4(joined))))
+        out = s.act(s.d3(s.n3(s.c4(joined))))
         return s.head(s.c5(out) + out)
 
     core = Flow(
@@ -647,7 +545,7 @@ def test_the_rewrites_one_after_another():
     for apply in REWRITES:
         apply(network)
         network.graph.lint()
-        assert worst(run(network, values), expected) < 1e-12, rewrite.__name__
+        assert worst(run(network, values), expected) < 1e-12, apply.__name__
     assert "batch_norm" not in kinds(network)
     assert kinds(network)["conv2d"] == before["conv2d"]  # one split, one merged
     parts = parts_of(network)

@@ -166,7 +166,7 @@ def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
     wide = {"channels": [8, 256], "strides": [2], "num_res_units": 2}
     network, batch = build("unet", settings=wide, dropout=0.3), make_batch()
     check(network, [batch], caplog, masks=masks)
-    program = make_program(network, batch.images, masks == "consistent")
+    program = make_program(network, batch.images)
     targets = [node.target for node in program.suffix.function.graph.nodes]
     assert winograd.convolve in targets
 
@@ -354,9 +354,9 @@ PLACES = {
 }
 
 
-def make_program(network, images, shared=True):
+def make_program(network, images):
     with torch.no_grad():
-        return Program(network.core, active_layers(network.core), images, shared=shared)
+        return Program(network.core, active_layers(network.core), images)
 
 
 def masks_of(program, network, images, kind, shared):
@@ -404,7 +404,7 @@ def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
     network = build(name, dropout_kind=kind)
     images = torch.randn(2, 1, 96, 128)
     with torch.no_grad():
-        program = make_program(network, images, shared)
+        program = make_program(network, images)
         masks = masks_of(program, network, images, kind, shared)
         expected = plainly(network, program, masks, images)
         largest = expected.abs().max()
@@ -481,7 +481,7 @@ def broken_fold(network):
         node.replace_all_uses_with(node.args[0])
 
 
-def broken_sizes(self, features, masks, count=1):
+def broken_sizes(self, masks):
     raise RuntimeError("sizes do not fit")
 
 
@@ -494,7 +494,7 @@ def broken_logits(self, masks, count):
     [
         (rewrite, "fold_batch_norms", broken_fold),
         (PreparedBatch, "__call__", broken_logits),
-        (Program, "inputs", broken_sizes),
+        (PreparedBatch, "everywhere", broken_sizes),
     ],
     ids=["rewrite", "numbers", "sizes"],
 )

@@ -49,8 +49,6 @@ def test_a_wide_convolution_is_run_by_it(layers):
     network.graph.lint()
     assert sum(node.target is winograd.convolve for node in network.graph.nodes) == 1
     assert worst(run(network, values), expected) < 1e-12
-    rewrite.absorb_masks(network)
-    assert worst(run(network, values), expected) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -128,11 +128,8 @@ class Convolution:
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """The shape of its kernel, masks left aside."""
-        weight = self.weight
-        while weight.op != "get_attr":
-            weight = weight.args[0]
-        return tuple(weight.meta["val"].shape)
+        """The shape of its kernel, (K, C, h, w)."""
+        return tuple(self.weight.meta["val"].shape)
 
     def has_constant_weight(self, network: fx.GraphModule) -> bool:
         """Whether its kernel is a tensor of the network's, not computed."""
@@ -204,29 +201,6 @@ class Convolution:
                 joined = network.graph.call_function(CONCATENATE, (inputs, 1))
         weight = torch.cat(slices, dim=0 if self.transposed else 1)
         return self.rebuilt(network, joined, add_constant(network, self.node, weight), bias)
-
-    def with_masked_input(self, network: fx.GraphModule, mask: Node) -> Node:
-        """Return conv(m x), of an input m x, as a convolution of x."""
-        with network.graph.inserting_before(self.node):
-            # (1, C, 1, 1) stands along the axis of the input's channels.
-            along = self._across(network, mask) if self.transposed else mask
-            weight = network.graph.call_function(MULTIPLY, (self.weight, along))
-        return self.rebuilt(network, self.input.args[0], weight, self.bias)
-
-    def with_masked_output(self, network: fx.GraphModule, mask: Node) -> Node:
-        """Return m conv(x) as a convolution of x."""
-        bias = self.bias
-        with network.graph.inserting_before(self.node):
-            along = mask if self.transposed else self._across(network, mask)
-            weight = network.graph.call_function(MULTIPLY, (self.weight, along))
-            if bias is not None:
-                flat = network.graph.call_function(aten.flatten.using_ints, (mask,))
-                bias = network.graph.call_function(MULTIPLY, (bias, flat))
-        return self.rebuilt(network, self.input, weight, bias)
-
-    @staticmethod
-    def _across(network: fx.GraphModule, mask: Node) -> Node:
-        return network.graph.call_function(aten.transpose.int, (mask, 0, 1))
 
     def rebuilt(
         self, network: fx.GraphModule, source: Node, weight: Node, bias: Node | None

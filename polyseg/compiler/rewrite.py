@@ -1,7 +1,7 @@
 """Exact rewrites of a network's graph, which change only what it costs.
 
 Each takes a traced network and leaves one that computes the same, up to the rounding of
-floating-point sums. A mask that images share can be moved and absorbed like any factor.
+floating-point sums.
 """
 # torch.fx types what a node is called with as all that it could be.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
@@ -10,7 +10,7 @@ floating-point sums. A mask that images share can be moved and absorbed like any
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx import Node
 
 from polyseg.compiler import winograd
@@ -35,8 +35,6 @@ from polyseg.compiler.operations import (
 )
 from polyseg.compiler.split import Part, stochastic_nodes
 
-# f(m x) = m f(x) for every m >= 0.
-_ACTIVATIONS = (aten.relu.default, aten.leaky_relu.default, aten.prelu.default)
 IN_PLACE = {
     aten.relu.default: aten.relu_.default,
     aten.leaky_relu.default: aten.leaky_relu_.default,
@@ -48,9 +46,8 @@ _MAKES_A_TENSOR = (winograd.convolve, *CONVOLUTIONS, *IN_PLACE, *IN_PLACE.values
 
 
 def apply_all(network: fx.GraphModule, *, wide: bool) -> None:
-    """Apply the rewrites that hold whether or not images share their masks."""
+    """Apply all rewrites to a traced network; `wide` allows Winograd's algorithm."""
     fold_batch_norms(network)
-    move_masks_behind_activations(network)
     fold_identities(network)
     merge_pointwise(network)
     split_concatenations(network)
@@ -59,47 +56,16 @@ def apply_all(network: fx.GraphModule, *, wide: bool) -> None:
 
 
 def fold_batch_norms(network: fx.GraphModule) -> None:
-    """Fold batch normalisation in evaluation mode into the convolution before it.
-
-    Across a mask m, s (m z) + t = m (s z) + t: the convolution takes the scale s, t is added.
-    """
+    """Fold batch normalisation in evaluation mode into the convolution before it."""
     for node in calls_to(network, (aten.batch_norm.default,)):
         norm = arguments_of(node)
-        mask = mask_of(norm["input"]) if len(norm["input"].users) == 1 else None
-        conv = Convolution.of(norm["input"].args[0] if mask else norm["input"])
+        conv = Convolution.of(norm["input"])
         if norm["training"] or norm["running_mean"] is None or not (conv and conv.is_own(network)):
             continue
-        mean, variance, gamma, beta = (
-            tensor_of(network, norm[name])
-            for name in ("running_mean", "running_var", "weight", "bias")
-        )
-        if mask is None:
-            folded = conv.with_batch_norm(network, mean, variance, norm["eps"], gamma, beta)
-            node.replace_all_uses_with(folded)
-            continue
-        nothing = torch.zeros_like(mean)
-        scaled = conv.with_batch_norm(network, nothing, variance, norm["eps"], gamma, nothing)
-        shift = nn.functional.batch_norm(
-            nothing[None], mean, variance, gamma, beta, eps=norm["eps"]
-        ).reshape(1, -1, 1, 1)
-        with network.graph.inserting_before(node):
-            masked = network.graph.call_function(MULTIPLY, (scaled, mask))
-        replace_call(node, ADD, masked, add_constant(network, node, shift))
-        keep_shape(node, scaled, masked)
-    network.graph.eliminate_dead_code()
-
-
-def move_masks_behind_activations(network: fx.GraphModule) -> None:
-    """Apply each mask behind the activation that follows it, f(m x) = m f(x) for m >= 0."""
-    for node in calls_to(network, _ACTIVATIONS):
-        mask = mask_of(node.args[0])
-        if mask is None:
-            continue
-        source = node.args[0].args[0]
-        with network.graph.inserting_before(node):
-            bare = network.graph.call_function(node.target, (source, *node.args[1:]), node.kwargs)
-        keep_shape(node, bare)
-        replace_call(node, MULTIPLY, bare, mask)
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, gamma, beta = (tensor_of(network, norm[name]) for name in names)
+        folded = conv.with_batch_norm(network, mean, variance, norm["eps"], gamma, beta)
+        node.replace_all_uses_with(folded)
     network.graph.eliminate_dead_code()
 
 
@@ -177,33 +143,6 @@ def use_winograd(network: fx.GraphModule) -> None:
             kernel = add_constant(network, node, winograd.transform_kernel(weight))
             replace_call(node, winograd.convolve, conv.input, kernel, conv.bias)
     network.graph.eliminate_dead_code()
-
-
-def absorb_masks(network: fx.GraphModule) -> None:
-    """Multiply masks into the weights next to them: conv(m x) and m conv(x) are convolutions of x.
-
-    For masks of whole channels that all images share. A convolution of what hangs on no mask is
-    left alone, for it is done once, and so is a product that is needed elsewhere all the same.
-    """
-    stochastic = stochastic_nodes(network)
-    for node in calls_to(network, (*CONVOLUTIONS, MULTIPLY)):
-        conv = Convolution.of(node)
-        mask = mask_of(conv.input if conv else node)
-        if mask is None or not mask.meta["channelwise"]:
-            continue
-        if conv:
-            if all(map(_may_absorb, conv.input.users)):
-                node.replace_all_uses_with(conv.with_masked_input(network, mask))
-            continue
-        source = Convolution.of(node.args[0])
-        if source and source.input in stochastic and source.is_own(network):
-            node.replace_all_uses_with(source.with_masked_output(network, mask))
-    network.graph.eliminate_dead_code()
-
-
-def _may_absorb(node: Node) -> bool:
-    conv = Convolution.of(node)
-    return conv is not None and conv.settings["groups"] == 1
 
 
 def _reads_before(reader: Node, node: Node) -> bool:

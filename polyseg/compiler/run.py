@@ -32,7 +32,6 @@ class Program:
         layers: Mapping[str, nn.Module],
         images: Tensor,
         *,
-        shared: bool,
         kind: torch.dtype = torch.float32,
     ) -> None:
         """Make the program of a network.
@@ -41,7 +40,6 @@ class Program:
             core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
             layers: its active dropout layers by name.
             images: an example.
-            shared: whether the images of a batch have one mask a pass.
             kind: of the numbers that the passes compute with; the prefix computes in float32.
 
         Raises:
@@ -56,15 +54,13 @@ class Program:
         # over space are slower in it.
         over_space = trace.normalises_over_space(network)
         self.layout = torch.contiguous_format if over_space else torch.channels_last
-        self.prefix, self.suffix = self._split(network, shared)
+        self.prefix, self.suffix = self._split(network)
         self.of_images = self.suffix.of_images()
         """Names of inputs that have a row for each image."""
         self.frame = (int(images.shape[2]), int(images.shape[3]))
         self.ends = self._find_ends(self.begin(images[:1]))
 
-    def _split(self, network: fx.GraphModule, shared: bool) -> tuple[Part, Part]:
-        if shared:
-            rewrite.absorb_masks(network)
+    def _split(self, network: fx.GraphModule) -> tuple[Part, Part]:
         stochastic = stochastic_nodes(network)
         still = {node for node in network.graph.nodes if node not in stochastic}
         prefix, suffix = cut(network, still)

@@ -28,15 +28,10 @@ def without(owner, name, replacement=lambda *_: None):
 
 WAYS = {
     "batch norm into the convolution before it": without(rewrite, "fold_batch_norms"),
-    "masks behind activations": without(rewrite, "move_masks_behind_activations"),
     "input added to the kernel": without(rewrite, "fold_identities"),
     "1 x 1 convolutions merged": without(rewrite, "merge_pointwise"),
     "concatenations split": without(rewrite, "split_concatenations"),
     "Winograd's algorithm": without(rewrite, "use_winograd"),
-    "masks into weights": without(rewrite, "absorb_masks"),
-    "last convolution at points": without(
-        rewrite, "open_last_convolution", lambda _: rewrite.Taps((0,), (0,), None)
-    ),
     "in place": without(rewrite, "work_in_place", lambda part, *_: part.function.recompile()),
     "windows": without(run.Program, "_find_ends", lambda *_: []),
     "channels last": without(torch, "channels_last", torch.contiguous_format),
