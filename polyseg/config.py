@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from polyseg.errors import PolysegError, reason
-from polyseg.plain_yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
 from polyseg.records import METRICS, Metric, ReplayArm
+from polyseg.system.yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
 
 _MOST_PROBLEMS = 5
 _LARGEST_SIDE = 8192

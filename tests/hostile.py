@@ -23,8 +23,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.data.masks import to_masks
-from polyseg.data.readers import read_image_stack, read_label_stack
 from polyseg.errors import PolysegError
 
 from .children import faults_in_child, faults_of_reading

@@ -1,4 +1,4 @@
-"""The reference pages of docs/, made from the commands and settings: python -m tests.reference"""
+"""Make the reference pages of docs/ from the code: python -m tests.reference"""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from typer.main import get_command
 
 from polyseg.cli.main import app
 from polyseg.config import Config, settings_of
+from tests.test_architecture import PACKAGES, imports, modules
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -39,6 +40,30 @@ def command_page():
                     f"| {_spelling(parameter)} | {parameter.help} | {_default(parameter)} |"
                 )
     return "\n".join(lines) + "\n"
+
+
+def import_picture():
+    """Return a Mermaid picture of which package imports which, without what follows from others."""
+    direct = {package: set() for package in PACKAGES}
+    for module, tree in modules():
+        others = {([*name.split("."), ""])[1] for name in imports(tree) if "polyseg." in name}
+        direct[module.split(".")[0]] |= others & direct.keys() - {module.split(".")[0]}
+    below = {}
+    for package in PACKAGES:
+        below[package] = direct[package].union(*(below[one] for one in direct[package]))
+    lines = ["```mermaid", "flowchart BT"]
+    for package in PACKAGES:
+        implied = set().union(*(below[one] for one in direct[package]))
+        lines += [f"  {package} --> {one}" for one in PACKAGES if one in direct[package] - implied]
+    return "\n".join([*lines, "```"])
+
+
+def architecture_page():
+    """Return docs/architecture.md with its picture drawn anew."""
+    text = (DOCS / "architecture.md").read_text()
+    head, rest = text.split("<!-- imports -->\n")
+    _, tail = rest.split("<!-- /imports -->")
+    return f"{head}<!-- imports -->\n{import_picture()}\n<!-- /imports -->{tail}"
 
 
 def configuration_page():
@@ -84,6 +109,7 @@ def main():
     DOCS.mkdir(exist_ok=True)
     (DOCS / "commands.md").write_text(command_page())
     (DOCS / "configuration.md").write_text(configuration_page())
+    (DOCS / "architecture.md").write_text(architecture_page())
 
 
 if __name__ == "__main__":

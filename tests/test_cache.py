@@ -8,10 +8,16 @@ import h5py
 import numpy as np
 import pytest
 
-from polyseg.cache import read_assessment, read_schedule, seal, write_assessment, write_schedule
 from polyseg.errors import PolysegError
-from polyseg.files import sha256_of_file
 from polyseg.records import MAPS, METRICS, Assessment, Schedule
+from polyseg.runs.record_files import (
+    read_assessment,
+    read_schedule,
+    seal,
+    write_assessment,
+    write_schedule,
+)
+from polyseg.system.files import sha256_of_file
 
 SCHEDULE = Schedule(["a", "b"], np.arange(1, 4), np.linspace(0, 1, 6, dtype="f4").reshape(3, 2))
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as peer
 from sklearn.calibration import calibration_curve
 
-from polyseg.calibration import (
+from polyseg.errors import PolysegError
+from polyseg.metrics.calibration import (
     Ranking,
     ReliabilityCurve,
     adaptive_calibration_error,
@@ -24,7 +25,6 @@ from polyseg.calibration import (
     negative_log_likelihood,
     risk_coverage,
 )
-from polyseg.errors import PolysegError
 
 # Eighths meet the edges of 2, 4 and 8 bins, and each other.
 eighths = st.integers(0, 8).map(lambda value: value / 8)

@@ -5,15 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from polyseg.calibration import (
+from polyseg.figures.calibration import reliability_diagram, risk_coverage_curves
+from polyseg.figures.evaluation import comparison, differences
+from polyseg.figures.pictures import PredictionCase, predictions
+from polyseg.figures.style import BLUE, ONE_COLUMN, TWO_COLUMNS, YELLOW, save_figure, wrapped
+from polyseg.metrics.calibration import (
     ReliabilityCurve,
     area_under_risk_coverage,
     risk_coverage,
 )
-from polyseg.plots.calibration import reliability_diagram, risk_coverage_curves
-from polyseg.plots.evaluation import comparison, differences
-from polyseg.plots.pictures import PredictionCase, predictions
-from polyseg.plots.style import BLUE, ONE_COLUMN, TWO_COLUMNS, YELLOW, save_figure, wrapped
 
 pytestmark = pytest.mark.filterwarnings("error")
 

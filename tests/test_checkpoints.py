@@ -10,17 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyseg import checkpoints as room
-from polyseg.checkpoints import (
+from polyseg.config import load_config
+from polyseg.errors import PolysegError
+from polyseg.records import Schedule
+from polyseg.runs import checkpoints as room
+from polyseg.runs.checkpoints import (
     Checkpoint,
     fit_weights,
     new_network,
     read_checkpoint,
     write_checkpoint,
 )
-from polyseg.config import load_config
-from polyseg.errors import PolysegError
-from polyseg.records import Schedule
 
 SMALL = "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1}"
 

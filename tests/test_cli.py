@@ -15,14 +15,14 @@ from PIL import Image
 from scipy.optimize import brentq
 
 from polyseg import __version__
-from polyseg.cache import read_assessment
-from polyseg.checkpoints import read_checkpoint
+from polyseg.commands.plot_loss import _derivative_where_the_sum_is_one
 from polyseg.config import Config
-from polyseg.jobs.figure import _derivative_where_the_sum_is_one
 from polyseg.losses import polydice1_curve
-from polyseg.metrics import METRICS
-from polyseg.montecarlo import describe_order
-from polyseg.networks import hash_weights
+from polyseg.metrics.image_metrics import METRICS
+from polyseg.montecarlo.assessment import describe_order
+from polyseg.networks.networks_by_name import hash_weights
+from polyseg.runs.checkpoints import read_checkpoint
+from polyseg.runs.record_files import read_assessment
 
 from .conftest import TINY
 from .reference import commands
@@ -443,7 +443,7 @@ def test_ctrl_c_while_images_are_read_is_130(polyseg, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("polyseg.jobs.training.load_images", interrupted)
+    monkeypatch.setattr("polyseg.commands.train.load_images", interrupted)
     answer = polyseg("train", "--dry-run")
     assert answer.code == 130 and "Traceback" not in answer.err
 

@@ -22,7 +22,7 @@ from polyseg.config import (
 )
 from polyseg.errors import PolysegError
 from polyseg.losses import polydice1_curve
-from polyseg.plain_yaml import parse_yaml
+from polyseg.system.yaml import parse_yaml
 
 
 def test_every_setting_is_described_and_every_number_bounded():

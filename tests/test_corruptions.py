@@ -16,8 +16,8 @@ from scipy.stats import norm
 from polyseg.config import DataConfig
 from polyseg.data.corruptions import AMOUNTS, CORRUPTIONS, STRENGTHS, corrupt, corrupted
 from polyseg.data.dataset import arrays_as_set, make_demo, training_batches
+from polyseg.data.pixel_store import DiskStore, writing_store
 from polyseg.data.preprocessing import levels_of
-from polyseg.data.store import DiskStore, writing_store
 from polyseg.errors import PolysegError
 
 each = pytest.mark.parametrize("name", CORRUPTIONS)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polyseg.checkpoints import read_checkpoint
-from polyseg.jobs.training import train
-from polyseg.run import RunDirectory
+from polyseg.commands.train import train
+from polyseg.runs.checkpoints import read_checkpoint
+from polyseg.runs.run_folder import RunDirectory
 from tests.test_train import Stop, assert_same_run, run_of, stop_after
 
 SETTINGS = {

@@ -17,7 +17,7 @@ from PIL import Image
 from polyseg.config import DataConfig, load_config
 from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo, training_batches
 from polyseg.data.loading import load_images, load_others
-from polyseg.data.store import index_of
+from polyseg.data.pixel_store import index_of
 from polyseg.errors import PolysegError
 
 
@@ -398,9 +398,9 @@ import torch
 from polyseg.config import DataConfig
 from polyseg.data.dataset import make_demo, training_batches
 from polyseg.data.loading import load_images, read_cases
-from polyseg.data.cases import Case
+from polyseg.data.layouts.cases import Case
 from polyseg.errors import PolysegError
-from polyseg.files import write_text
+from polyseg.system.files import write_text
 
 folder = pathlib.Path(sys.argv[1])
 cases = [Case("case 0", [folder / "images/case 0.png"], [folder / "masks/case 0.png"])]

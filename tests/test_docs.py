@@ -12,7 +12,7 @@ from polyseg.cli.main import app
 from polyseg.config import load_config
 
 from . import reference
-from .test_house import ROOMS
+from .test_architecture import PACKAGES
 
 TOP = Path(__file__).parent.parent
 
@@ -21,12 +21,29 @@ def test_the_reference_pages_are_those_of_the_code():
     """After a change: python -m tests.reference"""
     assert (TOP / "docs" / "commands.md").read_text() == reference.command_page()
     assert (TOP / "docs" / "configuration.md").read_text() == reference.configuration_page()
+    assert (TOP / "docs" / "architecture.md").read_text() == reference.architecture_page()
 
 
-def test_the_house_is_described_room_by_room():
-    text = (TOP / "docs" / "house.md").read_text()
-    described = re.findall(r"^\| `([a-z_./]+)\.py` \|", text, flags=re.M)
-    assert [name.replace("/", ".") for name in described] == ROOMS
+def table_of(heading, page):
+    """Return the rows of the table below a heading, each a list of its cells."""
+    part = page.split(heading)[1].split("\n#")[0]
+    rows = re.findall(r"^\|(.*)\|$", part, flags=re.M)
+    return [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
+
+
+def test_the_plan_names_every_package_in_the_order_of_imports():
+    page = (TOP / "docs" / "architecture.md").read_text()
+    named = [row[0].strip("`").removesuffix("/") for row in table_of("# Architecture", page)]
+    assert [name.removesuffix(".py") for name in named] == list(PACKAGES[:-1])
+
+
+def test_the_plan_leads_to_modules_that_exist():
+    page = (TOP / "docs" / "architecture.md").read_text()
+    places = [one for row in table_of("## I want to", page) for one in row[1].split(", ")]
+    places += re.findall(r"`([\w/]+\.py|[\w/]+/)`", page)
+    assert len(places) > 30
+    for place in places:
+        assert (TOP / "polyseg" / place.strip("`")).exists(), place
 
 
 def test_the_changelog_knows_this_version():

@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn import metrics as peer
 
 from polyseg.errors import PolysegError
-from polyseg.evaluate import (
+from polyseg.evaluation.scores import (
     ImageScores,
     RunScores,
     compare,
@@ -18,8 +18,8 @@ from polyseg.evaluate import (
     pool,
     strata,
 )
-from polyseg.metrics import METRICS
-from polyseg.statistics import holm
+from polyseg.metrics.image_metrics import METRICS
+from polyseg.metrics.significance import holm
 
 EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
 

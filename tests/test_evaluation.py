@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from polyseg.commands import evaluate as job
 from polyseg.config import Config, load_config
 from polyseg.data.dataset import make_demo
 from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
-from polyseg.jobs import evaluation as job
-from polyseg.jobs import models
-from polyseg.jobs import testing as room
-from polyseg.jobs.arms import arms_of
-from polyseg.jobs.testing import THRESHOLDS, Questions, choose_thresholds
-from polyseg.overlap import dice_coefficient
+from polyseg.evaluation import testing_networks as room
+from polyseg.evaluation.arms import arms_of
+from polyseg.evaluation.testing_networks import THRESHOLDS, Questions, choose_thresholds
+from polyseg.metrics.dice import dice_coefficient
+from polyseg.runs import trained_model
 from tests.conftest import TINY
 from tests.test_train import run_of
 
@@ -317,7 +317,7 @@ def test_runs_that_share_their_images_share_their_reading(two, tiny, tmp_path, m
         read.append(config)
         return load_images(config, progress)
 
-    monkeypatch.setattr(models, "load_images", counted)
+    monkeypatch.setattr(trained_model, "load_images", counted)
     evaluate_runs(two, out=tmp_path / "one", questions=Questions(threshold="val"))
     assert len(read) == 1
     other = run_of(tiny("other", "loss.name=dice", "data.normalise=unit")).path

@@ -13,16 +13,27 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from polyseg import files
-from polyseg.cache import read_assessment, read_schedule, write_assessment, write_schedule
-from polyseg.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.commands.schedule import read_record
+from polyseg.commands.train import train
 from polyseg.config import load_config
-from polyseg.data.layouts import find_cases
-from polyseg.data.manifest import read_manifest
-from polyseg.data.phantoms import make_phantoms, write_phantoms
-from polyseg.data.readers import read_image_stack, read_label_stack
+from polyseg.data.formats.readers import read_image_stack, read_label_stack
+from polyseg.data.layouts.folders import find_cases
+from polyseg.data.layouts.manifest import read_manifest
+from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 from polyseg.errors import PolysegError
-from polyseg.files import (
+from polyseg.figures.style import save_figure
+from polyseg.records import no_progress
+from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.runs.record_files import (
+    read_assessment,
+    read_schedule,
+    write_assessment,
+    write_schedule,
+)
+from polyseg.runs.run_folder import RunDirectory, find_checkpoint
+from polyseg.runs.trained_model import images_for, open_model, results_beside
+from polyseg.system import files
+from polyseg.system.files import (
     atomic_path,
     csv_rows,
     csv_table,
@@ -32,12 +43,6 @@ from polyseg.files import (
     sha256_of_file,
     write_text,
 )
-from polyseg.jobs.models import images_for, open_model, results_beside
-from polyseg.jobs.schedule import read_record
-from polyseg.jobs.training import train
-from polyseg.plots.style import save_figure
-from polyseg.records import no_progress
-from polyseg.run import RunDirectory, find_checkpoint
 
 from .conftest import TINY
 
@@ -90,7 +95,8 @@ def test_files_are_as_readable_as_any_other(tmp_path):
 def test_one_writer_and_a_dead_one_is_none(tmp_path):
     lock = tmp_path / ".lock"
     code = (
-        "import os, sys; from pathlib import Path; from polyseg.files import exclusive_lock\n"
+        "import os, sys; from pathlib import Path\n"
+        "from polyseg.system.files import exclusive_lock\n"
         "with exclusive_lock(Path(sys.argv[1]), owner='x'):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

@@ -12,12 +12,12 @@ import sys
 import pytest
 from PIL import Image
 
-from polyseg import files
-from polyseg.data.phantoms import make_phantoms, write_phantoms
+from polyseg.commands.plot_loss import refuse_existing_figure
+from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 from polyseg.errors import PolysegError
-from polyseg.files import write_text
-from polyseg.folders import moved, refuse_existing, whole_folder
-from polyseg.jobs.figure import refuse_existing_figure
+from polyseg.system import files
+from polyseg.system.files import write_text
+from polyseg.system.output_folder import moved, refuse_existing, whole_folder
 from tests.conftest import TINY
 
 
@@ -136,7 +136,7 @@ def test_what_comes_while_the_block_runs_is_not_lost(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from polyseg.folders import whole_folder
+from polyseg.system.output_folder import whole_folder
 with whole_folder(Path(sys.argv[1])) as folder:
     (folder / "torn").mkdir()
     (folder / "torn" / "a.txt").write_text("torn")
@@ -362,7 +362,7 @@ def test_of_a_figure_without_suffix_both_files_count(tmp_path, there):
 
 def test_a_torn_set_of_phantoms_is_none(tmp_path, monkeypatch):
     phantoms = make_phantoms(3, size=(32, 32))
-    monkeypatch.setattr("polyseg.data.phantoms._save", full_after(2))
+    monkeypatch.setattr("polyseg.data.phantoms.phantom_sets._save", full_after(2))
     with pytest.raises(PolysegError, match="set: cannot be written: No space left"):
         write_phantoms(tmp_path / "set", phantoms)
     assert names(tmp_path) == []

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from polyseg.compiler import operations, rewrite, split, trace
-from polyseg.compiler.trace import UntraceableError
-from polyseg.dropout import stochastic_layers
+from polyseg.montecarlo.compiler import operations, rewrite, split, trace
+from polyseg.montecarlo.compiler.trace import UntraceableError
+from polyseg.networks.dropout import stochastic_layers
 
 SIZE = (6, 8)
 REWRITES = (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from polyseg.cache import read_assessment
+from polyseg.runs.record_files import read_assessment
 from tests.conftest import TINY
 from tests.layout_copies import COPIES, FAULTY_FILES, planted_faults
 

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from polyseg.cache import read_assessment, read_schedule
-from polyseg.checkpoints import read_checkpoint
+from polyseg.adaptive.controller import EpsilonControl
+from polyseg.commands.train import train
 from polyseg.config import ControlConfig, DataConfig, LossConfig, load_config
-from polyseg.control import EpsilonControl
 from polyseg.difficulty import epsilon_from_difficulty, normalise
-from polyseg.jobs.training import train
 from polyseg.losses import polydice1_loss
-from polyseg.montecarlo import assess
-from polyseg.networks import SegmentationNetwork, Window, build_network
-from polyseg.objective import as_tasks, build_objective
+from polyseg.montecarlo.assessment import assess
+from polyseg.networks.networks_by_name import SegmentationNetwork, Window, build_network
 from polyseg.records import Assessment, Batch
+from polyseg.runs.checkpoints import read_checkpoint
+from polyseg.runs.record_files import read_assessment, read_schedule
+from polyseg.training.losses_by_name import as_tasks, build_objective
 from tests.conftest import TINY
 
 

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyseg.data import cases as cases_room
-from polyseg.data import layouts
-from polyseg.data.cases import Case, raise_problems, stem_of
-from polyseg.data.layouts import find_unlabelled, holds_masks
+from polyseg.data.layouts import cases as cases_room
+from polyseg.data.layouts import folders
+from polyseg.data.layouts.cases import Case, raise_problems, stem_of
+from polyseg.data.layouts.folders import find_unlabelled, holds_masks
 from polyseg.errors import PolysegError
 from tests.layout_copies import COPIES, FAULTY_FILES, cvc_clinicdb_twice, planted_faults
 
 
 def find_cases(*arguments, **settings):
     """Find cases as a run does, which goes no further where there are problems."""
-    layout = layouts.find_cases(*arguments, **settings)
+    layout = folders.find_cases(*arguments, **settings)
     raise_problems(layout.problems)
     return layout
 

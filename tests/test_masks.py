@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
+from polyseg.data.formats.readers import read_label_stack
 from polyseg.data.masks import to_masks, unite
-from polyseg.data.readers import read_label_stack
 from polyseg.errors import PolysegError
 
 PATH = Path("m.png")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from polyseg import memory
 from polyseg.errors import PolysegError
-from polyseg.memory import (
+from polyseg.system import memory
+from polyseg.system.memory import (
     Portions,
     explaining_memory,
     is_out_of_memory,

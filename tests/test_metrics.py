@@ -17,7 +17,7 @@ from scipy.spatial.distance import cdist
 from sklearn import metrics as peer
 
 from polyseg.errors import PolysegError
-from polyseg.metrics import METRICS, image_metrics
+from polyseg.metrics.image_metrics import METRICS, image_metrics
 
 SPACINGS = [None, (1.0, 1.0), (0.3, 2.5), (4.0, 0.1)]
 

@@ -8,15 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg import measurement, montecarlo, passes, pilot
 from polyseg.difficulty import FALLBACKS, foreground_mean
-from polyseg.dropout import active_layers
 from polyseg.errors import PolysegError
-from polyseg.inference import images_of, predict
-from polyseg.montecarlo import assess, describe, describe_order, stochastic_pass
-from polyseg.networks import build_network, hash_weights, network_names
+from polyseg.montecarlo.assessment import (
+    assess,
+    assessment,
+    choose_samples,
+    describe,
+    describe_order,
+    passes,
+    scores,
+    stochastic_pass,
+)
+from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.networks.dropout import active_layers
+from polyseg.networks.inference import images_of, predict
+from polyseg.networks.networks_by_name import build_network, hash_weights, network_names
 from polyseg.records import METRICS, Batch
-from polyseg.streams import MaskStreams
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
 SMALL = {"channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 2}
@@ -46,7 +54,7 @@ def network():
 @pytest.fixture(params=[0, np.inf], ids=["program", "plain"])
 def _either_way(request, monkeypatch):
     """Take networks apart for the few small images here, or none."""
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", request.param)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", request.param)
 
 
 def thin(network, seed_of_pass, rate):
@@ -251,9 +259,11 @@ def test_as_many_passes_as_rank_the_images_so_stably(network, target, save_maps)
     how = {"save_maps": save_maps, "metric": "entropy"}
     ours = assess(network, iter(batches), samples="auto", rank_target=target, **how)
     stability = ours.rank_stability["entropy"]
-    assert ours.samples == pilot.MOST or (ours.samples >= pilot.FEWEST and stability >= target)
-    if ours.samples > pilot.FEWEST:
-        fewer = assess(network, batches, samples=pilot.FEWEST, **how)
+    assert ours.samples == choose_samples.MOST or (
+        ours.samples >= choose_samples.FEWEST and stability >= target
+    )
+    if ours.samples > choose_samples.FEWEST:
+        fewer = assess(network, batches, samples=choose_samples.FEWEST, **how)
         assert fewer.rank_stability["entropy"] < target
     # Passes that were run to judge count like any.
     same = assess(network, batches, samples=ours.samples, **how)
@@ -266,11 +276,11 @@ def test_what_is_wished_of_the_ranking_takes_passes(network):
         for target in (0.3, 0.9, 0.9999)
     ]
     assert counts == sorted(counts)
-    assert counts[0] == pilot.FEWEST and counts[-1] == pilot.MOST
+    assert counts[0] == choose_samples.FEWEST and counts[-1] == choose_samples.MOST
 
 
 def test_only_the_first_images_choose_how_many_passes(network, monkeypatch):
-    monkeypatch.setattr(pilot, "_IMAGES", 5)
+    monkeypatch.setattr(choose_samples, "_IMAGES", 5)
     batches = list(split(make_batch(9), [3, 3, 3]))
     how = {"samples": "auto", "rank_target": 0.97}
     first = assess(network, batches[:2], **how).samples
@@ -366,7 +376,7 @@ def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples,
 
 @pytest.mark.parametrize("save_maps", [False, True])
 def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_maps):
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
     batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
     expected = assess(network, [batch], **how)
     whole, sizes = passes.PreparedBatch, []
@@ -388,15 +398,15 @@ def test_memory_that_ends_after_the_pilots_first_passes(network, monkeypatch):
     batches = list(split(unlike_batch(9), [4, 5]))
     how = {"samples": "auto", "rank_target": 0.9999}
     expected = assess(network, batches, **how)
-    assert expected.samples > pilot.FEWEST
-    extend = measurement.Measurement.extend
+    assert expected.samples > choose_samples.FEWEST
+    extend = scores.Measurement.extend
 
     def later(self, samples, tell):
-        if samples > pilot.FEWEST and len(self.batch.ids) > 2:
+        if samples > choose_samples.FEWEST and len(self.batch.ids) > 2:
             raise MemoryError
         extend(self, samples, tell)
 
-    monkeypatch.setattr(measurement.Measurement, "extend", later)
+    monkeypatch.setattr(scores.Measurement, "extend", later)
     found = assess(network, batches, **how)
     assert_alike(found, expected)
 

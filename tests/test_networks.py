@@ -9,18 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from polyseg import dropout, memory
-from polyseg.data.phantoms import make_phantom
-from polyseg.dropout import refuse_hidden_dropout, stochastic_layers
+from polyseg.data.phantoms.phantom_sets import make_phantom
 from polyseg.errors import PolysegError
 from polyseg.losses import dice_loss
-from polyseg.networks import (
+from polyseg.networks.dropout import refuse_hidden_dropout, stochastic_layers
+from polyseg.networks.networks_by_name import (
     SegmentationNetwork,
     build_network,
+    dropout,
     hash_weights,
     network_names,
     refuse_untrainable,
 )
+from polyseg.system import memory
 
 
 class WithFunctionalDropout(nn.Module):

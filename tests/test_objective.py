@@ -8,7 +8,7 @@ import torch
 
 from polyseg import losses
 from polyseg.config import LossConfig
-from polyseg.objective import build_objective, take_note
+from polyseg.training.losses_by_name import build_objective, take_note
 
 
 @pytest.fixture

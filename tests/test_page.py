@@ -19,22 +19,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from polyseg import INTENDED_USE
-from polyseg.cache import write_assessment, write_schedule
+from polyseg.commands import report as page_job
+from polyseg.commands.report import make_page, page_of
 from polyseg.errors import PolysegError
-from polyseg.jobs import page as page_job
-from polyseg.jobs.page import make_page, page_of
-from polyseg.page import figures, runfiles
-from polyseg.page.document import Folded, Gallery, Page, Picture, Section, Table, Text, render
-from polyseg.page.results import (
+from polyseg.figures.training import training_curves, validation_curves
+from polyseg.records import Assessment, Schedule
+from polyseg.report import figures, run_files
+from polyseg.report.document import Folded, Gallery, Page, Picture, Section, Table, Text, render
+from polyseg.report.run_files import EvaluationFiles, RunFiles, read_run
+from polyseg.report.tables import (
     comparison_tables,
     dice_comparison,
     further_tables,
     metric_tables,
     number,
 )
-from polyseg.page.runfiles import EvaluationFiles, RunFiles, read_run
-from polyseg.plots.training import training_curves, validation_curves
-from polyseg.records import Assessment, Schedule
+from polyseg.runs.record_files import write_assessment, write_schedule
 
 EVIL = '<script>alert("1")</script>&\'\u202e'
 VOID = {"meta", "img", "br"}
@@ -363,7 +363,7 @@ def test_links_within_a_run_are_followed(make_run):
 
 
 def test_only_png_files_of_bounded_size_are_embedded(make_run, monkeypatch):
-    monkeypatch.setattr(runfiles, "LARGEST_PICTURE", 2000)
+    monkeypatch.setattr(run_files, "LARGEST_PICTURE", 2000)
     run = make_run()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(run / "figures/large.png")

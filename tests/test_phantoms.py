@@ -17,10 +17,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, stats
 
-from polyseg.data import endoscopy, ultrasound
-from polyseg.data.layouts import find_cases
-from polyseg.data.lesions import Factors
-from polyseg.data.phantoms import MODALITIES, Phantom, make_phantom, make_phantoms, write_phantoms
+from polyseg.data.layouts.folders import find_cases
+from polyseg.data.phantoms.lesions import Factors
+from polyseg.data.phantoms.phantom_sets import (
+    MODALITIES,
+    Phantom,
+    endoscopy,
+    make_phantom,
+    make_phantoms,
+    ultrasound,
+    write_phantoms,
+)
 from polyseg.errors import PolysegError
 
 FACTORS = ("contrast", "blur", "noise", "area", "raggedness", "distractors")

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from polyseg.errors import PolysegError
-from polyseg.plots.evaluation import comparison
-from polyseg.plots.losses import loss_curves
-from polyseg.plots.pictures import OverlayCase, overlays
-from polyseg.plots.style import save_figure
-from polyseg.plots.training import (
+from polyseg.figures.evaluation import comparison
+from polyseg.figures.losses import loss_curves
+from polyseg.figures.pictures import OverlayCase, overlays
+from polyseg.figures.style import save_figure
+from polyseg.figures.training import (
     difficulty_against_dice,
     difficulty_distribution,
     epsilon_quantiles,
@@ -379,8 +379,8 @@ def test_settings_of_the_user_neither_change_nor_matter(tmp_path):
 def test_pyplot_stays_out(tmp_path):
     script = (
         "import sys, numpy; from pathlib import Path;"
-        "from polyseg.plots.evaluation import comparison;"
-        "from polyseg.plots.style import save_figure;"
+        "from polyseg.figures.evaluation import comparison;"
+        "from polyseg.figures.style import save_figure;"
         "figure = comparison(['a'], {'Dice': [numpy.ones(3)]});"
         f"save_figure(figure, Path({str(tmp_path / 'figure')!r}));"
         "sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"

@@ -10,8 +10,8 @@ import tifffile
 from PIL import Image
 
 from polyseg import INTENDED_USE
-from polyseg.data.phantoms import make_phantoms
-from polyseg.jobs.training import train
+from polyseg.commands.train import train
+from polyseg.data.phantoms.phantom_sets import make_phantoms
 from tests.layout_copies import COPIES
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import distributed, nn
 from torch.multiprocessing import spawn
 
-from polyseg.cache import read_assessment
-from polyseg.checkpoints import read_checkpoint
-from polyseg.measurement import Table
-from polyseg.parallel import BatchNormTogether, DropoutTogether, normalise_together
-from polyseg.processes import ALONE, Processes
-from polyseg.run import RunDirectory
+from polyseg.montecarlo.scores import Table
+from polyseg.runs.checkpoints import read_checkpoint
+from polyseg.runs.record_files import read_assessment
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.system.process_group import ALONE, Processes
+from polyseg.training.distributed import BatchNormTogether, DropoutTogether, normalise_together
 from tests import together
 from tests.conftest import TINY
 from tests.test_train import assert_same_run, history_of, run_of

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg import montecarlo, passes
-from polyseg.compiler import operations, rewrite, window, winograd
-from polyseg.compiler.run import PreparedBatch, Program
-from polyseg.compiler.trace import UntraceableError
 from polyseg.data.dataset import Repeatable
-from polyseg.dropout import active_layers
-from polyseg.montecarlo import assess
-from polyseg.networks import Window, build_network, network_names
-from polyseg.processes import Processes
+from polyseg.montecarlo import assessment, passes
+from polyseg.montecarlo.assessment import assess
+from polyseg.montecarlo.compiler import operations, rewrite, window, winograd
+from polyseg.montecarlo.compiler.run import PreparedBatch, Program
+from polyseg.montecarlo.compiler.trace import UntraceableError
+from polyseg.networks.dropout import active_layers
+from polyseg.networks.networks_by_name import Window, build_network, network_names
 from polyseg.records import Batch
+from polyseg.system.process_group import Processes
 
 NEEDS_PADDING = (30, 42)
 SMALL = {
@@ -36,13 +36,13 @@ SMALL = {
 }
 SCORES = ("mutual_information", "entropy", "variance")
 CLOSE = 1e-5
-AS_IT_IS = montecarlo._WORTH_TAKING_APART
+AS_IT_IS = assessment._WORTH_TAKING_APART
 
 
 @pytest.fixture(autouse=True)
 def _worth_taking_apart(monkeypatch):
     """Take networks apart for the few small images here, too."""
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
 
 
 class OwnNet(nn.Module):
@@ -546,9 +546,9 @@ def test_the_failure_of_a_program_in_another_process_ends_it_here():
         def gathered(self, mine):
             return [mine, False]
 
-    with pytest.raises(passes.ProgramFailedError), montecarlo._failing_in_all(Two(0, 2)):
+    with pytest.raises(passes.ProgramFailedError), assessment._failing_in_all(Two(0, 2)):
         pass
-    with montecarlo._failing_in_all(Processes()):
+    with assessment._failing_in_all(Processes()):
         pass
 
 
@@ -611,7 +611,7 @@ def tried(monkeypatch):
         raise UntraceableError("this is a test")
 
     monkeypatch.setattr(passes, "Program", refuse)
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", WORTH)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", WORTH)
     return made
 
 
@@ -629,7 +629,7 @@ def test_pixels_times_passes_decide_however_they_are_batched(sizes, images, samp
 
 @pytest.mark.parametrize(("bound", "worth"), [(WORTH * 50, 1), (WORTH * 50 + 1, 0)])
 def test_passes_that_are_not_known_are_taken_to_be_the_most(bound, worth, tried, monkeypatch):
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", bound)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", bound)
     assess(build("unet"), [make_batch(3)], samples="auto", rank_target=0.01)
     assert len(tried) == worth
 
@@ -654,7 +654,7 @@ def test_no_more_is_read_ahead_than_decides(tried):
 
 def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplog):
     caplog.set_level(logging.DEBUG, "polyseg")
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", AS_IT_IS)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", AS_IT_IS)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     ours = assess(network, batches, samples=4)
     assert [one.levelname for one in caplog.records] == ["DEBUG"]
@@ -663,10 +663,10 @@ def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplo
 
 
 def test_an_assessment_of_common_size_is_worth_it(monkeypatch):
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", AS_IT_IS)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", AS_IT_IS)
     images = torch.zeros(1).expand(8, 3, 256, 256)
     batches = (Batch([str(i)] * 8, images, None) for i in range(3))
-    worth, again = montecarlo._worth_taking_apart(batches, 20)
+    worth, again = assessment._worth_taking_apart(batches, 20)
     assert worth and [batch.ids[0] for batch in again] == ["0", "1", "2"]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import pearsonr, rankdata
 
-from polyseg.ranks import (
+from polyseg.metrics.rank_stability import (
     jackknife_error,
     partial_spearman,
     passes_needed,

@@ -13,7 +13,7 @@ import tifffile
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from PIL import Image
 
-from polyseg.data.readers import read_image_stack, read_label_stack
+from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.errors import PolysegError
 from tests.hostile import faults, hostile_files, warm_up
 
@@ -802,7 +802,7 @@ def test_postscript_in_disguise_is_not_run(tmp_path):
 
 
 def test_bounds_are_those_of_the_sides(tmp_path, monkeypatch):
-    monkeypatch.setattr("polyseg.data.stacks.LARGEST_IMAGE", 99)
+    monkeypatch.setattr("polyseg.data.formats.stacks.LARGEST_IMAGE", 99)
     save(tmp_path / "a.png", np.zeros((10, 10), np.uint8))
     tifffile.imwrite(
         tmp_path / "a.tif",

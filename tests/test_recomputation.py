@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polyseg.networks import build_network, network_names
-from polyseg.recomputation import recompute_blocks
+from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.training.activation_checkpointing import recompute_blocks
 
 
 def bytes_kept(network, images):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyseg.cache import read_schedule, write_schedule
+from polyseg.adaptive.replay import epsilon_of_batch, fit_schedule, replay_arm
+from polyseg.commands.train import plan, train
 from polyseg.errors import PolysegError
-from polyseg.jobs.training import plan, train
 from polyseg.records import Schedule
-from polyseg.replay import epsilon_of_batch, fit_schedule, replay_arm
+from polyseg.runs.record_files import read_schedule, write_schedule
 from tests.test_train import assert_same_weights, history_of, run_of, weights_of
 
 FIVE_EPOCHS = ("training.epochs=5", "control.start=1", "control.every=2")

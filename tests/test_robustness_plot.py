@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from polyseg.plots.robustness import robustness_curves
-from polyseg.plots.style import ONE_COLUMN, TWO_COLUMNS, save_figure
+from polyseg.figures.robustness import robustness_curves
+from polyseg.figures.style import ONE_COLUMN, TWO_COLUMNS, save_figure
 
 pytestmark = pytest.mark.filterwarnings("error")
 

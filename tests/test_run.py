@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from polyseg.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from polyseg.config import load_config
 from polyseg.errors import PolysegError
-from polyseg.files import sha256_of_file
-from polyseg.run import RunDirectory, environment, find_checkpoint
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.runs.run_folder import RunDirectory, environment, find_checkpoint
+from polyseg.system.files import sha256_of_file
 
 
 @pytest.fixture

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from polyseg import schedules
-from polyseg.cache import read_schedule
-from polyseg.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.adaptive import recorded_schedule
+from polyseg.commands import schedule as job
+from polyseg.commands.train import train
 from polyseg.config import load_config
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
-from polyseg.jobs import schedule as job
-from polyseg.jobs.training import train
 from polyseg.records import Assessment, Schedule
-from polyseg.run import RunDirectory
+from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.runs.record_files import read_schedule
+from polyseg.runs.run_folder import RunDirectory
 
 from .conftest import TINY
 
@@ -80,7 +80,9 @@ def make_record(difficulties, epochs, *overrides, labels=None, **changes):
         group=group.astype(np.int32),
         statistics=noise.random((2 * epochs, 2)),
     )
-    return schedules.RunRecord("made", config, assessments, schedule, np.arange(epochs) / 10)
+    return recorded_schedule.RunRecord(
+        "made", config, assessments, schedule, np.arange(epochs) / 10
+    )
 
 
 def random_difficulties(epochs, n, seed=0):
@@ -92,14 +94,14 @@ class TestOverview:
     record = make_record(random_difficulties((2, 4, 7), 6), 7, "control.percentile=30")
 
     def test_spread_and_epsilon_are_those_of_numpy(self):
-        for k, row in enumerate(schedules.overview(self.record)):
+        for k, row in enumerate(recorded_schedule.overview(self.record)):
             difficulty = self.record.assessments[k].difficulty
             assert row["difficulty_q05"] == np.quantile(difficulty, 0.05)
             assert row["difficulty_q50"] == np.median(difficulty)
             assert row["difficulty_percentile"] == np.quantile(difficulty, 0.3)
             assert row["sigma"] == np.sqrt(np.mean((difficulty - difficulty.mean()) ** 2))
             assert row["rank_stability"] == 0.5 + row["epoch"] / 100
-        first, second, last = schedules.overview(self.record)
+        first, second, last = recorded_schedule.overview(self.record)
         assert first["epsilon_q95"] == pytest.approx(
             np.quantile(self.record.schedule.epsilon[2], 0.95), rel=1e-6
         )
@@ -110,7 +112,7 @@ class TestOverview:
 
     def test_ranks_are_those_of_scipy(self):
         one, two, three = (a.difficulty for a in self.record.assessments)
-        rows = schedules.overview(self.record)
+        rows = recorded_schedule.overview(self.record)
         assert math.isnan(rows[0]["spearman_previous"])
         assert rows[1]["spearman_previous"] == pytest.approx(stats.spearmanr(one, two).statistic)
         assert rows[2]["spearman_previous"] == pytest.approx(stats.spearmanr(two, three).statistic)
@@ -119,19 +121,19 @@ class TestOverview:
         assert rows[0]["largest_2"] == f"i{one.argsort()[-2]}"
 
     def test_the_wrong_sign_is_that_of_the_epochs_that_went_by_the_assessment(self):
-        rows = schedules.overview(self.record)  # shares 0, 0.1, ... of epochs 1, 2, ...
+        rows = recorded_schedule.overview(self.record)  # shares 0, 0.1, ... of epochs 1, 2, ...
         assert rows[0]["wrong_sign_share"] == pytest.approx((0.2 + 0.3) / 2)  # epochs 3 and 4
         assert rows[1]["wrong_sign_share"] == pytest.approx((0.4 + 0.5 + 0.6) / 3)
 
     def test_fallbacks_are_counted(self):
         codes = np.array([0, 1, 2, 0, 1], np.int8)
         record = make_record({1: np.arange(5.0)}, 2, fallback=codes)
-        assert schedules.overview(record)[0]["fallbacks"] == 3
+        assert recorded_schedule.overview(record)[0]["fallbacks"] == 3
 
     def test_labels_are_told_apart(self):
         labels = ["bright", "dark"] * 5
         record = make_record(random_difficulties((1, 2), 10), 3, labels=labels)
-        rows = schedules.overview(record)
+        rows = recorded_schedule.overview(record)
         assert [(row["epoch"], row["label"]) for row in rows] == [
             (1, "bright"),
             (1, "dark"),
@@ -146,7 +148,7 @@ class TestOverview:
         )
 
     def test_one_image_has_no_ranks_and_breaks_nothing(self):
-        row = schedules.overview(make_record({1: np.array([0.3])}, 2))[0]
+        row = recorded_schedule.overview(make_record({1: np.array([0.3])}, 2))[0]
         assert row["largest_1"] == row["smallest_1"] == "i0" and row["sigma"] == 0
         assert "largest_2" not in row
 
@@ -158,7 +160,7 @@ class TestImageHistory:
     def test_rank_and_percentile_are_those_of_scipy(self):
         record = make_record(TWO_RANKINGS, 4)
         for i in range(5):
-            for row in schedules.image_history(record, f"i{i}"):
+            for row in recorded_schedule.image_history(record, f"i{i}"):
                 difficulty = TWO_RANKINGS[row["epoch"]]
                 assert row["rank"] == stats.rankdata(-difficulty, method="min")[i]
                 middle = stats.rankdata(difficulty, method="average")[i] - 0.5
@@ -166,7 +168,7 @@ class TestImageHistory:
 
     def test_the_numbers_are_those_of_the_files(self):
         record = make_record(TWO_RANKINGS, 3)
-        first, second, last = schedules.image_history(record, "i2")
+        first, second, last = recorded_schedule.image_history(record, "i2")
         assert (first["from_epoch"], first["to_epoch"], second["from_epoch"]) == (2, 2, 3)
         assert first["epsilon"] == record.schedule.epsilon[1, 2]
         assert second["epsilon"] == record.schedule.epsilon[2, 2]
@@ -184,7 +186,7 @@ class TestImageHistory:
     def test_epochs_with_the_same_statistics_are_one_row(self):
         record = make_record(TWO_RANKINGS, 5)
         group = np.repeat(np.array([-1, 0, 0, 1, 2], np.int32)[:, None], 5, axis=1)
-        rows = schedules.image_history(
+        rows = recorded_schedule.image_history(
             replace(record, schedule=replace(record.schedule, group=group)), "i0"
         )
         stretches = [(row["epoch"], row["from_epoch"], row["to_epoch"]) for row in rows]
@@ -193,20 +195,20 @@ class TestImageHistory:
     def test_statistics_that_were_not_recorded_are_missing(self):
         record = make_record(TWO_RANKINGS, 4)
         old = replace(record, schedule=replace(record.schedule, group=None, statistics=None))
-        rows = schedules.image_history(old, "i0")
+        rows = recorded_schedule.image_history(old, "i0")
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(2, 3), (4, 4)]
         assert all(math.isnan(row["normalised"]) and math.isnan(row["sigma"]) for row in rows)
         assert rows[0]["epsilon"] == old.schedule.epsilon[1, 0]
 
     def test_an_unknown_image_is_refused_with_its_neighbour(self):
         with pytest.raises(PolysegError, match=r"did you mean i2\?"):
-            schedules.image_history(make_record(TWO_RANKINGS, 3), "ii2")
+            recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "ii2")
         with pytest.raises(PolysegError, match="no training image of made"):
-            schedules.image_history(make_record(TWO_RANKINGS, 3), "%%%")
+            recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "%%%")
 
     def test_there_is_a_row_a_label(self):
         record = make_record(random_difficulties((1, 2), 6), 3, labels=["a", "b"] * 3)
-        rows = schedules.image_history(record, "i1")
+        rows = recorded_schedule.image_history(record, "i1")
         assert [row["label"] for row in rows] == ["a", "b", "a", "b"]
         assert rows[1]["epsilon"] == record.schedule.epsilon[1, 3]
         assert all(1 <= row["rank"] <= 3 for row in rows)
@@ -215,7 +217,7 @@ class TestImageHistory:
 class TestTidy:
     def test_every_row_is_what_the_records_hold(self):
         record = make_record(random_difficulties((1, 3), 5), 3, "control.percentile=80")
-        rows = schedules.tidy(record)
+        rows = recorded_schedule.tidy(record)
         assert len(rows) == 10 and list(rows[0])[:3] == ["epoch", "id", "difficulty"]
         for k, one in enumerate(record.assessments):
             mine = rows[5 * k : 5 * k + 5]
@@ -233,19 +235,19 @@ class TestTidy:
 
     def test_labels_of_an_image_stand_together(self):
         record = make_record(random_difficulties((1,), 6), 2, labels=["a", "b"] * 3)
-        rows = schedules.tidy(record)
+        rows = recorded_schedule.tidy(record)
         assert [row["id"] for row in rows] == record.schedule.ids
         assert [row["label"] for row in rows] == record.schedule.labels
         assert [row["epsilon"] for row in rows] == record.schedule.epsilon[1].tolist()
 
     def test_without_passes_there_are_no_errors(self):
         one = {"metric": "training_loss", "scores_se": {}}
-        rows = schedules.tidy(make_record({1: np.arange(4.0)}, 2, **one))
+        rows = recorded_schedule.tidy(make_record({1: np.arange(4.0)}, 2, **one))
         assert all(math.isnan(row["difficulty_se"]) for row in rows)
 
     def test_names_are_no_formulas(self):
         names = ['a"b', "=1+1", "c,d", "-e", "@f"]
-        text = schedules.csv_text(
+        text = recorded_schedule.csv_text(
             [{"id": name, "dice": dice} for name, dice in zip(names, range(5), strict=True)]
         )
         read = list(csv.DictReader(io.StringIO(text)))
@@ -253,7 +255,9 @@ class TestTidy:
 
     @given(st.lists(st.floats(), min_size=1))
     def test_numbers_come_back_or_are_missing(self, values):
-        read = csv.DictReader(io.StringIO(schedules.csv_text([{"k": 1, "x": x} for x in values])))
+        read = csv.DictReader(
+            io.StringIO(recorded_schedule.csv_text([{"k": 1, "x": x} for x in values]))
+        )
         for row, value in zip(read, values, strict=True):
             if math.isfinite(value):
                 assert float(row["x"]) == pytest.approx(value, rel=1e-8)
@@ -272,7 +276,7 @@ def partial_by_regression(first, second, given):
 class TestValidity:
     def test_correlations_are_those_of_scipy(self):
         record = make_record(random_difficulties((1, 2), 12), 2)
-        rows = schedules.validity(record)
+        rows = recorded_schedule.validity(record)
         assert [row["score"] for row in rows] == 2 * list(record.assessments[0].scores)
         for k, one in enumerate(record.assessments):
             for row in rows[3 * k : 3 * k + 3]:
@@ -291,7 +295,7 @@ class TestValidity:
     @pytest.mark.parametrize(("usable", "known"), [(3, False), (4, True)])
     def test_few_images_tell_nothing(self, usable, known):
         dice = np.r_[np.random.default_rng(1).random(usable), np.full(5 - usable, math.nan)]
-        row = schedules.validity(make_record(random_difficulties((1,), 5), 2, dice=dice))[0]
+        row = recorded_schedule.validity(make_record(random_difficulties((1,), 5), 2, dice=dice))[0]
         assert row["images"] == usable
         assert math.isfinite(row["with_error"]) is known
         assert math.isfinite(row["with_error_given_size"]) is known
@@ -301,15 +305,15 @@ class TestValidity:
         pixels = np.array([5, 6, 7], np.int64)
         one = assessment(1, np.arange(3.0), foreground_pixels=pixels)
         codes = replace(one, fallback=np.array([0, 1, 2], np.int8))
-        assert schedules.mask_sizes(codes).tolist() == [5, 0, 0]
-        assert np.isnan(schedules.mask_sizes(replace(one, region="image"))).all()
+        assert recorded_schedule.mask_sizes(codes).tolist() == [5, 0, 0]
+        assert np.isnan(recorded_schedule.mask_sizes(replace(one, region="image"))).all()
         known = replace(one, region="image", mask_pixels=np.array([1, 2, 3], np.int64))
-        assert schedules.mask_sizes(known).tolist() == [1, 2, 3]
+        assert recorded_schedule.mask_sizes(known).tolist() == [1, 2, 3]
 
     def test_the_summary_is_the_last_and_the_mean_of_what_is_known(self):
         record = make_record(random_difficulties((1, 2, 3), 8), 3, labels=["a", "b"] * 4)
-        rows = schedules.validity(record)
-        summary = schedules.validity_summary(rows)
+        rows = recorded_schedule.validity(record)
+        summary = recorded_schedule.validity_summary(rows)
         assert [(row["label"], row["score"]) for row in summary[:3]] == [
             ("a", "mutual_information"),
             ("a", "entropy"),
@@ -324,8 +328,8 @@ class TestValidity:
         assert row["with_size_mean"] == pytest.approx(np.mean([r["with_size"] for r in own]))
 
     def test_curves_hold_the_rows(self):
-        rows = schedules.validity(make_record(random_difficulties((1, 5), 8), 5))
-        curves = schedules.validity_curves(rows, "")
+        rows = recorded_schedule.validity(make_record(random_difficulties((1, 5), 8), 5))
+        curves = recorded_schedule.validity_curves(rows, "")
         assert curves["with_size"]["entropy"].tolist() == [
             row["with_size"] for row in rows if row["score"] == "entropy"
         ]
@@ -333,7 +337,7 @@ class TestValidity:
     def test_stability_is_that_of_scipy(self):
         record = make_record(random_difficulties((1, 2, 4), 9), 4)
         one, two, three = (a.difficulty for a in record.assessments)
-        curves = schedules.stability(record)
+        curves = recorded_schedule.stability(record)
         previous, last, expected = curves.values()
         rho = lambda x, y: stats.spearmanr(x, y).statistic  # noqa: E731
         np.testing.assert_allclose(previous, [math.nan, rho(one, two), rho(two, three)])
@@ -345,8 +349,8 @@ class TestRecompute:
     settings = ("control.statistics=dataset", "control.start=2", "control.every=2")
 
     def recomputed(self, record, *overrides):
-        config = schedules.changed_settings(record.config, overrides)
-        return schedules.recompute(record, config)
+        config = recorded_schedule.changed_settings(record.config, overrides)
+        return recorded_schedule.recompute(record, config)
 
     def test_it_is_eq_11_and_12_of_the_assessment_before(self):
         record = make_record(random_difficulties((2, 4, 6), 7), 6, *self.settings)
@@ -420,7 +424,7 @@ class TestRecompute:
         key = override.partition("=")[0]
         only = "schedule recompute changes control.*, uncertainty.metric and loss.epsilon only"
         with pytest.raises(PolysegError) as error:
-            schedules.changed_settings(load_config(), [override])
+            recorded_schedule.changed_settings(load_config(), [override])
         assert f"--set {key}: {only}" in str(error.value)
 
     @pytest.mark.parametrize(
@@ -433,12 +437,12 @@ class TestRecompute:
     )
     def test_bounds_hold_here_too(self, override):
         with pytest.raises(PolysegError):
-            schedules.changed_settings(load_config(), [override])
+            recorded_schedule.changed_settings(load_config(), [override])
 
     def test_more_terms_have_their_own_bound(self):
         config = load_config(overrides=["loss.name=polydice", "control.epsilon_min=-0.2"])
         with pytest.raises(PolysegError, match="reward misalignment"):
-            schedules.changed_settings(config, ["control.epsilon_min=-0.4"])
+            recorded_schedule.changed_settings(config, ["control.epsilon_min=-0.4"])
 
 
 class TestCompare:
@@ -447,7 +451,7 @@ class TestCompare:
         old = np.array([[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 2, 3], [1, 1, 1, 1]], np.float32)
         new = np.array([[0, 0, 0, 0], [1, 1, 2, 3], [0, 1, 2, 7], [1, 0, 1, 1]], np.float32)
         record = replace(record, schedule=replace(record.schedule, epsilon=old))
-        rows = schedules.compare(record, replace(record.schedule, epsilon=new))
+        rows = recorded_schedule.compare(record, replace(record.schedule, epsilon=new))
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(1, 1), (2, 3), (4, 4)]
         assert [row["largest_change"] for row in rows] == [0, 4, 1]
         assert [row["raised_share"] for row in rows] == [0, 2 / 8, 0]
@@ -458,14 +462,14 @@ class TestCompare:
 
     def test_an_assessment_before_training_and_one_after_it_make_no_stretch(self):
         record = make_record(random_difficulties((0, 2), 4), 2)
-        rows = schedules.compare(record, record.schedule)
+        rows = recorded_schedule.compare(record, record.schedule)
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(1, 2)]
 
     def test_labels_are_told_apart(self):
         record = make_record(random_difficulties((1,), 8), 2, labels=["a", "b"] * 4)
         epsilon = record.schedule.epsilon.copy()
         epsilon[:, 1::2] += 1
-        rows = schedules.compare(record, replace(record.schedule, epsilon=epsilon))
+        rows = recorded_schedule.compare(record, replace(record.schedule, epsilon=epsilon))
         assert [row["raised_share"] for row in rows] == [0, 1, 0, 1]
 
 
@@ -622,7 +626,7 @@ class TestRealRuns:
         training = record.config.training.model_copy(update={"seed": 5})
         other = record.config.model_copy(update={"training": training})
         assert not np.array_equal(
-            schedules.recompute(record, other).epsilon, record.schedule.epsilon
+            recorded_schedule.recompute(record, other).epsilon, record.schedule.epsilon
         )
 
     def test_a_file_is_not_written_over(self, runs, tmp_path):
@@ -644,9 +648,9 @@ class TestRealRuns:
         record = job.read_record(copy)
         assert [one.epoch for one in record.assessments] == [1, 3]
         assert record.schedule.epochs.tolist() == [1, 2, 3] and len(record.wrong_sign) == 3
-        assert len(schedules.overview(record)) == 2
+        assert len(recorded_schedule.overview(record)) == 2
         assert np.array_equal(
-            schedules.recompute(record, record.config).epsilon,
+            recorded_schedule.recompute(record, record.config).epsilon,
             read_schedule(runs / "earlier/schedule.h5").epsilon,
         )
 
@@ -654,7 +658,7 @@ class TestRealRuns:
         def stop(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("polyseg.train.Trainer._run_epoch", stop)
+        monkeypatch.setattr("polyseg.training.trainer.Trainer._run_epoch", stop)
         for name, start in (("assessed", 0), ("not", 2)):
             config = [*FAST, f"output.path={tmp_path / name}", f"control.start={start}"]
             with pytest.raises(KeyboardInterrupt):
@@ -852,7 +856,9 @@ class TestCommands:
         assert answer.code == 0, answer.err
         assert "mutual information" in answer.out and "training loss" in answer.out
         assert sorted(path.name for path in out.iterdir()) == ["validity.pdf", "validity.png"]
-        assert set(job._PANELS) == set(schedules.MEASURES)  # the figure shows what the table does
+        assert set(job._PANELS) == set(
+            recorded_schedule.MEASURES
+        )  # the figure shows what the table does
         rows = json.loads(polyseg("schedule", "validity", runs / "batch", "--json").out)
         assert {row["score"] for row in rows} == set(
             job.read_record(runs / "batch").assessments[0].scores

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from polyseg.plots.schedules import (
+from polyseg.figures.schedules import (
     Panel,
     difficulty_panels,
     epsilon_bands,
@@ -15,7 +15,7 @@ from polyseg.plots.schedules import (
     rank_curves,
     validity_curves,
 )
-from polyseg.plots.style import save_figure
+from polyseg.figures.style import save_figure
 
 
 def noise(*shape, seed=0):

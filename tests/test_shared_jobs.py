@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polyseg import pilot
-from polyseg.cache import read_assessment
+from polyseg.commands.predict import _predict_share
 from polyseg.config import load_config
 from polyseg.data.dataset import make_demo
-from polyseg.data.layouts import find_unlabelled
-from polyseg.data.phantoms import make_phantoms
+from polyseg.data.layouts.folders import find_unlabelled
+from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.errors import PolysegError
-from polyseg.jobs import testing as room
-from polyseg.jobs.models import images_for, open_model
-from polyseg.jobs.prediction import _predict_share
-from polyseg.jobs.testing import Questions
-from polyseg.processes import ALONE, Processes
+from polyseg.evaluation import testing_networks as room
+from polyseg.evaluation.testing_networks import Questions
+from polyseg.montecarlo import choose_samples
 from polyseg.records import no_progress
+from polyseg.runs.record_files import read_assessment
+from polyseg.runs.trained_model import images_for, open_model
+from polyseg.system.process_group import ALONE, Processes
 from tests import together
 from tests.conftest import TINY
 from tests.test_train import run_of
@@ -116,7 +116,7 @@ def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
     code, said = in_two(*command, tmp_path / "two")
     assert code == 0, said
     assert_same_results(tmp_path / "one", tmp_path / "two")
-    assert read_assessment(tmp_path / "two/assessment.h5").samples >= pilot.FEWEST
+    assert read_assessment(tmp_path / "two/assessment.h5").samples >= choose_samples.FEWEST
     assert said.count('"folder"') == 1
     assert left_in(tmp_path) == ["one", "two"]
 
@@ -275,7 +275,7 @@ def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeyp
     # Never more than one process would have chosen by, and all that it would.
     assert next(room._parts(images, ids, 50, Processes(1, count))) == ids[:20]
     assert list(room._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
-    assert room._CHOOSING >= pilot._IMAGES
+    assert room._CHOOSING >= choose_samples._IMAGES
     # Fewer images than processes, and no passes to choose.
     assert list(room._parts(images, ids[:1], 0, Processes(1, 2))) == []
 

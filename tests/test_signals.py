@@ -7,7 +7,7 @@ import time
 import pytest
 
 from polyseg.errors import Interrupted
-from polyseg.signals import ENDING, ending_at_once, ending_when_asked
+from polyseg.system.signals import ENDING, ending_at_once, ending_when_asked
 
 
 @pytest.mark.parametrize("number", ENDING)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from polyseg.config import DataConfig
-from polyseg.data.likeness import (
+from polyseg.data.duplicates import (
     MOST_DIFFERING_BITS,
     content_hash,
     likeness_of,
     near_pairs,
     refuse_leaks,
 )
-from polyseg.data.phantoms import make_phantoms
+from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.data.splits import (
     PARTS,
     Member,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from polyseg.errors import PolysegError
-from polyseg.statistics import (
+from polyseg.metrics.significance import (
     Interval,
     RankCorrelation,
     adjust_together,
@@ -129,7 +129,7 @@ def test_many_images_are_resampled_a_few_at_a_time(monkeypatch):
         sizes.append(values.size)
         return values.mean(axis=axis)
 
-    monkeypatch.setattr("polyseg.statistics.np.mean", mean)
+    monkeypatch.setattr("polyseg.metrics.significance.np.mean", mean)
     mean_interval(np.arange(3000.0), resamples=999)
     assert max(sizes) <= 50_000
 

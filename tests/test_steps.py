@@ -8,15 +8,15 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from polyseg.dropout import stochastic_layers
+from polyseg.commands.train import train
 from polyseg.errors import PolysegError
-from polyseg.inference import choose_algorithms
-from polyseg.jobs.training import train
-from polyseg.networks import build_network
-from polyseg.parallel import DropoutTogether
-from polyseg.processes import Processes
-from polyseg.run import RunDirectory
-from polyseg.train import Trainer
+from polyseg.networks.dropout import stochastic_layers
+from polyseg.networks.inference import choose_algorithms
+from polyseg.networks.networks_by_name import build_network
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.system.process_group import Processes
+from polyseg.training.distributed import DropoutTogether
+from polyseg.training.trainer import Trainer
 from tests.test_train import (
     Stop,
     assert_same_run,

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from polyseg.data.store import DTYPES, DiskStore, index_of, writing_store
+from polyseg.data.pixel_store import DTYPES, DiskStore, index_of, writing_store
 from polyseg.errors import PolysegError
 
 

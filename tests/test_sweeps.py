@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from polyseg.checkpoints import read_checkpoint
 from polyseg.config import DataConfig, load_config
 from polyseg.data.loading import load_images
+from polyseg.runs.checkpoints import read_checkpoint
 
 from .conftest import TINY
 

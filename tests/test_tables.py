@@ -10,10 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from polyseg.evaluate import Evaluation, RobustnessPoint, RunScores, compare, image_scores, pool
-from polyseg.forms import latex, markdown, per_image_csv, robustness_csv, summary_json
-from polyseg.metrics import METRICS
-from polyseg.tables import notes, sheets
+from polyseg.evaluation.export import latex, markdown, per_image_csv, robustness_csv, summary_json
+from polyseg.evaluation.scores import (
+    Evaluation,
+    RobustnessPoint,
+    RunScores,
+    compare,
+    image_scores,
+    pool,
+)
+from polyseg.evaluation.tables import notes, sheets
+from polyseg.metrics.image_metrics import METRICS
 
 EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
 

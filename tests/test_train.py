@@ -16,22 +16,22 @@ import pytest
 import torch
 from scipy.special import expit
 
-from polyseg import nonfinite, optimizers
-from polyseg import run as run_room
-from polyseg import steps as steps_room
-from polyseg import train as room
-from polyseg.cache import read_assessment, read_schedule
-from polyseg.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.adaptive.controller import Adapted
+from polyseg.commands.train import _describe_data, plan, train
 from polyseg.config import TrainingConfig
-from polyseg.control import Adapted
 from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
-from polyseg.files import sha256_of_file
-from polyseg.jobs.training import _describe_data, plan, train
-from polyseg.montecarlo import describe_order
-from polyseg.networks import hash_weights
-from polyseg.run import HISTORY_COLUMNS, RunDirectory
-from polyseg.statistics import rank_correlation
+from polyseg.metrics.significance import rank_correlation
+from polyseg.montecarlo.assessment import describe_order
+from polyseg.networks.networks_by_name import hash_weights
+from polyseg.runs import run_folder as run_room
+from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.runs.record_files import read_assessment, read_schedule
+from polyseg.runs.run_folder import HISTORY_COLUMNS, RunDirectory
+from polyseg.system.files import sha256_of_file
+from polyseg.training import nonfinite, optimizers
+from polyseg.training import step as steps_room
+from polyseg.training import trainer as room
 
 
 def run_of(config):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from polyseg.jobs.training import train
+from polyseg.commands.train import train
 from tests.conftest import TINY
 
 SOURCE = """

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg import montecarlo
-from polyseg.compiler import trace, window
-from polyseg.compiler.operations import sides_of
-from polyseg.montecarlo import assess
+from polyseg.montecarlo import assessment
+from polyseg.montecarlo.assessment import assess
+from polyseg.montecarlo.compiler import trace, window
+from polyseg.montecarlo.compiler.operations import sides_of
 from polyseg.records import Batch
 from tests.generated_networks import SIZES, generate
 from tests.test_program import sharpen
@@ -23,7 +23,7 @@ NETWORKS = range(20)
 
 @pytest.fixture(autouse=True)
 def _always_made_a_program(monkeypatch):
-    monkeypatch.setattr(montecarlo, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
 
 
 # Rule by rule, against what changing a pixel changes.
@@ -163,7 +163,7 @@ def test_networks_of_other_operations_are_assessed_as_by_plain_passes(seed):
 
 
 if __name__ == "__main__":
-    montecarlo._WORTH_TAKING_APART = 0
+    assessment._WORTH_TAKING_APART = 0
     for number in range(int(sys.argv[1])):
         for strange in (0, 1 + number % 3):
             try:

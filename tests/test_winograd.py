@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from polyseg.compiler import rewrite, winograd
+from polyseg.montecarlo.compiler import rewrite, winograd
 from tests.test_graph import begin, check_nothing, conv, drop, kinds, run, worst
 
 WIDE = 64  # Enough for maps of 6 x 8.

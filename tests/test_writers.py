@@ -7,8 +7,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from polyseg.data.readers import read_image_stack, read_label_stack
-from polyseg.data.writers import write_labels, write_map
+from polyseg.data.formats.readers import read_image_stack, read_label_stack
+from polyseg.data.formats.writers import write_labels, write_map
 from polyseg.errors import PolysegError
 from tests.test_readers import dicom, dicom_series, landmark, noise
 

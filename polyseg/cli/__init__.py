@@ -1,4 +1,1 @@
-"""The command line: parse, call one job, print.
-
-Heavy imports wait inside the commands, so that help comes at once.
-"""
+"""The command line: arguments and printing; the only package that imports typer and rich."""

@@ -43,7 +43,7 @@ def config_init(
     Example: polyseg config init my-settings.yaml
     """
     from polyseg.config import template
-    from polyseg.files import write_text
+    from polyseg.system.files import write_text
 
     if path.exists():
         raise PolysegError(f"{path}: exists already; choose another name")

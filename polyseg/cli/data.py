@@ -39,7 +39,7 @@ def data_check(
 
     settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
     with talking(quiet, verbose) as display:
-        from polyseg.jobs import data
+        from polyseg.commands import data
 
         found = data.check_data(settings, display)
     print_mapping(path, found, as_json)
@@ -67,7 +67,7 @@ def data_split(
     flags = as_overrides({"data.path": path, "data.fold": fold})
     settings = load_config(None, [*(overrides or []), *flags])
     with talking(quiet, verbose) as display:
-        from polyseg.jobs import data
+        from polyseg.commands import data
 
         found = data.make_split(settings, out, display, overwrite=overwrite)
     print_mapping(path, found, as_json)
@@ -96,7 +96,7 @@ def data_preview(
 
     settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
     with talking(quiet, verbose) as display:
-        from polyseg.jobs import data
+        from polyseg.commands import data
 
         for file in data.preview(
             settings,
@@ -128,7 +128,7 @@ def data_demo(
     Example: polyseg data demo phantoms --images 20 --modality endoscopy
     """
     with talking(quiet, verbose):
-        from polyseg.jobs import data
+        from polyseg.commands import data
 
         data.write_demo(path, count=images, size=size, modality=modality, seed=seed)
         print(path)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from polyseg.processes import rank_here
+from polyseg.system.process_group import rank_here
 
 
 class _Display:

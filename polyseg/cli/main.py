@@ -11,17 +11,17 @@ from typer.exceptions import TyperException
 from polyseg import __version__
 from polyseg.cli.config import config_app
 from polyseg.cli.data import data_app
-from polyseg.cli.evaluation import evaluate
-from polyseg.cli.figure import plot_loss
+from polyseg.cli.estimate_uncertainty import estimate_uncertainty
+from polyseg.cli.evaluate import evaluate
 from polyseg.cli.options import AROUND_IT, THE_PRODUCT
-from polyseg.cli.prediction import predict
+from polyseg.cli.plot_loss import plot_loss
+from polyseg.cli.predict import predict
 from polyseg.cli.report import report
 from polyseg.cli.schedule import schedule_app
-from polyseg.cli.training import train
-from polyseg.cli.uncertainty import estimate_uncertainty
+from polyseg.cli.train import train
 from polyseg.errors import Interrupted, PolysegError, reason
-from polyseg.processes import rank_here
-from polyseg.signals import Wish, ending_at_once
+from polyseg.system.process_group import rank_here
+from polyseg.system.signals import Wish, ending_at_once
 
 _LONGEST_LINE = 2000
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyseg.files import without_nan
+from polyseg.system.files import without_nan
 
 if TYPE_CHECKING:
-    from polyseg.report import Outcome
-    from polyseg.tables import Cell, Sheet
+    from polyseg.evaluation.tables import Cell, Sheet
+    from polyseg.figures.run_figures import Outcome
 
 _MOST_FILES = 24
 """Lines; who wants all of them has --json, or looks."""
@@ -22,14 +22,14 @@ _MOST_FILES = 24
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
     """Print tables and paths, or all of it as JSON, to stdout."""
-    from polyseg import forms, tables
+    from polyseg.evaluation import export, tables
 
     if as_json:
         found = outcome.evaluation
         record = {
             "folder": str(outcome.folder),
             "files": [str(path) for path in outcome.files],
-            "evaluation": None if found is None else forms.summary(found),
+            "evaluation": None if found is None else export.summary(found),
             "correlations": list(outcome.correlations),
             "notes": list(outcome.notes),
         }

@@ -35,9 +35,9 @@ def report(
     Example: polyseg report runs/dice runs/adaptive --evaluation results --out report.html
     """
     with talking(quiet, verbose) as display:
-        from polyseg.jobs import page
+        from polyseg.commands import report
 
-        written = page.make_page(
+        written = report.make_page(
             runs,
             evaluations=evaluations or [],
             out=out,

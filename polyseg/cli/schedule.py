@@ -15,10 +15,10 @@ from polyseg.cli.display import talking
 from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Verbose
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
-from polyseg.files import without_nan
+from polyseg.system.files import without_nan
 
 if TYPE_CHECKING:
-    from polyseg.jobs.schedule import Findings
+    from polyseg.commands.schedule import Findings
 
 schedule_app = typer.Typer(
     help="Look at what a run recorded of difficulty and epsilon.", no_args_is_help=True
@@ -61,7 +61,7 @@ def schedule_show(
     """
     _refuse_both(as_json, as_csv)
     with talking(quiet, verbose):
-        from polyseg.jobs import schedule
+        from polyseg.commands import schedule
 
         found = schedule.show(run, image)
     if as_json or as_csv:
@@ -88,7 +88,7 @@ def schedule_plot(
     Example: polyseg schedule plot runs/first runs/second --out figures
     """
     with talking(quiet, verbose):
-        from polyseg.jobs import schedule
+        from polyseg.commands import schedule
 
         outcome = schedule.plot(runs, out, overwrite=overwrite)
     print_outcome(outcome, as_json)
@@ -120,7 +120,7 @@ def schedule_recompute(
     Example: polyseg schedule recompute runs/first --set control.sensitivity=2 --out new.h5
     """
     with talking(quiet, verbose):
-        from polyseg.jobs import schedule
+        from polyseg.commands import schedule
 
         found = schedule.recompute(run, overrides or [], out, overwrite=overwrite)
     if as_json:
@@ -155,7 +155,7 @@ def schedule_export(
     Example: polyseg schedule export runs/first --out first.csv
     """
     with talking(quiet, verbose):
-        from polyseg.jobs import schedule
+        from polyseg.commands import schedule
 
         text = schedule.export(run, out, overwrite=overwrite)
     print(text if out is None else out, end="" if out is None else "\n")
@@ -177,7 +177,7 @@ def schedule_validity(
     """
     _refuse_both(as_json, as_csv)
     with talking(quiet, verbose):
-        from polyseg.jobs import schedule
+        from polyseg.commands import schedule
 
         found = schedule.validity(run)
         table = as_json or as_csv
@@ -189,7 +189,7 @@ def schedule_validity(
     if as_json or as_csv:
         _print_rows(found.rows, as_json)
         return
-    from polyseg.schedules import validity_summary
+    from polyseg.adaptive.recorded_schedule import validity_summary
 
     summary = validity_summary(found.rows)
     columns = [
@@ -281,7 +281,7 @@ def _print_table(
 
 
 def _print_rows(rows: Sequence[Row], as_json: bool) -> None:
-    from polyseg.schedules import csv_text
+    from polyseg.adaptive.recorded_schedule import csv_text
 
     if as_json:
         print(json.dumps(without_nan(list(rows)), indent=2))

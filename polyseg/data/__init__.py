@@ -1,1 +1,1 @@
-"""From a folder of images to batches: pairs, readers, splits, augmentation, phantoms."""
+"""From image files to batches: layouts, formats, masks, splits, augmentation, data sets."""

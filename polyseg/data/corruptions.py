@@ -21,10 +21,10 @@ from scipy import ndimage, signal
 
 from polyseg.config import DataConfig
 from polyseg.data.dataset import ImageSet
+from polyseg.data.pixel_store import Image, Masks, Store
 from polyseg.data.preprocessing import levels_of, resize_image
-from polyseg.data.store import Image, Masks, Store
 from polyseg.errors import PolysegError
-from polyseg.seeds import derive_seed
+from polyseg.system.seeds import derive_seed
 
 Gray = NDArray[np.float64]
 """(H, W, C), 0 at the image's 1st percentile and 1 at its 99th."""

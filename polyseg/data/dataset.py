@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from polyseg.config import DataConfig
 from polyseg.data.augmentation import Changes, augment
-from polyseg.data.likeness import Likeness, likeness_of
-from polyseg.data.phantoms import make_phantoms
+from polyseg.data.duplicates import Likeness, likeness_of
+from polyseg.data.phantoms.phantom_sets import make_phantoms
+from polyseg.data.pixel_store import Image, Masks, MemoryStore, Store
 from polyseg.data.preprocessing import Levels, cut_patch, levels_of, pooled_levels
 from polyseg.data.splits import Member
-from polyseg.data.store import Image, Masks, MemoryStore, Store
 from polyseg.errors import PolysegError, reason
-from polyseg.memory import explaining_memory, refuse_beyond_memory
-from polyseg.processes import ALONE, Processes
 from polyseg.records import Batch
-from polyseg.seeds import derive_seed
+from polyseg.system.memory import explaining_memory, refuse_beyond_memory
+from polyseg.system.process_group import ALONE, Processes
+from polyseg.system.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,13 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.config import DataConfig
-from polyseg.data.cases import Case
 from polyseg.data.dataset import ImageSet, Item, image_set, item_of, make_demo
-from polyseg.data.layouts import find_cases, find_unlabelled, holds_masks
-from polyseg.data.likeness import Likeness
+from polyseg.data.duplicates import Likeness
+from polyseg.data.formats.readers import read_image_stack, read_label_stack
+from polyseg.data.layouts.cases import Case
+from polyseg.data.layouts.folders import find_cases, find_unlabelled, holds_masks
 from polyseg.data.masks import to_masks, unite
-from polyseg.data.preprocessing import Levels, resize_image, resize_mask
-from polyseg.data.readers import read_image_stack, read_label_stack
-from polyseg.data.store import (
+from polyseg.data.pixel_store import (
     DTYPES,
     DiskStore,
     Image,
@@ -35,9 +34,10 @@ from polyseg.data.store import (
     index_of,
     writing_store,
 )
+from polyseg.data.preprocessing import Levels, resize_image, resize_mask
 from polyseg.errors import PolysegError
-from polyseg.files import TEMPORARY_PREFIX, sha256_of_file
 from polyseg.records import Progress, no_progress
+from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from polyseg.config import DataConfig
 from polyseg.errors import PolysegError, reason
-from polyseg.files import read_text
+from polyseg.system.files import read_text
 
 log = logging.getLogger(__name__)
 

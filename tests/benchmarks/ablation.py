@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from polyseg.compiler import rewrite, run
-from polyseg.montecarlo import assess
+from polyseg.montecarlo.assessment import assess
+from polyseg.montecarlo.compiler import rewrite, run
 from tests.benchmarks.montecarlo import build, load
 
 

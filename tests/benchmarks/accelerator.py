@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from polyseg import passes
-from polyseg.montecarlo import assess
-from polyseg.ranks import spearman
+from polyseg.metrics.rank_stability import spearman
+from polyseg.montecarlo import passes
+from polyseg.montecarlo.assessment import assess
 
 from . import montecarlo, training
 

@@ -24,16 +24,16 @@ from scipy.spatial.distance import cdist
 from sklearn import metrics as peer
 from sklearn.calibration import calibration_curve
 
-from polyseg.calibration import (
+from polyseg.metrics.calibration import (
     adaptive_calibration_error,
     area_under_risk_coverage,
     excess_area,
     failure_auroc,
     risk_coverage,
 )
-from polyseg.metrics import METRICS, image_metrics
-from polyseg.ranks import partial_spearman
-from polyseg.statistics import holm, mean_interval, paired_difference
+from polyseg.metrics.image_metrics import METRICS, image_metrics
+from polyseg.metrics.rank_stability import partial_spearman
+from polyseg.metrics.significance import holm, mean_interval, paired_difference
 
 TOLERANCE = 1.5
 

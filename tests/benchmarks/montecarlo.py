@@ -24,10 +24,10 @@ from torch import nn
 from polyseg.config import load_config
 from polyseg.data.loading import load_images
 from polyseg.difficulty import foreground_mean
-from polyseg.dropout import DROPOUT_LAYERS
 from polyseg.losses import polydice1_loss
-from polyseg.montecarlo import assess
-from polyseg.networks import build_network
+from polyseg.montecarlo.assessment import assess
+from polyseg.networks.dropout import DROPOUT_LAYERS
+from polyseg.networks.networks_by_name import build_network
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
 BATCH = 8

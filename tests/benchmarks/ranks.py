@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from polyseg.memory import keep_freed_memory
-from polyseg.montecarlo import assess
-from polyseg.ranks import spearman
+from polyseg.metrics.rank_stability import spearman
+from polyseg.montecarlo.assessment import assess
+from polyseg.system.memory import keep_freed_memory
 
 from . import runs
 

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from polyseg.config import load_config
 from polyseg.data.loading import load_images
-from polyseg.memory import keep_freed_memory
-from polyseg.run import RunDirectory, environment, split_json
-from polyseg.train import Trainer
+from polyseg.runs.run_folder import RunDirectory, environment, split_json
+from polyseg.system.memory import keep_freed_memory
+from polyseg.training.trainer import Trainer
 
 
 def settings_of(arguments):

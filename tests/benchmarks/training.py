@@ -29,9 +29,9 @@ from rich.table import Table
 from polyseg.config import load_config
 from polyseg.data.dataset import make_demo
 from polyseg.losses import polydice1_loss
-from polyseg.networks import build_network
-from polyseg.run import RunDirectory
-from polyseg.train import Trainer
+from polyseg.networks.networks_by_name import build_network
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.training.trainer import Trainer
 
 BATCH = 8
 RATE = 3e-3

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyseg import checkpoints
-from polyseg.checkpoints import Checkpoint, new_network, read_checkpoint, write_checkpoint
 from polyseg.config import load_config
 from polyseg.errors import PolysegError
+from polyseg.runs import checkpoints
+from polyseg.runs.checkpoints import Checkpoint, new_network, read_checkpoint, write_checkpoint
 from tests.children import faults_in_child, faults_of_reading
 from tests.hostile import DAMAGE, Random
 

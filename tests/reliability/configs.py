@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from polyseg.config import Config, build_config, load_config, settings_of, template
-from polyseg.plain_yaml import parse_yaml
+from polyseg.system.yaml import parse_yaml
 from tests.children import answer_of, faults_in_child, faults_of_reading, refusal_of
 from tests.hostile import DAMAGE, Random
 

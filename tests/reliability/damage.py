@@ -17,15 +17,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from polyseg.cache import (
+from polyseg.errors import PolysegError
+from polyseg.records import MAPS, METRICS, Assessment, Schedule
+from polyseg.runs.record_files import (
     read_assessment,
     read_schedule,
     seal,
     write_assessment,
     write_schedule,
 )
-from polyseg.errors import PolysegError
-from polyseg.records import MAPS, METRICS, Assessment, Schedule
 from tests.children import faults_in_child, faults_of_reading
 from tests.hostile import DAMAGE, Random
 

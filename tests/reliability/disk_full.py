@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from polyseg.files import TEMPORARY_PREFIX
+from polyseg.system.files import TEMPORARY_PREFIX
 from tests.reliability import runs
 
 RESULTS = (

@@ -1,8 +1,8 @@
 """A machine that stops before or after any step of durable writing: every run goes on from there.
 
-All that is written durably goes through `polyseg.files.disk`. Here one takes its place that stops
-at a step, and knows what a disk is sure to hold then: contents that were flushed, by names that
-were.
+All that is written durably goes through `polyseg.system.files.disk`. Here one takes its place that
+stops at a step, and knows what a disk is sure to hold then: contents that were flushed, by names
+that were.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polyseg import files
 from polyseg.config import Config, load_config
 from polyseg.errors import PolysegError
-from polyseg.files import Disk
+from polyseg.system import files
+from polyseg.system.files import Disk
 from tests.reliability import runs
 
 MEMORIES = ("kept", "torn", "forgotten")
@@ -192,7 +192,7 @@ def _refusal(config: Config) -> list[str]:
 def _train(
     config: Config, disk: Disk, *, resume: bool = False, done: list[int] | None = None
 ) -> None:
-    from polyseg.jobs.training import train
+    from polyseg.commands.train import train
 
     def progress(task: str, epoch: int, _: int) -> None:
         if task == "training" and done is not None:

@@ -35,8 +35,8 @@ class Malice:
 def check(count: int, _: int = 0) -> list[str]:
     """Give so many of all pairs of a pickle and a command to polyseg; return what failed."""
     failures: list[str] = []
-    for job in ("evaluation", "uncertainty", "prediction", "training"):
-        importlib.import_module(f"polyseg.jobs.{job}")  # Once, and not in every child.
+    for job in ("evaluate", "estimate_uncertainty", "predict", "train"):
+        importlib.import_module(f"polyseg.commands.{job}")  # Once, and not in every child.
     pairs = list(itertools.product(PICKLES.items(), COMMANDS))[:count]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -44,12 +44,12 @@ _IMPORTED_ONCE = (
     "tests.reliability.runs",
     "polyseg.__main__",
     "polyseg.cli.main",
-    "polyseg.jobs.training",
-    "polyseg.jobs.schedule",
-    "polyseg.jobs.evaluation",
-    "polyseg.jobs.uncertainty",
-    "polyseg.jobs.prediction",
-    "polyseg.jobs.page",
+    "polyseg.commands.train",
+    "polyseg.commands.schedule",
+    "polyseg.commands.evaluate",
+    "polyseg.commands.estimate_uncertainty",
+    "polyseg.commands.predict",
+    "polyseg.commands.report",
     "monai.networks.nets",
     "torch._dynamo",
     "scipy.stats",
@@ -304,7 +304,7 @@ def reference(*, genuine: bool = True, epochs: int = EPOCHS) -> Reference:
 
 def committed_epoch(folder: Path) -> int:
     """Return the epoch of the last checkpoint, -1 where there is none."""
-    from polyseg.checkpoints import read_checkpoint
+    from polyseg.runs.checkpoints import read_checkpoint
 
     last = folder / "checkpoints" / "last.safetensors"
     return read_checkpoint(last).epoch if last.is_file() else -1
@@ -365,8 +365,8 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> Any:
     """Return the record that a file holds; None of files that tell when and where."""
-    from polyseg.cache import read_assessment, read_schedule
-    from polyseg.checkpoints import read_checkpoint
+    from polyseg.runs.checkpoints import read_checkpoint
+    from polyseg.runs.record_files import read_assessment, read_schedule
 
     if path.suffix == ".safetensors":
         checkpoint = read_checkpoint(path)

@@ -49,8 +49,8 @@ def _train(run: Path, epochs: int, seed: int, path: Path) -> None:
     """Train, with a sample after each epoch."""
     import torch
 
+    from polyseg.commands.train import train
     from polyseg.config import load_config
-    from polyseg.jobs.training import train
 
     def progress(task: str, done: int, total: int) -> None:
         if task == "training":

@@ -1,0 +1,157 @@
+"""A recorded schedule in place of assessments, and the arms that tell whether it matters.
+
+An arm keeps the epsilons of each epoch and gives them to other images: if training does as well
+with it, which image gets the steep loss did not matter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.config import LARGEST_EPSILON, least_epsilon
+from polyseg.errors import PolysegError
+from polyseg.records import ReplayArm, Schedule
+from polyseg.system.seeds import derive_seed
+
+Epsilons = NDArray[np.float32]
+
+_NAMED = 5
+
+
+def replay_arm(schedule: Schedule, arm: ReplayArm, seed: int) -> Schedule:
+    """Return the schedule with its epsilons given to other images, epoch by epoch.
+
+    The statistics of eq. 11 explain the epsilons as recorded only, so the other arms have none.
+
+    Args:
+        schedule: of n images, or n images with K labels each.
+        arm: "recorded", as it is; "shuffled", permuted over the images, all labels of an image
+            together, by one permutation from each assessment to the next (by one for all epochs
+            where the schedule does not tell its assessments); "mean", each epoch's mean
+            for all, label by label; "inverted", the order of each epoch reversed, label by label.
+        seed: of the permutations.
+
+    >>> epsilon = np.array([[0.0, 0.5, 1.0]], np.float32)
+    >>> schedule = Schedule(["a", "b", "c"], np.array([1]), epsilon)
+    >>> replay_arm(schedule, "inverted", seed=0).epsilon.tolist()
+    [[1.0, 0.5, 0.0]]
+    """
+    if arm == "recorded":
+        return schedule
+    names = len(dict.fromkeys(schedule.labels or [""]))
+    epsilon = schedule.epsilon.reshape(len(schedule.epochs), -1, names)
+    change: Callable[[int], Epsilons] = {
+        "shuffled": lambda i: epsilon[i][_permutation(schedule, i, epsilon.shape[1], seed)],
+        "mean": lambda i: _means(epsilon[i]),
+        "inverted": lambda i: _inverted(epsilon[i]),
+    }[arm]
+    changed = np.stack([change(i) for i in range(len(epsilon))])
+    changed = changed.reshape(schedule.epsilon.shape)
+    return replace(schedule, epsilon=changed, group=None, statistics=None)
+
+
+def fit_schedule(
+    schedule: Schedule,
+    ids: Sequence[str],
+    labels: Sequence[str],
+    epochs: int,
+    terms: int,
+    source: str,
+) -> Schedule:
+    """Return a schedule with the columns that a run needs, in the run's order.
+
+    Args:
+        schedule: what was recorded; images that the run does not train on are left out.
+        ids: the training images.
+        labels: of each image.
+        epochs: that the schedule must have.
+        terms: K, of the loss, which bounds epsilon from below.
+        source: where the schedule is from, for messages.
+
+    Raises:
+        PolysegError: an image, a label or an epoch is missing, or an epsilon would reward
+            misalignment.
+    """
+    columns: dict[tuple[str, str], int] = {}
+    recorded = schedule.labels or [labels[0] if len(labels) == 1 else ""] * len(schedule.ids)
+    for i, place in enumerate(zip(schedule.ids, recorded, strict=True)):
+        columns.setdefault(place, i)
+    wanted = [(identity, label) for identity in ids for label in labels]
+    _refuse_missing([place for place in wanted if place not in columns], source)
+    _refuse_epochs(schedule, epochs, source)
+    kept = [columns[place] for place in wanted]
+    chosen = schedule.epsilon[:, kept]
+    least = least_epsilon(terms)
+    if not ((chosen >= least) & (chosen <= LARGEST_EPSILON)).all():
+        raise PolysegError(
+            f"{source}: has epsilons out of {least:.4g} to {LARGEST_EPSILON} ({chosen.min():g} to "
+            f"{chosen.max():g}); below, they would reward misalignment"
+        )
+    several = len(labels) > 1
+    return Schedule(
+        ids=[identity for identity, _ in wanted],
+        epochs=schedule.epochs,
+        epsilon=chosen,
+        labels=[label for _, label in wanted] if several else None,
+        assessed=schedule.assessed,
+        group=None if schedule.group is None else schedule.group[:, kept],
+        statistics=schedule.statistics,
+    )
+
+
+def epsilon_of_batch(schedule: Schedule, ids: Sequence[str], epoch: int, labels: int) -> Epsilons:
+    """Return what the images of a batch meet in an epoch, (n,), or (n K,), an image's together.
+
+    >>> schedule = Schedule(["a", "b"], np.array([1]), np.array([[0.5, 1.0]], np.float32))
+    >>> epsilon_of_batch(schedule, ["b", "a"], epoch=1, labels=1).tolist()
+    [1.0, 0.5]
+    """
+    places = {identity: i for i, identity in enumerate(schedule.ids[::labels])}
+    row = schedule.epsilon[epoch - 1].reshape(-1, labels)
+    chosen: Epsilons = row[[places[identity] for identity in ids]].ravel()
+    return chosen
+
+
+def _refuse_missing(places: Sequence[tuple[str, str]], source: str) -> None:
+    """Raise if there are (id, label) that a schedule lacks."""
+    if not places:
+        return
+    named = [" of ".join(filter(None, (label, identity))) for identity, label in places[:_NAMED]]
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    raise PolysegError(
+        f"{source}: has no epsilon for {', '.join(named)}{more}; replay it on the images of its "
+        "own run (data.path, and split.json by --split)"
+    )
+
+
+def _refuse_epochs(schedule: Schedule, epochs: int, source: str) -> None:
+    found = schedule.epochs.tolist()
+    if found != list(range(1, len(found) + 1)):
+        raise PolysegError(f"{source}: its epochs are not 1, 2, 3, ...")
+    if not found:
+        raise PolysegError(f"{source}: has no epochs yet")
+    if len(found) < epochs:
+        raise PolysegError(
+            f"{source}: lacks epoch {len(found) + 1} of {epochs}; replay it with --epochs "
+            f"{len(found)}"
+        )
+
+
+def _permutation(schedule: Schedule, row: int, images: int, seed: int) -> NDArray[np.int64]:
+    """Return which image's epsilon each image gets, the same from an assessment to the next."""
+    moment = 0 if schedule.assessed is None else int(schedule.assessed[row])
+    return np.random.default_rng(derive_seed(seed, "replay", moment)).permutation(images)
+
+
+def _means(epsilon: Epsilons) -> Epsilons:
+    mean = epsilon.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return np.broadcast_to(mean, epsilon.shape)
+
+
+def _inverted(epsilon: Epsilons) -> Epsilons:
+    order = np.argsort(epsilon, axis=0, kind="stable")
+    turned = np.empty_like(epsilon)
+    np.put_along_axis(turned, order, np.take_along_axis(epsilon, order[::-1], axis=0), axis=0)
+    return turned

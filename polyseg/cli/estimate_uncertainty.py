@@ -1,0 +1,66 @@
+"""`polyseg estimate-uncertainty`."""
+
+from typing import Annotated
+
+import typer
+
+from polyseg.cli.display import talking
+from polyseg.cli.options import (
+    HOW,
+    AsJson,
+    Cache,
+    Device,
+    OtherData,
+    Out,
+    Overwrite,
+    Part,
+    Quiet,
+    Source,
+    Trust,
+    Verbose,
+)
+from polyseg.cli.printing import print_outcome
+from polyseg.system.process_group import rank_here
+
+
+def estimate_uncertainty(
+    source: Source,
+    data: OtherData = None,
+    part: Part = None,
+    samples: Annotated[
+        int | None, typer.Option(help="N, passes of MC Dropout.", rich_help_panel=HOW)
+    ] = None,
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Keep the pixel maps too.", rich_help_panel=HOW)
+    ] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    cache: Cache = None,
+    device: Device = "auto",
+    trust: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure by MC Dropout how unsure a network is about images, with or without masks.
+
+    Example: polyseg estimate-uncertainty runs/first --data new/images --samples 50
+    """
+    with talking(quiet, verbose) as display:
+        from polyseg.commands import estimate_uncertainty
+
+        outcome = estimate_uncertainty.estimate_uncertainty(
+            source,
+            data=data,
+            part=part,
+            samples=samples,
+            save_maps=maps,
+            out=out,
+            overwrite=overwrite,
+            cache=cache,
+            device=device,
+            trust=trust,
+            progress=display,
+        )
+    if rank_here() == 0:
+        print_outcome(outcome, as_json)

@@ -1,0 +1,214 @@
+"""`polyseg data`: looking at images and splits, and writing phantoms."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyseg.commands.plot_loss import refuse_existing_figure
+from polyseg.config import Config
+from polyseg.data.augmentation import augment, changes_of
+from polyseg.data.dataset import ImageSet, Item
+from polyseg.data.duplicates import near_pairs
+from polyseg.data.layouts.folders import find_cases
+from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
+from polyseg.data.phantoms import phantom_sets
+from polyseg.data.splits import PARTS
+from polyseg.errors import PolysegError
+from polyseg.figures.pictures import Sample, samples_sheet
+from polyseg.figures.run_figures import displayed
+from polyseg.figures.style import save_figure
+from polyseg.records import Progress, no_progress
+from polyseg.runs.run_folder import split_json
+from polyseg.runs.trained_model import new_split, refuse_sides
+from polyseg.system.files import write_text
+from polyseg.system.output_folder import refuse_existing
+from polyseg.system.seeds import derive_seed
+
+_SHOWN = 5
+
+
+def check_data(config: Config, progress: Progress = no_progress) -> dict[str, Any]:
+    """Read a data set whole, as it is, and return what was found; no image is kept.
+
+    Raises:
+        PolysegError: all that is wrong with it, a line a problem.
+    """
+    data = config.data.model_copy(update={"size": None, "fit": "resize"})
+    if data.path == "demo":
+        raise PolysegError("data check: the demo is made, not read; give a folder or a manifest")
+    settings = {name: getattr(data, name) for name in LAYOUT_SETTINGS}
+    layout = find_cases(Path(data.path), **settings)
+    items = scan_cases(layout.cases, data, progress, problems=layout.problems)
+    if not items:
+        raise PolysegError(f"{data.path}: holds no image with a mask")
+    given = {part: [item.id for item in items if item.part == part] for part in PARTS}
+    refuse_sides(given, items, data)
+    return {
+        "layout": layout.name,
+        "images": len(items),
+        **({"files": len(layout.cases)} if len(items) != len(layout.cases) else {}),
+        **({"labels": dict(layout.labels)} if layout.labels else {}),
+        **_parts_and_groups(items),
+        "sizes": _most_common(f"{height} x {width}" for height, width in map(_size, items)),
+        "channels": sorted({item.channels for item in items}),
+        "bits": sorted({item.bits for item in items}),
+        **_spacing(items),
+        **_foreground(items, data.labels),
+        **_copies(items),
+        **({"notes": list(layout.notes)} if layout.notes else {}),
+    }
+
+
+def make_split(
+    config: Config, out: Path, progress: Progress = no_progress, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Divide a data set as its settings say, write the split for runs to come, return the counts.
+
+    Raises:
+        PolysegError: the data are not in order, or there is such a file already.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    images = load_images(config.data, progress)
+    split = new_split(config, images)
+    write_text(out, split_json(split, images.hashes))
+    shares = {
+        part: round(float(np.mean([images.item(i).foreground or 0 for i in ids])), 4)
+        for part, ids in split.items()
+        if ids
+    }
+    return {
+        "file": str(out),
+        "images": {part: len(split[part]) for part in PARTS},
+        "foreground, mean": shares,
+    }
+
+
+def preview(
+    config: Config,
+    *,
+    out: Path,
+    count: int,
+    samples: int,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> list[Path]:
+    """Draw some training images as they are and as training would change them, with their masks.
+
+    Raises:
+        PolysegError: the data are not in order, or there is such a file already.
+    """
+    if not (1 <= count <= 50 and 1 <= samples <= 20):
+        raise PolysegError("--images: 1 to 50; --samples: 1 to 20")
+    refuse_existing_figure(out, overwrite=overwrite)
+    images = load_images(config.data, progress)
+    ids = new_split(config, images)["train"]
+    if config.data.normalise == "dataset":
+        images = dataclasses.replace(images, levels=images.pooled_over(ids))
+    rows = [_preview_row(config, images, one, samples) for one in _telling(images, ids, count)]
+    name = f"{config.data.augmentation} augmentation"
+    return save_figure(samples_sheet(rows, title=name), out)
+
+
+def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -> None:
+    """Write phantoms as PNG files, with a table of their known difficulties.
+
+    Raises:
+        PolysegError: the folder is not empty, or an argument is out of bounds.
+    """
+    if modality not in phantom_sets.MODALITIES:
+        raise PolysegError(f"--modality {modality}: choose {' or '.join(phantom_sets.MODALITIES)}")
+    if seed < 0:
+        raise PolysegError(f"--seed {seed}: 0 or more")
+    if not (1 <= count <= 100_000 and 32 <= size <= 1024):
+        raise PolysegError("--images: 1 to 100000; --size: 32 to 1024")
+    if count * size**2 > 2**30:
+        raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
+    made = phantom_sets.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
+    phantom_sets.write_phantoms(path, made)
+
+
+def _telling(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
+    """Return images to look at: with foreground first, and of as many groups as there are."""
+    seen: Counter[str] = Counter()
+    turn = {}
+    for identity in sorted(ids, key=lambda one: not images.item(one).foreground):
+        group = images.item(identity).group or identity
+        turn[identity] = seen[group]
+        seen[group] += 1
+    return sorted(turn, key=lambda one: (not images.item(one).foreground, turn[one], one))[:count]
+
+
+def _preview_row(config: Config, images: ImageSet, identity: str, samples: int) -> list[Sample]:
+    """Return an image as it is, and as the first epochs would see it."""
+    changes, seed = changes_of(config.data), config.training.seed
+    masks = images.sample(identity)[1]
+    row = [Sample(identity, displayed(images.pixels(identity)), masks.numpy())]
+    for epoch in range(1, samples + 1):
+        image, masks = images.patch(identity, derive_seed(seed, epoch, "patch", identity))
+        if changes is not None:
+            key = derive_seed(seed, epoch, "augmentation", identity)
+            image, masks = augment(image, masks, changes, key)
+        shown = displayed(image.movedim(0, 2).numpy())
+        row.append(Sample(f"epoch {epoch}", shown, masks.numpy()))
+    return row
+
+
+def _size(item: Item) -> tuple[int, int]:
+    return item.size
+
+
+def _parts_and_groups(items: Sequence[Item]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if any(item.part for item in items):
+        counts = Counter(item.part or "not given" for item in items)
+        found["parts"] = dict(counts)
+    if any(item.group for item in items):
+        found["groups"] = len({item.group for item in items if item.group})
+    return found
+
+
+def _most_common(values: Any) -> list[str]:
+    counts = Counter(values).most_common()
+    shown = [f"{value} ({number})" for value, number in counts[:_SHOWN]]
+    more = len(counts) - _SHOWN
+    return shown + ([f"and {more} more"] if more > 0 else [])
+
+
+def _spacing(items: Sequence[Item]) -> dict[str, Any]:
+    known = [item.spacing for item in items if item.spacing is not None]
+    if not known:
+        return {}
+    return {"spacing (mm)": _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)}
+
+
+def _foreground(items: Sequence[Item], labels: Sequence[str]) -> dict[str, Any]:
+    """Return shares and empty masks, by label where there are several."""
+    found: dict[str, Any] = {}
+    for k, label in enumerate(labels):
+        shares = np.array([item.shares[k] for item in items if item.shares is not None])
+        name = f"foreground of {label}" if label else "foreground"
+        low, high = (round(float(one), 4) for one in (shares.min(), shares.max()))
+        found[f"{name}, mean"] = round(float(shares.mean()), 4)
+        found[f"{name}, range"] = [low, high]
+        found[f"empty masks of {label}" if label else "empty masks"] = int((shares == 0).sum())
+    return found
+
+
+def _copies(items: Sequence[Item]) -> dict[str, Any]:
+    likeness = {item.id: item.likeness for item in items}
+    exact = Counter(one.exact for one in likeness.values() if one.near)
+    near = [
+        (one, other)
+        for one, other in near_pairs(likeness)
+        if likeness[one].exact != likeness[other].exact
+    ]
+    shown = [f"{one} and {other}" for one, other in near[:_SHOWN]]
+    more = len(near) - _SHOWN
+    return {
+        "copies of another image": sum(number - 1 for number in exact.values()),
+        "nearly copies": shown + ([f"and {more} more"] if more > 0 else []) or 0,
+    }

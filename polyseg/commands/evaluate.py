@@ -1,0 +1,293 @@
+"""`polyseg evaluate`: networks tested side by side on the same images."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyseg.config import Config
+from polyseg.data.corruptions import CORRUPTIONS
+from polyseg.data.dataset import ImageSet
+from polyseg.errors import PolysegError
+from polyseg.evaluation.arms import arms_of, pool_arms, pool_points
+from polyseg.evaluation.scores import Evaluation, RunScores, compare
+from polyseg.evaluation.testing_networks import PredictedMasks, Questions, Tested, ask_network
+from polyseg.figures import evaluation_files
+from polyseg.figures.run_figures import Outcome
+from polyseg.networks.inference import choose_device
+from polyseg.records import Progress, no_progress
+from polyseg.runs.checkpoints import read_checkpoint
+from polyseg.runs.run_folder import RunDirectory, find_checkpoint
+from polyseg.runs.trained_model import LastImages, images_for, open_model, results_beside
+from polyseg.system.files import short_names
+from polyseg.system.output_folder import moved, whole_folder
+from polyseg.system.process_group import PATIENCE, Processes, together
+
+log = logging.getLogger(__name__)
+
+_KNOWN_BY = ("summary.json",)
+
+Hashes = Mapping[str, str]
+Arms = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What all networks gave, before it is compared."""
+
+    tested: Mapping[str, Tested]
+    """By their names."""
+    configs: Mapping[str, Config]
+    arms: Arms
+    reference: str | None
+    images: ImageSet
+    """Of the first network."""
+
+    @property
+    def masks(self) -> list[PredictedMasks]:
+        """What all of them predicted."""
+        return [one for test in self.tested.values() for one in test.masks]
+
+    def evaluation(self, questions: Questions) -> Evaluation:
+        """Return all of it, arm by arm, and compared."""
+        runs: list[RunScores] = []
+        for name, test in self.tested.items():
+            seed, fold = self.configs[name].training.seed, self.configs[name].data.fold
+            runs += [dataclasses.replace(run, seed=seed, fold=fold) for run in test.scores]
+        points = [point for test in self.tested.values() for point in test.points]
+        if any([arm] != list(members) for arm, members in self.arms.items()):
+            points, runs = pool_points(points, runs, self.arms), pool_arms(runs, self.arms)
+        compared = [] if self.reference is None else compare(runs, self.reference)
+        return Evaluation(runs, compared, points, questions.tolerance, questions.failure)
+
+
+def kinds_of_damage(text: str | None) -> tuple[str, ...]:
+    """Return the kinds that a list separated by commas names; "all" are all, None is none.
+
+    Raises:
+        PolysegError: the list names none, such as a variable of a script that was never set.
+
+    >>> kinds_of_damage("noise, blur")
+    ('noise', 'blur')
+    """
+    if text == "all":
+        return CORRUPTIONS
+    names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    if text is not None and not names:
+        raise PolysegError(f"--corrupt: names no damage; choose {', '.join(CORRUPTIONS)}, or all")
+    return names
+
+
+def evaluate_runs(
+    sources: Sequence[Path],
+    *,
+    questions: Questions = Questions(),  # noqa: B008 - it is frozen
+    baseline: str | None = None,
+    group: bool = False,
+    data: Path | None = None,
+    part: str | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    cache: Path | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    figures: bool = True,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Test checkpoints side by side on the same images.
+
+    Several processes share the images; the leading one compares, writes and draws.
+
+    Args:
+        sources: checkpoints or runs.
+        questions: what to find out.
+        baseline: name or path of the run, or name of the arm, that the others are compared with.
+        group: runs that differ only by seed or fold are one arm.
+        data: a folder of other images.
+        part: of the run's own images.
+        out: folder for the results, new or empty.
+        overwrite: or one that holds the results of a former evaluation, which are replaced.
+        cache: folder for decoded images that do not fit into memory.
+        device: where to compute.
+        trust: whether code that a checkpoint names may run.
+        figures: whether to draw them.
+        progress: of all this.
+
+    Raises:
+        PolysegError: checkpoint, data or folder are not in order, or the images differ.
+    """
+    # What can be found wrong is said before the first network is tested, which may take long.
+    questions.check()
+    place = out or results_beside(sources[0], "evaluation")
+    with contextlib.ExitStack() as stack:
+        with together(choose_device(device), PATIENCE) as processes:
+            held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
+            folder = processes.entered_by_leader(stack, held)
+            found = _test(
+                sources,
+                questions,
+                baseline=baseline,
+                group=group,
+                data=data,
+                part=part,
+                cache=cache,
+                device=device,
+                trust=trust,
+                progress=progress,
+                processes=processes,
+            )
+        if not processes.leads:
+            return Outcome(place, [])
+        evaluation = found.evaluation(questions)
+        files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
+        if figures:
+            files += evaluation_files.draw_predictions(
+                evaluation, found.masks, found.images, folder
+            )
+    return Outcome(place, moved(files, folder, place), evaluation)
+
+
+def _test(
+    sources: Sequence[Path],
+    questions: Questions,
+    *,
+    baseline: str | None,
+    group: bool,
+    data: Path | None,
+    part: str | None,
+    cache: Path | None,
+    device: str,
+    trust: bool,
+    progress: Progress,
+    processes: Processes,
+) -> _Found:
+    """Return what all networks gave."""
+    names = short_names(sources)
+    configs = {
+        name: read_checkpoint(find_checkpoint(source)).config
+        for name, source in zip(names, sources, strict=True)
+    }
+    arms = arms_of(configs) if group else {name: [name] for name in names}
+    reference = None if baseline is None else _named(baseline, sources, names, arms)
+    _refuse_other_tasks(configs)
+    promised = {} if data else dict(zip(names, (_promised(s, part) for s in sources), strict=True))
+    _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
+
+    load = LastImages()
+    hashes: dict[str, Hashes] = {}
+    tested: dict[str, Tested] = {}
+    images: ImageSet | None = None
+    for source, name in zip(sources, names, strict=True):
+        model = open_model(source, device, trust)
+        found, ids = images_for(model, data, part, "test", progress, cache, load)
+        hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
+        if not group:
+            _refuse_other_images(arms, hashes)
+        if part in ("train", "val") or (data is None and part == "all"):
+            log.warning(
+                "%s: --split %s has images that it was trained or chosen on: no test", name, part
+            )
+        images = images or found
+        tested[name] = ask_network(
+            model, name, found, ids, questions, cache, load, progress, processes
+        )
+    _refuse_other_images(arms, hashes)
+    _warn_of_sizes(configs)
+    if images is None:
+        raise ValueError("no sources")
+    return _Found(tested, configs, arms, reference, images)
+
+
+def _promised(source: Path, part: str | None) -> Hashes | None:
+    """Return which images a run says that it tests on, if it is around its checkpoint."""
+    run = RunDirectory(find_checkpoint(source).parent.parent)
+    if not run.split.is_file():
+        return None
+    split, hashes = run.read_split()
+    if part == "all":
+        return hashes
+    return {identity: hashes[identity] for identity in split.get(part or "test", [])}
+
+
+def _refuse_other_tasks(configs: Mapping[str, Config]) -> None:
+    """Raise unless all networks were trained to find the same."""
+    (first, wanted), *others = configs.items()
+    for name, config in others:
+        if config.data.tasks != wanted.data.tasks:
+            raise PolysegError(
+                f"{name}: was trained on other labels than {first} (data.foreground "
+                f"{config.data.foreground} and {wanted.data.foreground}); evaluate them apart"
+            )
+
+
+def _refuse_other_images(arms: Arms, hashes: Mapping[str, Hashes]) -> None:
+    """Raise unless all arms, or runs, are tested on the same images with the same masks.
+
+    Args:
+        arms: names of the runs of each.
+        hashes: of each run whose images are known so far, by id.
+    """
+    seen = {
+        arm: _merged([(name, hashes[name]) for name in names if name in hashes])
+        for arm, names in arms.items()
+    }
+    known = {arm: found for arm, found in seen.items() if all(name in hashes for name in arms[arm])}
+    for arm, found in known.items():
+        first = next(iter(known))
+        if found == known[first]:
+            continue
+        if [arm] == list(arms[arm]):
+            raise PolysegError(
+                f"{arm}: would be tested on other images, or masks, than {first}; give runs of one "
+                "split, --data of new images, or --group for runs of several folds"
+            )
+        raise PolysegError(
+            f"--group: the runs of {arm} ({', '.join(arms[arm])}) have other images than those of "
+            f"{first} ({', '.join(arms[first])}); give the same folds of each"
+        )
+
+
+def _merged(runs: Sequence[tuple[str, Hashes]]) -> Hashes:
+    merged: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for name, hashes in runs:
+        for identity, digest in hashes.items():
+            if merged.setdefault(identity, digest) != digest:
+                raise PolysegError(f"{name}: its image {identity} is not that of {owner[identity]}")
+            owner.setdefault(identity, name)
+    return merged
+
+
+def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
+    sizes = {str(config.data.size) for config in configs.values()}
+    if len(sizes) > 1:
+        log.warning(
+            "the networks see the images at different sizes (data.size %s): distances in pixels, "
+            "and all that hangs on pixels, do not compare",
+            " and ".join(sorted(sizes)),
+        )
+
+
+def _named(
+    baseline: str,
+    sources: Sequence[Path],
+    names: Sequence[str],
+    arms: Arms,
+) -> str:
+    """Return the name in the tables of what the user calls the baseline.
+
+    Raises:
+        PolysegError: there is no such run, or nothing to compare it with.
+    """
+    if len(arms) < 2:
+        what = "one arm" if len(sources) > 1 else "one run"
+        raise PolysegError(f"--baseline: there is {what}; give those to compare with it as well")
+    if baseline in arms:
+        return baseline
+    wanted = Path(baseline).resolve()
+    for source, name in zip(sources, names, strict=True):
+        if source.resolve() == wanted or name == baseline:
+            return next(arm for arm, members in arms.items() if name in members)
+    raise PolysegError(f"--baseline {baseline}: is none of {', '.join(arms)}")

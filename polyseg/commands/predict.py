@@ -1,0 +1,269 @@
+"""`polyseg predict`: masks of images that have none, in the images' own size, kind and geometry."""
+
+import contextlib
+import dataclasses
+import errno
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg import INTENDED_USE
+from polyseg.config import MOST_SAMPLES, Config, DataConfig
+from polyseg.data.dataset import ImageSet
+from polyseg.data.formats.writers import write_labels, write_map
+from polyseg.data.layouts.cases import Case
+from polyseg.data.layouts.folders import find_unlabelled
+from polyseg.data.loading import read_cases
+from polyseg.data.preprocessing import resize_map
+from polyseg.errors import PolysegError
+from polyseg.figures.run_figures import Outcome
+from polyseg.montecarlo.assessment import assess
+from polyseg.networks.inference import choose_device, predict
+from polyseg.records import METRICS, Assessment, Progress, no_progress
+from polyseg.runs.trained_model import Model, open_model, passes_of
+from polyseg.system.files import csv_table, write_text
+from polyseg.system.output_folder import moved, whole_folder
+from polyseg.system.process_group import PATIENCE, Processes, together
+
+log = logging.getLogger(__name__)
+
+_OF_VOLUMES = (".nii", ".gz", ".dcm", "")
+_UNBOUNDED = 10**9
+"""MB."""
+_KNOWN_BY = ("predictions.csv",)
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Rows = list[dict[str, Any]]
+Maps = NDArray[np.float32]
+
+
+def predict_images(
+    source: Path,
+    paths: Sequence[Path],
+    *,
+    out: Path,
+    overwrite: bool = False,
+    uncertainty: bool = False,
+    samples: int | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Segment images, and write a mask for each, of its size, kind and geometry.
+
+    What can be read is segmented; what cannot is named at the end. Several processes share the
+    images, and each writes the masks of its own, so that all have to see one file system.
+
+    Args:
+        source: a checkpoint or a run.
+        paths: images, folders of images or of a DICOM series.
+        out: a folder, new or empty.
+        overwrite: or one that holds former predictions, which are replaced.
+        uncertainty: write maps of the uncertainty and the images' difficulties too.
+        samples: passes of MC Dropout; those of the training where left out.
+        device: where to compute.
+        trust: whether a checkpoint's own network code may run.
+        progress: told how many files are done.
+
+    Raises:
+        PolysegError: checkpoint or folder are not in order, or some images cannot be read.
+    """
+    if samples is not None and not 2 <= samples <= MOST_SAMPLES:
+        raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
+    with contextlib.ExitStack() as stack:
+        with together(choose_device(device), PATIENCE) as processes:
+            model = _with_samples(open_model(source, device, trust), samples)
+            cases = processes.from_leader(find_unlabelled(paths) if processes.leads else None)
+            held = whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY)
+            folder = processes.entered_by_leader(stack, held)
+            with processes.failing_together():
+                share = _predict_share(model, cases, folder, out, uncertainty, processes, progress)
+                done = list(share)
+            found = processes.joined(done)
+        if not processes.leads:
+            return Outcome(out, [])
+        files = [path for one in found for path in one.files]
+        rows = [row for one in found for row in one.rows]
+        problems = [one.problem for one in found if one.problem]
+        if not rows:
+            raise _refusal(problems, len(cases), out)
+        files.append(folder / "predictions.csv")
+        table = [[*row.values(), INTENDED_USE] for row in rows]
+        write_text(files[-1], csv_table([*rows[0], "intended_use"], table))
+    if problems:
+        raise _refusal(problems, len(cases), out)
+    return Outcome(out, moved(files, folder, out))
+
+
+class _Predicted(NamedTuple):
+    """What came of a case."""
+
+    files: list[Path]
+    rows: Rows
+    problem: str = ""
+    """Why it could not be segmented."""
+
+
+def _predict_share(
+    model: Model,
+    cases: Sequence[Case],
+    folder: Path,
+    out: Path,
+    uncertainty: bool,
+    processes: Processes,
+    progress: Progress,
+) -> Iterator[_Predicted]:
+    """Yield what comes of each case of this process's share, whose files go into a folder.
+
+    Errors call it `out`, which is its name once all is there.
+    """
+    for done, case in enumerate(processes.share(cases), start=1):
+        try:
+            yield _Predicted(*_predict_case(model, case, folder, uncertainty))
+        except PolysegError as error:
+            told = str(error).replace(str(folder), str(out))
+            if _is_for_want_of_space(error):
+                raise PolysegError(told) from error
+            yield _Predicted([], [], told)
+        progress("predicting", min(len(cases), processes.count * done), len(cases))
+
+
+def _is_for_want_of_space(error: PolysegError) -> bool:
+    """Tell whether not an image but the disk is at fault, so that no other would fare better."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
+
+
+def _refusal(problems: Sequence[str], count: int, out: Path) -> PolysegError:
+    """Return the error that names the images that could not be segmented."""
+    lines = [line for problem in problems for line in problem.splitlines()]
+    good = f"{count - len(problems)} of {count} images are in {out}; the others:"
+    return PolysegError(good, *lines)
+
+
+def _with_samples(model: Model, samples: int | None) -> Model:
+    """Return a model that an assessment takes so many passes of."""
+    if samples is None:
+        return model
+    settings = model.config.uncertainty.model_copy(update={"samples": samples})
+    config = model.config.model_copy(update={"uncertainty": settings})
+    return dataclasses.replace(
+        model, checkpoint=dataclasses.replace(model.checkpoint, config=config)
+    )
+
+
+def _predict_case(
+    model: Model, case: Case, folder: Path, uncertainty: bool
+) -> tuple[list[Path], Rows]:
+    config = model.config
+    # One file at a time stays in memory, however large it is.
+    settings = config.data.model_copy(update={"memory": _UNBOUNDED})
+    images = read_cases([case], settings, channels=model.checkpoint.channels)
+    images = dataclasses.replace(images, levels=model.checkpoint.levels)
+    shape = images.items[0].original_size
+    probability = _probabilities(model, images, shape)
+    source, plane = case.images[0], settings.plane
+    maps = _label_maps(probability, settings, source)
+    labels = {
+        name: write_labels(source, written, folder, name=f"{case.id}{name}", plane=plane)
+        for name, written in maps.items()
+    }
+    files = list(labels.values())
+    assessment = _assess(model, config, images) if uncertainty else None
+    if assessment is not None:
+        for label in assessment.label_names:
+            pixels = assessment.of_label(label).maps[assessment.metric]
+            stack = np.stack([resize_map(one.astype(np.float32), shape) for one in pixels])
+            name = "_".join(filter(None, (case.id, label, "uncertainty")))
+            files.append(write_map(source, stack, folder, name=name, plane=plane))
+    return files, _rows(images, maps, labels, settings, assessment)
+
+
+def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Maps:
+    """Return (N, K, H, W) in [0, 1], in the size that the images had before they were resized."""
+    found: list[Maps] = []
+    batches = images.batches(images.ids, model.config.training.batch_size)
+    for _, logits in predict(model.network, batches):
+        found += [
+            np.stack([resize_map(one, shape) for one in image])
+            for image in logits.sigmoid().numpy()
+        ]
+    return np.stack(found)
+
+
+def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str, NDArray[Any]]:
+    """Return what is written, (N, H, W), by what follows the image's name.
+
+    That is one map, in which the most probable label wins where several reach 0.5; tasks that
+    share label values may lie within one another, and have a map each.
+    """
+    values = [value for task in config.tasks.values() for value in task]
+    if len(values) == len(set(values)):
+        firsts = [task[0] for task in config.tasks.values()] or [_foreground_of(source)]
+        return {"": label_map(probability, firsts)}
+    return {
+        f"_{label}": label_map(probability[:, k : k + 1], [_foreground_of(source)])
+        for k, label in enumerate(config.labels)
+    }
+
+
+def _foreground_of(source: Path) -> int:
+    """Return what foreground is written as: 255 in pictures, which are looked at, 1 in volumes."""
+    return 1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255
+
+
+def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
+    """Return the value of the most probable label, or 0 where none reaches 0.5.
+
+    Args:
+        probability: (N, K, H, W).
+        values: of the K labels.
+
+    >>> label_map(np.array([[[[0.9, 0.6, 0.1]], [[0.2, 0.7, 0.2]]]], np.float32), [1, 300])
+    array([[[  1, 300,   0]]], dtype=uint16)
+    """
+    written = np.array([0, *values], dtype=np.uint8 if max(values) < 256 else np.uint16)
+    chosen = np.where(probability.max(axis=1) >= 0.5, probability.argmax(axis=1) + 1, 0)
+    return np.asarray(written[chosen])
+
+
+def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
+    settings = passes_of(config) | {"save_maps": True, "region": "prediction"}
+    return assess(
+        model.network,
+        images.batches(images.ids, config.training.batch_size),
+        **settings,
+        seed=config.training.seed,
+        epoch=model.checkpoint.epoch,
+    )
+
+
+def _rows(
+    images: ImageSet,
+    maps: Mapping[str, NDArray[Any]],
+    files: Mapping[str, Path],
+    config: DataConfig,
+    assessment: Assessment | None,
+) -> Rows:
+    """Return what predictions.csv tells of each slice and label: of what the files hold."""
+    rows = []
+    firsts = {label: values[0] for label, values in config.tasks.items()}
+    for n, identity in enumerate(images.ids):
+        for k, label in enumerate(images.labels):
+            one_for_all = "" in files
+            name = "" if one_for_all else f"_{label}"
+            written = maps[name][n]
+            mine = written == firsts[label] if one_for_all and label else written > 0
+            pixels, file = int(mine.sum()), files[name]
+            row: dict[str, Any] = {"id": identity, "file": file.name}
+            row |= {"label": label} if label else {}
+            row |= {"foreground_pixels": pixels}
+            row |= {"foreground": f"{pixels / mine.size:.6g}"}
+            if assessment is not None:
+                i = n * len(images.labels) + k
+                row |= {name: f"{assessment.scores[name][i]:.9g}" for name in METRICS}
+            rows.append(row)
+    return rows

@@ -1,0 +1,449 @@
+"""`polyseg report`: what runs and evaluations left behind, bound into one page."""
+
+import logging
+import math
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+import numpy as np
+
+from polyseg import __version__
+from polyseg.errors import PolysegError
+from polyseg.metrics.significance import RankCorrelation, rank_correlation
+from polyseg.montecarlo.assessment import describe_order
+from polyseg.records import Assessment, Progress, no_progress
+from polyseg.report.document import (
+    Block,
+    Folded,
+    Gallery,
+    Heading,
+    Listing,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Text,
+    render,
+)
+from polyseg.report.figures import (
+    difficulty_pictures,
+    epsilon_of,
+    evaluation_pictures,
+    extreme_pictures,
+    training_picture,
+    validation_picture,
+)
+from polyseg.report.run_files import EvaluationFiles, RunFiles, read_evaluation, read_run
+from polyseg.report.tables import (
+    DASH,
+    brief,
+    comparison_tables,
+    decimals_of,
+    dice_comparison,
+    dice_tested,
+    further_tables,
+    heading,
+    images_tested,
+    metric_tables,
+    number,
+    rules,
+)
+from polyseg.system.files import short_names, write_text
+from polyseg.system.output_folder import refuse_existing
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", RunFiles, EvaluationFiles)
+
+MOST_RUNS = 50
+"""Of a page."""
+
+_WORST = 20
+_WORDS = ("id", "label", "arm", "run", "prediction", "seed", "fold")
+"""Columns of per_image.csv that are no numbers, or names all the same."""
+_MOST_ROWS = 2000
+_MOST_FACTS = 100
+_QUANTILES = (5, 25, 50, 75, 95)
+
+
+def make_page(
+    sources: Sequence[Path],
+    *,
+    evaluations: Sequence[Path] = (),
+    out: Path,
+    overwrite: bool = False,
+    title: str | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write one HTML file about one or several runs, and return its path.
+
+    Args:
+        sources: folders of runs.
+        evaluations: folders of `polyseg evaluate`, in which runs are compared.
+        out: the file, new.
+        overwrite: or one to replace.
+        title: of the page.
+        progress: of reading the runs.
+
+    Raises:
+        PolysegError: `out` is there already or no HTML file, a source is no run, an evaluation is
+            none, or one is given twice.
+    """
+    _check_place(out, overwrite)
+    if len(sources) + len(evaluations) > MOST_RUNS:
+        raise PolysegError(
+            f"report: {len(sources)} runs and {len(evaluations)} evaluations are too many for a "
+            f"page of {MOST_RUNS}"
+        )
+    compared = [read_evaluation(*one) for one in _named(evaluations)]
+    runs = []
+    for k, (source, name) in enumerate(_named(sources), start=1):
+        runs.append(read_run(source, name))
+        progress("reading runs", k, len(sources))
+    page = page_of(runs, compared, title)
+    if page.warnings:
+        log.warning("%d files could not be read; the page names them", len(page.warnings))
+    write_text(out, render(page))
+    return out
+
+
+def page_of(
+    runs: Sequence[RunFiles],
+    evaluations: Sequence[EvaluationFiles] = (),
+    title: str | None = None,
+) -> Page:
+    """Return what there is to show of runs, in the order of a paper: results first.
+
+    >>> [section.title for section in page_of([RunFiles("a")]).sections]
+    ['Summary']
+    """
+    parts: dict[str, Sequence[Block]] = {
+        "Summary": _summary(runs, evaluations),
+        "Comparison": _each(evaluations, _comparison),
+        "Settings": _settings(runs),
+        "Training": _training(runs),
+        "Difficulty and ε": _each(runs, _difficulty),
+        "Images of largest and smallest D": _each(runs, _extremes),
+        "Test images": _each(runs, _tests),
+        "How it was made": [*_machines(runs), *_each(runs, _command)],
+    }
+    what = (
+        f"Segmentation run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} segmentation runs"
+    )
+    return Page(
+        title=title or what,
+        facts=_facts(runs, evaluations),
+        warnings=[
+            *(remark for one in evaluations for remark in one.remarks),
+            *(remark for run in runs for remark in run.remarks),
+        ],
+        sections=[Section(name, blocks) for name, blocks in parts.items() if blocks],
+    )
+
+
+def _check_place(out: Path, overwrite: bool) -> None:
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise PolysegError(
+            f"--out {out}: the page is one HTML file; give a name that ends in .html"
+        )
+    refuse_existing(out, overwrite=overwrite)
+
+
+def _named(sources: Sequence[Path]) -> list[tuple[Path, str]]:
+    return list(zip(sources, short_names(sources), strict=True)) if sources else []
+
+
+def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
+    """Return the blocks of every source that has some, below its name where there are several."""
+    found: list[Block] = []
+    for source in sources:
+        if blocks := blocks_of(source):
+            found += [Heading(source.name)] if len(sources) > 1 else []
+            found += blocks
+    return found
+
+
+def _facts(
+    runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]
+) -> list[tuple[str, str]]:
+    days = (re.match(r"\d{4}-\d\d-\d\d", str(run.environment.get("started"))) for run in runs)
+    begun = sorted(day.group() for day in days if day)
+    versions = {brief(run.environment.get("polyseg", __version__)) for run in runs}
+    return [
+        ("Runs" if len(runs) > 1 else "Run", ", ".join(run.name for run in runs)),
+        *([("Comparison", ", ".join(one.name for one in evaluations))] if evaluations else []),
+        ("Trained", " to ".join(dict.fromkeys((begun[0], begun[-1]))) if begun else DASH),
+        ("polyseg", ", ".join(sorted(versions))),
+    ]
+
+
+def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -> list[Block]:
+    rows = []
+    for run in runs:
+        best = _best(run)
+        rows.append(
+            [
+                run.name,
+                brief(run.settings.get("loss.name", DASH)),
+                number(run.history[-1]["epoch"] if run.history else None, 0),
+                number(best.get("epoch"), 0),
+                number(best.get("validation_dice")),
+                images_tested(run.evaluation),
+                dice_tested(run.evaluation),
+            ]
+        )
+    head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
+    overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
+    own = [run.evaluation for run in runs]
+    metrics: list[Block] = list(metric_tables(own))
+    if metrics and evaluations:
+        # A comparison tells the same better, and should not have to be looked for.
+        metrics = [Folded("All metrics of the runs' own tests", metrics)]
+    return [overview, *metrics, *map(Text, rules([*own, *evaluations]))]
+
+
+def _comparison(evaluation: EvaluationFiles) -> list[Block]:
+    return [
+        *_differences(evaluation),
+        *metric_tables([evaluation]),
+        *_found(evaluation),
+        *_each_image(evaluation),
+    ]
+
+
+def _tests(run: RunFiles) -> list[Block]:
+    own = run.evaluation
+    return [*_differences(own), *_found(own), *_worst_images(own)]
+
+
+def _differences(evaluation: EvaluationFiles) -> list[Block]:
+    """Return the paired comparisons; of several Dice alone, and the others on demand."""
+    overview = list(dice_comparison(evaluation))
+    single: list[Block] = list(comparison_tables(evaluation))
+    folded = Folded("All metrics, comparison by comparison", single)
+    return [*overview, folded] if overview else single
+
+
+def _found(evaluation: EvaluationFiles) -> list[Block]:
+    """Return the figures, and what was found beside metrics and differences."""
+    numbers, images = evaluation_pictures(evaluation)
+    return [
+        *_gallery(numbers),
+        *further_tables(evaluation),
+        *_gallery(images),
+    ]
+
+
+def _gallery(pictures: Sequence[Picture]) -> list[Block]:
+    return [Gallery(pictures)] if pictures else []
+
+
+def _best(run: RunFiles) -> Mapping[str, float]:
+    """Return the row of the first epoch of the highest validation Dice; without any, none."""
+    known = [row for row in run.history if math.isfinite(row.get("validation_dice", math.nan))]
+    return max(known, key=lambda row: row["validation_dice"], default={})
+
+
+def _settings(runs: Sequence[RunFiles]) -> list[Block]:
+    known = [run for run in runs if run.settings]
+    blocks: list[Block] = [_differing(known)] if len(known) > 1 else []
+    return blocks + [
+        Folded(f"All settings of {run.name}", [Listing(run.config_text)])
+        for run in runs
+        if run.config_text
+    ]
+
+
+def _differing(runs: Sequence[RunFiles]) -> Block:
+    """Return the settings in which runs differ, other than where they are kept."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key != "output.path")
+    values = {key: [_value(run, key) for run in runs] for key in keys}
+    rows = [[key, *map(_without_folder, row)] for key, row in values.items() if len(set(row)) > 1]
+    if not rows:
+        return Text("The runs have the same settings.")
+    head = ["setting", *(run.name for run in runs)]
+    return Table("The settings in which the runs differ.", head, rows)
+
+
+def _value(run: RunFiles, key: str) -> str:
+    value = run.settings.get(key, DASH)
+    written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return brief(written)
+
+
+def _without_folder(value: str) -> str:
+    """Return the last two parts of an absolute path, since the others tell of a machine only.
+
+    >>> _without_folder("/home/me/runs/first/schedule.h5"), _without_folder("polydice1")
+    ('…/first/schedule.h5', 'polydice1')
+    """
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(value)
+        if path.is_absolute() and len(path.parts) > 1:
+            return "/".join(["…", *path.parts[1:][-2:]])
+    return value
+
+
+def _training(runs: Sequence[RunFiles]) -> list[Block]:
+    trained = [run for run in runs if run.history]
+    together = [validation_picture(trained)] if len(trained) > 1 else []
+    return _gallery([*together, *map(training_picture, trained)])
+
+
+def _difficulty(run: RunFiles) -> list[Block]:
+    blocks = _gallery(difficulty_pictures(run))
+    if not run.assessments:
+        return blocks
+    return [*blocks, _assessments(run), *map(Text, describe_order(run.assessments[-1]))]
+
+
+def _assessments(run: RunFiles) -> Table:
+    """Return a row for each assessment, and for each label where there are several."""
+    labelled = any(one.labels is not None for one in run.assessments)
+    metric = run.assessments[-1].metric.replace("_", " ")
+    rows = [
+        _assessment_row(run, one.of_label(label), label, labelled=labelled)
+        for one in run.assessments
+        for label in one.label_names
+    ]
+    head = ["epoch", *(["label"] if labelled else []), "passes", "images"]
+    head += [f"D {q} %" for q in _QUANTILES] + [f"ε {q} %" for q in _QUANTILES[::2]]
+    return Table(
+        f"Assessments of {run.name}: percentiles of the difficulty D ({metric}) over the training "
+        "images and of the ε of the epoch that followed, Spearman's correlation ρ of D with "
+        "1 − Dice and its 95 % interval, and the rank correlation that D is expected to have with "
+        "endless passes.",
+        [*head, "ρ with 1 − Dice", "rank stability"],
+        rows,
+    )
+
+
+def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: bool) -> list[str]:
+    followed = np.empty(0)
+    if run.schedule is not None:
+        epsilon = epsilon_of(run.schedule, label)
+        followed = epsilon[run.schedule.epochs == one.epoch + 1].ravel()
+    return [
+        str(one.epoch),
+        *([label] if labelled else []),
+        str(one.samples),
+        str(len(one.ids)),
+        *_percentiles(one.difficulty, _QUANTILES, "#.3g"),
+        *_percentiles(followed, _QUANTILES[::2], ".2f"),
+        _with_interval(rank_correlation(one.difficulty, 1 - one.dice)),
+        number(one.rank_stability.get(one.metric), 2),
+    ]
+
+
+def _with_interval(found: RankCorrelation) -> str:
+    value, *ends = (number(one, 2) for one in (found.value, *found.interval))
+    return value if DASH in ends else f"{value}\n{' to '.join(ends)}"
+
+
+def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
+    known = values[np.isfinite(values)]
+    if known.size == 0:
+        return [DASH] * len(which)
+    shown = (f"{value:{form}}".rstrip(".") for value in np.percentile(known, which))
+    return [one.replace("-", "−") for one in shown]
+
+
+def _extremes(run: RunFiles) -> list[Block]:
+    return _gallery(extreme_pictures(run))
+
+
+def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
+    """Return the worst images, and all of them on demand."""
+    head, cells, order = _image_rows(evaluation)
+    if not cells:
+        return []
+    rows = len(evaluation.per_image) - 1
+    total = f"{rows:,} test images of {evaluation.name}"
+    if rows <= _WORST + 5:
+        return [Table(f"Test images of {evaluation.name} {order}.", head, cells, sortable=True)]
+    some = f"The first {_MOST_ROWS:,} of " if rows > _MOST_ROWS else ""
+    return [
+        Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
+        Folded(
+            f"{some or 'All '}{total}",
+            [Table(f"{some}{total} {order}.", head, cells, sortable=True)],
+        ),
+    ]
+
+
+def _each_image(evaluation: EvaluationFiles) -> list[Block]:
+    """Return every image of every network that was compared, on demand."""
+    head, cells, order = _image_rows(evaluation)
+    if not cells:
+        return []
+    rows = len(evaluation.per_image) - 1
+    some = f", the first {_MOST_ROWS:,} of {rows:,}" if rows > _MOST_ROWS else ""
+    caption = f"{evaluation.name}: a row each network and image, {order}{some}."
+    return [
+        Folded(f"All images of {evaluation.name}", [Table(caption, head, cells, sortable=True)])
+    ]
+
+
+def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]], str]:
+    """Return per_image.csv as head and cells, as many as a page takes, and their order."""
+    keys, *rows = _shown_columns(evaluation.per_image) or [[]]
+    order = "in the file's order"
+    if "dice" in keys:
+        rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
+        order = "by Dice, the worst first"
+    cells = [[_cell(*pair) for pair in zip(row, keys, strict=True)] for row in rows[:_MOST_ROWS]]
+    return [heading(key) for key in keys], cells, order
+
+
+def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return per_image.csv with the id first, and the run only where there are several."""
+    columns = list(zip(*table, strict=True))
+    kept = [one for one in columns if one[0] != "run" or len(set(one[1:])) > 1]
+    kept.sort(key=lambda one: one[0] != "id")
+    return [list(row) for row in zip(*kept, strict=True)]
+
+
+def _sort_key(cell: str) -> float:
+    """Return a cell's number; what is none comes last."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.inf
+    return math.inf if math.isnan(value) else value
+
+
+def _cell(cell: str, key: str) -> str:
+    if key in _WORDS:
+        return brief(cell)
+    return number(_sort_key(cell), 0 if key.endswith("_pixels") else decimals_of(key))
+
+
+def _machines(runs: Sequence[RunFiles]) -> list[Block]:
+    known = [run for run in runs if run.environment]
+    keys = dict.fromkeys(key for run in known for key in run.environment if key != "command")
+    rows = [
+        [brief(key), *(brief(run.environment.get(key, DASH)) for run in known)]
+        for key in list(keys)[:_MOST_FACTS]
+    ]
+    if not rows:
+        return []
+    return [
+        Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
+        Text(
+            "The command that began a run, with its settings above, makes it again: equal on the "
+            "same CPU with the same versions and number of threads."
+        ),
+    ]
+
+
+def _command(run: RunFiles) -> list[Block]:
+    """Return the command that began a run, as a shell takes it, with the program by its name."""
+    words = run.environment.get("command")
+    if not isinstance(words, list) or not words:
+        return []
+    first, *others = map(str, words)
+    program = "polyseg" if Path(first).name in ("polyseg", "__main__.py") else first
+    return [Listing(shlex.join([program, *others]))]

@@ -1,0 +1,337 @@
+"""`polyseg schedule`: what a run recorded of difficulty and epsilon, shown, drawn, made anew."""
+
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from polyseg.adaptive import recorded_schedule
+from polyseg.adaptive.recorded_schedule import Row, RunRecord
+from polyseg.config import Config, settings_of
+from polyseg.errors import PolysegError
+from polyseg.figures.run_figures import Outcome, read_assessments
+from polyseg.figures.schedules import (
+    Panel,
+    difficulty_panels,
+    epsilon_bands,
+    epsilon_map,
+    rank_curves,
+    validity_curves,
+)
+from polyseg.figures.style import headed, save_figure
+from polyseg.figures.training import epsilon_quantiles
+from polyseg.records import Schedule
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
+from polyseg.runs.record_files import write_schedule
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.runs.trained_model import results_beside
+from polyseg.system.files import short_names, write_text
+from polyseg.system.output_folder import moved, refuse_existing, whole_folder
+
+log = logging.getLogger(__name__)
+
+_MOST_PANELS = 9
+_PANELS = {
+    "with_error": "with 1 − Dice",
+    "with_size": "with the size\nof the mask",
+    "with_error_given_size": "with 1 − Dice\nat equal size",
+    "with_previous": "with the\nassessment before",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The rows of a table, and what is to be said below it."""
+
+    rows: list[Row]
+    notes: Sequence[str] = ()
+
+
+def read_record(path: str | Path) -> RunRecord:
+    """Return what a run has committed, also while it trains on.
+
+    Raises:
+        PolysegError: it is no run, has no assessments, or a file of it is damaged.
+    """
+    path = Path(path)
+    run = RunDirectory(path)
+    if not run.last.is_file():
+        owner = next((p for p in path.parents if RunDirectory(p).last.is_file()), None)
+        hint = "give the folder of one" if owner is None else f"give the run, {owner}"
+        raise PolysegError(f"{path}: is no run (no {run.last.relative_to(path)} in it); {hint}")
+    # The checkpoint first: all that it names is there, whatever is written meanwhile.
+    checkpoint = read_checkpoint(run.last)
+    if not checkpoint.assessments:
+        raise PolysegError(f"{path}: {_why_not_assessed(checkpoint.config)}")
+    assessments = read_assessments(run, checkpoint.assessments)
+    ids, labels = assessments[0].ids, assessments[0].labels
+    schedule = _committed_schedule(run, checkpoint, ids, labels)
+    found = [(one.ids, one.labels) for one in assessments] + [(schedule.ids, schedule.labels)]
+    if any(rows != (ids, labels) for rows in found):
+        raise PolysegError(f"{run.last}: its schedule is not of the images that were assessed")
+    history = checkpoint.history
+    wrong_sign = np.array([row["wrong_sign_images"] for row in history]) / len(ids)
+    return RunRecord(str(path), checkpoint.config, assessments, schedule, wrong_sign)
+
+
+def show(path: Path, image: str | None = None) -> Findings:
+    """Return a row for each assessment, or how the epsilons of one image followed from its D.
+
+    Raises:
+        PolysegError: there is no such run or image.
+    """
+    record = read_record(path)
+    rows = (
+        recorded_schedule.overview(record)
+        if image is None
+        else recorded_schedule.image_history(record, image)
+    )
+    if image is not None:
+        return Findings(rows, _notes_on_equations(record))
+    notes = []
+    if record.config.control.statistics == "batch":
+        notes.append(
+            "D_pct and sigma: over all training images; eq. 11 uses those of each batch "
+            "(control.statistics=batch), which --image shows"
+        )
+    if len(record.labels) > 1:
+        notes.append("wrong sign: over all labels together")
+    return Findings(rows, notes)
+
+
+def export(path: Path, out: Path | None = None, *, overwrite: bool = False) -> str:
+    """Return a row for each assessment and image as CSV, and write it where a file is given.
+
+    Raises:
+        PolysegError: there is no such run, or the file exists.
+    """
+    if out is not None:
+        refuse_existing(out, overwrite=overwrite)
+    text = recorded_schedule.csv_text(recorded_schedule.tidy(read_record(path)))
+    if out is not None:
+        write_text(out, text)
+    return text
+
+
+def recompute(
+    path: Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> Findings:
+    """Return how the schedule would differ by other settings, and write it where a file is given.
+
+    Raises:
+        PolysegError: run or settings are not in order, the record does not suffice for them, or
+            the file exists.
+    """
+    if out is not None:
+        refuse_existing(out, overwrite=overwrite)
+    _refuse_unknown(overrides)
+    record = read_record(path)
+    if len(record.schedule.epochs) == 0:
+        raise PolysegError(f"{path}: has trained no epoch yet, so there is no schedule")
+    recomputed = recorded_schedule.recompute(
+        record, recorded_schedule.changed_settings(record.config, overrides)
+    )
+    if out is not None:
+        write_schedule(out, recomputed)
+    _warn_of_another_origin(record)
+    notes = []
+    if overrides:
+        notes.append(
+            "from the D that was recorded: a training with these settings would meet another"
+        )
+    return Findings(recorded_schedule.compare(record, recomputed), notes)
+
+
+def plot(paths: Sequence[Path], out: Path | None = None, *, overwrite: bool = False) -> Outcome:
+    """Draw the schedules of runs, of several ones on top of one another as well.
+
+    Raises:
+        PolysegError: a run is not in order, labels differ, or the folder is not empty.
+    """
+    records = [read_record(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if record.labels != records[0].labels:
+            raise PolysegError(f"{path}: has other labels than {paths[0]}; plot them apart")
+    names = short_names(paths)
+    several = len(records) > 1
+    files = []
+    target = out or results_beside(paths[0], "schedule")
+    known_by = _files_named("rank_stability.png")
+    with whole_folder(target, overwrite=overwrite, known_by=known_by) as folder:
+        for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
+            place = folder / _plain(f"{i}_{name}" if several else "")
+            for label, part, below in _labelled(record, place):
+                files += _draw(part, label, below)
+        for label, _, below in _labelled(records[0], folder) if several else ():
+            parts = [record.of_label(label).schedule for record in records]
+            bands = {
+                name: (one.epochs, one.epsilon)
+                for name, one in zip(names, parts, strict=True)
+                if len(one.epochs)
+            }
+            if bands:
+                files += save_figure(headed(epsilon_bands(bands), label), below / "epsilon")
+    return Outcome(target, moved(files, folder, target))
+
+
+def validity(path: Path) -> Findings:
+    """Return for each assessment and score whether it means difficulty.
+
+    Raises:
+        PolysegError: there is no such run, or a file of it is damaged.
+    """
+    record = read_record(path)
+    last = record.assessments[-1]
+    note = f"last assessment: after epoch {last.epoch}; mean over {len(record.assessments)}"
+    return Findings(recorded_schedule.validity(record), [note])
+
+
+def draw_validity(
+    rows: Sequence[Row], path: Path, out: Path | None = None, *, overwrite: bool = False
+) -> Outcome:
+    """Draw the correlations that `validity` returned, a figure a label.
+
+    Raises:
+        PolysegError: the folder is not empty.
+    """
+    labels = list(dict.fromkeys(row.get("label", "") for row in rows))
+    epochs = sorted({row["epoch"] for row in rows})
+    files = []
+    target = out or results_beside(path, "validity")
+    known_by = _files_named("validity.png")
+    with whole_folder(target, overwrite=overwrite, known_by=known_by) as folder:
+        for k, label in enumerate(labels, start=1):
+            curves = recorded_schedule.validity_curves(rows, label)
+            panels = {title: curves[measure] for measure, title in _PANELS.items()}
+            below = folder / _plain(f"{k}_{label}" if label else "")
+            files += save_figure(headed(validity_curves(epochs, panels), label), below / "validity")
+    return Outcome(target, moved(files, folder, target))
+
+
+def _committed_schedule(
+    run: RunDirectory, checkpoint: Checkpoint, ids: list[str], labels: list[str] | None
+) -> Schedule:
+    """Return the schedule of the epochs that count; the run's file may be an epoch ahead."""
+    n, epoch = len(ids), checkpoint.epoch
+    if epoch == 0:
+        return Schedule(ids, np.empty(0, np.int64), np.empty((0, n), np.float32), labels)
+    if checkpoint.schedule is None:
+        raise PolysegError(f"{run.last}: holds no schedule of its {epoch} epochs")
+    return checkpoint.schedule
+
+
+def _notes_on_equations(record: RunRecord) -> list[str]:
+    """Return eq. 11 and 12 with the settings of a run, and which statistics they used."""
+    control = record.config.control
+    span = control.epsilon_max - control.epsilon_min
+    notes = [
+        f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), pct = {control.percentile:g}",
+        f"eq. 12: epsilon = {control.epsilon_min:g} + {span:g} / "
+        f"(1 + exp(-{control.sensitivity:g} D_norm))",
+        "D_pct and sigma: of the batch that the image was in (control.statistics=batch), so "
+        "epsilon differs from epoch to epoch"
+        if control.statistics == "batch"
+        else "D_pct and sigma: of all training images (control.statistics=dataset)",
+    ]
+    schedule = record.schedule
+    known = np.isfinite(schedule.percentile_and_sigma()).all(axis=(1, 2))
+    lacking = schedule.epochs[~known & (schedule.epochs > record.assessments[0].epoch)]
+    if lacking.size:
+        notes.append(
+            f"not recorded from epoch {lacking[0]} to {lacking[-1]}, by an older polyseg: D_pct "
+            "and sigma; epsilon there is that of the first epoch of the row"
+        )
+    return notes
+
+
+def _warn_of_another_origin(record: RunRecord) -> None:
+    """Say so where a run's own settings do not give what it recorded."""
+    own = recorded_schedule.recompute(record, record.config).epsilon
+    if not np.array_equal(own, record.schedule.epsilon):
+        log.warning(
+            "%s: its own settings give epsilons that differ from the recorded ones by up to %.2g; "
+            "it was made by another version of polyseg or on another machine",
+            record.name,
+            np.abs(own - record.schedule.epsilon).max(),
+        )
+
+
+def _why_not_assessed(config: Config) -> str:
+    if config.control.replay is not None:
+        return "replayed the schedule of another run and assessed nothing; look at that one"
+    if not config.adaptive:
+        return f"has no assessments: with loss.name {config.loss.name} no epsilon was adapted here"
+    first = config.control.assessment_epochs(config.training.epochs)[0]
+    return f"has no assessment yet; the first follows epoch {first}"
+
+
+def _refuse_unknown(overrides: Sequence[str]) -> None:
+    """Raise on settings that no run has, which are typing errors, and name the nearest."""
+    known = [setting["key"] for setting in settings_of()]
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`polyseg config show` lists them"
+            raise PolysegError(f"--set {key}: there is no such setting; {hint}")
+
+
+def _files_named(name: str) -> list[str]:
+    """Return the patterns of a figure that is drawn for each run and label."""
+    return [name, f"1_*/{name}", f"1_*/1_*/{name}"]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", name)
+
+
+def _labelled(record: RunRecord, folder: Path) -> list[tuple[str, RunRecord, Path]]:
+    """Return each label with its record and its folder; a single one needs none of its own."""
+    return [
+        (label, record.of_label(label), folder / _plain(f"{k}_{label}" if label else ""))
+        for k, label in enumerate(record.labels, start=1)
+    ]
+
+
+def _draw(part: RunRecord, label: str, folder: Path) -> list[Path]:
+    """Draw all figures of one run and label."""
+    assessments, schedule = part.assessments, part.schedule
+    epochs = [assessment.epoch for assessment in assessments]
+    limits = (part.config.control.epsilon_min, part.config.control.epsilon_max)
+    figures = {"rank_stability": rank_curves(epochs, recorded_schedule.stability(part))}
+    if len(schedule.epochs):
+        figures["epsilon"] = epsilon_quantiles(schedule.epochs, schedule.epsilon, limits=limits)
+        figures["epsilon_map"] = epsilon_map(
+            schedule.epochs,
+            schedule.epsilon,
+            assessments[-1].difficulty,
+            limits=limits,
+            assessed=epochs,
+        )
+    if any(np.isfinite(assessment.dice).any() for assessment in assessments):
+        figures["difficulty_dice"] = difficulty_panels(
+            [_panel(part, k) for k in _evenly(len(assessments))], metric=assessments[-1].metric
+        )
+    return [
+        path
+        for name, figure in figures.items()
+        for path in save_figure(headed(figure, label), folder / name)
+    ]
+
+
+def _panel(part: RunRecord, k: int) -> Panel:
+    one = part.assessments[k]
+    found = recorded_schedule.correlation(one.difficulty, 1 - one.dice)
+    return Panel(one.epoch, one.difficulty, one.dice, found)
+
+
+def _evenly(count: int) -> list[int]:
+    """Return which of so many assessments are shown, the first and the last among them."""
+    return [round(place) for place in np.linspace(0, count - 1, min(count, _MOST_PANELS))]

@@ -1,1 +1,0 @@
-"""MC-Dropout passes that compute once what all passes have in common; nothing else imports it."""

@@ -1,0 +1,438 @@
+"""Reading and writing DICOM files and series; alone in importing pydicom."""
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.data.formats.images import encoded_sides, one_channel
+from polyseg.data.formats.stacks import (
+    MISSING,
+    MOST_SLICES,
+    Stack,
+    guarded,
+    image_pixels,
+    label_pixels,
+    refuse_if_large,
+    refuse_if_no_file,
+    refuse_other_shape,
+    whole_numbers,
+)
+from polyseg.errors import PolysegError
+from polyseg.system.files import atomic_path
+
+# What it would say of a damaged file is said once, in the error.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A file of a series, without its pixels."""
+
+    path: Path
+    header: Any
+
+
+_DERIVED = (
+    "PatientName PatientID PatientBirthDate PatientSex PatientAge StudyInstanceUID StudyID "
+    "StudyDate StudyTime StudyDescription AccessionNumber ReferringPhysicianName Modality "
+    "InstanceNumber FrameOfReferenceUID PositionReferenceIndicator ImagePositionPatient "
+    "ImageOrientationPatient PixelSpacing ImagerPixelSpacing SliceThickness SpacingBetweenSlices "
+    "SliceLocation PatientPosition Laterality BodyPartExamined SpecificCharacterSet"
+)
+_FRAME_GEOMETRY = ("PixelMeasuresSequence", "PlaneOrientationSequence", "PlanePositionSequence")
+_SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
+_SECONDARY_FRAMES = {8: f"{_SECONDARY}.2", 16: f"{_SECONDARY}.3"}
+
+
+def read_dicom(path: Path, *, labels: bool = False) -> Stack:
+    """Read a DICOM file, of one or many frames, or a folder that holds one series of files.
+
+    The files of a series lie in order along the normal of their slices, else by InstanceNumber,
+    else by name. Rescale slope and intercept are applied; MONOCHROME1, where 0 is white, is
+    inverted first, so that pixels are as displayed; colours become RGB.
+
+    Raises:
+        PolysegError: something is damaged, too large, of several series or of a kind not read, or
+            pydicom is missing.
+
+    >>> read_dicom(Path("/dev/null"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: /dev/null: is no file; expected an image
+    """
+    _pydicom(path)
+    with guarded(path):
+        parts = _parts(path)
+        _refuse_large_series(path, parts)
+        stacks = [_read_part(part, labels=labels) for part in parts]
+        pixels = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
+        del stacks
+        spacing = _dicom_spacing(parts[0].header)
+        if labels:
+            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
+        return Stack(image_pixels(path, whole_numbers(pixels)), spacing)
+
+
+def is_dicom(path: Path) -> bool:
+    """Say whether a file begins as DICOM does.
+
+    >>> is_dicom(Path("/dev/null"))
+    False
+    """
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def write_dicom(source: Path, labels: NDArray[Any], target: Path, *, description: str) -> None:
+    """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
+
+    Args:
+        source: the file or folder that the labels belong to.
+        labels: slices in the order in which `source` is read.
+        target: the file, or for a folder the folder of as many files of the same names.
+        description: what the new series is.
+
+    Raises:
+        PolysegError: the source has other slices, or a file cannot be written.
+    """
+    _pydicom(source)
+    with guarded(source):
+        parts = _parts(source)
+        sides = (int(parts[0].header.Rows), int(parts[0].header.Columns))
+        frames = sum(_frames_of(part.header) for part in parts)
+        refuse_other_shape(source, (frames, *sides), labels)
+        series = _new_identity(parts[0].header, "SeriesInstanceUID", labels, target.name)
+    for k, part in enumerate(parts):
+        with guarded(part.path):
+            mask = labels[k : k + 1] if len(parts) > 1 else labels
+            derived = _derived(part, mask, series, description)
+        name = target / part.path.name if source.is_dir() else target
+        with atomic_path(name) as temporary, temporary.open("wb") as stream:
+            derived.save_as(stream, enforce_file_format=True)
+
+
+def _parts(path: Path) -> list[_Part]:
+    if not path.is_dir():
+        refuse_if_no_file(path)
+        return [_Part(path, _dicom_header(path))]
+    files = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+    found = [one for one in files if one.suffix.lower() == ".dcm" or is_dicom(one)]
+    if not 0 < len(found) <= MOST_SLICES:
+        raise PolysegError(
+            f"{path}: holds {len(found)} DICOM files; expected a series of 1 to {MOST_SLICES:,}"
+        )
+    parts = []
+    for one in found:
+        with guarded(one):
+            parts.append(_Part(one, _dicom_header(one)))
+    _refuse_mixture(path, parts)
+    return _in_order(parts)
+
+
+def _dicom_header(path: Path) -> Any:
+    import pydicom
+    from pydicom.filereader import read_file_meta_info
+
+    if not is_dicom(path):
+        path.open("rb").close()
+        raise PolysegError(f"{path}: is no DICOM file; expected DICM at its byte 128")
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        raise PolysegError(f"{path}: is deflated DICOM; save it as explicit little endian")
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    if not all(header.get(name) for name in ("Rows", "Columns", "BitsAllocated")):
+        raise PolysegError(f"{path}: is a DICOM file without an image")
+    return header
+
+
+def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
+    series = sorted({str(part.header.get("SeriesInstanceUID", "none")) for part in parts})
+    if len(series) > 1:
+        shown = ", ".join(series[:4]) + (", ..." if len(series) > 4 else "")
+        raise PolysegError(
+            f"{path}: holds {len(series)} DICOM series ({shown}); keep each in a folder of its own"
+        )
+    sizes = sorted({f"{part.header.Rows} x {part.header.Columns}" for part in parts})
+    if len(sizes) > 1:
+        raise PolysegError(
+            f"{path}: its slices differ in size ({', '.join(sizes[:4])}); keep one size a folder"
+        )
+    if len(parts) > 1 and any(_frames_of(part.header) > 1 for part in parts):
+        raise PolysegError(f"{path}: holds files of many frames; keep each in a folder of its own")
+
+
+def _in_order(parts: list[_Part]) -> list[_Part]:
+    """Sort by position along the normal, else by number, else leave the order of names."""
+    numbers = [part.header.get("InstanceNumber") for part in parts]
+    ranks: list[Any] = [0 if number is None else int(number) for number in numbers]
+    positions = _positions(parts)
+    if positions is not None:
+        ranks = list(zip(positions, ranks, strict=True))
+    elif None in numbers:
+        return parts
+    order = sorted(range(len(parts)), key=lambda i: (ranks[i], parts[i].path.name))
+    return [parts[i] for i in order]
+
+
+def _positions(parts: Sequence[_Part]) -> list[float] | None:
+    """Return millimetres along the normal of the slices, if all are parallel and say so."""
+    found = [
+        (part.header.get("ImageOrientationPatient"), part.header.get("ImagePositionPatient"))
+        for part in parts
+    ]
+    if not all(turn and place and len(turn) == 6 and len(place) == 3 for turn, place in found):
+        return None
+    turns = np.array([turn for turn, _ in found], float)
+    places = np.array([place for _, place in found], float)
+    if not np.allclose(turns, turns[0], atol=1e-2) or not np.isfinite(places).all():
+        return None
+    normal = np.cross(turns[0, :3], turns[0, 3:])
+    return [round(float(position), 3) for position in places @ normal]
+
+
+def _frames_of(header: Any) -> int:
+    return int(header.get("NumberOfFrames") or 1)
+
+
+def _bytes_per_pixel(header: Any) -> int:
+    bits, samples = int(header.BitsAllocated), int(header.get("SamplesPerPixel") or 1)
+    return max(1, bits // 8) * samples
+
+
+def _refuse_large_series(path: Path, parts: Sequence[_Part]) -> None:
+    header = parts[0].header
+    refuse_if_large(
+        path,
+        (int(header.Rows), int(header.Columns)),
+        slices=len(parts) if len(parts) > 1 else _frames_of(header),
+        bytes_per_pixel=max(_bytes_per_pixel(part.header) for part in parts),
+        held=sum(part.path.stat().st_size for part in parts),
+    )
+
+
+def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
+    """Decode the pixels of a file, (N, H, W, C)."""
+    with guarded(part.path):
+        _refuse_undecodable(part)
+        dataset = _whole(part)
+        kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
+        pixels = _decoded(part, dataset)
+        if kind == "MONOCHROME1":
+            pixels = _inverted(pixels, dataset)
+        if kind == "PALETTE COLOR" and not labels:
+            from pydicom.pixels import apply_color_lut
+
+            return np.asarray(apply_color_lut(pixels[..., 0], dataset))[..., :3]
+        return _rescaled(pixels, dataset)
+
+
+def _refuse_undecodable(part: _Part) -> None:
+    from pydicom.pixels import get_decoder
+
+    syntax = part.header.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed:
+        header = part.header
+        bits = int(header.BitsAllocated) * int(header.get("SamplesPerPixel") or 1)
+        size = int(header.Rows) * int(header.Columns) * _frames_of(header) * bits // 8
+        # Chroma of half the width is the least that is stored uncompressed.
+        if part.path.stat().st_size < size * 2 // 3:
+            raise PolysegError(f"{part.path}: is cut short: it says to hold {size:,} bytes")
+        return
+    try:
+        usable = get_decoder(syntax).is_available
+    except NotImplementedError:  # So pydicom says of a syntax that no package decodes, as videos.
+        usable = False
+    if not usable:
+        raise PolysegError(
+            f"{part.path}: is compressed as {syntax.name}, which needs another package: "
+            "pip install python-gdcm, or pylibjpeg with pylibjpeg-libjpeg"
+        )
+
+
+def _whole(part: _Part) -> Any:
+    import pydicom
+
+    dataset = pydicom.dcmread(part.path)
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        _refuse_outgrown_frames(part, dataset)
+    return dataset
+
+
+def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
+    """Raise where a frame would decode to more than its rows and columns."""
+    from pydicom.encaps import generate_frames
+
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    most = 2 * rows * columns * _bytes_per_pixel(dataset) + 1024
+    is_runs = dataset.file_meta.TransferSyntaxUID.name == "RLE Lossless"
+    for frame in generate_frames(dataset.PixelData, number_of_frames=_frames_of(dataset)):
+        sides = None if is_runs else encoded_sides(frame)
+        if (is_runs and len(frame) > most) or sides not in (None, (rows, columns)):
+            raise PolysegError(
+                f"{part.path}: is damaged: a frame holds more than {rows} x {columns} pixels"
+            )
+
+
+def _decoded(part: _Part, dataset: Any) -> NDArray[Any]:
+    from pydicom.pixels import pixel_array
+
+    rows, columns, frames = int(dataset.Rows), int(dataset.Columns), _frames_of(dataset)
+    samples = int(dataset.get("SamplesPerPixel") or 1)
+    pixels = np.asarray(pixel_array(dataset))
+    if pixels.size != frames * rows * columns * samples:
+        raise PolysegError(f"{part.path}: is damaged: it holds pixels of shape {pixels.shape}")
+    return pixels.reshape(frames, rows, columns, samples)
+
+
+def _inverted(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
+    if pixels.dtype.kind == "i":
+        return ~pixels
+    if pixels.dtype.kind == "f":
+        return np.asarray(pixels.max() - pixels)
+    most = pixels.dtype.type(2 ** int(dataset.get("BitsStored", dataset.BitsAllocated)) - 1)
+    return cast(NDArray[Any], most - np.minimum(pixels, most))
+
+
+def _rescaled(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
+    """Apply slope and intercept, or the table that stands for them."""
+    if dataset.get("ModalityLUTSequence"):
+        from pydicom.pixels import apply_modality_lut
+
+        return np.asarray(apply_modality_lut(pixels, dataset))
+    factors = [_rescale_of(dataset, frame) for frame in range(len(pixels))]
+    if all(one == (1.0, 0.0) for one in factors):
+        return pixels
+    if not np.isfinite(factors).all():
+        raise ValueError("its rescale slope or intercept is no number")
+    if all(one.is_integer() for pair in factors for one in pair) and pixels.dtype.kind in "iu":
+        return _rescaled_whole(pixels, factors)
+    scaled = np.empty(pixels.shape, np.float32)
+    for k, (slope, intercept) in enumerate(factors):
+        scaled[k] = pixels[k] * slope + intercept
+    return scaled
+
+
+def _rescaled_whole(pixels: NDArray[Any], factors: Sequence[tuple[float, float]]) -> NDArray[Any]:
+    """Keep 16 bit where the results fit, as those of computed tomography do."""
+    low, high = float(pixels.min()), float(pixels.max())
+    ends = [slope * value + shift for slope, shift in factors for value in (low, high)]
+    fits = min(ends) >= -(2**15) and max(ends) < 2**15
+    scaled = np.empty(pixels.shape, np.int16 if fits else np.float32)
+    for k, (slope, intercept) in enumerate(factors):
+        scaled[k] = pixels[k] * slope + intercept
+    return scaled
+
+
+def _rescale_of(dataset: Any, frame: int) -> tuple[float, float]:
+    group = _group(dataset, "PixelValueTransformationSequence", frame) or dataset
+    slope, intercept = group.get("RescaleSlope"), group.get("RescaleIntercept")
+    return (
+        1.0 if slope is None else float(slope),
+        0.0 if intercept is None else float(intercept),
+    )
+
+
+def _group(dataset: Any, name: str, frame: int) -> Any:
+    """Return a functional group of a frame, or the one that all frames share, or None."""
+    each = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    for holder in (*each[frame : frame + 1], *shared[:1]):
+        if holder.get(name):
+            return holder[name].value[0]
+    return None
+
+
+def _dicom_spacing(header: Any) -> tuple[float, float] | None:
+    group = _group(header, "PixelMeasuresSequence", 0) or header
+    found = group.get("PixelSpacing") or header.get("ImagerPixelSpacing")
+    if not found or len(found) != 2:
+        return None
+    rows, columns = float(found[0]), float(found[1])
+    return (rows, columns) if 0 < rows < math.inf and 0 < columns < math.inf else None
+
+
+def _derived(part: _Part, labels: NDArray[Any], series: str, description: str) -> Any:
+    """Make a secondary capture of labels, (N, H, W), with the patient and place of the source."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    source = part.header
+    bits: Literal[8, 16] = 8 if labels.dtype == np.uint8 else 16
+    derived = Dataset()
+    for name in _DERIVED.split():
+        if name in source:
+            derived[name] = source[name]
+    derived.SOPClassUID = _SECONDARY if len(labels) == 1 else _SECONDARY_FRAMES[bits]
+    derived.SOPInstanceUID = _new_identity(
+        source, "SOPInstanceUID", labels, f"{series} {part.path.name}"
+    )
+    derived.SeriesInstanceUID = series
+    derived.SeriesDescription = description
+    derived.ImageType = ["DERIVED", "SECONDARY"]
+    derived.ConversionType = "WSD"
+    derived.SamplesPerPixel = 1
+    derived.PhotometricInterpretation = "MONOCHROME2"
+    derived.Rows, derived.Columns = labels.shape[1:]
+    derived.BitsAllocated = derived.BitsStored = bits
+    derived.HighBit, derived.PixelRepresentation = bits - 1, 0
+    if len(labels) > 1:
+        _add_frames(derived, source, len(labels))
+    content = np.ascontiguousarray(labels, f"<u{bits // 8}").tobytes()
+    # Values have even length.
+    derived.PixelData = content + b"\0" * (len(content) % 2)
+    derived["PixelData"].VR = "OB" if bits == 8 else "OW"
+    derived.file_meta = FileMetaDataset()
+    derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    derived.file_meta.MediaStorageSOPClassUID = derived.SOPClassUID
+    derived.file_meta.MediaStorageSOPInstanceUID = derived.SOPInstanceUID
+    return derived
+
+
+def _add_frames(derived: Any, source: Any, count: int) -> None:
+    derived.NumberOfFrames = count
+    derived.PageNumberVector = list(range(1, count + 1))
+    derived.FrameIncrementPointer = 0x00182001  # the pages' numbers
+    shared = source.get("SharedFunctionalGroupsSequence")
+    if shared:
+        derived.SharedFunctionalGroupsSequence = list(_geometry_of(shared[:1]))
+    each = source.get("PerFrameFunctionalGroupsSequence")
+    if each:
+        derived.PerFrameFunctionalGroupsSequence = list(_geometry_of(each[:count]))
+
+
+def _geometry_of(groups: Any) -> Iterator[Any]:
+    from pydicom.dataset import Dataset
+
+    for group in groups:
+        kept = Dataset()
+        for name in _FRAME_GEOMETRY:
+            if name in group:
+                kept[name] = group[name]
+        yield kept
+
+
+def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
+    """Return an identifier that hangs on the source's, the labels and their purpose alone."""
+    from pydicom.uid import generate_uid
+
+    digest = hashlib.sha256(labels.tobytes()).hexdigest()
+    return str(generate_uid(entropy_srcs=[str(source.get(name, "")), digest, purpose]))
+
+
+def _pydicom(path: Path) -> Any:
+    try:
+        import pydicom
+    except ImportError:
+        raise PolysegError(MISSING.format(path=path, kind="DICOM", name="pydicom")) from None
+    return pydicom

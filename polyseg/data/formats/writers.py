@@ -1,0 +1,138 @@
+"""Writing predictions as files of the kind, and in the place, of the images they are of."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from polyseg.data.formats.dicom import is_dicom, write_dicom
+from polyseg.data.formats.nifti import NIFTI_SUFFIXES, write_nifti
+from polyseg.data.formats.stacks import Plane
+from polyseg.data.formats.tiff import TIFF_SUFFIXES, tiff_resolution
+from polyseg.errors import PolysegError
+from polyseg.system.files import atomic_path
+
+_LABELS = "polyseg: predicted mask"
+_MAP = "polyseg: uncertainty map"
+
+
+def write_labels(
+    source: Path,
+    labels: NDArray[np.uint8 | np.uint16],
+    folder: Path,
+    *,
+    name: str,
+    plane: Plane = "axial",
+) -> Path:
+    """Write labels, (N, H, W), beside the kind and geometry of their source; return the file.
+
+    PNG, TIFF, NIfTI and DICOM stay what they are, a DICOM series becomes a folder of files of the
+    same names; BMP stays BMP if 8 bit are enough; others become PNG. Nothing is lost.
+
+    Args:
+        source: the image's file, or the folder of its series.
+        labels: slices in the order in which `source` is read.
+        folder: where to write.
+        name: of the file, without suffix.
+        plane: how `source` was sliced.
+
+    Raises:
+        PolysegError: the source has other slices, or the file cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image = Path(folder) / "a.jpg"
+    ...     Image.new("L", (3, 2)).save(image)
+    ...     write_labels(image, np.ones((1, 2, 3), np.uint8), Path(folder), name="b").name
+    'b.png'
+    """
+    if labels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"labels are {labels.dtype}; expected uint8 or uint16")
+    suffix = _suffix_of(source)
+    if suffix in NIFTI_SUFFIXES:
+        path = folder / f"{name}{suffix}"
+        write_nifti(source, labels, path, plane, description=_LABELS)
+    elif source.is_dir():
+        path = folder / name
+        write_dicom(source, labels, path, description=_LABELS)
+    elif suffix == ".dcm" or is_dicom(source):
+        path = folder / f"{name}.dcm"
+        write_dicom(source, labels, path, description=_LABELS)
+    elif suffix in TIFF_SUFFIXES:
+        path = folder / f"{name}{suffix}"
+        _write_tiff(path, labels, source)
+    else:
+        keeps = suffix == ".bmp" and labels.dtype == np.uint8
+        path = folder / f"{name}{'.bmp' if keeps else '.png'}"
+        _write_picture(path, source, labels)
+    return path
+
+
+def write_map(
+    source: Path,
+    values: NDArray[np.float32],
+    folder: Path,
+    *,
+    name: str,
+    plane: Plane = "axial",
+) -> Path:
+    """Write maps, (N, H, W) of float32, as NIfTI where the source is, else as TIFF.
+
+    Args:
+        source: the image's file, or the folder of its series.
+        values: slices in the order in which `source` is read.
+        folder: where to write.
+        name: of the file, without suffix.
+        plane: how `source` was sliced.
+
+    Raises:
+        PolysegError: the source has other slices, or the file cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write_map(Path("a.png"), np.ones((1, 2, 3)), Path(folder), name="entropy")
+    ...     tifffile.imread(path)
+    array([[1., 1., 1.],
+           [1., 1., 1.]], dtype=float32)
+    """
+    values = np.asarray(values, np.float32)
+    suffix = _suffix_of(source)
+    if suffix in NIFTI_SUFFIXES:
+        path = folder / f"{name}{suffix}"
+        write_nifti(source, values, path, plane, description=_MAP)
+        return path
+    path = folder / f"{name}.tif"
+    _write_tiff(path, values, source if suffix in TIFF_SUFFIXES else None)
+    return path
+
+
+def _suffix_of(source: Path) -> str:
+    name = source.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else source.suffix.lower()
+
+
+def _write_picture(path: Path, source: Path, labels: NDArray[Any]) -> None:
+    if len(labels) != 1:
+        raise PolysegError(f"{source}: is one picture; what was made of it has {len(labels)}")
+    with atomic_path(path) as temporary:
+        Image.fromarray(labels[0]).save(temporary, format=path.suffix[1:].upper())
+
+
+def _write_tiff(path: Path, values: NDArray[Any], source: Path | None) -> None:
+    """Write a page a slice, with the resolution of the source."""
+    resolution = None if source is None else tiff_resolution(source)
+    scale, unit = (None, None) if resolution is None else resolution
+    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as writer:
+        for one in values:
+            writer.write(
+                one,
+                photometric="minisblack",
+                compression="zlib",
+                resolution=scale,
+                resolutionunit=unit,
+                software="polyseg",
+                metadata=None,
+            )

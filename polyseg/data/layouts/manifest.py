@@ -1,0 +1,221 @@
+"""Data sets that are listed in a CSV file: image,mask[,split][,group][,id]."""
+
+import csv
+import difflib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from polyseg.data.layouts.cases import (
+    READABLE_SUFFIXES,
+    Case,
+    Findings,
+    Folders,
+    Layout,
+    Unmasked,
+    exists,
+    is_readable,
+    part_of,
+    raise_problems,
+    repeated,
+    shown,
+    stem_of,
+)
+from polyseg.errors import PolysegError, reason
+from polyseg.system.files import read_text
+
+MANIFEST_SUFFIXES = (".csv", ".tsv")
+
+COLUMNS = ("image", "mask", "split", "group", "id")
+
+_LONGEST_ID = 200
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row that is not empty, and the line of the file that it ends in."""
+
+    line: int
+    cells: dict[str, str]
+
+
+def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
+    """Read the cases that a CSV file lists, paths relative to its folder or absolute.
+
+    Several masks of an image, or several files of one channel each, are separated by ";".
+    Columns are separated by commas or tabs. An id that is not given is the image's stem, or its
+    path as written where stems are not unique.
+
+    Args:
+        path: the file.
+        unmasked: what becomes of images whose mask cell is empty.
+
+    Raises:
+        PolysegError: all that is wrong with it, a line each.
+
+    >>> read_manifest(Path("nowhere.csv"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: nowhere.csv: cannot be read: No such file or directory
+    """
+    path = Path(path)
+    rows = list(_rows(path))
+    findings = Findings(unmasked)
+    folders = Folders()
+    cases = _with_ids([_case(path, row, folders, findings) for row in rows], path.parent)
+    _refuse_repeated_ids(path, cases, rows, findings)
+    raise_problems(findings.problems)
+    for case in cases:
+        if case.masks:
+            findings.add(case)
+    findings.add_unmasked(str(path), [case for case in cases if not case.masks])
+    others = [shown(name) for name in (rows[0].cells if rows else ()) if name not in COLUMNS]
+    if others:
+        findings.notes.append(f"{path}: columns that are not used: {', '.join(others)}")
+    return findings.finish(str(path), "CSV manifest")
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    lines = _lines(path)
+    _, header = next(lines, (0, []))
+    columns = [cell.strip().lower() for cell in header]
+    _check_columns(path, columns)
+    for line, cells in lines:
+        stripped = [cell.strip() for cell in cells]
+        if any(stripped[len(columns) :]):
+            raise PolysegError(
+                f"{path}: line {line} has {len(cells)} cells, the header {len(columns)}; write "
+                'a cell with a comma in it as "a,b"'
+            )
+        if any(stripped):
+            padded = [*stripped, *[""] * len(columns)]
+            yield _Row(line, dict(zip(columns, padded, strict=False)))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    try:
+        text = read_text(path).removeprefix("\ufeff")
+    except OSError as error:
+        raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
+    except ValueError:
+        raise PolysegError(f"{path}: is no text; save it as CSV in UTF-8") from None
+    first = text[: text.find("\n")] if "\n" in text else text
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if "\t" in first and "," not in first else ","
+    )
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise PolysegError(f"{path}: line {reader.line_num} is no CSV: {error}") from None
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    problems = []
+    for name in columns:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name[:50], COLUMNS, n=1, cutoff=0.78)
+            # Others are what people keep in their tables: age, site, scanner.
+            if near:
+                problems.append(f"{path}: unknown column {shown(name)!r}; did you mean {near[0]}?")
+    if len(columns) == 1 and ";" in columns[0]:
+        problems = [f"{path}: separate the columns by commas (or tabs), not by semicolons"]
+    elif missing := [name for name in ("image", "mask") if name not in columns]:
+        problems.append(
+            f"{path}: has no column {' and no column '.join(missing)}; the first line names the "
+            "columns: image,mask and, if you like, split, group and id"
+        )
+    problems.extend(f"{path}: two columns are called {shown(name)}" for name in repeated(columns))
+    raise_problems(problems)
+
+
+def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
+    def problem(text: str) -> None:
+        findings.problems.append(f"{path}: line {row.line}: {text}")
+
+    images, masks = (
+        tuple(path.parent / part.strip() for part in row.cells[column].split(";") if part.strip())
+        for column in ("image", "mask")
+    )
+    if not images:
+        problem("names no image")
+    if not (row.cells["image"] + row.cells["mask"]).isprintable():
+        problem("a path is no text")
+    for file in (*images, *masks):
+        if what := _misfit(file, folders):
+            problem(f"{shown(file)}: {what}")
+    split, group, own_id = (row.cells.get(name, "") for name in ("split", "group", "id"))
+    part = part_of(split)
+    if split and part is None:
+        problem(f"split is {shown(split)}; expected train, val, test or nothing")
+    if not group.isprintable():
+        problem(f"group {shown(group)} is no text")
+    if own_id and not _is_id(own_id):
+        problem(
+            f"id {shown(own_id)} cannot be used; give printable text of up to {_LONGEST_ID} "
+            "characters, which neither begins nor ends with / nor holds .. between them"
+        )
+    return Case(own_id, images, masks or None, part, group or None)
+
+
+def _misfit(path: Path, folders: Folders) -> str | None:
+    if exists(path, "folder"):
+        try:
+            return None if folders.series(path) else "is a folder, but holds no DICOM series"
+        except PolysegError as error:
+            return str(error)
+    if not exists(path, "file"):
+        return "there is no such file"
+    if not is_readable(path):
+        return f"is of no kind that is read ({' '.join(READABLE_SUFFIXES)})"
+    return None
+
+
+def _is_id(text: str) -> bool:
+    """Ids become names of files, which must stay where they are put."""
+    parts = text.split("/")
+    return (
+        len(text) <= _LONGEST_ID
+        and text.isprintable()
+        and not any(part.strip() in ("", ".", "..") for part in parts)
+    )
+
+
+def _with_ids(cases: Sequence[Case], folder: Path) -> list[Case]:
+    ids = [case.id or _stem(case) for case in cases]
+    if repeated(ids):
+        ids = [case.id or _path_id(case, folder) for case in cases]
+    return [replace(case, id=name) for case, name in zip(cases, ids, strict=True)]
+
+
+def _stem(case: Case) -> str:
+    if not case.images:
+        return ""
+    stem = stem_of(case.images[0])
+    return re.sub(r"(?<=.)_\d{4}$", "", stem) if len(case.images) > 1 else stem
+
+
+def _path_id(case: Case, folder: Path) -> str:
+    if not case.images:
+        return ""
+    place, folder = (Path(os.path.normpath(one)) for one in (case.images[0].parent, folder))
+    inside = place.relative_to(folder) if place.is_relative_to(folder) else place
+    parts = [part for part in inside.parts if part not in ("..", inside.anchor)]
+    return "/".join([*parts, _stem(case)])
+
+
+def _refuse_repeated_ids(
+    path: Path, cases: Sequence[Case], rows: Sequence[_Row], findings: Findings
+) -> None:
+    lines: dict[str, list[str]] = {}
+    for case, row in zip(cases, rows, strict=True):
+        if case.images:
+            lines.setdefault(case.id, []).append(str(row.line))
+    for name, places in lines.items():
+        if len(places) > 1:
+            findings.problems.append(
+                f"{path}: lines {', '.join(places[:5])} have the same id {shown(name)}; "
+                "list an image once, or tell them apart in a column id"
+            )

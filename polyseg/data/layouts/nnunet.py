@@ -1,0 +1,305 @@
+"""Data sets with a dataset.json: nnU-Net raw, and the Medical Segmentation Decathlon."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from polyseg.data.layouts.cases import (
+    READABLE_SUFFIXES,
+    Case,
+    Findings,
+    Folders,
+    Layout,
+    Unmasked,
+    counted,
+    exists,
+    is_readable,
+    seen_in,
+    shown,
+    stem_of,
+)
+from polyseg.errors import PolysegError, reason
+from polyseg.system.files import read_text
+
+DESCRIPTION = "dataset.json"
+TRAINING_IMAGES = "imagesTr"
+
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+_LARGEST_LABEL = 65535
+
+_Json = dict[str, Any]
+
+
+def kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
+    """Tell the two apart: nnU-Net's images carry a channel (_0000), the Decathlon's are listed.
+
+    Raises:
+        PolysegError: a folder or dataset.json cannot be read.
+
+    >>> kind_of(Folders(), Path("nowhere"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: nowhere: has no dataset.json (it holds nothing)
+    """
+    description = _read_description(root)
+    images = {stem_of(file) for file in _files(folders, root / TRAINING_IMAGES)}
+    labels = {stem_of(file) for file in _files(folders, root / "labelsTr")}
+    channels = [match for match in map(_CHANNEL.fullmatch, images) if match]
+    by_label = any(f"{label}_0000" in images for label in labels)
+    by_name = len(channels) == len(images) and any(match[2] == "0000" for match in channels)
+    listed = isinstance(description.get("training"), list)
+    return "decathlon" if listed and not by_label and not by_name else "nnunet"
+
+
+def read_nnunet(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> Layout:
+    """Read nnU-Net's raw layout, versions 1 and 2: imagesTr, labelsTr, imagesTs, labelsTs.
+
+    Cases of imagesTr are of no part, since nnU-Net leaves training and validation to splits;
+    those of imagesTs are the test part if labelsTs is there, else left out.
+
+    Args:
+        folders: what lists folders.
+        root: the folder of dataset.json.
+        unmasked: what becomes of images without labels.
+
+    Raises:
+        PolysegError: all that is wrong with it, a line each.
+
+    >>> read_nnunet(Folders(), Path("nowhere"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: nowhere: has no dataset.json (it holds nothing)
+    """
+    description = _read_description(root)
+    findings = Findings(unmasked)
+    labels = _label_values(root, description, findings)
+    ending, channels = _file_ending(root, description), _channels(root, description)
+    if not exists(root / TRAINING_IMAGES, "folder"):
+        raise PolysegError(f"{root}: has no folder imagesTr (it holds {seen_in(root)})")
+    for end, part in (("Tr", None), ("Ts", "test")):
+        images, masks = root / f"images{end}", root / f"labels{end}"
+        if part and _files(folders, images) and not _files(folders, masks):
+            findings.notes.append(f"{images} has no labels and was left out")
+        else:
+            side = _Side(images, masks, part, ending, channels)
+            _add_side(folders, side, findings)
+    _note_number(root, description, folders, channels, findings)
+    return findings.finish(str(root), "nnU-Net raw", labels)
+
+
+def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> Layout:
+    """Read a task of the Medical Segmentation Decathlon: the images that dataset.json lists.
+
+    Args:
+        folders: what lists folders.
+        root: the folder of dataset.json.
+        unmasked: what becomes of images without labels.
+
+    Raises:
+        PolysegError: all that is wrong with it, a line each.
+
+    >>> read_decathlon(Folders(), Path("nowhere"))
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: nowhere: has no dataset.json (it holds nothing)
+    """
+    description = _read_description(root)
+    where = root / DESCRIPTION
+    findings = Findings(unmasked)
+    labels = _label_values(root, description, findings)
+    entries = description.get("training")
+    if not isinstance(entries, list) or not entries:
+        raise PolysegError(f'{where}: training: expected a list of {{"image", "label"}}')
+    bare = []
+    for index, entry in enumerate(entries):
+        case = _listed_case(root, f"{where}: training, entry {index + 1}", entry, findings)
+        if case and case.masks:
+            findings.add(case)
+        elif case:
+            bare.append(case)
+    findings.add_unmasked(str(where), bare)
+    tests = description.get("test")
+    if isinstance(tests, list) and tests:
+        findings.notes.append(f"{counted(len(tests), 'test image')} without labels left out")
+    return findings.finish(str(root), "Medical Segmentation Decathlon", labels)
+
+
+def by_channels(files: Sequence[Path]) -> dict[str, dict[int, Path]] | None:
+    """Group files of one channel each by their case, or return None if a name has no channel.
+
+    >>> sorted(by_channels([Path("a_0000.png"), Path("a_0001.png")])["a"])
+    [0, 1]
+    """
+    cases: dict[str, dict[int, Path]] = {}
+    for file in files:
+        if not (match := _CHANNEL.fullmatch(stem_of(file))):
+            return None
+        cases.setdefault(match[1], {})[int(match[2])] = file
+    return cases
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Images and labels that belong together, and what is expected of the files."""
+
+    images: Path
+    masks: Path
+    part: str | None
+    ending: str
+    channels: int | None
+
+
+def _add_side(folders: Folders, side: _Side, findings: Findings) -> None:
+    images, masks = (
+        _of_ending(folders, folder, side.ending, findings) for folder in (side.images, side.masks)
+    )
+    odd = [file.name for file in images if not _CHANNEL.fullmatch(stem_of(file))]
+    what = f"carry no channel; expected CASE_0000{side.ending}"
+    findings.problem(str(side.images), "image", odd, what)
+    cases = by_channels([file for file in images if file.name not in set(odd)]) or {}
+    _check_channels(side, cases, findings)
+    labels = {stem_of(file): file for file in masks}
+    lost = sorted(labels.keys() - cases.keys())
+    findings.problem(str(side.masks), "mask", lost, f"without an image in {side.images.name}/")
+    bare = []
+    for name, channels in cases.items():
+        files = tuple(channels[number] for number in sorted(channels))
+        if name in labels:
+            findings.add(Case(name, files, (labels[name],), side.part), side.images.name)
+        else:
+            bare.append(Case(name, files, None, side.part))
+    findings.add_unmasked(str(side.images), bare, side.images.name)
+
+
+def _check_channels(
+    side: _Side, cases: Mapping[str, Mapping[int, Path]], findings: Findings
+) -> None:
+    found = {number for channels in cases.values() for number in channels}
+    count = side.channels or len(found)
+    odd = [name for name, channels in cases.items() if set(channels) != set(range(count))]
+    expected = "_0000" if count == 1 else f"_0000 to _{count - 1:04}"
+    source = f"as {DESCRIPTION} says" if side.channels else "as other cases have"
+    what = f"without exactly the channels {expected}, {source}"
+    findings.problem(str(side.images), "case", odd, what)
+
+
+def _of_ending(folders: Folders, folder: Path, ending: str, findings: Findings) -> list[Path]:
+    files = _files(folders, folder)
+    fitting = [file for file in files if file.name.lower().endswith(ending.lower())]
+    others = [file.name for file in files if file not in set(fitting)]
+    findings.problem(str(folder), "file", others, f"not ending in {ending}, the set's file_ending")
+    return fitting
+
+
+def _files(folders: Folders, folder: Path) -> tuple[Path, ...]:
+    return folders.list(folder).files if exists(folder, "folder") else ()
+
+
+def _note_number(
+    root: Path, description: _Json, folders: Folders, channels: int | None, findings: Findings
+) -> None:
+    said = description.get("numTraining")
+    cases = by_channels(_files(folders, root / TRAINING_IMAGES))
+    if isinstance(said, int) and cases is not None and len(cases) != said:
+        findings.notes.append(
+            f"{DESCRIPTION} speaks of {shown(said)} training cases, imagesTr holds {len(cases)}"
+        )
+
+
+def _read_description(root: Path) -> _Json:
+    path = root / DESCRIPTION
+    if not exists(path, "file"):
+        raise PolysegError(f"{root}: has no {DESCRIPTION} (it holds {seen_in(root)})")
+    try:
+        description = json.loads(read_text(path).removeprefix("\ufeff"))
+    except OSError as error:
+        raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else shown(error)
+        raise PolysegError(f"{path}: is no JSON: {why}") from None
+    if not isinstance(description, dict):
+        raise PolysegError(f"{path}: expected an object with channel_names and labels")
+    return description
+
+
+def _file_ending(root: Path, description: _Json) -> str:
+    ending = description.get("file_ending", ".nii.gz")
+    if not isinstance(ending, str) or ending.lower() not in READABLE_SUFFIXES:
+        raise PolysegError(
+            f"{root / DESCRIPTION}: file_ending is {shown(ending)}; expected one of "
+            f"{' '.join(READABLE_SUFFIXES)}"
+        )
+    return ending
+
+
+def _channels(root: Path, description: _Json) -> int | None:
+    """Return how many channels version 2 (channel_names) or 1 (modality) names, if it does."""
+    key = "channel_names" if "channel_names" in description else "modality"
+    names = description.get(key)
+    if names is None:
+        return None
+    if not isinstance(names, dict | list) or not names:
+        raise PolysegError(
+            f'{root / DESCRIPTION}: {key}: expected names by number, such as {{"0": "CT"}}'
+        )
+    return len(names)
+
+
+def _label_values(root: Path, description: _Json, findings: Findings) -> dict[str, int]:
+    """Read {"tumour": 1} of version 2 and {"1": "tumour"} of version 1."""
+    where = f"{root / DESCRIPTION}: labels"
+    said = description.get("labels", {})
+    if not isinstance(said, dict):
+        raise PolysegError(f'{where}: expected values by name, such as {{"tumour": 1}}')
+    values: dict[str, int] = {}
+    for key, value in said.items():
+        if isinstance(value, list):
+            findings.notes.append(f"label {shown(key)} is a region of several and was left out")
+            continue
+        name, number = _label(where, key, value)
+        if name in values:
+            raise PolysegError(f"{where}: two values are called {name}")
+        if name.lower() == "ignore":
+            findings.notes.append(f"label {name} (value {number}) was left out")
+        elif number and name.lower() != "background":
+            values[name] = number
+    return values
+
+
+def _label(where: str, key: str, value: object) -> tuple[str, int]:
+    name, number = (value, key) if isinstance(value, str) and key.isdecimal() else (key, value)
+    if isinstance(number, str) and number.isascii() and number.isdecimal() and len(number) < 6:
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise PolysegError(f"{where}: {shown(key)} is {shown(value)}; expected a whole number")
+    if not 0 <= number <= _LARGEST_LABEL:
+        raise PolysegError(f"{where}: {shown(key)}: give a value from 0 to {_LARGEST_LABEL}")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise PolysegError(f"{where}: the name {shown(name)} is no text")
+    return name, number
+
+
+def _listed_case(root: Path, where: str, entry: object, findings: Findings) -> Case | None:
+    said = entry if isinstance(entry, dict) else {"image": entry}
+    image = _listed_file(root, said.get("image"))
+    mask = _listed_file(root, said["label"]) if said.get("label") is not None else None
+    problems = [found for found in (image, mask) if isinstance(found, str)]
+    findings.problems.extend(f"{where}: {problem}" for problem in problems)
+    if problems or not isinstance(image, Path):
+        return None
+    return Case(stem_of(image), (image,), (mask,) if isinstance(mask, Path) else None)
+
+
+def _listed_file(root: Path, said: object) -> Path | str:
+    """Return the file that is meant, or what is wrong with it."""
+    if not isinstance(said, str) or not said.strip():
+        return f"{shown(said)} is no path; expected a path such as ./imagesTr/a.nii.gz"
+    relative = PurePosixPath(said)
+    if relative.is_absolute() or ".." in relative.parts:
+        return f"{shown(said)} leads out of the folder; expected a path such as ./imagesTr/a.nii.gz"
+    path = root / relative
+    if not exists(path, "file"):
+        return f"{shown(said)}: there is no such file"
+    if not path.name.isprintable() or not is_readable(path):
+        return f"{shown(said)} is of no kind that is read ({' '.join(READABLE_SUFFIXES)})"
+    return path

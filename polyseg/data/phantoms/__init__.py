@@ -1,0 +1,1 @@
+"""Generate images of lesions whose difficulty is known."""

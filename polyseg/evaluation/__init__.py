@@ -1,0 +1,1 @@
+"""Test networks, compare runs and arms, and write the tables."""

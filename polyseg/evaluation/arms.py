@@ -1,0 +1,104 @@
+"""Arms of an experiment: runs that differ only by seed, fold or machine."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyseg.config import Config
+from polyseg.evaluation.scores import RobustnessPoint, RunScores, mean_scores, pool
+
+_OF_ONE_ARM = {
+    "training.seed",
+    "training.device",
+    "training.workers",
+    "data.path",
+    "data.fold",
+    "data.split_file",
+    "data.memory",
+    "data.cache",
+    "control.replay",
+    "control.replay_arm",
+}
+"""Settings that may differ within an arm, besides where its results go."""
+
+
+def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
+    """Return the names of the runs of each arm, by the arm's name.
+
+    >>> seeds = [Config.model_validate({"training": {"seed": seed}}) for seed in (0, 1)]
+    >>> arms_of({"runs/dice_s0": seeds[0], "runs/dice_s1": seeds[1]})
+    {'dice': ['runs/dice_s0', 'runs/dice_s1']}
+    """
+    found: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        found.setdefault(_key(config), []).append(name)
+    short = [_common_name(names) for names in found.values()]
+    arms: dict[str, list[str]] = {}
+    for number, (arm, names) in enumerate(zip(short, found.values(), strict=True), start=1):
+        told_apart = arm and short.count(arm) == 1
+        arms[arm if told_apart else names[0] if len(names) == 1 else f"arm {number}"] = names
+    return arms
+
+
+def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> list[RunScores]:
+    """Return one record an arm, label and kind of prediction, in place of its runs."""
+    pooled = []
+    for arm, names in arms.items():
+        of_arm = [run for run in runs if run.name in names]
+        for label, kind in dict.fromkeys((run.label, run.prediction) for run in of_arm):
+            members = [run for run in of_arm if (run.label, run.prediction) == (label, kind)]
+            pooled.append(pool(arm, members))
+    return pooled
+
+
+def pool_points(
+    points: Sequence[RobustnessPoint],
+    runs: Sequence[RunScores],
+    arms: Mapping[str, Sequence[str]],
+) -> list[RobustnessPoint]:
+    """Return the same for what was measured under damage."""
+    titles = {
+        run.title: RunScores(arm, [], run.label).title
+        for arm, names in arms.items()
+        for run in runs
+        if run.name in names and run.prediction == "plain"
+    }
+    found: dict[tuple[str, str, int], list[RobustnessPoint]] = {}
+    for point in points:
+        key = (titles[point.run], point.corruption, point.strength)
+        found.setdefault(key, []).append(point)
+    return [
+        RobustnessPoint(*key, mean_scores([point.scores for point in of_arm]))
+        for key, of_arm in found.items()
+    ]
+
+
+def _key(config: Config) -> str:
+    """Return what must be equal within an arm."""
+    settings: dict[str, Any] = {
+        f"{section}.{name}": value
+        for section, values in config.model_dump().items()
+        for name, value in values.items()
+    }
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in _OF_ONE_ARM and not key.startswith("output.")
+    }
+    # Machines keep a data set in different places, but under one name.
+    kept["data set"] = Path(config.data.path or "").name
+    kept["replayed"] = config.control.replay and config.control.replay_arm
+    return json.dumps(kept, sort_keys=True)
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return what the names of an arm's runs have in common, without a number at the end."""
+    last = {name.rsplit("/", 1)[-1] for name in names}
+    if len(last) == 1 < len(names):
+        return last.pop()
+    # Sign by sign: "dice_s0" and "dice_s1" have "dice_s" in common.
+    common = os.path.commonprefix(list(names)).rsplit("/", 1)[-1]  # noqa: RUF071
+    return re.sub(r"([-_. ]+(seed|fold|s|f)?[-_. ]*\d*)$", "", common, flags=re.IGNORECASE)

@@ -1,0 +1,457 @@
+"""What an evaluation found: metrics by image, label and run, arms of several seeds, comparisons.
+
+Nothing here looks at pixels but `image_scores`; how all this is written down is the business of
+`tables`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from polyseg.errors import PolysegError
+from polyseg.metrics.calibration import (
+    ReliabilityCurve,
+    area_under_risk_coverage,
+    excess_area,
+    failure_auroc,
+)
+from polyseg.metrics.image_metrics import METRICS, MetricColumn, image_metrics
+from polyseg.metrics.rank_stability import spearman
+from polyseg.metrics.significance import (
+    Interval,
+    PairedDifference,
+    adjust_together,
+    mean_interval,
+    over_runs,
+    paired_difference,
+    seed_spread,
+    terciles,
+)
+
+Values = NDArray[np.float64]
+Prediction = Literal["plain", "mc_mean"]
+
+SIZES = ("small", "medium", "large")
+DIFFICULTIES = ("easy", "medium", "hard")
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """The metrics of one image and label."""
+
+    id: str
+    values: Mapping[str, float]
+    """By the key of `METRICS`; NaN where the mask leaves it undefined."""
+    mask_pixels: float
+    predicted_pixels: float
+    uncertainty: Mapping[str, float] = field(default_factory=dict)
+    """How unsure the network was about the image, by name, where that was measured."""
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """The metrics of one network, or of an arm of several, on some images.
+
+    >>> mask = np.array([[1, 0], [0, 0]])
+    >>> scores = image_scores("a", np.array([[0.9, 0.6], [0.1, 0.2]]), mask)
+    >>> round(RunScores("one", [scores]).mean("dice"), 4)
+    0.6667
+    """
+
+    name: str
+    scores: Sequence[ImageScores]
+    label: str = ""
+    """Which of the network's labels, where it has several."""
+    prediction: Prediction = "plain"
+    """Of one pass without dropout, or the mean over the passes of MC Dropout."""
+    threshold: float = 0.5
+    """From which probability on a pixel is foreground; NaN where an arm's runs differ."""
+    unit: str = "px"
+    """Of distances: "px" or "mm"."""
+    seed: int | None = None
+    fold: int | None = None
+    """Of the training, by which runs of two arms are paired."""
+    reliability: ReliabilityCurve | None = None
+    """Over the pixels of all images."""
+    members: Sequence["RunScores"] = ()
+    """The runs of an arm."""
+
+    @property
+    def title(self) -> str:
+        """The name that tables and figures show."""
+        name = f"{self.name} (MC mean)" if self.prediction == "mc_mean" else self.name
+        return f"{name}: {self.label}" if self.label else name
+
+    def column(self, key: str) -> Values:
+        """Return a metric of every image, (n,)."""
+        return np.array([image.values[key] for image in self.scores], dtype=np.float64)
+
+    def defined(self, key: str) -> Values:
+        """Return a metric of the images for which it is defined."""
+        values = self.column(key)
+        return values[~np.isnan(values)]
+
+    def mean(self, key: str) -> float:
+        """Return the mean over the images for which the metric is defined; NaN without any."""
+        values = self.defined(key)
+        return float(values.mean()) if values.size else math.nan
+
+    def deviation(self, key: str) -> float:
+        """Return the standard deviation over the images, divisor n - 1; NaN below two."""
+        values = self.defined(key)
+        return float(values.std(ddof=1)) if values.size > 1 else math.nan
+
+    def interval(self, key: str) -> Interval:
+        """Return the bootstrap interval, at 95 %, of the mean over the images."""
+        return mean_interval(self.column(key))
+
+    def seed_deviation(self, key: str) -> float:
+        """Return the standard deviation of an arm's means over its seeds; NaN below two.
+
+        Folds of one seed count together, since their images differ; seeds that were not tested on
+        the same images tell nothing of each other.
+        """
+        ids = [image.id for image in self.scores]
+        seeds = dict.fromkeys(run.seed for run in self.members)
+        parts = [[run for run in self.members if run.seed == seed] for seed in seeds]
+        if any({one.id for run in part for one in run.scores} != set(ids) for part in parts):
+            return math.nan
+        table = [_by_id(pool("", part), key, ids) for part in parts]
+        return seed_spread(table).deviation_over_seeds if table else math.nan
+
+    def uncertainty(self, name: str) -> Values:
+        """Return an uncertainty of every image, (n,), NaN where it was not measured."""
+        return np.array([image.uncertainty.get(name, math.nan) for image in self.scores])
+
+    def counts(self) -> dict[str, int]:
+        """Return how many images were empty in which way, for an arm by any of its runs."""
+        if self.members:
+            each = [run.cases() for run in self.members]
+            return {name: len(set().union(*(one[name] for one in each))) for name in each[0]}
+        return {name: len(ids) for name, ids in self.cases().items()}
+
+    def cases(self) -> dict[str, set[str]]:
+        """Return which images were empty in which way."""
+        masks = np.array([image.mask_pixels > 0 for image in self.scores], dtype=bool)
+        predictions = np.array([image.predicted_pixels > 0 for image in self.scores], dtype=bool)
+        chosen = {
+            "images": np.ones_like(masks),
+            "both empty": ~masks & ~predictions,
+            "mask empty": ~masks & predictions,
+            "prediction empty": masks & ~predictions,
+        }
+        ids = [image.id for image in self.scores]
+        return {name: {ids[int(i)] for i in np.flatnonzero(rows)} for name, rows in chosen.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run against the baseline: differences image by image, for each metric."""
+
+    baseline: str
+    run: str
+    label: str
+    differences: Mapping[str, PairedDifference]
+    """By the key of `METRICS`."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Some of a run's images: a third by size or by difficulty."""
+
+    by: str
+    """"size" or "difficulty"."""
+    name: str
+    images: int
+    means: Mapping[str, float]
+    """By the key of `METRICS`, NaN where no image defines it."""
+
+
+@dataclass(frozen=True)
+class FailureDetection:
+    """Whether an uncertainty tells the images that a network segments badly; risk is 1 - Dice."""
+
+    uncertainty: str
+    failed: int
+    """Images whose Dice is below the limit."""
+    auroc: float
+    """Of telling them by the uncertainty; NaN if all or none failed."""
+    aurc: float
+    excess_aurc: float
+    spearman: float
+    """Rank correlation with 1 - Dice."""
+
+
+@dataclass(frozen=True)
+class RobustnessPoint:
+    """A metric of a run on images that were damaged in one way and to one degree."""
+
+    run: str
+    """Its title."""
+    corruption: str
+    strength: int
+    """0: not at all."""
+    scores: Sequence[ImageScores]
+
+    def column(self, key: str) -> Values:
+        """Return a metric of every image, (n,)."""
+        return RunScores(self.run, self.scores).column(key)
+
+    def mean(self, key: str) -> float:
+        """Return its mean over the images for which it is defined; NaN without any."""
+        return RunScores(self.run, self.scores).mean(key)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation has to tell."""
+
+    runs: Sequence[RunScores]
+    comparisons: Sequence[Comparison] = ()
+    robustness: Sequence[RobustnessPoint] = ()
+    tolerance: float = 2.0
+    """Of NSD, in the unit of the distances."""
+    failure: float = 0.7
+    """Dice below which an image counts as failed."""
+
+    @property
+    def unit(self) -> str:
+        """Of distances."""
+        return self.runs[0].unit if self.runs else "px"
+
+    def difficulty(self, run: RunScores) -> Values | None:
+        """Return the difficulty of a run's images to the first run, so that thirds are the same.
+
+        It is the first uncertainty that was measured, (n,), NaN for an image without; or None.
+        """
+        first = next((one for one in self.runs if one.label == run.label), run)
+        names = [name for image in first.scores for name in image.uncertainty]
+        if not names:
+            return None
+        ids = [image.id for image in first.scores]
+        known = dict(zip(ids, first.uncertainty(names[0]), strict=True))
+        return np.array([known.get(image.id, math.nan) for image in run.scores])
+
+
+def image_scores(
+    identity: str,
+    probability: Values,
+    mask: NDArray[np.integer],
+    *,
+    threshold: float = 0.5,
+    spacing: tuple[float, float] | None = None,
+    tolerance: float = 2.0,
+    uncertainty: Mapping[str, float] | None = None,
+) -> ImageScores:
+    """Return the metrics of one image, the prediction being probability >= threshold.
+
+    Args:
+        identity: the image's id.
+        probability: (H, W) in [0, 1].
+        mask: (H, W) in {0, 1}.
+        threshold: in (0, 1).
+        spacing: of rows and of columns, in mm; without it distances are in pixels.
+        tolerance: of NSD, in the same unit.
+        uncertainty: about the image, by name.
+
+    >>> mask = np.array([[1, 1], [0, 0]])
+    >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
+    0.5
+    """
+    return ImageScores(
+        id=identity,
+        values=image_metrics(
+            probability, mask, threshold=threshold, spacing=spacing, tolerance=tolerance
+        ),
+        mask_pixels=int((np.asarray(mask) > 0).sum()),
+        predicted_pixels=int((np.asarray(probability) >= threshold).sum()),
+        uncertainty=uncertainty or {},
+    )
+
+
+def pool(name: str, members: Sequence[RunScores]) -> RunScores:
+    """Return runs that differ by seed or fold as one arm: each image its mean over them.
+
+    An image that one run did not test, being of another fold, has the mean of those that did.
+
+    Raises:
+        PolysegError: their distances have different units.
+
+    >>> scores = [ImageScores("a", {"dice": dice}, 4, 4) for dice in (0.5, 0.7)]
+    >>> arm = pool("arm", [RunScores(f"s{i}", [one], seed=i) for i, one in enumerate(scores)])
+    >>> round(arm.mean("dice"), 3), round(arm.seed_deviation("dice"), 3)
+    (0.6, 0.141)
+    """
+    first = members[0]
+    if len({run.unit for run in members}) > 1:
+        raise PolysegError(f"{name}: some of its runs have distances in mm and some in pixels")
+    curves = [run.reliability for run in members if run.reliability is not None]
+    return replace(
+        first,
+        name=name,
+        scores=mean_scores([run.scores for run in members]),
+        threshold=first.threshold if len({run.threshold for run in members}) == 1 else math.nan,
+        reliability=sum(curves[1:], curves[0]) if curves else None,
+        members=tuple(members),
+    )
+
+
+def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
+    """Return each image's mean over the runs that have tested it, in order of appearance."""
+    found: dict[str, list[ImageScores]] = {}
+    for scores in runs:
+        for image in scores:
+            found.setdefault(image.id, []).append(image)
+    return [_mean_of_image(images) for images in found.values()]
+
+
+def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
+    """Compare all runs with the one of that name, label by label, on the same images.
+
+    Means over the passes of MC Dropout are compared with such means. Of arms the runs with equal
+    seed and fold are compared, or all if there are none. p-values of a metric are adjusted by
+    Holm's method over the runs that are compared in it.
+
+    Raises:
+        PolysegError: there is no such run.
+    """
+    titles = {run.name for run in runs}
+    if baseline not in titles:
+        raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(titles))}")
+    found = []
+    for kind in dict.fromkeys((run.label, run.prediction) for run in runs):
+        of_kind = [run for run in runs if (run.label, run.prediction) == kind]
+        reference = next((run for run in of_kind if run.name == baseline), None)
+        if reference is None:
+            raise PolysegError(f"--baseline {baseline}: has nothing of {kind[0] or kind[1]}")
+        found += _compared(reference, [run for run in of_kind if run is not reference])
+    return found
+
+
+def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stratum]:
+    """Yield the thirds of a run's images by size of the mask, and by difficulty where it is known.
+
+    Args:
+        run: its images without foreground are in no third by size.
+        difficulty: (n,) of its images; of one run for all that are compared, so that their thirds
+            are of the same images.
+    """
+    sizes = np.array([image.mask_pixels or math.nan for image in run.scores])
+    ways = [("size", SIZES, sizes)]
+    if difficulty is not None and np.isfinite(difficulty).any():
+        ways.append(("difficulty", DIFFICULTIES, np.asarray(difficulty, np.float64)))
+    for by, names, values in ways:
+        thirds = terciles(values)
+        for i, name in enumerate(names):
+            rows = np.flatnonzero(thirds == i)
+            part = replace(run, scores=[run.scores[int(row)] for row in rows])
+            means = {metric.key: part.mean(metric.key) for metric in METRICS}
+            yield Stratum(by, name, len(rows), means)
+
+
+def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
+    """Return how well each uncertainty that was measured tells the images that failed.
+
+    Args:
+        run: of its images those count that have a Dice and an uncertainty.
+        limit: Dice below which an image has failed.
+
+    >>> found = [(0.9, 0.1), (0.5, 0.3), (0.8, 0.2)]
+    >>> images = [ImageScores("", {"dice": dice}, 1, 1, {"entropy": u}) for dice, u in found]
+    >>> failure_detection(RunScores("run", images), 0.7)[0].auroc
+    1.0
+    """
+    names = dict.fromkeys(name for image in run.scores for name in image.uncertainty)
+    dice = run.column("dice")
+    found = []
+    for name in names:
+        uncertainty = run.uncertainty(name)
+        known = np.isfinite(dice) & np.isfinite(uncertainty)
+        risk, unsure = 1 - dice[known], uncertainty[known]
+        found.append(
+            FailureDetection(
+                uncertainty=name,
+                failed=int((dice[known] < limit).sum()),
+                auroc=failure_auroc(dice[known] < limit, unsure),
+                aurc=area_under_risk_coverage(risk, unsure),
+                excess_aurc=excess_area(risk, unsure),
+                spearman=spearman(unsure, risk),
+            )
+        )
+    return found
+
+
+def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Comparison]:
+    differences = {
+        metric.key: adjust_together([_difference(reference, run, metric) for run in others])
+        for metric in METRICS
+    }
+    return [
+        Comparison(
+            baseline=reference.title,
+            run=run.title,
+            label=run.label,
+            differences={key: found[i] for key, found in differences.items()},
+        )
+        for i, run in enumerate(others)
+    ]
+
+
+def _difference(reference: RunScores, run: RunScores, metric: MetricColumn) -> PairedDifference:
+    """Compare two runs, or of two arms the runs with equal seed and fold."""
+    pairs = _pairs(reference, run)
+    if pairs:
+        reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
+    ids = [image.id for image in reference.scores]
+    found = paired_difference(
+        reference.column(metric.key),
+        _by_id(run, metric.key, ids),
+        higher_is_better=metric.higher_is_better,
+    )
+    return over_runs(found, [_mean_difference(*pair, metric.key) for pair in pairs])
+
+
+def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunScores]]:
+    return [
+        (one, other)
+        for one in reference.members
+        for other in run.members
+        if (one.seed, one.fold) == (other.seed, other.fold)
+    ]
+
+
+def _mean_difference(one: RunScores, other: RunScores, key: str) -> float:
+    ids = [image.id for image in one.scores]
+    differences = _by_id(other, key, ids) - _by_id(one, key, ids)
+    known = differences[np.isfinite(differences)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
+    """Return a metric of some images, NaN where the run has not tested one."""
+    values = {image.id: image.values[key] for image in run.scores}
+    return np.array([values.get(identity, math.nan) for identity in ids])
+
+
+def _mean_of_image(images: Sequence[ImageScores]) -> ImageScores:
+    """Return the mean over several runs' scores of one image, of what is defined in any."""
+    first = images[0]
+
+    def mean(values: Sequence[float]) -> float:
+        known = [value for value in values if not math.isnan(value)]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    return ImageScores(
+        id=first.id,
+        values={key: mean([image.values[key] for image in images]) for key in first.values},
+        mask_pixels=first.mask_pixels,
+        predicted_pixels=mean([image.predicted_pixels for image in images]),
+        uncertainty={
+            name: mean([image.uncertainty.get(name, math.nan) for image in images])
+            for name in first.uncertainty
+        },
+    )

@@ -1,0 +1,446 @@
+"""One network tested: what it predicts, by pass or by passes, of images as they are or damaged.
+
+Several processes share the images of each test, and all of them get the metrics of all images.
+"""
+
+import functools
+import logging
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.config import MOST_SAMPLES
+from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
+from polyseg.data.dataset import ImageSet
+from polyseg.data.loading import load_images
+from polyseg.errors import PolysegError
+from polyseg.evaluation.scores import (
+    ImageScores,
+    Prediction,
+    RobustnessPoint,
+    RunScores,
+    image_scores,
+)
+from polyseg.metrics.calibration import ReliabilityCurve
+from polyseg.montecarlo.assessment import assess
+from polyseg.networks.inference import predict
+from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.records import METRICS, Progress, no_progress
+from polyseg.runs.trained_model import Load, Model, images_for, moved_split, part_of, passes_of
+from polyseg.system.process_group import ALONE, Processes
+
+log = logging.getLogger(__name__)
+
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""Among which one is chosen on the validation images."""
+
+_PIXELS_AT_ONCE = 2**24
+"""Of which MC Dropout's maps are held."""
+_CHOOSING = 48
+"""At least as many images as choose how many passes there are, but for the rest of a batch."""
+
+Threshold = float | Literal["val"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PredictedMasks:
+    """What a network predicted for each image, eight pixels a byte."""
+
+    run: str
+    label: str
+    packed: Mapping[str, NDArray[np.uint8]]
+    """By the image's id."""
+    shapes: Mapping[str, tuple[int, int]]
+
+    def mask(self, identity: str) -> NDArray[np.bool_]:
+        """Return the predicted mask of an image, (H, W)."""
+        height, width = self.shapes[identity]
+        bits = np.unpackbits(self.packed[identity], count=height * width)
+        return bits.reshape(height, width).astype(bool)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of each network."""
+
+    threshold: Threshold = 0.5
+    """From which probability on a pixel is foreground; "val": the best on validation images."""
+    uncertainty: bool = False
+    """Whether to test the mean over passes of MC Dropout too, and whether D finds failures."""
+    samples: int | None = None
+    """N, the passes; the run's own if left out."""
+    corruptions: Sequence[str] = ()
+    """Kinds of damage to test under."""
+    tolerance: float = 2.0
+    """Of NSD, in pixels, or in mm where spacings are known."""
+    failure: float = 0.7
+    """Dice below which an image counts as failed."""
+
+    def check(self) -> None:
+        """Raise for what cannot be asked.
+
+        Raises:
+            PolysegError: names the option.
+        """
+        if self.threshold != "val" and not 0 < float(self.threshold) < 1:
+            raise PolysegError(f"--threshold {self.threshold}: above 0 and below 1, or val")
+        if self.samples is not None and not 2 <= self.samples <= MOST_SAMPLES:
+            raise PolysegError(f"--samples {self.samples}: from 2 to {MOST_SAMPLES:,} passes")
+        if self.samples is not None and not self.uncertainty:
+            raise PolysegError("--samples: counts passes of MC Dropout; add --uncertainty")
+        if not 0 < self.tolerance < 1000:
+            raise PolysegError(f"--tolerance {self.tolerance:g}: above 0 and below 1000")
+        if not 0 < self.failure <= 1:
+            raise PolysegError(f"--failure {self.failure:g}: a Dice above 0, up to 1")
+        for name in self.corruptions:
+            check_corruption(name, 0)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the testing of one network gave."""
+
+    scores: Sequence[RunScores]
+    points: Sequence[RobustnessPoint]
+    masks: Sequence[PredictedMasks]
+
+
+class _Prediction(NamedTuple):
+    """A network's answer for one image."""
+
+    id: str
+    probability: NDArray[np.float64]
+    """(K, H, W) in [0, 1]."""
+    masks: NDArray[np.uint8]
+    """(K, H, W) in {0, 1}, the truth."""
+    uncertainty: Mapping[str, Sequence[float]]
+    """By name, one a label."""
+
+
+def score(
+    name: str,
+    network: SegmentationNetwork,
+    images: ImageSet,
+    ids: Sequence[str],
+    batch_size: int,
+    *,
+    progress: Progress = no_progress,
+) -> list[RunScores]:
+    """Return the metrics of a network on some images, image by image, a record a label.
+
+    Raises:
+        PolysegError: the images have no masks.
+    """
+    predictions = _plain(network, images, ids, batch_size, f"testing {name}", progress, ALONE)
+    thresholds = dict.fromkeys(images.labels, 0.5)
+    return _judge(name, predictions, images, ids, thresholds, Questions(), ALONE)
+
+
+def choose_thresholds(
+    network: SegmentationNetwork,
+    images: ImageSet,
+    ids: Sequence[str],
+    batch_size: int,
+    progress: Progress = no_progress,
+    processes: Processes = ALONE,
+) -> dict[str, float]:
+    """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
+
+    Of several that are equally good it is the one nearest to 0.5.
+    """
+    task = "choosing thresholds"
+    dices = [
+        [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
+        for one in _plain(network, images, ids, batch_size, task, progress, processes)
+    ]
+    means = np.mean(processes.joined(dices), axis=0).round(9)
+    nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
+    return {
+        label: max(zip(of_label.tolist(), nearness, THRESHOLDS, strict=True))[2]
+        for label, of_label in zip(images.labels, means, strict=True)
+    }
+
+
+def ask_network(
+    model: Model,
+    name: str,
+    images: ImageSet,
+    ids: Sequence[str],
+    questions: Questions,
+    cache: Path | None = None,
+    load: Load = load_images,
+    progress: Progress = no_progress,
+    processes: Processes = ALONE,
+) -> Tested:
+    """Ask one network everything.
+
+    Args:
+        model: the network.
+        name: of it, in tables.
+        images: among which the tested ones are.
+        ids: of those.
+        questions: what to ask.
+        cache: where decoded images go that do not fit into memory.
+        load: what reads the network's own data.
+        progress: of all this.
+        processes: that share the images; all get the whole.
+
+    Raises:
+        PolysegError: the images have no masks, or there are none to choose a threshold on.
+    """
+    thresholds = _thresholds(model, images, questions, cache, load, progress, processes)
+    scores: list[RunScores] = []
+    if questions.uncertainty:
+        passes = _passes(model, images, ids, questions, progress, processes)
+        scores = _judge(name, passes, images, ids, thresholds, questions, processes, "mc_mean")
+    uncertainty = _by_image(scores)
+    size, kept = model.config.training.batch_size, _Keeper(name, images.labels, thresholds)
+    predictions = (
+        one._replace(uncertainty=uncertainty.get(one.id, {}))
+        for one in _plain(model.network, images, ids, size, f"testing {name}", progress, processes)
+    )
+    plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions, processes)
+    points = _under_damage(model, plain, images, ids, questions, progress, processes)
+    return Tested(plain + scores, list(points), kept.masks(processes))
+
+
+def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
+    """Return the uncertainties about each image, by name, one a label."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in scores:
+        for image in run.scores:
+            for name, value in image.uncertainty.items():
+                found.setdefault(image.id, {}).setdefault(name, []).append(value)
+    return found
+
+
+def _thresholds(
+    model: Model,
+    images: ImageSet,
+    questions: Questions,
+    cache: Path | None,
+    load: Load,
+    progress: Progress,
+    processes: Processes,
+) -> dict[str, float]:
+    if questions.threshold != "val":
+        return dict.fromkeys(images.labels, float(questions.threshold))
+    split = moved_split(model, images)
+    own, ids = (
+        images_for(model, None, "val", "val", progress, cache, load)
+        if split is None
+        else (images, part_of(split, "val", images, model))
+    )
+    size = model.config.training.batch_size
+    found = choose_thresholds(model.network, own, ids, size, progress, processes)
+    for label, threshold in found.items():
+        what = f" of {label}" if label else ""
+        log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
+    return found
+
+
+def _plain(
+    network: SegmentationNetwork,
+    images: ImageSet,
+    ids: Sequence[str],
+    batch_size: int,
+    task: str,
+    progress: Progress,
+    processes: Processes,
+) -> Iterator[_Prediction]:
+    """Yield what one pass without dropout predicts for each image of this process's share."""
+    done = 0
+    for batch, logits in predict(network, images.batches(processes.share(ids), batch_size)):
+        if batch.masks is None:
+            raise PolysegError("evaluate: the images have no masks to compare with")
+        for row, identity in enumerate(batch.ids):
+            probability = logits[row].double().sigmoid().numpy()
+            yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
+        done += len(batch.ids)
+        progress(task, min(len(ids), processes.count * done), len(ids))
+
+
+def _passes(
+    model: Model,
+    images: ImageSet,
+    ids: Sequence[str],
+    questions: Questions,
+    progress: Progress,
+    processes: Processes,
+) -> Iterator[_Prediction]:
+    """Yield the mean over the passes of MC Dropout, and the uncertainty, of each image of a share.
+
+    Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
+    """
+    settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
+    settings |= {} if questions.samples is None else {"samples": questions.samples}
+    names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
+    labels, size = len(images.labels), model.config.training.batch_size
+    mine = set(processes.share(ids))
+    choosing = _CHOOSING + size if settings["samples"] == "auto" else 0
+    for part in _parts(images, ids, choosing, processes):
+        found = assess(
+            model.network,
+            images.batches(part, size),
+            **settings,
+            seed=model.config.training.seed,
+            epoch=model.checkpoint.epoch,
+            progress=progress,
+            total=len(part),
+        ).in_order(part)
+        # Where the passes choose N, the first part does so for all.
+        settings["samples"] = found.samples
+        for i, identity in enumerate(part):
+            if identity not in mine:
+                continue
+            rows = slice(i * labels, (i + 1) * labels)
+            _, masks = images.sample(identity)
+            yield _Prediction(
+                identity,
+                np.stack(found.maps["mean"][rows]).astype(np.float64),
+                masks.numpy(),
+                {name: found.scores[name][rows].tolist() for name in names},
+            )
+
+
+def _parts(
+    images: ImageSet, ids: Sequence[str], choosing: int, processes: Processes
+) -> Iterator[list[str]]:
+    """Yield a process's share of the images in parts whose maps fit into memory.
+
+    So many of the first choose N: where there are several processes, all of them see all of those
+    before anything else, so that they choose the same.
+    """
+    first = next(_chunks(images, ids))[:choosing] if processes.count > 1 else []
+    rest = [identity for identity in processes.share(ids) if identity not in first]
+    if first:
+        yield first
+    if rest:
+        yield from _chunks(images, rest)
+
+
+def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the images in parts whose maps fit into memory."""
+    part: list[str] = []
+    pixels = 0
+    for identity in ids:
+        height, width = images.item(identity).size
+        pixels += height * width * len(images.labels)
+        if part and pixels > _PIXELS_AT_ONCE:
+            yield part
+            part, pixels = [], height * width * len(images.labels)
+        part.append(identity)
+    yield part
+
+
+def _judge(
+    name: str,
+    predictions: Iterable[_Prediction],
+    images: ImageSet,
+    ids: Sequence[str],
+    thresholds: Mapping[str, float],
+    questions: Questions,
+    processes: Processes,
+    prediction: Prediction = "plain",
+) -> list[RunScores]:
+    """Return the metrics of all images, a record a label, where each process judges its share."""
+    in_mm = all(images.item(identity).spacing is not None for identity in ids)
+    rows: list[list[ImageScores]] = []
+    curves = [ReliabilityCurve() for _ in images.labels]
+    for one in predictions:
+        rows.append(
+            [
+                image_scores(
+                    one.id,
+                    one.probability[k],
+                    one.masks[k],
+                    threshold=thresholds[label],
+                    spacing=images.item(one.id).spacing if in_mm else None,
+                    tolerance=questions.tolerance,
+                    uncertainty={key: values[k] for key, values in one.uncertainty.items()},
+                )
+                for k, label in enumerate(images.labels)
+            ]
+        )
+        for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
+            curve.add(probability, masks)
+    rows, of_all = processes.joined(rows), processes.gathered(curves)
+    return [
+        RunScores(
+            name=name,
+            scores=[row[k] for row in rows],
+            label=label,
+            prediction=prediction,
+            threshold=thresholds[label],
+            unit="mm" if in_mm else "px",
+            reliability=functools.reduce(operator.add, (curves[k] for curves in of_all)),
+        )
+        for k, label in enumerate(images.labels)
+    ]
+
+
+def _under_damage(
+    model: Model,
+    clean: Sequence[RunScores],
+    images: ImageSet,
+    ids: Sequence[str],
+    questions: Questions,
+    progress: Progress,
+    processes: Processes,
+) -> Iterator[RobustnessPoint]:
+    """Yield the metrics of a network on images damaged in each way, to each degree."""
+    thresholds = {run.label: run.threshold for run in clean}
+    name, config, mine = clean[0].name, model.config, processes.share(ids)
+    for corruption in questions.corruptions:
+        yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
+        for strength in STRENGTHS[1:]:
+            # One seed for all networks, so that all see the same damage.
+            seen = corrupted(images, corruption, strength, seed=0, config=config.data, ids=mine)
+            task = f"testing {name} under {corruption} {strength}"
+            size = config.training.batch_size
+            predictions = _plain(model.network, seen, ids, size, task, progress, processes)
+            for run in _judge(name, predictions, images, ids, thresholds, questions, processes):
+                yield RobustnessPoint(run.title, corruption, strength, run.scores)
+
+
+class _Keeper:
+    """Keeps the predicted masks that pass by, eight pixels a byte, for the figures at the end."""
+
+    def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
+        self.name, self.labels, self.thresholds = name, labels, thresholds
+        self.packed: dict[str, dict[str, NDArray[np.uint8]]] = {label: {} for label in labels}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, one: _Prediction) -> _Prediction:
+        for k, label in enumerate(self.labels):
+            predicted = one.probability[k] >= self.thresholds[label]
+            self.packed[label][one.id] = np.packbits(predicted)
+            self.shapes[one.id] = (predicted.shape[0], predicted.shape[1])
+        return one
+
+    def masks(self, processes: Processes) -> list[PredictedMasks]:
+        """Return those that passed by in any of the processes, a record a label."""
+        packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
+        shapes = _united(processes.gathered(self.shapes))
+        return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]
+
+
+def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
+    truth = mask > 0
+    found = []
+    for threshold in THRESHOLDS:
+        predicted = probability >= threshold
+        total = int(predicted.sum()) + int(truth.sum())
+        found.append(2 * int((predicted & truth).sum()) / total if total else 1.0)
+    return np.array(found)

@@ -1,0 +1,1 @@
+"""Draw every figure; the only package that imports matplotlib."""

@@ -1,0 +1,192 @@
+"""Whether probabilities come true, and whether the images fail of which a network is unsure.
+
+Up to four runs share a panel. Of more, each has a panel of its own, with the others in gray.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MultipleLocator, NullLocator
+
+from polyseg.figures.style import (
+    GRAY,
+    MARKERS,
+    ONE_COLUMN,
+    RUN_COLOURS,
+    TWO_COLUMNS,
+    Numbers,
+    formatted,
+    shorten,
+    styled,
+    wrapped,
+)
+
+Curve = tuple[Numbers, Numbers]
+"""x and y, (n,) each."""
+
+_TOGETHER, _COLUMNS = 4, 4
+_OTHERS = "0.85"
+
+
+@styled
+def reliability_diagram(
+    names: Sequence[str],
+    mean_predicted: Sequence[Numbers],
+    observed: Sequence[Numbers],
+    counts: Sequence[Numbers],
+    errors: Sequence[float],
+) -> Figure:
+    """Draw the observed share of foreground over its predicted probability.
+
+    The dashed diagonal is perfect calibration; below it a network claims more foreground than there
+    is. Under each panel is how many pixels have such a probability, on a logarithmic scale.
+
+    Args:
+        names: of the runs, at least one.
+        mean_predicted: a run (bins,) in [0, 1], the mean probability in each of the equal-width
+            bins; NaN in an empty one.
+        observed: a run (bins,) in [0, 1], the share of foreground; NaN in an empty bin.
+        counts: a run (bins,), the pixels in each bin.
+        errors: the expected calibration error of each run.
+
+    >>> predicted, observed, count = np.array([[0.2, 0.9], [0.1, 0.8], [300, 20]])
+    >>> figure = reliability_diagram(["adaptive"], [predicted], [observed], [count], [0.1])
+    >>> figure.legends[0].get_texts()[0].get_text()
+    '0.100  adaptive'
+    """
+    figure, panels = _panels(len(names), heights=(3.3, 2.4))
+    curves = list(zip(mean_predicted, observed, strict=True))
+    most = max(np.max(values, initial=1) for values in counts)
+    for axes, runs in panels:
+        axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=0.8)
+        _draw_runs(axes, runs, curves, spacing=0)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.tick_params(labelbottom=False)
+        below = axes.inset_axes((0, -0.36, 1, 0.3), sharex=axes)
+        _draw_counts(below, [counts[i] for i in runs], most)
+        place = axes.get_subplotspec()
+        if place and place.is_first_col():
+            axes.set_ylabel("share of foreground")
+            below.set_ylabel("pixels")
+    figure.supxlabel("predicted probability of foreground", fontsize=9)
+    _name_runs(figure, panels, names, "ECE of all pixels", errors)
+    return figure
+
+
+@styled
+def risk_coverage_curves(
+    names: Sequence[str],
+    curves: Sequence[Curve],
+    *,
+    best: Sequence[Curve] | None = None,
+    uncertainty: str = "",
+) -> Figure:
+    """Draw the risk, mean 1 - Dice, of the images kept over how many are, the most certain first.
+
+    Dashed is the mean risk of all images, where an uncertainty that says nothing stays.
+
+    Args:
+        names: of the runs, at least one.
+        curves: a run its coverage, (n,) in (0, 1] and rising to 1, and its selective risk, (n,),
+            the mean of which is AURC.
+        best: a run the same of the order by the risk itself, which none beats; drawn dotted.
+        uncertainty: by which images are in order, if it is one for all runs.
+
+    >>> curve = np.array([0.5, 1.0]), np.array([0.1, 0.2])
+    >>> risk_coverage_curves(["adaptive"], [curve]).legends[0].get_texts()[0].get_text()
+    '0.150  adaptive'
+    """
+    figure, panels = _panels(len(names), heights=(2.6, 1.9))
+    percent = [(100 * coverage, risk) for coverage, risk in curves]
+    for axes, runs in panels:
+        _draw_runs(axes, runs, percent, spacing=0.1)
+        for i, colour in zip(runs, RUN_COLOURS, strict=False):
+            axes.axhline(curves[i][1][-1], color=colour, linestyle="--", linewidth=0.8)
+            if best is not None:
+                axes.plot(100 * best[i][0], best[i][1], color=colour, linestyle=":")
+        axes.set(xlim=(0, 103))
+        axes.xaxis.set_major_locator(MultipleLocator(25))
+        axes.tick_params(labelbottom=True)
+    panels[0][0].set_ylim(bottom=0)
+    by = f", by {uncertainty}" if uncertainty else ""
+    figure.supxlabel(f"coverage: images kept (%){by}", fontsize=9)
+    figure.supylabel("risk: their mean 1 − Dice", fontsize=9)
+    others = [Line2D([], [], color=GRAY, linestyle="--", label="all images, or random order")]
+    if best is not None:
+        others.append(Line2D([], [], color=GRAY, linestyle=":", label="best order"))
+    areas = [float(np.mean(risk)) for _, risk in curves]
+    _name_runs(figure, panels, names, "AURC", areas, others)
+    return figure
+
+
+def _panels(
+    runs: int, heights: tuple[float, float]
+) -> tuple[Figure, list[tuple[Axes, Sequence[int]]]]:
+    """Return a figure, and its panels with the runs of each.
+
+    Args:
+        runs: at least one.
+        heights: in inches, of the one panel of few runs, and of one of many.
+    """
+    together = runs <= _TOGETHER
+    shown = [range(runs)] if together else [range(i, i + 1) for i in range(runs)]
+    lines = math.ceil(len(shown) / _COLUMNS)
+    columns = math.ceil(len(shown) / lines)
+    if together:
+        size = ONE_COLUMN, heights[0] + 0.17 * (runs + 2)
+    else:
+        size = TWO_COLUMNS, 0.5 + heights[1] * lines
+    figure = Figure(figsize=size)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    return figure, list(zip(grid, shown, strict=False))
+
+
+def _draw_runs(axes: Axes, runs: Sequence[int], curves: Sequence[Curve], *, spacing: float) -> None:
+    """Draw the others' curves in gray and the runs' own on top, marked once a share of a curve."""
+    for i, curve in enumerate(curves):
+        if i not in runs:
+            axes.plot(*curve, color=_OTHERS, linewidth=0.8, zorder=1)
+    for i, colour, marker in zip(runs, RUN_COLOURS, MARKERS, strict=False):
+        step = max(math.ceil(spacing * len(curves[i][0])), 1)
+        marks = (step * i // _TOGETHER % step, step)  # beside those of the other curves
+        axes.plot(*curves[i], color=colour, marker=marker, markevery=marks, label=str(i))
+
+
+def _draw_counts(axes: Axes, counts: Sequence[Numbers], most: float) -> None:
+    for values, colour in zip(counts, RUN_COLOURS, strict=False):
+        edges = np.linspace(0, 1, len(values) + 1)
+        axes.stairs(values, edges, color=colour, linewidth=0.8)
+    axes.set_ylim(0.5, 3 * most)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=3))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _name_runs(
+    figure: Figure,
+    panels: Sequence[tuple[Axes, Sequence[int]]],
+    names: Sequence[str],
+    title: str,
+    values: Sequence[float],
+    others: Sequence[Line2D] = (),
+) -> None:
+    """Tell the runs and their values: in the legend where they share a panel, otherwise above."""
+    shown = [formatted(value, ".3f").replace("nan", "–") for value in values]
+    if len(names) > _TOGETHER:
+        for (axes, _), name, value in zip(panels, names, shown, strict=True):
+            axes.set_title(f"{wrapped(name)}\n{title} {value}", fontsize=8)
+        if others:
+            figure.legend(handles=others, loc="outside upper center", ncols=2)
+        return
+    handles = panels[0][0].get_legend_handles_labels()[0]
+    for handle, name, value in zip(handles, names, shown, strict=True):
+        handle.set_label(f"{value}  {shorten(name, 34)}")
+    handles += others
+    figure.legend(handles=handles, loc="outside upper center", title=title, alignment="left")

@@ -1,0 +1,156 @@
+"""Runs side by side, and how far they are from a baseline."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from polyseg.figures.style import (
+    BLACK,
+    GRAY,
+    ONE_COLUMN,
+    RUN_COLOURS,
+    SHADE,
+    TWO_COLUMNS,
+    Numbers,
+    boxes,
+    counted,
+    finite_values,
+    shorten,
+    styled,
+    wrapped,
+)
+
+Intervals = tuple[Numbers, Numbers, Numbers]
+"""Means, and the lower and upper ends of their intervals, (R,) each."""
+
+_STARS = "* p < 0.05   ** p < 0.01   *** p < 0.001"
+
+
+@styled
+def comparison(names: Sequence[str], values: Mapping[str, Sequence[Numbers]]) -> Figure:
+    """Draw the per-image values of several runs side by side, a panel a metric.
+
+    Each point is an image; boxes show the quartiles, whiskers reach from 5 to 95 %, the diamond
+    is the mean. Values that are not finite are left out, and their number is written below.
+
+    Args:
+        names: of the runs.
+        values: the metric's title to an array (n_i,) a run.
+
+    Raises:
+        ValueError: a metric has not one array a run.
+
+    >>> dice = [np.array([0.8, 0.9]), np.array([0.7, math.nan])]
+    >>> comparison(["adaptive", "fixed"], {"Dice": dice}).axes[0].get_xlabel()
+    '1 value not finite'
+    """
+    figure, panels = _panels(names, list(values), height=0.0)
+    for axes, runs in zip(panels, values.values(), strict=True):
+        _draw_values(axes, runs)
+    return figure
+
+
+@styled
+def differences(
+    names: Sequence[str],
+    intervals: Mapping[str, Intervals],
+    *,
+    stars: Mapping[str, Sequence[str]],
+    higher_is_better: Mapping[str, bool],
+    baseline: str,
+) -> Figure:
+    """Draw how far runs are from a baseline on the same images: a forest plot, a panel a metric.
+
+    Points are mean differences, bars their 95 % intervals; on the shaded side a run is better than
+    the baseline. What is not finite is left out.
+
+    Args:
+        names: of the R runs, without the baseline.
+        intervals: the metric's title to means and ends, (R,) each.
+        stars: the metric's title to R texts: "*", "**" and "***" for p below 0.05, 0.01 and 0.001,
+            otherwise "".
+        higher_is_better: the metric's title to whether a positive difference is an improvement.
+        baseline: what the runs are compared with.
+
+    Raises:
+        ValueError: a metric has not one value a run.
+
+    >>> found = {"Dice": (np.array([0.02]), np.array([0.01]), np.array([0.04]))}
+    >>> marks = {"stars": {"Dice": ["*"]}, "higher_is_better": {"Dice": True}}
+    >>> differences(["adaptive"], found, **marks, baseline="Dice loss").get_supxlabel()
+    'mean difference from Dice loss\\nand its 95 % interval'
+    """
+    figure, panels = _panels(names, list(intervals), height=0.85)
+    for axes, (metric, found) in zip(panels, intervals.items(), strict=True):
+        _draw_differences(axes, found, stars[metric])
+        _shade_better(axes, found, higher_is_better[metric])
+    below = f"mean difference from {shorten(baseline, 32)}"
+    joint = "\n" if figure.get_figwidth() == ONE_COLUMN else ", "
+    figure.supxlabel(f"{below}{joint}and its 95 % interval", fontsize=9)
+    patch = Patch(facecolor=SHADE, label="better than the baseline")
+    title = _STARS if any(map(any, stars.values())) else None
+    figure.legend(handles=[patch], loc="outside upper center", title=title)
+    return figure
+
+
+def _panels(
+    names: Sequence[str], metrics: Sequence[str], height: float
+) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with a titled panel a metric and a row a run, and so many inches besides."""
+    columns = min(len(metrics), 3) or 1
+    lines = math.ceil(len(metrics) / columns) or 1
+    width = ONE_COLUMN if columns == 1 else TWO_COLUMNS
+    labels = [wrapped(name) for name in names]
+    # Few rows are given more room than their names need.
+    needed = 0.04 + 0.14 * max((label.count("\n") + 1 for label in labels), default=1)
+    rows = max(needed, 0.35 - 0.015 * len(names)) * len(names)
+    figure = Figure(figsize=(width, height + lines * (0.6 + rows)))
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(metrics) :]:
+        axes.remove()
+    for axes, metric in zip(panels, metrics, strict=False):
+        axes.set_title(metric)
+        axes.set_yticks(range(len(names)), labels)
+        axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    return figure, list(panels[: len(metrics)])
+
+
+def _draw_values(axes: Axes, runs: Sequence[Numbers]) -> None:
+    samples = [finite_values(values) for values in runs]
+    rows = list(axes.get_yticks())
+    colours = [RUN_COLOURS[row % len(RUN_COLOURS)] for row in range(len(rows))]
+    for row, values, colour in zip(rows, samples, colours, strict=True):
+        # Multiples of the golden ratio spread the points evenly, and always in the same way.
+        jitter = 0.5 * ((0.618034 * np.arange(values.size)) % 1 - 0.5)
+        axes.scatter(values, row + jitter, s=3, color=colour, linewidth=0, rasterized=True)
+        if values.size:
+            axes.plot(values.mean(), row, "D", color="white", markeredgecolor=BLACK, zorder=4)
+    boxes(axes, samples, rows, colours, width=0.6, horizontal=True)
+    if lost := sum(np.size(values) for values in runs) - sum(values.size for values in samples):
+        axes.set_xlabel(f"{counted(lost, 'value')} not finite")
+
+
+def _draw_differences(axes: Axes, found: Intervals, stars: Sequence[str]) -> None:
+    for row, mean, low, high, mark in zip(axes.get_yticks(), *found, stars, strict=True):
+        axes.plot([low, high], [row, row], color=BLACK)
+        axes.plot(mean, row, "o", color=BLACK)
+        axes.annotate(
+            mark, (1, row), (2, -2), ("axes fraction", "data"), "offset points", va="center"
+        )
+
+
+def _shade_better(axes: Axes, found: Intervals, higher_is_better: bool) -> None:
+    """Shade the better side of zero, which is always in sight, with some of either side."""
+    ends = finite_values(np.concatenate(found))
+    low, high = min(0.0, ends.min(initial=0)), max(0.0, ends.max(initial=0))
+    margin = 0.1 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+    axes.axvspan(*((0, high) if higher_is_better else (low, 0)), color=SHADE, linewidth=0, zorder=0)
+    axes.axvline(0, color=GRAY, linewidth=0.8, zorder=1)
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(3))

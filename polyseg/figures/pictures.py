@@ -1,0 +1,266 @@
+"""Images with what is known of their pixels: masks, predictions, uncertainty."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from polyseg.figures.style import (
+    BLACK,
+    BLUE,
+    ONE_COLUMN,
+    RUN_COLOURS,
+    TWO_COLUMNS,
+    YELLOW,
+    Numbers,
+    finite_values,
+    metric_name,
+    place_axes,
+    shorten,
+    styled,
+    wrapped,
+)
+
+LABELS, CELL, GAP = 1.2, 1.39, 0.07
+"""Widths in inches of what stands in a row of `overlays`."""
+
+_LINES: dict[str, tuple[str, float, withStroke]] = {
+    "mask": (YELLOW, 1.4, withStroke(linewidth=2.0, foreground=BLACK)),
+    "prediction": (BLUE, 0.8, withStroke(linewidth=1.2, foreground="white")),
+}
+"""Colour, width and seam of the outlines in `predictions`: where two agree, both are seen."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with its masks, as `samples_sheet` shows it.
+
+    >>> Sample("a", np.zeros((2, 2)), np.zeros((1, 2, 2))).title
+    'a'
+    """
+
+    title: str
+    image: Numbers
+    """(H, W), or (H, W, 3) in [0, 1]."""
+    masks: Numbers
+    """(K, H, W) in {0, 1}; each is outlined in a colour of its own."""
+
+
+@styled
+def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
+    """Draw pictures in rows, each with the outlines of its masks.
+
+    Args:
+        rows: at least one, of equal length.
+        title: of the sheet.
+
+    >>> sample = Sample("a", np.zeros((4, 4)), np.zeros((1, 4, 4)))
+    >>> len(samples_sheet([[sample, sample]], title="light").axes)
+    2
+    """
+    columns = len(rows[0])
+    cell = max(TWO_COLUMNS / columns, 0.9)
+    figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
+    figure.suptitle(title)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, sample in zip(panels.ravel(), (one for row in rows for one in row), strict=True):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.imshow(_displayable(sample.image), cmap="gray")
+        for k, mask in enumerate(sample.masks):
+            _outline(axes, mask, (YELLOW, *RUN_COLOURS)[k % (len(RUN_COLOURS) + 1)])
+        axes.set_title(shorten(sample.title, 16), fontsize=7)
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class OverlayCase:
+    """One image of `overlays`, all of one height H and width W.
+
+    >>> blank = np.zeros((4, 6))
+    >>> OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan).id
+    'a'
+    """
+
+    id: str
+    image: Numbers
+    """(H, W), shown from its lowest to its highest value, or (H, W, 3), uint8 or [0, 1]."""
+    mask: Numbers | None
+    """(H, W) in {0, 1}, or None where there is none."""
+    mean: Numbers
+    """(H, W) in [0, 1], the mean prediction."""
+    uncertainty: Numbers
+    """(H, W) at least 0."""
+    difficulty: float
+    dice: float
+    """In [0, 1]; NaN without a mask."""
+
+
+@styled
+def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure:
+    """Draw a row an image: the image, its mask, the mean prediction and the uncertainty.
+
+    Args:
+        cases: at least one. Heights are cut to between 0.4 and 2 widths, with room beside.
+        metric: what the uncertainty is; its colours are the same in all rows, from 0 on.
+        title: of the figure.
+
+    >>> blank = np.zeros((4, 6))
+    >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
+    >>> figure = overlays([case], metric="entropy", title="largest D")
+    >>> [axes.get_title() for axes in figure.axes[:4]]
+    ['image', 'mask', 'mean prediction', 'uncertainty']
+    """
+    shapes = [case.mean.shape for case in cases]
+    heights = [CELL * float(np.clip(height / width, 0.4, 2)) for height, width in shapes]
+    highest = max(finite_values(case.uncertainty).max(initial=0) for case in cases) or 1.0
+    lefts = [LABELS + column * (CELL + GAP) for column in range(4)]
+    top = 0.55  # room for the title and the columns' names, as 0.75 below is for the colour bars
+    figure = Figure(figsize=(TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
+    figure.set_layout_engine("none")
+    figure.suptitle(title, y=1 - 0.08 / figure.get_figheight(), va="top")
+    for case, height in zip(cases, heights, strict=True):
+        row = [place_axes(figure, left, top, CELL, height) for left in lefts]
+        mean, uncertainty = _overlay_row(row, case, highest)
+        top += height + GAP
+    names = ("image", "mask", "mean prediction", "uncertainty")
+    for axes, name in zip(figure.axes[:4], names, strict=True):
+        axes.set_title(name)
+    for left, shown, label in (
+        (lefts[2], mean, "probability"),
+        (lefts[3], uncertainty, metric_name(metric).replace(" (", "\n(")),
+    ):
+        bar = place_axes(figure, left + 0.1 * CELL, top + 0.05, 0.8 * CELL, 0.08)
+        figure.colorbar(shown, cax=bar, orientation="horizontal", label=label)
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionCase:
+    """One image of `predictions`, and what R runs made of it.
+
+    >>> blank = np.zeros((4, 6))
+    >>> PredictionCase("a", blank, blank, [blank > 0], [1.0]).dice
+    [1.0]
+    """
+
+    id: str
+    image: Numbers
+    """(H, W), shown from its lowest to its highest value, or (H, W, 3), uint8 or [0, 1]."""
+    mask: Numbers
+    """(H, W) in {0, 1}."""
+    predictions: Sequence[Numbers]
+    """R of (H, W) bool."""
+    dice: Sequence[float]
+    """R in [0, 1]."""
+
+
+@styled
+def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title: str) -> Figure:
+    """Draw a row an image: its mask, then the outline of what each run predicted over the mask's.
+
+    Args:
+        cases: at least one. Heights are cut to between 0.4 and 1.25 widths, with room beside.
+        names: of the R runs, at least one.
+        title: of the figure.
+
+    Raises:
+        ValueError: a case has not one prediction and one Dice a run.
+
+    >>> blank = np.zeros((4, 6))
+    >>> case = PredictionCase("a", blank, blank, [blank > 0], [1.0])
+    >>> figure = predictions([case], ["adaptive"], title="two images")
+    >>> [axes.get_xlabel() for axes in figure.axes]
+    ['a', 'Dice 1.000']
+    """
+    columns = 1 + len(names)
+    cell = float(np.clip(TWO_COLUMNS / columns, 1.2, ONE_COLUMN / 2))
+    shapes = [case.mask.shape for case in cases]
+    heights = [cell * float(np.clip(height / width, 0.4, 1.25)) for height, width in shapes]
+    heads = ["mask", *(wrapped(name) for name in names)]
+    top, below, bottom = 0.6, 0.24, 0.25
+    size = cell * columns, top + sum(heights) + below * len(cases) + bottom
+    figure = Figure(figsize=size)
+    figure.set_layout_engine("none")
+    figure.suptitle(title, y=1 - 0.08 / size[1], va="top")
+    for case, height in zip(cases, heights, strict=True):
+        lefts = cell * np.arange(columns) + GAP / 2
+        row = [place_axes(figure, left, top, cell - GAP, height) for left in lefts]
+        _prediction_row(row, case)
+        top += height + below
+    for axes, head in zip(figure.axes, heads, strict=False):
+        axes.set_title(head, fontsize=7)
+    handles = [
+        Line2D([], [], color=colour, linewidth=width, path_effects=[seam], label=label)
+        for label, (colour, width, seam) in _LINES.items()
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=2)
+    return figure
+
+
+def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> list[AxesImage]:
+    """Draw one row and return the images that the two colour bars explain."""
+    for panel in axes:
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    scores = f"D = {case.difficulty:.3g}\nDice = {case.dice:.3f}".replace("nan", "–")
+    label = f"{shorten(case.id, 16)}\n{scores}"
+    axes[0].annotate(
+        label, (0, 0.5), (-82, 0), "axes fraction", "offset points", va="center", fontsize=8
+    )
+    for panel in axes[:2]:
+        panel.imshow(_displayable(case.image), cmap="gray")
+    for panel in axes[1:3]:
+        _outline(panel, case.mask)
+    if case.mask is None or not np.any(case.mask):
+        _note(axes[1], "no mask" if case.mask is None else "empty mask")
+    return [
+        axes[2].imshow(np.float32(case.mean), cmap="gray", vmin=0, vmax=1),
+        axes[3].imshow(np.float32(case.uncertainty), cmap="magma", vmin=0, vmax=highest),
+    ]
+
+
+def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
+    texts = [shorten(case.id, 22), *(f"Dice {dice:.3f}".replace("nan", "–") for dice in case.dice)]
+    for panel, predicted, text in zip(axes, [None, *case.predictions], texts, strict=True):
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+        panel.imshow(_displayable(case.image), cmap="gray")
+        _edge(panel, case.mask, *_LINES["mask"])
+        _edge(panel, predicted, *_LINES["prediction"])
+        panel.set_xlabel(text, fontsize=7, labelpad=2)
+    if not np.any(case.mask):
+        _note(axes[0], "empty mask")
+    for panel, predicted in zip(axes[1:], case.predictions, strict=True):
+        if not np.any(predicted):
+            _note(panel, "nothing predicted")
+
+
+def _outline(axes: Axes, mask: Numbers | None, colour: str = YELLOW) -> None:
+    """Draw a mask's edge: in a black seam, to be seen on any image."""
+    _edge(axes, mask, colour, 0.6, withStroke(linewidth=1.3, foreground=BLACK))
+
+
+def _edge(axes: Axes, mask: Numbers | None, colour: str, width: float, seam: withStroke) -> None:
+    if mask is not None and np.any(mask) and not np.all(mask):
+        edge = axes.contour(np.asarray(mask, dtype=float), levels=[0.5], colors=colour)
+        edge.set(linewidth=width, path_effects=[seam])
+
+
+def _note(axes: Axes, text: str) -> None:
+    box = {"facecolor": "white", "linewidth": 0, "pad": 1.5}
+    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", fontsize=7, bbox=box)
+
+
+def _displayable(image: Numbers) -> Numbers:
+    """Return an image as imshow takes it: colours beyond [0, 1] are brought into it."""
+    if image.ndim == 2 or image.dtype == np.uint8:
+        return image
+    finite = finite_values(image)
+    low, high = finite.min(initial=0), finite.max(initial=1)
+    return np.asarray(np.nan_to_num((image - low) / (high - low)))

@@ -1,0 +1,201 @@
+"""Which epsilon each image met when, and whether the difficulties behind it mean anything."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from polyseg.figures.style import (
+    BLUE,
+    GRAY,
+    ONE_COLUMN,
+    RUN_COLOURS,
+    TWO_COLUMNS,
+    Numbers,
+    counted,
+    epochs_axis,
+    finite_values,
+    formatted,
+    metric_name,
+    shorten,
+    styled,
+)
+
+_MARKERS = "osD^vP"
+_COLUMNS = 3
+
+
+@styled
+def epsilon_bands(runs: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
+    """Draw the epsilons of several runs over the epochs: medians, and bands from 5 to 95 %.
+
+    Args:
+        runs: name to epochs, (E,), and epsilon, (E, n), of each run.
+
+    >>> runs = {"a": (np.array([1, 2]), np.array([[0.0, 0.2], [0.0, 1.0]]))}
+    >>> epsilon_bands(runs).axes[0].lines[0].get_ydata().round(2).tolist()
+    [0.1, 0.1, 0.5, 0.5]
+    """
+    lines = math.ceil(len(runs) / 2)
+    figure = Figure(figsize=(ONE_COLUMN, 2.5 + 0.17 * lines))
+    axes = figure.add_subplot(ylabel="ε")
+    edges = []
+    for i, (name, (epochs, epsilon)) in enumerate(runs.items()):
+        steps = np.add.outer(epochs, (-0.5, 0.5)).ravel()
+        low, median, high = np.percentile(epsilon, (5, 50, 95), axis=1).repeat(2, axis=1)
+        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        axes.plot(steps, median, color=colour, label=shorten(name, 24))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        for edge in (low, high):
+            axes.plot(steps, edge, color=colour, linewidth=0.6)
+        edges.append(steps)
+    epochs_axis(axes, np.concatenate(edges), legend=False)
+    title = "median, and band from 5 to 95 % of the images"
+    figure.legend(loc="outside upper center", ncols=2, handlelength=1.4, title=title)
+    return figure
+
+
+@styled
+def epsilon_map(
+    epochs: Numbers,
+    epsilon: Numbers,
+    difficulty: Numbers,
+    *,
+    limits: tuple[float, float],
+    assessed: Sequence[int] = (),
+) -> Figure:
+    """Draw the epsilon of every image in every epoch, the largest D at the end on top.
+
+    Args:
+        epochs: (E,) from 1.
+        epsilon: (E, n).
+        difficulty: (n,), by which the images are put in order.
+        limits: eps_min and eps_max, which the colours reach at least.
+        assessed: the epochs after which the difficulties were measured, marked above.
+
+    >>> epsilon = np.array([[0.0, 0.5]])
+    >>> figure = epsilon_map(np.array([1]), epsilon, np.array([0.1, 0.2]), limits=(-0.4, 1.0))
+    >>> figure.axes[0].images[0].get_array().tolist()
+    [[0.5], [0.0]]
+    """
+    figure = Figure(figsize=(ONE_COLUMN, 3.2))
+    axes = figure.add_subplot(ylabel="image (largest D at the end on top)")
+    shown = axes.imshow(
+        epsilon[:, np.argsort(-difficulty, kind="stable")].T,
+        extent=(epochs[0] - 0.5, epochs[-1] + 0.5, len(difficulty) + 0.5, 0.5),
+        vmin=min(limits[0], epsilon.min()),
+        vmax=max(limits[1], epsilon.max()),
+        cmap="viridis",
+        aspect="auto",
+        interpolation="nearest",
+    )
+    figure.colorbar(shown, label="ε", aspect=30)
+    axes.set_xlabel("epoch")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    marks = [epoch + 0.5 for epoch in assessed if epochs[0] - 1 <= epoch <= epochs[-1]]
+    axes.secondary_xaxis("top", xlabel="assessments").set_xticks(marks, [""] * len(marks))
+    return figure
+
+
+class Panel(NamedTuple):
+    """One assessment, as `difficulty_panels` shows it."""
+
+    epoch: int
+    difficulty: Numbers
+    """(n,)"""
+    dice: Numbers
+    """(n,) in [0, 1]; NaN without a mask."""
+    correlation: float
+    """Spearman's of D with 1 - Dice."""
+
+
+@styled
+def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
+    """Draw Dice over difficulty at several assessments, each with a scale of D of its own.
+
+    Args:
+        panels: at least one.
+        metric: the score that D is.
+
+    >>> panel = Panel(5, np.array([0.1, 0.3]), np.array([0.9, 0.7]), 1.0)
+    >>> difficulty_panels([panel], metric="variance").axes[0].get_title()
+    'epoch 5: 1.00'
+    """
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    width = ONE_COLUMN if columns == 1 else TWO_COLUMNS
+    figure = Figure(figsize=(width, 0.9 + 1.6 * rows))
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(grid, panels, strict=False):
+        axes.scatter(panel.difficulty, panel.dice, s=9, color=BLUE, alpha=0.5, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        known = formatted(panel.correlation, ".2f") if math.isfinite(panel.correlation) else "–"
+        axes.set_title(f"epoch {panel.epoch}: {known}")
+    images = counted(len(panels[0].difficulty), "image")
+    figure.suptitle(f"{images}; Spearman's correlation of D with 1 − Dice", fontsize=9)
+    figure.supxlabel(f"difficulty D, {metric_name(metric)}", fontsize=9)
+    figure.supylabel("Dice", fontsize=9)
+    return figure
+
+
+@styled
+def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
+    """Draw how well the order of the images at each assessment agrees with that at others.
+
+    Args:
+        epochs: (A,) of the assessments.
+        curves: what it is compared with, to correlations (A,); NaN leaves a gap.
+
+    >>> rank_curves([1, 2], {"last assessment": np.array([0.5, np.nan])}).axes[0].get_ylabel()
+    'rank correlation of D with'
+    """
+    figure = Figure(figsize=(ONE_COLUMN, 2.8))
+    axes = figure.add_subplot(ylabel="rank correlation of D with")
+    _correlations(axes, epochs, curves)
+    lowest = min((finite_values(values).min(initial=0) for values in curves.values()), default=0)
+    axes.set_ylim(-1.05 if lowest < -0.5 else min(1.1 * lowest, 0) - 0.05, 1.05)
+    figure.legend(loc="outside upper center", ncols=2, handlelength=1.6)
+    return figure
+
+
+@styled
+def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Numbers]]) -> Figure:
+    """Draw the correlations of several scores over the assessments, a panel for each partner.
+
+    Args:
+        epochs: (A,) of the assessments.
+        panels: title to score to correlations in [-1, 1], (A,); NaN leaves a gap.
+
+    >>> panels = {"with 1 − Dice": {"entropy": np.array([0.5, 0.7])}}
+    >>> [text.get_text() for text in validity_curves([1, 2], panels).legends[0].get_texts()]
+    ['entropy']
+    """
+    figure = Figure(figsize=(TWO_COLUMNS, 3))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        named = {name.replace("_", " "): values for name, values in curves.items()}
+        _correlations(axes, epochs, named)
+        axes.set_title(title)
+    grid[0].set_ylim(-1.05, 1.05)  # of all panels, which share it
+    grid[0].set_ylabel("Spearman's correlation")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=1.6)
+    return figure
+
+
+def _correlations(axes: Axes, epochs: Sequence[int], curves: Mapping[str, Numbers]) -> None:
+    """Draw lines with markers, each pair apart in colour and form."""
+    axes.axhline(0, color=GRAY, linewidth=0.6)
+    for i, (name, values) in enumerate(curves.items()):
+        colour, marker = RUN_COLOURS[i % len(RUN_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        # Smaller and smaller, so that one of equal values does not hide another.
+        size = max(6 - 0.8 * i, 2.5)
+        axes.plot(epochs, values, color=colour, marker=marker, markersize=size, label=name)
+    epochs_axis(axes, np.asarray(epochs), legend=False)

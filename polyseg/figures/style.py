@@ -1,0 +1,264 @@
+"""The one style of all figures, and what several of them need.
+
+Figures are drawn without pyplot, so they need no display and leave no global state behind, and in
+one style, whatever the user's matplotlibrc says. Equal data give equal files, byte for byte.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from polyseg.errors import PolysegError
+from polyseg.system.files import atomic_path
+
+Numbers = NDArray[Any]
+P = ParamSpec("P")
+
+ONE_COLUMN, TWO_COLUMNS = 3.5, 7.0
+"""Widths of figures in inches."""
+
+# The colours of Okabe and Ito, which stay apart for colour-blind readers.
+BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
+RED, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
+RUN_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+MARKERS = "osD^vPX"
+"""Their number is no multiple of that of the colours: pairs of both last for many runs."""
+GRAY, SHADE = "0.6", "0.92"
+
+STYLE: dict[str, Any] = {
+    "figure.constrained_layout.use": True,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it along: the same on every machine
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
+    "figure.titlesize": 10,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "text.parse_math": False,  # a "$" in the name of an image is no formula
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # embedded as TrueType, which publishers ask for
+    "svg.hashsalt": "polyseg",
+}
+
+# The entries that would tell the date or the version, and so differ between equal figures.
+METADATA: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".svg": {"Date": None, "Creator": None},
+}
+
+UNITS = {"mutual_information": " (nats)", "entropy": " (nats)"}
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Make a function draw its figure in the one style.
+
+    >>> styled(Figure)().get_dpi() == Figure().get_dpi()
+    True
+    """
+
+    @functools.wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(STYLE, after_reset=True):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
+    """Write a figure whole or not at all, and return the paths of what was written.
+
+    Args:
+        figure: any figure of these rooms.
+        path: with suffix .png (200 dpi), .pdf or .svg; without one, PNG and PDF are written.
+
+    Raises:
+        PolysegError: another suffix, or the folder cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     [path.name for path in save_figure(Figure(), Path(folder) / "curves")]
+    ['curves.png', 'curves.pdf']
+    """
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise PolysegError(f"{path}: is no name of a file for the figure")
+    if not path.suffix:
+        return [
+            *save_figure(figure, path.with_suffix(".png")),
+            *save_figure(figure, path.with_suffix(".pdf")),
+        ]
+    suffix = path.suffix.lower()
+    if suffix not in METADATA:
+        raise PolysegError(f"{path}: figures are saved as .png, .pdf or .svg, not {path.suffix}")
+    with matplotlib.style.context(STYLE, after_reset=True), atomic_path(path) as temporary:
+        figure.savefig(temporary, format=suffix[1:], metadata=METADATA[suffix])
+    return [path]
+
+
+@styled
+def headed(figure: Figure, heading: str) -> Figure:
+    """Put a heading before the title of a figure's first panel, if there is one.
+
+    >>> figure = Figure()
+    >>> _ = figure.add_subplot().set_title("epoch 3")
+    >>> headed(figure, "tumour").axes[0].get_title()
+    'tumour, epoch 3'
+    """
+    if heading:
+        axes = figure.axes[0]
+        axes.set_title(", ".join(filter(None, (heading, axes.get_title()))))
+    return figure
+
+
+def place_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Add axes at a place in inches from the upper left corner of a figure.
+
+    >>> axes = place_axes(Figure(figsize=(4, 4)), 1, 0, 2, 1)
+    >>> axes.get_position().bounds == (0.25, 0.75, 0.5, 0.25)
+    True
+    """
+    across, down = figure.get_size_inches()
+    return figure.add_axes(
+        (left / across, 1 - (top + height) / down, width / across, height / down)
+    )
+
+
+def epochs_axis(axes: Axes, epochs: Numbers, *, legend: bool = True) -> None:
+    """Make x the axis of epochs: whole numbers, wide enough for all, with a legend if need be.
+
+    >>> axes = Figure().add_subplot()
+    >>> epochs_axis(axes, np.array([1, 2]))
+    >>> [round(limit, 2) for limit in map(float, axes.get_xlim())]
+    [0.48, 2.52]
+    """
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    if epochs.size:
+        margin = 0.5 + 0.02 * np.ptp(epochs)
+        axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def boxes(
+    axes: Axes,
+    samples: Sequence[Numbers],
+    positions: Sequence[float],
+    colours: Sequence[str],
+    *,
+    width: float,
+    horizontal: bool = False,
+) -> None:
+    """Draw quartiles as boxes, medians as lines and whiskers from 5 to 95 %.
+
+    Args:
+        axes: to draw in.
+        samples: an array (n_i,) of finite values a box; without values there is no box.
+        positions: of the boxes' middles.
+        colours: of the boxes.
+        width: of the boxes, in units of the positions.
+        horizontal: whether the values are along x.
+
+    >>> axes = Figure().add_subplot()
+    >>> boxes(axes, [np.array([1.0, 2, 3])], [5], [BLUE], width=1)
+    >>> axes.patches[0].get_bbox().bounds == (4.5, 1.5, 1.0, 1.0)
+    True
+    """
+    # By hand, since matplotlib's boxplot imports pyplot.
+    upright: tuple[Callable[..., Any], ...] = (axes.bar, axes.vlines, axes.hlines)
+    lying: tuple[Callable[..., Any], ...] = (axes.barh, axes.hlines, axes.vlines)
+    bar, along, across = lying if horizontal else upright
+    axes.use_sticky_edges = False  # or a box that starts at the lowest value touches the frame
+    edge = {"edgecolor": BLACK, "linewidth": 0.8}
+    for values, position, colour in zip(samples, positions, colours, strict=True):
+        if values.size:
+            low, lower, median, upper, high = np.percentile(values, (5, 25, 50, 75, 95))
+            bar(position, upper - lower, width, lower, facecolor=(colour, 0.35), **edge)
+            along([position, position], [low, upper], [lower, high], **edge)
+            ends = position - width / 2, position + width / 2
+            across(median, *ends, colors=BLACK, linewidth=1.6)
+
+
+def finite_values(values: Numbers) -> Numbers:
+    """Return the values that are neither NaN nor infinite, (m,), as floats.
+
+    >>> finite_values(np.array([1, np.nan, np.inf])).tolist()
+    [1.0]
+    """
+    values = np.asarray(values, dtype=float)
+    return values[np.isfinite(values)]
+
+
+def formatted(value: float, form: str = "g") -> str:
+    """Return a number as text, with the sign that is as wide as a plus.
+
+    >>> formatted(-0.5), formatted(-0.5, ".2f")
+    ('−0.5', '−0.50')
+    """
+    return f"{value:{form}}".replace("-", "−")
+
+
+def counted(number: int, thing: str) -> str:
+    """Return how many there are of a thing.
+
+    >>> counted(1, "image"), counted(2, "image")
+    ('1 image', '2 images')
+    """
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def shorten(name: str, length: int = 20) -> str:
+    """Return a name with its middle left out where it is long: both ends tell files apart.
+
+    >>> shorten("case_0001_left_view", 10)
+    'case…_view'
+    """
+    half = length // 2
+    return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def wrapped(name: str) -> str:
+    """Return up to 40 characters of a name, in two lines where there are more than 22.
+
+    >>> wrapped("adaptive"), wrapped("adaptive_polydice_entropy_seed_3")
+    ('adaptive', 'adaptive_polydice_\\nentropy_seed_3')
+    """
+    name = shorten(name, 40)
+    if len(name) <= 22:
+        return name
+    middle = len(name) // 2
+    ends = [match.end() for match in re.finditer(r"[\s_,-]", name)]
+    # Between words, unless one line were much longer than the other.
+    ends = [end for end in ends if abs(end - middle) <= 6] or [middle]
+    cut = min(ends, key=lambda end: abs(end - middle))
+    return f"{name[:cut].rstrip()}\n{name[cut:]}"
+
+
+def metric_name(metric: str) -> str:
+    """Return what a pixel map is called in a figure, with its unit.
+
+    >>> metric_name("mutual_information"), metric_name("variance")
+    ('mutual information (nats)', 'variance')
+    """
+    return metric.replace("_", " ") + UNITS.get(metric, "")

@@ -1,0 +1,220 @@
+"""How a training went: losses, epsilon and difficulties over the epochs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+from polyseg.figures.style import (
+    BLACK,
+    BLUE,
+    GRAY,
+    ONE_COLUMN,
+    PURPLE,
+    RED,
+    RUN_COLOURS,
+    TWO_COLUMNS,
+    Numbers,
+    boxes,
+    counted,
+    epochs_axis,
+    finite_values,
+    formatted,
+    metric_name,
+    shorten,
+    styled,
+)
+
+_LINES = ("-", "--", ":", "-.")
+
+
+@styled
+def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the losses, the validation overlap and the learning rate over the epochs.
+
+    Args:
+        rows: one an epoch, with `epoch` and any of `train_loss`, `validation_loss`,
+            `validation_dice` and `validation_iou` (in [0, 1]), `learning_rate` and `assessed`
+            (1 after an assessment); NaN leaves a gap. The first epoch of the highest Dice is
+            marked.
+
+    >>> figure = training_curves([{"epoch": 1, "train_loss": 0.6}, {"epoch": 2, "train_loss": 0.4}])
+    >>> figure.axes[0].lines[0].get_ydata().tolist()
+    [0.6, 0.4]
+    """
+
+    def column(name: str) -> Numbers:
+        return np.array([row.get(name, math.nan) for row in rows], dtype=float)
+
+    figure = Figure(figsize=(TWO_COLUMNS, 2.4))
+    losses, overlap, rate = figure.subplots(1, 3)
+    epochs, dice = column("epoch"), column("validation_dice")
+    _plot(losses, epochs, column("train_loss"), color=BLUE, label="training")
+    _plot(losses, epochs, column("validation_loss"), color=RED, label="validation")
+    _plot(overlap, epochs, dice, color=RED, label="Dice")
+    _plot(overlap, epochs, column("validation_iou"), color=PURPLE, label="IoU")
+    _plot(rate, epochs, column("learning_rate"), color=BLACK)
+    if np.isfinite(dice).any():
+        best = np.nanargmax(dice)
+        label = f"best Dice {dice[best]:.3f},\nepoch {epochs[best]:g}"
+        overlap.plot(epochs[best], dice[best], "o", color=BLACK, fillstyle="none", label=label)
+    assessed = epochs[column("assessed") == 1]
+    if assessed.size:
+        foot = {"ymin": 0, "ymax": 0.04, "transform": losses.get_xaxis_transform()}
+        losses.vlines(assessed, **foot, color=GRAY, linewidth=0.8, label="assessment")
+    for axes, ylabel in ((losses, "loss"), (overlap, "validation"), (rate, "learning rate")):
+        axes.set_ylabel(ylabel)
+        epochs_axis(axes, epochs, legend=False)
+        _legend_above(axes)
+    rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return figure
+
+
+@styled
+def validation_curves(
+    names: Sequence[str], epochs: Sequence[Numbers], dice: Sequence[Numbers]
+) -> Figure:
+    """Draw the validation Dice of several runs over the epochs, the best epoch of each marked.
+
+    Args:
+        names: of the R runs.
+        epochs: R arrays (E_r,) from 1.
+        dice: R arrays (E_r,) in [0, 1]; NaN leaves a gap.
+
+    >>> figure = validation_curves(["a"], [np.array([1, 2])], [np.array([0.6, 0.8])])
+    >>> figure.axes[0].lines[0].get_ydata().tolist()
+    [0.6, 0.8]
+    """
+    lines = math.ceil(len(names) / 3)
+    figure = Figure(figsize=(TWO_COLUMNS, 2.6 + 0.17 * lines))
+    axes = figure.add_subplot(ylabel="validation Dice")
+    for i, (name, x, y) in enumerate(zip(names, epochs, dice, strict=True)):
+        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "label": shorten(name, 32)}
+        # As many forms of lines as the colours need to tell further runs apart.
+        _plot(axes, x, y, linestyle=_LINES[i // len(RUN_COLOURS) % len(_LINES)], **style)
+        if np.isfinite(y).any():
+            best = np.nanargmax(np.where(np.isfinite(y), y, np.nan))
+            axes.plot(x[best], y[best], "o", color=style["color"], fillstyle="none")
+    epochs_axis(axes, np.concatenate([*epochs, np.empty(0)]), legend=False)
+    figure.legend(loc="outside upper center", ncols=3, handlelength=1.8)
+    return figure
+
+
+@styled
+def epsilon_quantiles(epochs: Numbers, epsilon: Numbers, *, limits: tuple[float, float]) -> Figure:
+    """Draw how epsilon spreads over the images, epoch by epoch, as steps an epoch wide.
+
+    Args:
+        epochs: (E,) from 1.
+        epsilon: (E, n) of n images; NaN values are left out, an epoch without others is a gap.
+        limits: eps_min and eps_max, drawn dashed.
+
+    >>> epsilon = np.array([[0.0, 0.2], [0.0, 1.0]])
+    >>> figure = epsilon_quantiles(np.array([1, 2]), epsilon, limits=(-0.4, 1.0))
+    >>> figure.axes[0].lines[0].get_ydata().round(2).tolist()
+    [0.1, 0.1, 0.5, 0.5]
+    """
+    figure = Figure(figsize=(ONE_COLUMN, 2.6))
+    axes = figure.add_subplot(ylabel="ε")
+    quantiles = np.full((len(epochs), 5), np.nan)
+    for row, values in zip(quantiles, epsilon, strict=True):
+        if (finite := finite_values(values)).size:
+            row[:] = np.percentile(finite, (50, 5, 95, 25, 75))
+    steps = np.add.outer(epochs, (-0.5, 0.5)).ravel()
+    median, low, high, lower, upper = quantiles.repeat(2, axis=0).T
+    axes.plot(steps, median, color=BLUE, label="median")
+    axes.fill_between(steps, lower, upper, color=BLUE, alpha=0.35, lw=0, label="25–75 %")
+    axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, lw=0, label="5–95 %")
+    for limit, label in zip(limits, ("limits", None), strict=True):
+        axes.axhline(limit, color=GRAY, linestyle="--", linewidth=0.8, label=label)
+    epochs_axis(axes, steps, legend=False)
+    figure.legend(loc="outside upper center", ncols=4, columnspacing=1.2, handlelength=1.4)
+    return figure
+
+
+@styled
+def difficulty_against_dice(
+    difficulty: Numbers, dice: Numbers, *, metric: str, correlation: float | None, epoch: int
+) -> Figure:
+    """Draw each image's Dice over its difficulty: does D know which images are segmented badly?
+
+    Args:
+        difficulty: (n,) at least 0; images with NaN here or in `dice` are left out.
+        dice: (n,) in [0, 1].
+        metric: the pixel map that D averages.
+        correlation: Spearman's of D with 1 - Dice, written in the corner; None or NaN: nothing is.
+        epoch: of the assessment.
+
+    >>> figure = difficulty_against_dice(
+    ...     np.array([0.1, 0.3]), np.array([0.9, 0.7]), metric="variance", correlation=-1.0, epoch=5
+    ... )
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['Spearman with 1 − Dice: −1.00']
+    """
+    shown = np.isfinite(difficulty) & np.isfinite(dice)
+    figure = Figure(figsize=(ONE_COLUMN, 2.8))
+    axes = figure.add_subplot(xlabel=_difficulty_label(metric), ylabel="Dice")
+    axes.set_title(f"epoch {epoch}, {counted(shown.sum(), 'image')}")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.scatter(difficulty[shown], dice[shown], s=12, color=BLUE, alpha=0.5, linewidth=0)
+    if correlation is not None and math.isfinite(correlation):
+        # Where the points are not: above a cloud that falls, below one that rises.
+        y, va = (0.98, "top") if correlation > 0 else (0.02, "bottom")
+        text = f"Spearman with 1 − Dice: {formatted(correlation, '.2f')}"
+        axes.text(0.98, y, text, transform=axes.transAxes, ha="right", va=va)
+    return figure
+
+
+@styled
+def difficulty_distribution(
+    epochs: Sequence[int], difficulties: Sequence[Numbers], *, metric: str | None = None
+) -> Figure:
+    """Draw D's distribution at each assessment as boxes: quartiles, whiskers from 5 to 95 %.
+
+    Args:
+        epochs: of the E assessments, rising.
+        difficulties: E arrays (n,), at least 0; NaN values are left out. The axis is logarithmic
+            where all are positive and spread over more than a factor of 30.
+        metric: the pixel map that D averages.
+
+    >>> figure = difficulty_distribution([5, 10], [np.array([1.0, 2, 3]), np.array([1.0, 1, 2])])
+    >>> figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()
+    ('difficulty D', 'linear')
+    """
+    figure = Figure(figsize=(ONE_COLUMN, 2.6))
+    axes = figure.add_subplot(ylabel=_difficulty_label(metric))
+    samples = [finite_values(values) for values in difficulties]
+    width = 0.6 * min(np.diff(epochs), default=1)
+    boxes(axes, samples, epochs, [BLUE] * len(samples), width=width)
+    epochs_axis(axes, np.add.outer(epochs, (-width / 2, width / 2)))
+    everything = np.concatenate([*samples, np.empty(0)])
+    if everything.size and everything.max() > 30 * everything.min() > 0:
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return figure
+
+
+def _legend_above(axes: Axes) -> None:
+    """Name the curves of a panel above it, where no curve can be."""
+    if axes.get_legend_handles_labels()[0]:
+        above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0}
+        spacing = {"columnspacing": 0.8, "handlelength": 1, "handletextpad": 0.5}
+        axes.legend(loc="lower left", ncols=2, **above, **spacing)
+
+
+def _plot(axes: Axes, x: Numbers, y: Numbers, **style: Any) -> None:
+    """Draw a line with gaps at NaN; a value without neighbours, which no line shows, is a dot."""
+    finite = np.isfinite(y)
+    if finite.any():
+        left, right = np.append(False, finite[:-1]), np.append(finite[1:], False)
+        alone = np.flatnonzero(finite & ~left & ~right)
+        axes.plot(x, y, marker="." if alone.size else "", markevery=alone, **style)
+
+
+def _difficulty_label(metric: str | None) -> str:
+    return f"difficulty D\n{metric_name(metric)}" if metric else "difficulty D"

@@ -1,0 +1,1 @@
+"""Metrics, calibration, significance tests and rank stability, computed from arrays."""

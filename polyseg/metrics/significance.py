@@ -1,0 +1,404 @@
+"""What a comparison of networks over the same images needs: intervals, paired tests, spreads.
+
+Values are metrics of images, NaN where a metric is undefined. Nothing depends on the order of the
+images, and what is random is seeded by an argument.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from polyseg.errors import PolysegError
+from polyseg.metrics.rank_stability import spearman
+
+Values = NDArray[np.float64]
+
+_DIGITS = 12
+"""Decimals of a difference, as a share of the largest value, that are no rounding."""
+_ENUMERATED = 13
+"""Up to so many differences all their signs are gone through, which is exact even with ties."""
+_NO_ORDER = 0.1
+"""Upper end of an interval below which a correlation is none."""
+_BATCH = 50_000
+"""Values drawn at a time by the bootstrap: bounds its memory, and fits a processor's cache."""
+
+
+class Interval(NamedTuple):
+    """A confidence interval, both ends NaN where it is undefined."""
+
+    low: float
+    high: float
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's correlation of two series, with its confidence interval."""
+
+    value: float
+    """NaN where it is undefined."""
+    interval: Interval
+    images: int
+    """n, the images that have both values."""
+
+    @property
+    def order(self) -> str:
+        """What an interval that reaches little above 0 says of a difficulty and an error.
+
+        >>> RankCorrelation(-0.4, Interval(-0.6, -0.1), 75).order
+        'not ordered by error'
+        """
+        if self.interval.high < _NO_ORDER:
+            return "not ordered by error"
+        contains_zero = self.interval.low <= 0 <= self.interval.high
+        return "not shown to be ordered by error" if contains_zero else ""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How a network differs from a baseline in one metric on the same images."""
+
+    images: int
+    """n, the images for which the metric is defined of both."""
+    mean: float
+    """Of other - baseline; NaN without images."""
+    interval: Interval
+    """Of that mean, over the images; NaN below two."""
+    p_value: float
+    """Of Wilcoxon's signed-rank test, two-sided; NaN below two images."""
+    better: int
+    worse: int
+    equal: int
+    runs: int = 0
+    """Pairs of runs with equal seed and fold, where arms of several are compared."""
+    deviation_over_runs: float = math.nan
+    """Of the pairs' differences; NaN below two."""
+    p_over_runs: float = math.nan
+    """Of the paired t-test over the runs, two-sided; NaN below two."""
+    adjusted: float = math.nan
+    """What `adjust_together` makes of `p`, NaN before."""
+
+    @property
+    def p(self) -> float:
+        """The larger p of those there are: a difference has to hold over images and over runs."""
+        return float(np.fmax(self.p_value, self.p_over_runs))
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """The mean of a metric, and its two spreads, which answer different questions."""
+
+    seeds: int
+    images: int
+    mean: float
+    """Of the images' means; NaN without any."""
+    deviation_over_seeds: float
+    """Of the seeds' means: how far another training of the same network may lie; NaN below two."""
+    deviation_over_images: float
+    """Of the images' means over the seeds: how much images differ; NaN below two."""
+
+
+def mean_interval(
+    values: ArrayLike, *, level: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> Interval:
+    """Return the bootstrap confidence interval of the mean over images.
+
+    Bias-corrected and accelerated (Efron, 1987), by percentiles where that is undefined. The
+    interval of -values is the mirrored one.
+
+    Args:
+        values: (n,); what is not finite is dropped.
+        level: in (0, 1).
+        resamples: at least 1.
+        seed: of the resampling.
+
+    Returns:
+        NaN below two values, and (v, v) where all are v.
+
+    >>> interval = mean_interval([0.7, 0.8, 0.9, 0.8])
+    >>> 0.7 < interval.low < 0.8 < interval.high < 0.9
+    True
+    """
+    known = np.sort(_finite(values))
+    if known.size < 2:
+        return Interval(math.nan, math.nan)
+    if known[0] == known[-1]:
+        return Interval(float(known[0]), float(known[0]))
+    mirrored = -known[::-1]
+    # Of values and their mirror image always the same one is resampled.
+    if mirrored.tolist() > known.tolist():
+        low, high = _bootstrap(mirrored, level, resamples, seed)
+        return Interval(0.0 - high, 0.0 - low)
+    return _bootstrap(known, level, resamples, seed)
+
+
+def rank_correlation(
+    first: ArrayLike, second: ArrayLike, *, level: float = 0.95
+) -> RankCorrelation:
+    """Return Spearman's correlation of two series over images, with a confidence interval.
+
+    By Fisher's z = artanh r, with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
+    Wright (2000), whose intervals hold their level also for large r.
+
+    Args:
+        first: (n,); images with a value that is not finite are left out.
+        second: (n,).
+        level: in (0, 1).
+
+    Returns:
+        The interval is NaN below four images and where the correlation is undefined, and (r, r)
+        where r is 1 or -1.
+
+    >>> x = np.arange(30.0)
+    >>> found = rank_correlation(x, np.roll(x, 3))
+    >>> round(found.value, 2), [round(end, 2) for end in found.interval]
+    (0.46, [0.1, 0.71])
+    """
+    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    r, images = spearman(x, y), int((np.isfinite(x) & np.isfinite(y)).sum())
+    if images < 4 or not math.isfinite(r):
+        return RankCorrelation(r, Interval(math.nan, math.nan), images)
+    if abs(r) >= 1:
+        return RankCorrelation(r, Interval(r, r), images)
+    error = math.sqrt((1 + r**2 / 2) / (images - 3))
+    half = float(stats.norm.ppf((1 + level) / 2)) * error
+    z = math.atanh(r)
+    return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
+
+
+def paired_difference(
+    baseline: ArrayLike,
+    other: ArrayLike,
+    *,
+    higher_is_better: bool = True,
+    level: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> PairedDifference:
+    """Compare two networks image by image: mean difference, its interval, Wilcoxon's test.
+
+    Differences are rounded to 1e-12 of the largest value, so that floating point makes no ranks.
+    Zeros are left out of the ranks, as Wilcoxon (1945) has it, and counted as `equal`: what is left
+    has an exact p up to 13 differences, up to 50 if no two are of one size, and beyond that the
+    normal approximation, corrected for ties. Pratt (1959) ranks the zeros along, but then the
+    approximation has to serve however few images differ: of four that differ one way among sixteen
+    zeros it says p < 0.05, where chance gives as much with 1/8.
+
+    Args:
+        baseline: (n,), the metric of each image by one network.
+        other: (n,), of the same images by the other.
+        higher_is_better: false where a small value is good, as of a distance.
+        level: of the interval, in (0, 1).
+        resamples: of the bootstrap over images, at least 1.
+        seed: of the resampling.
+
+    Returns:
+        p is 1 and the interval (0, 0) where no two values differ.
+
+    Raises:
+        PolysegError: the two have different numbers of images.
+
+    >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.6, np.nan])
+    >>> found.images, round(found.mean, 3), found.better, found.worse, found.equal
+    (2, 0.05, 1, 0, 1)
+    """
+    differences = _differences(baseline, other)
+    images = differences.size
+    higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
+    better, worse = (higher, lower) if higher_is_better else (lower, higher)
+    return PairedDifference(
+        images=images,
+        mean=math.fsum(differences) / images if images else math.nan,
+        interval=mean_interval(differences, level=level, resamples=resamples, seed=seed),
+        p_value=_signed_rank(differences),
+        better=better,
+        worse=worse,
+        equal=images - higher - lower,
+    )
+
+
+def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
+    """Return a comparison with what it is worth over the runs of two arms.
+
+    The images tell whether these networks differ; whether two ways of training do, only other
+    seeds can tell.
+
+    Args:
+        found: over the images, each its mean over an arm's runs.
+        differences: (m,), of the means of each pair of runs with equal seed and fold.
+
+    >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
+    >>> round(over_runs(found, [0.1, 0.2, 0.0]).p_over_runs, 3)
+    0.225
+    """
+    known = _finite(differences)
+    if known.size < 2:
+        return replace(found, runs=known.size)
+    deviation = float(known.std(ddof=1))
+    if deviation > 0:
+        p_value = float(stats.ttest_1samp(known, 0).pvalue)
+    else:
+        p_value = 0.0 if known.any() else 1.0
+    return replace(found, runs=known.size, deviation_over_runs=deviation, p_over_runs=p_value)
+
+
+def adjust_together(differences: Sequence[PairedDifference]) -> list[PairedDifference]:
+    """Return the comparisons of one family with their p-values adjusted by `holm`.
+
+    >>> one = paired_difference([0, 0, 0], [1, 2, 3], resamples=99)
+    >>> [found.adjusted for found in adjust_together([one, one])]
+    [0.5, 0.5]
+    """
+    adjusted = holm([one.p for one in differences])
+    return [replace(one, adjusted=float(p)) for one, p in zip(differences, adjusted, strict=True)]
+
+
+def holm(p_values: ArrayLike) -> Values:
+    """Return p-values adjusted for being several (Holm, 1979).
+
+    Rejecting where the adjusted one is below alpha errs on any true hypothesis of the family with a
+    chance of at most alpha.
+
+    Args:
+        p_values: (m,) in [0, 1]; NaN stays NaN, and is no member of the family.
+
+    Returns:
+        (m,), none below its p-value.
+
+    >>> holm([0.01, 0.04, 0.03, 0.005]).round(3)
+    array([0.03, 0.06, 0.06, 0.02])
+    """
+    adjusted = np.array(p_values, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(adjusted))
+    ascending = known[np.argsort(adjusted[known])]
+    steps = adjusted[ascending] * np.arange(known.size, 0, -1)
+    adjusted[ascending] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def stars(p_value: float) -> str:
+    """Return "*" for p < 0.05, "**" for p < 0.01, "***" for p < 0.001, otherwise nothing.
+
+    >>> stars(0.004), stars(0.05)
+    ('**', '')
+    """
+    return "*" * sum(p_value < limit for limit in (0.05, 0.01, 0.001))
+
+
+def terciles(values: ArrayLike) -> NDArray[np.int8]:
+    """Return the third by rank in which each value lies: 0 the lowest, 2 the highest.
+
+    Equal values share the third in which their mean rank lies, the upper one on a border. Without
+    equal values the sizes of the thirds differ by at most one.
+
+    Args:
+        values: (n,).
+
+    Returns:
+        (n,), -1 for NaN.
+
+    >>> terciles([0.9, 0.1, 0.2, np.nan, 0.2])
+    array([ 2,  0,  1, -1,  1], dtype=int8)
+    """
+    given = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(given)
+    thirds = np.full(given.shape, -1, dtype=np.int8)
+    # A mean rank is a multiple of 1/2: whole numbers keep the borders free of rounding.
+    twice = np.rint(2 * stats.rankdata(given[known])).astype(np.int64)
+    thirds[known] = 3 * (twice - 1) // (2 * max(twice.size, 1))
+    return thirds
+
+
+def seed_spread(matrix: ArrayLike) -> SeedSpread:
+    """Return the mean of a metric, its spread over seeds and its spread over images.
+
+    Each mean is over what is defined; a seed or an image of which nothing is defined is left out.
+
+    Args:
+        matrix: (seeds, images), NaN where the metric is undefined.
+
+    >>> spread = seed_spread([[0.5, 0.7], [0.7, 0.9]])
+    >>> [round(one, 3) for one in (spread.mean, spread.deviation_over_seeds)]
+    [0.7, 0.141]
+    """
+    values = np.asarray(matrix, dtype=np.float64)
+    by_seed, by_image = _defined_means(values, axis=1), _defined_means(values, axis=0)
+    return SeedSpread(
+        seeds=by_seed.size,
+        images=by_image.size,
+        mean=float(by_image.mean()) if by_image.size else math.nan,
+        deviation_over_seeds=_deviation(by_seed),
+        deviation_over_images=_deviation(by_image),
+    )
+
+
+def _finite(values: ArrayLike) -> Values:
+    given = np.asarray(values, dtype=np.float64)
+    return given[np.isfinite(given)]
+
+
+def _bootstrap(values: Values, level: float, resamples: int, seed: int) -> Interval:
+    found = Interval(math.nan, math.nan)
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = stats.bootstrap(
+                (values,),
+                np.mean,
+                n_resamples=resamples,
+                batch=max(_BATCH // values.size, 1),
+                confidence_level=level,
+                method=method,
+                rng=np.random.default_rng(seed),
+            )
+        found = Interval(*map(float, result.confidence_interval))
+        if np.isfinite(found).all():
+            break
+    return found
+
+
+def _differences(baseline: ArrayLike, other: ArrayLike) -> Values:
+    """Return other - baseline where both are finite, without the noise of rounding."""
+    first, second = (np.asarray(values, dtype=np.float64) for values in (baseline, other))
+    if first.shape != second.shape:
+        raise PolysegError(
+            f"the networks have {first.size} and {second.size} images; compare them on the same"
+        )
+    both = np.isfinite(first) & np.isfinite(second)
+    pairs = np.stack([first[both], second[both]])
+    # A power of two: scaling by it rounds nothing.
+    unit = np.ldexp(1.0, np.frexp(np.abs(pairs).max(initial=0.0))[1])
+    rounded: Values = np.round((pairs[1] - pairs[0]) / unit, _DIGITS) * unit
+    return rounded + 0.0  # of -0 makes 0
+
+
+def _signed_rank(differences: Values) -> float:
+    if differences.size < 2:
+        return math.nan
+    unequal = differences[differences != 0]
+    if unequal.size < 2:
+        return 1.0
+    if unequal.size > _ENUMERATED:
+        return float(stats.wilcoxon(unequal).pvalue)
+    # `wilcoxon` would do the same where there are ties, but statistic by statistic.
+    ranks = stats.rankdata(np.abs(unequal)) * np.sign(unequal)
+    return float(
+        stats.permutation_test(
+            (ranks,), np.sum, permutation_type="samples", n_resamples=2**ranks.size, vectorized=True
+        ).pvalue
+    )
+
+
+def _defined_means(values: Values, axis: int) -> Values:
+    """Return the means along an axis of what is defined, where anything is."""
+    defined = (~np.isnan(values)).sum(axis=axis)
+    means: Values = np.nansum(values, axis=axis)[defined > 0] / defined[defined > 0]
+    return means
+
+
+def _deviation(values: Values) -> float:
+    return float(values.std(ddof=1)) if values.size > 1 else math.nan

@@ -1,0 +1,5 @@
+"""Measure uncertainty by MC Dropout (eq. 7)."""
+
+from polyseg.montecarlo.assessment import assess, stochastic_layers
+
+__all__ = ["assess", "stochastic_layers"]

@@ -1,0 +1,1 @@
+"""MC-Dropout passes that compute once what all passes have in common."""

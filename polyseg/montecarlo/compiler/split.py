@@ -1,0 +1,144 @@
+"""Split a graph in two: what all passes have in common, and what each pass computes anew."""
+# torch.fx types what a node is called with as all that it could be.
+# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
+# mypy: disable-error-code="no-any-return, return-value"
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from polyseg.montecarlo.compiler import winograd
+from polyseg.montecarlo.compiler.operations import Convolution, channels_of, pair, sides_of
+
+
+def stochastic_nodes(network: fx.GraphModule) -> set[Node]:
+    """Return the masks, and all operations that depend on one."""
+    found: set[Node] = set()
+    for node in network.graph.nodes:
+        if node.name.startswith("mask_") or found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some operations of a graph as a function that reads and gives tensors by name."""
+
+    function: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, values: dict[str, Tensor]) -> None:
+        """Take the inputs from `values` and add the outputs to it."""
+        results = self.function(*(values[name] for name in self.inputs))
+        values.update(zip(self.outputs, results, strict=True))
+
+    def result(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the first output for these inputs."""
+        output: Tensor = self.function(*(values[name] for name in self.inputs))[0]
+        return output
+
+    def lay_out(self, layout: torch.memory_format, kind: torch.dtype) -> None:
+        """Copy the weights to this memory layout and type, so that the network keeps its own."""
+        for node in self.function.graph.find_nodes(op="get_attr"):
+            path, _, name = str(node.target).rpartition(".")
+            owner = self.function.get_submodule(path)
+            values = getattr(owner, name).detach()
+            if values.is_floating_point():
+                values = values.to(kind)
+            if values.dim() == 4:
+                values = values.contiguous(memory_format=layout)
+            delattr(owner, name)
+            owner.register_buffer(name, values)
+
+    def of_images(self) -> set[str]:
+        """Return the names of the inputs that have a row for each image."""
+        nodes = self.function.graph.find_nodes(op="placeholder")
+        shapes = [getattr(node.meta.get("val"), "shape", ()) for node in nodes]
+        # How many images there are is a symbol, and other lengths are numbers.
+        return {
+            name
+            for name, shape in zip(self.inputs, shapes, strict=True)
+            if shape and not isinstance(shape[0], int)
+        }
+
+    @cached_property
+    def cost(self) -> float:
+        """The number of multiplications an image takes, roughly."""
+        return float(sum(_cost(node) for node in self.function.graph.nodes))
+
+    def most_values(self) -> int:
+        """Return the number of values in the largest feature map of an image."""
+        nodes = [node for node in self.function.graph.nodes if sides_of(node)]
+        sizes = [channels_of(node) * sides_of(node)[0] * sides_of(node)[1] for node in nodes]
+        return max(sizes, default=1)
+
+    def widths(self) -> list[int]:
+        """Return the widths of the maps, the smallest first."""
+        return sorted({sides_of(node)[1] for node in self.function.graph.nodes if sides_of(node)})
+
+    def up_to_width(self, width: int) -> set[Node]:
+        """Return the operations on maps up to the last that is at most this wide."""
+        nodes = list(self.function.graph.nodes)
+        small = [i for i, node in enumerate(nodes) if sides_of(node) and sides_of(node)[1] <= width]
+        small = [i for i in small if nodes[i].op == "call_function"]
+        if not small:
+            return set()
+        early = nodes[: max(small) + 1]
+        return {node for node in early if sides_of(node) and node.op == "call_function"}
+
+
+def cut(network: fx.GraphModule, early: Collection[Node]) -> tuple[Part, Part]:
+    """Split a graph in two parts, of which the first holds the early operations."""
+    calls = [node for node in network.graph.nodes if node.op == "call_function"]
+    output = next(node for node in network.graph.nodes if node.op == "output")
+    results = list(output.args[0])
+    first = [node for node in calls if node in early]
+    frontier = [
+        node for node in first if node in results or any(user not in early for user in node.users)
+    ]
+    second = [node for node in calls if node not in early]
+    return _part(network, first, frontier), _part(network, second, results)
+
+
+def _part(network: fx.GraphModule, nodes: list[Node], results: list[Node]) -> Part:
+    made, graph = set(nodes), fx.Graph()
+    inputs = dict.fromkeys(
+        source
+        for node in nodes
+        for source in node.all_input_nodes
+        if source not in made and source.op != "get_attr"
+    )
+    inputs |= dict.fromkeys(node for node in results if node not in made)
+    copies: dict[Node, Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        for constant in node.all_input_nodes:
+            if constant.op == "get_attr" and constant not in copies:
+                copies[constant] = graph.node_copy(constant)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    function = fx.GraphModule(network, graph)
+    return Part(function, tuple(node.name for node in inputs), tuple(node.name for node in results))
+
+
+def _cost(node: Node) -> float:
+    sides = sides_of(node)
+    if sides is None or node.op != "call_function":
+        return 0.0
+    values = channels_of(node) * sides[0] * sides[1]
+    if node.target is winograd.convolve:
+        return winograd.products(node.args[1].meta["val"]) * sides[0] * sides[1] + 4.0 * values
+    conv = Convolution.of(node)
+    if conv is None:
+        return 4.0 * values
+    shape = conv.kernel_shape
+    inputs = shape[0] if conv.transposed else shape[1]
+    stride = pair(conv.settings["stride"]) if conv.transposed else (1, 1)
+    return values * inputs * shape[2] * shape[3] / (stride[0] * stride[1]) + 4.0 * values

@@ -1,0 +1,247 @@
+"""A network as a graph of tensor operations, and parts of it that can be run.
+
+A dropout layer is a multiplication by a mask, which is an input of the graph: what does not hang on
+any mask is the same in all passes of MC Dropout.
+"""
+# torch.fx types what a node is called with as all that it could be.
+# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
+# mypy: disable-error-code="no-any-return, return-value"
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from polyseg.montecarlo.compiler.operations import (
+    MULTIPLY,
+    arguments_of,
+    aten,
+    calls_to,
+    channels_of,
+    is_pointwise,
+    replace_call,
+)
+from polyseg.networks.dropout import DROPOUT_LAYERS
+
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+_STEPS = (
+    *(aten.sign, aten.sgn, aten.round, aten.floor, aten.ceil, aten.trunc, aten.fix, aten.frac),
+    *(aten.fmod, aten.remainder, aten.floor_divide, aten.heaviside, aten.hardshrink),
+    aten.threshold,
+)
+"""Functions with jumps, at which two ways of computing may part by more than rounding."""
+_COPIES = (aten.clone.default, aten.detach.default, aten.contiguous.default, aten.alias.default)
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+
+
+class UntraceableError(Exception):
+    """The network is no graph that could be taken apart; the message says why."""
+
+
+@dataclass(frozen=True)
+class MaskInput:
+    """An input of the graph: what a dropout layer multiplies by."""
+
+    node: str
+    """Its name; of shape (1 or B, C, 1, 1) or (1 or B, C, H, W)."""
+    layer: str
+    call: int
+    """Which call of the layer in a pass, from 1."""
+    channels: int
+
+
+_traced: "WeakKeyDictionary[nn.Module, tuple[Any, fx.GraphModule | str]]" = WeakKeyDictionary()
+
+
+def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return a network as a graph of functions without side effects, with its weights of now.
+
+    The graph is made once, and again where a setting of one of the network's modules has changed.
+
+    Args:
+        core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
+        images: an example, of two images at least.
+
+    Raises:
+        UntraceableError: what it does hangs on more than shapes, or it is no such network.
+    """
+    settings = _settings_of(core)
+    known, traced = _traced.get(core, (None, ""))
+    if known != settings:
+        try:
+            traced = _export(core, images)
+        except UntraceableError as error:
+            traced = str(error)
+        _traced[core] = (settings, traced)
+    if isinstance(traced, str):
+        raise UntraceableError(traced)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    network = fx.GraphModule(traced, graph)
+    _take_weights(network, core)
+    return network
+
+
+def _settings_of(core: nn.Module) -> list[Any]:
+    """Return what a module's behaviour may hang on besides its input and its tensors."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return [
+        (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
+        for name, module in core.named_modules()
+    ]
+
+
+def _take_weights(network: fx.GraphModule, core: nn.Module) -> None:
+    """Let a graph use the tensors that the network has now."""
+    for node in network.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        try:
+            value = getattr(core.get_submodule(owner), name)
+        except AttributeError:
+            continue  # A constant of the graph's own.
+        setattr(network.get_submodule(owner), name, value)
+
+
+def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return what torch's exporter makes of a network, without copies and side effects."""
+    network = _exported(core, images)
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and not node.users:
+            network.graph.erase_node(node)  # Guards that torch puts in.
+    odd = {node.op for node in network.graph.nodes}
+    odd -= {"placeholder", "get_attr", "call_function", "output"}
+    results = next(node for node in network.graph.nodes if node.op == "output").args[0]
+    if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
+        raise UntraceableError("it is more than operations on tensors")
+    _refuse_what_is_no_operation(network)
+    _refuse_jumps(network)
+    _without_side_effects(network)
+    for node in calls_to(network, (*_COPIES, *_PADS)):
+        if node.target in _COPIES or not any(arguments_of(node)["pad"]):
+            node.replace_all_uses_with(node.args[0])
+    network.graph.eliminate_dead_code()
+    return network
+
+
+def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
+    # In evaluation mode a layer may return its very input, which the exporter would then take, also
+    # where others read it, for the output.
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
+        for layer in core.modules()
+        if isinstance(layer, DROPOUT_LAYERS)
+    ]
+    batch = {0: torch.export.Dim.DYNAMIC}
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(core, (images,), dynamic_shapes=(batch,), strict=False)
+        return exported.module()
+    except Exception as error:  # Somebody's code, read by torch's exporter.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UntraceableError(reason[:200]) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refuse_what_is_no_operation(network: fx.GraphModule) -> None:
+    for node in network.graph.nodes:
+        known = node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload)
+        if not known and getattr(node.target, "__module__", "") != "_operator":
+            raise UntraceableError(f"it holds {node.target}, which is no plain operation")
+
+
+def _refuse_jumps(network: fx.GraphModule) -> None:
+    """Raise where rounding of a computed value could change a result by more than rounding.
+
+    Such as a comparison, whose result is no floating-point number. What is compared may be the
+    images themselves, or what only single values of these are computed from.
+    """
+    exact: set[Node] = set()
+    for node in network.graph.nodes:
+        given = node.op in ("placeholder", "get_attr")
+        if given or (exact.issuperset(node.all_input_nodes) and _same_bits(node)):
+            exact.add(node)
+        elif node.op == "call_function" and _jumps(node):
+            raise UntraceableError(f"it holds {node.target}, where rounding may change a decision")
+
+
+def _same_bits(node: Node) -> bool:
+    return node.op == "call_function" and (is_pointwise(node) or not node.all_input_nodes)
+
+
+def _jumps(node: Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return True
+    return getattr(node.target, "overloadpacket", None) in _STEPS
+
+
+def _without_side_effects(network: fx.GraphModule) -> None:
+    """Replace operations that overwrite their input by those that do not."""
+    order = {node: i for i, node in enumerate(network.graph.nodes)}
+    for node in list(network.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        packet, overload = schema.name.split("::")[1], schema.overload_name or "default"
+        if packet == "batch_norm":
+            continue  # In evaluation mode it changes nothing.
+        pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        if not packet.endswith("_") or pure is None:
+            raise UntraceableError(f"it holds {node.target}, which overwrites its input")
+        node.target = pure
+        node.args[0].replace_all_uses_with(
+            node, delete_user_cb=lambda user, node=node: order[user] > order[node]
+        )
+
+
+def insert_masks(
+    network: fx.GraphModule, core: nn.Module, layers: Mapping[str, nn.Module]
+) -> list[MaskInput]:
+    """Replace the dropout of these layers of `core` by products with inputs; other dropout goes."""
+    # By module, because one may be registered under several names.
+    active, calls = {layer: name for name, layer in layers.items()}, Counter[str]()
+    inputs: list[MaskInput] = []
+    first = next(node for node in network.graph.nodes if node.op == "placeholder")
+    for node in calls_to(network, _DROPOUTS):
+        source = arguments_of(node)["input"]
+        path = list(node.meta["nn_module_stack"].values())[-1][0]
+        layer = active.get(core.get_submodule(path))
+        if layer is None:
+            node.replace_all_uses_with(source)
+            network.graph.erase_node(node)
+            continue
+        calls[layer] += 1
+        with network.graph.inserting_after(first):
+            mask = network.graph.placeholder(f"mask_{len(inputs)}")
+        mask.meta["channelwise"] = node.target is aten.feature_dropout.default
+        replace_call(node, MULTIPLY, source, mask)
+        network.graph.erase_node(node)  # Dead, but as random as that is to torch, not removed.
+        inputs.append(MaskInput(mask.name, layer, calls[layer], channels_of(source)))
+    if {one.layer for one in inputs} != set(layers):
+        raise UntraceableError("a dropout layer is not in its graph")
+    network.graph.eliminate_dead_code()
+    return inputs
+
+
+def input_names(network: fx.GraphModule) -> list[str]:
+    """Return the names of the inputs, the images first."""
+    return [node.name for node in network.graph.nodes if node.op == "placeholder"]
+
+
+def output_channels(network: fx.GraphModule) -> int:
+    """Return K, the channels of the output."""
+    output = next(node for node in network.graph.nodes if node.op == "output")
+    return channels_of(output.args[0][0])
+
+
+def normalises_over_space(network: fx.GraphModule) -> bool:
+    """Return whether there is a layer whose every output hangs on all of its input."""
+    kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
+    return any(True for _ in calls_to(network, kinds))

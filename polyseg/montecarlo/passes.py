@@ -1,0 +1,369 @@
+"""Run the passes of MC Dropout over batches: by a network's program, or plainly.
+
+A program computes once what the passes have in common. For every size of image and every way to
+compute it, its first batch is compared with the plain pass, which is the reference, and which all
+networks run of which no program can be made.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyseg.errors import PolysegError
+from polyseg.montecarlo.compiler.run import Masks, PreparedBatch, Program
+from polyseg.montecarlo.compiler.trace import UntraceableError
+from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.networks.dropout import refuse_hidden_dropout
+from polyseg.networks.inference import device_of, images_of
+from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.records import Batch
+from polyseg.system.memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+PlainPass = Callable[[Tensor, MaskStreams, range], Tensor]
+"""From (B, C, H, W) images, masks and numbers of passes to probabilities, (passes B K, H, W)."""
+
+_TRIAL_SIDE = 512
+_TOLERANCE = 1e-4
+"""Of probabilities, between a program and the plain pass; rounding makes far less of it."""
+_TIMES_ROUNDING = 4
+"""So many times what a lower precision moves pixels by may be between one way and another, at most
+and in the mean."""
+_BYTES_AT_ONCE = 2**24
+"""Feature maps of this size stay near a processor's caches."""
+_PIXELS_AT_ONCE = 2**22
+"""Passes are run together over so many pixels on an accelerator, which fewer do not fill."""
+
+
+class ProgramFailedError(Exception):
+    """The program of a network failed, or gave something else than the network."""
+
+
+class Passes:
+    """The passes of one network over batches, by its program where it has one."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: dict[str, Any],
+        streams: MaskStreams,
+        plain_pass: PlainPass,
+        *,
+        take_apart: bool,
+        kind: torch.dtype = torch.float32,
+    ) -> None:
+        """Prepare the passes, which run nothing yet.
+
+        Args:
+            network: in evaluation mode.
+            layers: its active dropout layers by name.
+            streams: their masks.
+            plain_pass: of the whole network.
+            take_apart: whether to try and make a program of it.
+            kind: of numbers that it computes with, as far as it may.
+        """
+        self.network, self.layers, self.streams = network, layers, streams
+        self.plain_pass, self.take_apart, self.kind = plain_pass, take_apart, kind
+        self.program: Program | None = None
+        self.device = device_of(network)
+        # Window by window, a network would take passes for windows.
+        windows = getattr(network, "window", None) is not None
+        self.most_pixels = 0 if windows else _most_pixels_together(self.device)
+        """That passes run together over; 0 where each runs alone."""
+        self.checked: set[tuple[Any, ...]] = set()
+        self.joinable: dict[tuple[Any, ...], bool] = {}
+        """Of which ways of looking passes give together what they give one by one."""
+        self.tried = False
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """Divide a batch as it is fastest."""
+        for part in _by_emptiness(batch):
+            self._prepare(part.images[:1].to(self.device))
+            yield from self._in_reach_of_caches(part)
+
+    def _in_reach_of_caches(self, batch: Batch) -> Iterator[Batch]:
+        at_once = len(batch.ids)
+        if self.program is not None and self.device.type == "cpu":
+            pixels = batch.images.shape[2] * batch.images.shape[3]
+            at_once = max(1, _BYTES_AT_ONCE // int(self.program.bytes_a_pixel * pixels))
+        for start in range(0, len(batch.ids), at_once):
+            yield images_of(batch, slice(start, start + at_once))
+
+    def plainly(self, images: Tensor, ids: list[str], passes: range) -> Tensor:
+        """Return the probabilities of passes of the whole network, (passes B K, H, W)."""
+        with self._as_precise():
+            return self.plain_pass(images, self.streams.of(ids, images.shape[2:]), passes)
+
+    def without_dropout(self, images: Tensor) -> Tensor:
+        """Return the probabilities of the network as it is, (B K, H, W)."""
+        with self._as_precise():
+            logits: Tensor = self.network(images)
+        return logits.float().sigmoid().flatten(0, 1)
+
+    def _as_precise(self) -> torch.autocast:
+        reduced = self.kind != torch.float32
+        return torch.autocast(self.device.type, self.kind if reduced else None, enabled=reduced)
+
+    def over(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "BatchPasses":
+        """Return the passes over a batch.
+
+        Args:
+            images: (B, C, H, W).
+            ids: of the images.
+            chosen: (B, K, H, W), the only pixels that are wanted; None for all.
+
+        Raises:
+            ProgramFailedError: the program fails, or gives something else than the network.
+        """
+        images = images.to(self.device)
+        if self.program is None:
+            return BatchPasses(self, images, ids, chosen, None)
+        with _program_failing():
+            ours = BatchPasses(self, images, ids, chosen, self.program)
+            if ours.way not in self.checked and not self._is_sound(ours):
+                raise ProgramFailedError("it gives something else than the network")
+        self.checked.add(ours.way)
+        return ours
+
+    def mask_inputs(self, images: Tensor, ids: list[str], passes: range) -> Masks:
+        """Return the masks of passes by the names of the program's inputs."""
+        streams = self.streams.of(ids, images.shape[2:])
+        assert self.program is not None
+        masks = {}
+        for one in self.program.masks:
+            shape, rate = streams.known_shape(one.layer, one.call), self.layers[one.layer].p
+            drawn = streams.mask(passes, one.layer, one.call, shape, rate)
+            masks[one.node] = drawn.to(self.device)
+        return masks
+
+    def _prepare(self, images: Tensor) -> None:
+        """Try the network, and take it apart, when the first image comes."""
+        if self.tried:
+            return
+        self.tried = True
+        window = getattr(self.network, "window", None)
+        height, width = window.size if window else (_TRIAL_SIDE, _TRIAL_SIDE)
+        part = images[..., :height, :width]
+        if self.layers:
+            refuse_hidden_dropout(self.network, part.repeat(2, 1, 1, 1))
+        if not self.take_apart:
+            return
+        try:
+            if window is not None:
+                raise UntraceableError("it looks at images window by window")
+            self.program = self._taken_apart(images)
+        except Exception as error:  # A network may be anything, and anything is run the plain way.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.info("MC Dropout: the network is run whole each pass, because %s", reason[:200])
+
+    def _taken_apart(self, images: Tensor) -> Program:
+        example, _, _ = _padded(self.network, images)
+        core = getattr(self.network, "core", self.network)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return Program(core, self.layers, example.clone(), kind=self.kind)
+
+    def _is_sound(self, ours: "BatchPasses") -> bool:
+        """Compare a program with the whole network, in a pass and without dropout.
+
+        On the first and the last image of the batch, which tell a wrong program as all would.
+        """
+        rows = sorted({0, len(ours.ids) - 1})
+        ids = [ours.ids[i] for i in rows]
+        chosen = None if ours.chosen is None else ours.chosen[rows]
+        whole = BatchPasses(self, ours.images[rows], ids, chosen, None)
+        # Which first of all tells the masks' shapes.
+        plain = whole.sample(0)
+        pairs = (
+            (ours.part_of(ours.sample(0), rows), plain),
+            (_of_images(ours.without_dropout(), len(ours.ids), rows), whole.without_dropout()),
+        )
+        return all(
+            _are_alike(found, wanted, rounding)
+            for (found, wanted), rounding in zip(pairs, self._rounding(whole), strict=True)
+        )
+
+    def may_join(self, ours: "BatchPasses") -> bool:
+        """Whether passes over a batch may run together: each must give what it gives alone."""
+        if ours.way not in self.joinable:
+            try:
+                together, alone = ours.together(range(2)), [ours.sample(0), ours.sample(1)]
+            except (RuntimeError, ProgramFailedError) as error:
+                if is_out_of_memory(error):
+                    self.most_pixels = 1  # Not to be tried again and again.
+                    return False
+                log.debug("MC Dropout: passes cannot run together: %s", error)
+                together, alone = (), []
+            rounding, _ = self._rounding(ours)
+            self.joinable[ours.way] = len(together) == 2 and all(
+                _are_alike(one, other, rounding) for one, other in zip(together, alone, strict=True)
+            )
+        return self.joinable[ours.way]
+
+    def _rounding(self, ours: "BatchPasses") -> tuple[Tensor, Tensor]:
+        """Return how far a precision below single moves what is looked at, and all pixels."""
+        if self.kind == torch.float32:
+            return torch.zeros(1), torch.zeros(1)
+        single: Tensor = self.network(ours.images).float().sigmoid().flatten(0, 1)
+        moved = (self.without_dropout(ours.images) - single).abs().nan_to_num().cpu()
+        return moved if ours.chosen is None else moved[ours.chosen.flatten(0, 1)], moved
+
+
+@contextlib.contextmanager
+def _program_failing() -> Iterator[None]:
+    """Turn the errors of a program into one; that memory ran out says nothing against it."""
+    try:
+        yield
+    except (ProgramFailedError, PolysegError):
+        raise
+    except Exception as error:  # A network may be anything.
+        if is_out_of_memory(error):
+            raise
+        raise ProgramFailedError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+class BatchPasses:
+    """The passes over one batch."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        images: Tensor,
+        ids: list[str],
+        chosen: Tensor | None,
+        program: Program | None,
+    ) -> None:
+        self.passes, self.images, self.ids, self.chosen = passes, images, ids, chosen
+        self.inside: PreparedBatch | None = None
+        if program is not None:
+            padded, self.top, self.left = _padded(passes.network, images)
+            # Windows go image by image, which suits a processor; accelerators want all at once.
+            self.inside = PreparedBatch(
+                program, padded, self._placed(chosen, padded), crop=not passes.most_pixels
+            )
+
+    def _placed(self, chosen: Tensor | None, padded: Tensor) -> Tensor | None:
+        """Return the chosen pixels as pixels of the padded images."""
+        if chosen is None:
+            return None
+        placed = chosen.new_zeros(*chosen.shape[:2], *padded.shape[2:], device=padded.device)
+        height, width = chosen.shape[2:]
+        placed[..., self.top : self.top + height, self.left : self.left + width] = chosen
+        return placed
+
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """What decides how it is computed: the size, whether at points, by which windowed end."""
+        end = None if self.inside is None else self.inside.end_number
+        return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, end)
+
+    def sample(self, index: int) -> Tensor:
+        """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
+        (found,) = self.together(range(index, index + 1))
+        return found
+
+    def samples(self, passes: range) -> Iterator[Tensor]:
+        """Yield the probabilities of one pass after another, of which several may run together."""
+        pixels, first = self.images[:, 0].numel(), passes.start
+        while first < passes.stop:
+            count = max(1, min(self.passes.most_pixels // pixels, passes.stop - first))
+            if count > 1 and not self.passes.may_join(self):
+                count = 1
+            try:
+                found = self.together(range(first, first + count))
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                self.passes.most_pixels = count // 2 * pixels
+                continue
+            yield from found
+            first += count
+
+    def together(self, passes: range) -> tuple[Tensor, ...]:
+        """Return the probabilities of passes that run at once, each as `sample` does."""
+        if self.inside is None:
+            whole = self.passes.plainly(self.images, self.ids, passes).cpu()
+            each = whole.chunk(len(passes))
+            if self.chosen is None:
+                return each
+            chosen = self.chosen.flatten(0, 1)
+            return tuple(one[chosen] for one in each)
+        with _program_failing():
+            masks = self.passes.mask_inputs(self.images, self.ids, passes)
+            logits = self.inside(masks, len(passes))
+        if self.chosen is None:
+            logits = self._cut(logits)
+        return logits.float().sigmoid().cpu().chunk(len(passes))
+
+    def part_of(self, sample: Tensor, rows: list[int]) -> Tensor:
+        """Return what `sample` says of some of the images."""
+        if self.chosen is None:
+            return _of_images(sample, len(self.ids), rows)
+        ours = torch.zeros_like(self.chosen)
+        ours[rows] = True
+        return sample[ours[self.chosen]]
+
+    def without_dropout(self) -> Tensor:
+        """Return the probabilities of the network as it is, (B K, H, W) on the CPU."""
+        return self._without_dropout
+
+    @cached_property
+    def _without_dropout(self) -> Tensor:
+        if self.inside is None:
+            return self.passes.without_dropout(self.images).cpu()
+        with _program_failing():
+            logits = self.inside.everywhere(self.inside.program.all_kept(self.images))
+        return self._cut(logits).float().sigmoid().cpu()
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        """Return the logits without what the network was padded by, (B K, H, W)."""
+        height, width = self.images.shape[2:]
+        rows = slice(self.top, self.top + height)
+        return logits[..., rows, self.left : self.left + width].flatten(0, 1)
+
+
+def _most_pixels_together(device: torch.device) -> int:
+    # A processor is faster with few feature maps, which stay near.
+    return 0 if device.type == "cpu" else _PIXELS_AT_ONCE
+
+
+def _by_emptiness(batch: Batch) -> list[Batch]:
+    """Divide a batch into images with foreground of every label, and others.
+
+    The others' foreground is known when all passes are done, which takes all pixels of each.
+    """
+    if batch.masks is None:
+        return [batch]
+    full = (batch.masks > 0).flatten(2).any(dim=2).all(dim=1).tolist()
+    rows = ([i for i, one in enumerate(full) if one is kind] for kind in (True, False))
+    return [images_of(batch, some) for some in rows if some]
+
+
+def _are_alike(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
+    """Whether probabilities are equal but for rounding; of half a precision that is told."""
+    if found.shape != wanted.shape:
+        return False
+    # Weights that diverged are nobody's fault.
+    apart = (found - wanted).abs()[wanted.isfinite()]
+    if apart.numel() == 0:
+        return True
+    return bool(
+        apart.max() <= _TOLERANCE + _TIMES_ROUNDING * rounding.max()
+        and apart.mean() <= _TOLERANCE + _TIMES_ROUNDING * rounding.mean()
+    )
+
+
+def _of_images(values: Tensor, count: int, rows: list[int]) -> Tensor:
+    """Return of (B K, H, W) the part of some of the B images."""
+    return values.reshape(count, -1, *values.shape[1:])[rows].flatten(0, 1)
+
+
+def _padded(network: nn.Module, images: Tensor) -> tuple[Tensor, int, int]:
+    if isinstance(network, SegmentationNetwork):
+        return network.padded(images)
+    return images, 0, 0

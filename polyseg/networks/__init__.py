@@ -1,0 +1,1 @@
+"""Networks by name or import path, their dropout layers, and inference."""

@@ -1,0 +1,449 @@
+"""Segmentation networks by name, and where in them dropout is active.
+
+A network is MONAI's, or a user's own as "package.module:factory"; either way it is wrapped so that
+it takes images of any size. Dropout layers that are not chosen are removed, so training and MC
+Dropout (eq. 7 needs the same masks' distribution in both) see the same layers.
+"""
+
+import copy
+import fnmatch
+import hashlib
+import importlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from polyseg.errors import PolysegError
+from polyseg.networks.dropout import stochastic_layers
+from polyseg.system.memory import refuse_beyond_memory
+
+DropoutKind = Literal["channel", "element"]
+
+_CHANNELS = (16, 32, 64, 128, 256)
+_LARGEST_MULTIPLE = 512
+_MOST_BLOCKS = 16
+_WINDOWS_AT_ONCE = 4
+_BYTES_OF_TRAINING = 16
+"""Of a parameter: itself, its gradient, and two moments."""
+_SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a network that was trained on patches looks at a whole image."""
+
+    size: tuple[int, int]
+    overlap: float
+    """Share that neighbours see both, in [0, 1)."""
+
+
+class SegmentationNetwork(nn.Module):
+    """A network for images of any size: pads to a multiple of its stride, crops the logits back.
+
+    With a window it looks, in evaluation mode, at what is larger window by window; the logits of
+    windows that overlap are averaged with Gaussian weights.
+
+    >>> network = build_network("unet", in_channels=1)
+    >>> network(torch.zeros(2, 1, 50, 70)).shape
+    torch.Size([2, 1, 50, 70])
+    """
+
+    def __init__(self, core: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.core = core
+        self.multiple = multiple
+        self.window: Window | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, (B, out, H, W), of images (B, C, H, W)."""
+        if self.training or self.window is None or not self._is_larger(images, self.window):
+            return self._at_once(images)
+        from monai.inferers import sliding_window_inference
+
+        # Image by image, because MC Dropout may have masks of its own for each.
+        parts = [
+            sliding_window_inference(
+                image[None],
+                self.window.size,
+                sw_batch_size=_WINDOWS_AT_ONCE,
+                predictor=self._at_once,
+                overlap=self.window.overlap,
+                mode="gaussian",
+                padding_mode="replicate",
+            )
+            for image in images
+        ]
+        return torch.cat(parts)
+
+    @staticmethod
+    def _is_larger(images: Tensor, window: Window) -> bool:
+        return any(
+            side > wanted for side, wanted in zip(images.shape[-2:], window.size, strict=True)
+        )
+
+    def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
+        """Return images as the core takes them, and the rows and columns that stand before them."""
+        rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
+        if rows or columns:
+            images = functional.pad(
+                images,
+                (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2),
+                mode="replicate",
+            )
+        return images, rows // 2, columns // 2
+
+    def _at_once(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        padded, top, left = self.padded(images)
+        logits: Tensor = self.core(padded)
+        return logits[..., top : top + height, left : left + width]
+
+
+def build_network(
+    name: str,
+    *,
+    in_channels: int,
+    out_channels: int = 1,
+    dropout: float = 0.2,
+    dropout_kind: DropoutKind = "channel",
+    dropout_layers: str | Iterable[str] = "auto",
+    multiple_of: int = 32,
+    settings: Mapping[str, Any] | None = None,
+) -> SegmentationNetwork:
+    """Build a network, with random weights from torch's global generator.
+
+    Args:
+        name: one of `network_names()`, or "package.module:factory"; the factory is called with
+            in_channels, out_channels and `settings`, and puts in dropout as it likes.
+        in_channels: channels of the images.
+        out_channels: channels of the logits.
+        dropout: the rate, in [0, 1), for the networks by name.
+        dropout_kind: "channel" drops whole feature maps, "element" single values.
+        dropout_layers: "decoder" for those from the bottleneck on, "bottleneck", "all", or patterns
+            of layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
+            and "all" for a factory's.
+        multiple_of: what a factory's network wants height and width to be a multiple of.
+        settings: further arguments of the network.
+
+    Raises:
+        PolysegError: an unknown name, settings that the network refuses, patterns that match no
+            dropout layer, or an output of another shape than (B, out_channels, H, W).
+
+    >>> network = build_network("basic-unet", in_channels=3, dropout=0.1)
+    >>> sum(isinstance(layer, nn.Dropout2d) for layer in network.modules())
+    10
+    """
+    own = ":" in name
+    if own:
+        core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
+    else:
+        core, multiple = _from_monai(name, in_channels, out_channels, dropout, settings)
+        _drop_idle_biases(core)
+    network = SegmentationNetwork(core, multiple)
+    layers = _trace_dropout(network, name, in_channels, out_channels)
+    if dropout_layers == "auto":
+        dropout_layers = "all" if own else "decoder"
+    chosen = _choose(layers, dropout_layers)
+    for layer in layers:
+        if layer.name not in chosen:
+            _replace(network, layer.name, nn.Identity())
+        elif own:
+            # In place it would also drop what a skip connection holds, which MC Dropout does not.
+            network.get_submodule(layer.name).inplace = False  # type: ignore[assignment]
+        else:
+            kind = nn.Dropout2d if dropout_kind == "channel" else nn.Dropout
+            _replace(network, layer.name, kind(dropout))
+    return network
+
+
+def _drop_idle_biases(core: nn.Module) -> None:
+    """Leave out the biases of convolutions whose output is normalised, and so centred, right away.
+
+    They change nothing, and their gradients are rounding alone, which optimizers that divide by its
+    size make a random walk of.
+    """
+    for block in core.modules():
+        steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
+        first = next(iter(steps.values()), None)
+        if isinstance(first, _BatchNorm | _InstanceNorm) and isinstance(block.conv, _ConvNd):
+            block.conv.register_parameter("bias", None)
+
+
+def network_names() -> list[str]:
+    """Return the names that `build_network` knows.
+
+    >>> network_names()
+    ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
+    """
+    return list(_RECIPES)
+
+
+def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
+    """Raise where a device can never hold what training keeps of a network.
+
+    That is weights, gradients and the two moments of Adam. One that was built on torch's "meta"
+    device tells as much, and takes no memory itself.
+
+    Raises:
+        PolysegError: the device has less memory.
+
+    >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
+    >>> refuse_untrainable(network, torch.device("cpu"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: network: its 1,125,899,906,842,624 parameters, ...
+    """
+    count = sum(weights.numel() for weights in network.parameters())
+    refuse_beyond_memory(
+        _BYTES_OF_TRAINING * count,
+        f"network: its {count:,} parameters, with their gradients and moments,",
+        "lower the channels in network.kwargs",
+        device,
+    )
+
+
+def hash_weights(network: nn.Module) -> str:
+    """Return the sha256 of a network's weights and buffers, names included.
+
+    >>> hash_weights(nn.Identity())[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for name, values in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A dropout layer as a pass meets it."""
+
+    name: str
+    channels: int
+    area: int
+    last: bool
+    """Its output is the network's: dropping it would drop the answer."""
+
+
+def _trace_dropout(
+    network: SegmentationNetwork, name: str, in_channels: int, out_channels: int
+) -> list[_Layer]:
+    """Return the dropout layers in the order in which a pass runs them; checks the output too."""
+    seen: dict[str, Tensor] = {}
+    if network.multiple > _LARGEST_MULTIPLE:
+        raise PolysegError(
+            f"network.kwargs: {name} would want sides that are multiples of {network.multiple}; "
+            f"at most {_LARGEST_MULTIPLE}"
+        )
+    size = 2 * network.multiple
+
+    def remember(name: str, output: Tensor) -> None:
+        # No result, which would take the place of the layer's own where it is run again.
+        seen.setdefault(name, output)
+
+    trial = copy.deepcopy(network.core)
+    for key, layer in stochastic_layers(trial).items():
+        layer.register_forward_hook(lambda _m, _i, out, key=key: remember(f"core.{key}", out))
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            images = torch.zeros(2, in_channels, size, size)
+            in_training = trial.train()(images)
+            seen.clear()
+            output = trial.eval()(images)
+    except Exception as error:  # Somebody's code, or MONAI's with somebody's settings.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PolysegError(
+            f"network.name = {name}: fails on images of {size} x {size} with {in_channels} "
+            f"channels: {reason}"
+        ) from error
+    for given in (output, in_training):
+        if getattr(given, "shape", None) != (2, out_channels, size, size):
+            raise PolysegError(
+                f"network.name = {name}: must return logits of shape (B, {out_channels}, H, W), "
+                f"gave {tuple(getattr(given, 'shape', ())) or type(given).__name__}"
+            )
+    return [
+        _Layer(key, values.shape[1], math.prod(values.shape[2:]), values is output)
+        for key, values in seen.items()
+    ]
+
+
+def _choose(layers: list[_Layer], wanted: str | Iterable[str]) -> set[str]:
+    """Return the names of the layers that stay.
+
+    A layer with a single channel, or the very last one, is chosen only by a pattern: to drop it
+    is to drop everything.
+    """
+    able = [layer for layer in layers if layer.channels > 1 and not layer.last]
+    smallest = min((layer.area for layer in able), default=0)
+    if wanted == "all":
+        return {layer.name for layer in able}
+    if wanted == "bottleneck":
+        return {layer.name for layer in able if layer.area == smallest}
+    if wanted == "decoder":
+        first = next((i for i, layer in enumerate(able) if layer.area == smallest), 0)
+        return {layer.name for layer in able[first:]}
+    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise PolysegError(
+                f"network.dropout_layers: {pattern!r} matches none of the dropout layers: "
+                f"{', '.join(names) or 'there are none'}"
+            )
+    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+
+
+def _padding(size: int, multiple: int) -> int:
+    # At least two cells at the bottleneck, or batch norm has nothing to average over.
+    return max(math.ceil(size / multiple), 2) * multiple - size
+
+
+def _from_factory(
+    name: str, in_channels: int, out_channels: int, settings: Mapping[str, Any] | None
+) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # Importing runs somebody's code, which may fail in any way.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PolysegError(
+            f"network.name = {name}: {reason}; give package.module:factory that can be imported "
+            "from here (PYTHONPATH says where from)"
+        ) from error
+    core = _call(
+        name,
+        lambda **given: factory(in_channels=in_channels, out_channels=out_channels, **given),
+        settings,
+    )
+    if not isinstance(core, nn.Module):
+        raise PolysegError(f"network.name = {name}: must return a torch.nn.Module")
+    return core
+
+
+def _from_monai(
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    dropout: float,
+    settings: Mapping[str, Any] | None,
+) -> tuple[nn.Module, int]:
+    from monai.networks import nets
+
+    if name not in _RECIPES:
+        raise PolysegError(
+            f"network.name = {name}: unknown; choose {', '.join(_RECIPES)}, or give "
+            "package.module:factory"
+        )
+    recipe = _RECIPES[name]
+    if taken := sorted(set(_SET_ELSEWHERE) & (settings or {}).keys()):
+        raise PolysegError(
+            f"network.kwargs: {', '.join(taken)} cannot be set there; polyseg sets it "
+            "(network.dropout is the rate)"
+        )
+
+    for key in ("num_res_units", "blocks_down", "blocks_up"):
+        counts = (settings or {}).get(key, 0)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int) and count > _MOST_BLOCKS:
+                raise PolysegError(f"network.kwargs: {key} {count}: at most {_MOST_BLOCKS}")
+
+    def build(**arguments: Any) -> tuple[nn.Module, int]:
+        features = arguments["channels"][0] if recipe.wants_head else out_channels
+        rate = {} if recipe.add_dropout else {"dropout": dropout}
+        core = getattr(nets, recipe.class_name)(
+            spatial_dims=2, in_channels=in_channels, out_channels=features, **rate, **arguments
+        )
+        if recipe.add_dropout:
+            recipe.add_dropout(core, dropout)
+        if recipe.wants_head:
+            core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
+        return core, recipe.multiple(arguments)
+
+    built: tuple[nn.Module, int] = _call(name, build, {**recipe.settings, **(settings or {})})
+    return built
+
+
+def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | None) -> Any:
+    try:
+        return factory(**settings or {})
+    except PolysegError:
+        raise
+    except (Exception, SystemExit) as error:  # Settings of any kind meet code of any kind.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, wherever that one is registered."""
+    old = network.get_submodule(name)
+    for alias, one in list(network.named_modules(remove_duplicate=False)):
+        if one is old:
+            network.set_submodule(alias, module)
+
+
+def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
+    """End the bottleneck and each level of the decoder in dropout, as the other networks do.
+
+    SegResNet's own dropout is a single layer behind its first convolution.
+    """
+    for level in (core.down_layers[-1], *core.up_layers):
+        level.append(nn.Dropout2d(rate))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to build one of MONAI's networks, small and for 2D unless settings say otherwise."""
+
+    class_name: str
+    settings: Mapping[str, Any]
+    multiple: Callable[[Mapping[str, Any]], int]
+    add_dropout: Callable[[Any, float], None] | None = None
+    wants_head: bool = False
+    """Whether it normalises its very output, so that logits could hardly leave [-3, 3]: it then
+    ends in features, and a 1 x 1 convolution makes logits of them."""
+
+
+def _product_of_strides(settings: Mapping[str, Any]) -> int:
+    return math.prod(settings["strides"])
+
+
+_RECIPES = {
+    "unet": _Recipe(
+        "UNet",
+        {"channels": _CHANNELS, "strides": (2, 2, 2, 2), "num_res_units": 2, "norm": "batch"},
+        _product_of_strides,
+        wants_head=True,
+    ),
+    "basic-unet": _Recipe(
+        "BasicUNet", {"features": (*_CHANNELS, 16), "norm": "batch"}, lambda _: 16
+    ),
+    "attention-unet": _Recipe(
+        "AttentionUnet", {"channels": _CHANNELS, "strides": (2, 2, 2, 2)}, _product_of_strides
+    ),
+    "dynunet": _Recipe(
+        "DynUNet",
+        {
+            "kernel_size": (3, 3, 3, 3, 3),
+            "strides": (1, 2, 2, 2, 2),
+            "upsample_kernel_size": (2, 2, 2, 2),
+            "filters": _CHANNELS,
+            "norm_name": "batch",
+        },
+        _product_of_strides,
+    ),
+    "segresnet": _Recipe(
+        "SegResNet",
+        {"init_filters": 16, "norm": "batch", "blocks_down": (1, 2, 2, 4)},
+        lambda settings: 2 ** (len(settings["blocks_down"]) - 1),
+        _add_dropout_to_segresnet,
+    ),
+}

@@ -1,1 +1,0 @@
-"""A page for people about runs: read what is there, tables and figures of it, one HTML file."""

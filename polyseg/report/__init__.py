@@ -1,0 +1,1 @@
+"""Write runs and evaluations as one HTML page."""

@@ -1,0 +1,299 @@
+"""A page for people: from plain records to one HTML file that needs nothing but itself.
+
+Whatever stands in the records may come from a stranger. All text is escaped, what would steer a
+reader's eye without being seen is shown as U+FFFD, pictures stand as data in image tags, where
+nothing in them can run, and the page's own policy (CSP) forbids every connection and every style or
+script but the two that are part of polyseg. Equal records give equal pages, byte for byte.
+"""
+
+import base64
+import hashlib
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib import resources
+from typing import Literal, TypeAlias
+
+from polyseg import INTENDED_USE
+
+_PLAIN = r"[+−-]?\d[\d.,]*(e[+−-]?\d+)?"
+_NUMBER = re.compile(rf"(< )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\))?|–|")
+_SORTABLE = ' class="sortable"'
+_MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading within a section."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its caption."""
+
+    data: bytes
+    """A whole PNG or SVG file."""
+    kind: Literal["png", "svg"]
+    caption: str
+    alternative: str
+    """What it shows, for those who do not see it."""
+    wide: bool = False
+    """Whether it takes the whole width."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, as many as the width has room for."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, the first of which names its row; columns of numbers are set to the right."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """Each as long as the head; a line break within a cell starts a finer second line."""
+    sortable: bool = False
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.head) for row in self.rows):
+            raise ValueError(f"rows of {self.caption!r} differ in length from its head")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text as it stands: a command, a file."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What is seen on demand."""
+
+    title: str
+    blocks: "Sequence[Block]"
+
+
+Block: TypeAlias = Text | Heading | Gallery | Table | Listing | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that its table of contents leads to."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that is on a page."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    """What stands below the title: names and values."""
+    warnings: Sequence[str]
+    """What a reader must know, such as files that could not be read."""
+    sections: Sequence[Section]
+
+
+def render(page: Page) -> str:
+    """Return a page as the text of an HTML file.
+
+    >>> text = render(Page("<b>", [("runs", "a & b")], [], [Section("One", [Text("1 < 2")])]))
+    >>> "<h1>&lt;b&gt;</h1>" in text, "a &amp; b" in text, "<p>1 &lt; 2</p>" in text
+    (True, True, True)
+    """
+    numbers = _Numbers()
+    sections = [
+        f'<section id="part-{k}">\n<h2>{_text(section.title)}</h2>\n'
+        + "\n".join(_block(block, numbers) for block in section.blocks)
+        + "\n</section>"
+        for k, section in enumerate(page.sections, start=1)
+    ]
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            _head(page.title),
+            "<body>",
+            "<header>",
+            f"<h1>{_text(page.title)}</h1>",
+            _facts(page.facts),
+            "</header>",
+            *_warnings(page.warnings),
+            _contents(page.sections),
+            "<main>",
+            *sections,
+            "</main>",
+            f"<footer><p>{INTENDED_USE}</p></footer>",
+            f"<script>{_asset('script.js')}</script>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+class _Numbers:
+    """The running numbers of figures and tables."""
+
+    def __init__(self) -> None:
+        self.figure: Iterator[int] = itertools.count(1)
+        self.table: Iterator[int] = itertools.count(1)
+
+
+def _head(title: str) -> str:
+    style, script = _asset("style.css"), _asset("script.js")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            "img-src data:",
+            f"style-src {_hash(style)}",
+            f"script-src {_hash(script)}",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    return "\n".join(
+        [
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            '<meta name="referrer" content="no-referrer">',
+            f"<title>{_text(title)}</title>",
+            f"<style>{style}</style>",
+            "</head>",
+        ]
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("polyseg.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(source: str) -> str:
+    digest = hashlib.sha256(source.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _text(words: str) -> str:
+    """Return words as HTML: escaped, and what no one would see shown as a mark.
+
+    That is control signs, surrogates, and marks that turn the direction of reading; spaces of any
+    width stay.
+    """
+    return escape(
+        "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else "\ufffd" for c in words)
+    )
+
+
+def _is_space(character: str) -> bool:
+    return unicodedata.category(character) == "Zs"
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> str:
+    rows = (f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
+    return "<dl>\n" + "\n".join(rows) + "\n</dl>"
+
+
+def _warnings(sentences: Sequence[str]) -> list[str]:
+    if not sentences:
+        return []
+    items = (f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    return ['<aside aria-label="Remarks">\n<ul>', *items, "</ul>\n</aside>"]
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    links = (
+        f'<li><a href="#part-{k}">{_text(section.title)}</a></li>'
+        for k, section in enumerate(sections, start=1)
+    )
+    return '<nav aria-label="Contents">\n<ol>\n' + "\n".join(links) + "\n</ol>\n</nav>"
+
+
+def _block(block: Block, numbers: _Numbers) -> str:
+    match block:
+        case Text():
+            return f"<p>{_text(block.words)}</p>"
+        case Heading():
+            return f"<h3>{_text(block.words)}</h3>"
+        case Listing():
+            return f"<pre>{_text(block.words)}</pre>"
+        case Table():
+            return _table(block, next(numbers.table))
+        case Gallery():
+            figures = (_figure(one, next(numbers.figure)) for one in block.pictures)
+            return '<div class="gallery">\n' + "\n".join(figures) + "\n</div>"
+        case Folded():
+            inner = "\n".join(_block(one, numbers) for one in block.blocks)
+            return f"<details>\n<summary>{_text(block.title)}</summary>\n{inner}\n</details>"
+
+
+def _figure(picture: Picture, number: int) -> str:
+    data = base64.b64encode(picture.data).decode()
+    source = f"data:{_MEDIA[picture.kind]};base64,{data}"
+    return (
+        f'<figure class="{"wide " if picture.wide else ""}{picture.kind}">'
+        f'<img src="{source}" alt="{_text(picture.alternative)}">'
+        f"<figcaption><b>Figure {number}.</b> {_text(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _table(table: Table, number: int) -> str:
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.head)
+    right = [k > 0 and all(map(_is_number, column)) for k, column in enumerate(columns)]
+    style = [' class="number"' if one else "" for one in right]
+    heads = (
+        f'<th scope="col"{kind}>{_text(name)}</th>'
+        for name, kind in zip(table.head, style, strict=True)
+    )
+    name = f"table-{number}"
+    return "\n".join(
+        [
+            f'<p class="caption" id="{name}"><b>Table {number}.</b> {_text(table.caption)}</p>',
+            '<div class="scroll">',
+            f'<table aria-labelledby="{name}"{_SORTABLE if table.sortable else ""}>',
+            f"<thead><tr>{''.join(heads)}</tr></thead>",
+            "<tbody>",
+            *(_row(row, style) for row in table.rows),
+            "</tbody>",
+            "</table>",
+            "</div>",
+        ]
+    )
+
+
+def _is_number(cell: str) -> bool:
+    return _NUMBER.fullmatch(cell.partition("\n")[0]) is not None
+
+
+def _row(row: Sequence[str], style: Sequence[str]) -> str:
+    first, *others = row
+    cells = (f"<td{kind}>{_cell(one)}</td>" for one, kind in zip(others, style[1:], strict=True))
+    return f'<tr><th scope="row">{_cell(first)}</th>{"".join(cells)}</tr>'
+
+
+def _cell(words: str) -> str:
+    first, _, second = words.partition("\n")
+    return _text(first) + (f"<small>{_text(second)}</small>" if second else "")

@@ -1,0 +1,412 @@
+"""The HDF5 files: one an assessment, written once and whole, and the schedule of epsilons.
+
+Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings, and
+`label` (n) where each image has several rows, one a label;
+`difficulty`, `dice`, and where the statistics are the data set's `epsilon` (n) float64;
+`scores/NAME` and `scores_se/NAME` (n) float64; `foreground_pixels` and, with masks, `mask_pixels`
+(n) int64; `fallback` (n) int8; `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11,
+so that eq. 11 and 12 can be computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon`
+(E, n) float32, `assessed` (E) int64, where it is known; `statistics` (S, 2) float64, D_pct and
+sigma_D, and `group` (E, n) int32, the row of them behind each epsilon, -1 for none.
+
+Texts have a fixed size and so lie where they stand: a reference into HDF5's heap may promise any
+size. The first 512 bytes, HDF5's user block, are the seal: the sha256 of all that follows. It is
+checked before the HDF5 library sees a byte, for that library does not notice most damage.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.difficulty import FALLBACKS
+from polyseg.errors import PolysegError
+from polyseg.system.files import atomic_path, sha256_of_file
+from polyseg.metrics.rank_stability import FEWEST_JUDGED
+from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
+
+SCHEMA = 3
+"""Layout that is written; a release whose files say more than older ones raises it."""
+
+_READABLE = (2, SCHEMA)
+_ASSESSMENT = "polyseg assessment"
+_SCHEDULE = "polyseg schedule"
+_MOST_IMAGES = 10_000_000
+_LONGEST_NAME = 4096
+_TEXTS = ("metric", "region", "masks", "weights_sha256")
+_NUMBERS = {"epoch": int, "samples": int, "seed": int, "rate": float | int}
+_LARGEST_SCORE = 1e30
+_MOST_PIXELS = 2**26
+_MOST_EPOCHS = 100_000
+_LEAST_PIECE = 8
+_MORE_THAN_PIXELS = 100
+_FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
+_SEAL_BYTES = 512
+_SEAL = "polyseg: the sha256 of what follows byte 512 is "
+_MISFITS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
+
+
+def write_assessment(path: str | Path, assessment: Assessment) -> str:
+    """Write an assessment file whole or not at all, and return its sha256.
+
+    Raises:
+        PolysegError: the file cannot be written, or maps differ in size.
+    """
+    with _writing(path, _ASSESSMENT) as file:
+        for name in (*_TEXTS, *_NUMBERS):
+            value = getattr(assessment, name)
+            file.attrs[name] = _fixed(value) if name in _TEXTS else value
+        # A dataset, because an attribute holds no more than 64 KiB.
+        file["config"] = _fixed(assessment.config_yaml)
+        _write_rows(file, assessment.ids, assessment.labels)
+        file["difficulty"] = assessment.difficulty
+        for name, values in assessment.scores.items():
+            file[f"scores/{name}"] = values
+            if name in assessment.rank_stability and assessment.samples >= FEWEST_JUDGED:
+                file[f"scores/{name}"].attrs["rank_stability"] = assessment.rank_stability[name]
+        judged = assessment.scores_se if assessment.samples >= FEWEST_JUDGED else {}
+        for name, values in judged.items():
+            file[f"scores_se/{name}"] = values
+        for column in ("foreground_pixels", "fallback", "dice"):
+            file[column] = getattr(assessment, column)
+        for column in ("mask_pixels", "epsilon"):
+            if getattr(assessment, column) is not None:
+                file[column] = getattr(assessment, column)
+        for map_name, maps in assessment.maps.items():
+            _write_maps(file, map_name, maps)
+    return sha256_of_file(path)
+
+
+def read_assessment(
+    path: str | Path, *, sha256: str | None = None, with_maps: bool = False
+) -> Assessment:
+    """Read an assessment file.
+
+    Args:
+        path: the file.
+        sha256: what its hash must be, where it is known.
+        with_maps: read the pixel maps too.
+
+    Raises:
+        PolysegError: the file is missing, damaged, of another layout or something else.
+    """
+    with _reading(path, _ASSESSMENT, sha256) as file:
+        ids, labels = _rows(file)
+        n, attributes = len(ids), _attributes(file)
+        scores = _columns(file, "scores", n)
+        if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros for what is not known.
+            measured = [name for name in METRICS if name in scores]
+            errors = {name: np.full(n, np.nan) for name in measured}
+            stability = dict.fromkeys(measured, float("nan"))
+        else:
+            errors, stability = _columns(file, "scores_se", n), _rank_stability(file)
+        return Assessment(
+            **attributes,
+            ids=ids,
+            labels=labels,
+            scores=scores,
+            scores_se=errors,
+            rank_stability=stability,
+            foreground_pixels=_column(file, "foreground_pixels", n, "i8"),
+            fallback=_within(_column(file, "fallback", n, "i1"), 0, len(FALLBACKS) - 1),
+            dice=_within(_column(file, "dice", n, "f8"), 0, 1, or_nan=True),
+            mask_pixels=_optional(file, "mask_pixels", n, "i8"),
+            epsilon=_optional(file, "epsilon", n, "f8"),
+            maps=_read_maps(file, n) if with_maps and _has(file, "maps") else {},
+            config_yaml=_text(file, "config"),
+        )
+
+
+def write_schedule(path: str | Path, schedule: Schedule) -> str:
+    """Write a schedule file whole or not at all, and return its sha256.
+
+    Raises:
+        PolysegError: the file cannot be written.
+    """
+    with _writing(path, _SCHEDULE) as file:
+        _write_rows(file, schedule.ids, schedule.labels)
+        file["epoch"] = schedule.epochs.astype(np.int64)
+        file["epsilon"] = schedule.epsilon.astype(np.float32)
+        if schedule.assessed is not None:
+            file["assessed"] = schedule.assessed.astype(np.int64)
+        if schedule.group is not None:
+            file["group"], file["statistics"] = schedule.group, schedule.statistics
+    return sha256_of_file(path)
+
+
+def read_schedule(path: str | Path, *, sha256: str | None = None) -> Schedule:
+    """Read a schedule file.
+
+    Raises:
+        PolysegError: the file is missing, damaged, of another layout or something else.
+    """
+    with _reading(path, _SCHEDULE, sha256) as file:
+        epochs = _dataset(file, "epoch")
+        if epochs.ndim != 1 or epochs.dtype != np.int64 or len(epochs) > _MOST_EPOCHS:
+            raise ValueError(f"epoch must be (E) int64, of at most {_MOST_EPOCHS:,}")
+        ids, labels = _rows(file)
+        epsilon = _dataset(file, "epsilon")
+        if epsilon.shape != (*epochs.shape, len(ids)) or epsilon.dtype != np.float32:
+            raise ValueError("epsilon must be (E, n) float32")
+        return Schedule(
+            ids,
+            epochs[()],
+            epsilon[()],
+            labels,
+            _optional(file, "assessed", len(epochs), "i8"),
+            # Layout 2 has neither.
+            _dataset(file, "group")[()] if _has(file, "group") else None,
+            _finite(_dataset(file, "statistics")[()]) if _has(file, "statistics") else None,
+        )
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path, kind: str) -> Iterator[Any]:
+    # In memory first: where a disk is full the library may end the process, or forget to say so.
+    image = io.BytesIO()
+    with h5py.File(image, "w", userblock_size=_SEAL_BYTES) as file:
+        file.attrs["kind"] = _fixed(kind)
+        file.attrs["schema"] = SCHEMA
+        yield file
+    image.seek(0)
+    image.write(_seal(hashlib.sha256(image.getbuffer()[_SEAL_BYTES:]).hexdigest()))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(image.getbuffer())
+
+
+def seal(path: str | Path) -> None:
+    """Write the sha256 of an HDF5 file into its user block, without which it is not read."""
+    with Path(path).open("r+b") as stream:
+        block = _seal_of(stream)
+        stream.seek(0)
+        stream.write(block)
+
+
+def _seal_of(stream: BufferedIOBase) -> bytes:
+    """Return what the first bytes of a file must be."""
+    stream.seek(_SEAL_BYTES)
+    return _seal(hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _seal(digest: str) -> bytes:
+    return f"{_SEAL}{digest}\n".encode().ljust(_SEAL_BYTES, b"\0")
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path, kind: str, sha256: str | None) -> Iterator[Any]:
+    """Yield the open file once it is known to be what it should be; any misfit is one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise PolysegError(f"{path}: there is no such file")
+    if sha256 is not None and sha256_of_file(path) != sha256:
+        raise PolysegError(
+            f"{path}: is not the file that the run recorded (its sha256 differs); it was damaged "
+            "or replaced"
+        )
+    try:
+        if sha256 is None:
+            _refuse_damage(path)
+        # No lock: files are never changed once they have their name.
+        with h5py.File(path, "r", locking=False) as file:
+            if (schema := _attribute(file, "schema")) not in _READABLE:
+                known = " or ".join(map(str, _READABLE))
+                raise ValueError(f"has layout {schema}, not {known}, and is of another polyseg")
+            if _attribute(file, "kind") != kind:
+                raise ValueError(f"is no {kind} file")
+            yield file
+    except _MISFITS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PolysegError(f"{path}: cannot be read as a {kind}: {reason}") from error
+
+
+def _refuse_damage(path: Path) -> None:
+    """Raise where a file's bytes are not those that were sealed."""
+    with path.open("rb") as stream:
+        found = stream.read(_SEAL_BYTES)
+        if not found.startswith(_SEAL.encode()):
+            raise ValueError("has no seal: it is of an earlier layout, or of another program")
+        if found != _seal_of(stream):
+            raise ValueError("its content is not what was written")
+
+
+def _attribute(file: Any, name: str) -> int | float | str:
+    """Return a single number or text; an array of texts could be far larger than its file."""
+    held = file.attrs.get_id(name)
+    if held.shape != () or held.dtype.kind not in "iufS":
+        raise ValueError(f"{name} is no single number or text of a fixed size")
+    value: int | float | bytes = file.attrs[name].item()
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _has(file: Any, name: str) -> bool:
+    """Return whether the file itself holds something of that name; a link is not followed."""
+    group = file
+    for part in name.split("/"):
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        if link is not None and not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name} is a link")
+        if link is None:
+            return False
+        group = group[part]
+    return True
+
+
+def _dataset(file: Any, name: str) -> Any:
+    """Return a dataset whose bytes lie in this file: links, external and virtual ones are not."""
+    if not _has(file, name):
+        raise ValueError(f"{name} is missing")
+    group = file[name]
+    if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
+        raise ValueError(f"{name} is not a plain dataset")
+    if name.startswith("maps/"):
+        return group
+    # Only maps are compressed; elsewhere a shape cannot promise more than the file holds.
+    if group.shape is None or group.chunks or group.id.get_storage_size() < group.nbytes:
+        raise ValueError(f"{name} is of shape {group.shape} but its values are not there")
+    return group
+
+
+def _rows(file: Any) -> tuple[list[str], list[str] | None]:
+    """Return the image of each row, and its label where images have several rows."""
+    ids = _names(_dataset(file, "id"))
+    labels = _names(_dataset(file, "label")) if _has(file, "label") else None
+    each = list(dict.fromkeys(labels or [""]))
+    images = ids[:: len(each)]
+    if len(set(images)) < len(images) or ids != [one for one in images for _ in each]:
+        raise ValueError("id must name each image once, or once a label")
+    if labels is not None and labels != each * len(images):
+        raise ValueError("label must repeat the same labels for each image")
+    return ids, labels
+
+
+def _names(dataset: Any) -> list[str]:
+    """Return what can be names: text of a line."""
+    if dataset.ndim != 1 or not 0 < dataset.size <= _MOST_IMAGES or dataset.dtype.kind != "S":
+        raise ValueError(f"{dataset.name} must be (n) strings")
+    names = [name.decode() for name in dataset[()].tolist()]
+    if any(not name.isprintable() or len(name) > _LONGEST_NAME for name in names):
+        raise ValueError(f"{dataset.name} holds what is no name")
+    return names
+
+
+def _text(file: Any, name: str) -> str:
+    dataset = _dataset(file, name)
+    if dataset.shape != () or dataset.dtype.kind != "S":
+        raise ValueError(f"{name} must be one string")
+    return str(dataset.asstr()[()])
+
+
+def _fixed(text: str | list[str]) -> NDArray[Any]:
+    """Return texts as HDF5 keeps them where they stand."""
+    content = [text.encode()] if isinstance(text, str) else [one.encode() for one in text]
+    kind = h5py.string_dtype(length=max(1, *map(len, content)))
+    return np.array(content[0] if isinstance(text, str) else content, dtype=kind)
+
+
+def _attributes(file: Any) -> dict[str, Any]:
+    kinds: dict[str, Any] = dict.fromkeys(_TEXTS, str) | _NUMBERS
+    found: dict[str, Any] = {name: _attribute(file, name) for name in kinds}
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind) or (name == "epoch" and found[name] < 0):
+            raise ValueError(f"{name} {found[name]!r:.40} is none")
+    if found["metric"] not in get_args(Metric) or not _has(file, f"scores/{found['metric']}"):
+        raise ValueError(f"metric {found['metric']!r:.40} is unknown, or has no scores")
+    return found
+
+
+def _rank_stability(file: Any) -> dict[Metric, float]:
+    places = {name: f"scores/{name}" for name in METRICS if _has(file, f"scores/{name}")}
+    return {
+        name: float(_attribute(file[place], "rank_stability"))
+        for name, place in places.items()
+        if "rank_stability" in file[place].attrs
+    }
+
+
+def _write_rows(file: Any, ids: list[str], labels: list[str] | None) -> None:
+    file["id"] = _fixed(ids)
+    if labels is not None:
+        file["label"] = _fixed(labels)
+
+
+def _column(file: Any, name: str, n: int, dtype: str) -> NDArray[Any]:
+    dataset = _dataset(file, name)
+    if dataset.shape != (n,) or dataset.dtype != np.dtype(dtype):
+        raise ValueError(f"{name} must be ({n}) {np.dtype(dtype)}")
+    return cast(NDArray[Any], dataset[()])
+
+
+def _optional(file: Any, name: str, n: int, dtype: str) -> NDArray[Any] | None:
+    return _finite(_column(file, name, n, dtype)) if _has(file, name) else None
+
+
+def _within(values: NDArray[Any], low: float, high: float, *, or_nan: bool = False) -> NDArray[Any]:
+    good = (values >= low) & (values <= high)
+    if not (good | np.isnan(values) if or_nan else good).all():
+        raise ValueError(f"values must lie in {low} to {high}")
+    return values
+
+
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    if not (np.abs(values) < _LARGEST_SCORE).all():
+        raise ValueError("values must be finite")
+    return values
+
+
+def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
+    return {
+        name: _finite(_column(file, f"{group}/{name}", n, "f8"))
+        for name in get_args(Metric)
+        if _has(file, f"{group}/{name}")
+    }
+
+
+def _is_packed_as_ours(maps: Any) -> bool:
+    """Tell whether each map was written, and its piece can be one that went through the filters.
+
+    What was never written is zeros of any size when it is read; and HDF5's filters take for granted
+    that there is something to undo.
+    """
+    pieces: list[Any] = []
+    maps.id.chunk_iter(pieces.append)
+    sizes = range(_LEAST_PIECE, 2 * maps.nbytes // len(maps) + _MORE_THAN_PIXELS)
+    plain = all(piece.filter_mask == 0 and piece.size in sizes for piece in pieces)
+    own = maps.id.get_create_plist()
+    filters = [own.get_filter(i)[0] for i in range(own.get_nfilters())]
+    return plain and filters == _FILTERS and len(pieces) == len(maps)
+
+
+def _write_maps(file: Any, name: str, maps: list[NDArray[np.floating]]) -> None:
+    if len({one.shape for one in maps}) > 1:
+        raise PolysegError(
+            "uncertainty.save_maps: images differ in size; set data.size to keep their maps"
+        )
+    stack = np.stack([one.astype(np.float16) for one in maps])
+    file.create_dataset(
+        f"maps/{name}",
+        data=stack,
+        chunks=(1, *stack.shape[1:]),
+        compression="gzip",
+        shuffle=True,
+        fletcher32=True,
+    )
+
+
+def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
+    maps = {}
+    for name in MAPS:
+        dataset = _dataset(file, f"maps/{name}")
+        plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
+        if not plausible or len(dataset) != n or dataset.dtype != np.float16:
+            raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
+        if dataset.chunks != (1, *dataset.shape[1:]) or not _is_packed_as_ours(dataset):
+            raise ValueError(f"maps/{name} must hold each image's map in one piece")
+        maps[name] = [dataset[i] for i in range(n)]
+    return maps

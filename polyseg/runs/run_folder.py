@@ -1,0 +1,374 @@
+"""A run's folder: who may write it, its checkpoints, its history, what it was made with.
+
+An epoch is committed by the renaming of `checkpoints/last.safetensors`, which comes after all that
+it relies on and names its hashes. `history.csv` and `schedule.h5` say what is in it too, for people
+and for other runs; a run that goes on makes them anew.
+"""
+
+import contextlib
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyseg.system import files
+from polyseg import __version__
+from polyseg.runs.record_files import write_schedule
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.config import Config
+from polyseg.data.splits import PARTS, Split, refuse_overlap
+from polyseg.errors import PolysegError, reason
+from polyseg.system.files import (
+    TEMPORARY_PREFIX,
+    csv_table,
+    exclusive_lock,
+    keep_as,
+    read_text,
+    sha256_of_file,
+    write_text,
+)
+
+log = logging.getLogger(__name__)
+
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percentiles of epsilon in the history."""
+
+HISTORY_COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    *(f"epsilon_q{quantile:02d}" for quantile in QUANTILES),
+    "wrong_sign_images",
+    "skipped_steps",
+    "validation_loss",
+    "validation_dice",
+    "validation_iou",
+    "assessed",
+    "seconds_train",
+    "seconds_validation",
+    "seconds_assessment",
+)
+_OF_A_BEGINNING = {
+    "environment.json",
+    "config.yaml",
+    "split.json",
+    "log.txt",
+    "replay.h5",
+    "checkpoints",
+}
+_RECORDED_VERSIONS = (
+    "torch",
+    "numpy",
+    "monai",
+    "scipy",
+    "h5py",
+    "safetensors",
+    "pillow",
+    "tifffile",
+)
+
+
+class RunDirectory:
+    """The paths of a run's folder, and the writing of what is written every epoch."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.path = path
+        self.last = path / "checkpoints" / "last.safetensors"
+        self.previous = path / "checkpoints" / "previous.safetensors"
+        self.best = path / "checkpoints" / "best.safetensors"
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.split = path / "split.json"
+        self.log = path / "log.txt"
+        self.history = path / "history.csv"
+        self.schedule = path / "schedule.h5"
+        self.replay = path / "replay.h5"
+        self.figures = path / "figures"
+        self.evaluation = path / "evaluation"
+
+    @contextlib.contextmanager
+    def writing(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder for writing; a new run wants it empty.
+
+        Raises:
+            PolysegError: the folder is in use, or is not empty.
+        """
+        try:
+            files.disk.make_folder(self.path)
+        except OSError as error:
+            raise PolysegError(f"{self.path}: cannot be made: {reason(error)}") from error
+        with exclusive_lock(self.path / ".lock", owner=str(self.path)):
+            if not resume:
+                self.refuse_occupied()
+                self._remove_torn_files()
+            yield
+
+    def refuse_occupied(self) -> None:
+        """Raise if there is something in the folder, which a new run would write over.
+
+        Checkpoints want names that are text, which is said before anything is trained.
+
+        Raises:
+            PolysegError: there is.
+        """
+        if not str(self.path).isprintable():
+            raise PolysegError(f"{str(self.path)!r}: is no text; choose another --out")
+        if self.path.is_dir() and not self._holds_nothing():
+            raise PolysegError(
+                f"{self.path}: is not empty; --resume continues a run, another --out starts one"
+            )
+
+    def _holds_nothing(self) -> bool:
+        """Return whether the folder is empty, or a run was begun in it that committed nothing."""
+        entries = {entry.name for entry in self.path.iterdir()} - {".lock"}
+        names = {name for name in entries if not name.startswith(TEMPORARY_PREFIX)}
+        begun = names <= _OF_A_BEGINNING and _is_ours(self.environment)
+        return not names or (begun and not any(self.last.parent.glob("[!.]*")))
+
+    def refuse_missing(self) -> None:
+        """Raise if there is no run to go on with.
+
+        Raises:
+            PolysegError: there is none.
+        """
+        if not self.last.is_file() and not self.previous.is_file():
+            raise PolysegError(
+                f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
+                "leave --resume out to start one"
+            )
+
+    def checkpoint_to_resume(self) -> Checkpoint:
+        """Read the last checkpoint, or the one before it where the last is missing or damaged.
+
+        Raises:
+            PolysegError: there is none that can be read.
+        """
+        try:
+            return read_checkpoint(self.last)
+        except PolysegError as error:
+            if not self.previous.is_file():
+                raise
+            checkpoint = read_checkpoint(self.previous)
+            log.warning("%s; going on from the one before, of epoch %d", error, checkpoint.epoch)
+            return checkpoint
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """Write what an epoch came to; the renaming of the last checkpoint makes it count.
+
+        Raises:
+            PolysegError: a file cannot be written; what was committed before still is.
+        """
+        self._write_views(checkpoint)
+        if self.last.is_file():
+            keep_as(self.last, self.previous)
+        write_checkpoint(self.last, checkpoint)
+        self._write_best(checkpoint)
+
+    def recover(self, checkpoint: Checkpoint) -> None:
+        """Make the folder that of a checkpoint which training is to go on from.
+
+        Files that a killed process left are removed, and what is newer than the checkpoint; what
+        says the same as the checkpoint is written anew.
+        """
+        assessments = self.path / "uncertainty"
+        for path in () if assessments.is_symlink() else assessments.glob("epoch_*.h5"):
+            number = path.stem.removeprefix("epoch_")
+            if number.isdecimal() and int(number) > checkpoint.epoch:
+                files.disk.remove(path)
+        self._remove_torn_files()
+        if self.last.is_file() and not _is_sound(self.last):
+            files.disk.rename(self.last, self.last.with_suffix(".damaged"))
+        self._write_views(checkpoint)
+        self._write_best(checkpoint)
+
+    def _remove_torn_files(self) -> None:
+        for folder in (self.path, *self._folders()):
+            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                if not path.is_dir():
+                    files.disk.remove(path)
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of a run that training writes to."""
+        own = (self.last.parent, self.path / "uncertainty", self.figures, self.evaluation)
+        return [folder for folder in own if not folder.is_symlink()]
+
+    def _write_views(self, checkpoint: Checkpoint) -> None:
+        """Write what people and other runs read of the record."""
+        if checkpoint.history:
+            self._write_history(checkpoint.history)
+        if checkpoint.schedule is not None:
+            write_schedule(self.schedule, checkpoint.schedule)
+
+    def _write_best(self, checkpoint: Checkpoint) -> None:
+        # Also when a run goes on: a crash may have come between the two files.
+        if checkpoint.best_epoch == checkpoint.epoch:
+            write_checkpoint(self.best, checkpoint.weights_only())
+
+    def assessment(self, epoch: int) -> Path:
+        """Return the path of an epoch's assessment file."""
+        return self.path / "uncertainty" / f"epoch_{epoch:04d}.h5"
+
+    def begin(self, config: Config, split: str, now: Mapping[str, Any]) -> str:
+        """Write what a run is known by, before its first epoch; return the sha256 of the split.
+
+        Args:
+            config: its settings.
+            split: as `split_json` gives it.
+            now: as `environment` gives it.
+        """
+        # First what tells that the folder is a run's, so that nobody's own file is taken for one.
+        write_text(self.environment, json.dumps(now, indent=2) + "\n")
+        self.write_config(config)
+        write_text(self.split, split)
+        return sha256_of_file(self.split)
+
+    def changes_of_environment(self, now: Mapping[str, Any]) -> list[str]:
+        """Return what is no longer as it was when the run last went on, by name.
+
+        Raises:
+            PolysegError: environment.json is missing or damaged.
+        """
+        recorded = self._read_environment()
+        recorded |= recorded.get("resumed", [{}])[-1]
+        return [
+            f"{name} {recorded.get(name)} -> {value}"
+            for name, value in now.items()
+            if name not in ("command", "started") and recorded.get(name) != value
+        ]
+
+    def note_resumption(self, epoch: int, now: Mapping[str, Any]) -> None:
+        """Add to environment.json with what a run goes on."""
+        recorded = self._read_environment()
+        recorded["resumed"] = [*recorded.get("resumed", []), {"after_epoch": epoch, **now}]
+        write_text(self.environment, json.dumps(recorded, indent=2) + "\n")
+
+    def _read_environment(self) -> dict[str, Any]:
+        try:
+            recorded = json.loads(read_text(self.environment))
+            resumed = recorded.get("resumed", [{}])
+            if not (isinstance(resumed, list) and resumed and isinstance(resumed[-1], dict)):
+                raise ValueError("it tells no environments")
+            return dict(recorded)
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise PolysegError(f"{self.environment}: cannot be read: {error}") from None
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml; a resumed run may have been given more epochs."""
+        write_text(self.config, config.to_yaml())
+
+    def read_split(self, sha256: str = "") -> tuple[Split, dict[str, str]]:
+        """Return the ids by part, and the hashes of the images by id.
+
+        Args:
+            sha256: what the hash of split.json must be, where it is known.
+
+        Raises:
+            PolysegError: split.json is missing or not what the run wrote.
+        """
+        try:
+            text = read_text(self.split)
+            if sha256 and sha256_of_file(self.split) != sha256:
+                raise ValueError("it is not the file that the run recorded (its sha256 differs)")
+            record = json.loads(text)
+            split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
+            rows = [row for part in PARTS for row in record[part]]
+            if not split["train"] or not all(str(row["id"]).isprintable() for row in rows):
+                raise ValueError("it names no training images, or what is no name")
+            refuse_overlap(split, str(self.split))
+            return split, {str(row["id"]): str(row["sha256"]) for row in rows}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PolysegError(f"{self.split}: cannot be read: {error}") from None
+
+    def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        cells = (
+            [f"{row[key]:.9g}" if key in row else "" for key in HISTORY_COLUMNS] for row in rows
+        )
+        write_text(self.history, csv_table(HISTORY_COLUMNS, cells))
+
+
+def split_json(split: Split, hashes: Mapping[str, str]) -> str:
+    """Return a split as a run keeps it: ids by part, with the sha256 of their pixels.
+
+    >>> json.loads(split_json({"train": ["a"]}, {"a": "00"}))
+    {'train': [{'id': 'a', 'sha256': '00'}]}
+    """
+    record = {
+        part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
+        for part, ids in split.items()
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+def new_run_path() -> Path:
+    """Return a name for a run that gives none: runs/ and the time."""
+    return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint file that a path stands for: itself, or a run's best one.
+
+    Raises:
+        PolysegError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    run = RunDirectory(path)
+    if run.best.is_file():
+        return run.best
+    if run.last.is_file():
+        log.warning("%s: has no best checkpoint; its last one is used", path)
+        return run.last
+    raise PolysegError(
+        f"{path}: is neither a checkpoint nor a run (no checkpoints/best.safetensors)"
+    )
+
+
+def in_order(assessments: Iterable[str]) -> list[str]:
+    """Return names of assessment files by their epoch, which may have more digits than four.
+
+    >>> in_order(["epoch_10000.h5", "epoch_9999.h5"])
+    ['epoch_9999.h5', 'epoch_10000.h5']
+    """
+    return sorted(assessments, key=lambda name: (len(name), name))
+
+
+def _is_ours(environment: Path) -> bool:
+    """Return whether a run of polyseg has written this file."""
+    try:
+        found = json.loads(read_text(environment))
+        return isinstance(found, dict) and "polyseg" in found
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        read_checkpoint(checkpoint)
+    except PolysegError:
+        return False
+    return True
+
+
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Return what the run is made with: versions, machine, command."""
+    return {
+        "polyseg": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _RECORDED_VERSIONS},
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,329 @@
+"""Opening what was trained: a network from its checkpoint, and the images to show it."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
+from polyseg.config import Config, DataConfig
+from polyseg.data.dataset import ImageSet, Item, member_of
+from polyseg.data.duplicates import refuse_leaks
+from polyseg.data.loading import load_images, load_others
+from polyseg.data.splits import PARTS, Split, split_by_settings, torn_groups
+from polyseg.errors import PolysegError
+from polyseg.networks.inference import choose_device
+from polyseg.system.memory import keep_freed_memory
+from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.records import Progress
+from polyseg.runs.run_folder import RunDirectory, find_checkpoint
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5
+_MANY_WINDOWS = 100
+
+Load = Callable[[DataConfig, Progress], ImageSet]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network and where it is from."""
+
+    source: Path
+    run: RunDirectory | None
+    """The run it is a checkpoint of, where that is still around it."""
+    checkpoint: Checkpoint
+    network: SegmentationNetwork
+
+    @property
+    def config(self) -> Config:
+        """The settings that it was trained with."""
+        return self.checkpoint.config
+
+
+def open_model(source: str | Path, device: str, trust: bool) -> Model:
+    """Return the network of a checkpoint file, or of a run's best checkpoint.
+
+    Raises:
+        PolysegError: there is none, it is damaged, or its network may not be trusted.
+    """
+    keep_freed_memory()
+    path = find_checkpoint(source)
+    checkpoint = read_checkpoint(path)
+    # Where decoded images are kept is this machine's affair, not the checkpoint's.
+    data = checkpoint.config.data.model_copy(
+        update={name: DataConfig.model_fields[name].default for name in ("memory", "cache")}
+    )
+    config = checkpoint.config.model_copy(update={"data": data})
+    checkpoint = dataclasses.replace(checkpoint, config=config)
+    network = checkpoint.build(trust=trust).to(choose_device(device))
+    run = RunDirectory(path.parent.parent)
+    return Model(Path(source), run if run.split.is_file() else None, checkpoint, network)
+
+
+class LastImages:
+    """Reads images, unless those of equal settings were the last: runs to compare share theirs."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.images: ImageSet | None = None
+
+    def __call__(self, config: DataConfig, progress: Progress) -> ImageSet:
+        """Return the images of these settings."""
+        # Which of them are for testing is not the images' affair.
+        key = config.model_copy(update={"fold": None, "split_file": None}).model_dump_json()
+        if self.images is None or key != self.key:
+            self.images = None  # Before others are read, so that memory holds one set.
+            self.images, self.key = load_images(config, progress), key
+        return self.images
+
+
+def images_for(
+    model: Model,
+    data: str | Path | None,
+    part: str | None,
+    default: str,
+    progress: Progress,
+    cache: str | Path | None = None,
+    load: Load = load_images,
+) -> tuple[ImageSet, list[str]]:
+    """Return images and the ids to use: a part of the run's own data, or all of a folder.
+
+    Args:
+        model: what will look at them.
+        data: a folder; the model's own data where it is the same or left out.
+        part: one of `PARTS` or "all"; of another folder than the model's own there are no parts.
+        default: the part where none is named.
+        progress: of reading.
+        cache: where decoded images go that do not fit into memory.
+        load: what reads the model's own data.
+
+    Raises:
+        PolysegError: an unknown or empty part, or data that are not in order.
+    """
+    if part not in (None, "all", *PARTS):
+        raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
+    data = None if data is None else Path(data)
+    config = model.config.data
+    if cache is not None:
+        config = config.model_copy(update={"cache": str(cache)})
+    own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
+    if not own and data is not None:
+        # Only data of a folder that is gone may have a split elsewhere.
+        if part not in (None, "all") and not is_gone(config):
+            raise _not_trained_on(model, data, part)
+        images = load_others(data, config, model.checkpoint.channels, progress)
+        images = dataclasses.replace(images, levels=model.checkpoint.levels)
+        split = None if part == "all" else moved_split(model, images)
+        if split is not None:
+            log.info(
+                "%s: its images are read from %s, in place of %s", model.source, data, config.path
+            )
+            return images, part_of(split, part or default, images, model)
+        if part not in (None, "all"):
+            raise _not_trained_on(model, data, part)
+        _warn_of_known_images(model, images)
+        return images, images.ids
+    part = part or default
+    refuse_gone(config, model.source)
+    images = load(config, progress)
+    split = (
+        split_of_run(model.run, images, model.checkpoint.split)
+        if model.run
+        else _split_of_file(model, images, part)
+    )
+    images = dataclasses.replace(images, levels=model.checkpoint.levels)
+    return images, part_of(split, part, images, model)
+
+
+def part_of(split: Split, part: str, images: ImageSet, model: Model) -> list[str]:
+    """Return the ids of a part of a split, or of all images.
+
+    Raises:
+        PolysegError: there are none.
+    """
+    ids = images.ids if part == "all" else split[part]
+    if not ids:
+        raise PolysegError(f"--split {part}: {model.source} has no {part} images; choose another")
+    return ids
+
+
+def _not_trained_on(model: Model, data: Path, part: str) -> PolysegError:
+    return PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
+
+
+def is_gone(config: DataConfig) -> bool:
+    """Return whether the folder or file that the settings name is not there any more."""
+    return config.path != "demo" and not Path(config.path).exists()
+
+
+def refuse_gone(config: DataConfig, owner: Path) -> None:
+    """Raise if the data of a run are not where its settings say.
+
+    Raises:
+        PolysegError: names the option that says where they are now.
+    """
+    if is_gone(config):
+        raise PolysegError(
+            f"{config.path}: there is no such file or folder; give the place where the images of "
+            f"{owner} are now by --data"
+        )
+
+
+def moved_split(model: Model, images: ImageSet) -> Split | None:
+    """Return the split of a model's run if its own data are gone and `images` hold all of them.
+
+    None where the images are others, or the model's own data are still there.
+    """
+    if model.run is None or not is_gone(model.config.data):
+        return None
+    split, hashes = model.run.read_split(model.checkpoint.split)
+    same = all(images.hashes.get(identity) == digest for identity, digest in hashes.items())
+    return split if same else None
+
+
+def new_split(config: Config, images: ImageSet) -> Split:
+    """Divide the images as the settings say, and make sure that no image is on two sides.
+
+    Raises:
+        PolysegError: too few images, sizes that no batch can hold, or one image on two sides.
+    """
+    if not images.has_masks:
+        raise PolysegError("data: some images have no masks; training needs one for each")
+    several = len(images.sizes()) > 1
+    if several and config.training.batch_size > 1 and images.tiling is None:
+        raise PolysegError(
+            f"data.size: the images have {len(images.sizes())} sizes and no batch can hold them; "
+            "set data.size, data.fit=tile, or training.batch_size=1"
+        )
+    if several and config.uncertainty.save_maps and config.assesses:
+        raise PolysegError(
+            f"uncertainty.save_maps: the images have {len(images.sizes())} sizes and one array of "
+            "maps has one; set data.size"
+        )
+    split = split_by_settings(images.members(), config.data)
+    refuse_sides(split, images.items, config.data)
+    _warn_of_many_windows(images)
+    if config.data.training_slices == "foreground":
+        split["train"] = [one for one in split["train"] if images.item(one).foreground]
+    if not split["train"]:
+        raise PolysegError("data: there are no training images; see data.split")
+    shares = [images.item(identity).shares or () for identity in split["train"]]
+    for k, label in enumerate(images.labels):
+        if not any(share[k] for share in shares):
+            what = f"foreground of {label}" if label else "foreground"
+            raise PolysegError(
+                f"data: no training mask has any {what}; data.foreground says which values count"
+            )
+    return split
+
+
+def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
+    """Raise if an image, or images of one group, stand on two sides of a split.
+
+    Raises:
+        PolysegError: names them, and how to allow it.
+    """
+    likeness = {item.id: item.likeness for item in items}
+    for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:
+        log.warning("%s, which data.duplicates allows", sentence)
+    if torn := torn_groups(split, [member_of(item) for item in items], config):
+        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
+        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
+        if config.duplicates != "allow":
+            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
+        log.warning("%s, which data.duplicates allows", what)
+
+
+def _warn_of_many_windows(images: ImageSet) -> None:
+    """Say so where small patches make whole images slow."""
+    if images.tiling is None:
+        return
+    height, width = images.tiling.size
+    rows, columns = max(images.sizes(), key=lambda size: size[0] * size[1])
+    windows = -(-rows // height) * -(-columns // width)
+    if windows > _MANY_WINDOWS:
+        log.warning(
+            "an image of %d x %d takes over %d windows of %d x %d, each pass of MC Dropout anew; a "
+            "larger data.size is faster",
+            *(rows, columns, windows, height, width),
+        )
+
+
+def split_of_run(run: RunDirectory, images: ImageSet, sha256: str = "") -> Split:
+    """Return the split that a run recorded, if the images are still the same.
+
+    Args:
+        run: the run.
+        images: as they are now.
+        sha256: what the hash of split.json must be, where it is known.
+
+    Raises:
+        PolysegError: split.json was changed, or images are missing or have changed, by name.
+    """
+    split, hashes = run.read_split(sha256)
+    what = {
+        identity: "has changed" if identity in images.hashes else "is missing"
+        for identity, digest in hashes.items()
+        if images.hashes.get(identity) != digest
+    }
+    if what:
+        shown = ", ".join(f"{identity} {how}" for identity, how in list(what.items())[:_SHOWN])
+        more = f" and {len(what) - _SHOWN} more" if len(what) > _SHOWN else ""
+        raise PolysegError(f"data: since {run.path} was made, image {shown}{more}")
+    return split
+
+
+def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
+    """Return the split of a checkpoint that has left its run: made anew, if that is safe.
+
+    A pattern or a file that a checkpoint names is not used: the one may take forever, the other may
+    be any.
+    """
+    if part == "all":
+        return {}
+    config = model.config.data
+    if config.group is not None or config.split_file is not None:
+        raise PolysegError(
+            f"{model.source}: was trained on a split of its own, which its run folder keeps; give "
+            "the run, --data of other images, or --split all"
+        )
+    return split_by_settings(images.members(), config)
+
+
+def _warn_of_known_images(model: Model, images: ImageSet) -> None:
+    """Say so where images of another folder are those that the network was trained or chosen on."""
+    if model.run is None:
+        return
+    split, hashes = model.run.read_split()
+    known = {hashes[identity] for part in ("train", "val") for identity in split[part]}
+    seen = sum(images.hashes[identity] in known for identity in images.ids)
+    if seen:
+        log.warning(
+            "%d of these %d images are training or validation images of %s: no test",
+            seen,
+            len(images.ids),
+            model.source,
+        )
+
+
+def passes_of(config: Config) -> dict[str, Any]:
+    """Return the settings of MC Dropout, also of a training whose difficulty took no passes."""
+    settings = config.uncertainty.model_dump()
+    if not config.uncertainty.takes_passes:
+        log.info(
+            "uncertainty.metric %s takes no passes: mutual_information here", settings["metric"]
+        )
+        settings["metric"] = "mutual_information"
+    return settings
+
+
+def results_beside(source: str | Path, name: str) -> Path:
+    """Return where results go that were given no place: into the run, or beside the checkpoint."""
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

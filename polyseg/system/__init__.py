@@ -1,0 +1,1 @@
+"""Files, locks, signals, memory, processes, random seeds and strict YAML."""

@@ -1,0 +1,1 @@
+"""Train a network: trainer, step, losses by name, optimizers, several processes."""

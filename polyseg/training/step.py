@@ -1,0 +1,275 @@
+"""Steps: what a batch does to the weights, by one process or by several that share it."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from polyseg.config import Config
+from polyseg.errors import PolysegError
+from polyseg.networks.dropout import stochastic_layers
+from polyseg.networks.inference import device_of
+from polyseg.runs.checkpoints import Checkpoint, fit_weights
+from polyseg.system.process_group import ALONE, Processes
+from polyseg.training.activation_checkpointing import recompute_blocks
+from polyseg.training.distributed import DropoutTogether, normalise_together
+from polyseg.training.losses_by_name import Note, as_tasks, build_objective, take_note
+from polyseg.training.optimizers import build_optimizer, norm_of_gradients, restore_optimizer
+
+log = logging.getLogger(__name__)
+
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step(NamedTuple):
+    """What a step came to, on the device until the epoch's end: to ask sooner holds a GPU up."""
+
+    names: list[str]
+    losses: Tensor
+    """(B K,), the labels of an image one after another."""
+    note: Note
+    finite: Tensor
+    """Whether losses and gradients are, (), bool."""
+
+    def on_cpu(self) -> "Step":
+        """Return the same where processes can exchange it."""
+        note = Note(*(values.cpu() for values in self.note))
+        return Step(self.names, self.losses.cpu(), note, self.finite.cpu())
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Step]") -> "Step":
+        """Return a step of which processes have taken a part each."""
+        names = [name for part in parts for name in part.names]
+        finite = torch.stack([part.finite for part in parts]).all()
+        losses = torch.cat([part.losses for part in parts])
+        return cls(names, losses, _joined_notes([part.note for part in parts]), finite)
+
+
+def of_all_processes(steps: list[Step], processes: Processes) -> list[Step]:
+    """Return the steps as one process would have taken them."""
+    if processes.count == 1:
+        return steps
+    parts = processes.gathered([step.on_cpu() for step in steps])
+    return [Step.joined(of_one) for of_one in zip(*parts, strict=True)]
+
+
+class Steps:
+    """What takes steps: a network as it is called, its optimizer, the scale of gradients, the loss.
+
+    Each of several processes goes by its rows of a batch, and all step alike.
+    """
+
+    def __init__(self, network: nn.Module, config: Config, processes: Processes = ALONE) -> None:
+        self.network, self.config, self.processes = network, config, processes
+        self.device = device_of(network)
+        self.channels_last = _has_channels_last(network, config)
+        if self.channels_last:
+            _put_channels_last(network)
+        self.dropout = DropoutTogether(stochastic_layers(network), processes)
+        self.forward = _as_called(network, config, processes)
+        self.has_compiled = False
+        self.optimizer = build_optimizer(config.training, network)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.training.precision == "fp16"
+        )
+        self.objective = build_objective(config.loss)
+
+    @property
+    def seek_a_scale(self) -> bool:
+        """Whether gradients may be infinite only because float16 holds no larger ones."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+    def take_up(self, checkpoint: Checkpoint) -> None:
+        """Go on from what a checkpoint holds of weights, optimizer and scale.
+
+        Raises:
+            PolysegError: it does not fit.
+        """
+        fit_weights(self.network, checkpoint.weights)
+        if checkpoint.epoch:
+            restore_optimizer(self.optimizer, checkpoint.optimizer)
+        if self.scaler.is_enabled() and checkpoint.scaler:
+            self.scaler.load_state_dict(dict(checkpoint.scaler))
+
+    @contextlib.contextmanager
+    def at_rate(self, rate: float) -> Iterator[None]:
+        """Have network and optimizer ready for the steps of the block, at a learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        with self.dropout.taking_over():
+            yield
+
+    def take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
+        """Take a step; the first one compiles the network, if it is to be.
+
+        Args:
+            names: of all images of the batch.
+            images: (B, C, H, W), those that are this process's rows of it.
+            masks: (B, K, H, W), theirs.
+            epsilon: of all images, a row each, a column a label.
+
+        Raises:
+            PolysegError: the network cannot be compiled, or not have channels last.
+        """
+        start = time.perf_counter()
+        with self._explaining():
+            taken = self._take(names, images, masks, epsilon)
+        if self.config.training.compile and not self.has_compiled:
+            log.info("compiled the network in %.0f s", time.perf_counter() - start)
+            self.has_compiled = True
+        return taken
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Let errors of a network that cannot be as the settings want it say what to set."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.channels_last and "view size is not compatible" in str(error):
+                raise PolysegError(
+                    "training.channels_last: the network views its feature maps in another order; "
+                    "let it reshape them instead, or set training.channels_last=false"
+                ) from None
+            if self.config.training.compile and _is_of_the_compiler(error):
+                raise _cannot_compile(error) from None
+            raise
+
+    def _take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
+        skips = self.config.training.on_nonfinite == "skip"
+        # A forward pass moves the statistics of batch normalisation, also by what is not finite.
+        buffers = [one.clone() for one in self.network.buffers()] if skips else []
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, note = self._add_gradients(images, masks, epsilon)
+        self.scaler.unscale_(self.optimizer)
+        finite = losses.isfinite().all() & norm_of_gradients(self.network).isfinite()
+        if not skips or self.processes.all(bool(finite)):
+            self.scaler.step(self.optimizer)
+        else:
+            for one, before in zip(self.network.buffers(), buffers, strict=True):
+                one.copy_(before)
+        self.scaler.update()
+        return Step(names[self.processes.rows(len(names))], losses, note, finite)
+
+    def _add_gradients(self, images: Tensor, masks: Tensor, epsilon: Tensor) -> tuple[Tensor, Note]:
+        """Add the gradients of this process's rows, part by part; return losses and notes."""
+        total = len(epsilon)
+        start = self.processes.rows(total).start
+        # As many parts in each process, none of which is empty in all.
+        fullest = -(-total // self.processes.count)
+        count = min(self.config.training.accumulate, fullest)
+        parts = []
+        for part in range(count):
+            rows = slice(len(images) * part // count, len(images) * (part + 1) // count)
+            self.dropout.total = total
+            self.dropout.rows = slice(start + rows.start, start + rows.stop)
+            mine = epsilon[self.dropout.rows].flatten()
+            with self._together_at_last(part + 1 == count):
+                parts.append(self._descend(images[rows], masks[rows], mine, epsilon.numel()))
+        losses, notes = zip(*parts, strict=True)
+        return torch.cat(losses), _joined_notes(notes)
+
+    def _descend(
+        self, images: Tensor, masks: Tensor, epsilon: Tensor, whole: int
+    ) -> tuple[Tensor, Note]:
+        """Add the gradients of some rows of a batch with so many losses; return losses and note."""
+        images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
+        if self.channels_last:
+            # A copy, because one channel is in both orders, and layers go by its strides.
+            images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+        target = as_tasks(masks).float()
+        kind = _REDUCED.get(self.config.training.precision)
+        with torch.autocast(self.device.type, kind, enabled=kind is not None):
+            logits = self.forward(images)
+        logits = as_tasks(logits.float())
+        losses = self.objective(logits, target, epsilon)
+        self.scaler.scale(self._mean(losses, whole)).backward()  # type: ignore[no-untyped-call]
+        return losses.detach(), take_note(self.config.loss, losses, logits, target, epsilon)
+
+    def _together_at_last(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let processes exchange gradients with the last part of a batch only."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.forward.no_sync()
+
+    def _mean(self, losses: Tensor, whole: int) -> Tensor:
+        """Return this part's share of the mean over the batch, once processes have averaged."""
+        if self.processes.count == 1 and len(losses) == whole:
+            return losses.mean()
+        return losses.sum() * self.processes.count / whole
+
+    def _send(self, values: Tensor) -> Tensor:
+        # A copy to CUDA that blocks would wait for all steps before it.
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
+
+
+def _joined_notes(notes: Sequence[Note]) -> Note:
+    return Note(*map(torch.cat, zip(*notes, strict=True)))
+
+
+def _as_called(network: nn.Module, config: Config, processes: Processes) -> nn.Module:
+    """Return the network as steps call it: compiled, and one with the other processes'."""
+    together = processes.count > 1
+    if together and config.training.sync_batch_norm:
+        normalise_together(network)
+    if config.training.recompute:
+        recompute_blocks(network)
+    forward = _compiled(network) if config.training.compile else network
+    if not together:
+        return forward
+    own = ":" in config.network.name  # Whose weights may not all be reached by the loss.
+    return DistributedDataParallel(forward, find_unused_parameters=own)
+
+
+def _has_channels_last(network: nn.Module, config: Config) -> bool:
+    asked = config.training.channels_last
+    if asked != "auto":
+        return asked
+    # What somebody wrote may rely on the plain order.
+    return (
+        device_of(network).type == "cpu"
+        and ":" not in config.network.name
+        and not _has_instance_norm(network)
+    )
+
+
+def _has_instance_norm(network: nn.Module) -> bool:
+    # Which torch copies feature maps for, into the plain order and back.
+    kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    return any(isinstance(layer, kinds) for layer in network.modules())
+
+
+def _put_channels_last(network: nn.Module) -> None:
+    """Lay out the kernels of a network, from which its feature maps take over the layout."""
+    for weights in network.parameters():
+        if weights.dim() == 4:
+            # A copy, because kernels of one channel are in both orders, and gradients in this one.
+            ordered = torch.empty_like(weights.data, memory_format=torch.channels_last)
+            weights.data = ordered.copy_(weights.data)
+
+
+def _is_of_the_compiler(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    try:
+        return torch.compile(network)  # type: ignore[return-value]
+    except RuntimeError as error:
+        raise _cannot_compile(error) from None
+
+
+def _cannot_compile(error: RuntimeError) -> PolysegError:
+    # What follows a blank line is advice on how to see more of torch's inside.
+    reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+    return PolysegError(
+        f"training.compile: torch cannot compile the network here ({reason:.160}); "
+        "set training.compile=false"
+    )

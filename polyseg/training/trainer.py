@@ -1,0 +1,449 @@
+"""Training: epochs, validation, assessments, and the commit that ends each epoch."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from polyseg.adaptive.controller import Adapted, EpsilonControl, Recorder
+from polyseg.adaptive.replay import epsilon_of_batch
+from polyseg.config import Config
+from polyseg.data.augmentation import changes_of
+from polyseg.data.dataset import ImageSet, training_batches
+from polyseg.data.splits import Split
+from polyseg.errors import PolysegError
+from polyseg.metrics.dice import dice_coefficient
+from polyseg.montecarlo.assessment import assess, describe, describe_order, spread
+from polyseg.networks.dropout import active_layers, refuse_hidden_dropout
+from polyseg.networks.inference import choose_algorithms, choose_device, predict
+from polyseg.networks.networks_by_name import SegmentationNetwork, refuse_untrainable
+from polyseg.records import Assessment, Progress, Schedule, no_progress
+from polyseg.runs.checkpoints import Checkpoint, columns_of, new_network
+from polyseg.runs.record_files import read_assessment, write_assessment
+from polyseg.runs.run_folder import HISTORY_COLUMNS, QUANTILES, RunDirectory, in_order
+from polyseg.system.memory import explaining_memory
+from polyseg.system.process_group import ALONE, Processes
+from polyseg.system.seeds import derive_seed
+from polyseg.system.signals import Wish, ending_when_asked, interruption
+from polyseg.training.losses_by_name import as_tasks
+from polyseg.training.nonfinite import Watch
+from polyseg.training.optimizers import learning_rate, optimizer_tensors
+from polyseg.training.step import Step, Steps, of_all_processes
+
+log = logging.getLogger(__name__)
+
+
+_LESS_MEMORY = (
+    "lower training.batch_size or data.size, or set training.precision=bf16; the last epoch is "
+    "kept, and --resume goes on from it where the batch size is the same"
+)
+
+
+class Trainer:
+    """The state of a training run: weights, optimizer, the last assessment, and the record so far.
+
+    What an epoch does follows from (config, images, split, the state before it) alone, so a run
+    that was resumed equals one that was not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        images: ImageSet,
+        split: Split,
+        run: RunDirectory,
+        progress: Progress = no_progress,
+        replay: Schedule | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.processes = processes
+        self.config, self.images, self.split, self.run = config, images, split, run
+        self.replay = replay
+        """The epsilons to use in place of assessments, in the order of the training images."""
+        self.relies_on(replay="", split="")
+        self.progress = progress
+        self.device = choose_device(config.training.device)
+        choose_algorithms(self.device, deterministic=config.training.deterministic)
+        self.network = self._new_network(images.channels)
+        if config.data.normalise == "dataset":
+            images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
+            self.images = images
+        passes = config.assesses and config.uncertainty.takes_passes
+        if passes:
+            # Now, not at the first assessment, which may be hours away.
+            active_layers(self.network)
+        if passes or processes.count > 1:
+            image, _ = images.patch(split["train"][0], seed=0)
+            with explaining_memory("training", _LESS_MEMORY):
+                refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
+        self.steps = Steps(self.network, config, processes)
+        self.watch = Watch(self.steps, run.last)
+        self.changes = changes_of(config.data)
+        self.control = EpsilonControl(
+            config.control, config.loss.epsilon, labels=len(images.labels)
+        )
+        self.epoch = 0
+        self.best_epoch, self.best_dice = 0, -1.0
+        self.history: list[dict[str, float]] = []
+        self.recorder = Recorder(split["train"], len(images.labels))
+        self.assessed: list[int] = []
+        """Of each epoch trained, after which epoch was assessed what it went by; -1: none."""
+        self.assessments: dict[str, str] = {}
+        self.losses: dict[str, list[float]] = {}
+        """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
+        self.wish = Wish()
+
+    def _new_network(self, channels: int) -> SegmentationNetwork:
+        """Return the network with its first weights.
+
+        Raises:
+            PolysegError: this machine cannot hold it.
+        """
+        if ":" not in self.config.network.name:
+            with torch.device("meta"):
+                planned = new_network(self.config, channels)
+            refuse_untrainable(planned, self.device)
+        torch.manual_seed(derive_seed(self.config.training.seed, "weights"))
+        with explaining_memory("network", "lower its channels or features"):
+            return new_network(self.config, channels).to(self.device)
+
+    def fit(self) -> None:
+        """Train to the last epoch, or until early stopping or a signal.
+
+        Raises:
+            Interrupted: a signal came; the last completed epoch is committed.
+            PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
+        """
+        epochs = self.config.training.epochs
+        with ending_when_asked(self._farewell) as self.wish, self._explaining_the_end():
+            if self.epoch == 0:
+                self._start()
+            while self.epoch < epochs and not self._stopped_early():
+                self._run_epoch(self.epoch + 1)
+                self.progress("training", self.epoch, epochs)
+                self._leave_on_signal()
+        log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
+        self._warn_of_an_early_best()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a committed epoch, and make the folder that of it.
+
+        Raises:
+            PolysegError: a file that the checkpoint relies on is damaged or missing.
+        """
+        self.steps.take_up(checkpoint)
+        self.epoch = checkpoint.epoch
+        self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
+        self.assessments = dict(checkpoint.assessments)
+        self.relies_on(replay=checkpoint.replay, split=checkpoint.split)
+        if self.epoch:
+            self._take_up_record(checkpoint)
+        for name in in_order(self.assessments):
+            # All of them, since the figures at the end want them all; the last one stays.
+            path = self.run.path / "uncertainty" / name
+            self._adopt(read_assessment(path, sha256=self.assessments[name]))
+        if self.processes.leads:
+            self.run.recover(checkpoint)
+
+    def relies_on(self, *, replay: str, split: str) -> None:
+        """Take note of the sha256 of the run's files that stay as they are."""
+        self.replay_sha256, self.split_sha256 = replay, split
+
+    def _take_up_record(self, checkpoint: Checkpoint) -> None:
+        """Take up history and schedule."""
+        self.history = [dict(row) for row in checkpoint.history]
+        schedule = checkpoint.schedule
+        columns = columns_of(self.split["train"], self.images.labels)
+        if schedule is None or schedule.assessed is None or not self.history:
+            raise PolysegError("checkpoint: holds no record of its training to go on from")
+        if (schedule.ids, schedule.labels) != columns or set(self.history[0]) != {*HISTORY_COLUMNS}:
+            raise PolysegError("checkpoint: its record is not that of this run")
+        names = dict.fromkeys(schedule.ids)
+        if checkpoint.losses is not None:
+            losses = checkpoint.losses.reshape(len(names), -1).tolist()
+            self.losses = dict(zip(names, losses, strict=True))
+        self.recorder.take_up(schedule)
+        self.assessed = schedule.assessed.tolist()
+
+    def _start(self) -> None:
+        self._commit()
+        if 0 in self._assessment_epochs() and not self.assessments:
+            self._assess(0)
+            self._commit()
+
+    def _run_epoch(self, epoch: int) -> None:
+        seconds: dict[str, float] = {}
+        with _stopwatch(seconds, "train"), explaining_memory("training", _LESS_MEMORY):
+            row = self._train(epoch)
+        with _stopwatch(seconds, "validation"):
+            row |= self._validate()
+        assessed = epoch in self._assessment_epochs()
+        with _stopwatch(seconds, "assessment"):
+            if assessed:
+                self._assess(epoch)
+        row["assessed"] = float(assessed)
+        if not row["validation_dice"] <= self.best_dice:
+            self.best_epoch, self.best_dice = epoch, row["validation_dice"]
+        row |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        self.epoch = epoch
+        self.history.append(row)
+        self._commit()
+        log.info("%s", _epoch_line(row, self))
+
+    def _train(self, epoch: int) -> dict[str, float]:
+        """Return the history's columns that training has to tell."""
+        ids, epochs = self.split["train"], self.config.training.epochs
+        labels = len(self.images.labels)
+        met: list[tuple[list[str], Adapted]] = []
+        done = 0
+        steps: list[Step] = []
+        torch.manual_seed(derive_seed(self.config.training.seed, epoch, "dropout"))
+        with self.steps.at_rate(learning_rate(self.config.training, epoch)):
+            for names, images, masks in self._batches(epoch):
+                self._leave_on_signal()
+                adapted = self._adapted(names, epoch)
+                met.append((names, adapted))
+                epsilon = torch.from_numpy(adapted.epsilon.astype(np.float32)).reshape(-1, labels)
+                steps.append(self.steps.take(names, images, masks, epsilon))
+                self.watch.glance(steps, epoch)
+                done += len(names)
+                self.progress(f"epoch {epoch}/{epochs}", done, len(ids))
+        self.watch.look(steps, epoch)
+        # Where statistics are a process's own, the leading process's are those that count.
+        self.processes.take_from_leader(self.network.buffers())
+        self.assessed.append(self._assessed_for(epoch))
+        self.recorder.add(met)
+        return self._account(of_all_processes(steps, self.processes), epoch)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """Return what yields the names of each batch, and this process's images and masks."""
+        settings = self.config.training
+        return training_batches(
+            self.images,
+            self.split["train"],
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            changes=self.changes,
+            workers=settings.workers,
+            pinned=self.device.type == "cuda",
+            processes=self.processes,
+        )
+
+    def _adapted(self, names: Sequence[str], epoch: int) -> Adapted:
+        """Return the epsilons of a batch; a replayed schedule keeps its own statistics."""
+        if self.replay is None:
+            return self.control.adapt(names)
+        epsilon = epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
+        return Adapted(epsilon.astype(np.float64), None)
+
+    def _account(self, steps: Sequence[Step], epoch: int) -> dict[str, float]:
+        """Keep what the images lost in an epoch's steps, and return what the history tells."""
+        skipped = len(steps) - len(self.watch.without_skipped(steps, epoch))
+        told = [step for step in steps if step.losses.isfinite().all()]
+        self._keep_losses(told)
+        quantiles = np.percentile(self.recorder.epsilon[-1], QUANTILES)
+        return {
+            "epoch": epoch,
+            "learning_rate": learning_rate(self.config.training, epoch),
+            "train_loss": float(torch.cat([step.losses for step in told]).mean()),
+            **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
+            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in told),
+            "skipped_steps": skipped,
+        }
+
+    def _keep_losses(self, steps: Sequence[Step]) -> None:
+        """Keep what each image lost in these steps; those of no step keep what they lost before."""
+        labels = len(self.images.labels)
+        fresh = {
+            name: losses
+            for step in steps
+            for name, losses in zip(
+                step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
+            )
+        }
+        skipped = self.losses.keys() - fresh.keys()
+        self.losses = fresh | {name: self.losses[name] for name in skipped}
+
+    def _validate(self) -> dict[str, float]:
+        """Return mean loss (at the constant epsilon), Dice and IoU of the validation images."""
+        ids = self.split["val"]
+        found: list[tuple[str, list[float], list[float]]] = []
+        mine = self.processes.share(ids)
+        batches = self.images.batches(mine, self.config.training.batch_size)
+        for batch, predicted in predict(self.network, batches):
+            if batch.masks is None:
+                raise ValueError("validation images have no masks")
+            target, logits = as_tasks(batch.masks).float(), as_tasks(predicted)
+            epsilon = torch.full((len(logits),), self.config.loss.epsilon)
+            losses = self.steps.objective(logits, target, epsilon).reshape(len(batch.ids), -1)
+            dices = dice_coefficient(logits >= 0, target).reshape(len(batch.ids), -1)
+            found += zip(batch.ids, losses.tolist(), dices.tolist(), strict=True)
+        if not ids:
+            return dict.fromkeys(("validation_loss", "validation_dice", "validation_iou"), math.nan)
+        of_image = {one[0]: one[1:] for part in self.processes.gathered(found) for one in part}
+        loss, dice = torch.tensor([of_image[identity] for identity in ids]).unbind(1)
+        return {
+            "validation_loss": float(loss.mean()),
+            "validation_dice": float(dice.mean()),
+            "validation_iou": float((dice / (2 - dice)).mean()),
+        }
+
+    def _assess(self, epoch: int) -> None:
+        """Measure the difficulty of the training images, keep the file, and adapt epsilon to it."""
+        ids = self.split["train"]
+        assessment = assess(
+            self.network,
+            self.images.batches(spread(ids), self.config.training.batch_size),
+            **self.config.uncertainty.model_dump(),
+            seed=self.config.training.seed,
+            epoch=epoch,
+            progress=lambda _, done, total: self._report_assessment(epoch, done, total),
+            total=len(ids),
+            processes=self.processes,
+        ).in_order(ids)
+        assessment = dataclasses.replace(
+            assessment,
+            scores={**assessment.scores, "training_loss": self._training_losses()},
+            config_yaml=self.config.to_yaml(),
+        )
+        for line in (describe(assessment), *describe_order(assessment)):
+            log.info("%s", line)
+        # Bits that processes may compute otherwise must not lead them apart.
+        assessment = self.processes.from_leader(assessment)
+        self._adopt(assessment)
+        if self.config.control.statistics == "dataset":
+            assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set)
+        path = self.run.assessment(epoch)
+        written = write_assessment(path, assessment) if self.processes.leads else ""
+        self.assessments[path.name] = written
+
+    def _training_losses(self) -> NDArray[np.float64]:
+        """Return each image's loss of the last epoch, a row a label; before the first, zeros."""
+        labels = len(self.images.labels)
+        losses = [self.losses.get(name, [0.0] * labels) for name in self.split["train"]]
+        return np.array(losses, np.float64).ravel()
+
+    def _adopt(self, assessment: Assessment) -> None:
+        # What feeds the next epochs needs no maps, which may be large.
+        self.control = dataclasses.replace(
+            self.control, assessment=dataclasses.replace(assessment, maps={})
+        )
+
+    def _report_assessment(self, epoch: int, done: int, total: int) -> None:
+        self._leave_on_signal()
+        self.progress(f"MC Dropout after epoch {epoch}", done, total)
+
+    def _commit(self) -> None:
+        if not self.processes.leads:
+            return
+        self.run.commit(
+            Checkpoint(
+                config=self.config,
+                channels=self.images.channels,
+                epoch=self.epoch,
+                levels=self.images.levels,
+                weights=self.network.state_dict(),
+                optimizer=optimizer_tensors(self.steps.optimizer),
+                scaler=self.steps.scaler.state_dict(),
+                history=self.history,
+                schedule=self._schedule() if self.epoch else None,
+                losses=self._training_losses() if self.epoch else None,
+                best_epoch=self.best_epoch,
+                best_dice=self.best_dice,
+                assessments=self.assessments,
+                replay=self.replay_sha256,
+                split=self.split_sha256,
+            )
+        )
+
+    def _schedule(self) -> Schedule:
+        ids, labels = columns_of(self.split["train"], self.images.labels)
+        epochs, assessed = np.arange(1, self.epoch + 1), np.array(self.assessed, np.int64)
+        columns = self.recorder.columns()
+        if self.replay is not None and self.replay.group is not None:
+            own = {"group": self.replay.group[: self.epoch], "statistics": self.replay.statistics}
+            columns |= own
+        return Schedule(ids, epochs, labels=labels, assessed=assessed, **columns)
+
+    def _assessment_epochs(self) -> list[int]:
+        if not self.config.assesses:
+            return []
+        return self.config.control.assessment_epochs(self.config.training.epochs)
+
+    def _warn_of_an_early_best(self) -> None:
+        adapted = [epoch for epoch, after in enumerate(self.assessed, start=1) if after >= 0]
+        if adapted and self.best_epoch < adapted[0]:
+            log.warning(
+                "the best checkpoint is from before epoch %d, the first with adapted epsilons, and "
+                "tests of it say nothing of them: train for longer, or lower control.start",
+                adapted[0],
+            )
+
+    def _assessed_for(self, epoch: int) -> int:
+        if self.replay is not None:
+            return -1 if self.replay.assessed is None else int(self.replay.assessed[epoch - 1])
+        return -1 if self.control.assessment is None else self.control.assessment.epoch
+
+    def _stopped_early(self) -> bool:
+        patience = self.config.training.early_stopping
+        stopped = patience > 0 and self.epoch - self.best_epoch >= patience
+        if stopped:
+            log.info("no better validation Dice for %d epochs: training ends here", patience)
+        if not stopped and self.replay is not None and self.epoch >= len(self.replay.epochs):
+            log.info("the replayed run stopped early after epoch %d: so does this one", self.epoch)
+            return True
+        return stopped
+
+    def _leave_on_signal(self) -> None:
+        if self.wish.number:
+            raise interruption(self.wish.number, self._farewell())
+
+    @contextlib.contextmanager
+    def _explaining_the_end(self) -> Iterator[None]:
+        """Let a signal be why the others left, where all processes got one."""
+        try:
+            yield
+        except RuntimeError:
+            if self.processes.count > 1:
+                self._leave_on_signal()
+            raise
+
+    def _farewell(self) -> str:
+        return (
+            f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` goes "
+            "on from there"
+        )
+
+
+@contextlib.contextmanager
+def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
+    """Return what the log says of an epoch, in 74 columns: a terminal shows the time before it.
+
+    Of epsilon the 5th and 95th percentiles, unless it is the constant.
+    """
+    best = " best" if trainer.best_epoch == row["epoch"] else ""
+    low, high = row["epsilon_q05"], row["epsilon_q95"]
+    adapted = trainer.assessed[-1] >= 0 or low < high
+    seconds = sum(value for name, value in row.items() if name.startswith("seconds"))
+    parts = [
+        f"epoch {row['epoch']:.0f}/{trainer.config.training.epochs}",
+        f"loss {row['train_loss']:.3f}",
+        f"val Dice {row['validation_dice']:.3f}{best}" if trainer.split["val"] else "",
+        f"ε {low:.2f} to {high:.2f}" if adapted else "",
+        f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s",
+    ]
+    return "  ".join(filter(None, parts))
