@@ -52,13 +52,16 @@ class _Output(io.FileIO):
     """
 
     def write(self, data: Any, /) -> int:
-        """Write bytes, or drop them."""
+        """Write all bytes, or drop them."""
+        rest = memoryview(data).cast("B")
+        size = rest.nbytes
         try:
-            return super().write(data)
+            while rest:
+                rest = rest[super().write(rest) :]
         except OSError as error:
-            if isinstance(error, BrokenPipeError) or self.fileno() == 2:
-                return memoryview(data).nbytes
-            raise
+            if not isinstance(error, BrokenPipeError) and self.fileno() != 2:
+                raise
+        return size
 
 
 def _open_streams() -> None:
@@ -69,11 +72,13 @@ def _open_streams() -> None:
             # This takes the free number, which a file of the work would get otherwise.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         elif mode == "w":
+            # Without a buffer of bytes, which refuses a handler of signals that prints amid a line.
             text = io.TextIOWrapper(
-                io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
+                _Output(stream.fileno(), "w", closefd=False),
                 encoding=stream.encoding,
                 errors=stream.errors,
-                line_buffering=stream.line_buffering or stream.write_through,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
             )
             setattr(sys, name, text)
 

@@ -118,6 +118,40 @@ def test_training_ends_well_without_streams(tmp_path, gone, talk):
     assert "epoch 1/1" in (tmp_path / "gone" / "log.txt").read_text()
 
 
+def test_a_signal_may_be_told_of_amid_a_line():
+    code = (
+        "import signal, sys\n"
+        "from polyseg import __main__ as start\n"
+        "start._open_streams()\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('told', file=sys.stderr, flush=True))\n"
+        "whole = start._Output.write\n"
+        "def write(stream, data):\n"
+        "    start._Output.write = whole\n"
+        "    signal.raise_signal(signal.SIGUSR1)\n"
+        "    return whole(stream, data)\n"
+        "start._Output.write = write\n"
+        "print('line', file=sys.stderr, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stderr.split() == ["told", "line"]
+
+
+def test_large_results_reach_a_slow_reader_whole():
+    """A pipe holds less than this, so that they are written in parts."""
+    code = (
+        "import sys\n"
+        "from polyseg.__main__ import _open_streams\n"
+        "_open_streams()\n"
+        "print('x' * 500_000, end='', flush=True)\n"
+    )
+    slow = f'{sys.executable} -c "{code}" | (sleep 0.2; wc -c)'
+    done = subprocess.run(slow, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "500000" and done.stderr == ""
+
+
 @full_device
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_results_that_cannot_be_written_are_an_error(unbuffered):
