@@ -176,6 +176,26 @@ def test_training_curves_are_the_data():
     assert [path[0, 0] for path in losses.collections[0].get_segments()] == [5, 10]
 
 
+def test_training_curves_compare_the_losses_at_one_epsilon():
+    rows = [{**row, "train_loss_constant": 0.9 * row["train_loss"]} for row in history(12)]
+    losses = training_curves(rows).axes[0]
+    assert losses.get_ylabel() == "loss at constant ε"
+    wanted = [row["train_loss_constant"] for row in rows]
+    assert losses.lines[0].get_ydata().tolist() == wanted
+    # Runs of version 0.1 have no such column.
+    older = training_curves(history(12)).axes[0]
+    assert older.get_ylabel() == "loss"
+    assert older.lines[0].get_ydata().tolist() == [row["train_loss"] for row in history(12)]
+
+
+def test_training_curves_mark_the_first_assessment():
+    for axes in training_curves(history(12)).axes[:2]:
+        (mark,) = [line for line in axes.lines if line.get_label() == "E0"]
+        assert list(mark.get_xdata()) == [5, 5]
+    for axes in training_curves(history(4)).axes:
+        assert "E0" not in [line.get_label() for line in axes.lines]
+
+
 def test_training_curves_mark_the_first_best_epoch():
     dice = [0.2, 0.7, math.nan, 0.7]
     rows = [{"epoch": epoch, "validation_dice": value} for epoch, value in enumerate(dice, 1)]

@@ -37,6 +37,9 @@ def test_it_is_resumed(polyseg, run):
     assert len(after) == 6
     for old, new in zip(before, after, strict=False):
         assert {name: new[name] for name in old} == old
+    # A column that version 0.1 did not have.
+    constant = [float(row["train_loss_constant"]) for row in after]
+    assert np.isnan(constant[:4]).all() and np.isfinite(constant[4:]).all()
     np.testing.assert_array_equal(epsilons(run / "schedule.h5")[:4], epsilons(HELD / "schedule.h5"))
     assert sorted(path.name for path in (run / "uncertainty").iterdir()) == [
         "epoch_0001.h5",

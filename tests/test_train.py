@@ -142,6 +142,20 @@ def test_an_assessment_feeds_the_epochs_after_it(tiny, statistics):
     assert [row["assessed"] for row in history_of(run)] == ["0", "1", "0", "1", "0"]
 
 
+def test_log_explains_once_that_the_training_loss_changes_its_scale(tiny, caplog):
+    caplog.set_level("INFO", "polyseg")
+    run = run_of(tiny("run", "training.epochs=4", "control.start=2", "loss.epsilon=0.1"))
+    said = [line for line in caplog.messages if "its own epsilon" in line]
+    assert len(said) == 1 and said[0].startswith("from epoch 3 on")
+    assert "at the constant epsilon 0.1" in said[0]
+    differs = [row["train_loss"] != row["train_loss_constant"] for row in history_of(run)]
+    assert differs == [False, False, True, True]
+    caplog.clear()
+    run_of(tiny("constant", "control.enabled=false"))
+    run_of(tiny("from_the_start", "control.start=0"))
+    assert not [line for line in caplog.messages if "its own epsilon" in line]
+
+
 def test_batch_statistics_are_of_the_batch(tiny):
     """The median image of an odd batch gets the middle of the range, whatever its difficulty."""
     run = run_of(tiny("run", "training.batch_size=1"))
@@ -633,7 +647,8 @@ def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant
         torch.testing.assert_close(found, torch.cat(last))
         if constant:
             assert torch.equal(found, torch.cat(last))
-            assert row["train_loss"] == pytest.approx(float(found.mean()))
+            assert row["train_loss"] == row["train_loss_constant"]
+        assert row["train_loss_constant"] == pytest.approx(float(found.mean()))
         batches = room.training_batches(
             trainer.images, trainer.split["train"], batch_size=4, seed=0, epoch=epoch
         )

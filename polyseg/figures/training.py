@@ -37,10 +37,11 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Draw the losses, the validation overlap and the learning rate over the epochs.
 
     Args:
-        rows: one an epoch, with `epoch` and any of `train_loss`, `validation_loss`,
-            `validation_dice` and `validation_iou` (in [0, 1]), `learning_rate` and `assessed`
-            (1 after an assessment); NaN leaves a gap. The first epoch of the highest Dice is
-            marked.
+        rows: one an epoch, with `epoch` and any of `train_loss`, `train_loss_constant` (at the
+            epsilon of `validation_loss`, drawn in place of `train_loss` where there is one),
+            `validation_loss`, `validation_dice` and `validation_iou` (in [0, 1]),
+            `learning_rate` and `assessed` (1 after an assessment); NaN leaves a gap. The first
+            epoch of the highest Dice is marked, and E0, the first assessment, by a dashed line.
 
     >>> figure = training_curves([{"epoch": 1, "train_loss": 0.6}, {"epoch": 2, "train_loss": 0.4}])
     >>> figure.axes[0].lines[0].get_ydata().tolist()
@@ -53,7 +54,10 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     figure = Figure(figsize=(TWO_COLUMNS, 2.4))
     losses, overlap, rate = figure.subplots(1, 3)
     epochs, dice = column("epoch"), column("validation_dice")
-    _plot(losses, epochs, column("train_loss"), color=BLUE, label="training")
+    constant = column("train_loss_constant")
+    comparable = bool(np.isfinite(constant).any())
+    training = constant if comparable else column("train_loss")
+    _plot(losses, epochs, training, color=BLUE, label="training")
     _plot(losses, epochs, column("validation_loss"), color=RED, label="validation")
     _plot(overlap, epochs, dice, color=RED, label="Dice")
     _plot(overlap, epochs, column("validation_iou"), color=PURPLE, label="IoU")
@@ -66,7 +70,10 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     if assessed.size:
         foot = {"ymin": 0, "ymax": 0.04, "transform": losses.get_xaxis_transform()}
         losses.vlines(assessed, **foot, color=GRAY, linewidth=0.8, label="assessment")
-    for axes, ylabel in ((losses, "loss"), (overlap, "validation"), (rate, "learning rate")):
+        for axes in (losses, overlap):
+            axes.axvline(assessed[0], color=GRAY, linestyle="--", linewidth=0.8, label="E0")
+    loss = "loss at constant ε" if comparable and assessed.size else "loss"
+    for axes, ylabel in ((losses, loss), (overlap, "validation"), (rate, "learning rate")):
         axes.set_ylabel(ylabel)
         epochs_axis(axes, epochs, legend=False)
         _legend_above(axes)

@@ -57,12 +57,17 @@ _OF_IMAGES = re.compile(r"(predictions)(?:_\d+_(.+))?_(worst|best)", re.DOTALL)
 def training_picture(run: RunFiles) -> Picture:
     """Draw a run's history, which must have an epoch at least."""
     first, last = run.history[0], run.history[-1]
-    losses = [formatted(row.get("train_loss", np.nan), ".3f") for row in (first, last)]
+    name = "train_loss_constant" if "train_loss_constant" in first else "train_loss"
+    losses = [formatted(row.get(name, np.nan), ".3f") for row in (first, last)]
     assessed = any(row.get("assessed") == 1 for row in run.history)
-    ticks = " Ticks at the foot are assessments of the uncertainty." if assessed else ""
+    ticks = (
+        " Ticks at the foot are assessments of the uncertainty; the dashed line is E0, the first "
+        "of them, after which each image has its own epsilon."
+    )
     return _drawn(
         training_curves(run.history),
-        f"{run.name}: loss, overlap with the validation masks, and learning rate.{ticks}",
+        f"{run.name}: loss, overlap with the validation masks, and learning rate."
+        + (ticks if assessed else ""),
         f"Curves of {run.name}: training loss from {losses[0]} in epoch {first['epoch']:g} to "
         f"{losses[1]} in epoch {last['epoch']:g}.",
         wide=True,

@@ -54,6 +54,7 @@ HISTORY_COLUMNS = (
     "seconds_train",
     "seconds_validation",
     "seconds_assessment",
+    "train_loss_constant",
 )
 _OF_A_BEGINNING = {
     "environment.json",

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -158,12 +158,14 @@ class Trainer:
 
     def _take_up_record(self, checkpoint: Checkpoint) -> None:
         """Take up history and schedule."""
-        self.history = [dict(row) for row in checkpoint.history]
+        # Version 0.1 had no column train_loss_constant.
+        added = {"train_loss_constant": math.nan}
+        self.history = [_in_order_of_columns(added | dict(row)) for row in checkpoint.history]
         schedule = checkpoint.schedule
         columns = columns_of(self.split["train"], self.images.labels)
         if schedule is None or schedule.assessed is None or not self.history:
             raise PolysegError("checkpoint: holds no record of its training to go on from")
-        if (schedule.ids, schedule.labels) != columns or set(self.history[0]) != {*HISTORY_COLUMNS}:
+        if (schedule.ids, schedule.labels) != columns:
             raise PolysegError("checkpoint: its record is not that of this run")
         names = dict.fromkeys(schedule.ids)
         if checkpoint.losses is not None:
@@ -193,13 +195,14 @@ class Trainer:
             self.best_epoch, self.best_dice = epoch, row["validation_dice"]
         row |= {f"seconds_{phase}": value for phase, value in seconds.items()}
         self.epoch = epoch
-        self.history.append(row)
+        self.history.append(_in_order_of_columns(row))
         self._commit()
         log.info("%s", _epoch_line(row, self))
 
     def _train(self, epoch: int) -> dict[str, float]:
         """Return the history's columns that training has to tell."""
         ids, epochs = self.split["train"], self.config.training.epochs
+        self._explain_first_adaptive_epoch(epoch)
         labels = len(self.images.labels)
         met: list[tuple[list[str], Adapted]] = []
         done = 0
@@ -254,6 +257,9 @@ class Trainer:
             "epoch": epoch,
             "learning_rate": learning_rate(self.config.training, epoch),
             "train_loss": float(torch.cat([step.losses for step in told]).mean()),
+            "train_loss_constant": float(
+                torch.cat([step.note.at_constant for step in told]).mean()
+            ),
             **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
             "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in told),
             "skipped_steps": skipped,
@@ -392,6 +398,16 @@ class Trainer:
             return -1 if self.replay.assessed is None else int(self.replay.assessed[epoch - 1])
         return -1 if self.control.assessment is None else self.control.assessment.epoch
 
+    def _explain_first_adaptive_epoch(self, epoch: int) -> None:
+        """Log why the training loss changes its scale, in the epoch in which it does."""
+        if epoch > 1 and self._assessed_for(epoch) >= 0 > max(self.assessed):
+            log.info(
+                "from epoch %d on each image has its own epsilon, so the training loss is on "
+                "another scale than before; history.csv has it at the constant epsilon %g too, as "
+                "train_loss_constant",
+                *(epoch, self.config.loss.epsilon),
+            )
+
     def _stopped_early(self) -> bool:
         patience = self.config.training.early_stopping
         stopped = patience > 0 and self.epoch - self.best_epoch >= patience
@@ -428,6 +444,17 @@ def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
+
+
+def _in_order_of_columns(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a row of the history in the order of its columns, by which checkpoints keep it.
+
+    Raises:
+        PolysegError: it has other columns.
+    """
+    if row.keys() != {*HISTORY_COLUMNS}:
+        raise PolysegError("checkpoint: its record is not that of this run")
+    return {name: row[name] for name in HISTORY_COLUMNS}
 
 
 def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
