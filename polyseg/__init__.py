@@ -7,14 +7,9 @@ polyseg imports none of them until one of its functions is used, so that it is i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyseg.curves import polydice1_curve
     from polyseg.difficulty import epsilon_from_difficulty, foreground_mean, normalise
-    from polyseg.losses import (
-        dice_loss,
-        polydice1_curve,
-        polydice1_loss,
-        polydice_loss,
-        scale_and_angle,
-    )
+    from polyseg.losses import dice_loss, polydice1_loss, polydice_loss, scale_and_angle
     from polyseg.montecarlo.assessment import assess, stochastic_layers
     from polyseg.runs import open_model, read_assessment, read_schedule
     from polyseg.uncertainty import (
@@ -28,9 +23,8 @@ __version__ = "0.1.0"
 INTENDED_USE = "For research use only. Not a medical device."
 
 _HOMES = {
-    "losses": (
-        *("dice_loss", "polydice1_curve", "polydice1_loss", "polydice_loss", "scale_and_angle"),
-    ),
+    "curves": ("polydice1_curve",),
+    "losses": ("dice_loss", "polydice1_loss", "polydice_loss", "scale_and_angle"),
     "uncertainty": (
         *("UncertaintyAccumulator", "mutual_information", "prediction_variance"),
         "predictive_entropy",

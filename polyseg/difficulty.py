@@ -4,20 +4,20 @@ The functions take NumPy arrays or torch tensors and return the same kind, in fl
 another shape than stated are a ValueError that prints the shapes.
 """
 
-from typing import Any, Literal, TypeVar, get_args
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import max_pool2d
 
-Array = TypeVar("Array", NDArray[np.float64], Tensor)
-Region = Literal["mask", "prediction", "union", "boundary", "image"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", NDArray[np.float64], "Tensor")
 
 FALLBACKS = ("none", "prediction", "empty")
-"""By code, what `select_region` took for an image: the region asked for; the prediction, because
-that region is empty; nothing, because the prediction is empty too."""
+"""Regions that `select_region` uses, by code: the one asked for; the prediction, because that one
+is empty; none, because the prediction is empty too."""
 
 
 def foreground_mean(pixel_map: Array, region: Array) -> Array:
@@ -40,7 +40,8 @@ def foreground_mean(pixel_map: Array, region: Array) -> Array:
         )
     chosen = _numpy(region) > 0
     values = mean_by_image(_numpy(pixel_map)[chosen], chosen.nonzero()[0], len(chosen))
-    return _like(values, pixel_map)
+    mean: Array = _like(values, pixel_map)
+    return mean
 
 
 def mean_by_image(
@@ -86,7 +87,8 @@ def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) 
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"difficulty {values.shape} must be (n,) with n at least 1")
     found = percentile_and_sigma(values, percentile)
-    return _like(normalise_by(values, *found, delta), difficulty)
+    normalised: Array = _like(normalise_by(values, *found, delta), difficulty)
+    return normalised
 
 
 def percentile_and_sigma(difficulty: NDArray[np.float64], percentile: float) -> tuple[float, float]:
@@ -131,86 +133,26 @@ def epsilon_from_difficulty(
     if len(normalised.shape) != 1:
         raise ValueError(f"normalised difficulties {tuple(normalised.shape)} must be (n,)")
     # tanh never overflows, and the clip keeps rounding inside the range.
-    x = _float64(normalised) * (0.5 * sensitivity)
-    share = 0.5 * (1 + (x.tanh() if isinstance(x, Tensor) else np.tanh(x)))
-    epsilon: Array = epsilon_min + (epsilon_max - epsilon_min) * share
-    return epsilon.clip(epsilon_min, epsilon_max)
+    x: Any = normalised
+    half = 0.5 * sensitivity
+    tanh = (x.double() * half).tanh() if _is_tensor(x) else np.tanh(np.asarray(x, float) * half)
+    epsilon: Any = epsilon_min + (epsilon_max - epsilon_min) * (0.5 * (1 + tanh))
+    clipped: Array = epsilon.clip(epsilon_min, epsilon_max)
+    return clipped
 
 
-def select_region(
-    region: Region, mask: Tensor | None, mean: Tensor, *, boundary_width: int = 3
-) -> tuple[Tensor, Tensor]:
-    """Return the pixels that D is averaged over, and which images needed a fallback to have some.
-
-    Where the region of an image is empty, as "mask" of an empty mask and "boundary" of a mask that
-    fills the image are, the prediction takes its place: its region of that name, or if that is
-    empty too all of it. Where nothing is predicted either, nothing is chosen and D is 0.
-
-    Args:
-        region: "mask"; "prediction", mean >= 0.5; "union" of both; "boundary", the pixels within
-            `boundary_width` of the mask's edge on either side; "image", all pixels.
-        mask: (B, H, W) in {0, 1}, or None, which counts as empty.
-        mean: (B, H, W) mean prediction in [0, 1].
-        boundary_width: pixels.
-
-    Returns:
-        (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`.
-
-    Raises:
-        ValueError: an unknown region, or other shapes.
-
-    >>> mean = torch.tensor([[[0.9, 0.1]]])
-    >>> select_region("mask", torch.zeros(1, 1, 2), mean)
-    (tensor([[[ True, False]]]), tensor([1], dtype=torch.int8))
-    """
-    if mean.ndim != 3 or (mask is not None and mask.shape != mean.shape):
-        given = None if mask is None else tuple(mask.shape)
-        raise ValueError(f"mask {given} and mean {tuple(mean.shape)} must have one shape (B, H, W)")
-    predicted = mean >= 0.5
-    truth = torch.zeros_like(predicted) if mask is None else mask > 0
-    if region == "mask":
-        tried = [truth, predicted]
-    elif region == "boundary":
-        tried = [*(_edge_band(one, boundary_width) for one in (truth, predicted)), predicted]
-    elif region == "union":
-        tried = [truth | predicted]
-    elif region == "prediction":
-        tried = [predicted]
-    elif region == "image":
-        tried = [torch.ones_like(predicted)]
-    else:
-        raise ValueError(f"region = {region!r}: choose one of {', '.join(get_args(Region))}")
-    chosen = tried[0]
-    fallback = torch.zeros(len(mean), dtype=torch.int8, device=mean.device)
-    for other in tried[1:]:
-        empty = ~chosen.flatten(1).any(dim=1)
-        fallback[empty] = FALLBACKS.index("prediction")
-        chosen = torch.where(empty[:, None, None], other, chosen)
-    fallback[~chosen.flatten(1).any(dim=1)] = FALLBACKS.index("empty")
-    return chosen, fallback
+def _numpy(values: Any) -> NDArray[Any]:
+    return np.asarray(values.detach().cpu() if _is_tensor(values) else values)
 
 
-def _edge_band(outline: Tensor, width: int) -> Tensor:
-    """Return the pixels within `width` (chessboard distance) of the edge of the True region."""
-    inside = outline[:, None].float()
-    grown, grown_outside = (
-        max_pool2d(part, kernel_size=2 * width + 1, stride=1, padding=width) > 0
-        for part in (inside, 1 - inside)
-    )
-    return (grown & grown_outside)[:, 0]
+def _like(result: Any, given: Any) -> Any:
+    if not _is_tensor(given):
+        return result
+    import torch
+
+    return torch.as_tensor(result, device=given.device)
 
 
-def _numpy(values: Array) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def _float64(values: Array) -> Array:
-    if isinstance(values, Tensor):
-        return values.to(torch.float64)
-    return np.asarray(values, dtype=np.float64)
-
-
-def _like(result: NDArray[np.float64], given: Array) -> Array:
-    if isinstance(given, Tensor):
-        return torch.as_tensor(result, device=given.device)
-    return result
+def _is_tensor(values: Any) -> bool:
+    """Return whether values are a tensor, which nothing is before torch has been imported."""
+    return "torch" in sys.modules and isinstance(values, sys.modules["torch"].Tensor)

@@ -23,11 +23,21 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from polyseg.curves import angle_penalty, polydice1_curve
+
+__all__ = [
+    "dice_loss",
+    "in_wrong_sign_region",
+    "polydice1_curve",
+    "polydice1_loss",
+    "polydice_loss",
+    "scale_and_angle",
+    "tvmf_dice_loss",
+]
 
 Scale = Literal["norms", "printed"]
 ScaleGradient = Literal["guarded", "full", "detached"]
@@ -139,7 +149,7 @@ def polydice_loss(
         raise ValueError(f"terms = {terms}: PolyDice has at least one term")
     moments = _moments(probability, mask, per_channel)
     s, cosine = _scale_and_cosine(moments, scale=scale, smooth=smooth)
-    penalty = _penalty(_squared_angle(cosine), _as_steepness(epsilon, s), terms)
+    penalty = angle_penalty(_squared_angle(cosine), _as_steepness(epsilon, s), terms)
     return (1 - s) + _guarded(s, penalty, scale_gradient) * penalty
 
 
@@ -196,37 +206,7 @@ def in_wrong_sign_region(theta: Tensor, epsilon: float | Tensor, *, terms: int =
     >>> in_wrong_sign_region(torch.tensor([0.8, 0.9]), 1.0)
     tensor([False,  True])
     """
-    return _penalty(theta.square(), _as_steepness(epsilon, theta), terms) > 1
-
-
-def polydice1_curve(
-    theta: NDArray[np.float64], epsilon: float, s: float, *, terms: int = 1
-) -> NDArray[np.float64]:
-    """Return PolyDice at given angles and constant s, of one term unless `terms` says otherwise.
-
-    Args:
-        theta: radians, any shape.
-        epsilon: steepness, a number.
-        s: scale, in [0, 1].
-        terms: K, at least 1.
-
-    Returns:
-        The loss, of theta's shape, float64.
-
-    Raises:
-        ValueError: epsilon or s is no number.
-
-    >>> polydice1_curve(np.array([0.0, 1.0]), epsilon=0.5, s=0.1)
-    array([0.9, 1. ])
-    """
-    if np.ndim(epsilon) or np.ndim(s):
-        raise ValueError(
-            f"epsilon {np.shape(epsilon)} and s {np.shape(s)} must be numbers, at theta "
-            f"{np.shape(theta)}"
-        )
-    squared = torch.as_tensor(np.asarray(theta, dtype=np.float64)).square()
-    penalty = _penalty(squared, _as_steepness(epsilon, squared), terms)
-    return np.asarray((1 - s) + s * penalty.numpy())
+    return angle_penalty(theta.square(), _as_steepness(epsilon, theta), terms) > 1
 
 
 def tvmf_dice_loss(
@@ -331,14 +311,6 @@ def _as_steepness(epsilon: float | Tensor, like: Tensor) -> Tensor:
         return steepness[:, None]
     allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (like.shape[:1], like.shape)))
     raise ValueError(f"epsilon {tuple(steepness.shape)} must be a number or {allowed} here")
-
-
-def _penalty(squared_angle: Tensor, steepness: Tensor, terms: int) -> Tensor:
-    """Return sum_k alpha_k theta^(2k) with alpha_1 = steepness, by Horner's rule."""
-    total = torch.zeros_like(squared_angle)
-    for k in range(terms, 1, -1):
-        total = (total + (-1) ** (k - 1) / math.factorial(2 * k)) * squared_angle
-    return (total + steepness) * squared_angle
 
 
 def _guarded(s: Tensor, penalty: Tensor, scale_gradient: ScaleGradient) -> Tensor:

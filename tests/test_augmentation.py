@@ -8,7 +8,8 @@ import torch
 
 from polyseg.config import DataConfig
 from polyseg.data.augmentation import PRESETS, Changes, augment, changes_of
-from polyseg.data.dataset import arrays_as_set, training_batches
+from polyseg.data.dataset import arrays_as_set
+from polyseg.data.training_batches import training_batches
 
 
 def scene(size=48):

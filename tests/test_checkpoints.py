@@ -16,11 +16,10 @@ from polyseg.records import Schedule
 from polyseg.runs import checkpoints as room
 from polyseg.runs.checkpoints import (
     Checkpoint,
-    fit_weights,
-    new_network,
     read_checkpoint,
     write_checkpoint,
 )
+from polyseg.runs.weights import fit_weights, network_of, new_network
 
 SMALL = "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1}"
 
@@ -52,7 +51,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, checkpoint):
     images = torch.rand(1, 1, 32, 32)
     network = new_network(checkpoint.config, 1)
     fit_weights(network, checkpoint.weights)
-    assert torch.equal(again.build().eval()(images), network.eval()(images))
+    assert torch.equal(network_of(again).eval()(images), network.eval()(images))
 
 
 @pytest.mark.parametrize("labels", [{}, {"a": 1, "b": 2}])
@@ -92,7 +91,8 @@ def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, label
 def with_header(path, header):
     tensors = {"weights/a": torch.zeros(1)}
     # Whoever forges a header can hash it as well.
-    metadata = {"polyseg": header, "sha256": room._digest(header, tensors)}
+    stored = {name: room.stored_of(one) for name, one in tensors.items()}
+    metadata = {"polyseg": header, "sha256": room.digest_of(header, stored)}
     safetensors.torch.save_file(tensors, path, metadata)
 
 
@@ -181,9 +181,9 @@ def test_foreign_code_is_imported_only_with_trust(tmp_path, monkeypatch, checkpo
     write_checkpoint(tmp_path / "a.safetensors", Checkpoint(config, 1, 1, weights))
     read = read_checkpoint(tmp_path / "a.safetensors")
     with pytest.raises(PolysegError, match="--trust"):
-        read.build()
+        network_of(read)
     assert not (tmp_path / "ran").exists()
-    read.build(trust=True)
+    network_of(read, trust=True)
     assert (tmp_path / "ran").exists()
 
 
@@ -222,7 +222,7 @@ def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, mo
     monkeypatch.setattr(torch, "empty", watched)
     huge = dataclasses.replace(checkpoint, config=load_config(overrides=[setting]))
     with pytest.raises(PolysegError, match="weights do not fit its own configuration"):
-        huge.build()
+        network_of(huge)
     assert made and max(made) < 1e6
 
 
@@ -230,7 +230,7 @@ def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, mo
 def test_every_network_can_be_held_to_its_weights(name):
     config = load_config(overrides=[f"network.name={name}"])
     network = new_network(config, 3)
-    again = Checkpoint(config, 3, 1, network.state_dict()).build()
+    again = network_of(Checkpoint(config, 3, 1, network.state_dict()))
     for one, other in zip(network.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other) and other.device.type == "cpu"
 

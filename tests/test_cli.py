@@ -19,10 +19,11 @@ from polyseg.commands.plot_loss import _derivative_where_the_sum_is_one
 from polyseg.config import Config
 from polyseg.losses import polydice1_curve
 from polyseg.metrics.image_metrics import METRICS
-from polyseg.montecarlo.assessment import describe_order
 from polyseg.networks.networks_by_name import hash_weights
+from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import read_assessment
+from polyseg.runs.weights import network_of
 
 from .conftest import TINY
 from .reference import commands
@@ -317,7 +318,7 @@ def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
     first, second = (
         read_checkpoint(path / "checkpoints/last.safetensors") for path in (whole, run)
     )
-    assert hash_weights(first.build(trust=False)) == hash_weights(second.build(trust=False))
+    assert hash_weights(network_of(first)) == hash_weights(network_of(second))
     # From now on that is where they are.
     assert polyseg("train", "--resume", "--out", run, "-q").code == 0
 

@@ -15,9 +15,10 @@ from scipy.stats import norm
 
 from polyseg.config import DataConfig
 from polyseg.data.corruptions import AMOUNTS, CORRUPTIONS, STRENGTHS, corrupt, corrupted
-from polyseg.data.dataset import arrays_as_set, make_demo, training_batches
+from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.data.pixel_store import DiskStore, writing_store
 from polyseg.data.preprocessing import levels_of
+from polyseg.data.training_batches import training_batches
 from polyseg.errors import PolysegError
 
 each = pytest.mark.parametrize("name", CORRUPTIONS)
@@ -279,7 +280,7 @@ def test_levels_of_the_training_images_stay():
     images = twins(config)
     images = dataclasses.replace(images, levels=images.pooled_over(["c"]))
     damaged = corrupted(images, "gamma", 5, seed=0, config=config)
-    expected = images.levels.apply(damaged.pixels("a"))
+    expected = torch.from_numpy(images.levels.apply(damaged.pixels("a")))
     assert torch.equal(damaged.sample("a")[0], expected)
     assert expected.mean() < images.sample("a")[0].mean() - 0.3
 
@@ -300,7 +301,7 @@ def test_tiles_are_cut_from_the_damaged_image():
     whole = corrupt(COLOURS, "blur", 5, seed=0, side=16)
     assert np.array_equal(damaged.pixels("a"), whole)
     assert not np.array_equal(whole, corrupt(COLOURS, "blur", 5, seed=0))
-    tensor = levels_of(whole, config).apply(whole)
+    tensor = torch.from_numpy(levels_of(whole, config).apply(whole))
     patch = damaged.patch("a", seed=3)[0]
     assert patch.shape == (3, 16, 16)
     windows = tensor.unfold(1, 16, 1).unfold(2, 16, 1)

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from polyseg.config import DataConfig, load_config
-from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo, training_batches
+from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo
 from polyseg.data.loading import load_images, load_others
 from polyseg.data.pixel_store import index_of
+from polyseg.data.training_batches import training_batches
 from polyseg.errors import PolysegError
 
 
@@ -396,7 +397,8 @@ import resource
 import sys
 import torch
 from polyseg.config import DataConfig
-from polyseg.data.dataset import make_demo, training_batches
+from polyseg.data.dataset import make_demo
+from polyseg.data.training_batches import training_batches
 from polyseg.data.loading import load_images, read_cases
 from polyseg.data.layouts.cases import Case
 from polyseg.errors import PolysegError

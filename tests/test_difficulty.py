@@ -13,13 +13,12 @@ from scipy import ndimage, special
 
 from polyseg.difficulty import (
     FALLBACKS,
-    Region,
     epsilon_from_difficulty,
     foreground_mean,
     mean_by_image,
     normalise,
-    select_region,
 )
+from polyseg.montecarlo.regions import Region, select_region
 
 difficulties = arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 0.7))
 

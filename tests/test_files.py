@@ -30,8 +30,8 @@ from polyseg.runs.record_files import (
     write_assessment,
     write_schedule,
 )
-from polyseg.runs.run_folder import RunDirectory, find_checkpoint
-from polyseg.runs.trained_model import images_for, open_model, results_beside
+from polyseg.runs.run_folder import RunDirectory, find_checkpoint, results_beside
+from polyseg.runs.trained_model import images_for, open_model
 from polyseg.system import files
 from polyseg.system.files import (
     atomic_path,

@@ -12,12 +12,16 @@ import sys
 import pytest
 from PIL import Image
 
-from polyseg.commands.plot_loss import refuse_existing_figure
 from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 from polyseg.errors import PolysegError
 from polyseg.system import files
 from polyseg.system.files import write_text
-from polyseg.system.output_folder import moved, refuse_existing, whole_folder
+from polyseg.system.output_folder import (
+    moved,
+    refuse_existing,
+    refuse_existing_figure,
+    whole_folder,
+)
 from tests.conftest import TINY
 
 

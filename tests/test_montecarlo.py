@@ -14,8 +14,6 @@ from polyseg.montecarlo.assessment import (
     assess,
     assessment,
     choose_samples,
-    describe,
-    describe_order,
     passes,
     scores,
     stochastic_pass,
@@ -25,6 +23,7 @@ from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict
 from polyseg.networks.networks_by_name import build_network, hash_weights, network_names
 from polyseg.records import METRICS, Batch
+from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
 SMALL = {"channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 2}

@@ -22,12 +22,13 @@ from polyseg.config import TrainingConfig
 from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.metrics.significance import rank_correlation
-from polyseg.montecarlo.assessment import describe_order
 from polyseg.networks.networks_by_name import hash_weights
 from polyseg.runs import run_folder as run_room
+from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.runs.record_files import read_assessment, read_schedule
 from polyseg.runs.run_folder import HISTORY_COLUMNS, RunDirectory
+from polyseg.runs.weights import network_of
 from polyseg.system.files import sha256_of_file
 from polyseg.training import nonfinite, optimizers
 from polyseg.training import step as steps_room
@@ -168,7 +169,7 @@ def test_the_record_belongs_to_the_weights(tiny):
     run = run_of(config)
     checkpoint = read_checkpoint(run.last)
     assessment = read_assessment(run.assessment(3))
-    assert hash_weights(checkpoint.build()) == assessment.weights_sha256
+    assert hash_weights(network_of(checkpoint)) == assessment.weights_sha256
     assert checkpoint.assessments == {
         path.name: sha256_of_file(path) for path in (run.path / "uncertainty").iterdir()
     }

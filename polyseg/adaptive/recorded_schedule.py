@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from polyseg.adaptive.controller import EpsilonControl, Recorder
 from polyseg.config import Config, build_config
@@ -132,7 +131,8 @@ def image_history(record: RunRecord, identity: str) -> list[Row]:
             row = {name: column[i] for name, column in _columns(part, k, own).items()}
             difficulty = part.assessments[k].difficulty
             row["rank"] = int((difficulty > difficulty[i]).sum()) + 1
-            row["percentile"] = float(stats.percentileofscore(difficulty, difficulty[i], "mean"))
+            smaller, equal = difficulty < difficulty[i], difficulty == difficulty[i]
+            row["percentile"] = float((2 * smaller.sum() + equal.sum()) * (50 / len(difficulty)))
             rows += [row | stretch for stretch in _stretches(part, k, i)]
     return rows
 

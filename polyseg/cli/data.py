@@ -96,9 +96,9 @@ def data_preview(
 
     settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
     with talking(quiet, verbose) as display:
-        from polyseg.commands import data
+        from polyseg.commands import data_preview
 
-        for file in data.preview(
+        for file in data_preview.preview(
             settings,
             out=out,
             count=images,

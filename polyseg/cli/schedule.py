@@ -88,9 +88,9 @@ def schedule_plot(
     Example: polyseg schedule plot runs/first runs/second --out figures
     """
     with talking(quiet, verbose):
-        from polyseg.commands import schedule
+        from polyseg.commands import schedule_figures
 
-        outcome = schedule.plot(runs, out, overwrite=overwrite)
+        outcome = schedule_figures.plot(runs, out, overwrite=overwrite)
     print_outcome(outcome, as_json)
 
 
@@ -180,12 +180,11 @@ def schedule_validity(
         from polyseg.commands import schedule
 
         found = schedule.validity(run)
-        table = as_json or as_csv
-        outcome = (
-            None
-            if table and out is None
-            else schedule.draw_validity(found.rows, run, out, overwrite=overwrite)
-        )
+        outcome = None
+        if out is not None or not (as_json or as_csv):
+            from polyseg.commands import schedule_figures
+
+            outcome = schedule_figures.draw_validity(found.rows, run, out, overwrite=overwrite)
     if as_json or as_csv:
         _print_rows(found.rows, as_json)
         return

@@ -1,6 +1,5 @@
-"""`polyseg data`: looking at images and splits, and writing phantoms."""
+"""`polyseg data check`, `split` and `demo`."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,25 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from polyseg.commands.plot_loss import refuse_existing_figure
 from polyseg.config import Config
-from polyseg.data.augmentation import augment, changes_of
-from polyseg.data.dataset import ImageSet, Item
+from polyseg.data.dataset import Item
 from polyseg.data.duplicates import near_pairs
 from polyseg.data.layouts.folders import find_cases
 from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
+from polyseg.data.new_split import new_split, refuse_sides
 from polyseg.data.phantoms import phantom_sets
 from polyseg.data.splits import PARTS
 from polyseg.errors import PolysegError
-from polyseg.figures.pictures import Sample, samples_sheet
-from polyseg.figures.run_figures import displayed
-from polyseg.figures.style import save_figure
 from polyseg.records import Progress, no_progress
 from polyseg.runs.run_folder import split_json
-from polyseg.runs.trained_model import new_split, refuse_sides
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import refuse_existing
-from polyseg.system.seeds import derive_seed
 
 _SHOWN = 5
 
@@ -87,32 +80,6 @@ def make_split(
     }
 
 
-def preview(
-    config: Config,
-    *,
-    out: Path,
-    count: int,
-    samples: int,
-    overwrite: bool = False,
-    progress: Progress = no_progress,
-) -> list[Path]:
-    """Draw some training images as they are and as training would change them, with their masks.
-
-    Raises:
-        PolysegError: the data are not in order, or there is such a file already.
-    """
-    if not (1 <= count <= 50 and 1 <= samples <= 20):
-        raise PolysegError("--images: 1 to 50; --samples: 1 to 20")
-    refuse_existing_figure(out, overwrite=overwrite)
-    images = load_images(config.data, progress)
-    ids = new_split(config, images)["train"]
-    if config.data.normalise == "dataset":
-        images = dataclasses.replace(images, levels=images.pooled_over(ids))
-    rows = [_preview_row(config, images, one, samples) for one in _telling(images, ids, count)]
-    name = f"{config.data.augmentation} augmentation"
-    return save_figure(samples_sheet(rows, title=name), out)
-
-
 def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -> None:
     """Write phantoms as PNG files, with a table of their known difficulties.
 
@@ -129,32 +96,6 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
         raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
     made = phantom_sets.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantom_sets.write_phantoms(path, made)
-
-
-def _telling(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
-    """Return images to look at: with foreground first, and of as many groups as there are."""
-    seen: Counter[str] = Counter()
-    turn = {}
-    for identity in sorted(ids, key=lambda one: not images.item(one).foreground):
-        group = images.item(identity).group or identity
-        turn[identity] = seen[group]
-        seen[group] += 1
-    return sorted(turn, key=lambda one: (not images.item(one).foreground, turn[one], one))[:count]
-
-
-def _preview_row(config: Config, images: ImageSet, identity: str, samples: int) -> list[Sample]:
-    """Return an image as it is, and as the first epochs would see it."""
-    changes, seed = changes_of(config.data), config.training.seed
-    masks = images.sample(identity)[1]
-    row = [Sample(identity, displayed(images.pixels(identity)), masks.numpy())]
-    for epoch in range(1, samples + 1):
-        image, masks = images.patch(identity, derive_seed(seed, epoch, "patch", identity))
-        if changes is not None:
-            key = derive_seed(seed, epoch, "augmentation", identity)
-            image, masks = augment(image, masks, changes, key)
-        shown = displayed(image.movedim(0, 2).numpy())
-        row.append(Sample(f"epoch {epoch}", shown, masks.numpy()))
-    return row
 
 
 def _size(item: Item) -> tuple[int, int]:

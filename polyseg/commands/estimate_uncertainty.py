@@ -12,12 +12,14 @@ from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.figures import run_figures
 from polyseg.figures.run_figures import Outcome
-from polyseg.montecarlo.assessment import assess, describe, describe_order, spread
+from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.inference import choose_device
 from polyseg.networks.networks_by_name import SegmentationNetwork, hash_weights
 from polyseg.records import METRICS, Assessment, Progress, no_progress
+from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.record_files import write_assessment
-from polyseg.runs.trained_model import Model, images_for, open_model, passes_of, results_beside
+from polyseg.runs.run_folder import results_beside
+from polyseg.runs.trained_model import Model, images_for, open_model, passes_of
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, together

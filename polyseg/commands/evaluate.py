@@ -19,8 +19,8 @@ from polyseg.figures.run_figures import Outcome
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
 from polyseg.runs.checkpoints import read_checkpoint
-from polyseg.runs.run_folder import RunDirectory, find_checkpoint
-from polyseg.runs.trained_model import LastImages, images_for, open_model, results_beside
+from polyseg.runs.run_folder import RunDirectory, find_checkpoint, results_beside
+from polyseg.runs.trained_model import LastImages, images_for, open_model
 from polyseg.system.files import short_names
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, Processes, together

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg import losses
+from polyseg.curves import polydice1_curve
 from polyseg.errors import PolysegError
 from polyseg.figures.losses import loss_curves
 from polyseg.figures.style import save_figure
-from polyseg.system.output_folder import refuse_existing
+from polyseg.system.output_folder import refuse_existing_figure
 
 
 def plot_loss(
@@ -41,7 +41,7 @@ def plot_loss(
             f"--epsilon: {len(set(epsilons))} curves cannot be told apart; at most 12"
         )
     theta = np.linspace(0, math.pi / 2, 1001)
-    curves = {e: losses.polydice1_curve(theta, e, s, terms=terms) for e in epsilons}
+    curves = {e: polydice1_curve(theta, e, s, terms=terms) for e in epsilons}
     dice = 1 - s * np.cos(theta)
     # The loss rises with s where the sum of eq. 5 exceeds 1, and so the loss does, whatever s is.
     wrong_above = np.ones_like(theta)
@@ -60,20 +60,9 @@ def plot_loss(
     return save_figure(figure, out)
 
 
-def refuse_existing_figure(path: Path, *, overwrite: bool) -> None:
-    """Raise if there is something where a figure is to go; without suffix that is PNG and PDF.
-
-    Raises:
-        PolysegError: there is.
-    """
-    plain = bool(path.name) and not path.suffix
-    for place in [path.with_suffix(".png"), path.with_suffix(".pdf")] if plain else [path]:
-        refuse_existing(place, overwrite=overwrite)
-
-
 def _derivative_where_the_sum_is_one(theta: NDArray[np.float64], terms: int) -> NDArray[np.float64]:
     """Return the derivative of eq. 5's sum by theta, with the epsilon for which the sum is 1."""
     # At s = 1 the loss is the sum, and at epsilon = -1/2 it is the sum without its first term.
-    rest = losses.polydice1_curve(theta, -0.5, 1.0, terms=terms)
+    rest = polydice1_curve(theta, -0.5, 1.0, terms=terms)
     with np.errstate(divide="ignore"):
         return np.asarray(2 * (1 - rest) / theta + np.gradient(rest, theta))

@@ -13,7 +13,6 @@ import numpy as np
 from polyseg import __version__
 from polyseg.errors import PolysegError
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
-from polyseg.montecarlo.assessment import describe_order
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report.document import (
     Block,
@@ -51,6 +50,7 @@ from polyseg.report.tables import (
     number,
     rules,
 )
+from polyseg.runs.assessment_text import describe_order
 from polyseg.system.files import short_names, write_text
 from polyseg.system.output_folder import refuse_existing
 

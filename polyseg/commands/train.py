@@ -14,19 +14,27 @@ from polyseg.config import POLYDICE_LOSSES, Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
 from polyseg.data.loading import load_images
+from polyseg.data.new_split import new_split
 from polyseg.data.splits import PARTS, Split, count_groups
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import score
 from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.run_figures import Outcome
-from polyseg.montecarlo.assessment import describe_order
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, Schedule, no_progress
+from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
-from polyseg.runs.run_folder import RunDirectory, environment, new_run_path, split_json
-from polyseg.runs.trained_model import new_split, refuse_gone, split_of_run
+from polyseg.runs.run_folder import (
+    RunDirectory,
+    environment,
+    new_run_path,
+    read_assessments,
+    split_json,
+)
+from polyseg.runs.trained_model import refuse_gone, split_of_run
+from polyseg.runs.weights import network_of
 from polyseg.system.memory import keep_freed_memory
 from polyseg.system.process_group import ALONE, PATIENCE, Processes, together
 from polyseg.training.trainer import Trainer
@@ -434,7 +442,7 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     files = [run.history]
     evaluation: Evaluation | None = None
     if trainer.split["test"]:
-        best = _best_of(trainer).build(trust=":" in config.network.name).to(trainer.device)
+        best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
         ids, size = trainer.split["test"], config.training.batch_size
         evaluation = Evaluation(score(run.path.name, best, images, ids, size, progress=progress))
         files += evaluation_files.write_evaluation(
@@ -443,7 +451,7 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     correlations: list[dict[str, Any]] = []
     notes: list[str] = []
     if trainer.assessments:
-        assessments = run_figures.read_assessments(run, trainer.assessments)
+        assessments = read_assessments(run, trainer.assessments)
         correlations = run_figures.difficulty_correlations(assessments[-1], images.known_difficulty)
         run_figures.log_correlations(correlations)
         notes = describe_order(assessments[-1])

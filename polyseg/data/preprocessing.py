@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from polyseg.config import DataConfig
 from polyseg.errors import PolysegError
@@ -26,19 +24,20 @@ class Levels:
     clipped: bool = False
     """To [0, 1]."""
 
-    def apply(self, image: NDArray[Any]) -> Tensor:
+    def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return an image, (H, W, C), as (C, H, W) float32.
 
         >>> Levels((1.0,), (2.0,)).apply(np.full((1, 1, 1), 4, np.uint8))
-        tensor([[[1.5000]]])
+        array([[[1.5]]], dtype=float32)
         """
-        pixels = torch.from_numpy(np.moveaxis(image, 2, 0).astype(np.float32))
+        reduced = np.moveaxis(image, 2, 0).astype(np.float32)
         offset, scale = (
-            torch.tensor(values, dtype=torch.float32)[:, None, None]
+            np.array(values, dtype=np.float32)[:, None, None]
             for values in (self.offset, self.scale)
         )
-        reduced = pixels.sub_(offset).div_(scale)
-        return reduced.clamp_(0, 1) if self.clipped else reduced
+        reduced -= offset
+        reduced /= scale
+        return reduced.clip(0, 1, out=reduced) if self.clipped else reduced
 
 
 def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:

@@ -26,8 +26,6 @@ from polyseg.figures.training import (
 from polyseg.metrics.rank_stability import spearman
 from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment
-from polyseg.runs.record_files import read_assessment
-from polyseg.runs.run_folder import RunDirectory, in_order
 from polyseg.system.files import csv_table
 
 log = logging.getLogger(__name__)
@@ -43,14 +41,6 @@ class Outcome:
     correlations: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     """Sentences on the correlations."""
-
-
-def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Assessment]:
-    """Read the assessments that a run recorded, by the hashes that it recorded, in order."""
-    return [
-        read_assessment(run.path / "uncertainty" / name, sha256=recorded[name])
-        for name in in_order(recorded)
-    ]
 
 
 def difficulty_correlations(

@@ -13,19 +13,31 @@ FEWEST_JUDGED = 4
 pass, which disagrees with nothing: its mutual information and variance are 0 whatever the image."""
 
 
+def ranks(values: Values) -> Values:
+    """Return the ranks of finite values from 1, those of equal values their mean.
+
+    Args:
+        values: (n,).
+
+    >>> ranks(np.array([0.3, 0.1, 0.3]))
+    array([2.5, 1. , 2.5])
+    """
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    mean: Values = count.cumsum() - (count - 1) / 2
+    return mean[group]
+
+
 def spearman(first: Values, second: Values) -> float:
     """Return Spearman's rank correlation of two series, NaN where it has no meaning.
 
     >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 9.0, 100.0]))
     1.0
     """
-    from scipy.stats import spearmanr
-
     known = np.isfinite(first) & np.isfinite(second)
     x, y = first[known], second[known]
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
-    return float(spearmanr(x, y).statistic)
+    return float(np.corrcoef([ranks(x), ranks(y)])[1, 0])
 
 
 def partial_spearman(first: Values, second: Values, given: Values) -> float:
@@ -48,13 +60,11 @@ def partial_spearman(first: Values, second: Values, given: Values) -> float:
     >>> round(spearman(difficulty, error), 2), round(partial_spearman(difficulty, error, size), 2)
     (0.9, 0.87)
     """
-    from scipy.stats import rankdata
-
     series = np.stack([first, second, given])
     known = series[:, np.isfinite(series).all(axis=0)]
     if known.shape[1] < 4 or (np.ptp(known, axis=1) == 0).any():
         return float("nan")
-    r: Values = np.asarray(np.corrcoef(rankdata(known, axis=1)))
+    r: Values = np.asarray(np.corrcoef([ranks(one) for one in known]))
     left = 1 - r[:2, 2] ** 2
     # Equal ranks correlate by 1 but for rounding; others, of 10,000 images, by 1 - 3e-12 at most.
     if left.min() < 1e-13:

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from polyseg.errors import PolysegError
-from polyseg.metrics.rank_stability import spearman
+from polyseg.metrics.rank_stability import ranks, spearman
 
 Values = NDArray[np.float64]
 
@@ -158,6 +157,8 @@ def rank_correlation(
     >>> round(found.value, 2), [round(end, 2) for end in found.interval]
     (0.46, [0.1, 0.71])
     """
+    from scipy.special import ndtri
+
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     r, images = spearman(x, y), int((np.isfinite(x) & np.isfinite(y)).sum())
     if images < 4 or not math.isfinite(r):
@@ -165,7 +166,7 @@ def rank_correlation(
     if abs(r) >= 1:
         return RankCorrelation(r, Interval(r, r), images)
     error = math.sqrt((1 + r**2 / 2) / (images - 3))
-    half = float(stats.norm.ppf((1 + level) / 2)) * error
+    half = float(ndtri((1 + level) / 2)) * error
     z = math.atanh(r)
     return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
 
@@ -240,6 +241,8 @@ def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifferen
         return replace(found, runs=known.size)
     deviation = float(known.std(ddof=1))
     if deviation > 0:
+        from scipy import stats
+
         p_value = float(stats.ttest_1samp(known, 0).pvalue)
     else:
         p_value = 0.0 if known.any() else 1.0
@@ -308,7 +311,7 @@ def terciles(values: ArrayLike) -> NDArray[np.int8]:
     known = ~np.isnan(given)
     thirds = np.full(given.shape, -1, dtype=np.int8)
     # A mean rank is a multiple of 1/2: whole numbers keep the borders free of rounding.
-    twice = np.rint(2 * stats.rankdata(given[known])).astype(np.int64)
+    twice = np.rint(2 * ranks(given[known])).astype(np.int64)
     thirds[known] = 3 * (twice - 1) // (2 * max(twice.size, 1))
     return thirds
 
@@ -342,6 +345,8 @@ def _finite(values: ArrayLike) -> Values:
 
 
 def _bootstrap(values: Values, level: float, resamples: int, seed: int) -> Interval:
+    from scipy import stats
+
     found = Interval(math.nan, math.nan)
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
@@ -377,6 +382,8 @@ def _differences(baseline: ArrayLike, other: ArrayLike) -> Values:
 
 
 def _signed_rank(differences: Values) -> float:
+    from scipy import stats
+
     if differences.size < 2:
         return math.nan
     unequal = differences[differences != 0]
@@ -385,10 +392,14 @@ def _signed_rank(differences: Values) -> float:
     if unequal.size > _ENUMERATED:
         return float(stats.wilcoxon(unequal).pvalue)
     # `wilcoxon` would do the same where there are ties, but statistic by statistic.
-    ranks = stats.rankdata(np.abs(unequal)) * np.sign(unequal)
+    signed = ranks(np.abs(unequal)) * np.sign(unequal)
     return float(
         stats.permutation_test(
-            (ranks,), np.sum, permutation_type="samples", n_resamples=2**ranks.size, vectorized=True
+            (signed,),
+            np.sum,
+            permutation_type="samples",
+            n_resamples=2**signed.size,
+            vectorized=True,
         ).pvalue
     )
 

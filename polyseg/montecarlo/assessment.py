@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyseg.difficulty import Region
 from polyseg.errors import PolysegError
-from polyseg.metrics.rank_stability import FEWEST_JUDGED
-from polyseg.metrics.significance import rank_correlation
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
 from polyseg.montecarlo.dropout_masks import MaskStreams, Sharing
 from polyseg.montecarlo.passes import Passes, ProgramFailedError
+from polyseg.montecarlo.regions import Region
 from polyseg.montecarlo.scores import Measurement, Table, extended
 from polyseg.networks.dropout import active_layers, stochastic_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
@@ -35,8 +33,6 @@ from polyseg.system.process_group import ALONE, Processes
 
 __all__ = [
     "assess",
-    "describe",
-    "describe_order",
     "spread",
     "stochastic_layers",
     "stochastic_pass",
@@ -252,43 +248,6 @@ def spread(ids: Sequence[str]) -> list[str]:
     """
     # Steps of the golden ratio leave no large gap.
     return [ids[i] for i in np.argsort(np.arange(len(ids)) * 0.6180339887 % 1, kind="stable")]
-
-
-def describe(assessment: Assessment) -> str:
-    """Return in a line the difficulties of an assessment and how certain they are.
-
-    What is not known, such as a standard error from fewer than 4 passes, is a dash.
-    """
-    quartiles = "/".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
-    text = f"difficulty by {assessment.metric}: quartiles {quartiles}"
-    errors = assessment.scores_se.get(assessment.metric)
-    if errors is None:
-        return text
-    error, stability = np.median(errors), assessment.rank_stability[assessment.metric]
-    text += f"; {assessment.samples} passes, "
-    text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
-    if assessment.samples < FEWEST_JUDGED:
-        text += f" (known from {FEWEST_JUDGED} passes on)"
-    return text
-
-
-def describe_order(assessment: Assessment) -> list[str]:
-    """Return a line for each label: how D correlates with 1 - Dice; none without masks."""
-    lines = []
-    for label in assessment.label_names:
-        part = assessment.of_label(label)
-        found = rank_correlation(part.difficulty, 1 - part.dice)
-        if not np.isfinite(found.interval).all():
-            continue
-        name = f"D of {label}" if label else "D"
-        low, high = found.interval
-        verdict = f": {name} is {found.order}" if found.order else ""
-        more = "; see `polyseg schedule validity`" if verdict else ""
-        lines.append(
-            f"Spearman's correlation of {name} with 1 - Dice: {found.value:.2f} (95 % interval "
-            f"{low:.2f} to {high:.2f}, {found.images} images){verdict}{more}"
-        )
-    return lines
 
 
 def _worth_taking_apart(

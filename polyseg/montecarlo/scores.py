@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polyseg.difficulty import Region, foreground_mean, mean_by_image, select_region
+from polyseg.difficulty import foreground_mean, mean_by_image
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
 from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_stability
 from polyseg.montecarlo.passes import Passes
+from polyseg.montecarlo.regions import Region, select_region
 from polyseg.networks.inference import images_of, shown
 from polyseg.records import FREE_METRICS, MAPS, METRICS, Batch, Metric
 from polyseg.system.memory import Portions

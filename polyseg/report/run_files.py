@@ -268,7 +268,7 @@ def _history(path: Path) -> list[dict[str, float]]:
 
 
 def _checkpoint(path: Path) -> Checkpoint:
-    checkpoint = read_checkpoint(_bounded(path, _LARGEST_CHECKPOINT))
+    checkpoint = read_checkpoint(_bounded(path, _LARGEST_CHECKPOINT), with_weights=False)
     _check_labels(checkpoint.config.data.labels)
     return checkpoint
 

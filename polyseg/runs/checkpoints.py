@@ -7,29 +7,29 @@ what training goes on from: the optimizer, the history and the schedule so far.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import safetensors.torch
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from polyseg import __version__
 from polyseg.config import Config, build_config
 from polyseg.data.preprocessing import Levels, levels_from
 from polyseg.errors import PolysegError
+from polyseg.records import Schedule
 from polyseg.system.files import atomic_path
 from polyseg.system.memory import refuse_beyond_memory
-from polyseg.networks.networks_by_name import SegmentationNetwork, Window, build_network
-from polyseg.records import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_CHANNELS = 64
 
@@ -37,6 +37,33 @@ _KIND = "polyseg checkpoint"
 _SCHEMA = 2
 _MOST_EPOCHS = 100_000
 _OF_A_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_DTYPES = {
+    "BOOL": "bool",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    **{
+        f"{sign}{bits}": f"{name}int{bits}"
+        for sign, name in (("I", ""), ("U", "u"))
+        for bits in (8, 16, 32, 64)
+    },
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "C64": "complex64",
+}
+"""Names of types in torch, and of most of them in NumPy, by those of safetensors."""
+
+
+class Stored(NamedTuple):
+    """A tensor as a file keeps it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Any
+    """Its bytes, little-endian."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +75,9 @@ class Checkpoint:
     """Of the images that the network takes."""
     epoch: int
     """Epochs completed."""
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: "Mapping[str, Tensor]"
+    """By name; empty where they were not read."""
+    optimizer: "Mapping[str, Tensor]" = field(default_factory=dict)
     """The optimizer's tensors by "index/name"; empty where training cannot go on from here."""
     scaler: Mapping[str, float] = field(default_factory=dict)
     """How gradients are scaled; empty where they are not."""
@@ -73,74 +101,6 @@ class Checkpoint:
     def weights_only(self) -> "Checkpoint":
         """Return the same without what training goes on from."""
         return replace(self, optimizer={}, scaler={}, history=(), schedule=None, losses=None)
-
-    def build(self, *, trust: bool = False) -> SegmentationNetwork:
-        """Return the network with these weights.
-
-        Raises:
-            PolysegError: the network is somebody's own code and `trust` does not allow it, or the
-                weights do not fit it.
-        """
-        name = self.config.network.name
-        if ":" in name and not trust:
-            raise PolysegError(
-                f"checkpoint: its network {name} is code outside polyseg; --trust imports and runs "
-                "it, if you know where it is from"
-            )
-        if ":" not in name:
-            # Settings may ask for any size: theirs must be that of the weights before one is made.
-            with torch.device("meta"):
-                _refuse_misfits(new_network(self.config, self.channels), self.weights)
-        network = new_network(self.config, self.channels)
-        fit_weights(network, self.weights)
-        return network
-
-
-def new_network(config: Config, channels: int) -> SegmentationNetwork:
-    """Build the network of a configuration, with weights from torch's global generator."""
-    settings = config.network
-    network = build_network(
-        settings.name,
-        in_channels=channels,
-        out_channels=len(config.data.labels),
-        dropout=settings.dropout,
-        dropout_kind=settings.dropout_kind,
-        dropout_layers=settings.dropout_layers,
-        multiple_of=settings.multiple_of,
-        settings=settings.kwargs,
-    )
-    if config.data.fit == "tile" and config.data.size is not None:
-        size = config.data.size
-        square = (size, size) if isinstance(size, int) else size
-        network.window = Window(square, config.data.tile_overlap)
-    return network
-
-
-def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a network that must have them all and no others.
-
-    Raises:
-        PolysegError: names, shapes or types differ.
-    """
-    _refuse_misfits(network, weights)
-    for name, values in weights.items():
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            raise PolysegError(f"checkpoint: its weights {name} are not finite")
-    network.load_state_dict(dict(weights))
-
-
-def _refuse_misfits(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = network.state_dict()
-    wrong = sorted(expected.keys() ^ weights.keys()) + [
-        name
-        for name, values in expected.items()
-        if name in weights
-        and (weights[name].shape != values.shape or weights[name].dtype != values.dtype)
-    ]
-    if wrong:
-        raise PolysegError(
-            f"checkpoint: {len(wrong)} weights do not fit its own configuration, such as {wrong[0]}"
-        )
 
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -169,23 +129,31 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     tensors |= {f"optimizer/{name}": values for name, values in checkpoint.optimizer.items()}
     tensors |= _record_tensors(checkpoint)
     # Copies, because two names may share one storage, which the format does not know.
-    tensors = {name: values.detach().cpu().clone() for name, values in tensors.items()}
+    tensors = {name: values.detach().cpu().clone().contiguous() for name, values in tensors.items()}
     text = json.dumps(header)
-    metadata = {"polyseg": text, "sha256": _digest(text, tensors)}
+    stored = {name: stored_of(values) for name, values in tensors.items()}
+    metadata = {"polyseg": text, "sha256": digest_of(text, stored)}
     # Not by the library, which would write to a temporary file of its own first.
     with atomic_path(path) as temporary:
         temporary.write_bytes(_packed(tensors, metadata))
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, with_weights: bool = True) -> Checkpoint:
     """Read a checkpoint.
+
+    Args:
+        path: the file.
+        with_weights: return weights and optimizer too, which needs torch.
 
     Raises:
         PolysegError: the file is missing, damaged, or not polyseg's.
     """
     try:
         content = _content(Path(path))
-        tensors = safetensors.torch.load(content)
+        tensors = {
+            name: Stored(_DTYPES[one["dtype"]], tuple(one["shape"]), one["data"])
+            for name, one in safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+        }
         metadata = _metadata(content)
         text = metadata.get("polyseg", "{}")
         header = json.loads(text)
@@ -193,7 +161,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise PolysegError(f"{path}: is no polyseg checkpoint")
         if header["schema"] != _SCHEMA:
             raise PolysegError(f"{path}: is from another polyseg, older or newer than this one")
-        if metadata.get("sha256") != _digest(text, tensors):
+        if metadata.get("sha256") != digest_of(text, tensors):
             raise PolysegError(f"{path}: is damaged: its content is not what was written")
         _check_numbers(header)
         config = build_config(header["config"], str(path))
@@ -202,8 +170,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             channels=int(header["channels"]),
             epoch=int(header["epoch"]),
             levels=levels_from(header.get("levels"), int(header["channels"])),
-            weights=_with_prefix(tensors, "weights/"),
-            optimizer=_with_prefix(tensors, "optimizer/"),
+            weights=_tensors(tensors, "weights/") if with_weights else {},
+            optimizer=_tensors(tensors, "optimizer/") if with_weights else {},
             best_epoch=int(header["best_epoch"]),
             best_dice=float(header["best_dice"]),
             assessments=_checked_names(header["assessments"]),
@@ -240,32 +208,60 @@ def _metadata(content: bytes) -> dict[str, str]:
     return {str(name): str(text) for name, text in found.items()}
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def stored_of(tensor: "Tensor") -> Stored:
+    """Return what a file keeps of a tensor, whose bytes are shared."""
+    import torch
+
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+
+def digest_of(text: str, tensors: Mapping[str, Stored]) -> str:
     """Return the sha256 of a header's text and of tensors: names, types, shapes and values."""
     digest = hashlib.sha256(text.encode())
-    for name, values in sorted(tensors.items()):
-        digest.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(_bytes(values).data)
+    for name, (dtype, shape, data) in sorted(tensors.items()):
+        digest.update(f"\n{name} torch.{dtype} {shape}\n".encode())
+        digest.update(data)
     return digest.hexdigest()
 
 
-def _bytes(values: Tensor) -> NDArray[np.uint8]:
-    """Return the bytes of a tensor, which it shares."""
-    bytes_of: NDArray[np.uint8] = values.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return bytes_of
+def _array(stored: Stored) -> NDArray[Any]:
+    values: NDArray[Any] = np.frombuffer(stored.data, stored.dtype).reshape(stored.shape)
+    return values
 
 
-def _packed(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+def _tensors(tensors: Mapping[str, Stored], prefix: str) -> "dict[str, Tensor]":
+    """Return the tensors whose names have a prefix, without it."""
+    import torch
+
+    found = {}
+    for name, (dtype, shape, data) in tensors.items():
+        if name.startswith(prefix):
+            kind = getattr(torch, dtype)
+            flat = (
+                torch.frombuffer(data, dtype=kind)
+                if math.prod(shape)
+                else torch.empty(0, dtype=kind)
+            )
+            found[name.removeprefix(prefix)] = flat.reshape(shape)
+    return found
+
+
+def _packed(tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> bytes:
     """Return the bytes of a safetensors file."""
-    plain = {name: values.contiguous() for name, values in tensors.items()}
-    if any(values.dtype == torch.bfloat16 for values in plain.values()):
-        return safetensors.torch.save(plain, metadata)
+    import safetensors.torch
+    import torch
+
+    if any(values.dtype == torch.bfloat16 for values in tensors.values()):
+        return safetensors.torch.save(dict(tensors), metadata)
     # From tensors the library keeps some memory of each, commit by commit; from arrays it does not.
-    return safetensors.numpy.save({name: one.numpy() for name, one in plain.items()}, metadata)
+    return safetensors.numpy.save({name: one.numpy() for name, one in tensors.items()}, metadata)
 
 
-def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _record_tensors(checkpoint: Checkpoint) -> "dict[str, Tensor]":
     """Return history and schedule as tensors, where a checkpoint has them."""
+    import torch
+
     tensors = {}
     if checkpoint.history:
         rows = [list(row.values()) for row in checkpoint.history]
@@ -285,14 +281,13 @@ def _record_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def _losses(tensors: Mapping[str, Tensor]) -> NDArray[np.float64] | None:
+def _losses(tensors: Mapping[str, Stored]) -> NDArray[np.float64] | None:
     if "losses" not in tensors or "schedule/epsilon" not in tensors:
         return None
     losses = tensors["losses"]
-    if losses.shape != tensors["schedule/epsilon"].shape[1:] or losses.dtype != torch.float64:
+    if losses.shape != tensors["schedule/epsilon"].shape[1:] or losses.dtype != "float64":
         raise ValueError("its losses are not those of its images")
-    values: NDArray[np.float64] = losses.numpy()
-    return values
+    return _array(losses)
 
 
 def _scaler(found: Mapping[str, Any]) -> dict[str, float]:
@@ -308,25 +303,25 @@ def _scaler(found: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _history(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[dict[str, float]]:
+def _history(header: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[dict[str, float]]:
     if "history" not in tensors:
         return []
     values, columns = tensors["history"], [str(name) for name in header["history"]]
-    if values.shape != (header["epoch"], len(columns)) or values.dtype != torch.float64:
+    if values.shape != (header["epoch"], len(columns)) or values.dtype != "float64":
         raise ValueError("its history is not of its epochs")
-    return [dict(zip(columns, row, strict=True)) for row in values.tolist()]
+    return [dict(zip(columns, row, strict=True)) for row in _array(values).tolist()]
 
 
-def _schedule(config: Config, epochs: int, tensors: Mapping[str, Tensor]) -> Schedule | None:
+def _schedule(config: Config, epochs: int, tensors: Mapping[str, Stored]) -> Schedule | None:
     if "schedule/epsilon" not in tensors:
         return None
     labels = config.data.labels
-    images = tensors["schedule/ids"].numpy().tobytes().decode().split("\n")
+    images = _array(tensors["schedule/ids"]).tobytes().decode().split("\n")
     epsilon, assessed = tensors["schedule/epsilon"], tensors["schedule/assessed"]
     wanted = (epochs, len(images) * len(labels))
-    if epsilon.shape != wanted or epsilon.dtype != torch.float32:
+    if epsilon.shape != wanted or epsilon.dtype != "float32":
         raise ValueError("its schedule is not of its epochs and images")
-    if assessed.shape != (epochs,) or assessed.dtype != torch.int64:
+    if assessed.shape != (epochs,) or assessed.dtype != "int64":
         raise ValueError("its schedule does not tell its assessments")
     if len(set(images)) < len(images) or not all(name.isprintable() for name in images):
         raise ValueError("its schedule holds what is no name")
@@ -334,12 +329,12 @@ def _schedule(config: Config, epochs: int, tensors: Mapping[str, Tensor]) -> Sch
     numbers = np.arange(1, epochs + 1)
     # Which checkpoints of version 0.1 do not have.
     group, statistics = (
-        tensors[name].numpy() if name in tensors else None
+        _array(tensors[name]) if name in tensors else None
         for name in ("schedule/group", "schedule/statistics")
     )
     if statistics is not None and not np.isfinite(statistics).all():
         raise ValueError("its schedule has statistics that are not finite")
-    return Schedule(ids, numbers, epsilon.numpy(), names, assessed.numpy(), group, statistics)
+    return Schedule(ids, numbers, _array(epsilon), names, _array(assessed), group, statistics)
 
 
 def columns_of(images: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str] | None]:
@@ -371,11 +366,3 @@ def _checked_names(assessments: Mapping[str, Any]) -> dict[str, str]:
         if not re.fullmatch(r"epoch_[0-9]{4,9}\.h5", name):
             raise ValueError(f"{name!r} is no name of an assessment")
     return {name: str(digest) for name, digest in assessments.items()}
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): values
-        for name, values in tensors.items()
-        if name.startswith(prefix)
-    }

@@ -14,17 +14,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from polyseg.system import files
 from polyseg import __version__
-from polyseg.runs.record_files import write_schedule
-from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from polyseg.config import Config
 from polyseg.data.splits import PARTS, Split, refuse_overlap
 from polyseg.errors import PolysegError, reason
+from polyseg.records import Assessment
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.runs.record_files import read_assessment, write_schedule
+from polyseg.system import files
 from polyseg.system.files import (
     TEMPORARY_PREFIX,
     csv_table,
@@ -34,6 +33,9 @@ from polyseg.system.files import (
     sha256_of_file,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from torch import device as Device  # noqa: N812
 
 log = logging.getLogger(__name__)
 
@@ -342,6 +344,21 @@ def in_order(assessments: Iterable[str]) -> list[str]:
     return sorted(assessments, key=lambda name: (len(name), name))
 
 
+def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Assessment]:
+    """Read the assessments that a run recorded, by the hashes that it recorded, in order."""
+    return [
+        read_assessment(run.path / "uncertainty" / name, sha256=recorded[name])
+        for name in in_order(recorded)
+    ]
+
+
+def results_beside(source: str | Path, name: str) -> Path:
+    """Return where results go that were given no place: into the run, or beside the checkpoint."""
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def _is_ours(environment: Path) -> bool:
     """Return whether a run of polyseg has written this file."""
     try:
@@ -359,8 +376,10 @@ def _is_sound(checkpoint: Path) -> bool:
     return True
 
 
-def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+def environment(device: "Device", processes: int = 1) -> dict[str, Any]:
     """Return what the run is made with: versions, machine, command."""
+    import torch
+
     return {
         "polyseg": __version__,
         "python": platform.python_version(),

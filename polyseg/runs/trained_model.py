@@ -2,29 +2,27 @@
 
 import dataclasses
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.config import Config, DataConfig
-from polyseg.data.dataset import ImageSet, Item, member_of
-from polyseg.data.duplicates import refuse_leaks
+from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images, load_others
-from polyseg.data.splits import PARTS, Split, split_by_settings, torn_groups
+from polyseg.data.splits import PARTS, Split, split_by_settings
 from polyseg.errors import PolysegError
 from polyseg.networks.inference import choose_device
-from polyseg.system.memory import keep_freed_memory
 from polyseg.networks.networks_by_name import SegmentationNetwork
 from polyseg.records import Progress
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.run_folder import RunDirectory, find_checkpoint
+from polyseg.runs.weights import network_of
+from polyseg.system.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
-_MANY_WINDOWS = 100
 
 Load = Callable[[DataConfig, Progress], ImageSet]
 
@@ -60,7 +58,7 @@ def open_model(source: str | Path, device: str, trust: bool) -> Model:
     )
     config = checkpoint.config.model_copy(update={"data": data})
     checkpoint = dataclasses.replace(checkpoint, config=config)
-    network = checkpoint.build(trust=trust).to(choose_device(device))
+    network = network_of(checkpoint, trust=trust).to(choose_device(device))
     run = RunDirectory(path.parent.parent)
     return Model(Path(source), run if run.split.is_file() else None, checkpoint, network)
 
@@ -186,74 +184,6 @@ def moved_split(model: Model, images: ImageSet) -> Split | None:
     return split if same else None
 
 
-def new_split(config: Config, images: ImageSet) -> Split:
-    """Divide the images as the settings say, and make sure that no image is on two sides.
-
-    Raises:
-        PolysegError: too few images, sizes that no batch can hold, or one image on two sides.
-    """
-    if not images.has_masks:
-        raise PolysegError("data: some images have no masks; training needs one for each")
-    several = len(images.sizes()) > 1
-    if several and config.training.batch_size > 1 and images.tiling is None:
-        raise PolysegError(
-            f"data.size: the images have {len(images.sizes())} sizes and no batch can hold them; "
-            "set data.size, data.fit=tile, or training.batch_size=1"
-        )
-    if several and config.uncertainty.save_maps and config.assesses:
-        raise PolysegError(
-            f"uncertainty.save_maps: the images have {len(images.sizes())} sizes and one array of "
-            "maps has one; set data.size"
-        )
-    split = split_by_settings(images.members(), config.data)
-    refuse_sides(split, images.items, config.data)
-    _warn_of_many_windows(images)
-    if config.data.training_slices == "foreground":
-        split["train"] = [one for one in split["train"] if images.item(one).foreground]
-    if not split["train"]:
-        raise PolysegError("data: there are no training images; see data.split")
-    shares = [images.item(identity).shares or () for identity in split["train"]]
-    for k, label in enumerate(images.labels):
-        if not any(share[k] for share in shares):
-            what = f"foreground of {label}" if label else "foreground"
-            raise PolysegError(
-                f"data: no training mask has any {what}; data.foreground says which values count"
-            )
-    return split
-
-
-def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
-    """Raise if an image, or images of one group, stand on two sides of a split.
-
-    Raises:
-        PolysegError: names them, and how to allow it.
-    """
-    likeness = {item.id: item.likeness for item in items}
-    for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:
-        log.warning("%s, which data.duplicates allows", sentence)
-    if torn := torn_groups(split, [member_of(item) for item in items], config):
-        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
-        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
-        if config.duplicates != "allow":
-            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
-        log.warning("%s, which data.duplicates allows", what)
-
-
-def _warn_of_many_windows(images: ImageSet) -> None:
-    """Say so where small patches make whole images slow."""
-    if images.tiling is None:
-        return
-    height, width = images.tiling.size
-    rows, columns = max(images.sizes(), key=lambda size: size[0] * size[1])
-    windows = -(-rows // height) * -(-columns // width)
-    if windows > _MANY_WINDOWS:
-        log.warning(
-            "an image of %d x %d takes over %d windows of %d x %d, each pass of MC Dropout anew; a "
-            "larger data.size is faster",
-            *(rows, columns, windows, height, width),
-        )
-
-
 def split_of_run(run: RunDirectory, images: ImageSet, sha256: str = "") -> Split:
     """Return the split that a run recorded, if the images are still the same.
 
@@ -320,10 +250,3 @@ def passes_of(config: Config) -> dict[str, Any]:
         )
         settings["metric"] = "mutual_information"
     return settings
-
-
-def results_beside(source: str | Path, name: str) -> Path:
-    """Return where results go that were given no place: into the run, or beside the checkpoint."""
-    source = Path(source)
-    folder = source if source.is_dir() else source.parent
-    return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

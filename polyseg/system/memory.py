@@ -10,11 +10,12 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from polyseg.errors import PolysegError
+
+if TYPE_CHECKING:
+    from torch import device as Device  # noqa: N812
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ def keep_freed_memory() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that there was too little memory, of the machine or of a GPU.
 
-    >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")), is_out_of_memory(MemoryError())
+    >>> is_out_of_memory(RuntimeError("CUDA out of memory")), is_out_of_memory(MemoryError())
     (True, True)
     >>> is_out_of_memory(RuntimeError("sizes do not match"))
     False
-    """  # noqa: E501
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    """
+    if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -84,13 +85,15 @@ def explaining_memory(task: str, advice: str) -> Iterator[None]:
         raise PolysegError(f"{task}: ran out of memory; {advice}") from None
 
 
-def memory_of(device: torch.device | None = None) -> int:
+def memory_of(device: "Device | None" = None) -> int:
     """Return how many bytes this process may hold, or a GPU with memory of its own.
 
     >>> memory_of() > 2**20
     True
     """
     if device is not None and device.type == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(device).total_memory)
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -112,7 +115,7 @@ def _limits_of_groups() -> Iterator[int]:
 
 
 def refuse_beyond_memory(
-    needed: int, what: str, advice: str, device: torch.device | None = None
+    needed: int, what: str, advice: str, device: "Device | None" = None
 ) -> None:
     """Raise where so many bytes are more than a machine, or a GPU, can ever hold.
 
@@ -188,6 +191,8 @@ class Portions:
             raise PolysegError(f"{self.task}: ran out of memory on {what} alone; {self.advice}")
         self.most = size // 2
         gc.collect()
+        import torch
+
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -89,6 +89,17 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise PolysegError(f"{path}: exists already; choose another name, or add --overwrite")
 
 
+def refuse_existing_figure(path: Path, *, overwrite: bool) -> None:
+    """Raise if there is something where a figure is to go; without suffix that is PNG and PDF.
+
+    Raises:
+        PolysegError: there is.
+    """
+    plain = bool(path.name) and not path.suffix
+    for place in [path.with_suffix(".png"), path.with_suffix(".pdf")] if plain else [path]:
+        refuse_existing(place, overwrite=overwrite)
+
+
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
     """Tell in one line what the operating system refuses."""

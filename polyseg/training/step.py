@@ -14,7 +14,8 @@ from polyseg.config import Config
 from polyseg.errors import PolysegError
 from polyseg.networks.dropout import stochastic_layers
 from polyseg.networks.inference import device_of
-from polyseg.runs.checkpoints import Checkpoint, fit_weights
+from polyseg.runs.checkpoints import Checkpoint
+from polyseg.runs.weights import fit_weights
 from polyseg.system.process_group import ALONE, Processes
 from polyseg.training.activation_checkpointing import recompute_blocks
 from polyseg.training.distributed import DropoutTogether, normalise_together

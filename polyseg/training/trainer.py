@@ -16,18 +16,21 @@ from polyseg.adaptive.controller import Adapted, EpsilonControl, Recorder
 from polyseg.adaptive.replay import epsilon_of_batch
 from polyseg.config import Config
 from polyseg.data.augmentation import changes_of
-from polyseg.data.dataset import ImageSet, training_batches
+from polyseg.data.dataset import ImageSet
 from polyseg.data.splits import Split
+from polyseg.data.training_batches import training_batches
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
-from polyseg.montecarlo.assessment import assess, describe, describe_order, spread
+from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.dropout import active_layers, refuse_hidden_dropout
 from polyseg.networks.inference import choose_algorithms, choose_device, predict
 from polyseg.networks.networks_by_name import SegmentationNetwork, refuse_untrainable
 from polyseg.records import Assessment, Progress, Schedule, no_progress
-from polyseg.runs.checkpoints import Checkpoint, columns_of, new_network
+from polyseg.runs.assessment_text import describe, describe_order
+from polyseg.runs.checkpoints import Checkpoint, columns_of
 from polyseg.runs.record_files import read_assessment, write_assessment
 from polyseg.runs.run_folder import HISTORY_COLUMNS, QUANTILES, RunDirectory, in_order
+from polyseg.runs.weights import new_network
 from polyseg.system.memory import explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 from polyseg.system.seeds import derive_seed

@@ -44,7 +44,7 @@ def load(folder, side, memory):
 
 
 def read_epoch(images):
-    from polyseg.data.dataset import training_batches
+    from polyseg.data.training_batches import training_batches
 
     start = time.perf_counter()
     for _ in training_batches(images, images.ids, batch_size=8, seed=0, epoch=1):

@@ -14,13 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from polyseg.config import load_config
 from polyseg.errors import PolysegError
 from polyseg.runs import checkpoints
-from polyseg.runs.checkpoints import Checkpoint, new_network, read_checkpoint, write_checkpoint
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.runs.weights import network_of, new_network
 from tests.children import faults_in_child, faults_of_reading
 from tests.hostile import DAMAGE, Random
 
@@ -94,7 +96,7 @@ def built(path: Path) -> tuple[Checkpoint, nn.Module]:
     """Read a checkpoint and build its network, as every command does that opens one."""
     checkpoint = read_checkpoint(path)
     try:
-        return checkpoint, checkpoint.build()
+        return checkpoint, network_of(checkpoint)
     except PolysegError as error:
         # Who builds it knows the file, and what is said of it begins by another word.
         raise PolysegError(f"{path}: {error}") from None
@@ -128,8 +130,9 @@ def _parts(sound: Sound) -> tuple[Header, Tensors]:
 def _write(path: Path, header: Header | str, tensors: Tensors) -> None:
     """Write what a forger would: any header, with the sum that belongs to it."""
     text = header if isinstance(header, str) else json.dumps(header)
-    metadata = {"polyseg": text, "sha256": checkpoints._digest(text, tensors)}
-    checkpoints.safetensors.torch.save_file(tensors, path, metadata)
+    stored = {name: checkpoints.stored_of(one) for name, one in tensors.items()}
+    metadata = {"polyseg": text, "sha256": checkpoints.digest_of(text, stored)}
+    safetensors.torch.save_file(tensors, path, metadata)
 
 
 # Lies of the table that a safetensors file begins with.

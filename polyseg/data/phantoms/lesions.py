@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 Size = tuple[int, int]
 Place = tuple[float, float]
@@ -97,6 +96,8 @@ def far_center(rng: np.random.Generator, taken: list[Place]) -> Place:
 
 def center_of(blob: Blob) -> Place:
     """Return the row and column of a blob's center as shares of the height and width."""
+    from scipy import ndimage
+
     row, column = ndimage.center_of_mass(blob)
     return (row + 0.5) / blob.shape[0], (column + 0.5) / blob.shape[1]
 
@@ -113,6 +114,8 @@ def smooth_noise(rng: np.random.Generator, size: Size, rows: float, columns: flo
 
 def soften(field: NDArray[np.generic], sigma: float | tuple[float, ...]) -> Field:
     """Blur with a Gaussian of deviation `sigma` in pixels, per axis if two are given."""
+    from scipy import ndimage
+
     return np.asarray(ndimage.gaussian_filter(field.astype(np.float64), sigma, mode="nearest"))
 
 

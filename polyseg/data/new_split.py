@@ -1,0 +1,83 @@
+"""A new split of a set of images, checked for what a training cannot use."""
+
+import logging
+from collections.abc import Sequence
+
+from polyseg.config import Config, DataConfig
+from polyseg.data.dataset import ImageSet, Item, member_of
+from polyseg.data.duplicates import refuse_leaks
+from polyseg.data.splits import Split, split_by_settings, torn_groups
+from polyseg.errors import PolysegError
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5
+_MANY_WINDOWS = 100
+
+
+def new_split(config: Config, images: ImageSet) -> Split:
+    """Divide the images as the settings say, and make sure that no image is on two sides.
+
+    Raises:
+        PolysegError: too few images, sizes that no batch can hold, or one image on two sides.
+    """
+    if not images.has_masks:
+        raise PolysegError("data: some images have no masks; training needs one for each")
+    several = len(images.sizes()) > 1
+    if several and config.training.batch_size > 1 and images.tiling is None:
+        raise PolysegError(
+            f"data.size: the images have {len(images.sizes())} sizes and no batch can hold them; "
+            "set data.size, data.fit=tile, or training.batch_size=1"
+        )
+    if several and config.uncertainty.save_maps and config.assesses:
+        raise PolysegError(
+            f"uncertainty.save_maps: the images have {len(images.sizes())} sizes and one array of "
+            "maps has one; set data.size"
+        )
+    split = split_by_settings(images.members(), config.data)
+    refuse_sides(split, images.items, config.data)
+    _warn_of_many_windows(images)
+    if config.data.training_slices == "foreground":
+        split["train"] = [one for one in split["train"] if images.item(one).foreground]
+    if not split["train"]:
+        raise PolysegError("data: there are no training images; see data.split")
+    shares = [images.item(identity).shares or () for identity in split["train"]]
+    for k, label in enumerate(images.labels):
+        if not any(share[k] for share in shares):
+            what = f"foreground of {label}" if label else "foreground"
+            raise PolysegError(
+                f"data: no training mask has any {what}; data.foreground says which values count"
+            )
+    return split
+
+
+def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
+    """Raise if an image, or images of one group, stand on two sides of a split.
+
+    Raises:
+        PolysegError: names them, and how to allow it.
+    """
+    likeness = {item.id: item.likeness for item in items}
+    for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:
+        log.warning("%s, which data.duplicates allows", sentence)
+    if torn := torn_groups(split, [member_of(item) for item in items], config):
+        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
+        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
+        if config.duplicates != "allow":
+            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
+        log.warning("%s, which data.duplicates allows", what)
+
+
+def _warn_of_many_windows(images: ImageSet) -> None:
+    """Say so where small patches make whole images slow."""
+    if images.tiling is None:
+        return
+    height, width = images.tiling.size
+    rows, columns = max(images.sizes(), key=lambda size: size[0] * size[1])
+    windows = -(-rows // height) * -(-columns // width)
+    if windows > _MANY_WINDOWS:
+        log.warning(
+            "an image of %d x %d takes over %d windows of %d x %d, each pass of MC Dropout anew; a "
+            "larger data.size is faster",
+            *(rows, columns, windows, height, width),
+        )
