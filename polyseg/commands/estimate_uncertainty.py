@@ -55,15 +55,12 @@ def estimate_uncertainty(
         with together(choose_device(device), PATIENCE) as processes:
             model = open_model(source, device, trust)
             images, ids = images_for(model, data, part, "all", progress, cache)
-            settings = passes_of(model.config) | {"save_maps": save_maps}
-            if samples is not None:
-                settings["samples"] = samples
             held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
             assessment = assess(
                 model.network,
                 images.batches(spread(ids), model.config.training.batch_size),
-                **settings,
+                passes_of(model.config, save_maps=save_maps, samples=samples),
                 seed=model.config.training.seed,
                 epoch=model.checkpoint.epoch,
                 progress=progress,
@@ -104,7 +101,8 @@ def draw_extremes(
     if assessment.metric not in METRICS:
         return []  # Without passes there are no maps.
     order = np.argsort(-assessment.difficulty, kind="stable")
-    settings = config.uncertainty.model_dump()
+    changes = {"samples": assessment.samples, "save_maps": True}
+    settings = config.uncertainty.model_copy(update=changes)
     moved = hash_weights(network) != assessment.weights_sha256
     since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
     shown = min(config.output.overlays, len(order))
@@ -116,7 +114,7 @@ def draw_extremes(
         again = assess(
             network,
             images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
-            **settings | {"samples": assessment.samples, "save_maps": True},
+            settings,
             seed=assessment.seed,
             epoch=assessment.epoch,
         )

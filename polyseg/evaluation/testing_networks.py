@@ -278,24 +278,25 @@ def _passes(
 
     Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
     """
-    settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
-    settings |= {} if questions.samples is None else {"samples": questions.samples}
-    names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
+    settings = passes_of(
+        model.config, region="prediction", save_maps=True, samples=questions.samples
+    )
+    names = list(dict.fromkeys([settings.metric, *METRICS, "deterministic_entropy"]))
     labels, size = len(images.labels), model.config.training.batch_size
     mine = set(processes.share(ids))
-    choosing = _CHOOSING + size if settings["samples"] == "auto" else 0
+    choosing = _CHOOSING + size if settings.samples == "auto" else 0
     for part in _parts(images, ids, choosing, processes):
         found = assess(
             model.network,
             images.batches(part, size),
-            **settings,
+            settings,
             seed=model.config.training.seed,
             epoch=model.checkpoint.epoch,
             progress=progress,
             total=len(part),
         ).in_order(part)
         # Where the passes choose N, the first part does so for all.
-        settings["samples"] = found.samples
+        settings = settings.model_copy(update={"samples": found.samples})
         for i, identity in enumerate(part):
             if identity not in mine:
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
-from polyseg.config import Config, DataConfig
+from polyseg.config import Config, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet, Item, member_of
 from polyseg.data.duplicates import refuse_leaks
 from polyseg.data.loading import load_images, load_others
@@ -311,15 +311,20 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
         )
 
 
-def passes_of(config: Config) -> dict[str, Any]:
-    """Return the settings of MC Dropout, also of a training whose difficulty took no passes."""
-    settings = config.uncertainty.model_dump()
+def passes_of(config: Config, **changes: Any) -> UncertaintyConfig:
+    """Return the settings of MC Dropout, also of a training whose difficulty took no passes.
+
+    Args:
+        config: of the training.
+        changes: settings that are others here, of the values that `UncertaintyConfig` allows; None
+            leaves what the training had.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
     if not config.uncertainty.takes_passes:
-        log.info(
-            "uncertainty.metric %s takes no passes: mutual_information here", settings["metric"]
-        )
-        settings["metric"] = "mutual_information"
-    return settings
+        metric = config.uncertainty.metric
+        log.info("uncertainty.metric %s takes no passes: mutual_information here", metric)
+        changes["metric"] = "mutual_information"
+    return config.uncertainty.model_copy(update=changes)
 
 
 def results_beside(source: str | Path, name: str) -> Path:
