@@ -17,7 +17,14 @@ from polyseg.networks.inference import choose_device
 from polyseg.networks.networks_by_name import SegmentationNetwork, hash_weights
 from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.runs.record_files import write_assessment
-from polyseg.runs.trained_model import Model, images_for, open_model, passes_of, results_beside
+from polyseg.runs.trained_model import (
+    Inputs,
+    Model,
+    images_for,
+    open_model,
+    passes_of,
+    results_beside,
+)
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, together
@@ -29,16 +36,12 @@ _KNOWN_BY = ("assessment.h5",)
 
 def estimate_uncertainty(
     source: Path,
+    inputs: Inputs = Inputs(),  # noqa: B008 - it is frozen
     *,
-    data: Path | None = None,
-    part: str | None = None,
     samples: int | None = None,
     save_maps: bool = False,
     out: Path | None = None,
     overwrite: bool = False,
-    cache: Path | None = None,
-    device: str = "auto",
-    trust: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
@@ -52,9 +55,9 @@ def estimate_uncertainty(
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
     place = out or results_beside(source, "uncertainty-estimate")
     with contextlib.ExitStack() as stack:
-        with together(choose_device(device), PATIENCE) as processes:
-            model = open_model(source, device, trust)
-            images, ids = images_for(model, data, part, "all", progress, cache)
+        with together(choose_device(inputs.device), PATIENCE) as processes:
+            model = open_model(source, inputs.device, inputs.trust)
+            images, ids = images_for(model, inputs, "all", progress)
             held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
             assessment = assess(
