@@ -11,15 +11,19 @@ import torch
 from PIL import Image
 
 from polyseg.commands import evaluate as job
+from polyseg.commands.estimate_uncertainty import estimate_uncertainty
+from polyseg.commands.predict import predict_images
+from polyseg.commands.train import train
 from polyseg.config import Config, load_config
 from polyseg.data.dataset import make_demo
 from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
 from polyseg.evaluation import testing_networks as room
 from polyseg.evaluation.arms import arms_of
-from polyseg.evaluation.testing_networks import THRESHOLDS, Questions, choose_thresholds
+from polyseg.evaluation.testing_networks import THRESHOLDS, EvaluationSettings, choose_thresholds
 from polyseg.metrics.dice import dice_coefficient
-from polyseg.runs import trained_model
+from polyseg.runs import checkpoints, trained_model
+from polyseg.runs.trained_model import Inputs
 from tests.conftest import TINY
 from tests.test_train import run_of
 
@@ -56,9 +60,12 @@ def test_a_list_of_no_damage_is_refused(text):
 
 def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     outcome = evaluate_runs(
-        two, baseline=str(two[0]), out=tmp_path / "out", figures=True,
-        questions=Questions(corruptions=("noise",), uncertainty=True, samples=3, tolerance=1.5),
-    )  # fmt: skip
+        two,
+        EvaluationSettings(corruptions=("noise",), uncertainty=True, samples=3, tolerance=1.5),
+        baseline=str(two[0]),
+        out=tmp_path / "out",
+        figures=True,
+    )
     record = summary_of(outcome)
     assert [one["run"] for one in record["comparisons"]] == ["dice_s1", "dice_s1 (MC mean)"]
     means = [run["metrics"]["dice"]["mean"] for run in record["runs"][::2]]
@@ -118,8 +125,8 @@ def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
 
 def test_passes_are_judged_beside_the_plain_prediction(tiny, tmp_path):
     run = run_of(tiny("run")).path
-    questions = Questions(uncertainty=True, samples=4)
-    outcome = evaluate_runs([run], questions=questions, out=tmp_path / "out")
+    settings = EvaluationSettings(uncertainty=True, samples=4)
+    outcome = evaluate_runs([run], settings, out=tmp_path / "out")
     record = summary_of(outcome)
     plain, passes = record["runs"]
     assert (plain["prediction"], passes["prediction"]) == ("plain", "mc_mean")
@@ -134,10 +141,10 @@ def test_passes_are_judged_beside_the_plain_prediction(tiny, tmp_path):
 
 def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(tiny, tmp_path, monkeypatch):
     run = run_of(tiny("run")).path
-    questions = Questions(uncertainty=True, samples=3)
-    whole = summary_of(evaluate_runs([run], questions=questions, out=tmp_path / "whole"))
+    settings = EvaluationSettings(uncertainty=True, samples=3)
+    whole = summary_of(evaluate_runs([run], settings, out=tmp_path / "whole"))
     monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 32 * 32)
-    parts = summary_of(evaluate_runs([run], questions=questions, out=tmp_path / "parts"))
+    parts = summary_of(evaluate_runs([run], settings, out=tmp_path / "parts"))
     for one, other in zip(whole["runs"], parts["runs"], strict=True):
         for key, found in one["metrics"].items():
             assert found["mean"] == pytest.approx(other["metrics"][key]["mean"], rel=1e-3), key
@@ -172,9 +179,9 @@ def test_a_threshold_is_chosen_where_dice_is_best():
 
 
 def test_a_chosen_threshold_is_that_of_the_validation_images(two, tmp_path):
-    outcome = evaluate_runs(two[:1], questions=Questions(threshold="val"), out=tmp_path / "out")
+    outcome = evaluate_runs(two[:1], EvaluationSettings(threshold="val"), out=tmp_path / "out")
     threshold = summary_of(outcome)["runs"][0]["threshold"]
-    fixed = evaluate_runs(two[:1], questions=Questions(threshold=threshold), out=tmp_path / "two")
+    fixed = evaluate_runs(two[:1], EvaluationSettings(threshold=threshold), out=tmp_path / "two")
     assert summary_of(outcome)["runs"][0]["metrics"] == summary_of(fixed)["runs"][0]["metrics"]
 
 
@@ -196,7 +203,9 @@ def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
     fine, coarse = (write_volumes(tmp_path / f"set{size}", float(size)) for size in (1, 3))
     run = run_of(tiny("run", f"data.path={fine}", "loss.name=dice")).path
     found = [
-        summary_of(evaluate_runs([run], data=data, part="all", out=tmp_path / f"out {data.name}"))
+        summary_of(
+            evaluate_runs([run], inputs=Inputs(data, "all"), out=tmp_path / f"out {data.name}")
+        )
         for data in (fine, coarse)
     ]
     assert found[1]["unit"] == "mm" and found[1]["metrics"]["hd95"]["title"] == "HD95 (mm)"
@@ -207,7 +216,7 @@ def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
     assert alike[0] == alike[1]
 
 
-def ask_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_path):
+def test_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_path):
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (tmp_path / "set" / folder).mkdir(parents=True)
@@ -225,7 +234,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
     def never(*_, **__):
         raise AssertionError("tested")
 
-    monkeypatch.setattr(job, "ask_network", never)
+    monkeypatch.setattr(job, "measure_network", never)
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
@@ -237,7 +246,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
         evaluate_runs([two[0], tmp_path / "nowhere"], out=tmp_path / "out")
     monkeypatch.undo()
     other = run_of(tiny("other", "loss.name=dice", "data.split_seed=3")).path
-    monkeypatch.setattr(job, "open_model", never)
+    monkeypatch.setattr(trained_model.Trained, "build", never)
     with pytest.raises(PolysegError, match="other: would be tested on other images"):
         evaluate_runs([*two, other], out=tmp_path / "out")
 
@@ -318,8 +327,33 @@ def test_runs_that_share_their_images_share_their_reading(two, tiny, tmp_path, m
         return load_images(config, progress)
 
     monkeypatch.setattr(trained_model, "load_images", counted)
-    evaluate_runs(two, out=tmp_path / "one", questions=Questions(threshold="val"))
+    cached = Inputs(cache=tmp_path / "cache")
+    evaluate_runs(two, EvaluationSettings(threshold="val"), cached, out=tmp_path / "one")
     assert len(read) == 1
     other = run_of(tiny("other", "loss.name=dice", "data.normalise=unit")).path
     evaluate_runs([*two, other], out=tmp_path / "two")
     assert len(read) == 3
+
+
+def test_commands_read_each_checkpoint_once(two, tmp_path, monkeypatch):
+    read, content = [], checkpoints._content
+
+    def counted(path):
+        read.append(path.parent.parent.name + "/" + path.stem)
+        return content(path)
+
+    monkeypatch.setattr(checkpoints, "_content", counted)
+    evaluate_runs(two, EvaluationSettings(threshold="val"), baseline="dice_s0", out=tmp_path / "a")
+    assert read == ["dice_s0/best", "dice_s1/best"]
+    read.clear()
+    estimate_uncertainty(two[0], Inputs(part="test"), samples=2, out=tmp_path / "b")
+    assert read == ["dice_s0/best"]
+    read.clear()
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "image.png")
+    predict_images(two[0], [tmp_path / "image.png"], out=tmp_path / "c")
+    assert read == ["dice_s0/best"]
+    read.clear()
+    shutil.copytree(two[0], tmp_path / "again")
+    settings = [f"output.path={tmp_path / 'again'}", "training.epochs=3"]
+    train(load_config(two[0] / "config.yaml", settings), resume=True)
+    assert read == ["again/last", "again/best"]

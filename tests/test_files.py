@@ -22,7 +22,6 @@ from polyseg.data.layouts.manifest import read_manifest
 from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 from polyseg.errors import PolysegError
 from polyseg.figures.style import save_figure
-from polyseg.records import no_progress
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.runs.record_files import (
     read_assessment,
@@ -31,7 +30,7 @@ from polyseg.runs.record_files import (
     write_schedule,
 )
 from polyseg.runs.run_folder import RunDirectory, find_checkpoint, results_beside
-from polyseg.runs.trained_model import images_for, open_model
+from polyseg.runs.trained_model import Inputs, images_for, open_model
 from polyseg.system import files
 from polyseg.system.files import (
     atomic_path,
@@ -198,7 +197,7 @@ def test_public_functions_take_paths_as_text(tmp_path):
         (load_config, run / "config.yaml"),
         (lambda path: RunDirectory(path).read_split(), run),
         (lambda path: open_model(path, "cpu", False).source, run),
-        (lambda path: images_for(model, path, None, "all", no_progress)[1], phantoms),
+        (lambda path: images_for(model, Inputs(path), "all")[1], phantoms),
         (lambda path: results_beside(path, "x").parent, run),
         (read_record, run),
         (read_image_stack, image),

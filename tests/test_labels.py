@@ -12,7 +12,7 @@ from torch import nn
 
 from polyseg.adaptive.controller import EpsilonControl
 from polyseg.commands.train import train
-from polyseg.config import ControlConfig, DataConfig, LossConfig, load_config
+from polyseg.config import ControlConfig, DataConfig, LossConfig, UncertaintyConfig, load_config
 from polyseg.difficulty import epsilon_from_difficulty, normalise
 from polyseg.losses import polydice1_loss
 from polyseg.montecarlo.assessment import assess
@@ -172,10 +172,12 @@ def test_an_assessment_of_two_labels_is_two_of_one():
     network = TwoHeads()
     images, masks = torch.rand(4, 1, 12, 12), (torch.rand(4, 2, 12, 12) > 0.5).byte()
     ids = list("abcd")
-    both = assess(network, [Batch(ids, images, masks, ("x", "y"))], samples=4)
+    both = assess(network, [Batch(ids, images, masks, ("x", "y"))], UncertaintyConfig(samples=4))
     for k, label in enumerate("xy"):
         network.chosen = (k,)
-        alone = assess(network, [Batch(ids, images, masks[:, k : k + 1])], samples=4)
+        alone = assess(
+            network, [Batch(ids, images, masks[:, k : k + 1])], UncertaintyConfig(samples=4)
+        )
         part = both.of_label(label)
         assert isinstance(part, Assessment) and part.ids == ids
         for name in part.scores:
@@ -226,7 +228,9 @@ def test_all_windows_of_a_pass_meet_one_thinned_network(network):
     masks = torch.ones(1, 1, 96, 96, dtype=torch.uint8)
     for kind in ("consistent", "independent"):
         maps = assess(
-            network, [Batch(["a"], images, masks)], samples=3, save_maps=True, masks=kind
+            network,
+            [Batch(["a"], images, masks)],
+            UncertaintyConfig(samples=3, save_maps=True, masks=kind),
         ).maps["mutual_information"][0]
         assert maps.max() > 0
         np.testing.assert_allclose(maps[:32, :32], maps[64:, 32:64], atol=2e-3)

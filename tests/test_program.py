@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from polyseg.config import UncertaintyConfig
 from polyseg.data.dataset import Repeatable
 from polyseg.montecarlo import assessment, passes
 from polyseg.montecarlo.assessment import assess
@@ -130,9 +131,9 @@ def check(network, batches, caplog, used=True, **how):
     """Assess by the program and the plain way; return the former."""
     caplog.set_level(logging.INFO, "polyseg")
     how = {"samples": 4} | how
-    plain = assess(network, batches, program="plain", **how)
+    plain = assess(network, batches, UncertaintyConfig(program="plain", **how))
     caplog.clear()
-    ours = assess(network, batches, **how)
+    ours = assess(network, batches, UncertaintyConfig(**how))
     for name in SCORES:
         expected = plain.scores[name]
         assert expected.max() > 1e-6
@@ -220,7 +221,7 @@ def test_batches_of_several_sizes(name, masks, caplog):
 def test_saved_maps_are_those_of_the_plain_passes(caplog):
     network, batch = build("unet"), make_batch()
     ours = check(network, [batch], caplog, save_maps=True)
-    plain = assess(network, [batch], samples=4, program="plain", save_maps=True)
+    plain = assess(network, [batch], UncertaintyConfig(samples=4, program="plain", save_maps=True))
     for name, maps in plain.maps.items():
         np.testing.assert_allclose(ours.maps[name], maps, atol=1e-3)
 
@@ -327,8 +328,8 @@ def test_networks_that_are_hardly_a_program_are_assessed_all_the_same(network, m
     torch.manual_seed(3)
     network = network().eval()
     batches = [make_batch(n, (32, 48), prefix=f"of{n}-") for n in (1, 3)]
-    plain = assess(network, batches, samples=4, program="plain", masks=masks)
-    ours = assess(network, batches, samples=4, masks=masks)
+    plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain", masks=masks))
+    ours = assess(network, batches, UncertaintyConfig(samples=4, masks=masks))
     for name in SCORES:
         np.testing.assert_allclose(ours.scores[name], plain.scores[name], rtol=1e-4)
 
@@ -502,10 +503,10 @@ def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, cap
     monkeypatch.setattr(PreparedBatch, "original", PreparedBatch.__call__, raising=False)
     monkeypatch.setattr(owner, name, wrong)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
-    ours = assess(network, batches, samples=4)
+    ours = assess(network, batches, UncertaintyConfig(samples=4))
     warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
     assert len(warnings) == 1 and "run plainly" in warnings[0].message
-    plain = assess(network, batches, samples=4, program="plain")
+    plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     for field in SCORES:
         np.testing.assert_allclose(ours.scores[field], plain.scores[field], rtol=1e-9)
 
@@ -515,7 +516,7 @@ def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, cap
 def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypatch, caplog):
     """It fails in the second batch, in the third of its passes; the first batch was filled."""
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
-    plain = assess(network, batches, samples=samples, program="plain")
+    plain = assess(network, batches, UncertaintyConfig(samples=samples, program="plain"))
     original, calls = PreparedBatch.__call__, []
 
     def fails_later(self, masks, count=1):
@@ -525,7 +526,7 @@ def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypat
         return original(self, masks, count)
 
     monkeypatch.setattr(PreparedBatch, "__call__", fails_later)
-    ours = assess(network, batches, samples=samples)
+    ours = assess(network, batches, UncertaintyConfig(samples=samples))
     assert len(calls) == 9
     warnings = [one.message for one in caplog.records if one.levelno >= logging.WARNING]
     assert len(warnings) == 1 and str(error) in warnings[0] and "run plainly" in warnings[0]
@@ -535,9 +536,9 @@ def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypat
 def test_batches_that_can_be_read_once_are_passed_plainly(caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
-    ours = assess(network, iter(batches), samples=4)
+    ours = assess(network, iter(batches), UncertaintyConfig(samples=4))
     assert "can be read once" in caplog.text
-    plain = assess(network, batches, samples=4, program="plain")
+    plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
@@ -556,17 +557,17 @@ def test_windows_that_are_too_small_are_noticed(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     monkeypatch.setattr(window, "_strided", lambda *_: 0)
     network, batches = build("unet"), [make_batch(size=(96, 96))]
-    ours = assess(network, batches, samples=4)
+    ours = assess(network, batches, UncertaintyConfig(samples=4))
     assert "run whole each pass" in caplog.text and "window" in caplog.text
-    plain = assess(network, batches, samples=4, program="plain")
+    plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
 def test_wrong_masks_without_dropout_are_noticed(monkeypatch):
     monkeypatch.setattr(Program, "all_kept", broken_masks)
     network, batches = build("unet"), [make_batch()]
-    ours = assess(network, batches, samples=2)
-    plain = assess(network, batches, samples=2, program="plain")
+    ours = assess(network, batches, UncertaintyConfig(samples=2))
+    plain = assess(network, batches, UncertaintyConfig(samples=2, program="plain"))
     np.testing.assert_allclose(
         ours.scores["deterministic_entropy"], plain.scores["deterministic_entropy"], rtol=CLOSE
     )
@@ -586,7 +587,7 @@ def test_the_plain_way_can_be_asked_for(monkeypatch):
         raise AssertionError("taken apart")
 
     monkeypatch.setattr(passes, "Program", refuse)
-    assess(build("unet"), [make_batch()], samples=2, program="plain")
+    assess(build("unet"), [make_batch()], UncertaintyConfig(samples=2, program="plain"))
 
 
 # Whether a network is worth taking apart.
@@ -622,7 +623,7 @@ def tried(monkeypatch):
 def test_pixels_times_passes_decide_however_they_are_batched(sizes, images, samples, worth, tried):
     sizes = np.diff(np.minimum(np.cumsum([0, *sizes]), images))
     batches = in_batches(make_batch(images), sizes[sizes > 0])
-    result = assess(build("unet"), batches, samples=samples)
+    result = assess(build("unet"), batches, UncertaintyConfig(samples=samples))
     assert len(tried) == worth
     assert result.ids == [f"image{i}" for i in range(images)]
 
@@ -630,7 +631,7 @@ def test_pixels_times_passes_decide_however_they_are_batched(sizes, images, samp
 @pytest.mark.parametrize(("bound", "worth"), [(WORTH * 50, 1), (WORTH * 50 + 1, 0)])
 def test_passes_that_are_not_known_are_taken_to_be_the_most(bound, worth, tried, monkeypatch):
     monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", bound)
-    assess(build("unet"), [make_batch(3)], samples="auto", rank_target=0.01)
+    assess(build("unet"), [make_batch(3)], UncertaintyConfig(samples="auto", rank_target=0.51))
     assert len(tried) == worth
 
 
@@ -647,7 +648,9 @@ def test_no_more_is_read_ahead_than_decides(tried):
     def progress(_, images, __):
         done.append((images, len(read)))
 
-    result = assess(build("unet"), Repeatable(batches), samples=2, progress=progress)
+    result = assess(
+        build("unet"), Repeatable(batches), UncertaintyConfig(samples=2), progress=progress
+    )
     assert done[0] == (0, 3) and len(read) == 9
     assert result.ids == make_batch(9).ids
 
@@ -656,22 +659,26 @@ def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplo
     caplog.set_level(logging.DEBUG, "polyseg")
     monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", AS_IT_IS)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
-    ours = assess(network, batches, samples=4)
+    ours = assess(network, batches, UncertaintyConfig(samples=4))
     assert [one.levelname for one in caplog.records] == ["DEBUG"]
-    plain = assess(network, batches, samples=4, program="plain")
+    plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
 def test_an_assessment_of_common_size_is_worth_it(monkeypatch):
     monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", AS_IT_IS)
     images = torch.zeros(1).expand(8, 3, 256, 256)
-    batches = (Batch([str(i)] * 8, images, None) for i in range(3))
-    worth, again = assessment._worth_taking_apart(batches, 20)
+    batches = [Batch([str(i)] * 8, images, None) for i in range(3)]
+    worth, again = assessment._worth_taking_apart(batches, UncertaintyConfig())
     assert worth and [batch.ids[0] for batch in again] == ["0", "1", "2"]
 
 
 def test_without_passes_there_is_nothing_to_take_apart(tried):
-    assess(build("unet"), [make_batch(9)], metric="deterministic_entropy", samples=20)
+    assess(
+        build("unet"),
+        [make_batch(9)],
+        UncertaintyConfig(metric="deterministic_entropy", samples=20),
+    )
     assert not tried
 
 
@@ -696,8 +703,8 @@ def test_memory_does_not_grow_with_the_passes(program, save_maps):
         if next(calls) in (11, 39):
             held.append(bytes_of_tensors())
 
-    how = {"program": program, "save_maps": save_maps, "progress": progress}
-    assess(build("unet"), [make_batch(2)], samples=40, **how)
+    settings = UncertaintyConfig(samples=40, program=program, save_maps=save_maps)
+    assess(build("unet"), [make_batch(2)], settings, progress=progress)
     assert len(held) == 2 and held[1] <= held[0]
 
 
@@ -733,9 +740,9 @@ def test_passes_that_run_together_are_those_that_run_alone(region, masks, kind, 
         make_batch(labels=2, names=("a", "b")),
     )
     how = {"samples": 7, "masks": masks, "region": region}
-    alone = assess(network, [batch], program="plain", **how)
+    alone = assess(network, [batch], UncertaintyConfig(program="plain", **how))
     counts = together()
-    ours = assess(network, [batch], program=program, **how)
+    ours = assess(network, [batch], UncertaintyConfig(program=program, **how))
     assert counts[-3:] == [3, 3, 1]
     for name in SCORES:
         largest = alone.scores[name].max()
@@ -744,7 +751,7 @@ def test_passes_that_run_together_are_those_that_run_alone(region, masks, kind, 
 
 def test_where_memory_ends_fewer_passes_run_together(together, monkeypatch):
     network, batch = build("unet"), make_batch()
-    expected = assess(network, [batch], samples=7)
+    expected = assess(network, [batch], UncertaintyConfig(samples=7))
     counts, inputs = together(), Program.inputs
 
     def too_much(self, features, masks, count=1):
@@ -753,7 +760,7 @@ def test_where_memory_ends_fewer_passes_run_together(together, monkeypatch):
         return inputs(self, features, masks, count)
 
     monkeypatch.setattr(Program, "inputs", too_much)
-    found = assess(network, [batch], samples=7)
+    found = assess(network, [batch], UncertaintyConfig(samples=7))
     assert counts[-7:] == [1] * 7
     np.testing.assert_allclose(found.difficulty, expected.difficulty, rtol=CLOSE)
 
@@ -790,9 +797,9 @@ class OfBatch(nn.Module):
 def test_passes_run_together_only_where_that_changes_nothing(kind, joins, program, together):
     torch.manual_seed(2)
     network, batch = kind(1, 1), make_batch()
-    alone = assess(network, [batch], samples=7, program=program)
+    alone = assess(network, [batch], UncertaintyConfig(samples=7, program=program))
     counts = together()
-    found = assess(network, [batch], samples=7, program=program)
+    found = assess(network, [batch], UncertaintyConfig(samples=7, program=program))
     assert (counts[-3:] == [3, 3, 1]) is joins and (counts[-7:] == [1] * 7) is not joins
     np.testing.assert_allclose(found.difficulty, alone.difficulty, rtol=CLOSE)
 
@@ -801,9 +808,9 @@ def test_window_by_window_passes_run_alone(together):
     network = build("unet")
     network.window = Window((32, 32), 0.5)
     batch = make_batch(size=(64, 64))
-    alone = assess(network, [batch], samples=7)
+    alone = assess(network, [batch], UncertaintyConfig(samples=7))
     counts = together()
-    found = assess(network, [batch], samples=7)
+    found = assess(network, [batch], UncertaintyConfig(samples=7))
     assert set(counts) == {1}
     np.testing.assert_array_equal(found.difficulty, alone.difficulty)
 
@@ -816,10 +823,14 @@ def test_window_by_window_passes_run_alone(together):
 def test_half_the_digits_rank_images_alike(name, masks, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batch = build(name), make_batch(12)
-    exact = assess(network, [batch], samples=6, masks=masks)
+    exact = assess(network, [batch], UncertaintyConfig(samples=6, masks=masks))
     caplog.clear()
     for program in ("auto", "plain"):
-        found = assess(network, [batch], samples=6, masks=masks, precision="bf16", program=program)
+        found = assess(
+            network,
+            [batch],
+            UncertaintyConfig(samples=6, masks=masks, precision="bf16", program=program),
+        )
         assert not np.array_equal(found.difficulty, exact.difficulty)
         np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=0.1)
         np.testing.assert_allclose(found.dice, exact.dice, atol=0.05)
@@ -831,14 +842,14 @@ def test_a_wrong_program_is_noticed_with_half_the_digits(deviation, monkeypatch,
     network = build("unet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
     monkeypatch.setattr(rewrite, "fold_batch_norms", broken_fold)
-    assess(network, [make_batch()], samples=2, precision="bf16")
+    assess(network, [make_batch()], UncertaintyConfig(samples=2, precision="bf16"))
     assert "run plainly" in caplog.text
 
 
 def test_weights_keep_all_their_digits():
     network = build("unet")
     before = {name: values.clone() for name, values in network.state_dict().items()}
-    assess(network, [make_batch()], samples=2, precision="bf16")
+    assess(network, [make_batch()], UncertaintyConfig(samples=2, precision="bf16"))
     for name, values in network.state_dict().items():
         assert values.dtype == before[name].dtype and torch.equal(values, before[name])
 
@@ -860,8 +871,8 @@ class Chooses(nn.Module):
 def test_what_is_no_fraction_stays_so(precision, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batch = Chooses(1, 1), make_batch()
-    exact = assess(network, [batch], samples=4, program="plain")
-    found = assess(network, [batch], samples=4, precision=precision)
+    exact = assess(network, [batch], UncertaintyConfig(samples=4, program="plain"))
+    found = assess(network, [batch], UncertaintyConfig(samples=4, precision=precision))
     rtol = CLOSE if precision == "fp32" else 0.1
     np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=rtol)
     assert "run plainly" not in caplog.text and "run whole" not in caplog.text

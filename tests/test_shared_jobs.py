@@ -17,11 +17,11 @@ from polyseg.data.layouts.folders import find_unlabelled
 from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.errors import PolysegError
 from polyseg.evaluation import testing_networks as room
-from polyseg.evaluation.testing_networks import Questions
+from polyseg.evaluation.testing_networks import EvaluationSettings
 from polyseg.montecarlo import choose_samples
 from polyseg.records import no_progress
 from polyseg.runs.record_files import read_assessment
-from polyseg.runs.trained_model import images_for, open_model
+from polyseg.runs.trained_model import Inputs, images_for, open_model
 from polyseg.system.process_group import ALONE, Processes
 from tests import together
 from tests.conftest import TINY
@@ -247,13 +247,13 @@ def test_an_error_waits_for_the_others_and_ends_all():
 
 def test_each_process_looks_at_its_share_alone(runs, tmp_path):
     model = open_model(runs[0], "cpu", trust=False)
-    images, ids = images_for(model, None, "all", "all", no_progress)
+    images, ids = images_for(model, Inputs(), "all")
     several = [Processes(rank, 3) for rank in range(3)]
-    questions = Questions(uncertainty=True, samples=2)
+    settings = EvaluationSettings(uncertainty=True, samples=2)
     cases = find_unlabelled([write_images(tmp_path / "in")])
     for one in several:
-        plain = room._plain(model.network, images, ids, 4, "testing", no_progress, one)
-        passes = room._passes(model, images, ids, questions, no_progress, one)
+        test = room._Test("", model.network, images, ids, 4, settings, processes=one)
+        plain, passes = room._plain(test), room._passes(model, test)
         assert [found.id for found in plain] == one.share(ids)
         assert [found.id for found in passes] == one.share(ids)
         folder = tmp_path / f"of{one.rank}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from polyseg.config import UncertaintyConfig
 from polyseg.montecarlo import assessment
 from polyseg.montecarlo.assessment import assess
 from polyseg.montecarlo.compiler import trace, window
@@ -143,8 +144,8 @@ def check(pick, strange):
     sharpen(network, torch.randn(4, 1, *size))
     batches = batches_of(pick, size)
     how = {"samples": 4, "masks": ("consistent", "independent")[pick(2)]}
-    plain = assess(network, batches, program="plain", **how)
-    ours = assess(network, batches, **how)
+    plain = assess(network, batches, UncertaintyConfig(program="plain", **how))
+    ours = assess(network, batches, UncertaintyConfig(**how))
     for name in SCORES:
         expected = plain.scores[name]
         # Below 1e-8, float32 probabilities of passes that nearly agree leave no more digits.

@@ -48,18 +48,15 @@ def estimate_uncertainty(
     """
     with talking(quiet, verbose) as display:
         from polyseg.commands import estimate_uncertainty
+        from polyseg.runs.trained_model import Inputs
 
         outcome = estimate_uncertainty.estimate_uncertainty(
             source,
-            data=data,
-            part=part,
+            Inputs(data, part, cache, device, trust),
             samples=samples,
             save_maps=maps,
             out=out,
             overwrite=overwrite,
-            cache=cache,
-            device=device,
-            trust=trust,
             progress=display,
         )
     if rank_here() == 0:

@@ -105,11 +105,12 @@ def evaluate(
     """
     with talking(quiet, verbose) as display:
         from polyseg.commands import evaluate
-        from polyseg.evaluation.testing_networks import Questions
+        from polyseg.evaluation.testing_networks import EvaluationSettings
+        from polyseg.runs.trained_model import Inputs
 
         outcome = evaluate.evaluate_runs(
             sources,
-            questions=Questions(
+            EvaluationSettings(
                 threshold=_threshold(threshold),
                 uncertainty=uncertainty,
                 samples=samples,
@@ -117,15 +118,11 @@ def evaluate(
                 tolerance=tolerance,
                 failure=failure,
             ),
+            Inputs(data, part, cache, device, trust),
             baseline=baseline,
             group=group,
-            data=data,
-            part=part,
             out=out,
             overwrite=overwrite,
-            cache=cache,
-            device=device,
-            trust=trust,
             figures=figures,
             progress=display,
         )

@@ -19,7 +19,13 @@ from polyseg.records import METRICS, Assessment, Progress, no_progress
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.record_files import write_assessment
 from polyseg.runs.run_folder import results_beside
-from polyseg.runs.trained_model import Model, images_for, open_model, passes_of
+from polyseg.runs.trained_model import (
+    Inputs,
+    Model,
+    images_for,
+    open_model,
+    passes_of,
+)
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, together
@@ -31,16 +37,12 @@ _KNOWN_BY = ("assessment.h5",)
 
 def estimate_uncertainty(
     source: Path,
+    inputs: Inputs = Inputs(),  # noqa: B008 - it is frozen
     *,
-    data: Path | None = None,
-    part: str | None = None,
     samples: int | None = None,
     save_maps: bool = False,
     out: Path | None = None,
     overwrite: bool = False,
-    cache: Path | None = None,
-    device: str = "auto",
-    trust: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
@@ -54,18 +56,15 @@ def estimate_uncertainty(
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
     place = out or results_beside(source, "uncertainty-estimate")
     with contextlib.ExitStack() as stack:
-        with together(choose_device(device), PATIENCE) as processes:
-            model = open_model(source, device, trust)
-            images, ids = images_for(model, data, part, "all", progress, cache)
-            settings = passes_of(model.config) | {"save_maps": save_maps}
-            if samples is not None:
-                settings["samples"] = samples
+        with together(choose_device(inputs.device), PATIENCE) as processes:
+            model = open_model(source, inputs.device, inputs.trust)
+            images, ids = images_for(model, inputs, "all", progress)
             held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
             assessment = assess(
                 model.network,
                 images.batches(spread(ids), model.config.training.batch_size),
-                **settings,
+                passes_of(model.config, save_maps=save_maps, samples=samples),
                 seed=model.config.training.seed,
                 epoch=model.checkpoint.epoch,
                 progress=progress,
@@ -106,7 +105,8 @@ def draw_extremes(
     if assessment.metric not in METRICS:
         return []  # Without passes there are no maps.
     order = np.argsort(-assessment.difficulty, kind="stable")
-    settings = config.uncertainty.model_dump()
+    changes = {"samples": assessment.samples, "save_maps": True}
+    settings = config.uncertainty.model_copy(update=changes)
     moved = hash_weights(network) != assessment.weights_sha256
     since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
     shown = min(config.output.overlays, len(order))
@@ -118,7 +118,7 @@ def draw_extremes(
         again = assess(
             network,
             images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
-            **settings | {"samples": assessment.samples, "save_maps": True},
+            settings,
             seed=assessment.seed,
             epoch=assessment.epoch,
         )

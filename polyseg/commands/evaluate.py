@@ -13,14 +13,24 @@ from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.evaluation.arms import arms_of, pool_arms, pool_points
 from polyseg.evaluation.scores import Evaluation, RunScores, compare
-from polyseg.evaluation.testing_networks import PredictedMasks, Questions, Tested, ask_network
+from polyseg.evaluation.testing_networks import (
+    EvaluationSettings,
+    NetworkResults,
+    PredictedMasks,
+    measure_network,
+)
 from polyseg.figures import evaluation_files
 from polyseg.figures.run_figures import Outcome
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
-from polyseg.runs.checkpoints import read_checkpoint
-from polyseg.runs.run_folder import RunDirectory, find_checkpoint, results_beside
-from polyseg.runs.trained_model import LastImages, images_for, open_model
+from polyseg.runs.run_folder import results_beside
+from polyseg.runs.trained_model import (
+    Inputs,
+    LastImages,
+    Trained,
+    images_for,
+    read_trained,
+)
 from polyseg.system.files import short_names
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, Processes, together
@@ -34,14 +44,23 @@ Arms = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What all networks gave, before it is compared."""
+class _Compared:
+    """The networks that are compared, before any is tested."""
 
-    tested: Mapping[str, Tested]
-    """By their names."""
+    networks: dict[str, Trained]
+    """By their names; those that are not tested yet."""
     configs: Mapping[str, Config]
     arms: Arms
     reference: str | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What all networks gave, before it is compared."""
+
+    tested: Mapping[str, NetworkResults]
+    """By their names."""
+    compared: _Compared
     images: ImageSet
     """Of the first network."""
 
@@ -50,17 +69,19 @@ class _Found:
         """What all of them predicted."""
         return [one for test in self.tested.values() for one in test.masks]
 
-    def evaluation(self, questions: Questions) -> Evaluation:
+    def evaluation(self, settings: EvaluationSettings) -> Evaluation:
         """Return all of it, arm by arm, and compared."""
         runs: list[RunScores] = []
+        arms, reference = self.compared.arms, self.compared.reference
         for name, test in self.tested.items():
-            seed, fold = self.configs[name].training.seed, self.configs[name].data.fold
+            config = self.compared.configs[name]
+            seed, fold = config.training.seed, config.data.fold
             runs += [dataclasses.replace(run, seed=seed, fold=fold) for run in test.scores]
         points = [point for test in self.tested.values() for point in test.points]
-        if any([arm] != list(members) for arm, members in self.arms.items()):
-            points, runs = pool_points(points, runs, self.arms), pool_arms(runs, self.arms)
-        compared = [] if self.reference is None else compare(runs, self.reference)
-        return Evaluation(runs, compared, points, questions.tolerance, questions.failure)
+        if any([arm] != list(members) for arm, members in arms.items()):
+            points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
+        compared = [] if reference is None else compare(runs, reference)
+        return Evaluation(runs, compared, points, settings.tolerance, settings.failure)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -82,17 +103,13 @@ def kinds_of_damage(text: str | None) -> tuple[str, ...]:
 
 def evaluate_runs(
     sources: Sequence[Path],
+    settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008 - it is frozen
+    inputs: Inputs = Inputs(),  # noqa: B008
     *,
-    questions: Questions = Questions(),  # noqa: B008 - it is frozen
     baseline: str | None = None,
     group: bool = False,
-    data: Path | None = None,
-    part: str | None = None,
     out: Path | None = None,
     overwrite: bool = False,
-    cache: Path | None = None,
-    device: str = "auto",
-    trust: bool = False,
     figures: bool = True,
     progress: Progress = no_progress,
 ) -> Outcome:
@@ -102,16 +119,12 @@ def evaluate_runs(
 
     Args:
         sources: checkpoints or runs.
-        questions: what to find out.
+        settings: what is measured of each network.
+        inputs: images and device.
         baseline: name or path of the run, or name of the arm, that the others are compared with.
         group: runs that differ only by seed or fold are one arm.
-        data: a folder of other images.
-        part: of the run's own images.
         out: folder for the results, new or empty.
         overwrite: or one that holds the results of a former evaluation, which are replaced.
-        cache: folder for decoded images that do not fit into memory.
-        device: where to compute.
-        trust: whether code that a checkpoint names may run.
         figures: whether to draw them.
         progress: of all this.
 
@@ -119,28 +132,17 @@ def evaluate_runs(
         PolysegError: checkpoint, data or folder are not in order, or the images differ.
     """
     # What can be found wrong is said before the first network is tested, which may take long.
-    questions.check()
+    settings.check()
     place = out or results_beside(sources[0], "evaluation")
     with contextlib.ExitStack() as stack:
-        with together(choose_device(device), PATIENCE) as processes:
+        with together(choose_device(inputs.device), PATIENCE) as processes:
             held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
-            found = _test(
-                sources,
-                questions,
-                baseline=baseline,
-                group=group,
-                data=data,
-                part=part,
-                cache=cache,
-                device=device,
-                trust=trust,
-                progress=progress,
-                processes=processes,
-            )
+            compared = _compared(sources, inputs, baseline, group=group)
+            found = _test(compared, settings, inputs, progress, processes)
         if not processes.leads:
             return Outcome(place, [])
-        evaluation = found.evaluation(questions)
+        evaluation = found.evaluation(settings)
         files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
         if figures:
             files += evaluation_files.draw_predictions(
@@ -149,63 +151,58 @@ def evaluate_runs(
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
+def _compared(
+    sources: Sequence[Path], inputs: Inputs, baseline: str | None, *, group: bool
+) -> _Compared:
+    """Read the networks, and raise for what can be found wrong before the first is tested."""
+    names = short_names(sources)
+    # Each file is read once; what a test does not need, such as the optimizer, is not kept.
+    trained = [read_trained(source).weights_only() for source in sources]
+    networks = dict(zip(names, trained, strict=True))
+    configs = {name: one.config for name, one in networks.items()}
+    arms = arms_of(configs) if group else {name: [name] for name in names}
+    reference = None if baseline is None else _named(baseline, sources, names, arms)
+    _refuse_other_tasks(configs)
+    if not inputs.data:
+        promised = {name: _promised(one, inputs.part) for name, one in networks.items()}
+        _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
+    return _Compared(networks, configs, arms, reference)
+
+
 def _test(
-    sources: Sequence[Path],
-    questions: Questions,
-    *,
-    baseline: str | None,
-    group: bool,
-    data: Path | None,
-    part: str | None,
-    cache: Path | None,
-    device: str,
-    trust: bool,
+    compared: _Compared,
+    settings: EvaluationSettings,
+    inputs: Inputs,
     progress: Progress,
     processes: Processes,
 ) -> _Found:
     """Return what all networks gave."""
-    names = short_names(sources)
-    configs = {
-        name: read_checkpoint(find_checkpoint(source)).config
-        for name, source in zip(names, sources, strict=True)
-    }
-    arms = arms_of(configs) if group else {name: [name] for name in names}
-    reference = None if baseline is None else _named(baseline, sources, names, arms)
-    _refuse_other_tasks(configs)
-    promised = {} if data else dict(zip(names, (_promised(s, part) for s in sources), strict=True))
-    _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
-
-    load = LastImages()
+    load, part = LastImages(inputs.cache), inputs.part
     hashes: dict[str, Hashes] = {}
-    tested: dict[str, Tested] = {}
+    tested: dict[str, NetworkResults] = {}
     images: ImageSet | None = None
-    for source, name in zip(sources, names, strict=True):
-        model = open_model(source, device, trust)
-        found, ids = images_for(model, data, part, "test", progress, cache, load)
+    for name in compared.configs:
+        model = compared.networks.pop(name).build(inputs.device, trust=inputs.trust)
+        found, ids = images_for(model, inputs, "test", progress, load)
         hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
-        if not group:
-            _refuse_other_images(arms, hashes)
-        if part in ("train", "val") or (data is None and part == "all"):
+        _refuse_other_images(compared.arms, hashes)
+        if part in ("train", "val") or (inputs.data is None and part == "all"):
             log.warning(
                 "%s: --split %s has images that it was trained or chosen on: no test", name, part
             )
         images = images or found
-        tested[name] = ask_network(
-            model, name, found, ids, questions, cache, load, progress, processes
-        )
-    _refuse_other_images(arms, hashes)
-    _warn_of_sizes(configs)
+        tested[name] = measure_network(model, name, found, ids, settings, load, progress, processes)
+    _warn_of_sizes(compared.configs)
     if images is None:
         raise ValueError("no sources")
-    return _Found(tested, configs, arms, reference, images)
+    return _Found(tested, compared, images)
 
 
-def _promised(source: Path, part: str | None) -> Hashes | None:
+def _promised(network: Trained, part: str | None) -> Hashes | None:
     """Return which images a run says that it tests on, if it is around its checkpoint."""
-    run = RunDirectory(find_checkpoint(source).parent.parent)
-    if not run.split.is_file():
+    if network.run is None:
         return None
-    split, hashes = run.read_split()
+    split, hashes = network.run.read_split()
     if part == "all":
         return hashes
     return {identity: hashes[identity] for identity in split.get(part or "test", [])}

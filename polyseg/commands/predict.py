@@ -231,11 +231,10 @@ def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
 
 
 def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
-    settings = passes_of(config) | {"save_maps": True, "region": "prediction"}
     return assess(
         model.network,
         images.batches(images.ids, config.training.batch_size),
-        **settings,
+        passes_of(config, save_maps=True, region="prediction"),
         seed=config.training.seed,
         epoch=model.checkpoint.epoch,
     )

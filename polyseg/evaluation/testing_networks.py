@@ -3,18 +3,18 @@
 Several processes share the images of each test, and all of them get the metrics of all images.
 """
 
+import dataclasses
 import functools
 import logging
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.config import MOST_SAMPLES
+from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
@@ -31,7 +31,15 @@ from polyseg.montecarlo.assessment import assess
 from polyseg.networks.inference import predict
 from polyseg.networks.networks_by_name import SegmentationNetwork
 from polyseg.records import METRICS, Progress, no_progress
-from polyseg.runs.trained_model import Load, Model, images_for, moved_split, part_of, passes_of
+from polyseg.runs.trained_model import (
+    Inputs,
+    Load,
+    Model,
+    images_for,
+    moved_split,
+    part_of,
+    passes_of,
+)
 from polyseg.system.process_group import ALONE, Processes
 
 log = logging.getLogger(__name__)
@@ -66,8 +74,8 @@ class PredictedMasks:
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What is asked of each network."""
+class EvaluationSettings:
+    """What is measured of each network."""
 
     threshold: Threshold = 0.5
     """From which probability on a pixel is foreground; "val": the best on validation images."""
@@ -78,12 +86,12 @@ class Questions:
     corruptions: Sequence[str] = ()
     """Kinds of damage to test under."""
     tolerance: float = 2.0
-    """Of NSD, in pixels, or in mm where spacings are known."""
+    """Tolerance of NSD, in pixels, or in mm where spacings are known."""
     failure: float = 0.7
     """Dice below which an image counts as failed."""
 
     def check(self) -> None:
-        """Raise for what cannot be asked.
+        """Raise if a value is out of bounds.
 
         Raises:
             PolysegError: names the option.
@@ -103,12 +111,26 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Tested:
+class NetworkResults:
     """What the testing of one network gave."""
 
     scores: Sequence[RunScores]
     points: Sequence[RobustnessPoint]
     masks: Sequence[PredictedMasks]
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A network, the images that it is tested on, and how."""
+
+    name: str
+    network: SegmentationNetwork
+    images: ImageSet
+    ids: Sequence[str]
+    batch_size: int
+    settings: EvaluationSettings = EvaluationSettings()
+    progress: Progress = no_progress
+    processes: Processes = ALONE
 
 
 class _Prediction(NamedTuple):
@@ -137,9 +159,8 @@ def score(
     Raises:
         PolysegError: the images have no masks.
     """
-    predictions = _plain(network, images, ids, batch_size, f"testing {name}", progress, ALONE)
-    thresholds = dict.fromkeys(images.labels, 0.5)
-    return _judge(name, predictions, images, ids, thresholds, Questions(), ALONE)
+    test = _Test(name, network, images, ids, batch_size, progress=progress)
+    return _judge(test, _plain(test), dict.fromkeys(images.labels, 0.5))
 
 
 def choose_thresholds(
@@ -154,10 +175,10 @@ def choose_thresholds(
 
     Of several that are equally good it is the one nearest to 0.5.
     """
-    task = "choosing thresholds"
+    test = _Test("", network, images, ids, batch_size, progress=progress, processes=processes)
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
-        for one in _plain(network, images, ids, batch_size, task, progress, processes)
+        for one in _plain(test, "choosing thresholds")
     ]
     means = np.mean(processes.joined(dices), axis=0).round(9)
     nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
@@ -167,26 +188,24 @@ def choose_thresholds(
     }
 
 
-def ask_network(
+def measure_network(
     model: Model,
     name: str,
     images: ImageSet,
     ids: Sequence[str],
-    questions: Questions,
-    cache: Path | None = None,
+    settings: EvaluationSettings,
     load: Load = load_images,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
-) -> Tested:
-    """Ask one network everything.
+) -> NetworkResults:
+    """Measure all that the settings ask for of one network.
 
     Args:
         model: the network.
         name: of it, in tables.
         images: among which the tested ones are.
         ids: of those.
-        questions: what to ask.
-        cache: where decoded images go that do not fit into memory.
+        settings: what is measured.
         load: what reads the network's own data.
         progress: of all this.
         processes: that share the images; all get the whole.
@@ -194,20 +213,20 @@ def ask_network(
     Raises:
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
-    thresholds = _thresholds(model, images, questions, cache, load, progress, processes)
+    size = model.config.training.batch_size
+    test = _Test(name, model.network, images, ids, size, settings, progress, processes)
+    thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
-    if questions.uncertainty:
-        passes = _passes(model, images, ids, questions, progress, processes)
-        scores = _judge(name, passes, images, ids, thresholds, questions, processes, "mc_mean")
+    if settings.uncertainty:
+        scores = _judge(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
-    size, kept = model.config.training.batch_size, _Keeper(name, images.labels, thresholds)
+    kept = _Keeper(name, images.labels, thresholds)
     predictions = (
-        one._replace(uncertainty=uncertainty.get(one.id, {}))
-        for one in _plain(model.network, images, ids, size, f"testing {name}", progress, processes)
+        kept(one._replace(uncertainty=uncertainty.get(one.id, {}))) for one in _plain(test)
     )
-    plain = _judge(name, map(kept, predictions), images, ids, thresholds, questions, processes)
-    points = _under_damage(model, plain, images, ids, questions, progress, processes)
-    return Tested(plain + scores, list(points), kept.masks(processes))
+    plain = _judge(test, predictions, thresholds)
+    points = _under_damage(model.config, test, plain)
+    return NetworkResults(plain + scores, list(points), kept.masks(processes))
 
 
 def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
@@ -220,82 +239,64 @@ def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _thresholds(
-    model: Model,
-    images: ImageSet,
-    questions: Questions,
-    cache: Path | None,
-    load: Load,
-    progress: Progress,
-    processes: Processes,
-) -> dict[str, float]:
-    if questions.threshold != "val":
-        return dict.fromkeys(images.labels, float(questions.threshold))
+def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
+    """Return the threshold of each label, from the settings or the validation images."""
+    images, chosen = test.images, test.settings.threshold
+    if chosen != "val":
+        return dict.fromkeys(images.labels, float(chosen))
     split = moved_split(model, images)
     own, ids = (
-        images_for(model, None, "val", "val", progress, cache, load)
+        images_for(model, Inputs(part="val"), "val", test.progress, load)
         if split is None
         else (images, part_of(split, "val", images, model))
     )
-    size = model.config.training.batch_size
-    found = choose_thresholds(model.network, own, ids, size, progress, processes)
+    found = choose_thresholds(
+        model.network, own, ids, test.batch_size, test.progress, test.processes
+    )
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
         log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
     return found
 
 
-def _plain(
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    task: str,
-    progress: Progress,
-    processes: Processes,
-) -> Iterator[_Prediction]:
+def _plain(test: _Test, task: str = "") -> Iterator[_Prediction]:
     """Yield what one pass without dropout predicts for each image of this process's share."""
-    done = 0
-    for batch, logits in predict(network, images.batches(processes.share(ids), batch_size)):
+    done, total = 0, len(test.ids)
+    batches = test.images.batches(test.processes.share(test.ids), test.batch_size)
+    for batch, logits in predict(test.network, batches):
         if batch.masks is None:
             raise PolysegError("evaluate: the images have no masks to compare with")
         for row, identity in enumerate(batch.ids):
             probability = logits[row].double().sigmoid().numpy()
             yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
         done += len(batch.ids)
-        progress(task, min(len(ids), processes.count * done), len(ids))
+        test.progress(
+            task or f"testing {test.name}", min(total, test.processes.count * done), total
+        )
 
 
-def _passes(
-    model: Model,
-    images: ImageSet,
-    ids: Sequence[str],
-    questions: Questions,
-    progress: Progress,
-    processes: Processes,
-) -> Iterator[_Prediction]:
+def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
     """Yield the mean over the passes of MC Dropout, and the uncertainty, of each image of a share.
 
     Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
     """
-    settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
-    settings |= {} if questions.samples is None else {"samples": questions.samples}
-    names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
-    labels, size = len(images.labels), model.config.training.batch_size
-    mine = set(processes.share(ids))
-    choosing = _CHOOSING + size if settings["samples"] == "auto" else 0
-    for part in _parts(images, ids, choosing, processes):
+    images, samples = test.images, test.settings.samples
+    settings = passes_of(model.config, region="prediction", save_maps=True, samples=samples)
+    names = list(dict.fromkeys([settings.metric, *METRICS, "deterministic_entropy"]))
+    labels, mine = len(images.labels), set(test.processes.share(test.ids))
+    choosing = _CHOOSING + test.batch_size if settings.samples == "auto" else 0
+    for part in _parts(images, test.ids, choosing, test.processes):
         found = assess(
-            model.network,
-            images.batches(part, size),
-            **settings,
+            test.network,
+            images.batches(part, test.batch_size),
+            settings,
             seed=model.config.training.seed,
             epoch=model.checkpoint.epoch,
-            progress=progress,
+            progress=test.progress,
             total=len(part),
         ).in_order(part)
         # Where the passes choose N, the first part does so for all.
-        settings["samples"] = found.samples
+        settings = settings.model_copy(update={"samples": found.samples})
         for i, identity in enumerate(part):
             if identity not in mine:
                 continue
@@ -340,19 +341,16 @@ def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _judge(
-    name: str,
+    test: _Test,
     predictions: Iterable[_Prediction],
-    images: ImageSet,
-    ids: Sequence[str],
     thresholds: Mapping[str, float],
-    questions: Questions,
-    processes: Processes,
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
     """Return the metrics of all images, a record a label, where each process judges its share."""
-    in_mm = all(images.item(identity).spacing is not None for identity in ids)
+    labels = test.images.labels
+    in_mm = all(test.images.item(identity).spacing is not None for identity in test.ids)
     rows: list[list[ImageScores]] = []
-    curves = [ReliabilityCurve() for _ in images.labels]
+    curves = [ReliabilityCurve() for _ in labels]
     for one in predictions:
         rows.append(
             [
@@ -361,19 +359,19 @@ def _judge(
                     one.probability[k],
                     one.masks[k],
                     threshold=thresholds[label],
-                    spacing=images.item(one.id).spacing if in_mm else None,
-                    tolerance=questions.tolerance,
+                    spacing=test.images.item(one.id).spacing if in_mm else None,
+                    tolerance=test.settings.tolerance,
                     uncertainty={key: values[k] for key, values in one.uncertainty.items()},
                 )
-                for k, label in enumerate(images.labels)
+                for k, label in enumerate(labels)
             ]
         )
         for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
             curve.add(probability, masks)
-    rows, of_all = processes.joined(rows), processes.gathered(curves)
+    rows, of_all = test.processes.joined(rows), test.processes.gathered(curves)
     return [
         RunScores(
-            name=name,
+            name=test.name,
             scores=[row[k] for row in rows],
             label=label,
             prediction=prediction,
@@ -381,31 +379,25 @@ def _judge(
             unit="mm" if in_mm else "px",
             reliability=functools.reduce(operator.add, (curves[k] for curves in of_all)),
         )
-        for k, label in enumerate(images.labels)
+        for k, label in enumerate(labels)
     ]
 
 
 def _under_damage(
-    model: Model,
-    clean: Sequence[RunScores],
-    images: ImageSet,
-    ids: Sequence[str],
-    questions: Questions,
-    progress: Progress,
-    processes: Processes,
+    config: Config, test: _Test, clean: Sequence[RunScores]
 ) -> Iterator[RobustnessPoint]:
     """Yield the metrics of a network on images damaged in each way, to each degree."""
-    thresholds = {run.label: run.threshold for run in clean}
-    name, config, mine = clean[0].name, model.config, processes.share(ids)
-    for corruption in questions.corruptions:
+    thresholds, mine = {run.label: run.threshold for run in clean}, test.processes.share(test.ids)
+    for corruption in test.settings.corruptions:
         yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
         for strength in STRENGTHS[1:]:
             # One seed for all networks, so that all see the same damage.
-            seen = corrupted(images, corruption, strength, seed=0, config=config.data, ids=mine)
-            task = f"testing {name} under {corruption} {strength}"
-            size = config.training.batch_size
-            predictions = _plain(model.network, seen, ids, size, task, progress, processes)
-            for run in _judge(name, predictions, images, ids, thresholds, questions, processes):
+            images = corrupted(
+                test.images, corruption, strength, seed=0, config=config.data, ids=mine
+            )
+            task = f"testing {test.name} under {corruption} {strength}"
+            predictions = _plain(dataclasses.replace(test, images=images), task)
+            for run in _judge(test, predictions, thresholds):
                 yield RobustnessPoint(run.title, corruption, strength, run.scores)
 
 

@@ -12,22 +12,22 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polyseg.config import UncertaintyConfig
 from polyseg.errors import PolysegError
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
-from polyseg.montecarlo.dropout_masks import MaskStreams, Sharing
+from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import Passes, ProgramFailedError
-from polyseg.montecarlo.regions import Region
 from polyseg.montecarlo.scores import Measurement, Table, extended
 from polyseg.networks.dropout import active_layers, stochastic_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
-from polyseg.records import FREE_METRICS, METRICS, Assessment, Batch, Metric, Progress, no_progress
+from polyseg.records import METRICS, Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 
@@ -48,23 +48,15 @@ _WORTH_TAKING_APART = 2_000_000
 def assess(
     network: nn.Module,
     batches: Iterable[Batch],
+    settings: UncertaintyConfig = UncertaintyConfig(),  # noqa: B008 - it is frozen
     *,
-    samples: int | Literal["auto"] = 20,
-    rank_target: float = 0.95,
-    metric: Metric = "mutual_information",
-    region: Region = "mask",
-    boundary_width: int = 3,
-    masks: Sharing = "consistent",
-    program: Literal["auto", "plain"] = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
     seed: int = 0,
     epoch: int = 0,
-    save_maps: bool = False,
     progress: Progress = no_progress,
     total: int = 0,
     processes: Processes = ALONE,
 ) -> Assessment:
-    """Measure by MC Dropout how unsure the network is about each image.
+    """Measure by MC Dropout how uncertain the network is about each image.
 
     The network, its modes and torch's random stream are afterwards as they were before. With
     "consistent" masks pass n drops the same for every image, so the result does not depend on
@@ -75,22 +67,13 @@ def assess(
         batches: images, on any device, of one size within a batch. A list, or anything else that
             can be read twice: should the fast passes fail, all is measured anew by plain ones. An
             iterator is read once, by plain passes.
-        samples: N, at least 2, since a single pass has nothing to disagree with; standard errors
-            and rank stability are NaN below 4. "auto" is the
-            least N, from 6 to 100, whose rank stability reaches `rank_target`, judged from the
-            first images. It has no meaning for a metric that takes no passes.
-        rank_target: in (0, 1).
-        metric: the score that is the difficulty; all that are measured are kept. The training loss
-            is known to the training alone, which adds it.
-        region: the pixels that count, see `select_region`.
-        boundary_width: pixels, for region "boundary".
-        masks: "consistent" or "independent".
-        program: "plain" runs the whole network each pass, and so does "auto" where pixels of all
-            images times passes are too few to repay taking it apart.
-        precision: of the network in a pass; scores are float32 or wider whatever it is.
+        settings: number of passes, metric, region and so on. Standard errors and rank stability
+            are NaN below 4 passes. Samples "auto" is the least N, from 6 to 100, whose rank
+            stability reaches `rank_target`, judged from the first images. All scores are kept,
+            and `metric` names the one that is the difficulty; without passes for a metric that
+            takes none. The training loss is known to the training alone, which adds it.
         seed: of the masks, together with epoch, pass and layer.
         epoch: the epochs the network was trained for.
-        save_maps: keep the pixel maps as well.
         progress: told before each pass and after each batch how many images are done.
         total: the number of images, for progress.
         processes: that share the images; all give the same batches, and all get the whole.
@@ -102,90 +85,113 @@ def assess(
 
     >>> batch = Batch(["a", "b"], torch.rand(2, 1, 8, 8), torch.ones(2, 1, 8, 8))
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
-    >>> assess(network, [batch], samples=3).difficulty.shape
+    >>> assess(network, [batch], UncertaintyConfig(samples=3)).difficulty.shape
     (2,)
     """
-    free = metric in FREE_METRICS
-    if not free and samples != "auto" and samples < 2:
-        raise PolysegError(f"uncertainty.samples = {samples}: MC Dropout takes at least 2 passes")
-    layers = {} if free else active_layers(network)
-    streams = MaskStreams(masks, seed, epoch)
+    layers = active_layers(network) if settings.takes_passes else {}
+    streams = MaskStreams(settings.masks, seed, epoch)
 
-    def attempt(batches: Iterable[Batch], *, take_apart: bool) -> tuple[Table, list[str], int]:
-        """Return what is measured, the ids in the order given, and N."""
-        wanted = 0 if free else samples
-        table, given = Table(save_maps), list[str]()
-        divided = processes if wanted != "auto" else ALONE
-        passes = Passes(
-            network,
-            layers,
-            streams,
-            partial(stochastic_pass, network, layers),
-            take_apart=take_apart,
-            kind=_KINDS[precision],
-        )
-
-        def tell() -> None:
-            progress("MC Dropout", min(total, processes.count * len(table.images)), total)
-
-        def measurements() -> Iterator[Measurement]:
-            for batch in batches:
-                places = range(len(given), len(given) + len(batch.ids))
-                given.extend(batch.ids)
-                # Those that choose N are measured by all processes, which must agree.
-                mine = [
-                    i for i, place in enumerate(places) if place % divided.count == divided.rank
-                ]
-                if mine:
-                    alone = len(mine) == len(batch.ids)
-                    for part in passes.parts(batch if alone else images_of(batch, mine)):
-                        yield Measurement(passes, part, region, boundary_width, save_maps)
-
-        extend = partial(extended, portions=Portions("MC Dropout", LESS_MEMORY), tell=tell)
-        each, pilot = measurements(), list[Measurement]()
-        if wanted == "auto":
-            with _failing_in_all(processes):
-                found, pilot = choose_samples(each, rank_target, METRICS.index(metric), extend)
-            chosen: int = processes.from_leader(found)
-            divided = processes
-        else:
-            chosen = wanted
-        with _failing_in_all(processes):
-            for measurement in extend(chain(pilot, each), chosen):
-                table.add(measurement)
-                tell()
-        return Table.merged(processes.gathered(table)), given, chosen
+    def attempt(batches: Iterable[Batch], *, take_apart: bool) -> _Attempt:
+        kind, plain_pass = _KINDS[settings.precision], partial(stochastic_pass, network, layers)
+        passes = Passes(network, layers, streams, plain_pass, take_apart=take_apart, kind=kind)
+        found = _Attempt(passes, settings, processes, progress, total)
+        found.measure(batches)
+        return found
 
     whole = explaining_memory("MC Dropout", LESS_MEMORY)
     with held_in_mode(network, training=False), torch.inference_mode(), whole:
-        take_apart, first = program == "auto" and not free, batches
-        if take_apart and iter(batches) is batches:
-            take_apart = False
-            log.info("MC Dropout: the batches can be read once only, so that all passes are plain")
-        if take_apart:
-            take_apart, first = _worth_taking_apart(iter(batches), samples)
+        take_apart, first = _worth_taking_apart(batches, settings)
         try:
-            table, given, count = attempt(first, take_apart=take_apart)
+            found = attempt(first, take_apart=take_apart)
         except ProgramFailedError as error:
             log.warning(
                 "MC Dropout: the fast passes failed (%s); all passes are run plainly, "
                 "which is slower",
                 str(error)[:200],
             )
-            table, given, count = attempt(batches, take_apart=False)
-    if not table.images:
+            found = attempt(batches, take_apart=False)
+    if not found.table.images:
         raise PolysegError("MC Dropout: there are no images to assess")
     return Assessment(
         weights_sha256=hash_weights(network),
         epoch=epoch,
-        samples=count,
+        samples=found.samples,
         rate=max((layer.p for layer in layers.values()), default=0.0),
-        metric=metric,
-        region=region,
-        masks=masks,
+        metric=settings.metric,
+        region=settings.region,
+        masks=settings.masks,
         seed=seed,
-        **table.columns(),
-    ).in_order(given)
+        **found.table.columns(),
+    ).in_order(found.given)
+
+
+class _Attempt:
+    """The measuring of all images by fast or by plain passes."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        settings: UncertaintyConfig,
+        processes: Processes,
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self.passes, self.settings, self.processes = passes, settings, processes
+        self.progress, self.total = progress, total
+        self.table = Table(settings.save_maps)
+        self.given = list[str]()
+        """Ids in the order of the batches."""
+        self.samples = 0
+        """Number of passes."""
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Fill the table with all images of all processes.
+
+        Raises:
+            ProgramFailedError: in all processes, if the program fails in one of them.
+        """
+        extend = partial(extended, portions=Portions("MC Dropout", LESS_MEMORY), tell=self._tell)
+        settings = self.settings
+        wanted = settings.samples if settings.takes_passes else 0
+        # Images that choose N are measured by all processes, which must agree.
+        self.divided = ALONE if wanted == "auto" else self.processes
+        each, pilot = self._measurements(batches), list[Measurement]()
+        if wanted == "auto":
+            target, metric = settings.rank_target, METRICS.index(settings.metric)
+            with _failing_in_all(self.processes):
+                found, pilot = choose_samples(each, target, metric, extend)
+            self.samples = self.processes.from_leader(found)
+            self.divided = self.processes
+        else:
+            self.samples = wanted
+        with _failing_in_all(self.processes):
+            for measurement in extend(chain(pilot, each), self.samples):
+                self.table.add(measurement)
+                self._tell()
+        self.table = Table.merged(self.processes.gathered(self.table))
+
+    def _measurements(self, batches: Iterable[Batch]) -> Iterator[Measurement]:
+        """Yield what is to be measured of the images of this process."""
+        settings = self.settings
+        for batch in batches:
+            places = range(len(self.given), len(self.given) + len(batch.ids))
+            self.given.extend(batch.ids)
+            count, rank = self.divided.count, self.divided.rank
+            mine = [i for i, place in enumerate(places) if place % count == rank]
+            if mine:
+                alone = len(mine) == len(batch.ids)
+                for part in self.passes.parts(batch if alone else images_of(batch, mine)):
+                    yield Measurement(
+                        self.passes,
+                        part,
+                        settings.region,
+                        settings.boundary_width,
+                        settings.save_maps,
+                    )
+
+    def _tell(self) -> None:
+        done = self.processes.count * len(self.table.images)
+        self.progress("MC Dropout", min(self.total, done), self.total)
 
 
 @contextlib.contextmanager
@@ -251,20 +257,26 @@ def spread(ids: Sequence[str]) -> list[str]:
 
 
 def _worth_taking_apart(
-    batches: Iterator[Batch], samples: int | Literal["auto"]
-) -> tuple[bool, Iterator[Batch]]:
+    batches: Iterable[Batch], settings: UncertaintyConfig
+) -> tuple[bool, Iterable[Batch]]:
     """Return whether a program is worth being made, and the batches, of which the first are read.
 
     It goes by the images alone, so that the same assessment always runs the same way.
     """
+    if settings.program == "plain" or not settings.takes_passes:
+        return False, batches
+    following = iter(batches)
+    if following is batches:
+        log.info("MC Dropout: the batches can be read once only, so that all passes are plain")
+        return False, batches
     # Of two ways to be wrong about N, the one that costs no more than making a program.
-    passes = MOST if samples == "auto" else samples
+    passes = MOST if settings.samples == "auto" else settings.samples
     read: list[Batch] = []
     work = 0
-    for batch in batches:
+    for batch in following:
         read.append(batch)
         work += batch.images[:, 0].numel() * passes
         if work >= _WORTH_TAKING_APART:
-            return True, chain(read, batches)
+            return True, chain(read, following)
     log.debug("MC Dropout: so few pixels that the network is run whole each pass")
-    return False, iter(read)
+    return False, read

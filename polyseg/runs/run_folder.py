@@ -96,6 +96,7 @@ class RunDirectory:
         self.replay = path / "replay.h5"
         self.figures = path / "figures"
         self.evaluation = path / "evaluation"
+        self._last_is_damaged = False
 
     @contextlib.contextmanager
     def writing(self, *, resume: bool) -> Iterator[None]:
@@ -160,6 +161,7 @@ class RunDirectory:
             if not self.previous.is_file():
                 raise
             checkpoint = read_checkpoint(self.previous)
+            self._last_is_damaged = True
             log.warning("%s; going on from the one before, of epoch %d", error, checkpoint.epoch)
             return checkpoint
 
@@ -187,7 +189,7 @@ class RunDirectory:
             if number.isdecimal() and int(number) > checkpoint.epoch:
                 files.disk.remove(path)
         self._remove_torn_files()
-        if self.last.is_file() and not _is_sound(self.last):
+        if self._last_is_damaged and self.last.is_file():
             files.disk.rename(self.last, self.last.with_suffix(".damaged"))
         self._write_views(checkpoint)
         self._write_best(checkpoint)
@@ -366,14 +368,6 @@ def _is_ours(environment: Path) -> bool:
         return isinstance(found, dict) and "polyseg" in found
     except (OSError, ValueError, TypeError, RecursionError):
         return False
-
-
-def _is_sound(checkpoint: Path) -> bool:
-    try:
-        read_checkpoint(checkpoint)
-    except PolysegError:
-        return False
-    return True
 
 
 def environment(device: "Device", processes: int = 1) -> dict[str, Any]:

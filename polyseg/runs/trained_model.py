@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyseg.config import Config, DataConfig
+from polyseg.config import Config, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images, load_others
 from polyseg.data.splits import PARTS, Split, split_by_settings
 from polyseg.errors import PolysegError
 from polyseg.networks.inference import choose_device
 from polyseg.networks.networks_by_name import SegmentationNetwork
-from polyseg.records import Progress
+from polyseg.records import Progress, no_progress
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.run_folder import RunDirectory, find_checkpoint
 from polyseg.runs.weights import network_of
@@ -28,19 +28,53 @@ Load = Callable[[DataConfig, Progress], ImageSet]
 
 
 @dataclass(frozen=True)
-class Model:
-    """A trained network and where it is from."""
+class Trained:
+    """A checkpoint and where it is from."""
 
     source: Path
     run: RunDirectory | None
     """The run it is a checkpoint of, where that is still around it."""
     checkpoint: Checkpoint
-    network: SegmentationNetwork
 
     @property
     def config(self) -> Config:
         """The settings that it was trained with."""
         return self.checkpoint.config
+
+    def weights_only(self) -> "Trained":
+        """Return this without what only the resuming of a run needs."""
+        return dataclasses.replace(self, checkpoint=self.checkpoint.weights_only())
+
+    def build(self, device: str, *, trust: bool) -> "Model":
+        """Build the network.
+
+        Raises:
+            PolysegError: there is no such device, or the network may not be trusted.
+        """
+        network = network_of(self.checkpoint, trust=trust).to(choose_device(device))
+        return Model(self.source, self.run, self.checkpoint, network)
+
+
+@dataclass(frozen=True)
+class Model(Trained):
+    """A trained network and where it is from."""
+
+    network: SegmentationNetwork
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Which images a trained network gets, and how it is opened."""
+
+    data: str | Path | None = None
+    """Folder of other images than the run's own."""
+    part: str | None = None
+    """Part of the run's own images: one of `PARTS` or "all"; None for the command's default."""
+    cache: str | Path | None = None
+    """Folder for decoded images that do not fit into memory."""
+    device: str = "auto"
+    trust: bool = False
+    """Whether code outside polyseg that a checkpoint names is run."""
 
 
 def open_model(source: str | Path, device: str, trust: bool) -> Model:
@@ -48,6 +82,15 @@ def open_model(source: str | Path, device: str, trust: bool) -> Model:
 
     Raises:
         PolysegError: there is none, it is damaged, or its network may not be trusted.
+    """
+    return read_trained(source).build(device, trust=trust)
+
+
+def read_trained(source: str | Path) -> Trained:
+    """Read a checkpoint file, or a run's best checkpoint, without building its network.
+
+    Raises:
+        PolysegError: there is none, or it is damaged.
     """
     keep_freed_memory()
     path = find_checkpoint(source)
@@ -58,21 +101,22 @@ def open_model(source: str | Path, device: str, trust: bool) -> Model:
     )
     config = checkpoint.config.model_copy(update={"data": data})
     checkpoint = dataclasses.replace(checkpoint, config=config)
-    network = network_of(checkpoint, trust=trust).to(choose_device(device))
     run = RunDirectory(path.parent.parent)
-    return Model(Path(source), run if run.split.is_file() else None, checkpoint, network)
+    return Trained(Path(source), run if run.split.is_file() else None, checkpoint)
 
 
 class LastImages:
     """Reads images, unless those of equal settings were the last: runs to compare share theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: str | Path | None = None) -> None:
+        self.cache = {} if cache is None else {"cache": str(cache)}
         self.key: str | None = None
         self.images: ImageSet | None = None
 
     def __call__(self, config: DataConfig, progress: Progress) -> ImageSet:
         """Return the images of these settings."""
-        # Which of them are for testing is not the images' affair.
+        config = config.model_copy(update=self.cache)
+        # Images are the same whichever of them are for testing.
         key = config.model_copy(update={"fold": None, "split_file": None}).model_dump_json()
         if self.images is None or key != self.key:
             self.images = None  # Before others are read, so that memory holds one set.
@@ -82,33 +126,31 @@ class LastImages:
 
 def images_for(
     model: Model,
-    data: str | Path | None,
-    part: str | None,
+    inputs: Inputs,
     default: str,
-    progress: Progress,
-    cache: str | Path | None = None,
+    progress: Progress = no_progress,
     load: Load = load_images,
 ) -> tuple[ImageSet, list[str]]:
     """Return images and the ids to use: a part of the run's own data, or all of a folder.
 
     Args:
-        model: what will look at them.
-        data: a folder; the model's own data where it is the same or left out.
-        part: one of `PARTS` or "all"; of another folder than the model's own there are no parts.
+        model: the network that gets them.
+        inputs: the model's own data are used where it names the same folder or none; other
+            folders have no parts.
         default: the part where none is named.
         progress: of reading.
-        cache: where decoded images go that do not fit into memory.
         load: what reads the model's own data.
 
     Raises:
         PolysegError: an unknown or empty part, or data that are not in order.
     """
+    part = inputs.part
     if part not in (None, "all", *PARTS):
         raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
-    data = None if data is None else Path(data)
+    data = None if inputs.data is None else Path(inputs.data)
     config = model.config.data
-    if cache is not None:
-        config = config.model_copy(update={"cache": str(cache)})
+    if inputs.cache is not None:
+        config = config.model_copy(update={"cache": str(inputs.cache)})
     own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
     if not own and data is not None:
         # Only data of a folder that is gone may have a split elsewhere.
@@ -241,12 +283,17 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
         )
 
 
-def passes_of(config: Config) -> dict[str, Any]:
-    """Return the settings of MC Dropout, also of a training whose difficulty took no passes."""
-    settings = config.uncertainty.model_dump()
+def passes_of(config: Config, **changes: Any) -> UncertaintyConfig:
+    """Return the settings of MC Dropout, also of a training whose difficulty took no passes.
+
+    Args:
+        config: of the training.
+        changes: settings that are others here, of the values that `UncertaintyConfig` allows; None
+            leaves what the training had.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
     if not config.uncertainty.takes_passes:
-        log.info(
-            "uncertainty.metric %s takes no passes: mutual_information here", settings["metric"]
-        )
-        settings["metric"] = "mutual_information"
-    return settings
+        metric = config.uncertainty.metric
+        log.info("uncertainty.metric %s takes no passes: mutual_information here", metric)
+        changes["metric"] = "mutual_information"
+    return config.uncertainty.model_copy(update=changes)

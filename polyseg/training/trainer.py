@@ -311,7 +311,7 @@ class Trainer:
         assessment = assess(
             self.network,
             self.images.batches(spread(ids), self.config.training.batch_size),
-            **self.config.uncertainty.model_dump(),
+            self.config.uncertainty,
             seed=self.config.training.seed,
             epoch=epoch,
             progress=lambda _, done, total: self._report_assessment(epoch, done, total),

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from polyseg.config import UncertaintyConfig
 from polyseg.montecarlo.assessment import assess
 from polyseg.montecarlo.compiler import rewrite, run
 from tests.benchmarks.montecarlo import build, load
@@ -58,7 +59,7 @@ def main():
     def seconds(way=contextlib.nullcontext, program="auto"):
         with way():
             start = time.process_time()
-            assess(network, batches, samples=arguments.samples, program=program)
+            assess(network, batches, UncertaintyConfig(samples=arguments.samples, program=program))
             return time.process_time() - start
 
     seconds()

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from polyseg.config import UncertaintyConfig
 from polyseg.metrics.rank_stability import spearman
 from polyseg.montecarlo import passes
 from polyseg.montecarlo.assessment import assess
@@ -100,10 +101,10 @@ def assessments(arguments, batches):
     network = montecarlo.build(arguments, batches)
 
     def ours(key, program, together):
-        how = {"samples": arguments.samples, "program": program, "precision": key[1]}
+        settings = UncertaintyConfig(samples=arguments.samples, program=program, precision=key[1])
         pixels = passes._PIXELS_AT_ONCE if together else 1
         with mock.patch.object(passes, "_PIXELS_AT_ONCE", pixels):
-            found[key] = assess(network, batches, **how).difficulty
+            found[key] = assess(network, batches, settings).difficulty
 
     for precision in PRECISIONS:
         functions["naive loop", precision] = under(ways["naive loop"], device, precision, False)
@@ -192,11 +193,13 @@ def largest_difference(one, other):
 def difference_between_devices(arguments, batches):
     """Return how far D on the GPU is from that on the CPU, with TF32 and without."""
     network = montecarlo.build(arguments, batches)
-    on_cpu = assess(network.cpu(), batches, samples=arguments.samples).difficulty
+    on_cpu = assess(network.cpu(), batches, UncertaintyConfig(samples=arguments.samples)).difficulty
     found = {}
     for tf32 in (True, False):
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
-            on_gpu = assess(network.cuda(), batches, samples=arguments.samples).difficulty
+            on_gpu = assess(
+                network.cuda(), batches, UncertaintyConfig(samples=arguments.samples)
+            ).difficulty
         found[tf32] = largest_difference(on_gpu, on_cpu)
     return found
 

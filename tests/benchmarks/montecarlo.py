@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from polyseg.config import load_config
+from polyseg.config import UncertaintyConfig, load_config
 from polyseg.data.loading import load_images
 from polyseg.difficulty import foreground_mean
 from polyseg.losses import polydice1_loss
@@ -122,7 +122,7 @@ def ways(arguments, batches):
     found = {}
 
     def keep(name, network, **how):
-        found[name] = assess(network, batches, samples=samples, **how).difficulty
+        found[name] = assess(network, batches, UncertaintyConfig(samples=samples, **how)).difficulty
 
     dropping, plain, wrapped = (build(arguments, batches) for _ in range(3))
     wrapper = as_torch_uncertainty(wrapped, samples)
@@ -178,7 +178,7 @@ def memory_of(what, arguments):
     elif what == "naive":
         naive(with_dropout(network), batches, arguments.samples, arguments.device)
     else:
-        assess(network, batches, samples=arguments.samples)
+        assess(network, batches, UncertaintyConfig(samples=arguments.samples))
     return peak() - before
 
 

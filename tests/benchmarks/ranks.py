@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from polyseg.config import UncertaintyConfig
 from polyseg.metrics.rank_stability import spearman
 from polyseg.montecarlo.assessment import assess
 from polyseg.system.memory import keep_freed_memory
@@ -28,9 +29,9 @@ def measure(trainer, ids, arguments):
     """Yield rows of the table."""
 
     def assessed(samples, seed, masks="consistent", precision="fp32"):
-        how = {"samples": samples, "seed": seed, "masks": masks, "precision": precision}
+        settings = UncertaintyConfig(samples=samples, masks=masks, precision=precision)
         batches = trainer.images.batches(ids, arguments.batch)
-        return assess(trainer.network, batches, **how).in_order(ids)
+        return assess(trainer.network, batches, settings, seed=seed).in_order(ids)
 
     reference = assessed(arguments.reference, REFERENCE_SEED)
     for masks, precision in WAYS:
