@@ -22,9 +22,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
+from polyseg.choices import LOSSES
 from polyseg.errors import PolysegError, reason
 from polyseg.records import METRICS, Metric, ReplayArm
+from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
 
 _MOST_PROBLEMS = 5
@@ -41,12 +44,39 @@ _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
 
 MOST_SAMPLES = 10_000
 LARGEST_EPSILON = 100
-POLYDICE_LOSSES = ("polydice1", "polydice")
 
 
-def _setting(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
-    """Return a field that knows its meaning, its unit and its bounds."""
-    return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
+def _setting(
+    default: Any,
+    description: str,
+    unit: str = "",
+    choices: Mapping[str, str] | None = None,
+    **bounds: Any,
+) -> Any:
+    """Return a field that knows its meaning, its unit, its bounds, and what each choice means."""
+    extra: Any = {"unit": unit, "choices": dict(choices or {})}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+class _OneOf:
+    """The values of a setting that are the names of registries, as they are when it is checked."""
+
+    def __init__(self, *registries: Registry[Any]) -> None:
+        self.registries = registries
+
+    def choices(self) -> dict[str, str]:
+        return {name: text for one in self.registries for name, text in one.choices().items()}
+
+    def check(self, value: str) -> str:
+        if value not in self.choices():
+            raise ValueError(not_among(value, self.choices(), self.registries[0].kind))
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "enum": list(self.choices())}
 
 
 class _Section(BaseModel):
@@ -295,9 +325,7 @@ class NetworkConfig(_Section):
 class LossConfig(_Section):
     """The loss."""
 
-    name: Literal[
-        "polydice1", "polydice", "dice", "dice_bce", "bce", "tversky", "focal", "tvmf"
-    ] = _setting("polydice1", "polydice1 is eq. 6, polydice eq. 5, dice eq. 2")
+    name: Annotated[str, _OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
     epsilon: float = _setting(
         0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
     )
@@ -317,6 +345,16 @@ class LossConfig(_Section):
     tversky_beta: float = _setting(0.7, "weight of false negatives in tversky", ge=0, le=1)
     focal_gamma: float = _setting(2.0, "focusing exponent of focal", ge=0, le=10)
     tvmf_concentration: float = _setting(32.0, "concentration of tvmf", ge=0, le=10_000)
+
+    @property
+    def has_epsilon(self) -> bool:
+        """Whether the loss depends on epsilon."""
+        return LOSSES[self.name].has_epsilon
+
+    @property
+    def polydice_terms(self) -> int:
+        """K of the PolyDice losses, 0 of others."""
+        return {"polydice1": 1, "polydice": self.terms}.get(self.name, 0)
 
 
 class UncertaintyConfig(_Section):
@@ -370,7 +408,7 @@ class ControlConfig(_Section):
     """How difficulty sets epsilon."""
 
     enabled: bool | Literal["auto"] = _setting(
-        "auto", "adapt epsilon; auto: with the PolyDice losses"
+        "auto", "adapt epsilon; auto: where the loss has one"
     )
     start: float = _setting(
         0.2, "E0, first assessment: whole epochs, or a share of them below 1", "epochs", ge=0
@@ -520,15 +558,16 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check_control(self) -> Self:
-        if self.control.enabled is True and self.loss.name not in POLYDICE_LOSSES:
+        adaptable = listed(name for name, row in LOSSES.items() if row.has_epsilon)
+        if self.control.enabled is True and not self.loss.has_epsilon:
             raise ValueError(
                 f"control.enabled: loss.name {self.loss.name} has no epsilon to adapt; "
-                f"choose {' or '.join(POLYDICE_LOSSES)}, or control.enabled=false"
+                f"choose {adaptable}, or control.enabled=false"
             )
         if self.control.replay is not None and not self.adaptive:
             raise ValueError(
-                "control.replay: epsilon is not adapted here; choose loss.name "
-                f"{' or '.join(POLYDICE_LOSSES)}, and control.enabled auto"
+                f"control.replay: epsilon is not adapted here; choose loss.name {adaptable}, and "
+                "control.enabled auto"
             )
         if not self.assesses:
             return self
@@ -555,7 +594,7 @@ class Config(_Section):
     def adaptive(self) -> bool:
         """Whether epsilon is adapted."""
         if self.control.enabled == "auto":
-            return self.loss.name in POLYDICE_LOSSES
+            return self.loss.has_epsilon
         return self.control.enabled
 
     @property
@@ -665,7 +704,7 @@ def _parse_override(value: str, source: str) -> Any:
 
 
 def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:
-    """Yield every setting: key, default (as YAML), description, unit and bounds.
+    """Yield every setting: key, default (as YAML), description, unit, bounds and choices.
 
     >>> next(settings_of())["key"]
     'data.path'
@@ -674,13 +713,15 @@ def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
         if isinstance(field.default, _Section):
             yield from settings_of(type(field.default), f"{prefix}{name}.")
             continue
-        extra = field.json_schema_extra
+        extra: Any = field.json_schema_extra
+        registered = [one.choices() for one in field.metadata if isinstance(one, _OneOf)]
         yield {
             "key": prefix + name,
             "default": _yaml_of(field.default),
             "description": field.description,
-            "unit": extra.get("unit", "") if isinstance(extra, Mapping) else "",
+            "unit": extra["unit"],
             "bounds": ", ".join(_bounds(field.metadata)),
+            "choices": registered[0] if registered else extra["choices"],
         }
 
 
@@ -698,7 +739,9 @@ def template() -> str:
         notes = "; ".join(
             note for note in (setting["description"], setting["unit"], setting["bounds"]) if note
         )
-        lines += [f"{indent}# {notes}", f"{indent}{name}: {setting['default']}"]
+        lines += [f"{indent}# {notes}"]
+        lines += [f"{indent}#   {one}: {text}" for one, text in setting["choices"].items()]
+        lines += [f"{indent}{name}: {setting['default']}"]
     return "\n".join(lines) + "\n"
 
 
@@ -753,6 +796,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif first["type"] == "value_error":
             said = first["msg"].removeprefix("Value error, ")
             yield f"{key}: {said}" if key in settings else said
+        elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
+            yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
         elif others:
             yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
         else:

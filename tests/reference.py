@@ -86,7 +86,9 @@ def configuration_page():
             lines += ["", f"## {section}", "", title, ""]
             lines += ["| key | default | unit, bounds | meaning |", "| --- | --- | --- | --- |"]
         limits = ", ".join(note for note in (setting["unit"], setting["bounds"]) if note)
-        cells = (f"`{setting['key']}`", f"`{setting['default']}`", limits, setting["description"])
+        meaning = [setting["description"]]
+        meaning += [f"`{name}`: {text}" for name, text in setting["choices"].items()]
+        cells = (f"`{setting['key']}`", f"`{setting['default']}`", limits, "<br>".join(meaning))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

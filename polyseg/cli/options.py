@@ -7,6 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+
+def help_of(choices: Mapping[str, str]) -> str:
+    """Return the help of an option that takes one of some names.
+
+    >>> help_of({"auto": "the best there is", "cpu": "the processor"})
+    'auto (the best there is), cpu (the processor).'
+    """
+    return f"{', '.join(f'{name} ({text})' for name, text in choices.items())}."
+
+
 THE_PRODUCT, AROUND_IT = "The main job", "Around it"
 WHERE, HOW, TALK = "Input and output", "Settings", "Talking"
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from polyseg.choices import LOSSES
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
@@ -17,6 +18,7 @@ from polyseg.cli.options import (
     Trust,
     Verbose,
     as_overrides,
+    help_of,
 )
 from polyseg.cli.printing import print_mapping, print_outcome
 from polyseg.errors import PolysegError
@@ -44,7 +46,7 @@ def train(
     loss: Annotated[
         str | None,
         typer.Option(
-            help="polydice1, polydice, dice, dice_bce, bce, tversky, focal or tvmf.",
+            help=help_of(LOSSES.choices()),
             rich_help_panel=HOW,
         ),
     ] = None,

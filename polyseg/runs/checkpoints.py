@@ -26,10 +26,10 @@ from polyseg import __version__
 from polyseg.config import Config, build_config
 from polyseg.data.preprocessing import Levels, levels_from
 from polyseg.errors import PolysegError
-from polyseg.system.files import atomic_path
-from polyseg.system.memory import refuse_beyond_memory
 from polyseg.networks.networks_by_name import SegmentationNetwork, Window, build_network
 from polyseg.records import Schedule
+from polyseg.system.files import atomic_path
+from polyseg.system.memory import refuse_beyond_memory
 
 MOST_CHANNELS = 64
 

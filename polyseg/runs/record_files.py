@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
-from polyseg.system.files import atomic_path, sha256_of_file
 from polyseg.metrics.rank_stability import FEWEST_JUDGED
 from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
+from polyseg.system.files import atomic_path, sha256_of_file
 
 SCHEMA = 3
 """Layout that is written; a release whose files say more than older ones raises it."""

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from polyseg.system import files
 from polyseg import __version__
-from polyseg.runs.record_files import write_schedule
-from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from polyseg.config import Config
 from polyseg.data.splits import PARTS, Split, refuse_overlap
 from polyseg.errors import PolysegError, reason
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.runs.record_files import write_schedule
+from polyseg.system import files
 from polyseg.system.files import (
     TEMPORARY_PREFIX,
     csv_table,

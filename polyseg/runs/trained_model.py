@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.config import Config, DataConfig
 from polyseg.data.dataset import ImageSet, Item, member_of
 from polyseg.data.duplicates import refuse_leaks
@@ -16,10 +15,11 @@ from polyseg.data.loading import load_images, load_others
 from polyseg.data.splits import PARTS, Split, split_by_settings, torn_groups
 from polyseg.errors import PolysegError
 from polyseg.networks.inference import choose_device
-from polyseg.system.memory import keep_freed_memory
 from polyseg.networks.networks_by_name import SegmentationNetwork
 from polyseg.records import Progress
+from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.run_folder import RunDirectory, find_checkpoint
+from polyseg.system.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
