@@ -47,3 +47,62 @@ LOSSES = Registry(
     Loss("focal", "focal loss", f"{_LOSSES}:focal", ("focal_gamma",)),
     Loss("tvmf", "t-vMF Dice loss", f"{_LOSSES}:tvmf", ("tvmf_concentration", "smooth")),
 )
+
+
+@dataclass(frozen=True)
+class Score(Row):
+    """A number that can be the difficulty D of an image: the mean of a pixel map over its region.
+
+    The function makes the pixel map, (...), of what is given in the registry's description.
+    """
+
+    unit: str = ""
+
+
+_UNCERTAINTY = "polyseg.uncertainty"
+
+UNCERTAINTIES = Registry(
+    "difficulty score",
+    Score(
+        "mutual_information",
+        "what the passes of MC Dropout disagree on, eq. 10",
+        f"{_UNCERTAINTY}:mutual_information_of",
+        "nats",
+    ),
+    Score(
+        "entropy",
+        "entropy of the mean prediction of the passes, eq. 9",
+        f"{_UNCERTAINTY}:entropy_of",
+        "nats",
+    ),
+    Score(
+        "variance",
+        "variance of the predictions of the passes, eq. 8",
+        f"{_UNCERTAINTY}:variance_of",
+    ),
+)
+"""Pixel-wise uncertainties from the passes of MC Dropout: functions of `uncertainty.Moments`."""
+
+FREE_SCORES = Registry(
+    "difficulty score",
+    Score(
+        "deterministic_entropy",
+        "entropy of the prediction without dropout; takes no passes",
+        f"{_UNCERTAINTY}:binary_entropy",
+        "nats",
+    ),
+    Score("training_loss", "loss of the image in the last epoch of training; takes no passes"),
+)
+"""Scores without MC Dropout: functions of the prediction without dropout, (...) in [0, 1].
+
+The training itself gives the one that has no function.
+"""
+
+
+def map_names() -> tuple[str, ...]:
+    """Return the names of the pixel maps that an assessment can keep.
+
+    >>> map_names()
+    ('mean', 'mutual_information', 'entropy', 'variance')
+    """
+    return ("mean", *UNCERTAINTIES)

@@ -24,9 +24,9 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from polyseg.choices import LOSSES
+from polyseg.choices import FREE_SCORES, LOSSES, UNCERTAINTIES
 from polyseg.errors import PolysegError, reason
-from polyseg.records import METRICS, Metric, ReplayArm
+from polyseg.records import ReplayArm
 from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
 
@@ -371,11 +371,8 @@ class UncertaintyConfig(_Section):
         gt=0.5,
         lt=1,
     )
-    metric: Metric = _setting(
-        "mutual_information",
-        "pixel map whose foreground mean is the difficulty D: mutual_information, entropy or "
-        "variance of the passes; or, without any, deterministic_entropy, or the training_loss of "
-        "the image in the last epoch",
+    metric: Annotated[str, _OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
+        "mutual_information", "pixel map whose mean over the region is the difficulty D"
     )
     region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
         "mask", "foreground that D is averaged over; without masks it is the prediction"
@@ -401,7 +398,7 @@ class UncertaintyConfig(_Section):
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric in METRICS
+        return self.metric in UNCERTAINTIES
 
 
 class ControlConfig(_Section):

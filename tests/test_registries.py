@@ -3,16 +3,22 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from polyseg import choices
-from polyseg.choices import LOSSES, Loss
+from polyseg.choices import FREE_SCORES, LOSSES, UNCERTAINTIES, Loss, Score
 from polyseg.cli.options import help_of
 from polyseg.commands.train import train
 from polyseg.config import Config, settings_of, template
 from polyseg.errors import PolysegError
+from polyseg.figures.style import metric_name
 from polyseg.registry import Registry
+from polyseg.runs.record_files import read_assessment
 from tests import reference
+
+FOUR = ("uncertainty.samples=4",)
+"""Passes, the fewest that rank stability is judged from."""
 
 REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one, Registry)}
 
@@ -63,3 +69,51 @@ def test_a_loss_is_one_row(monkeypatch, tiny, tmp_path):
     assert 0 < float(rows[-1]["train_loss"]) < 2
     # The constant epsilon is 0.5 until the assessment, and what it sets is another after that.
     assert rows[0]["epsilon_q05"] == rows[0]["epsilon_q95"] == "0.5" != rows[-1]["epsilon_q95"]
+
+
+def spread(moments):
+    """Return the standard deviation of the passes at each pixel."""
+    return moments.variance.sqrt()
+
+
+def blur(probability):
+    return probability * (1 - probability)
+
+
+def test_a_pixel_wise_uncertainty_is_one_row(monkeypatch, tiny, tmp_path):
+    row = Score("spread", "standard deviation of the passes", "tests.test_registries:spread", "p")
+    monkeypatch.setitem(UNCERTAINTIES, "spread", row)
+    assert_listed("uncertainty.metric", "spread", "standard deviation of the passes")
+    assert metric_name("spread") == "spread (p)"
+    train(tiny("run", "uncertainty.metric=spread", "uncertainty.save_maps=true", *FOUR))
+    file = tmp_path / "run" / "uncertainty" / "epoch_0003.h5"
+    found = read_assessment(file, with_maps=True)
+    assert found.metric == "spread" and 0 < found.rank_stability["spread"] <= 1
+    assert (found.difficulty == found.scores["spread"]).all() and (found.difficulty > 0).all()
+    assert (found.scores["spread"] ** 2 <= found.scores["variance"] * (1 + 1e-6)).all()
+    for deviation, variance in zip(found.maps["spread"], found.maps["variance"], strict=True):
+        np.testing.assert_allclose(deviation, np.sqrt(variance), atol=2e-3)
+    # A version without the row says so.
+    monkeypatch.delitem(UNCERTAINTIES, "spread")
+    with pytest.raises(PolysegError, match="metric 'spread' is unknown"):
+        read_assessment(file)
+
+
+def test_a_score_without_passes_is_one_row(monkeypatch, tiny, tmp_path):
+    row = Score("blur", "p (1 - p) without dropout", "tests.test_registries:blur")
+    monkeypatch.setitem(FREE_SCORES, "blur", row)
+    assert_listed("uncertainty.metric", "blur", "p (1 - p) without dropout")
+    train(tiny("run", "uncertainty.metric=blur"))
+    found = read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5")
+    assert found.samples == 0 and (found.difficulty == found.scores["blur"]).all()
+    assert (found.difficulty > 0).all() and (found.difficulty <= 0.25).all()
+
+
+def test_assessments_from_before_an_uncertainty_stay_readable(monkeypatch, tiny, tmp_path):
+    train(tiny("run", "uncertainty.save_maps=true"))
+    row = Score("spread", "standard deviation of the passes", "tests.test_registries:spread")
+    monkeypatch.setitem(UNCERTAINTIES, "spread", row)
+    file = tmp_path / "run" / "uncertainty" / "epoch_0003.h5"
+    found = read_assessment(file, with_maps=True)
+    assert set(found.maps) == {"mean", "mutual_information", "entropy", "variance"}
+    assert "spread" not in found.scores

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.choices import FREE_SCORES, UNCERTAINTIES
 from polyseg.config import MOST_SAMPLES
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
@@ -30,7 +31,7 @@ from polyseg.metrics.calibration import ReliabilityCurve
 from polyseg.montecarlo.assessment import assess
 from polyseg.networks.inference import predict
 from polyseg.networks.networks_by_name import SegmentationNetwork
-from polyseg.records import METRICS, Progress, no_progress
+from polyseg.records import Progress, no_progress
 from polyseg.runs.trained_model import Load, Model, images_for, moved_split, part_of, passes_of
 from polyseg.system.process_group import ALONE, Processes
 
@@ -280,7 +281,8 @@ def _passes(
     """
     settings = passes_of(model.config) | {"region": "prediction", "save_maps": True}
     settings |= {} if questions.samples is None else {"samples": questions.samples}
-    names = list(dict.fromkeys([settings["metric"], *METRICS, "deterministic_entropy"]))
+    free = [name for name, row in FREE_SCORES.items() if row.function]
+    names = list(dict.fromkeys([settings["metric"], *UNCERTAINTIES, *free]))
     labels, size = len(images.labels), model.config.training.batch_size
     mine = set(processes.share(ids))
     choosing = _CHOOSING + size if settings["samples"] == "auto" else 0

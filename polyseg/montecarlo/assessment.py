@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polyseg.choices import FREE_SCORES, UNCERTAINTIES
 from polyseg.difficulty import Region
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import FEWEST_JUDGED
@@ -29,7 +30,7 @@ from polyseg.montecarlo.scores import Measurement, Table, extended
 from polyseg.networks.dropout import active_layers, stochastic_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
-from polyseg.records import FREE_METRICS, METRICS, Assessment, Batch, Metric, Progress, no_progress
+from polyseg.records import Assessment, Batch, Metric, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 
@@ -109,7 +110,7 @@ def assess(
     >>> assess(network, [batch], samples=3).difficulty.shape
     (2,)
     """
-    free = metric in FREE_METRICS
+    free = metric in FREE_SCORES
     if not free and samples != "auto" and samples < 2:
         raise PolysegError(f"uncertainty.samples = {samples}: MC Dropout takes at least 2 passes")
     layers = {} if free else active_layers(network)
@@ -149,7 +150,9 @@ def assess(
         each, pilot = measurements(), list[Measurement]()
         if wanted == "auto":
             with _failing_in_all(processes):
-                found, pilot = choose_samples(each, rank_target, METRICS.index(metric), extend)
+                found, pilot = choose_samples(
+                    each, rank_target, list(UNCERTAINTIES).index(metric), extend
+                )
             chosen: int = processes.from_leader(found)
             divided = processes
         else:
