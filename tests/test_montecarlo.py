@@ -11,16 +11,8 @@ from torch import nn
 from polyseg.choices import UNCERTAINTIES
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.errors import PolysegError
-from polyseg.montecarlo.assessment import (
-    assess,
-    assessment,
-    choose_samples,
-    describe,
-    describe_order,
-    passes,
-    scores,
-    stochastic_pass,
-)
+from polyseg.montecarlo import assessment, choose_samples, passes, scores
+from polyseg.montecarlo.assessment import assess, describe, describe_order, stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict

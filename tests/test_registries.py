@@ -14,6 +14,8 @@ from polyseg.config import Config, settings_of, template
 from polyseg.errors import PolysegError
 from polyseg.figures.style import metric_name
 from polyseg.registry import Registry
+from polyseg.report.run_files import read_run
+from polyseg.runs.history import COLUMNS, Column
 from polyseg.runs.record_files import read_assessment
 from tests import reference
 
@@ -117,3 +119,24 @@ def test_assessments_from_before_an_uncertainty_stay_readable(monkeypatch, tiny,
     found = read_assessment(file, with_maps=True)
     assert set(found.maps) == {"mean", "mutual_information", "entropy", "variance"}
     assert "spread" not in found.scores
+
+
+def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, tiny, tmp_path):
+    config = tiny("run", "training.epochs=1", "control.start=0")
+    train(config)
+    before = history_of(tmp_path / "run")
+    largest = Column("largest_loss", "largest loss of an image", value=lambda e: e.losses.max())
+    monkeypatch.setitem(COLUMNS, "largest_loss", largest)
+    assert "| `largest_loss` |  | largest loss of an image |" in reference.files_page()
+    train(tiny("run", "training.epochs=3", "control.start=0"), resume=True, accept_changes=True)
+    rows = history_of(tmp_path / "run")
+    assert rows[0] == {**before[0], "largest_loss": "nan"}
+    for row in rows[1:]:
+        assert float(row["largest_loss"]) > float(row["train_loss"])
+    assert [row["largest_loss"] for row in read_run(tmp_path / "run", "run").history][1:] == [
+        float(row["largest_loss"]) for row in rows[1:]
+    ]
+    # A version without the column does not go on with what it does not know.
+    monkeypatch.delitem(COLUMNS, "largest_loss")
+    with pytest.raises(PolysegError, match="largest_loss: not a column"):
+        train(tiny("run", "training.epochs=4", "control.start=0"), resume=True, accept_changes=True)
