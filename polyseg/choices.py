@@ -106,3 +106,39 @@ def map_names() -> tuple[str, ...]:
     ('mean', 'mutual_information', 'entropy', 'variance')
     """
     return ("mean", *UNCERTAINTIES)
+
+
+_REPLAY = "polyseg.adaptive.replay"
+
+REPLAY_ARMS = Registry(
+    "replay arm",
+    Row("recorded", "the epsilons as recorded"),
+    Row(
+        "shuffled",
+        "permuted over the images, by one permutation from each assessment to the next",
+        f"{_REPLAY}:shuffled",
+    ),
+    Row("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
+    Row(
+        "inverted",
+        "in each epoch the largest for the image that had the smallest",
+        f"{_REPLAY}:inverted",
+    ),
+)
+"""What a replay does with the epsilons of an epoch.
+
+A function takes (images, labels) epsilons and a generator of random numbers, which is the same for
+all epochs between two assessments, and returns epsilons of that shape.
+"""
+
+DEVICES = {
+    "auto": "cuda, mps or cpu, the first that is there",
+    "cpu": "the processor",
+    "cuda": "an NVIDIA GPU",
+    "mps": "an Apple GPU",
+}
+
+MODALITIES = {
+    "ultrasound": "gray images of a lesion with speckle",
+    "endoscopy": "colour images of a lesion with highlights",
+}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 Metric = str
 """Name of a score, of `choices.UNCERTAINTIES` or `choices.FREE_SCORES`."""
-ReplayArm = Literal["recorded", "shuffled", "mean", "inverted"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""

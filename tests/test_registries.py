@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from polyseg import choices
-from polyseg.choices import FREE_SCORES, LOSSES, UNCERTAINTIES, Loss, Score
+from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
 from polyseg.cli.options import help_of
 from polyseg.commands.train import train
 from polyseg.config import Config, settings_of, template
+from polyseg.data.augmentation import PRESETS
 from polyseg.errors import PolysegError
 from polyseg.figures.style import metric_name
-from polyseg.registry import Registry
+from polyseg.registry import Registry, Row
 from polyseg.report.run_files import read_run
 from polyseg.runs.history import COLUMNS, Column
-from polyseg.runs.record_files import read_assessment
+from polyseg.runs.record_files import read_assessment, read_schedule
 from tests import reference
 
 FOUR = ("uncertainty.samples=4",)
@@ -140,3 +141,26 @@ def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, t
     monkeypatch.delitem(COLUMNS, "largest_loss")
     with pytest.raises(PolysegError, match="largest_loss: not a column"):
         train(tiny("run", "training.epochs=4", "control.start=0"), resume=True, accept_changes=True)
+
+
+def reversed_images(epsilon, _):
+    return epsilon[::-1]
+
+
+def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
+    train(tiny("first", "control.start=1"))
+    row = Row("reversed", "the images in reverse", "tests.test_registries:reversed_images")
+    monkeypatch.setitem(REPLAY_ARMS, "reversed", row)
+    assert_listed("control.replay_arm", "reversed", "the images in reverse")
+    replay = ("--replay", tmp_path / "first", "--replay-arm")
+    answer = polyseg("train", *replay, "revers", "--out", tmp_path / "second")
+    assert answer.code == 2 and "did you mean reversed?" in answer.err.replace("\n", " ")
+    answer = polyseg("train", *replay, "reversed", "--out", tmp_path / "second")
+    assert answer.code == 0, answer.err
+    first, second = (read_schedule(tmp_path / run / "schedule.h5") for run in ("first", "second"))
+    assert np.unique(first.epsilon[-1]).size > 1
+    np.testing.assert_array_equal(second.epsilon, first.epsilon[:, ::-1])
+
+
+def test_presets_of_augmentation_are_those_that_are_explained():
+    assert list(choices_of("data.augmentation")) == list(PRESETS)
