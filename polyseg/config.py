@@ -22,9 +22,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
+from polyseg.choices import DEVICES, FREE_SCORES, LOSSES, MODALITIES, REPLAY_ARMS, UNCERTAINTIES
 from polyseg.errors import PolysegError, reason
-from polyseg.records import METRICS, Metric, ReplayArm
+from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
 
 _MOST_PROBLEMS = 5
@@ -41,12 +43,39 @@ _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
 
 MOST_SAMPLES = 10_000
 LARGEST_EPSILON = 100
-POLYDICE_LOSSES = ("polydice1", "polydice")
 
 
-def _setting(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
-    """Return a field that knows its meaning, its unit and its bounds."""
-    return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
+def _setting(
+    default: Any,
+    description: str,
+    unit: str = "",
+    choices: Mapping[str, str] | None = None,
+    **bounds: Any,
+) -> Any:
+    """Return a field that knows its meaning, its unit, its bounds, and what each choice means."""
+    extra: Any = {"unit": unit, "choices": dict(choices or {})}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+class _OneOf:
+    """The values of a setting that are the names of registries, as they are when it is checked."""
+
+    def __init__(self, *registries: Registry[Any]) -> None:
+        self.registries = registries
+
+    def choices(self) -> dict[str, str]:
+        return {name: text for one in self.registries for name, text in one.choices().items()}
+
+    def check(self, value: str) -> str:
+        if value not in self.choices():
+            raise ValueError(not_among(value, self.choices(), self.registries[0].kind))
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "enum": list(self.choices())}
 
 
 class _Section(BaseModel):
@@ -102,26 +131,53 @@ class DataConfig(_Section):
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
     layout: Literal["auto", "folders", "suffixes", "nnunet", "decathlon", "manifest"] = _setting(
-        "auto", "how images and masks lie; auto looks"
+        "auto",
+        "how images and masks lie",
+        choices={
+            "auto": "the layout is recognised by what is there",
+            "folders": "folders of images and of masks",
+            "suffixes": "masks beside the images, told apart by their names",
+            "nnunet": "nnU-Net: imagesTr/, labelsTr/ and dataset.json",
+            "decathlon": "Medical Segmentation Decathlon: a dataset.json that lists the files",
+            "manifest": "a CSV file with the columns image and mask",
+        },
     )
     images: str | None = _setting(None, "name of the sub-folder of images, where several could be")
     masks: str | None = _setting(None, "name of the sub-folder of masks, where several could be")
     unmasked: Literal["refuse", "empty", "skip"] = _setting(
-        "refuse", "an image without a mask is an error, has an empty mask, or is left out"
+        "refuse",
+        "what happens to an image without a mask",
+        choices={
+            "refuse": "it is an error",
+            "empty": "it has an empty mask",
+            "skip": "it is left out",
+        },
     )
     plane: Literal["axial", "coronal", "sagittal"] = _setting(
-        "axial", "plane that NIfTI volumes are sliced in"
+        "axial",
+        "plane that NIfTI volumes are sliced in",
+        choices={
+            "axial": "slices across the axis from foot to head",
+            "coronal": "slices across the axis from back to front",
+            "sagittal": "slices across the axis from left to right",
+        },
     )
     training_slices: Literal["all", "foreground"] = _setting(
-        "all", "whether images and slices without foreground are trained on"
+        "all",
+        "images and slices that are trained on",
+        choices={"all": "all of them", "foreground": "only those with foreground"},
     )
     size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | None = _setting(
         128, "this square, or [height, width]; null keeps images as they are", "pixels"
     )
     fit: Literal["resize", "tile"] = _setting(
         "resize",
-        "resize: images are resized to data.size; tile: trains on patches of data.size cut from "
-        "images as they are, and predicts window by window",
+        "how images come to data.size",
+        choices={
+            "resize": "images are resized to it",
+            "tile": "training is on patches cut from the images as they are, prediction window by "
+            "window",
+        },
     )
     tile_overlap: float = _setting(
         0.25, "share of a window that its neighbour sees too", ge=0, le=0.75
@@ -146,8 +202,12 @@ class DataConfig(_Section):
     )
     duplicates: Literal["refuse", "allow-near", "allow"] = _setting(
         "refuse",
-        "an image that stands on two sides of a split, as it is or nearly: an error; allowed if "
-        "only nearly the same; allowed",
+        "what happens to an image that is in two parts of a split, as it is or nearly so",
+        choices={
+            "refuse": "it is an error",
+            "allow-near": "it is an error only if the copies are equal",
+            "allow": "it is allowed",
+        },
     )
     foreground: Foreground = _setting(
         None,
@@ -156,15 +216,27 @@ class DataConfig(_Section):
     )
     normalise: Literal["zscore", "unit", "percentile", "dataset", "window"] = _setting(
         "zscore",
-        "zscore: mean 0 and deviation 1 per image and channel; unit: full range of the pixel type "
-        "to [0, 1]; percentile: 1st and 99th of the image to [0, 1], clipped; dataset: mean and "
-        "deviation of the training images; window: data.window to [0, 1], clipped",
+        "how the values of an image are normalised",
+        choices={
+            "zscore": "mean 0 and deviation 1 per image and channel",
+            "unit": "full range of the pixel type to [0, 1]",
+            "percentile": "1st and 99th percentile of the image to [0, 1], clipped",
+            "dataset": "mean 0 and deviation 1 over the training images",
+            "window": "data.window to [0, 1], clipped",
+        },
     )
     window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
         (-160.0, 240.0), "lowest and highest value of normalise=window, such as Hounsfield units"
     )
     augmentation: Literal["none", "light", "medium", "strong"] = _setting(
-        "light", "preset of random changes to the training images"
+        "light",
+        "preset of random changes to the training images",
+        choices={
+            "none": "no changes",
+            "light": "flips and small rotation, scale, shift, intensity, gamma and noise",
+            "medium": "larger ones, and elastic deformation and blur",
+            "strong": "the same kinds, larger still",
+        },
     )
     memory: int = _setting(
         2048,
@@ -178,7 +250,7 @@ class DataConfig(_Section):
     )
     demo_images: int = _setting(160, "number of phantoms of the demo data", ge=8, le=100_000)
     demo_modality: Literal["ultrasound", "endoscopy"] = _setting(
-        "ultrasound", "what the phantoms look like"
+        "ultrasound", "what the phantoms look like", choices=MODALITIES
     )
     augment: AugmentConfig = AugmentConfig()
 
@@ -260,7 +332,9 @@ class NetworkConfig(_Section):
     )
     dropout: float = _setting(0.2, "dropout rate; 0 leaves none", ge=0, lt=1)
     dropout_kind: Literal["channel", "element"] = _setting(
-        "channel", "whether whole feature maps or single values are dropped"
+        "channel",
+        "what is dropped",
+        choices={"channel": "whole feature maps", "element": "single values"},
     )
     dropout_layers: str | Annotated[tuple[str, ...], _FROM_A_LIST] = _setting(
         "auto",
@@ -295,19 +369,24 @@ class NetworkConfig(_Section):
 class LossConfig(_Section):
     """The loss."""
 
-    name: Literal[
-        "polydice1", "polydice", "dice", "dice_bce", "bce", "tversky", "focal", "tvmf"
-    ] = _setting("polydice1", "polydice1 is eq. 6, polydice eq. 5, dice eq. 2")
+    name: Annotated[str, _OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
     epsilon: float = _setting(
         0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
     )
     terms: int = _setting(3, "K of polydice", ge=1, le=10)
     scale: Literal["norms", "printed"] = _setting(
-        "norms", "s = 2ab/(a^2+b^2), or the printed 2q/(a^2+b^2)"
+        "norms",
+        "the scale s of eq. 3",
+        choices={"norms": "2ab/(a^2+b^2)", "printed": "2q/(a^2+b^2), as the thesis prints it"},
     )
     scale_gradient: Literal["guarded", "full", "detached"] = _setting(
         "guarded",
-        "whether s is held constant in the backward pass: where its sign is wrong, never, always",
+        "where s is held constant in the backward pass",
+        choices={
+            "guarded": "for images where the loss rises with s",
+            "full": "nowhere",
+            "detached": "everywhere",
+        },
     )
     smooth: float = _setting(1e-6, "added to numerators and denominators", ge=1e-9, le=1e6)
     bce_weight: float = _setting(
@@ -317,6 +396,16 @@ class LossConfig(_Section):
     tversky_beta: float = _setting(0.7, "weight of false negatives in tversky", ge=0, le=1)
     focal_gamma: float = _setting(2.0, "focusing exponent of focal", ge=0, le=10)
     tvmf_concentration: float = _setting(32.0, "concentration of tvmf", ge=0, le=10_000)
+
+    @property
+    def has_epsilon(self) -> bool:
+        """Whether the loss depends on epsilon."""
+        return LOSSES[self.name].has_epsilon
+
+    @property
+    def polydice_terms(self) -> int:
+        """K of the PolyDice losses, 0 of others."""
+        return {"polydice1": 1, "polydice": self.terms}.get(self.name, 0)
 
 
 class UncertaintyConfig(_Section):
@@ -333,44 +422,62 @@ class UncertaintyConfig(_Section):
         gt=0.5,
         lt=1,
     )
-    metric: Metric = _setting(
-        "mutual_information",
-        "pixel map whose foreground mean is the difficulty D: mutual_information, entropy or "
-        "variance of the passes; or, without any, deterministic_entropy, or the training_loss of "
-        "the image in the last epoch",
+    metric: Annotated[str, _OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
+        "mutual_information", "pixel map whose mean over the region is the difficulty D"
     )
     region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
-        "mask", "foreground that D is averaged over; without masks it is the prediction"
+        "mask",
+        "pixels that D is averaged over; where there are none, those of the prediction",
+        choices={
+            "mask": "foreground of the mask",
+            "prediction": "pixels with a mean prediction of at least 0.5",
+            "union": "both",
+            "boundary": "a band on either side of the edge of the mask",
+            "image": "all pixels",
+        },
     )
     boundary_width: int = _setting(
         3, "half width of the band of region boundary", "pixels", ge=1, le=64
     )
     masks: Literal["consistent", "independent"] = _setting(
-        "consistent", "whether pass n drops the same for every image"
+        "consistent",
+        "dropout masks of a pass",
+        choices={
+            "consistent": "pass n drops the same for every image",
+            "independent": "each image has masks of its own",
+        },
     )
     program: Literal["auto", "plain"] = _setting(
         "auto",
-        "auto: passes share what they have in common, where that repays taking the network apart; "
-        "plain: each runs the whole network",
+        "how the passes are run",
+        choices={
+            "auto": "they share what they have in common, where that repays taking the network "
+            "apart",
+            "plain": "each runs the whole network",
+        },
     )
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32",
-        "of the network in the passes; bf16, for GPUs and processors that have it, is faster and "
-        "moves D by its rounding, about a thousandth; scores are float32 or wider in either",
+        "precision of the network in the passes; scores are float32 or wider in either",
+        choices={
+            "fp32": "float32",
+            "bf16": "bfloat16, faster on GPUs and processors that have it; its rounding moves D by "
+            "about a thousandth",
+        },
     )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
 
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric in METRICS
+        return self.metric in UNCERTAINTIES
 
 
 class ControlConfig(_Section):
     """How difficulty sets epsilon."""
 
     enabled: bool | Literal["auto"] = _setting(
-        "auto", "adapt epsilon; auto: with the PolyDice losses"
+        "auto", "adapt epsilon; auto: where the loss has one"
     )
     start: float = _setting(
         0.2, "E0, first assessment: whole epochs, or a share of them below 1", "epochs", ge=0
@@ -385,16 +492,19 @@ class ControlConfig(_Section):
         1.0, "epsilon that the hardest images tend to", ge=-0.5, le=LARGEST_EPSILON
     )
     statistics: Literal["batch", "dataset"] = _setting(
-        "batch", "images that percentile and sigma of eq. 11 are taken over"
+        "batch",
+        "images that percentile and sigma of eq. 11 are taken over",
+        choices={
+            "batch": "those of the batch",
+            "dataset": "all training images, at the assessment",
+        },
     )
     delta: float = _setting(1e-9, "delta of eq. 11", gt=0, le=1)
     replay: str | None = _setting(
         None, "run or schedule file whose epsilons are used instead, without MC Dropout"
     )
-    replay_arm: ReplayArm = _setting(
-        "recorded",
-        "of the replayed epsilons: as recorded; shuffled over the images, anew at each assessment; "
-        "each epoch's mean for all; inverted, the largest for the image that had the smallest",
+    replay_arm: Annotated[str, _OneOf(REPLAY_ARMS)] = _setting(
+        "recorded", "which image gets which of the replayed epsilons"
     )
 
     @model_validator(mode="after")
@@ -424,18 +534,37 @@ class TrainingConfig(_Section):
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
     batch_size: int = _setting(8, "images a step", "images", ge=1, le=4096)
     learning_rate: float = _setting(3e-3, "at the start", gt=0, le=10)
-    optimizer: Literal["adamw", "adam", "sgd"] = _setting("adamw", "sgd has momentum 0.9")
+    optimizer: Literal["adamw", "adam", "sgd"] = _setting(
+        "adamw",
+        "optimizer",
+        choices={
+            "adamw": "Adam with decoupled weight decay",
+            "adam": "Adam, with weight decay in the gradient",
+            "sgd": "gradient descent with Nesterov momentum 0.9",
+        },
+    )
     weight_decay: float = _setting(1e-2, "of the optimizer", ge=0, le=1)
     scheduler: Literal["cosine", "polynomial", "constant"] = _setting(
-        "cosine", "learning rate over the epochs: to 1 % by a cosine, to 0 by (1 - e/E)^0.9, as is"
+        "cosine",
+        "learning rate over the epochs",
+        choices={
+            "cosine": "falls to 1 % as a cosine",
+            "polynomial": "falls to 0 as (1 - e/E)^0.9, e epochs of E done",
+            "constant": "stays",
+        },
     )
     early_stopping: int = _setting(
         0, "end after so many epochs without a better validation Dice; 0: never", "epochs", ge=0
     )
     precision: Literal["fp32", "bf16", "fp16"] = _setting(
         "fp32",
-        "of the network's forward pass in training; losses and D are always float32 or wider; fp16 "
-        "scales the gradients, and leaves out steps in which they overflow",
+        "precision of the network's forward pass in training; losses and D are float32 or wider",
+        choices={
+            "fp32": "float32",
+            "bf16": "bfloat16, in mixed precision",
+            "fp16": "float16, in mixed precision; gradients are scaled, and steps in which they "
+            "overflow left out",
+        },
     )
     accumulate: int = _setting(
         1,
@@ -471,11 +600,16 @@ class TrainingConfig(_Section):
     )
     on_nonfinite: Literal["stop", "skip"] = _setting(
         "stop",
-        "where a step's loss or gradients are not finite: end the run, whose last good epoch is "
-        "kept, or leave the step out, count and log it (which a GPU waits for)",
+        "what happens where the loss or the gradients of a step are not finite",
+        choices={
+            "stop": "the run ends; its last good epoch is kept",
+            "skip": "the step is left out, counted and logged, which a GPU waits for",
+        },
     )
     workers: int = _setting(0, "processes that read and augment", "processes", ge=0, le=64)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "auto: cuda, mps, then cpu")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _setting(
+        "auto", "device of training and MC Dropout", choices=DEVICES
+    )
     seed: int = _setting(0, "of weights, order, augmentation and dropout", ge=0, le=2**31)
 
 
@@ -520,15 +654,16 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check_control(self) -> Self:
-        if self.control.enabled is True and self.loss.name not in POLYDICE_LOSSES:
+        adaptable = listed(name for name, row in LOSSES.items() if row.has_epsilon)
+        if self.control.enabled is True and not self.loss.has_epsilon:
             raise ValueError(
                 f"control.enabled: loss.name {self.loss.name} has no epsilon to adapt; "
-                f"choose {' or '.join(POLYDICE_LOSSES)}, or control.enabled=false"
+                f"choose {adaptable}, or control.enabled=false"
             )
         if self.control.replay is not None and not self.adaptive:
             raise ValueError(
-                "control.replay: epsilon is not adapted here; choose loss.name "
-                f"{' or '.join(POLYDICE_LOSSES)}, and control.enabled auto"
+                f"control.replay: epsilon is not adapted here; choose loss.name {adaptable}, and "
+                "control.enabled auto"
             )
         if not self.assesses:
             return self
@@ -555,7 +690,7 @@ class Config(_Section):
     def adaptive(self) -> bool:
         """Whether epsilon is adapted."""
         if self.control.enabled == "auto":
-            return self.loss.name in POLYDICE_LOSSES
+            return self.loss.has_epsilon
         return self.control.enabled
 
     @property
@@ -665,7 +800,7 @@ def _parse_override(value: str, source: str) -> Any:
 
 
 def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:
-    """Yield every setting: key, default (as YAML), description, unit and bounds.
+    """Yield every setting: key, default (as YAML), description, unit, bounds and choices.
 
     >>> next(settings_of())["key"]
     'data.path'
@@ -674,13 +809,15 @@ def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
         if isinstance(field.default, _Section):
             yield from settings_of(type(field.default), f"{prefix}{name}.")
             continue
-        extra = field.json_schema_extra
+        extra: Any = field.json_schema_extra
+        registered = [one.choices() for one in field.metadata if isinstance(one, _OneOf)]
         yield {
             "key": prefix + name,
             "default": _yaml_of(field.default),
             "description": field.description,
-            "unit": extra.get("unit", "") if isinstance(extra, Mapping) else "",
+            "unit": extra["unit"],
             "bounds": ", ".join(_bounds(field.metadata)),
+            "choices": registered[0] if registered else extra["choices"],
         }
 
 
@@ -698,7 +835,9 @@ def template() -> str:
         notes = "; ".join(
             note for note in (setting["description"], setting["unit"], setting["bounds"]) if note
         )
-        lines += [f"{indent}# {notes}", f"{indent}{name}: {setting['default']}"]
+        lines += [f"{indent}# {notes}"]
+        lines += [f"{indent}#   {one}: {text}" for one, text in setting["choices"].items()]
+        lines += [f"{indent}{name}: {setting['default']}"]
     return "\n".join(lines) + "\n"
 
 
@@ -753,6 +892,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif first["type"] == "value_error":
             said = first["msg"].removeprefix("Value error, ")
             yield f"{key}: {said}" if key in settings else said
+        elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
+            yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
         elif others:
             yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
         else:

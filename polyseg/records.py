@@ -1,8 +1,8 @@
-"""The plain records that one room hands to the next; nothing here computes or writes."""
+"""Plain records that packages hand to each other; nothing here computes or writes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +10,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-Metric = Literal[
-    "mutual_information", "entropy", "variance", "deterministic_entropy", "training_loss"
-]
-ReplayArm = Literal["recorded", "shuffled", "mean", "inverted"]
-METRICS: tuple[Metric, ...] = ("mutual_information", "entropy", "variance")
-"""What the passes of MC Dropout give."""
-FREE_METRICS: tuple[Metric, ...] = ("deterministic_entropy", "training_loss")
-"""What a pass without dropout, and the training itself, give."""
-MAPS = ("mean", *METRICS)
+Metric = str
+"""Name of a score, of `choices.UNCERTAINTIES` or `choices.FREE_SCORES`."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -62,7 +55,7 @@ class Assessment:
     scores: Mapping[Metric, NDArray[np.float64]]
     """Each (n,), raw, before eq. 11; those that were measured."""
     scores_se: Mapping[Metric, NDArray[np.float64]]
-    """Each (n,), standard error over the passes, NaN below 4 passes; of `METRICS` only."""
+    """Each (n,), standard error over the passes, NaN below 4 passes; of `UNCERTAINTIES` only."""
     foreground_pixels: NDArray[np.int64]
     """(n,) pixels that the scores were averaged over."""
     fallback: NDArray[np.int8]
@@ -70,8 +63,8 @@ class Assessment:
     dice: NDArray[np.float64]
     """(n,) of the prediction without dropout at 0.5 against the mask; NaN without a mask."""
     rank_stability: Mapping[Metric, float] = field(default_factory=dict)
-    """The rank correlation that each of `METRICS` is expected to have with endless passes; NaN
-    below 4 passes, and where ranks have no meaning."""
+    """The rank correlation that each of `UNCERTAINTIES` is expected to have with endless passes;
+    NaN below 4 passes, and where ranks have no meaning."""
     mask_pixels: NDArray[np.int64] | None = None
     """(n,) foreground pixels of the ground-truth mask, whatever the region; None without masks."""
     epsilon: NDArray[np.float64] | None = None
@@ -79,7 +72,7 @@ class Assessment:
     labels: list[str] | None = None
     """(n,) the label of each row; None where there is one label, and a row is an image."""
     maps: Mapping[str, list[NDArray[np.floating]]] = field(default_factory=dict)
-    """By name of `MAPS`, one (H, W) an image."""
+    """By name of `map_names`, one (H, W) an image."""
     weights_sha256: str = ""
     config_yaml: str = ""
 

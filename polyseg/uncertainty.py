@@ -5,9 +5,12 @@ Samples are foreground probabilities, so all entropies are binary and at most lo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from polyseg.choices import UNCERTAINTIES
 
 
 def binary_entropy(probability: Tensor) -> Tensor:
@@ -78,6 +81,37 @@ def mutual_information(samples: Tensor) -> Tensor:
     return shared.clamp_min(0).to(torch.promote_types(samples.dtype, torch.float32))
 
 
+class Moments(NamedTuple):
+    """What is kept of the samples at each pixel, from which every uncertainty is made; each (...).
+
+    To add an uncertainty, write a function of this, and its row in `choices.UNCERTAINTIES`.
+    """
+
+    mean: Tensor
+    """Mean prediction, in [0, 1]."""
+    variance: Tensor
+    """As `prediction_variance`."""
+    entropy: Tensor
+    """As `predictive_entropy`."""
+    mean_entropy: Tensor
+    """Mean over the samples of the entropy of each, in nats."""
+
+
+def variance_of(moments: Moments) -> Tensor:
+    """Return the variance of the predictions."""
+    return moments.variance
+
+
+def entropy_of(moments: Moments) -> Tensor:
+    """Return the entropy of the mean prediction, in nats."""
+    return moments.entropy
+
+
+def mutual_information_of(moments: Moments) -> Tensor:
+    """Return the mutual information in nats, as the function of that name."""
+    return (moments.entropy - moments.mean_entropy).clamp_min(0)
+
+
 @dataclass
 class UncertaintyAccumulator:
     """The same maps from one sample at a time, in memory that does not grow with N.
@@ -146,10 +180,9 @@ class UncertaintyAccumulator:
         )
 
     def maps(self) -> dict[str, Tensor]:
-        """Return mutual information, entropy and variance by name."""
-        entropy = self.entropy
-        shared = (entropy - self._entropy / self.count).clamp_min(0)
-        return {"mutual_information": shared, "entropy": entropy, "variance": self.variance}
+        """Return the map of each row of `choices.UNCERTAINTIES` by name."""
+        moments = self.moments
+        return {name: row.resolve()(moments) for name, row in UNCERTAINTIES.items()}
 
     def at(self, chosen: Tensor) -> "UncertaintyAccumulator":
         """Return the record of the pixels that are chosen, by a mask of the samples' shape."""
@@ -157,6 +190,11 @@ class UncertaintyAccumulator:
             raise ValueError(f"chosen {tuple(chosen.shape)} of samples {tuple(self._mean.shape)}")
         parts = (self._mean[chosen], self._squares[chosen], self._entropy[chosen])
         return UncertaintyAccumulator(self.count, *parts)
+
+    @property
+    def moments(self) -> Moments:
+        """What uncertainties are made of."""
+        return Moments(self.mean, self.variance, self.entropy, self._entropy / self.count)
 
     @property
     def mean(self) -> Tensor:
@@ -176,7 +214,7 @@ class UncertaintyAccumulator:
     @property
     def mutual_information(self) -> Tensor:
         """As the function of that name."""
-        return (self.entropy - self._entropy / self.count).clamp_min(0)
+        return mutual_information_of(self.moments)
 
     def _filled(self, total: Tensor) -> Tensor:
         if self.count == 0:

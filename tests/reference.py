@@ -6,6 +6,7 @@ from typer.main import get_command
 
 from polyseg.cli.main import app
 from polyseg.config import Config, settings_of
+from polyseg.runs.history import COLUMNS
 from tests.test_architecture import PACKAGES, imports, modules
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -58,12 +59,23 @@ def import_picture():
     return "\n".join([*lines, "```"])
 
 
+def with_part(page, name, part):
+    """Return a page of docs/ with what stands between its marks of a name made anew."""
+    head, rest = (DOCS / page).read_text().split(f"<!-- {name} -->\n")
+    _, tail = rest.split(f"<!-- /{name} -->")
+    return f"{head}<!-- {name} -->\n{part}\n<!-- /{name} -->{tail}"
+
+
 def architecture_page():
     """Return docs/architecture.md with its picture drawn anew."""
-    text = (DOCS / "architecture.md").read_text()
-    head, rest = text.split("<!-- imports -->\n")
-    _, tail = rest.split("<!-- /imports -->")
-    return f"{head}<!-- imports -->\n{import_picture()}\n<!-- /imports -->{tail}"
+    return with_part("architecture.md", "imports", import_picture())
+
+
+def files_page():
+    """Return docs/files.md with its table of the columns of history.csv made anew."""
+    lines = ["| column | unit | meaning |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {one.unit} | {one.help} |" for name, one in COLUMNS.items()]
+    return with_part("files.md", "columns", "\n".join(lines))
 
 
 def configuration_page():
@@ -86,7 +98,9 @@ def configuration_page():
             lines += ["", f"## {section}", "", title, ""]
             lines += ["| key | default | unit, bounds | meaning |", "| --- | --- | --- | --- |"]
         limits = ", ".join(note for note in (setting["unit"], setting["bounds"]) if note)
-        cells = (f"`{setting['key']}`", f"`{setting['default']}`", limits, setting["description"])
+        meaning = [setting["description"]]
+        meaning += [f"`{name}`: {text}" for name, text in setting["choices"].items()]
+        cells = (f"`{setting['key']}`", f"`{setting['default']}`", limits, "<br>".join(meaning))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -110,6 +124,7 @@ def main():
     (DOCS / "commands.md").write_text(command_page())
     (DOCS / "configuration.md").write_text(configuration_page())
     (DOCS / "architecture.md").write_text(architecture_page())
+    (DOCS / "files.md").write_text(files_page())
 
 
 if __name__ == "__main__":

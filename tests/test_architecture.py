@@ -10,9 +10,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "polyseg"
 
 PACKAGES = (
-    *("errors", "system", "losses", "uncertainty", "difficulty", "metrics", "records", "config"),
-    *("networks", "data", "montecarlo", "adaptive", "runs", "training", "evaluation", "figures"),
-    *("report", "commands", "cli", "__main__"),
+    *("errors", "registry", "choices", "system", "losses", "uncertainty", "difficulty"),
+    *("metrics", "records", "config", "networks", "data", "montecarlo", "adaptive", "runs"),
+    *("training", "evaluation", "figures", "report", "commands", "cli", "__main__"),
 )
 """A package, or module at the top, may import those before it."""
 

@@ -8,8 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
+from polyseg.choices import UNCERTAINTIES, map_names
 from polyseg.errors import PolysegError
-from polyseg.records import MAPS, METRICS, Assessment, Schedule
+from polyseg.records import Assessment, Schedule
 from polyseg.runs.record_files import (
     read_assessment,
     read_schedule,
@@ -41,7 +42,7 @@ def assessment():
         masks="consistent",
         seed=7,
         ids=["a", "ß image", "c.d", "e"],
-        scores={name: generator.random(n) for name in METRICS},
+        scores={name: generator.random(n) for name in UNCERTAINTIES},
         scores_se={"entropy": generator.random(n)},
         rank_stability={"entropy": 0.9, "variance": float("nan")},
         foreground_pixels=np.arange(n),
@@ -49,7 +50,7 @@ def assessment():
         fallback=np.zeros(n, dtype=np.int8),
         dice=np.array([0.5, 1.0, np.nan, 0.0]),
         epsilon=generator.random(n),
-        maps={name: list(generator.random((n, 6, 5)).astype(np.float16)) for name in MAPS},
+        maps={name: list(generator.random((n, 6, 5)).astype(np.float16)) for name in map_names()},
         weights_sha256="0" * 64,
         config_yaml="loss: {}\n" * 20_000,
     )
@@ -80,12 +81,12 @@ def test_plain_h5py_reads_it(tmp_path, assessment):
 def test_errors_from_too_few_passes_are_not_written_and_read_as_missing(
     tmp_path, assessment, samples
 ):
-    nothing = {name: np.full(4, np.nan) for name in METRICS}
+    nothing = {name: np.full(4, np.nan) for name in UNCERTAINTIES}
     few = dataclasses.replace(
         assessment,
         samples=samples,
         scores_se=nothing,
-        rank_stability=dict.fromkeys(METRICS, float("nan")),
+        rank_stability=dict.fromkeys(UNCERTAINTIES, float("nan")),
     )
     path = tmp_path / "a.h5"
     write_assessment(path, few)

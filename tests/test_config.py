@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -30,6 +31,25 @@ def test_every_setting_is_described_and_every_number_bounded():
         assert setting["description"], setting["key"]
         if isinstance(setting["default"], int | float) and not isinstance(setting["default"], bool):
             assert setting["bounds"] or setting["key"] == "data.size", setting["key"]
+
+
+def literals_of(annotation):
+    """Return the words that a setting of this type may be, if it is no union with others."""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def test_every_word_that_a_setting_may_be_is_explained():
+    explained = {setting["key"]: setting["choices"] for setting in settings_of()}
+    template_lines = template().splitlines()
+    found = 0
+    for section, config in Config():
+        for name, field in type(config).model_fields.items():
+            if words := literals_of(field.annotation):
+                found += 1
+                assert list(explained[f"{section}.{name}"]) == list(words), name
+                for word, text in explained[f"{section}.{name}"].items():
+                    assert text and f"  #   {word}: {text}" in template_lines
+    assert found >= 19
 
 
 def test_the_template_is_the_defaults():

@@ -22,6 +22,7 @@ def test_the_reference_pages_are_those_of_the_code():
     assert (TOP / "docs" / "commands.md").read_text() == reference.command_page()
     assert (TOP / "docs" / "configuration.md").read_text() == reference.configuration_page()
     assert (TOP / "docs" / "architecture.md").read_text() == reference.architecture_page()
+    assert (TOP / "docs" / "files.md").read_text() == reference.files_page()
 
 
 def table_of(heading, page):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from polyseg.choices import UNCERTAINTIES
 from polyseg.config import UncertaintyConfig
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.errors import PolysegError
@@ -17,7 +18,7 @@ from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict
 from polyseg.networks.networks_by_name import build_network, hash_weights, network_names
-from polyseg.records import METRICS, Batch
+from polyseg.records import Batch
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
@@ -226,7 +227,7 @@ def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
         batch, how = batch._replace(masks=None), how | {"region": "image"}
     result = assess(network, split(batch, [4, 2]), UncertaintyConfig(**how))
     line = describe(result)
-    for name in METRICS:
+    for name in UNCERTAINTIES:
         errors, stability = result.scores_se[name], result.rank_stability[name]
         assert errors.shape == (6,)
         if samples < 4:

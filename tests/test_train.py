@@ -26,8 +26,9 @@ from polyseg.networks.networks_by_name import hash_weights
 from polyseg.runs import run_folder as run_room
 from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
+from polyseg.runs.history import COLUMNS, row_of
 from polyseg.runs.record_files import read_assessment, read_schedule
-from polyseg.runs.run_folder import HISTORY_COLUMNS, RunDirectory
+from polyseg.runs.run_folder import RunDirectory
 from polyseg.runs.weights import network_of
 from polyseg.system.files import sha256_of_file
 from polyseg.training import nonfinite, optimizers
@@ -642,7 +643,7 @@ def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant
 
     monkeypatch.setattr(trainer.steps, "objective", watched)
     for epoch in (1, 2):
-        row = trainer._train(epoch)
+        row = row_of(trainer._train(epoch))
         last = [expected.pop(step) for step in sorted(expected)]
         found = torch.tensor(list(trainer.losses.values())).flatten()
         torch.testing.assert_close(found, torch.cat(last))
@@ -783,7 +784,7 @@ def test_parts_of_a_batch_keep_each_images_epsilon(tiny):
         return objective(logits, target, epsilon)
 
     trainer.steps.objective = watched
-    row = trainer._train(1)
+    row = row_of(trainer._train(1))
     order = [name for name, *_ in trainer.losses.items()]
     wanted = [int(name[-1]) + label for name in order for label in (0.0, 0.5)]
     assert torch.cat(seen[::1]).tolist() == wanted and np.isfinite(row["train_loss"])
@@ -815,7 +816,7 @@ def test_a_scale_that_float16_cannot_hold_is_lowered(tiny, caplog):
     config = tiny("run", "training.precision=fp16", "training.epochs=1", "control.enabled=false")
     trainer = room.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
-    row = trainer._train(1)
+    row = row_of(trainer._train(1))
     assert row["skipped_steps"] >= 1 and "gradients of" in caplog.text
     assert trainer.steps.scaler.get_scale() in (2.0**20, 2.0**10)
     assert all(weights.isfinite().all() for weights in trainer.network.state_dict().values())
@@ -869,7 +870,7 @@ def test_an_epoch_that_only_looks_for_a_scale_is_no_end(tiny):
     config = tiny("run", "training.precision=fp16", "control.enabled=false", "training.epochs=2")
     trainer = room.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    row = trainer._train(1)
+    row = row_of(trainer._train(1))
     assert row["skipped_steps"] == 4 and np.isfinite(row["train_loss"])
 
 
@@ -920,7 +921,7 @@ def test_the_best_epoch_so_far_is_marked(tiny):
 
 def test_the_longest_line_of_an_epoch_fits_a_terminal():
     """Of 80 columns, of which the time takes 6."""
-    row = dict.fromkeys(HISTORY_COLUMNS, 0.0)
+    row = dict.fromkeys(COLUMNS, 0.0)
     row |= {"epoch": 1000, "train_loss": 0.98765, "validation_dice": 0.98765}
     row |= {"epsilon_q05": -0.4987, "epsilon_q95": 9.876, "seconds_train": 9876.5}
     trainer = SimpleNamespace(

@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.choices import REPLAY_ARMS
 from polyseg.config import LARGEST_EPSILON, least_epsilon
 from polyseg.errors import PolysegError
-from polyseg.records import ReplayArm, Schedule
+from polyseg.records import Schedule
 from polyseg.system.seeds import derive_seed
 
 Epsilons = NDArray[np.float32]
@@ -20,7 +21,7 @@ Epsilons = NDArray[np.float32]
 _NAMED = 5
 
 
-def replay_arm(schedule: Schedule, arm: ReplayArm, seed: int) -> Schedule:
+def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
     """Return the schedule with its epsilons given to other images, epoch by epoch.
 
     The statistics of eq. 11 explain the epsilons as recorded only, so the other arms have none.
@@ -38,16 +39,14 @@ def replay_arm(schedule: Schedule, arm: ReplayArm, seed: int) -> Schedule:
     >>> replay_arm(schedule, "inverted", seed=0).epsilon.tolist()
     [[1.0, 0.5, 0.0]]
     """
-    if arm == "recorded":
+    if not REPLAY_ARMS[arm].function:
         return schedule
     names = len(dict.fromkeys(schedule.labels or [""]))
     epsilon = schedule.epsilon.reshape(len(schedule.epochs), -1, names)
-    change: Callable[[int], Epsilons] = {
-        "shuffled": lambda i: epsilon[i][_permutation(schedule, i, epsilon.shape[1], seed)],
-        "mean": lambda i: _means(epsilon[i]),
-        "inverted": lambda i: _inverted(epsilon[i]),
-    }[arm]
-    changed = np.stack([change(i) for i in range(len(epsilon))])
+    change: Callable[[Epsilons, np.random.Generator], Epsilons] = REPLAY_ARMS[arm].resolve()
+    changed = np.stack(
+        [change(one, _generator(schedule, i, seed)) for i, one in enumerate(epsilon)]
+    )
     changed = changed.reshape(schedule.epsilon.shape)
     return replace(schedule, epsilon=changed, group=None, statistics=None)
 
@@ -139,19 +138,26 @@ def _refuse_epochs(schedule: Schedule, epochs: int, source: str) -> None:
         )
 
 
-def _permutation(schedule: Schedule, row: int, images: int, seed: int) -> NDArray[np.int64]:
-    """Return which image's epsilon each image gets, the same from an assessment to the next."""
-    moment = 0 if schedule.assessed is None else int(schedule.assessed[row])
-    return np.random.default_rng(derive_seed(seed, "replay", moment)).permutation(images)
+def shuffled(epsilon: Epsilons, generator: np.random.Generator) -> Epsilons:
+    """Return the epsilons permuted over the images, all labels of an image together."""
+    return epsilon[generator.permutation(len(epsilon))]
 
 
-def _means(epsilon: Epsilons) -> Epsilons:
-    mean = epsilon.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return np.broadcast_to(mean, epsilon.shape)
+def mean(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
+    """Return the mean of the epsilons of each label for all images."""
+    means = epsilon.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return np.broadcast_to(means, epsilon.shape)
 
 
-def _inverted(epsilon: Epsilons) -> Epsilons:
+def inverted(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
+    """Return the epsilons of each label with their order over the images reversed."""
     order = np.argsort(epsilon, axis=0, kind="stable")
     turned = np.empty_like(epsilon)
     np.put_along_axis(turned, order, np.take_along_axis(epsilon, order[::-1], axis=0), axis=0)
     return turned
+
+
+def _generator(schedule: Schedule, row: int, seed: int) -> np.random.Generator:
+    """Return random numbers for an epoch, the same from an assessment to the next."""
+    moment = 0 if schedule.assessed is None else int(schedule.assessed[row])
+    return np.random.default_rng(derive_seed(seed, "replay", moment))

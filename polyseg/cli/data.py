@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from polyseg.choices import MODALITIES
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
@@ -17,6 +18,7 @@ from polyseg.cli.options import (
     Quiet,
     Verbose,
     as_overrides,
+    help_of,
 )
 from polyseg.cli.printing import print_mapping
 
@@ -117,7 +119,7 @@ def data_demo(
         int, typer.Option(help="Height and width in pixels.", rich_help_panel=HOW)
     ] = 128,
     modality: Annotated[
-        str, typer.Option(help="ultrasound or endoscopy.", rich_help_panel=HOW)
+        str, typer.Option(help=help_of(MODALITIES), rich_help_panel=HOW)
     ] = "ultrasound",
     seed: Annotated[int, typer.Option(help="Of the phantoms.", rich_help_panel=HOW)] = 0,
     quiet: Quiet = False,

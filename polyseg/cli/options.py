@@ -7,6 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from polyseg.choices import DEVICES
+
+
+def help_of(choices: Mapping[str, str]) -> str:
+    """Return the help of an option that takes one of some names.
+
+    >>> help_of({"auto": "the best there is", "cpu": "the processor"})
+    'auto (the best there is), cpu (the processor).'
+    """
+    return f"{', '.join(f'{name} ({text})' for name, text in choices.items())}."
+
+
 THE_PRODUCT, AROUND_IT = "The main job", "Around it"
 WHERE, HOW, TALK = "Input and output", "Settings", "Talking"
 
@@ -17,7 +29,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=TALK)
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=HOW)]
+Device = Annotated[str, typer.Option(help=help_of(DEVICES), rich_help_panel=HOW)]
 Trust = Annotated[
     bool,
     typer.Option(

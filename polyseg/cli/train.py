@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from polyseg.choices import DEVICES, LOSSES, REPLAY_ARMS
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
@@ -17,9 +18,11 @@ from polyseg.cli.options import (
     Trust,
     Verbose,
     as_overrides,
+    help_of,
 )
 from polyseg.cli.printing import print_mapping, print_outcome
 from polyseg.errors import PolysegError
+from polyseg.registry import not_among
 from polyseg.system.process_group import rank_here
 
 _OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.device")
@@ -44,13 +47,11 @@ def train(
     loss: Annotated[
         str | None,
         typer.Option(
-            help="polydice1, polydice, dice, dice_bce, bce, tversky, focal or tvmf.",
+            help=help_of(LOSSES.choices()),
             rich_help_panel=HOW,
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=HOW)
-    ] = None,
+    device: Annotated[str | None, typer.Option(help=help_of(DEVICES), rich_help_panel=HOW)] = None,
     fold: Fold = None,
     split: Annotated[
         Path | None,
@@ -73,8 +74,8 @@ def train(
     replay_arm: Annotated[
         str | None,
         typer.Option(
-            help="Of the replayed epsilons: recorded, shuffled over the images, mean of each "
-            "epoch, or inverted.",
+            help=f"Which image gets which of the replayed epsilons: "
+            f"{help_of(REPLAY_ARMS.choices())}",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -123,10 +124,8 @@ def train(
         from_run = config = out / "config.yaml"
     if replay_arm is not None and replay is None:
         raise PolysegError("--replay-arm: of what? name the run by --replay")
-    if replay_arm not in (None, "recorded", "shuffled", "mean", "inverted"):
-        raise PolysegError(
-            f"--replay-arm {replay_arm}: choose recorded, shuffled, mean or inverted"
-        )
+    if replay_arm is not None and replay_arm not in REPLAY_ARMS:
+        raise PolysegError(f"--replay-arm {not_among(replay_arm, REPLAY_ARMS, REPLAY_ARMS.kind)}")
     own: list[str] = []
     if replay is not None and config is None and (replay / "config.yaml").is_file():
         from_run = config = replay / "config.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from polyseg.choices import UNCERTAINTIES
 from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
@@ -15,7 +16,7 @@ from polyseg.figures.run_figures import Outcome
 from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.inference import choose_device
 from polyseg.networks.networks_by_name import SegmentationNetwork, hash_weights
-from polyseg.records import METRICS, Assessment, Progress, no_progress
+from polyseg.records import Assessment, Progress, no_progress
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.record_files import write_assessment
 from polyseg.runs.run_folder import results_beside
@@ -102,7 +103,7 @@ def draw_extremes(
 
     Their maps are measured anew, with the network as it is now, which may have trained on since.
     """
-    if assessment.metric not in METRICS:
+    if assessment.metric not in UNCERTAINTIES:
         return []  # Without passes there are no maps.
     order = np.argsort(-assessment.difficulty, kind="stable")
     changes = {"samples": assessment.samples, "save_maps": True}

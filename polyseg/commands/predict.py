@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyseg import INTENDED_USE
+from polyseg.choices import UNCERTAINTIES
 from polyseg.config import MOST_SAMPLES, Config, DataConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.formats.writers import write_labels, write_map
@@ -23,7 +24,7 @@ from polyseg.errors import PolysegError
 from polyseg.figures.run_figures import Outcome
 from polyseg.montecarlo.assessment import assess
 from polyseg.networks.inference import choose_device, predict
-from polyseg.records import METRICS, Assessment, Progress, no_progress
+from polyseg.records import Assessment, Progress, no_progress
 from polyseg.runs.trained_model import Model, open_model, passes_of
 from polyseg.system.files import csv_table, write_text
 from polyseg.system.output_folder import moved, whole_folder
@@ -263,6 +264,6 @@ def _rows(
             row |= {"foreground": f"{pixels / mine.size:.6g}"}
             if assessment is not None:
                 i = n * len(images.labels) + k
-                row |= {name: f"{assessment.scores[name][i]:.9g}" for name in METRICS}
+                row |= {name: f"{assessment.scores[name][i]:.9g}" for name in UNCERTAINTIES}
             rows.append(row)
     return rows

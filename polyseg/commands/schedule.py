@@ -53,7 +53,7 @@ def read_record(path: str | Path) -> RunRecord:
     if any(rows != (ids, labels) for rows in found):
         raise PolysegError(f"{run.last}: its schedule is not of the images that were assessed")
     history = checkpoint.history
-    wrong_sign = np.array([row["wrong_sign_images"] for row in history]) / len(ids)
+    wrong_sign = np.array([row.get("wrong_sign_images", np.nan) for row in history]) / len(ids)
     return RunRecord(str(path), checkpoint.config, assessments, schedule, wrong_sign)
 
 

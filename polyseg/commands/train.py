@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyseg.adaptive.replay import fit_schedule, replay_arm
+from polyseg.choices import LOSSES
 from polyseg.commands.estimate_uncertainty import draw_extremes
-from polyseg.config import POLYDICE_LOSSES, Config, DataConfig, TrainingConfig
+from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
 from polyseg.data.loading import load_images
@@ -275,7 +276,7 @@ def _schedule_to_replay(
         return None
     path = Path(control.replay) if run is None else run.replay
     schedule = _recorded(path) if path.is_dir() else read_schedule(path, sha256=sha256)
-    terms = config.loss.terms if config.loss.name == "polydice" else 1
+    terms = config.loss.polydice_terms or 1
     # A run that is to stop early was perhaps recorded by one that did.
     epochs = 1 if config.training.early_stopping else config.training.epochs
     schedule = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
@@ -384,7 +385,7 @@ def _log_start(trainer: Trainer) -> None:
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
     empty = sum(not images.item(identity).foreground for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
-    if empty and config.loss.name in (*POLYDICE_LOSSES, "dice", "tvmf") and not pushes:
+    if empty and "smooth" in LOSSES[config.loss.name].parameters and not pushes:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
             "set loss.smooth=1, loss.bce_weight above 0, or data.training_slices=foreground",

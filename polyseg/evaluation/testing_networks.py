@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.choices import FREE_SCORES, UNCERTAINTIES
 from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
@@ -30,7 +31,7 @@ from polyseg.metrics.calibration import ReliabilityCurve
 from polyseg.montecarlo.assessment import assess
 from polyseg.networks.inference import predict
 from polyseg.networks.networks_by_name import SegmentationNetwork
-from polyseg.records import METRICS, Progress, no_progress
+from polyseg.records import Progress, no_progress
 from polyseg.runs.trained_model import (
     Inputs,
     Load,
@@ -282,7 +283,8 @@ def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
     """
     images, samples = test.images, test.settings.samples
     settings = passes_of(model.config, region="prediction", save_maps=True, samples=samples)
-    names = list(dict.fromkeys([settings.metric, *METRICS, "deterministic_entropy"]))
+    free = [name for name, row in FREE_SCORES.items() if row.function]
+    names = list(dict.fromkeys([settings.metric, *UNCERTAINTIES, *free]))
     labels, mine = len(images.labels), set(test.processes.share(test.ids))
     choosing = _CHOOSING + test.batch_size if settings.samples == "auto" else 0
     for part in _parts(images, test.ids, choosing, test.processes):

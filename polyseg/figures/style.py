@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from polyseg.choices import FREE_SCORES, UNCERTAINTIES
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
@@ -66,8 +67,6 @@ METADATA: dict[str, dict[str, Any]] = {
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     ".svg": {"Date": None, "Creator": None},
 }
-
-UNITS = {"mutual_information": " (nats)", "entropy": " (nats)"}
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -261,4 +260,6 @@ def metric_name(metric: str) -> str:
     >>> metric_name("mutual_information"), metric_name("variance")
     ('mutual information (nats)', 'variance')
     """
-    return metric.replace("_", " ") + UNITS.get(metric, "")
+    row = (UNCERTAINTIES | FREE_SCORES).get(metric)
+    unit = f" ({row.unit})" if row and row.unit else ""
+    return metric.replace("_", " ") + unit

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polyseg.choices import UNCERTAINTIES
 from polyseg.config import UncertaintyConfig
 from polyseg.errors import PolysegError
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
@@ -27,7 +28,7 @@ from polyseg.montecarlo.scores import Measurement, Table, extended
 from polyseg.networks.dropout import active_layers, stochastic_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
-from polyseg.records import METRICS, Assessment, Batch, Progress, no_progress
+from polyseg.records import Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 
@@ -157,7 +158,7 @@ class _Attempt:
         self.divided = ALONE if wanted == "auto" else self.processes
         each, pilot = self._measurements(batches), list[Measurement]()
         if wanted == "auto":
-            target, metric = settings.rank_target, METRICS.index(settings.metric)
+            target, metric = settings.rank_target, list(UNCERTAINTIES).index(settings.metric)
             with _failing_in_all(self.processes):
                 found, pilot = choose_samples(each, target, metric, extend)
             self.samples = self.processes.from_leader(found)

@@ -23,7 +23,7 @@ def choose_samples(
     Args:
         measurements: of which the first are taken and extended to N passes.
         target: the rank stability, in (0, 1).
-        metric: which of `METRICS` ranks them.
+        metric: which of `UNCERTAINTIES` ranks them.
         extend: runs their passes.
 
     Returns:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from polyseg.choices import FREE_SCORES, UNCERTAINTIES
 from polyseg.difficulty import foreground_mean, mean_by_image
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
@@ -17,9 +18,9 @@ from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_
 from polyseg.montecarlo.passes import Passes
 from polyseg.montecarlo.regions import Region, select_region
 from polyseg.networks.inference import images_of, shown
-from polyseg.records import FREE_METRICS, MAPS, METRICS, Batch, Metric
+from polyseg.records import Batch, Metric
 from polyseg.system.memory import Portions
-from polyseg.uncertainty import UncertaintyAccumulator, binary_entropy
+from polyseg.uncertainty import UncertaintyAccumulator
 
 _GROUPS, _GROUPS_OF_MAPS = 10, 4
 """Passes are recorded in so many groups, from which errors and stability are judged."""
@@ -168,13 +169,17 @@ class Results:
         """Return what the pass without dropout, and the masks, say of each row."""
         plain, truth = self.measurement.plain, self.measurement.truth
         assert plain is not None
-        entropy = foreground_mean(binary_entropy(plain), self.chosen)
+        found = {
+            name: foreground_mean(row.resolve()(plain), self.chosen)
+            for name, row in FREE_SCORES.items()
+            if row.function
+        }
         dice = torch.full((len(plain),), torch.nan, dtype=torch.float64)
         if truth is None:
-            return {"deterministic_entropy": entropy, "dice": dice}
+            return {**found, "dice": dice}
         size = (truth > 0).flatten(1).sum(dim=1)
         dice = dice_coefficient(plain >= 0.5, truth)
-        return {"deterministic_entropy": entropy, "dice": dice, "mask_pixels": size}
+        return {**found, "dice": dice, "mask_pixels": size}
 
 
 @dataclass
@@ -202,16 +207,15 @@ class Table:
             self._append(name, values.numpy())
         if results.groups:
             for name, values, errors in zip(
-                METRICS, results.scores(), results.errors(), strict=True
+                UNCERTAINTIES, results.scores(), results.errors(), strict=True
             ):
                 self._append(name, values)
                 self._append(f"{name}_se", errors)
             self.halves.append(results.halves())
         self._refuse_what_is_not_finite(measurement.batch)
         if self.save_maps and results.whole is not None:
-            for name in MAPS:
-                values = getattr(results.whole, name).numpy().astype(np.float32)
-                self.maps.setdefault(name, []).extend(values)
+            for name, values in {"mean": results.whole.mean, **results.whole.maps()}.items():
+                self.maps.setdefault(name, []).extend(values.numpy().astype(np.float32))
 
     @classmethod
     def merged(cls, tables: Sequence["Table"]) -> "Table":
@@ -241,8 +245,8 @@ class Table:
         found: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         if len(found.get("mask_pixels", ())) < len(found["dice"]):
             found["mask_pixels"] = None  # Some images have no mask.
-        errors = {name: found.pop(f"{name}_se") for name in METRICS if f"{name}_se" in found}
-        measured = [name for name in (*METRICS, *FREE_METRICS) if name in found]
+        errors = {name: found.pop(f"{name}_se") for name in UNCERTAINTIES if f"{name}_se" in found}
+        measured = [name for name in (*UNCERTAINTIES, *FREE_SCORES) if name in found]
         return {
             "ids": [identity for identity in self.images for _ in self.labels],
             "labels": list(self.labels) * len(self.images) if any(self.labels) else None,
@@ -257,13 +261,15 @@ class Table:
         if not self.halves:
             return {}
         together, several = join_halves(self.halves), len(self.labels)
-        return {name: stability_of(together[:, :, i], several) for i, name in enumerate(METRICS)}
+        return {
+            name: stability_of(together[:, :, i], several) for i, name in enumerate(UNCERTAINTIES)
+        }
 
     def _append(self, name: str, values: NDArray[Any]) -> None:
         self.parts.setdefault(name, []).append(values)
 
     def _refuse_what_is_not_finite(self, batch: Batch) -> None:
-        for name in (*METRICS, "deterministic_entropy"):
+        for name in (*UNCERTAINTIES, *FREE_SCORES):
             finite = np.isfinite(self.parts[name][-1]) if name in self.parts else np.ones(1)
             if not finite.all():
                 bad = batch.ids[int(finite.argmin()) // len(batch.labels)]

@@ -20,16 +20,17 @@ import io
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.choices import FREE_SCORES, UNCERTAINTIES, map_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import FEWEST_JUDGED
-from polyseg.records import MAPS, METRICS, Assessment, Metric, Schedule
+from polyseg.records import Assessment, Metric, Schedule
 from polyseg.system.files import atomic_path, sha256_of_file
 
 SCHEMA = 3
@@ -102,7 +103,7 @@ def read_assessment(
         n, attributes = len(ids), _attributes(file)
         scores = _columns(file, "scores", n)
         if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros for what is not known.
-            measured = [name for name in METRICS if name in scores]
+            measured = [name for name in UNCERTAINTIES if name in scores]
             errors = {name: np.full(n, np.nan) for name in measured}
             stability = dict.fromkeys(measured, float("nan"))
         else:
@@ -316,13 +317,14 @@ def _attributes(file: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(found[name], kind) or (name == "epoch" and found[name] < 0):
             raise ValueError(f"{name} {found[name]!r:.40} is none")
-    if found["metric"] not in get_args(Metric) or not _has(file, f"scores/{found['metric']}"):
+    known = found["metric"] in (*UNCERTAINTIES, *FREE_SCORES)
+    if not known or not _has(file, f"scores/{found['metric']}"):
         raise ValueError(f"metric {found['metric']!r:.40} is unknown, or has no scores")
     return found
 
 
 def _rank_stability(file: Any) -> dict[Metric, float]:
-    places = {name: f"scores/{name}" for name in METRICS if _has(file, f"scores/{name}")}
+    places = {name: f"scores/{name}" for name in UNCERTAINTIES if _has(file, f"scores/{name}")}
     return {
         name: float(_attribute(file[place], "rank_stability"))
         for name, place in places.items()
@@ -363,7 +365,7 @@ def _finite(values: NDArray[Any]) -> NDArray[Any]:
 def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
     return {
         name: _finite(_column(file, f"{group}/{name}", n, "f8"))
-        for name in get_args(Metric)
+        for name in (*UNCERTAINTIES, *FREE_SCORES)
         if _has(file, f"{group}/{name}")
     }
 
@@ -401,7 +403,9 @@ def _write_maps(file: Any, name: str, maps: list[NDArray[np.floating]]) -> None:
 
 def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
     maps = {}
-    for name in MAPS:
+    for name in map_names():
+        if name != "mean" and not _has(file, f"maps/{name}"):
+            continue  # What the version that wrote the file did not know.
         dataset = _dataset(file, f"maps/{name}")
         plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
         if not plausible or len(dataset) != n or dataset.dtype != np.float16:

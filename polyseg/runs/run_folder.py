@@ -22,6 +22,7 @@ from polyseg.data.splits import PARTS, Split, refuse_overlap
 from polyseg.errors import PolysegError, reason
 from polyseg.records import Assessment
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from polyseg.runs.history import COLUMNS, completed
 from polyseg.runs.record_files import read_assessment, write_schedule
 from polyseg.system import files
 from polyseg.system.files import (
@@ -39,25 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUANTILES = (5, 25, 50, 75, 95)
-"""Percentiles of epsilon in the history."""
-
-HISTORY_COLUMNS = (
-    "epoch",
-    "learning_rate",
-    "train_loss",
-    *(f"epsilon_q{quantile:02d}" for quantile in QUANTILES),
-    "wrong_sign_images",
-    "skipped_steps",
-    "validation_loss",
-    "validation_dice",
-    "validation_iou",
-    "assessed",
-    "seconds_train",
-    "seconds_validation",
-    "seconds_assessment",
-    "train_loss_constant",
-)
 _OF_A_BEGINNING = {
     "environment.json",
     "config.yaml",
@@ -293,10 +275,8 @@ class RunDirectory:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
 
     def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        cells = (
-            [f"{row[key]:.9g}" if key in row else "" for key in HISTORY_COLUMNS] for row in rows
-        )
-        write_text(self.history, csv_table(HISTORY_COLUMNS, cells))
+        cells = ([f"{value:.9g}" for value in completed(row).values()] for row in rows)
+        write_text(self.history, csv_table(list(COLUMNS), cells))
 
 
 def split_json(split: Split, hashes: Mapping[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""The losses by name, as functions of (logits, mask, epsilon): ours, MONAI's and torch's."""
+"""The losses by name, as functions of (logits, mask, epsilon): ours, MONAI's and torch's.
+
+To add one, write a function here that makes it from the settings, and its row in `choices.LOSSES`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from polyseg import losses
-from polyseg.config import POLYDICE_LOSSES, LossConfig
+from polyseg.choices import LOSSES
+from polyseg.config import LossConfig
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, 1, H, W) logits and mask, (B,) epsilon -> (B,) losses."""
@@ -32,7 +36,7 @@ def build_objective(config: LossConfig) -> Objective:
     >>> objective(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4), torch.zeros(2))
     tensor([0.2000, 0.2000])
     """
-    loss = _by_name(config)
+    loss: Objective = LOSSES[config.name].resolve()(config)
     weight = config.bce_weight
     if weight == 0:
         return loss
@@ -61,7 +65,7 @@ def take_note(
 ) -> Note:
     """Return what a step records of its images beside their losses, from the losses it had.
 
-    Losses without an epsilon are the same at any epsilon, and never count as rising with s.
+    Losses without an epsilon are the same at any epsilon; only PolyDice losses can rise with s.
 
     >>> far_off = torch.tensor([[[[9.0, -9.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
     >>> config, epsilon = LossConfig(), torch.zeros(1)
@@ -69,63 +73,83 @@ def take_note(
     tensor([True])
     """
     values = values.detach()
-    if config.name not in POLYDICE_LOSSES:
-        return Note(values, torch.zeros_like(values, dtype=torch.bool))
+    nowhere = torch.zeros_like(values, dtype=torch.bool)
+    if not config.has_epsilon:
+        return Note(values, nowhere)
     with torch.no_grad():
+        if not config.polydice_terms:
+            constant = torch.full_like(epsilon, config.epsilon)
+            return Note(build_objective(config)(logits, mask, constant), nowhere)
         s, theta = losses.scale_and_angle(
             logits.sigmoid(), mask.bool(), scale=config.scale, smooth=config.smooth
         )
         # Of all that is added up epsilon is in one term only, epsilon s theta^2.
         at_constant = values - (epsilon - config.epsilon) * s * theta.square()
-        terms = config.terms if config.name == "polydice" else 1
-        return Note(at_constant, losses.in_wrong_sign_region(theta, epsilon, terms=terms))
+        wrong_sign = losses.in_wrong_sign_region(theta, epsilon, terms=config.polydice_terms)
+        return Note(at_constant, wrong_sign)
 
 
-def _by_name(config: LossConfig) -> Objective:
+def polydice(config: LossConfig) -> Objective:
+    """Return the PolyDice loss of as many terms as the settings say."""
     # Masks were checked when they were read: a bool mask is not searched for other values again,
     # which on CUDA would wait for the device in every step.
-    if config.name in POLYDICE_LOSSES:
-        return lambda logits, mask, epsilon: losses.polydice_loss(
-            logits.sigmoid(),
-            mask.bool(),
-            epsilon,
-            terms=config.terms if config.name == "polydice" else 1,
-            scale=config.scale,
-            scale_gradient=config.scale_gradient,
-            smooth=config.smooth,
-        )
-    if config.name == "dice":
-        return lambda logits, mask, _: losses.dice_loss(
-            logits.sigmoid(), mask.bool(), smooth=config.smooth
-        )
-    if config.name == "tvmf":
-        return lambda logits, mask, _: losses.tvmf_dice_loss(
-            logits.sigmoid(), mask.bool(), config.tvmf_concentration, smooth=config.smooth
-        )
-    if config.name == "bce":
-        return lambda logits, mask, _: _cross_entropy(logits, mask)
-    return _from_monai(config)
+    return lambda logits, mask, epsilon: losses.polydice_loss(
+        logits.sigmoid(),
+        mask.bool(),
+        epsilon,
+        terms=config.polydice_terms,
+        scale=config.scale,
+        scale_gradient=config.scale_gradient,
+        smooth=config.smooth,
+    )
 
 
-def _from_monai(config: LossConfig) -> Objective:
-    from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+def dice(config: LossConfig) -> Objective:
+    """Return the Dice loss with squared denominator."""
+    return lambda logits, mask, _: losses.dice_loss(
+        logits.sigmoid(), mask.bool(), smooth=config.smooth
+    )
 
-    loss = {
-        "dice_bce": lambda: DiceLoss(sigmoid=True, reduction="none"),
-        "focal": lambda: FocalLoss(gamma=config.focal_gamma, reduction="none"),
-        "tversky": lambda: TverskyLoss(
-            sigmoid=True,
-            alpha=config.tversky_alpha,
-            beta=config.tversky_beta,
-            reduction="none",
-        ),
-    }[config.name]()
 
-    def objective(logits: Tensor, mask: Tensor, _: Tensor) -> Tensor:
-        value: Tensor = loss(logits, mask).flatten(1).mean(dim=1)
-        return value + _cross_entropy(logits, mask) if config.name == "dice_bce" else value
+def tvmf(config: LossConfig) -> Objective:
+    """Return the t-vMF Dice loss."""
+    return lambda logits, mask, _: losses.tvmf_dice_loss(
+        logits.sigmoid(), mask.bool(), config.tvmf_concentration, smooth=config.smooth
+    )
 
-    return objective
+
+def bce(_: LossConfig) -> Objective:
+    """Return binary cross-entropy."""
+    return lambda logits, mask, _: _cross_entropy(logits, mask)
+
+
+def dice_bce(_: LossConfig) -> Objective:
+    """Return MONAI's Dice loss, without squares in the denominator, plus binary cross-entropy."""
+    from monai.losses import DiceLoss
+
+    soft_dice = _mean_of_image(DiceLoss(sigmoid=True, reduction="none"))
+    return lambda logits, mask, epsilon: (
+        soft_dice(logits, mask, epsilon) + _cross_entropy(logits, mask)
+    )
+
+
+def focal(config: LossConfig) -> Objective:
+    """Return MONAI's focal loss."""
+    from monai.losses import FocalLoss
+
+    return _mean_of_image(FocalLoss(gamma=config.focal_gamma, reduction="none"))
+
+
+def tversky(config: LossConfig) -> Objective:
+    """Return MONAI's Tversky loss."""
+    from monai.losses import TverskyLoss
+
+    weights = {"alpha": config.tversky_alpha, "beta": config.tversky_beta}
+    return _mean_of_image(TverskyLoss(sigmoid=True, reduction="none", **weights))
+
+
+def _mean_of_image(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    return lambda logits, mask, _: loss(logits, mask).flatten(1).mean(dim=1)
 
 
 def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,8 +27,9 @@ from polyseg.networks.networks_by_name import SegmentationNetwork, refuse_untrai
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.checkpoints import Checkpoint, columns_of
+from polyseg.runs.history import Epoch, completed, row_of
 from polyseg.runs.record_files import read_assessment, write_assessment
-from polyseg.runs.run_folder import HISTORY_COLUMNS, QUANTILES, RunDirectory, in_order
+from polyseg.runs.run_folder import RunDirectory, in_order
 from polyseg.runs.weights import new_network
 from polyseg.system.memory import explaining_memory
 from polyseg.system.process_group import ALONE, Processes
@@ -161,9 +161,10 @@ class Trainer:
 
     def _take_up_record(self, checkpoint: Checkpoint) -> None:
         """Take up history and schedule."""
-        # Version 0.1 had no column train_loss_constant.
-        added = {"train_loss_constant": math.nan}
-        self.history = [_in_order_of_columns(added | dict(row)) for row in checkpoint.history]
+        try:
+            self.history = [completed(row) for row in checkpoint.history]
+        except ValueError as error:
+            raise PolysegError(f"checkpoint: its record is not that of this run: {error}") from None
         schedule = checkpoint.schedule
         columns = columns_of(self.split["train"], self.images.labels)
         if schedule is None or schedule.assessed is None or not self.history:
@@ -186,24 +187,24 @@ class Trainer:
     def _run_epoch(self, epoch: int) -> None:
         seconds: dict[str, float] = {}
         with _stopwatch(seconds, "train"), explaining_memory("training", _LESS_MEMORY):
-            row = self._train(epoch)
+            record = self._train(epoch)
         with _stopwatch(seconds, "validation"):
-            row |= self._validate()
-        assessed = epoch in self._assessment_epochs()
+            record.validation_losses, record.validation_dice = self._validate()
+        record.assessed = epoch in self._assessment_epochs()
         with _stopwatch(seconds, "assessment"):
-            if assessed:
+            if record.assessed:
                 self._assess(epoch)
-        row["assessed"] = float(assessed)
+        record.seconds = seconds
+        row = row_of(record)
         if not row["validation_dice"] <= self.best_dice:
             self.best_epoch, self.best_dice = epoch, row["validation_dice"]
-        row |= {f"seconds_{phase}": value for phase, value in seconds.items()}
         self.epoch = epoch
-        self.history.append(_in_order_of_columns(row))
+        self.history.append(row)
         self._commit()
         log.info("%s", _epoch_line(row, self))
 
-    def _train(self, epoch: int) -> dict[str, float]:
-        """Return the history's columns that training has to tell."""
+    def _train(self, epoch: int) -> Epoch:
+        """Return what is known of an epoch after its steps."""
         ids, epochs = self.split["train"], self.config.training.epochs
         self._explain_first_adaptive_epoch(epoch)
         labels = len(self.images.labels)
@@ -250,23 +251,20 @@ class Trainer:
         epsilon = epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
         return Adapted(epsilon.astype(np.float64), None)
 
-    def _account(self, steps: Sequence[Step], epoch: int) -> dict[str, float]:
-        """Keep what the images lost in an epoch's steps, and return what the history tells."""
+    def _account(self, steps: Sequence[Step], epoch: int) -> Epoch:
+        """Keep the losses of the images in an epoch's steps, and return what is known of it."""
         skipped = len(steps) - len(self.watch.without_skipped(steps, epoch))
         told = [step for step in steps if step.losses.isfinite().all()]
         self._keep_losses(told)
-        quantiles = np.percentile(self.recorder.epsilon[-1], QUANTILES)
-        return {
-            "epoch": epoch,
-            "learning_rate": learning_rate(self.config.training, epoch),
-            "train_loss": float(torch.cat([step.losses for step in told]).mean()),
-            "train_loss_constant": float(
-                torch.cat([step.note.at_constant for step in told]).mean()
-            ),
-            **{f"epsilon_q{q:02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
-            "wrong_sign_images": sum(int(step.note.wrong_sign.sum()) for step in told),
-            "skipped_steps": skipped,
-        }
+        return Epoch(
+            number=epoch,
+            learning_rate=learning_rate(self.config.training, epoch),
+            losses=torch.cat([step.losses for step in told]),
+            losses_at_constant=torch.cat([step.note.at_constant for step in told]),
+            epsilon=self.recorder.epsilon[-1],
+            wrong_sign=sum(int(step.note.wrong_sign.sum()) for step in told),
+            skipped=skipped,
+        )
 
     def _keep_losses(self, steps: Sequence[Step]) -> None:
         """Keep what each image lost in these steps; those of no step keep what they lost before."""
@@ -281,8 +279,11 @@ class Trainer:
         skipped = self.losses.keys() - fresh.keys()
         self.losses = fresh | {name: self.losses[name] for name in skipped}
 
-    def _validate(self) -> dict[str, float]:
-        """Return mean loss (at the constant epsilon), Dice and IoU of the validation images."""
+    def _validate(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return losses (at the constant epsilon) and Dice of the validation images.
+
+        Both (images, labels), or None without validation images.
+        """
         ids = self.split["val"]
         found: list[tuple[str, list[float], list[float]]] = []
         mine = self.processes.share(ids)
@@ -296,14 +297,10 @@ class Trainer:
             dices = dice_coefficient(logits >= 0, target).reshape(len(batch.ids), -1)
             found += zip(batch.ids, losses.tolist(), dices.tolist(), strict=True)
         if not ids:
-            return dict.fromkeys(("validation_loss", "validation_dice", "validation_iou"), math.nan)
+            return None, None
         of_image = {one[0]: one[1:] for part in self.processes.gathered(found) for one in part}
         loss, dice = torch.tensor([of_image[identity] for identity in ids]).unbind(1)
-        return {
-            "validation_loss": float(loss.mean()),
-            "validation_dice": float(dice.mean()),
-            "validation_iou": float((dice / (2 - dice)).mean()),
-        }
+        return loss, dice
 
     def _assess(self, epoch: int) -> None:
         """Measure the difficulty of the training images, keep the file, and adapt epsilon to it."""
@@ -447,17 +444,6 @@ def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
-
-
-def _in_order_of_columns(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row of the history in the order of its columns, by which checkpoints keep it.
-
-    Raises:
-        PolysegError: it has other columns.
-    """
-    if row.keys() != {*HISTORY_COLUMNS}:
-        raise PolysegError("checkpoint: its record is not that of this run")
-    return {name: row[name] for name in HISTORY_COLUMNS}
 
 
 def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from polyseg.choices import UNCERTAINTIES, map_names
 from polyseg.errors import PolysegError
-from polyseg.records import MAPS, METRICS, Assessment, Schedule
+from polyseg.records import Assessment, Schedule
 from polyseg.runs.record_files import (
     read_assessment,
     read_schedule,
@@ -149,18 +150,18 @@ def assessment(numbers: np.random.Generator) -> Assessment:
     dice[numbers.random(n) < 0.2] = np.nan
     maps: dict[str, Any] = {}
     if numbers.random() < 0.5:
-        maps = {name: list(numbers.random((n, 6, 5)).astype(np.float16)) for name in MAPS}
+        maps = {name: list(numbers.random((n, 6, 5)).astype(np.float16)) for name in map_names()}
     return Assessment(
         epoch=int(numbers.integers(1, 99)),
         samples=20,
         rate=0.2,
-        metric=str(numbers.choice(METRICS)),
+        metric=str(numbers.choice(UNCERTAINTIES)),
         region="mask",
         masks="consistent",
         seed=int(numbers.integers(0, 99)),
         ids=ids,
-        scores={name: numbers.random(n) for name in METRICS},
-        scores_se={name: numbers.random(n) for name in METRICS},
+        scores={name: numbers.random(n) for name in UNCERTAINTIES},
+        scores_se={name: numbers.random(n) for name in UNCERTAINTIES},
         rank_stability={"entropy": float(numbers.random()), "variance": float("nan")},
         foreground_pixels=numbers.integers(0, 999, n),
         fallback=numbers.integers(0, 3, n).astype(np.int8),

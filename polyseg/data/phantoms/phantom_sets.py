@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from polyseg.choices import MODALITIES
 from polyseg.data.phantoms import endoscopy, ultrasound
 from polyseg.data.phantoms.lesions import Factors, Size, draw_factors
 from polyseg.errors import PolysegError, reason
 from polyseg.system.files import csv_table, write_text
 from polyseg.system.output_folder import whole_folder
 from polyseg.system.seeds import derive_seed
-
-MODALITIES = ("ultrasound", "endoscopy")
 
 _PAINTERS = {"ultrasound": ultrasound.paint, "endoscopy": endoscopy.paint}
 

@@ -1,0 +1,166 @@
+"""Each registry: a row that is added while the program runs appears, and works, everywhere."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from polyseg import choices
+from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
+from polyseg.cli.options import help_of
+from polyseg.commands.train import train
+from polyseg.config import Config, settings_of, template
+from polyseg.data.augmentation import PRESETS
+from polyseg.errors import PolysegError
+from polyseg.figures.style import metric_name
+from polyseg.registry import Registry, Row
+from polyseg.report.run_files import read_run
+from polyseg.runs.history import COLUMNS, Column
+from polyseg.runs.record_files import read_assessment, read_schedule
+from tests import reference
+
+FOUR = ("uncertainty.samples=4",)
+"""Passes, the fewest that rank stability is judged from."""
+
+REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one, Registry)}
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_every_row_leads_to_its_function_and_has_help(name):
+    for row in REGISTRIES[name].values():
+        assert row.help and not row.help.endswith(".")
+        assert not row.function or callable(row.resolve())
+
+
+def choices_of(key):
+    return next(one["choices"] for one in settings_of() if one["key"] == key)
+
+
+def assert_listed(key, name, text):
+    """Check that a value of a setting stands in its choices, the template, schema and page."""
+    assert choices_of(key)[name] == text
+    assert f"#   {name}: {text}" in template()
+    assert f"`{name}`: {text}" in reference.configuration_page()
+    assert json.dumps(name) in json.dumps(Config.model_json_schema())
+
+
+def history_of(run):
+    with (run / "history.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def steep(config):
+    """Return a loss with an epsilon, but none of polyseg's."""
+    return lambda logits, mask, epsilon: (
+        (1 + epsilon) * (logits.sigmoid() - mask).square().flatten(1).mean(dim=1)
+    )
+
+
+def test_a_loss_is_one_row(monkeypatch, tiny, tmp_path):
+    with pytest.raises(PolysegError, match="'stepe' is not a loss: choose polydice1"):
+        tiny("run", "loss.name=stepe")
+    row = Loss("steep", "weighted Brier score", "tests.test_registries:steep", has_epsilon=True)
+    monkeypatch.setitem(LOSSES, "steep", row)
+    assert_listed("loss.name", "steep", "weighted Brier score")
+    assert "steep (weighted Brier score)" in help_of(LOSSES.choices())
+    with pytest.raises(PolysegError, match="did you mean steep"):
+        tiny("run", "loss.name=stepe")
+    train(config := tiny("run", "loss.name=steep", "loss.epsilon=0.5", "control.start=1"))
+    assert config.adaptive
+    rows = history_of(tmp_path / "run")
+    assert 0 < float(rows[-1]["train_loss"]) < 2
+    # The constant epsilon is 0.5 until the assessment, and what it sets is another after that.
+    assert rows[0]["epsilon_q05"] == rows[0]["epsilon_q95"] == "0.5" != rows[-1]["epsilon_q95"]
+
+
+def spread(moments):
+    """Return the standard deviation of the passes at each pixel."""
+    return moments.variance.sqrt()
+
+
+def blur(probability):
+    return probability * (1 - probability)
+
+
+def test_a_pixel_wise_uncertainty_is_one_row(monkeypatch, tiny, tmp_path):
+    row = Score("spread", "standard deviation of the passes", "tests.test_registries:spread", "p")
+    monkeypatch.setitem(UNCERTAINTIES, "spread", row)
+    assert_listed("uncertainty.metric", "spread", "standard deviation of the passes")
+    assert metric_name("spread") == "spread (p)"
+    train(tiny("run", "uncertainty.metric=spread", "uncertainty.save_maps=true", *FOUR))
+    file = tmp_path / "run" / "uncertainty" / "epoch_0003.h5"
+    found = read_assessment(file, with_maps=True)
+    assert found.metric == "spread" and 0 < found.rank_stability["spread"] <= 1
+    assert (found.difficulty == found.scores["spread"]).all() and (found.difficulty > 0).all()
+    assert (found.scores["spread"] ** 2 <= found.scores["variance"] * (1 + 1e-6)).all()
+    for deviation, variance in zip(found.maps["spread"], found.maps["variance"], strict=True):
+        np.testing.assert_allclose(deviation, np.sqrt(variance), atol=2e-3)
+    # A version without the row says so.
+    monkeypatch.delitem(UNCERTAINTIES, "spread")
+    with pytest.raises(PolysegError, match="metric 'spread' is unknown"):
+        read_assessment(file)
+
+
+def test_a_score_without_passes_is_one_row(monkeypatch, tiny, tmp_path):
+    row = Score("blur", "p (1 - p) without dropout", "tests.test_registries:blur")
+    monkeypatch.setitem(FREE_SCORES, "blur", row)
+    assert_listed("uncertainty.metric", "blur", "p (1 - p) without dropout")
+    train(tiny("run", "uncertainty.metric=blur"))
+    found = read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5")
+    assert found.samples == 0 and (found.difficulty == found.scores["blur"]).all()
+    assert (found.difficulty > 0).all() and (found.difficulty <= 0.25).all()
+
+
+def test_assessments_from_before_an_uncertainty_stay_readable(monkeypatch, tiny, tmp_path):
+    train(tiny("run", "uncertainty.save_maps=true"))
+    row = Score("spread", "standard deviation of the passes", "tests.test_registries:spread")
+    monkeypatch.setitem(UNCERTAINTIES, "spread", row)
+    file = tmp_path / "run" / "uncertainty" / "epoch_0003.h5"
+    found = read_assessment(file, with_maps=True)
+    assert set(found.maps) == {"mean", "mutual_information", "entropy", "variance"}
+    assert "spread" not in found.scores
+
+
+def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, tiny, tmp_path):
+    config = tiny("run", "training.epochs=1", "control.start=0")
+    train(config)
+    before = history_of(tmp_path / "run")
+    largest = Column("largest_loss", "largest loss of an image", value=lambda e: e.losses.max())
+    monkeypatch.setitem(COLUMNS, "largest_loss", largest)
+    assert "| `largest_loss` |  | largest loss of an image |" in reference.files_page()
+    train(tiny("run", "training.epochs=3", "control.start=0"), resume=True, accept_changes=True)
+    rows = history_of(tmp_path / "run")
+    assert rows[0] == {**before[0], "largest_loss": "nan"}
+    for row in rows[1:]:
+        assert float(row["largest_loss"]) > float(row["train_loss"])
+    assert [row["largest_loss"] for row in read_run(tmp_path / "run", "run").history][1:] == [
+        float(row["largest_loss"]) for row in rows[1:]
+    ]
+    # A version without the column does not go on with what it does not know.
+    monkeypatch.delitem(COLUMNS, "largest_loss")
+    with pytest.raises(PolysegError, match="largest_loss: not a column"):
+        train(tiny("run", "training.epochs=4", "control.start=0"), resume=True, accept_changes=True)
+
+
+def reversed_images(epsilon, _):
+    return epsilon[::-1]
+
+
+def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
+    train(tiny("first", "control.start=1"))
+    row = Row("reversed", "the images in reverse", "tests.test_registries:reversed_images")
+    monkeypatch.setitem(REPLAY_ARMS, "reversed", row)
+    assert_listed("control.replay_arm", "reversed", "the images in reverse")
+    replay = ("--replay", tmp_path / "first", "--replay-arm")
+    answer = polyseg("train", *replay, "revers", "--out", tmp_path / "second")
+    assert answer.code == 2 and "did you mean reversed?" in answer.err.replace("\n", " ")
+    answer = polyseg("train", *replay, "reversed", "--out", tmp_path / "second")
+    assert answer.code == 0, answer.err
+    first, second = (read_schedule(tmp_path / run / "schedule.h5") for run in ("first", "second"))
+    assert np.unique(first.epsilon[-1]).size > 1
+    np.testing.assert_array_equal(second.epsilon, first.epsilon[:, ::-1])
+
+
+def test_presets_of_augmentation_are_those_that_are_explained():
+    assert list(choices_of("data.augmentation")) == list(PRESETS)
