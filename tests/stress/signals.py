@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.reliability import runs
+from tests.stress import runs
 
 KINDS = (
     (signal.SIGINT,),

@@ -41,7 +41,7 @@ PATIENCE = 120.0
 _BETWEEN_LOOKS = 0.003
 _REPOSITORY = Path(__file__).parents[2]
 _IMPORTED_ONCE = (
-    "tests.reliability.runs",
+    "tests.stress.runs",
     "polyseg.__main__",
     "polyseg.cli.main",
     "polyseg.commands.train",
@@ -252,13 +252,13 @@ def resuming(folder: Path) -> list[str]:
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
     """Yield a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="polyseg-reliability-") as folder:
+    with tempfile.TemporaryDirectory(prefix="polyseg-stress-") as folder:
         yield Path(folder)
 
 
 def lasting_folder() -> Path:
     """Return a new folder that is gone when this process is."""
-    _kept.append(tempfile.TemporaryDirectory(prefix="polyseg-reliability-"))
+    _kept.append(tempfile.TemporaryDirectory(prefix="polyseg-stress-"))
     return Path(_kept[-1].name)
 
 

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 from pathlib import Path
 
-from tests.reliability import runs
+from tests.stress import runs
 
 SHOWN = (20, 50, 100, 150, 200)
 SETTLED = 20

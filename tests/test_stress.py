@@ -1,4 +1,4 @@
-"""A few of the trials of tests/reliability, which runs them by the hundred."""
+"""A few of the trials of tests/stress, which runs them by the hundred."""
 
 import importlib
 
@@ -13,5 +13,5 @@ FEW += [("faults", 24), ("disk_full", 4)]
 
 @pytest.mark.parametrize(("name", "count"), FEW)
 def test_a_few_trials_all_end_well(name, count):
-    failures = importlib.import_module(f"tests.reliability.{name}").check(count, SEED)
+    failures = importlib.import_module(f"tests.stress.{name}").check(count, SEED)
     assert failures == [], f"with seed {SEED}"
