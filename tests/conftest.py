@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from hypothesis import settings  # noqa: E402
 
 from polyseg.cli.main import main  # noqa: E402
 from polyseg.config import load_config  # noqa: E402
+from polyseg.system.signals import ENDING  # noqa: E402
 
 # Machines differ in speed, and no test may fail by the clock.
 settings.register_profile("polyseg", deadline=None, max_examples=50)
@@ -49,6 +51,22 @@ class Answer(NamedTuple):
 def _same_random_numbers():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - for libraries that still read it
+
+
+@pytest.fixture
+def no_signal_ignored():
+    """Take back what `nohup` and the background jobs of a shell hand on: that signals are ignored.
+
+    polyseg heeds that, and so would not end.
+    """
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

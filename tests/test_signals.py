@@ -9,6 +9,8 @@ import pytest
 from polyseg.errors import Interrupted
 from polyseg.system.signals import ENDING, ending_at_once, ending_when_asked
 
+pytestmark = pytest.mark.usefixtures("no_signal_ignored")
+
 
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_the_block_at_once(number):

@@ -202,6 +202,7 @@ def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny):
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.usefixtures("no_signal_ignored")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_that_can_go_on(tiny, number):
     whole = run_of(tiny("whole"))
