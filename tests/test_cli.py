@@ -108,6 +108,7 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     assert (out / "table.md").read_text().count("|") > 30
 
 
+@pytest.mark.slow
 def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     answer = polyseg(
@@ -121,6 +122,7 @@ def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
     assert answer.code == 2 and "no masks to compare with" in answer.err
 
 
+@pytest.mark.slow
 def test_results_go_into_the_run_when_no_place_is_named(polyseg, tmp_path):
     polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
     assert polyseg("evaluate", tmp_path / "run", "--no-figures").code == 0
@@ -141,6 +143,7 @@ def test_the_plan_trains_nothing(polyseg, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_resume_takes_the_settings_of_the_run(polyseg, tmp_path):
     polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
     answer = polyseg("train", "--resume", "--out", tmp_path / "run", "--epochs", 4)
@@ -283,6 +286,7 @@ def test_several_problems_are_a_line_each(polyseg, tmp_path):
     assert len(lines) == 2 and all(str(tmp_path) in line for line in lines)
 
 
+@pytest.mark.slow
 def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     run = tmp_path / "run"
     polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
@@ -299,6 +303,7 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     assert answer.code == 2 and "image phantom_0003 has changed" in answer.err
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
     whole, run, new = tmp_path / "whole", tmp_path / "run", tmp_path / "new"
     command = ["train", "--data", images, *SET, "--set", "training.scheduler=constant", "-q"]
@@ -322,6 +327,7 @@ def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
     assert polyseg("train", "--resume", "--out", run, "-q").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["missing", "changed"])
 def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change):
     run, new = tmp_path / "run", tmp_path / "new"
@@ -339,6 +345,7 @@ def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change)
     assert (run / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
     run, new, others = tmp_path / "run", tmp_path / "new", tmp_path / "others"
     polyseg("train", "--data", images, "--out", run, *SET, "-q")
@@ -369,6 +376,7 @@ def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
     assert answer.code == 0 and "read from" in answer.err
 
 
+@pytest.mark.slow
 def test_names_of_files_are_no_formulas_in_any_table(polyseg, tmp_path, images):
     """A spreadsheet shows them, polyseg and JSON keep them, a page shows them as they are."""
     for kind in ("images", "masks"):
@@ -414,6 +422,7 @@ def test_a_manifest_may_name_images_by_what_looks_like_a_formula(polyseg, tmp_pa
     assert '"=1+3"' in out.read_text()
 
 
+@pytest.mark.slow
 def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     shutil.copytree(images, tmp_path / "moved")
@@ -422,6 +431,7 @@ def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
     assert "14 of these 16 images are training or validation images of" in answer.err
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_process_with_its_number(tmp_path):
     arguments = ["train", "--out", tmp_path / "run", "--epochs", "100000", *SET]
     process = subprocess.Popen(

@@ -17,7 +17,7 @@ from tests.generated_networks import SIZES, generate
 from tests.test_compiler import sharpen
 
 SCORES = ("mutual_information", "entropy", "variance")
-NETWORKS = range(20)
+NETWORKS = range(6)
 """Seeds of networks; `python -m tests.test_compiler_windows 1000` tries as many of either kind."""
 
 

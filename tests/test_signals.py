@@ -9,7 +9,13 @@ import pytest
 from polyseg.errors import Interrupted
 from polyseg.system.signals import ENDING, ending_at_once, ending_when_asked
 
-pytestmark = pytest.mark.usefixtures("no_signal_ignored")
+
+@pytest.fixture(autouse=True)
+def _hanging_up_is_heeded():
+    """Take back what `nohup` hands on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", ENDING)
