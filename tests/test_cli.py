@@ -27,7 +27,7 @@ from polyseg.runs.record_files import read_assessment
 from .conftest import TINY
 from .reference import commands
 
-SET = [word for override in TINY for word in ("--set", override)]
+SET = [word for one in (*TINY, "output.figures=false") for word in ("--set", one)]
 
 
 @pytest.fixture
@@ -55,8 +55,9 @@ def test_version(polyseg):
 
 def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     """Train two arms on files, estimate, evaluate side by side: everything opens."""
-    for name, loss in (("adaptive", "polydice1"), ("dice", "dice")):
-        answer = polyseg("train", "--data", images, "--out", tmp_path / name, "--loss", loss, *SET)
+    for name, loss, drawn in (("adaptive", "polydice1", "true"), ("dice", "dice", "false")):
+        settings = ("--loss", loss, *SET, "--set", f"output.figures={drawn}")
+        answer = polyseg("train", "--data", images, "--out", tmp_path / name, *settings)
         assert answer.code == 0, answer.err
         assert "epoch 3/3" in answer.err and "\x1b" not in answer.err
         assert "Dice" in answer.out and "history.csv" in answer.out
@@ -122,9 +123,8 @@ def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
     assert answer.code == 2 and "no masks to compare with" in answer.err
 
 
-@pytest.mark.slow
-def test_results_go_into_the_run_when_no_place_is_named(polyseg, tmp_path):
-    polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+def test_results_go_into_the_run_when_no_place_is_named(polyseg, finished, tmp_path):
+    finished()
     assert polyseg("evaluate", tmp_path / "run", "--no-figures").code == 0
     assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
 
@@ -143,9 +143,8 @@ def test_the_plan_trains_nothing(polyseg, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_resume_takes_the_settings_of_the_run(polyseg, tmp_path):
-    polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+def test_resume_takes_the_settings_of_the_run(polyseg, finished, tmp_path):
+    finished()
     answer = polyseg("train", "--resume", "--out", tmp_path / "run", "--epochs", 4)
     assert answer.code == 0, answer.err
     assert "resumed after epoch 3" in answer.err and "epoch 4/4" in answer.err

@@ -399,10 +399,14 @@ def plainly(network, program, masks, images):
             hook.remove()
 
 
-@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("unet", "channel"), ("unet", "element"), ("dynunet", "channel"), ("basic-unet", "element")],
+    ("name", "kind", "shared"),
+    [
+        ("unet", "channel", True),
+        ("unet", "element", False),
+        ("dynunet", "channel", False),
+        ("basic-unet", "element", True),
+    ],
 )
 def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
     network = build(name, dropout_kind=kind)

@@ -173,7 +173,13 @@ def stop_after(epoch):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "epoch"), [("adamw", 1), ("adamw", 2), ("adam", 1), ("sgd", 2)]
+    ("optimizer", "epoch"),
+    [
+        ("adamw", 2),
+        pytest.param("adamw", 1, marks=pytest.mark.slow),
+        pytest.param("adam", 1, marks=pytest.mark.slow),
+        pytest.param("sgd", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, optimizer, epoch):
     whole = finished("whole", *[f"training.optimizer={optimizer}"] * (optimizer != "adamw"))
@@ -704,6 +710,7 @@ def test_where_nothing_can_be_compiled_the_run_says_what_to_set(tiny, monkeypatc
     assert message.endswith("set training.compile=false")
 
 
+@pytest.mark.slow
 def test_no_validation_images_still_leave_a_best_checkpoint(tiny):
     run = run_of(tiny("run", "data.split=[0.7, 0, 0.3]"))
     assert read_checkpoint(run.best).epoch == 3
