@@ -1,6 +1,9 @@
 """What all tests share."""
 
+import functools
 import os
+import shutil
+import signal
 import sys
 from typing import NamedTuple
 
@@ -14,11 +17,16 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from polyseg.cli.main import main  # noqa: E402
+from polyseg.commands.train import train  # noqa: E402
 from polyseg.config import load_config  # noqa: E402
+from polyseg.runs.run_folder import RunDirectory  # noqa: E402
 
 # Machines differ in speed, and no test may fail by the clock.
 settings.register_profile("polyseg", deadline=None, max_examples=50)
 settings.load_profile("polyseg")
+
+# A shell's jobs in the background hand on that they ignore it, which polyseg heeds.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tensors of tests are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
@@ -60,6 +68,31 @@ def tiny(tmp_path):
         return load_config(overrides=[*TINY, place, "output.figures=false", *overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """Train a run of TINY with other settings laid over it, once; nothing may be patched then."""
+
+    @functools.cache
+    def trained(*overrides):
+        place = tmp_path_factory.mktemp("trained") / "run"
+        here = (f"output.path={place}", "output.figures=false")
+        train(load_config(overrides=[*TINY, *here, *overrides]))
+        return place
+
+    return trained
+
+
+@pytest.fixture
+def finished(trained_once, tmp_path):
+    """Copy a run that is trained once, for tests that look at a run and not at its training."""
+
+    def copy(name="run", *overrides):
+        shutil.copytree(trained_once(*overrides), tmp_path / name)
+        return RunDirectory(tmp_path / name)
+
+    return copy
 
 
 @pytest.fixture

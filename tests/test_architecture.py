@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "polyseg"
 
 PACKAGES = (
-    *("errors", "registry", "choices", "system", "losses", "uncertainty", "difficulty"),
+    *("errors", "registry", "choices", "system", "curves", "losses", "uncertainty", "difficulty"),
     *("metrics", "records", "config", "networks", "data", "montecarlo", "adaptive", "runs"),
     *("training", "evaluation", "figures", "report", "commands", "cli", "__main__"),
 )

@@ -28,7 +28,7 @@ from polyseg.runs.weights import network_of
 from .conftest import TINY
 from .reference import commands
 
-SET = [word for override in TINY for word in ("--set", override)]
+SET = [word for one in (*TINY, "output.figures=false") for word in ("--set", one)]
 
 
 @pytest.fixture
@@ -56,8 +56,9 @@ def test_version(polyseg):
 
 def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     """Train two arms on files, estimate, evaluate side by side: everything opens."""
-    for name, loss in (("adaptive", "polydice1"), ("dice", "dice")):
-        answer = polyseg("train", "--data", images, "--out", tmp_path / name, "--loss", loss, *SET)
+    for name, loss, drawn in (("adaptive", "polydice1", "true"), ("dice", "dice", "false")):
+        settings = ("--loss", loss, *SET, "--set", f"output.figures={drawn}")
+        answer = polyseg("train", "--data", images, "--out", tmp_path / name, *settings)
         assert answer.code == 0, answer.err
         assert "epoch 3/3" in answer.err and "\x1b" not in answer.err
         assert "Dice" in answer.out and "history.csv" in answer.out
@@ -109,6 +110,7 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     assert (out / "table.md").read_text().count("|") > 30
 
 
+@pytest.mark.slow
 def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     answer = polyseg(
@@ -122,8 +124,8 @@ def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
     assert answer.code == 2 and "no masks to compare with" in answer.err
 
 
-def test_results_go_into_the_run_when_no_place_is_named(polyseg, tmp_path):
-    polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+def test_results_go_into_the_run_when_no_place_is_named(polyseg, finished, tmp_path):
+    finished()
     assert polyseg("evaluate", tmp_path / "run", "--no-figures").code == 0
     assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
 
@@ -142,8 +144,8 @@ def test_the_plan_trains_nothing(polyseg, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_takes_the_settings_of_the_run(polyseg, tmp_path):
-    polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
+def test_resume_takes_the_settings_of_the_run(polyseg, finished, tmp_path):
+    finished()
     answer = polyseg("train", "--resume", "--out", tmp_path / "run", "--epochs", 4)
     assert answer.code == 0, answer.err
     assert "resumed after epoch 3" in answer.err and "epoch 4/4" in answer.err
@@ -284,6 +286,7 @@ def test_several_problems_are_a_line_each(polyseg, tmp_path):
     assert len(lines) == 2 and all(str(tmp_path) in line for line in lines)
 
 
+@pytest.mark.slow
 def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     run = tmp_path / "run"
     polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
@@ -300,6 +303,7 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     assert answer.code == 2 and "image phantom_0003 has changed" in answer.err
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
     whole, run, new = tmp_path / "whole", tmp_path / "run", tmp_path / "new"
     command = ["train", "--data", images, *SET, "--set", "training.scheduler=constant", "-q"]
@@ -323,6 +327,7 @@ def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
     assert polyseg("train", "--resume", "--out", run, "-q").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["missing", "changed"])
 def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change):
     run, new = tmp_path / "run", tmp_path / "new"
@@ -340,6 +345,7 @@ def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change)
     assert (run / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
     run, new, others = tmp_path / "run", tmp_path / "new", tmp_path / "others"
     polyseg("train", "--data", images, "--out", run, *SET, "-q")
@@ -370,6 +376,7 @@ def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
     assert answer.code == 0 and "read from" in answer.err
 
 
+@pytest.mark.slow
 def test_names_of_files_are_no_formulas_in_any_table(polyseg, tmp_path, images):
     """A spreadsheet shows them, polyseg and JSON keep them, a page shows them as they are."""
     for kind in ("images", "masks"):
@@ -415,6 +422,7 @@ def test_a_manifest_may_name_images_by_what_looks_like_a_formula(polyseg, tmp_pa
     assert '"=1+3"' in out.read_text()
 
 
+@pytest.mark.slow
 def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     shutil.copytree(images, tmp_path / "moved")
@@ -423,6 +431,7 @@ def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
     assert "14 of these 16 images are training or validation images of" in answer.err
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_process_with_its_number(tmp_path):
     arguments = ["train", "--out", tmp_path / "run", "--epochs", "100000", *SET]
     process = subprocess.Popen(

@@ -64,6 +64,7 @@ def config(tiny, folder, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_resumed_run_equals_one_that_was_not_stopped(config, kind):
     whole = run_of(config("whole", kind))
@@ -74,6 +75,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(config, kind):
     assert_same_run(whole, RunDirectory(whole.path.parent / "stopped"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_checkpoint_repeats_what_images_went_through(config, polyseg, tmp_path, kind):
     """The command finds the scores that the run found, and also where the folder has moved."""
@@ -113,6 +115,7 @@ def test_training_on_foreground_leaves_out_training_images_only(config):
     assert any(int(identity[-2:]) % 2 == 0 for part in ("val", "test") for identity in split[part])
 
 
+@pytest.mark.slow
 def test_a_split_goes_from_run_to_run_and_from_the_command(config, polyseg, tmp_path, folder):
     run = run_of(config("run", "a fold"))
     flags = ("--fold", 2, "--set", "data.folds=3", "--set", "data.foreground=1")
@@ -125,6 +128,7 @@ def test_a_split_goes_from_run_to_run_and_from_the_command(config, polyseg, tmp_
     assert other.read_split()[0] == run.read_split()[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_left_its_run_shows_all_images(config, polyseg, tmp_path, folder):
     """Whatever split it names: files and patterns of a checkpoint are not followed."""
     names = sorted(path.stem for path in (folder / "images").iterdir())

@@ -16,6 +16,7 @@ CHANNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COPIES)
 def test_every_layout_trains(polyseg, tmp_path, name):
     data = COPIES[name](tmp_path / "data")

@@ -100,6 +100,7 @@ def test_tables_and_figures_tell_labels_apart(run):
         assert {f"{name}_1_bright.png", f"{name}_2_dark.png"} <= figures
 
 
+@pytest.mark.slow
 def test_a_run_with_labels_resumes_bit_for_bit(folder, tiny):
     def weights(name, epochs, resume=False):
         more = (f"data.path={folder}", f"training.epochs={epochs}", "training.scheduler=constant")
@@ -236,6 +237,7 @@ def test_all_windows_of_a_pass_meet_one_thinned_network(network):
         np.testing.assert_allclose(maps[:32, :32], maps[64:, 32:64], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_training_on_tiles_and_images_of_many_sizes(polyseg, tmp_path):
     generator = np.random.default_rng(0)
     for i in range(10):

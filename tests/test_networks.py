@@ -64,11 +64,11 @@ def not_a_module(in_channels, out_channels):
 
 
 @pytest.mark.parametrize("name", network_names())
-@pytest.mark.parametrize("size", [(64, 64), (33, 50), (16, 130)])
-def test_every_network_takes_any_size_and_keeps_it(name, size):
+def test_every_network_takes_any_size_and_keeps_it(name):
     network = build_network(name, in_channels=3).eval()
-    with torch.no_grad():
-        assert network(torch.rand(2, 3, *size)).shape == (2, 1, *size)
+    for size in ((64, 64), (33, 50), (16, 130)):
+        with torch.no_grad():
+            assert network(torch.rand(1, 3, *size)).shape == (1, 1, *size)
 
 
 @pytest.mark.parametrize("name", network_names())

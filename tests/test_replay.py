@@ -31,9 +31,9 @@ def replay_of(run, tiny, *more, name="replayed"):
 
 
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_a_replay_equals_its_original_bit_for_bit(tiny, statistics):
+def test_a_replay_equals_its_original_bit_for_bit(tiny, finished, statistics):
     settings = (f"control.statistics={statistics}", "training.seed=3")
-    original = run_of(tiny("original", *FIVE_EPOCHS, *settings))
+    original = finished("original", *FIVE_EPOCHS, *settings)
     again = replay_of(original, tiny, *settings)
     for which in ("last", "best"):
         assert_same_weights(weights_of(original, which), weights_of(again, which))
@@ -51,8 +51,9 @@ def test_a_replay_equals_its_original_bit_for_bit(tiny, statistics):
     ]
 
 
-def test_an_arm_trains_another_network_on_the_same_epsilons(tiny):
-    original = run_of(tiny("original", *FIVE_EPOCHS))
+@pytest.mark.slow
+def test_an_arm_trains_another_network_on_the_same_epsilons(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
     recorded = read_schedule(original.schedule).epsilon
     for arm in ("shuffled", "mean", "inverted"):
         run = replay_of(original, tiny, f"control.replay_arm={arm}", name=arm)
@@ -67,8 +68,9 @@ def test_an_arm_trains_another_network_on_the_same_epsilons(tiny):
             assert_same_weights(weights_of(original), weights_of(run))
 
 
-def test_a_replay_goes_on_from_its_own_copy(tiny):
-    original = run_of(tiny("original", *FIVE_EPOCHS))
+@pytest.mark.slow
+def test_a_replay_goes_on_from_its_own_copy(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
     settings = ("control.replay_arm=shuffled",)
     whole = replay_of(original, tiny, *settings, name="whole")
     first = tiny("parts", *FIVE_EPOCHS, f"control.replay={original.path}", *settings)
@@ -84,8 +86,8 @@ def test_a_replay_goes_on_from_its_own_copy(tiny):
     )
 
 
-def test_another_schedule_cannot_be_slipped_under_a_resumed_run(tiny):
-    original = run_of(tiny("original", *FIVE_EPOCHS))
+def test_another_schedule_cannot_be_slipped_under_a_resumed_run(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
     config = tiny("run", *FIVE_EPOCHS, f"control.replay={original.path}", "training.epochs=3")
     run = run_of(config)
     schedule = read_schedule(run.replay)
@@ -99,9 +101,10 @@ def test_another_schedule_cannot_be_slipped_under_a_resumed_run(tiny):
         train(longer, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["schedule.h5", "checkpoints"])
-def test_a_run_is_replayed_from_its_file_or_its_checkpoint(tiny, kept):
-    original = run_of(tiny("original", *FIVE_EPOCHS))
+def test_a_run_is_replayed_from_its_file_or_its_checkpoint(tiny, finished, kept):
+    original = finished("original", *FIVE_EPOCHS)
     first = replay_of(original, tiny, name="first")
     shutil.rmtree(original.path / "checkpoints") if kept != "checkpoints" else (
         original.schedule.unlink()
@@ -112,8 +115,8 @@ def test_a_run_is_replayed_from_its_file_or_its_checkpoint(tiny, kept):
     )
 
 
-def test_what_a_schedule_lacks_is_named(tiny):
-    original = run_of(tiny("original", *FIVE_EPOCHS))
+def test_what_a_schedule_lacks_is_named(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
     with pytest.raises(PolysegError, match=r"lacks epoch 6 of 7; .* --epochs 5"):
         train(tiny("long", f"control.replay={original.path}", "training.epochs=7"))
     seven = tiny("other", *FIVE_EPOCHS, f"control.replay={original.path}", "training.seed=9")
@@ -128,8 +131,8 @@ def test_what_a_schedule_lacks_is_named(tiny):
     assert not (original.path.parent / "other").exists()
 
 
-def test_a_plan_of_a_replay_has_no_passes(tiny):
-    original = run_of(tiny("original", *FIVE_EPOCHS))
+def test_a_plan_of_a_replay_has_no_passes(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
     found = plan(tiny("next", *FIVE_EPOCHS, f"control.replay={original.path}"))
     assert found["MC-Dropout passes of an image"] == 0
     assert found["assessed after epochs"] == []

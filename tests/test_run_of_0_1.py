@@ -77,6 +77,7 @@ def test_its_uncertainty_is_measured_again(polyseg, run, tmp_path):
     assert again == pytest.approx(then, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_is_replayed(polyseg, run, tmp_path):
     answer = polyseg("train", "--replay", run, "--out", tmp_path / "replayed")
     assert answer.code == 0, answer.err

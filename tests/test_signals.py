@@ -10,6 +10,14 @@ from polyseg.errors import Interrupted
 from polyseg.system.signals import ENDING, ending_at_once, ending_when_asked
 
 
+@pytest.fixture(autouse=True)
+def _hanging_up_is_heeded():
+    """Take back what `nohup` hands on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_the_block_at_once(number):
     before = signal.getsignal(number)

@@ -104,6 +104,7 @@ def test_a_figure_is_drawn_whoever_reads(tmp_path, gone, redirect):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("talk", [[], ["--json"]])
 def test_training_ends_well_without_streams(tmp_path, gone, talk):
     done = start(*TRAIN, tmp_path / "closed", *talk, redirect=">&- 2>&-")
@@ -161,6 +162,7 @@ def test_results_that_cannot_be_written_are_an_error(unbuffered):
     assert done.stderr.startswith("error: No space left on device")
 
 
+@pytest.mark.slow
 @full_device
 def test_messages_that_cannot_be_written_end_no_work(tmp_path):
     assert start("config", "show", "nowhere.yaml", redirect="2>/dev/full").returncode == 2

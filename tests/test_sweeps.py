@@ -19,6 +19,7 @@ from polyseg.config import DataConfig, load_config
 from polyseg.data.loading import load_images
 from polyseg.runs.checkpoints import read_checkpoint
 
+from . import forks
 from .conftest import TINY
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -111,29 +112,30 @@ def test_processes_that_decode_the_same_images_at_once_agree(folder, tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".images", ".json"]
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once_share_the_decoded_images(folder, tmp_path):
     settings = [*SETTINGS, "data.memory=0", f"data.cache={tmp_path / 'cache'}"]
-    command = [sys.executable, "-m", "polyseg", "train", "--data", folder, "--epochs", "1"]
+    command = ["train", "--data", str(folder), "--epochs", "1"]
     command += [word for setting in settings for word in ("--set", setting)]
     runs = [tmp_path / f"run-{i}" for i in range(AT_ONCE)]
+    said = [tmp_path / f"said-{i}" for i in range(AT_ONCE)]
+    forks.context()
+    at = time.monotonic() + 1
     started = [
-        subprocess.Popen(
-            [*command, "--out", run],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for run in runs
+        forks.start([*command, "--out", str(run)], Path(os.devnull), path, at=at)
+        for run, path in zip(runs, said, strict=True)
     ]
-    errors = [one.communicate(timeout=120)[1] for one in started]
-    assert [one.returncode for one in started] == [0] * AT_ONCE, errors
+    for one in started:
+        one.join(120)
+    errors = [path.read_text() for path in said]
+    assert [one.exitcode for one in started] == [0] * AT_ONCE, errors
     assert all("read from" in error for error in errors)
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".images", ".json"]
     first, *others = map(weights_of, runs)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_all_runs_and_gathers_them(tmp_path, script):
     out = tmp_path / "sweep"
     arguments = ("parallel_sweep.sh", "demo", out, "0 1", *SETTINGS, "training.epochs=1")
@@ -187,6 +189,7 @@ def test_a_run_of_a_sweep_that_fails_stops_none_of_the_others(tmp_path, script):
     assert len(list(out.glob("*/evaluation/summary.json"))) == 5
 
 
+@pytest.mark.slow
 def test_a_task_of_an_array_is_told_to_end_requeues_itself_and_goes_on(tmp_path, script):
     out, number, notes = tmp_path / "array", tmp_path / "number", tmp_path / "notes"
     programs = {

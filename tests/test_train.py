@@ -76,19 +76,17 @@ def assert_same_run(first, second):
             np.testing.assert_array_equal(values, other.scores[metric])
 
 
-def test_equal_seeds_give_equal_runs_and_others_do_not(tiny):
-    first, second, third = (
-        run_of(tiny(name, f"training.seed={seed}"))
-        for name, seed in (("one", 1), ("two", 1), ("three", 2))
-    )
-    assert_same_run(first, second)
-    assert history_of(first) != history_of(third)
+def test_equal_seeds_give_equal_runs_and_others_do_not(tiny, finished):
+    first = finished("one")
+    assert_same_run(first, run_of(tiny("two")))
+    assert history_of(first) != history_of(run_of(tiny("three", "training.seed=2")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_a_pinned_epsilon_equals_the_plain_run(tiny, statistics):
+def test_a_pinned_epsilon_equals_the_plain_run(tiny, finished, statistics):
     """Assessments change nothing but epsilon."""
-    plain = run_of(tiny("plain", "control.enabled=false", "loss.epsilon=0.25"))
+    plain = finished("plain", "control.enabled=false", "loss.epsilon=0.25")
     pinned = run_of(
         tiny(
             "pinned",
@@ -104,8 +102,9 @@ def test_a_pinned_epsilon_equals_the_plain_run(tiny, statistics):
     assert (read_schedule(pinned.schedule).epsilon == np.float32(0.25)).all()
 
 
-def test_workers_change_nothing(tiny):
-    assert_same_run(run_of(tiny("none")), run_of(tiny("two", "training.workers=2")))
+@pytest.mark.slow
+def test_workers_change_nothing(tiny, finished):
+    assert_same_run(finished("none"), run_of(tiny("two", "training.workers=2")))
 
 
 def expected_epsilon(difficulty):
@@ -144,6 +143,7 @@ def test_an_assessment_feeds_the_epochs_after_it(tiny, statistics):
     assert [row["assessed"] for row in history_of(run)] == ["0", "1", "0", "1", "0"]
 
 
+@pytest.mark.slow
 def test_log_explains_once_that_the_training_loss_changes_its_scale(tiny, caplog):
     caplog.set_level("INFO", "polyseg")
     run = run_of(tiny("run", "training.epochs=4", "control.start=2", "loss.epsilon=0.1"))
@@ -158,6 +158,7 @@ def test_log_explains_once_that_the_training_loss_changes_its_scale(tiny, caplog
     assert not [line for line in caplog.messages if "its own epsilon" in line]
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_of_the_batch(tiny):
     """The median image of an odd batch gets the middle of the range, whatever its difficulty."""
     run = run_of(tiny("run", "training.batch_size=1"))
@@ -165,9 +166,8 @@ def test_batch_statistics_are_of_the_batch(tiny):
     np.testing.assert_allclose(epsilon[1:], 0.3, atol=1e-6)
 
 
-def test_the_record_belongs_to_the_weights(tiny):
-    config = tiny("run")
-    run = run_of(config)
+def test_the_record_belongs_to_the_weights(finished):
+    run = finished()
     checkpoint = read_checkpoint(run.last)
     assessment = read_assessment(run.assessment(3))
     assert hash_weights(network_of(checkpoint)) == assessment.weights_sha256
@@ -189,10 +189,17 @@ def stop_after(epoch):
     return progress
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, optimizer, epoch):
-    whole = run_of(tiny("whole", f"training.optimizer={optimizer}"))
+@pytest.mark.parametrize(
+    ("optimizer", "epoch"),
+    [
+        ("adamw", 2),
+        pytest.param("adamw", 1, marks=pytest.mark.slow),
+        pytest.param("adam", 1, marks=pytest.mark.slow),
+        pytest.param("sgd", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, optimizer, epoch):
+    whole = finished("whole", *[f"training.optimizer={optimizer}"] * (optimizer != "adamw"))
     config = tiny("stopped", f"training.optimizer={optimizer}")
     with pytest.raises(Stop):
         train(config, progress=stop_after(epoch))
@@ -200,8 +207,8 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, optimizer, epoch):
     assert_same_run(whole, RunDirectory(Path(config.output.path)))
 
 
-def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny):
-    whole = run_of(tiny("whole"))
+def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny, finished):
+    whole = finished("whole")
     config = tiny("stopped")
 
     def progress(task, *_):
@@ -218,9 +225,10 @@ def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny):
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_that_can_go_on(tiny, number):
-    whole = run_of(tiny("whole"))
+def test_a_signal_ends_a_run_that_can_go_on(tiny, finished, number):
+    whole = finished("whole")
     config = tiny("stopped")
 
     def progress(task, done, _):
@@ -236,18 +244,17 @@ def test_a_signal_ends_a_run_that_can_go_on(tiny, number):
     assert_same_run(whole, RunDirectory(Path(config.output.path)))
 
 
-def test_more_epochs_continue_a_finished_run(tiny):
-    config = tiny("run", "training.scheduler=constant")
-    train(config)
+@pytest.mark.slow
+def test_more_epochs_continue_a_finished_run(tiny, finished):
+    run = finished("run", "training.scheduler=constant")
     train(tiny("run", "training.scheduler=constant", "training.epochs=5"), resume=True)
     whole = run_of(tiny("whole", "training.scheduler=constant", "training.epochs=5"))
-    run = RunDirectory(Path(config.output.path))
     assert_same_run(whole, run)
     assert "epochs: 5" in run.config.read_text()
 
 
-def test_resuming_names_the_settings_that_it_cannot_change(tiny):
-    train(tiny("run"))
+def test_resuming_names_the_settings_that_it_cannot_change(tiny, finished):
+    finished()
     with pytest.raises(PolysegError, match=r"cannot change loss.epsilon 0.0 -> 0.5"):
         train(tiny("run", "loss.epsilon=0.5"), resume=True)
 
@@ -258,10 +265,8 @@ def files_of(run):
 
 @pytest.mark.parametrize("name", ["split.json", "environment.json", "uncertainty/epoch_0002.h5"])
 @pytest.mark.parametrize("content", [None, b"changed"])
-def test_a_run_without_its_record_is_refused_and_left_alone(tiny, name, content):
-    config = tiny("run")
-    train(config)
-    run = Path(config.output.path)
+def test_a_run_without_its_record_is_refused_and_left_alone(tiny, finished, name, content):
+    run = finished().path
     (run / name).unlink()
     if content is not None:
         (run / name).write_bytes(content)
@@ -271,18 +276,20 @@ def test_a_run_without_its_record_is_refused_and_left_alone(tiny, name, content)
     assert before == files_of(run)
 
 
-@pytest.mark.parametrize("name", ["history.csv", "schedule.h5", "config.yaml"])
-def test_what_the_checkpoint_holds_as_well_is_made_anew(tiny, name):
-    run = run_of(tiny("run"))
+def test_what_the_checkpoint_holds_as_well_is_made_anew(tiny, finished):
+    run = finished()
+    train(tiny("run"), resume=True)  # From now on it is where the copy is.
     before = files_of(run.path)
-    (run.path / name).unlink()
+    names = ("history.csv", "schedule.h5", "config.yaml")
+    for name in names:
+        (run.path / name).unlink()
     train(tiny("run"), resume=True)
-    assert files_of(run.path)[run.path / name] == before[run.path / name]
+    for name in names:
+        assert files_of(run.path)[run.path / name] == before[run.path / name]
 
 
-def test_a_run_goes_on_from_its_older_checkpoint_where_the_last_is_damaged(tiny):
-    whole = run_of(tiny("whole"))
-    run = run_of(tiny("run"))
+def test_a_run_goes_on_from_its_older_checkpoint_where_the_last_is_damaged(tiny, finished):
+    whole, run = finished("whole"), finished()
     content = bytearray(run.last.read_bytes())
     content[-100] ^= 1
     run.last.write_bytes(content)
@@ -293,10 +300,8 @@ def test_a_run_goes_on_from_its_older_checkpoint_where_the_last_is_damaged(tiny)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("damage", ["all", "name", "shape", "index", "dtype"])
-def test_an_optimizer_takes_up_only_what_fits(tiny, optimizer, damage):
-    config = tiny("run", f"training.optimizer={optimizer}", "training.epochs=1")
-    train(config)
-    run = RunDirectory(Path(config.output.path))
+def test_an_optimizer_takes_up_only_what_fits(tiny, finished, optimizer, damage):
+    run = finished("run", f"training.optimizer={optimizer}", "training.epochs=1")
     checkpoint = read_checkpoint(run.last)
     tensors = dict(checkpoint.optimizer)
     name = next(key for key in tensors if not key.endswith("step"))
@@ -316,8 +321,8 @@ def test_an_optimizer_takes_up_only_what_fits(tiny, optimizer, damage):
         train(tiny("run", f"training.optimizer={optimizer}", "training.epochs=2"), resume=True)
 
 
-def test_a_folder_holds_one_run(tiny):
-    train(tiny("run"))
+def test_a_folder_holds_one_run(tiny, finished):
+    finished()
     with pytest.raises(PolysegError, match="is not empty; --resume continues"):
         train(tiny("run"))
     with pytest.raises(PolysegError, match="holds no run to resume"):
@@ -337,6 +342,7 @@ def test_two_writers_are_one_too_many(tiny):
         train(config, progress=progress)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss", ["polydice", "dice", "dice_bce", "bce", "tversky", "focal", "tvmf"]
 )
@@ -357,14 +363,16 @@ def test_every_loss_trains(tiny, loss):
     assert float(rows[-1]["train_loss"]) < 0.97 * float(rows[0]["train_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["basic-unet", "attention-unet", "dynunet", "segresnet"])
 def test_every_network_trains(tiny, name):
     run = run_of(tiny("run", f"network.name={name}", "network.kwargs={}", "training.epochs=1"))
     assert run.assessment(1).is_file()
 
 
-def test_a_crash_between_the_two_checkpoints_is_mended(tiny, monkeypatch):
-    whole = run_of(tiny("whole"))
+@pytest.mark.slow
+def test_a_crash_between_the_two_checkpoints_is_mended(tiny, finished, monkeypatch):
+    whole = finished("whole")
     config = tiny("stopped")
     write = run_room.write_checkpoint
 
@@ -385,6 +393,7 @@ def test_a_crash_between_the_two_checkpoints_is_mended(tiny, monkeypatch):
     assert not list(stopped.path.rglob(".partial*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_its_first_assessment_can_go_on(tiny):
     whole = run_of(tiny("whole", "control.start=0"))
     config = tiny("stopped", "control.start=0")
@@ -410,6 +419,7 @@ def test_a_signal_in_an_assessment_names_the_epoch_that_is_committed(tiny):
     assert read_checkpoint(RunDirectory(Path(config.output.path)).last).epoch == 1
 
 
+@pytest.mark.slow
 def test_a_longer_run_keeps_its_first_assessment(tiny):
     """A share of the epochs is settled when the run begins."""
     train(tiny("run", "control.start=0.4"))
@@ -425,8 +435,8 @@ def with_environment(run, **changes):
     run.environment.write_text(json.dumps({**record, **changes}))
 
 
-def test_what_gives_other_numbers_is_refused_unless_told_otherwise(tiny, caplog):
-    run = run_of(tiny("run"))
+def test_what_gives_other_numbers_is_refused_unless_told_otherwise(tiny, finished, caplog):
+    run = finished()
     with_environment(run, torch="1.0", threads=64, python="2.7")
     more = tiny("run", "training.epochs=4")
     with pytest.raises(PolysegError, match=r"torch 1.0 -> .*threads 64 -> 1.*--accept") as error:
@@ -439,15 +449,15 @@ def test_what_gives_other_numbers_is_refused_unless_told_otherwise(tiny, caplog)
     train(tiny("run", "training.epochs=5"), resume=True)
 
 
-def test_what_does_not_move_a_digit_is_only_named(tiny, caplog):
-    run = run_of(tiny("run"))
+def test_what_does_not_move_a_digit_is_only_named(tiny, finished, caplog):
+    run = finished()
     with_environment(run, platform="another", python="2.7")
     train(tiny("run", "training.epochs=4"), resume=True)
     assert "python 2.7 -> " in caplog.text
 
 
-def test_a_learning_rate_is_changed_only_when_told(tiny):
-    run = run_of(tiny("run"))
+def test_a_learning_rate_is_changed_only_when_told(tiny, finished):
+    run = finished()
     config = tiny("run", "training.epochs=4", "training.learning_rate=0.001")
     with pytest.raises(PolysegError, match=r"learning_rate .*--accept-changes allows it"):
         train(config, resume=True)
@@ -457,8 +467,8 @@ def test_a_learning_rate_is_changed_only_when_told(tiny):
         train(tiny("run", "network.dropout=0.4"), resume=True, accept_changes=True)
 
 
-def test_the_plan_of_a_resumed_run_is_what_is_left_of_it(tiny):
-    train(tiny("run"))
+def test_the_plan_of_a_resumed_run_is_what_is_left_of_it(tiny, finished):
+    finished()
     found = plan(tiny("run", "training.epochs=5"), resume=True)
     assert (found["epochs done"], found["epochs"]) == (3, 2)
     assert found["assessed after epochs"] == [4, 5]
@@ -485,14 +495,15 @@ def test_dropout_that_cannot_be_steered_is_refused_before_anything_is_written(ti
     ("override", "match"),
     [("network.name=foo", "choose unet"), ("network.kwargs={nope: 1}", "refuses them")],
 )
-def test_the_plan_checks_the_network_and_the_folder(tiny, override, match):
+def test_the_plan_checks_the_network_and_the_folder(tiny, finished, override, match):
     with pytest.raises(PolysegError, match=match):
         plan(tiny("run", override))
-    train(tiny("run"))
+    finished()
     with pytest.raises(PolysegError, match="is not empty"):
         plan(tiny("run"))
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_epochs_without_a_better_dice(tiny):
     config = tiny(
         "run", "training.epochs=30", "training.early_stopping=2", "training.learning_rate=1e-7"
@@ -570,6 +581,7 @@ def test_gradients_that_are_not_finite_end_the_run(tiny, monkeypatch):
     assert read_checkpoint(run.last).epoch == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SPOILS)
 def test_a_skipped_step_is_as_if_its_batch_had_not_been(tiny, monkeypatch, what, caplog):
     settings = (
@@ -688,13 +700,15 @@ def compiling_by(monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
-def test_a_compiled_run_tells_once_what_it_took(tiny, monkeypatch, caplog):
+@pytest.mark.slow
+def test_a_compiled_run_tells_once_what_it_took(tiny, finished, monkeypatch, caplog):
+    plain = finished("plain")
     caplog.set_level("INFO")
     compiling_by(monkeypatch, "eager")
     compiled = run_of(tiny("compiled", "training.compile=true"))
     told = [message for message in caplog.messages if "compiled the network in" in message]
     assert len(told) == 1 and re.fullmatch(r"compiled the network in \d+ s", told[0])
-    assert_same_weights(weights_of(compiled), weights_of(run_of(tiny("plain"))))
+    assert_same_weights(weights_of(compiled), weights_of(plain))
 
 
 def no_compiler(*_):
@@ -714,24 +728,23 @@ def test_where_nothing_can_be_compiled_the_run_says_what_to_set(tiny, monkeypatc
     assert message.endswith("set training.compile=false")
 
 
+@pytest.mark.slow
 def test_no_validation_images_still_leave_a_best_checkpoint(tiny):
     run = run_of(tiny("run", "data.split=[0.7, 0, 0.3]"))
     assert read_checkpoint(run.best).epoch == 3
 
 
-def test_bfloat16_trains_close_to_float32(tiny):
-    single, reduced = (
-        history_of(run_of(tiny(name, f"training.precision={name}"))) for name in ("fp32", "bf16")
-    )
+@pytest.mark.slow
+def test_bfloat16_trains_close_to_float32(tiny, finished):
+    single = history_of(finished("fp32"))
+    reduced = history_of(run_of(tiny("bf16", "training.precision=bf16")))
     for row, other in zip(single, reduced, strict=True):
         assert float(other["train_loss"]) == pytest.approx(float(row["train_loss"]), rel=0.02)
     assert single != reduced
 
 
-def test_the_plan_is_what_a_run_does(tiny):
-    config = tiny("run")
-    planned = plan(config)
-    run = run_of(config)
+def test_the_plan_is_what_a_run_does(tiny, finished):
+    planned, run = plan(tiny()), finished()
     assert planned["assessed after epochs"] == [1, 2, 3]
     assert planned["MC-Dropout passes of an image"] == sum(
         assessment.samples * len(assessment.ids)
@@ -760,6 +773,7 @@ PLAIN = (
 )
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_same_batch(tiny):
     """Where nothing is normalised over the batch, and nothing dropped."""
     whole = run_of(tiny("whole", *PLAIN))
@@ -790,6 +804,7 @@ def test_parts_of_a_batch_keep_each_images_epsilon(tiny):
     assert torch.cat(seen[::1]).tolist() == wanted and np.isfinite(row["train_loss"])
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_bit(tiny):
     """Not the masks of dropout, nor the statistics of batch normalisation."""
     norm = "network.kwargs={channels: [4, 8, 8], strides: [2, 2], num_res_units: 2, norm: batch}"
@@ -797,8 +812,9 @@ def test_recomputing_changes_no_bit(tiny):
     assert_same_run(kept, run_of(tiny("anew", norm, "training.recompute=true")))
 
 
-def test_float16_trains_close_to_float32_and_goes_on_bit_by_bit(tiny):
-    exact = run_of(tiny("exact"))
+@pytest.mark.slow
+def test_float16_trains_close_to_float32_and_goes_on_bit_by_bit(tiny, finished):
+    exact = finished("exact")
     whole = run_of(tiny("whole", "training.precision=fp16"))
     for column in ("train_loss", "validation_dice"):
         for row, other in zip(history_of(exact), history_of(whole), strict=True):
@@ -828,6 +844,7 @@ def trainer_arguments(config):
     return config, images, {"train": ids, "val": [], "test": []}, RunDirectory(Path("nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SPOILS)
 def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
     """What its images lost before is part of what it goes on from."""
@@ -874,8 +891,8 @@ def test_an_epoch_that_only_looks_for_a_scale_is_no_end(tiny):
     assert row["skipped_steps"] == 4 and np.isfinite(row["train_loss"])
 
 
-def test_a_best_checkpoint_of_another_network_is_not_built(tiny):
-    run = run_of(tiny("run"))
+def test_a_best_checkpoint_of_another_network_is_not_built(tiny, finished):
+    run = finished()
     best = read_checkpoint(run.best)
     # Where the best epoch is not the last one, the file is not written anew.
     write_checkpoint(run.last, dataclasses.replace(read_checkpoint(run.last), best_epoch=1))
@@ -897,6 +914,7 @@ def said_of_epochs(run):
     return [line for line in lines if re.match(r"epoch \d+/\d+  ", line)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_with_log")
 def test_epochs_are_told_without_an_epsilon_that_is_the_constant(tiny):
     adaptive = said_of_epochs(run_of(tiny("run", "control.start=2")))

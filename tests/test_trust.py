@@ -70,15 +70,15 @@ def test_a_replay_takes_over_what_and_not_how(polyseg, tiny, tmp_path):
     assert settings["training"]["epochs"] == 3
 
 
-def test_a_run_without_settings_is_not_gone_on_with_by_other_ones(polyseg, tiny, tmp_path):
-    train(tiny("run"))
+def test_a_run_without_settings_is_not_gone_on_with_by_other_ones(polyseg, finished, tmp_path):
+    finished()
     (tmp_path / "run" / "config.yaml").unlink()
     said = polyseg("train", "--resume", "--out", tmp_path / "run")
     assert said.code == 2 and "config.yaml: cannot be read" in said.err
 
 
-def test_a_log_that_leads_elsewhere_is_not_written(polyseg, tiny, tmp_path):
-    train(tiny("run"))
+def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
+    finished()
     secret = tmp_path / "secret"
     secret.write_text("mine")
     log = tmp_path / "run" / "log.txt"
@@ -105,8 +105,8 @@ def test_what_does_not_go_together_is_a_line(polyseg, tmp_path, monkeypatch, arg
     assert len(said.err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_the_plan_of_what_is_left_writes_nothing(polyseg, tiny, tmp_path):
-    train(tiny("run"))
+def test_the_plan_of_what_is_left_writes_nothing(polyseg, finished, tmp_path):
+    finished()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     settings = [part for one in TINY[:1] for part in ("--set", one)]
     said = polyseg(

@@ -1,4 +1,4 @@
-"""Commands in several processes, as `torchrun` starts them."""
+"""Commands in several processes: forks told what `torchrun` tells, or `torchrun` itself."""
 
 import contextlib
 import os
@@ -6,19 +6,55 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from tests import forks
 
 PATIENCE = 180
 """Seconds, after which processes that should have ended are taken to hang."""
 
 
-def begin(count, *arguments, log, nodes=1, node=0, port=None):
-    """Start one of `nodes` agents with so many processes each; what they say goes to a file."""
-    meeting = (
-        ["--standalone"]
-        if nodes == 1
-        else ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=a"]
-    )
+class Group(list):
+    """Processes of one command, and where they meet."""
+
+    store: TCPStore
+
+
+def begin(count, *arguments, log, environment=None):
+    """Start so many processes of one command; what they say goes to a file."""
+    group = Group()
+    group.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(group.store.port)}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count)}
+    for rank in range(count):
+        mine = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
+        group.append(forks.start([*map(str, arguments)], log, log, environment=mine))
+    return group
+
+
+def end(group, seconds=PATIENCE):
+    """Return the first exit code that is not 0, if any; where one hangs, all are killed."""
+    deadline = time.monotonic() + seconds
+    for process in group:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hanging = [process for process in group if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"{len(hanging)} of {len(group)} processes did not end"
+    return next((process.exitcode for process in group if process.exitcode), 0)
+
+
+def run(count, *arguments, log):
+    """Run a command in so many processes to its end; return the exit code."""
+    return end(begin(count, *arguments, log=log))
+
+
+def begin_agent(count, *arguments, log, nodes, node, port):
+    """Start one of so many agents of `torchrun`, with so many processes each."""
+    meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=a")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", *meeting),
         *(f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={count}"),
@@ -35,25 +71,16 @@ def begin(count, *arguments, log, nodes=1, node=0, port=None):
         )
 
 
-def end(agent, seconds=PATIENCE):
+def end_agent(agent):
     """Return an agent's exit code; where it hangs, all that it started is killed."""
     try:
-        return agent.wait(seconds)
+        return agent.wait(PATIENCE)
     finally:
-        for number in (agent.pid, *workers(agent)):
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+        workers = children.read_text().split() if children.exists() else []
+        for number in (agent.pid, *map(int, workers)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(number, signal.SIGKILL)
-
-
-def run(count, *arguments, log):
-    """Run a command in so many processes to its end; return the exit code."""
-    return end(begin(count, *arguments, log=log))
-
-
-def workers(agent):
-    """Return the numbers of the processes that an agent has started, and that are still there."""
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
-    return [int(number) for number in children.read_text().split()] if children.exists() else []
 
 
 def free_port():

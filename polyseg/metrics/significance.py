@@ -107,7 +107,7 @@ def mean_interval(
     """Return the bootstrap confidence interval of the mean over images.
 
     Bias-corrected and accelerated (Efron, 1987), by percentiles where that is undefined. The
-    interval of -values is the mirrored one.
+    interval of -values is the mirrored one, unless the values are their own mirror image.
 
     Args:
         values: (n,); what is not finite is dropped.

@@ -1,4 +1,4 @@
-"""Run the trials: `python -m tests.reliability [NAME ...] [--count N] [--seed S]`."""
+"""Run the trials: `python -m tests.stress [NAME ...] [--count N] [--seed S]`."""
 
 import argparse
 import importlib
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     """Run what is asked for, print a table, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COUNTS)}")
     parser.add_argument("--count", type=int, help="trials of each; its own number if left out")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
@@ -54,7 +54,7 @@ def main() -> int:
 def _run(name: str, count: int | None, seed: int) -> Row:
     count = COUNTS[name] if count is None else count
     trials = "all" if count >= ALL else str(count)
-    module = f"tests.reliability.{name}"
+    module = f"tests.stress.{name}"
     if importlib.util.find_spec(module) is None:
         return Row(name, trials, seed, "not there", 0.0)
     begin = time.monotonic()

@@ -37,6 +37,8 @@ SMALL = {
 }
 SCORES = ("mutual_information", "entropy", "variance")
 CLOSE = 1e-5
+CHANNELS, ELEMENTS = ("channel", "consistent"), ("element", "independent")
+"""Two ways of dropping, in which each kind of dropout and of masks comes once."""
 AS_IT_IS = assessment._WORTH_TAKING_APART
 
 
@@ -154,8 +156,7 @@ def check(network, batches, caplog, used=True, **how):
 # Against the plain passes.
 
 
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
-@pytest.mark.parametrize("kind", ["channel", "element"])
+@pytest.mark.parametrize(("kind", "masks"), [CHANNELS, ELEMENTS])
 @pytest.mark.parametrize("name", network_names())
 def test_the_program_gives_the_scores_of_the_plain_passes(name, kind, masks, caplog):
     network = build(name, dropout_kind=kind, dropout=0.3)
@@ -172,8 +173,10 @@ def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
     assert winograd.convolve in targets
 
 
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
-@pytest.mark.parametrize("norm", ["group", "instance", "none"])
+@pytest.mark.parametrize(
+    ("norm", "masks"),
+    [("group", "consistent"), ("instance", "independent"), ("none", "consistent")],
+)
 def test_a_network_of_ones_own(norm, masks, caplog):
     network = build("own", settings={"norm": norm})
     check(network, [make_batch()], caplog, masks=masks)
@@ -188,8 +191,9 @@ def test_every_region(region, caplog):
     check(build("unet"), [make_batch()], caplog, region=region)
 
 
-@pytest.mark.parametrize("region", ["mask", "boundary", "prediction"])
-@pytest.mark.parametrize("kind", ["channel", "element"])
+@pytest.mark.parametrize(
+    ("region", "kind"), [("mask", "channel"), ("boundary", "element"), ("prediction", "channel")]
+)
 def test_several_labels(region, kind, caplog):
     network = build("unet", labels=3, dropout_kind=kind)
     batch = make_batch(labels=3, names=("a", "b", "c"))
@@ -396,10 +400,14 @@ def plainly(network, program, masks, images):
             hook.remove()
 
 
-@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("unet", "channel"), ("unet", "element"), ("dynunet", "channel"), ("basic-unet", "element")],
+    ("name", "kind", "shared"),
+    [
+        ("unet", "channel", True),
+        ("unet", "element", False),
+        ("dynunet", "channel", False),
+        ("basic-unet", "element", True),
+    ],
 )
 def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
     network = build(name, dropout_kind=kind)
@@ -731,9 +739,10 @@ def together(monkeypatch):
 
 
 @pytest.mark.parametrize("program", ["auto", "plain"])
-@pytest.mark.parametrize("kind", ["channel", "element"])
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
-@pytest.mark.parametrize("region", ["mask", "prediction"])
+@pytest.mark.parametrize(
+    ("region", "kind", "masks"),
+    [("mask", *CHANNELS), ("prediction", *ELEMENTS), ("mask", "element", "consistent")],
+)
 def test_passes_that_run_together_are_those_that_run_alone(region, masks, kind, program, together):
     network, batch = (
         build("unet", labels=2, dropout_kind=kind),
@@ -818,8 +827,10 @@ def test_window_by_window_passes_run_alone(together):
 # Numbers of half the size.
 
 
-@pytest.mark.parametrize("name", ["unet", "attention-unet", "own"])
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize(
+    ("name", "masks"),
+    [("unet", "consistent"), ("attention-unet", "independent"), ("own", "consistent")],
+)
 def test_half_the_digits_rank_images_alike(name, masks, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batch = build(name), make_batch(12)

@@ -77,6 +77,7 @@ def test_a_checkpoint_has_its_weights_in_plain_order(tiny):
         assert written[f"weights/{name}"].tolist() == weights.tolist(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
     """Adam that is fused goes by the order in memory, whatever that of the weights is."""
@@ -90,8 +91,8 @@ def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
 
 
 @pytest.mark.parametrize("override", [PLAIN, "training.deterministic=false"])
-def test_what_moves_digits_is_changed_only_when_told(tiny, override):
-    run = run_of(tiny("run", "training.epochs=1"))
+def test_what_moves_digits_is_changed_only_when_told(tiny, finished, override):
+    run = finished("run", "training.epochs=1")
     changed = tiny("run", "training.epochs=2", override)
     with pytest.raises(PolysegError, match=r"cannot change training\..*--accept-changes allows"):
         train(changed, resume=True)
@@ -193,5 +194,6 @@ def test_other_devices_leave_torch_as_it_is(device, deterministic):
     assert choices() == before
 
 
-def test_a_cpu_trains_the_same_without_deterministic(tiny):
-    assert_same_run(run_of(tiny("one")), run_of(tiny("two", "training.deterministic=false")))
+@pytest.mark.slow
+def test_a_cpu_trains_the_same_without_deterministic(tiny, finished):
+    assert_same_run(finished("one"), run_of(tiny("two", "training.deterministic=false")))

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from tests.children import answer_of, faults_in_child, refusal_of
-from tests.reliability.checkpoints import Sound
+from tests.stress.checkpoints import Sound
 
 
 class Malice:

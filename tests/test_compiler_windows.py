@@ -15,11 +15,11 @@ from polyseg.montecarlo.compiler import trace, window
 from polyseg.montecarlo.compiler.operations import sides_of
 from polyseg.records import Batch
 from tests.generated_networks import SIZES, generate
-from tests.test_program import sharpen
+from tests.test_compiler import sharpen
 
 SCORES = ("mutual_information", "entropy", "variance")
-NETWORKS = range(20)
-"""Seeds of networks; `python -m tests.test_windows 1000` tries as many of either kind."""
+NETWORKS = range(6)
+"""Seeds of networks; `python -m tests.test_compiler_windows 1000` tries as many of either kind."""
 
 
 @pytest.fixture(autouse=True)

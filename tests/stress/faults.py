@@ -17,7 +17,7 @@ from polyseg.config import Config, load_config
 from polyseg.errors import PolysegError
 from polyseg.system import files
 from polyseg.system.files import Disk
-from tests.reliability import runs
+from tests.stress import runs
 
 MEMORIES = ("kept", "torn", "forgotten")
 """What is left of what was not flushed: all, names alone, or nothing."""

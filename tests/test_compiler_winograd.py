@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from polyseg.montecarlo.compiler import rewrite, winograd
-from tests.test_graph import begin, check_nothing, conv, drop, kinds, run, worst
+from tests.test_compiler_rewrites import begin, check_nothing, conv, drop, kinds, run, worst
 
 WIDE = 64  # Enough for maps of 6 x 8.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.reliability import runs
+from tests.stress import runs
 
 READING = (
     "schedule show RUN",

@@ -51,9 +51,9 @@ def runs(tmp_path_factory):
 def in_two(tmp_path):
     """Run a command in two processes; return the exit code and all that they said."""
 
-    def run(*arguments):
+    def run(*arguments, **environment):
         log = tmp_path / "log"
-        code = together.end(together.begin(2, *arguments, log=log), seconds=120)
+        code = together.end(together.begin(2, *arguments, log=log, environment=environment))
         return code, log.read_text()
 
     return run
@@ -110,6 +110,7 @@ def left_in(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "log")
 
 
+@pytest.mark.slow
 def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
     command = ("estimate-uncertainty", runs[1], "--maps", "--quiet", "--json", "--out")
     assert polyseg(*command, tmp_path / "one").code == 0
@@ -121,6 +122,7 @@ def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
     assert left_in(tmp_path) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
     command = (
         *("evaluate", *runs, "--baseline", "s3", "--split", "all", "--threshold", "val"),
@@ -155,6 +157,7 @@ def write_images(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_predict_what_one_does(runs, polyseg, in_two, tmp_path):
     """What neither could read is named in the order of the files, once."""
     command = (
@@ -193,15 +196,17 @@ def make(in_channels, out_channels):
 """
 
 
+@pytest.mark.slow
 def test_where_one_process_fails_all_end_and_leave_nothing(in_two, tmp_path, monkeypatch):
     (tmp_path / "failing_module.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     of_it = ("network.name=failing_module:make", "network.kwargs={}", f"output.path={tmp_path}/run")
     run = run_of(load_config(overrides=[*SETTINGS, "control.enabled=false", *of_it])).path
     sys.modules.pop("failing_module")
     before = left_in(tmp_path)
-    code, said = in_two("evaluate", run, "--trust", "--out", tmp_path / "out")
+    code, said = in_two(
+        *("evaluate", run, "--trust", "--out", tmp_path / "out"), PYTHONPATH=str(tmp_path)
+    )
     assert code != 0
     assert "process 1: error: images: too much for this one; choose others" in said
     assert "Dice" not in said

@@ -1,15 +1,13 @@
 """Small training runs in processes of their own: starting them, ending them, comparing them.
 
-Starting Python and importing torch takes longer than such a run. So most of them are forks of a
-server that has imported everything: processes like any other to the system, with a number, a memory
-and an end of their own. Genuine ones start by `python -m polyseg`.
+Most of them are forks of a server that has imported everything. Genuine ones start by
+`python -m polyseg`.
 """
 
 import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyseg.errors import PolysegError
+from tests import forks
 
 EPOCHS = 6
 SETTINGS = (
@@ -40,21 +39,6 @@ PATIENCE = 120.0
 
 _BETWEEN_LOOKS = 0.003
 _REPOSITORY = Path(__file__).parents[2]
-_IMPORTED_ONCE = (
-    "tests.reliability.runs",
-    "polyseg.__main__",
-    "polyseg.cli.main",
-    "polyseg.commands.train",
-    "polyseg.commands.schedule",
-    "polyseg.commands.evaluate",
-    "polyseg.commands.estimate_uncertainty",
-    "polyseg.commands.predict",
-    "polyseg.commands.report",
-    "monai.networks.nets",
-    "torch._dynamo",
-    "scipy.stats",
-    "matplotlib.pyplot",
-)
 _numbers = itertools.count()
 _kept: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -187,55 +171,13 @@ def start(argv: list[str], place: Path, *, genuine: bool = False, at: float = 0)
                 start_new_session=True,
             )
         return Running(process, words)
-    fork = _forks().Process(target=_run_in_fork, args=(argv, str(words), at), daemon=True)
-    fork.start()
-    return Running(fork, words)
+    places = (words.with_suffix(ending) for ending in (".out", ".err"))
+    return Running(forks.start(argv, *places, at=at), words)
 
 
 def run(argv: list[str], place: Path, *, genuine: bool = False) -> Answer:
     """Run a command to its end."""
     return start(argv, place, genuine=genuine).answer()
-
-
-@functools.cache
-def _forks() -> Any:
-    """Return what starts forks, from a server with all imports and one thread."""
-    from multiprocessing import forkserver
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_IMPORTED_ONCE))
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-    return context
-
-
-def _run_in_fork(argv: list[str], words: str, at: float) -> None:
-    """Be `polyseg` with these arguments."""
-    import torch
-
-    from polyseg.__main__ import main
-
-    os.setsid()
-    torch.set_num_threads(1)
-    sys.argv = ["polyseg", *argv]
-    time.sleep(max(0.0, at - time.monotonic()))
-    for number, ending in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(words + ending, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    sys.stdout.flush()
-    # What multiprocessing does at the end of a process is not what a command does.
-    os._exit(code)
 
 
 def training(folder: Path, *, epochs: int = EPOCHS) -> list[str]:
@@ -252,13 +194,13 @@ def resuming(folder: Path) -> list[str]:
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
     """Yield a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="polyseg-reliability-") as folder:
+    with tempfile.TemporaryDirectory(prefix="polyseg-stress-") as folder:
         yield Path(folder)
 
 
 def lasting_folder() -> Path:
     """Return a new folder that is gone when this process is."""
-    _kept.append(tempfile.TemporaryDirectory(prefix="polyseg-reliability-"))
+    _kept.append(tempfile.TemporaryDirectory(prefix="polyseg-stress-"))
     return Path(_kept[-1].name)
 
 

@@ -2,10 +2,10 @@
 
 import gc
 import json
-import multiprocessing
 from pathlib import Path
 
-from tests.reliability import runs
+from tests import forks
+from tests.stress import runs
 
 SHOWN = (20, 50, 100, 150, 200)
 SETTLED = 20
@@ -33,11 +33,12 @@ def check(count: int, seed: int) -> list[str]:
 
 
 def _samples(place: Path, epochs: int, seed: int) -> list[Sample]:
-    """Return a sample after each epoch of a run in a fresh process."""
+    """Return a sample after each epoch of a run in a process of its own."""
     path = place / "samples.jsonl"
     path.touch()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_train, args=(place / "run", epochs, seed, path), daemon=True)
+    process = forks.context().Process(
+        target=_train, args=(place / "run", epochs, seed, path), daemon=True
+    )
     process.start()
     process.join(60 + _SECONDS_AN_EPOCH * epochs)
     process.kill()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from polyseg.montecarlo.scores import Table
 from polyseg.runs.checkpoints import read_checkpoint
@@ -17,11 +17,12 @@ from polyseg.runs.record_files import read_assessment
 from polyseg.runs.run_folder import RunDirectory
 from polyseg.system.process_group import ALONE, Processes
 from polyseg.training.distributed import BatchNormTogether, DropoutTogether, normalise_together
-from tests import together
+from tests import forks, together
 from tests.conftest import TINY
-from tests.test_train import assert_same_run, history_of, run_of
+from tests.test_train import assert_same_run, history_of
 
-SETTINGS = (*TINY, "output.figures=false", "training.epochs=4", "control.start=2")
+MORE = ("training.epochs=4", "control.start=2")
+SETTINGS = (*TINY, "output.figures=false", *MORE)
 
 
 def training(run, *overrides):
@@ -30,12 +31,9 @@ def training(run, *overrides):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(trained_once):
     """Return the run of one process by the plain command."""
-    from polyseg.config import load_config
-
-    place = tmp_path_factory.mktemp("alone") / "run"
-    return run_of(load_config(overrides=[*SETTINGS, f"output.path={place}"]))
+    return RunDirectory(trained_once(*MORE))
 
 
 def assert_equal_to_rounding(run, other):
@@ -58,6 +56,7 @@ def assert_equal_to_rounding(run, other):
             assert float(value) == pytest.approx(float(other_row[column]), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_three_processes_train_as_one(alone, tmp_path):
     """A batch of 4, and a last one of 3, is not divided evenly."""
     assert together.run(3, *training(tmp_path / "run"), log=tmp_path / "log") == 0
@@ -66,7 +65,8 @@ def test_three_processes_train_as_one(alone, tmp_path):
     assert said.count("best validation Dice") == 1 and "Traceback" not in said
 
 
-def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     run = RunDirectory(tmp_path / "run")
     constant = "training.scheduler=constant"
     for count, epochs in ((2, 2), (1, 4)):
@@ -81,7 +81,8 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert_equal_to_rounding(RunDirectory(whole), run)
 
 
-def test_one_process_of_torchrun_is_the_plain_command(alone, tmp_path):
+@pytest.mark.slow
+def test_one_process_of_several_is_the_plain_command(alone, tmp_path):
     assert together.run(1, *training(tmp_path / "run"), log=tmp_path / "log") == 0
     assert_same_run(alone, RunDirectory(tmp_path / "run"))
 
@@ -93,15 +94,16 @@ def wait_for(path, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_where_one_process_is_killed_all_end_and_the_run_goes_on(tmp_path):
     run = RunDirectory(tmp_path / "run")
     settings = ("training.epochs=400", "training.scheduler=constant", "training.accumulate=3")
     command = training(run.path, *settings)
-    agent = together.begin(2, *command, log=tmp_path / "log")
+    started = together.begin(2, *command, log=tmp_path / "log")
     wait_for(run.assessment(2))
-    start, victims = time.monotonic(), together.workers(agent)
-    os.kill(victims[-1], signal.SIGKILL)
-    assert together.end(agent) != 0 and time.monotonic() - start < 30
+    started[1].kill()
+    together.end(started)
+    assert [process.exitcode for process in started] == [2, -signal.SIGKILL]
     said = (tmp_path / "log").read_text()
     assert re.search(r"another process of this command has ended.*--resume", said)
     done = read_checkpoint(run.last).epoch
@@ -112,14 +114,17 @@ def test_where_one_process_is_killed_all_end_and_the_run_goes_on(tmp_path):
     assert all(bool(one.isfinite().all()) for one in last.weights.values())
 
 
-def test_two_agents_are_one_run(alone, tmp_path):
+@pytest.mark.slow
+def test_two_agents_of_torchrun_are_one_run(alone, tmp_path):
     """As on two machines; each knows only where they meet."""
     port, command = together.free_port(), training(tmp_path / "run")
     agents = [
-        together.begin(1, *command, log=tmp_path / f"log{node}", nodes=2, node=node, port=port)
+        together.begin_agent(
+            1, *command, log=tmp_path / f"log{node}", nodes=2, node=node, port=port
+        )
         for node in (0, 1)
     ]
-    assert [together.end(agent) for agent in agents] == [0, 0]
+    assert [together.end_agent(agent) for agent in agents] == [0, 0]
     assert_equal_to_rounding(alone, RunDirectory(tmp_path / "run"))
 
 
@@ -197,6 +202,7 @@ def together_in_two(rank, port, images, momentum, expected):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "momentum"), [(5, 0.1), (1, None)])
 def test_two_processes_normalise_drop_and_learn_as_one(count, momentum):
     """The reference is torch's own layers on the whole batch; of one image one process has none."""
@@ -204,7 +210,9 @@ def test_two_processes_normalise_drop_and_learn_as_one(count, momentum):
     network = network_of(0.5, momentum)
     step(network, DropoutTogether({}, ALONE), images, slice(None))
     expected = network.state_dict() | {n: w.grad for n, w in network.named_parameters()}
-    spawn(together_in_two, (together.free_port(), images, momentum, expected), nprocs=2)
+    forks.context()
+    arguments = (together.free_port(), images, momentum, expected)
+    start_processes(together_in_two, arguments, nprocs=2, start_method="forkserver")
 
 
 def test_in_evaluation_mode_batch_norm_together_is_torchs():

@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 
 from polyseg.system.files import TEMPORARY_PREFIX
-from tests.reliability import runs
+from tests.stress import runs
 
 RESULTS = (
     "estimate-uncertainty RUN --samples 3 --maps",

@@ -5,7 +5,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from tests.reliability import runs
+from tests.stress import runs
 
 
 def check(count: int, seed: int) -> list[str]:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from polyseg.system.output_folder import (
     refuse_existing_figure,
     whole_folder,
 )
-from tests.conftest import TINY
 
 
 def fill(path, text, **settings):
@@ -388,14 +388,10 @@ def full_after(count, write=lambda path, pixels: Image.fromarray(pixels).save(pa
 class TestCommands:
     @pytest.fixture(scope="class")
     @staticmethod
-    def run(tmp_path_factory):
+    def run(tmp_path_factory, trained_once):
         place = tmp_path_factory.mktemp("runs")
         write_phantoms(place / "images", make_phantoms(2, size=(32, 32)))
-        settings = [part for setting in TINY for part in ("--set", setting)]
-        few = ["--set", "output.figures=false", "--set", "training.epochs=2"]
-        command = [sys.executable, "-m", "polyseg", "train", "--out", place / "run", "-q"]
-        subprocess.run([*command, *settings, *few], check=True, capture_output=True)
-        return place / "run"
+        return files.Path(shutil.copytree(trained_once("training.epochs=2"), place / "run"))
 
     @pytest.mark.parametrize(
         ("words", "known"),

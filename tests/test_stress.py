@@ -1,17 +1,18 @@
-"""A few of the trials of tests/reliability, which runs them by the hundred."""
+"""A few trials of each kind of tests/stress, which runs them by the hundred."""
 
 import importlib
 
 import pytest
 
 SEED = 0
-FEW = [("kills", 4), ("signals", 6), ("access", 12), ("soak", 15)]
+FEW = [("kills", 2), ("signals", 4), ("access", 9), ("soak", 9)]
 FEW += [("damage", 20), ("configs", 46), ("checkpoints", 20), ("pickles", 5)]
-FEW += [("faults", 24), ("disk_full", 4)]
+FEW += [("faults", 9), ("disk_full", 2)]
 """Modules, and how many of their trials run here."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), FEW)
 def test_a_few_trials_all_end_well(name, count):
-    failures = importlib.import_module(f"tests.reliability.{name}").check(count, SEED)
+    failures = importlib.import_module(f"tests.stress.{name}").check(count, SEED)
     assert failures == [], f"with seed {SEED}"

@@ -58,6 +58,7 @@ def test_a_list_of_no_damage_is_refused(text):
         job.kinds_of_damage(text)
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     outcome = evaluate_runs(
         two,
@@ -91,8 +92,8 @@ def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     assert float(rows[0]["dice"]) == pytest.approx(means[0])
 
 
-def test_seeds_become_an_arm(two, tiny, tmp_path):
-    other = run_of(tiny("plain", "control.enabled=false", "training.epochs=2")).path
+def test_seeds_become_an_arm(two, finished, tmp_path):
+    other = finished("plain", "control.enabled=false", "training.epochs=2").path
     record = summary_of(evaluate_runs([*two, other], group=True, out=tmp_path / "arms"))
     alone = summary_of(evaluate_runs([*two, other], out=tmp_path / "alone"))
     assert [(run["name"], run["members"]) for run in record["runs"]] == [
@@ -105,6 +106,7 @@ def test_seeds_become_an_arm(two, tiny, tmp_path):
     assert record["runs"][1]["metrics"]["dice"]["seed_deviation"] is None
 
 
+@pytest.mark.slow
 def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
     folds = [
         run_of(tiny(f"f{i}", "loss.name=dice", "data.folds=4", f"data.fold={i}")).path
@@ -123,8 +125,8 @@ def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def test_passes_are_judged_beside_the_plain_prediction(tiny, tmp_path):
-    run = run_of(tiny("run")).path
+def test_passes_are_judged_beside_the_plain_prediction(finished, tmp_path):
+    run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=4)
     outcome = evaluate_runs([run], settings, out=tmp_path / "out")
     record = summary_of(outcome)
@@ -139,8 +141,8 @@ def test_passes_are_judged_beside_the_plain_prediction(tiny, tmp_path):
     assert all(float(row["mutual_information"]) >= 0 for row in rows)
 
 
-def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(tiny, tmp_path, monkeypatch):
-    run = run_of(tiny("run")).path
+def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(finished, tmp_path, monkeypatch):
+    run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=3)
     whole = summary_of(evaluate_runs([run], settings, out=tmp_path / "whole"))
     monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 32 * 32)
