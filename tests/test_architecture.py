@@ -10,7 +10,17 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "polyseg"
 
 PACKAGES = (
-    *("errors", "system", "losses", "uncertainty", "difficulty", "metrics", "records", "config"),
+    *(
+        "errors",
+        "system",
+        "curves",
+        "losses",
+        "uncertainty",
+        "difficulty",
+        "metrics",
+        "records",
+        "config",
+    ),
     *("networks", "data", "montecarlo", "adaptive", "runs", "training", "evaluation", "figures"),
     *("report", "commands", "cli", "__main__"),
 )
