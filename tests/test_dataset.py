@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from polyseg.config import DataConfig, load_config
-from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo
+from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.data.loading import load_images, load_others
+from polyseg.data.order import epoch_order
 from polyseg.data.pixel_store import index_of
 from polyseg.data.training_batches import training_batches
 from polyseg.errors import PolysegError
