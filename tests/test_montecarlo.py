@@ -10,14 +10,8 @@ from torch import nn
 
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.errors import PolysegError
-from polyseg.montecarlo.assessment import (
-    assess,
-    assessment,
-    choose_samples,
-    passes,
-    scores,
-    stochastic_pass,
-)
+from polyseg.montecarlo import assessment, choose_samples, passes, scores
+from polyseg.montecarlo.assessment import assess, stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict
