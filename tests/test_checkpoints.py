@@ -88,6 +88,36 @@ def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, label
         read_checkpoint(tmp_path / "a")
 
 
+def test_a_record_is_read_without_its_weights(tmp_path, checkpoint):
+    schedule = Schedule(["a"], np.array([1]), np.ones((1, 1), np.float32), None, np.array([-1]))
+    history, losses = [{"epoch": 1.0, "train_loss": 0.5}], np.array([0.25])
+    optimizer = {"0/step": torch.tensor(3.0), "0/none": torch.empty(0, 2, dtype=torch.bfloat16)}
+    whole = dataclasses.replace(
+        checkpoint,
+        epoch=1,
+        best_epoch=1,
+        schedule=schedule,
+        history=history,
+        losses=losses,
+        optimizer=optimizer,
+    )
+    write_checkpoint(tmp_path / "a", whole)
+    record = read_checkpoint(tmp_path / "a", with_weights=False)
+    assert record.weights == {} == record.optimizer
+    assert record.history == history and record.losses.tolist() == [0.25]
+    assert record.schedule.epsilon.tolist() == [[1.0]]
+    again = read_checkpoint(tmp_path / "a")
+    assert (
+        again.optimizer.keys() == optimizer.keys() and again.weights.keys() == whole.weights.keys()
+    )
+    assert all(torch.equal(again.optimizer[name], one) for name, one in optimizer.items())
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[-1] ^= 1  # A byte of a tensor.
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(PolysegError, match="content is not what was written"):
+        read_checkpoint(tmp_path / "a", with_weights=False)
+
+
 def with_header(path, header):
     tensors = {"weights/a": torch.zeros(1)}
     # Whoever forges a header can hash it as well.

@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 
 from polyseg.config import DataConfig, load_config
-from polyseg.data.dataset import arrays_as_set, epoch_order, make_demo
+from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.data.loading import load_images, load_others
+from polyseg.data.order import epoch_order
 from polyseg.data.pixel_store import index_of
 from polyseg.data.training_batches import training_batches
 from polyseg.errors import PolysegError
+from polyseg.system.seeds import permutation
 
 
 def save(path, pixels):
@@ -262,6 +264,14 @@ def test_an_epochs_order_is_told_without_its_images():
     first, second = (epoch_order(images.ids, epoch=epoch, **order) for epoch in (1, 2))
     assert first != second
     assert sorted(name for batch in first for name in batch) == sorted(images.ids)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, 2**32 + 3, 2**62 + 12345])
+def test_a_permutation_is_that_of_torch(seed):
+    """On which the order of the images of every run before rests."""
+    for n in (0, 1, 2, 3, 17, 1000, 20_000):
+        expected = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        assert permutation(n, seed) == expected.tolist()
 
 
 def test_more_phantoms_than_memory_holds_are_refused_at_once(polyseg):

@@ -19,6 +19,7 @@ from scipy import stats
 
 from polyseg.adaptive import recorded_schedule
 from polyseg.commands import schedule as job
+from polyseg.commands import schedule_figures as figures_job
 from polyseg.commands.train import train
 from polyseg.config import load_config
 from polyseg.difficulty import FALLBACKS
@@ -665,7 +666,7 @@ class TestRealRuns:
                 train(load_config(overrides=config))
         (row,) = job.show(tmp_path / "assessed").rows
         assert row["epoch"] == 0 and math.isnan(row["epsilon_q50"])
-        assert job.plot([tmp_path / "assessed"], tmp_path / "figures").files
+        assert figures_job.plot([tmp_path / "assessed"], tmp_path / "figures").files
         with pytest.raises(PolysegError, match="has trained no epoch yet"):
             job.recompute(tmp_path / "assessed")
         with pytest.raises(PolysegError, match="no assessment yet; the first follows epoch 2"):
@@ -741,7 +742,7 @@ def quick_figures(monkeypatch):
             file.touch()
         return files
 
-    monkeypatch.setattr(job, "save_figure", save)
+    monkeypatch.setattr(figures_job, "save_figure", save)
 
 
 class TestCommands:
@@ -856,7 +857,7 @@ class TestCommands:
         assert answer.code == 0, answer.err
         assert "mutual information" in answer.out and "training loss" in answer.out
         assert sorted(path.name for path in out.iterdir()) == ["validity.pdf", "validity.png"]
-        assert set(job._PANELS) == set(
+        assert set(figures_job._PANELS) == set(
             recorded_schedule.MEASURES
         )  # the figure shows what the table does
         rows = json.loads(polyseg("schedule", "validity", runs / "batch", "--json").out)

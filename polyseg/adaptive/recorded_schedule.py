@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from polyseg.adaptive.controller import EpsilonControl, Recorder
 from polyseg.config import Config, build_config
-from polyseg.data.dataset import epoch_order
+from polyseg.data.order import epoch_order
 from polyseg.difficulty import FALLBACKS, normalise_by
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import partial_spearman, spearman

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polyseg.system.process_group import rank_here
 
@@ -20,11 +18,14 @@ class _Display:
     seconds_between_lines = 30.0
 
     def __init__(self, console: Console) -> None:
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+        # Here, because every `--help` imports this module.
+        from rich import progress
+
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -68,17 +69,17 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     console = Console(stderr=True, quiet=quiet or not leads)
     logger = logging.getLogger("polyseg")
     logger.setLevel(logging.DEBUG)
-    handler: logging.Handler = (
-        RichHandler(
+    handler: logging.Handler = _PlainHandler()
+    if console.is_terminal:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(
             console=console,
             show_path=False,
             show_level=False,
             highlighter=None,
             log_time_format="%H:%M",
         )
-        if console.is_terminal
-        else _PlainHandler()
-    )
     # A run's own log says all that there is to say, however quiet the terminal is.
     handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     if not leads:

@@ -17,7 +17,6 @@ from polyseg.data.splits import Member
 from polyseg.errors import PolysegError
 from polyseg.records import Batch
 from polyseg.system.memory import refuse_beyond_memory
-from polyseg.system.seeds import derive_seed, permutation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,16 +321,6 @@ def make_demo(config: DataConfig) -> ImageSet:
         config,
         [phantom.difficulty for phantom in phantoms],
     )
-
-
-def epoch_order(ids: Sequence[str], *, batch_size: int, seed: int, epoch: int) -> list[list[str]]:
-    """Return the images of each batch of an epoch, which follow from the arguments alone.
-
-    >>> epoch_order(["a", "b", "c"], batch_size=2, seed=0, epoch=1)
-    [['b', 'c'], ['a']]
-    """
-    shuffled = [ids[i] for i in permutation(len(ids), derive_seed(seed, epoch, "order"))]
-    return [shuffled[i : i + batch_size] for i in range(0, len(ids), batch_size)]
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from polyseg.data.augmentation import Changes, augment
-from polyseg.data.dataset import ImageSet, epoch_order
+from polyseg.data.dataset import ImageSet
+from polyseg.data.order import epoch_order
 from polyseg.errors import PolysegError, reason
 from polyseg.system.memory import explaining_memory
 from polyseg.system.process_group import ALONE, Processes

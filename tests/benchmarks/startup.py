@@ -1,53 +1,112 @@
-"""Time to the first help, beside what it is made of: python tests/benchmarks/startup.py
+"""Processor time of commands that need no network: python tests/benchmarks/startup.py
 
-Each is a new process; they are started in turn, and each row's ratio is the median over rounds of
-its time over that of importing typer, rich and pydantic alone in the same round.
+Each command has a reference, which is what it cannot do without: the imports alone, and where the
+name says so the reading or drawing as well. All are new processes, started in turn; a ratio is the
+median over the rounds of a command's processor time over that of its reference in the same round.
+`--beside DIR` measures the polyseg of another folder as well, such as a checkout from before a
+change.
 """
 
 import argparse
+import os
 import subprocess
 import sys
-import time
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-REFERENCE = "import typer, rich, pydantic"
+from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
+
+HERE = Path(__file__).parents[2]
+RUN = str(HERE / "tests/run_of_0_1")
+CLI = "import typer, rich, pydantic"
+PLOT = "import numpy, matplotlib.figure"
+DRAW = """
+import numpy as np
+from matplotlib.figure import Figure
+theta = np.linspace(0, np.pi / 2, 1001)
+figure = Figure(figsize=(3.5, 3), layout="constrained")
+axes = figure.add_subplot(xlabel="angle", ylabel="loss")
+for epsilon in (-0.4, 0, 0.5, 1):
+    axes.plot(theta, 0.9 + 0.1 * (0.5 + epsilon) * theta**2, label=str(epsilon))
+figure.legend(loc="outside lower center", ncols=3)
+for suffix in ("png", "pdf"):
+    figure.savefig(f"loss.{suffix}", dpi=300)
+"""
+RECORDS = "import h5py, numpy, rich.console, rich.table"
+READ = """
+import numpy as np, pathlib
+from PIL import Image
+for path in sorted(pathlib.Path("phantoms").rglob("*.png")):
+    np.asarray(Image.open(path))
+"""
 COMMANDS = {
-    REFERENCE: ["-c", REFERENCE],
-    "python -c pass": ["-c", "pass"],
-    "polyseg --help": ["-m", "polyseg", "--help"],
-    "polyseg train --help": ["-m", "polyseg", "train", "--help"],
-    "polyseg config show": ["-m", "polyseg", "config", "show"],
-    "import torch": ["-c", "import torch"],
+    "--help": (CLI, ["--help"]),
+    "train --help": (CLI, ["train", "--help"]),
+    "config show": (CLI, ["config", "show"]),
+    "plot-loss (imports)": (PLOT, ["plot-loss", "--overwrite"]),
+    "plot-loss (imports, drawing)": (DRAW, ["plot-loss", "--overwrite"]),
+    "schedule show": (RECORDS, ["schedule", "show", RUN]),
+    "schedule export": (RECORDS, ["schedule", "export", RUN]),
+    "report (imports)": (f"{RECORDS}\n{PLOT}", ["report", RUN, "--overwrite"]),
+    "data check (imports, reading)": (READ, ["data", "check", "phantoms"]),
+    "data split (imports, reading)": (
+        READ,
+        ["data", "split", "phantoms", "--out", "split.json", "--overwrite"],
+    ),
 }
+"""What each is measured against, and the arguments of polyseg."""
 
 
-def seconds(arguments):
-    """Return how long a process of this Python takes."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+def processor_seconds(arguments: list[str], package: Path, folder: Path) -> float:
+    """Return the processor time of a process of this Python, in seconds."""
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(package)},
+        cwd=folder,
+    ) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{arguments}: exit code {process.returncode}")
+    return used.ru_utime + used.ru_stime
 
 
-def main():
+def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    times = {name: [] for name in COMMANDS}
-    for turn in range(rounds + 1):
-        for name, arguments in COMMANDS.items():
-            taken = seconds(arguments)
-            if turn:  # the first one fills the disk's cache
-                times[name].append(taken)
-    table = Table("process", "median s", "ratio", "10-90 %")
-    for name, values in times.items():
-        ratio = np.array(values) / np.array(times[REFERENCE])
-        low, middle, high = np.percentile(ratio, (10, 50, 90))
-        table.add_row(name, f"{np.median(values):.2f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
-    Console().print(table)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", type=Path, help="folder with another polyseg")
+    options = parser.parse_args()
+    packages = [HERE] if options.beside is None else [options.beside.resolve(), HERE]
+    times: dict[str, list[list[float]]] = {name: [] for name in COMMANDS}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_phantoms(folder / "phantoms", make_phantoms(40))
+        for turn in range(options.rounds + 1):
+            for name, (reference, arguments) in COMMANDS.items():
+                row = [processor_seconds(["-c", reference], HERE, folder)]
+                for package in packages:
+                    command = ["-m", "polyseg", *arguments]
+                    row.append(processor_seconds(command, package, folder))
+                if turn:  # The first round fills the disk's cache.
+                    times[name].append(row)
+    heads = ["reference s"] + [f"{p.name} {what}" for p in packages for what in ("s", "ratio")]
+    table = Table("command", *heads)
+    for name, rows in times.items():
+        seconds = np.array(rows)
+        medians = np.median(seconds, axis=0)
+        ratios = np.median(seconds / seconds[:, :1], axis=0)
+        cells = [f"{medians[0]:.2f}"]
+        for i in range(1, len(medians)):
+            cells += [f"{medians[i]:.2f}", f"{ratios[i]:.2f}"]
+        table.add_row(name, *cells)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
