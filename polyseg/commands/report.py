@@ -12,6 +12,7 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.errors import PolysegError
+from polyseg.evaluation.tables import DASH
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.montecarlo.assessment import describe_order
 from polyseg.records import Assessment, Progress, no_progress
@@ -38,7 +39,6 @@ from polyseg.report.figures import (
 )
 from polyseg.report.run_files import EvaluationFiles, RunFiles, read_evaluation, read_run
 from polyseg.report.tables import (
-    DASH,
     brief,
     comparison_tables,
     decimals_of,
@@ -49,7 +49,6 @@ from polyseg.report.tables import (
     images_tested,
     metric_tables,
     number,
-    rules,
 )
 from polyseg.system.files import short_names, write_text
 from polyseg.system.output_folder import refuse_existing
@@ -202,7 +201,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
     if metrics and evaluations:
         # A comparison tells the same better, and should not have to be looked for.
         metrics = [Folded("All metrics of the runs' own tests", metrics)]
-    return [overview, *metrics, *map(Text, rules([*own, *evaluations]))]
+    return [overview, *metrics]
 
 
 def _comparison(evaluation: EvaluationFiles) -> list[Block]:
