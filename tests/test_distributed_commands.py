@@ -262,7 +262,7 @@ def test_each_process_looks_at_its_share_alone(runs, tmp_path):
         assert [found.id for found in plain] == one.share(ids)
         assert [found.id for found in passes] == one.share(ids)
         folder = tmp_path / f"of{one.rank}"
-        found = list(_predict_share(model, cases, folder, folder, False, one, no_progress))
+        found = list(_predict_share(model, cases, folder, folder, None, one, no_progress))
         assert len(found) == len(one.share(cases))
         whole = [case for case, told in zip(one.share(cases), found, strict=True) if told.files]
         assert len(files_of(folder)) == len(whole) > 0

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from polyseg.evaluation.export import latex, markdown, per_image_csv, robustness_csv, summary_json
+from polyseg.evaluation.export import latex, markdown, per_image_csv, robustness_csv, summary
 from polyseg.evaluation.scores import (
     Evaluation,
     RobustnessPoint,
@@ -19,7 +19,7 @@ from polyseg.evaluation.scores import (
     image_scores,
     pool,
 )
-from polyseg.evaluation.tables import notes, sheets
+from polyseg.evaluation.tables import sheets
 from polyseg.metrics.image_metrics import METRICS
 
 EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
@@ -59,7 +59,7 @@ def compared():
 
 
 def test_what_is_empty_or_undefined_is_said(runs):
-    assert notes(runs) == [
+    assert sheets(summary(Evaluation(runs)))[0].notes[1:] == [
         "b|50%: of 3 images 1 with both empty, 1 with prediction empty.",
         "b|50%: left out as undefined: Sensitivity of 1, AUC-ROC of 1, AP of 1.",
     ]
@@ -87,7 +87,7 @@ def test_the_csv_of_an_arm_holds_its_runs(runs):
 
 
 def test_the_summary_is_plain_json(runs):
-    record = json.loads(summary_json(Evaluation(runs)), parse_constant=pytest.fail)
+    record = json.loads(json.dumps(summary(Evaluation(runs))), parse_constant=pytest.fail)
     metrics = record["runs"][0]["metrics"]
     assert set(metrics) == set(record["metrics"]) == {metric.key for metric in METRICS}
     dice = runs[0].column("dice")
@@ -98,45 +98,49 @@ def test_the_summary_is_plain_json(runs):
 
 
 def test_tables_have_a_row_a_metric_and_keep_their_columns(runs):
-    lines = markdown(Evaluation(runs)).splitlines()
+    lines = markdown(summary(Evaluation(runs))).splitlines()
     table = [line for line in lines if line.startswith("|")][: 2 + len(METRICS)]
     assert {line.replace("\\|", "").count("|") for line in table} == {4}
     assert f"{runs[0].mean('dice'):.3f} ± {runs[0].deviation('dice'):.3f}" in table[2]
     assert "b\\|50% (3 images)" in table[0]
-    body = [line for line in latex(Evaluation(runs)).splitlines() if line.endswith(r"\\")]
+    body = [line for line in latex(summary(Evaluation(runs))).splitlines() if line.endswith(r"\\")]
     assert {line.count("&") for line in body[: 1 + len(METRICS)]} == {2}
     assert r"a\_run" in body[0] and r"b\textbar{}50\%" in body[0]
 
 
 def test_the_best_is_bold_and_what_differs_is_marked(compared):
     assert compared.runs[1].mean("dice") > compared.runs[0].mean("dice")
-    rows = {row[0].text: row for row in sheets(compared)[0].rows}
+    rows = {row[0].text: row for row in sheets(summary(compared))[0].rows}
     assert [cell.best for cell in rows["Dice"]] == [False, False, True]
     assert [cell.best for cell in rows["HD95 (px)"]] == [False, False, True]
     # Twelve differences of one sign: p = 2 / 2^12, exactly.
     assert compared.comparisons[0].differences["dice"].adjusted == pytest.approx(2 / 2**12)
     assert rows["Dice"][2].marks == "***" and rows["Dice"][1].marks == ""
-    text = markdown(compared)
+    text = markdown(summary(compared))
     mean = f"{compared.runs[1].mean('dice'):.3f}"
     assert re.search(rf"\*\*{mean} ± [\d.]+\*\*\\\*\\\*\\\*", text)
-    assert rf"\textbf{{{mean} $\pm$" in latex(compared) and "$^{***}$" in latex(compared)
+    assert rf"\textbf{{{mean} $\pm$" in latex(summary(compared)) and "$^{***}$" in latex(
+        summary(compared)
+    )
 
 
 def test_equal_means_are_no_winners(runs):
     twice = [runs[0], RunScores("again", runs[0].scores)]
-    for row in sheets(Evaluation(twice))[0].rows:
+    for row in sheets(summary(Evaluation(twice)))[0].rows:
         assert not any(cell.best for cell in row)
 
 
 def test_a_comparison_tells_difference_interval_and_counts(compared):
-    sheet = next(one for one in sheets(compared) if one.title.startswith("new against plain"))
+    sheet = next(
+        one for one in sheets(summary(compared)) if one.title.startswith("new against plain")
+    )
     row = next(row for row in sheet.rows if row[0].text == "Dice")
     found = compared.comparisons[0].differences["dice"]
     texts = [cell.text for cell in row]
     low, high = found.interval
     assert texts[1] == f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
     assert texts[2:] == ["12/0/0", "< 0.001", "< 0.001"] and "(12 images)" in sheet.title
-    record = json.loads(summary_json(compared))["comparisons"][0]["metrics"]["dice"]
+    record = summary(compared)["comparisons"][0]["metrics"]["dice"]
     assert record["mean"] == pytest.approx(found.mean)
     assert record["low"] == pytest.approx(found.interval.low)
 
@@ -150,7 +154,7 @@ def test_damage_has_a_row_a_strength():
     rows = list(csv.DictReader(io.StringIO(robustness_csv(evaluation))))
     assert [row["strength"] for row in rows] == ["0", "1", "2"]
     assert float(rows[1]["dice"]) == pytest.approx(points[1].scores[0].values["dice"])
-    sheet = next(one for one in sheets(evaluation) if one.title == "Dice under damage")
+    sheet = next(one for one in sheets(summary(evaluation)) if one.title == "Dice under damage")
     assert len(sheet.rows[0]) == len(sheet.heads) == 5
 
 
@@ -160,7 +164,7 @@ def test_uncertainties_stand_beside_the_metrics():
         for seed in range(6)
     ]
     evaluation = Evaluation([RunScores("run", images)], failure=0.5)
-    titles = [sheet.title for sheet in sheets(evaluation)]
+    titles = [sheet.title for sheet in sheets(summary(evaluation))]
     assert titles == [
         "Metrics", "Dice by size", "Dice by difficulty", "Does the uncertainty find failures?",
     ]  # fmt: skip
@@ -171,10 +175,10 @@ def test_uncertainties_stand_beside_the_metrics():
 def test_names_cannot_mark_up_a_table():
     hostile = "<script>x</script> **b** [l](http://e) a_b `c` \n\\input{/etc/passwd}"
     run = RunScores(hostile, [image_scores("im", *case(0))])
-    text = markdown(Evaluation([run]))
+    text = markdown(summary(Evaluation([run])))
     assert "<script>" not in text.replace("\\<", "") and "](http" not in text
     assert "\\*\\*b\\*\\*" in text
-    written = latex(Evaluation([run]))
+    written = latex(summary(Evaluation([run])))
     assert "\\input{" not in written
     assert all(
         line.startswith(("%", "\\", "{}", "metric", "run")) for line in written.splitlines() if line

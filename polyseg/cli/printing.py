@@ -37,7 +37,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
         return
     console = Console()
     if outcome.evaluation is not None:
-        for sheet in tables.sheets(outcome.evaluation, brief=True):
+        for sheet in tables.sheets(export.summary(outcome.evaluation), brief=True):
             print_sheet(console, sheet)
     if outcome.correlations:
         print_correlations(console, outcome.correlations)

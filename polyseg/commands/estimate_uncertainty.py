@@ -5,17 +5,13 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import numpy as np
-
-from polyseg.choices import UNCERTAINTIES
-from polyseg.config import MOST_SAMPLES, Config
+from polyseg.config import MOST_SAMPLES
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.figures import run_figures
 from polyseg.figures.run_figures import Outcome
 from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.inference import choose_device
-from polyseg.networks.networks_by_name import SegmentationNetwork, hash_weights
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.record_files import write_assessment
@@ -88,46 +84,7 @@ def _write(assessment: Assessment, model: Model, images: ImageSet, folder: Path)
     write_text(folder / "per_image.csv", run_figures.assessment_csv(assessment))
     files = [folder / "assessment.h5", folder / "per_image.csv"]
     figures = folder / "figures"
-    files += run_figures.draw_assessment(assessment, figures)
-    return files + draw_extremes(model.network, model.config, images, assessment, figures)
-
-
-def draw_extremes(
-    network: SegmentationNetwork,
-    config: Config,
-    images: ImageSet,
-    assessment: Assessment,
-    folder: Path,
-) -> list[Path]:
-    """Draw the images of largest and of smallest D of an assessment.
-
-    Their maps are measured anew, with the network as it is now, which may have trained on since.
-    """
-    if assessment.metric not in UNCERTAINTIES:
-        return []  # Without passes there are no maps.
-    order = np.argsort(-assessment.difficulty, kind="stable")
-    changes = {"samples": assessment.samples, "save_maps": True}
-    settings = config.uncertainty.model_copy(update=changes)
-    moved = hash_weights(network) != assessment.weights_sha256
-    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
-    shown = min(config.output.overlays, len(order))
-    labels = assessment.labels or [""] * len(order)
-    files = []
-    for which, rows in (("largest", order[:shown]), ("smallest", order[::-1][:shown])):
-        if len(rows) == 0:
-            continue
-        again = assess(
-            network,
-            images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
-            settings,
-            seed=assessment.seed,
-            epoch=assessment.epoch,
-        )
-        places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
-        chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
-        # Measured anew, they may stand in another order, and the figure goes by what it shows.
-        chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
-        path = folder / f"overlays_{which}_d"
-        heading = f"The {len(rows)} images of {which} D{since}"
-        files += run_figures.draw_overlays(again, chosen, images, path, heading)
-    return files
+    files += run_figures.draw_difficulties([assessment], figures, ["difficulty_dice"])
+    return files + run_figures.draw_extremes(
+        model.network, model.config, images, assessment, figures
+    )

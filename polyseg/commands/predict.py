@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from polyseg import INTENDED_USE
 from polyseg.choices import UNCERTAINTIES
-from polyseg.config import MOST_SAMPLES, Config, DataConfig
+from polyseg.config import MOST_SAMPLES, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.formats.writers import write_labels, write_map
 from polyseg.data.layouts.cases import Case
@@ -77,12 +77,14 @@ def predict_images(
         raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
     with contextlib.ExitStack() as stack:
         with together(choose_device(device), PATIENCE) as processes:
-            model = _with_samples(open_model(source, device, trust), samples)
+            model = open_model(source, device, trust)
+            changes = {"samples": samples, "save_maps": True, "region": "prediction"}
+            passes = passes_of(model.config, **changes) if uncertainty else None
             cases = processes.from_leader(find_unlabelled(paths) if processes.leads else None)
             held = whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
             with processes.failing_together():
-                share = _predict_share(model, cases, folder, out, uncertainty, processes, progress)
+                share = _predict_share(model, cases, folder, out, passes, processes, progress)
                 done = list(share)
             found = processes.joined(done)
         if not processes.leads:
@@ -114,7 +116,7 @@ def _predict_share(
     cases: Sequence[Case],
     folder: Path,
     out: Path,
-    uncertainty: bool,
+    passes: UncertaintyConfig | None,
     processes: Processes,
     progress: Progress,
 ) -> Iterator[_Predicted]:
@@ -124,7 +126,7 @@ def _predict_share(
     """
     for done, case in enumerate(processes.share(cases), start=1):
         try:
-            yield _Predicted(*_predict_case(model, case, folder, uncertainty))
+            yield _Predicted(*_predict_case(model, case, folder, passes))
         except PolysegError as error:
             told = str(error).replace(str(folder), str(out))
             if _is_for_want_of_space(error):
@@ -145,19 +147,8 @@ def _refusal(problems: Sequence[str], count: int, out: Path) -> PolysegError:
     return PolysegError(good, *lines)
 
 
-def _with_samples(model: Model, samples: int | None) -> Model:
-    """Return a model that an assessment takes so many passes of."""
-    if samples is None:
-        return model
-    settings = model.config.uncertainty.model_copy(update={"samples": samples})
-    config = model.config.model_copy(update={"uncertainty": settings})
-    return dataclasses.replace(
-        model, checkpoint=dataclasses.replace(model.checkpoint, config=config)
-    )
-
-
 def _predict_case(
-    model: Model, case: Case, folder: Path, uncertainty: bool
+    model: Model, case: Case, folder: Path, passes: UncertaintyConfig | None
 ) -> tuple[list[Path], Rows]:
     config = model.config
     # One file at a time stays in memory, however large it is.
@@ -173,7 +164,7 @@ def _predict_case(
         for name, written in maps.items()
     }
     files = list(labels.values())
-    assessment = _assess(model, config, images) if uncertainty else None
+    assessment = None if passes is None else _assess(model, passes, images)
     if assessment is not None:
         for label in assessment.label_names:
             pixels = assessment.of_label(label).maps[assessment.metric]
@@ -231,11 +222,12 @@ def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
     return np.asarray(written[chosen])
 
 
-def _assess(model: Model, config: Config, images: ImageSet) -> Assessment:
+def _assess(model: Model, passes: UncertaintyConfig, images: ImageSet) -> Assessment:
+    config = model.config
     return assess(
         model.network,
         images.batches(images.ids, config.training.batch_size),
-        passes_of(config, save_maps=True, region="prediction"),
+        passes,
         seed=config.training.seed,
         epoch=model.checkpoint.epoch,
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.errors import PolysegError
+from polyseg.evaluation.tables import DASH
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report.document import (
@@ -37,7 +38,6 @@ from polyseg.report.figures import (
 )
 from polyseg.report.run_files import EvaluationFiles, RunFiles, read_evaluation, read_run
 from polyseg.report.tables import (
-    DASH,
     brief,
     comparison_tables,
     decimals_of,
@@ -48,7 +48,6 @@ from polyseg.report.tables import (
     images_tested,
     metric_tables,
     number,
-    rules,
 )
 from polyseg.runs.assessment_text import describe_order
 from polyseg.system.files import short_names, write_text
@@ -202,7 +201,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
     if metrics and evaluations:
         # A comparison tells the same better, and should not have to be looked for.
         metrics = [Folded("All metrics of the runs' own tests", metrics)]
-    return [overview, *metrics, *map(Text, rules([*own, *evaluations]))]
+    return [overview, *metrics]
 
 
 def _comparison(evaluation: EvaluationFiles) -> list[Block]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from polyseg.adaptive.replay import fit_schedule, replay_arm
 from polyseg.choices import LOSSES
-from polyseg.commands.estimate_uncertainty import draw_extremes
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
@@ -457,10 +456,12 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
         run_figures.log_correlations(correlations)
         notes = describe_order(assessments[-1])
         if config.output.figures:
-            files += run_figures.draw_assessment(assessments[-1], run.figures)
-            files += run_figures.draw_difficulties(assessments, run.figures)
-            files += draw_extremes(trainer.network, config, images, assessments[-1], run.figures)
+            kinds = ["difficulty_dice", "difficulty"]
+            files += run_figures.draw_difficulties(assessments, run.figures, kinds)
+            files += run_figures.draw_extremes(
+                trainer.network, config, images, assessments[-1], run.figures
+            )
     if config.output.figures:
-        files += run_figures.draw_history(trainer.history, run.figures)
-        files += run_figures.draw_schedule(np.stack(trainer.recorder.epsilon), config, run.figures)
+        epsilon = np.stack(trainer.recorder.epsilon)
+        files += run_figures.draw_run(trainer.history, epsilon, config, run.figures)
     return Outcome(run.path, files, evaluation, correlations, notes)

@@ -1,6 +1,5 @@
 """An evaluation written down: its tables as Markdown and LaTeX, its numbers as CSV and JSON."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from polyseg.evaluation.scores import Comparison, Evaluation, RunScores, failure_detection, strata
-from polyseg.evaluation.tables import DASH, RULE, Cell, Sheet, heading, sheets
+from polyseg.evaluation.tables import DASH, RULE, Cell, Record, Sheet, sheets
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.system.files import csv_table, without_nan
 
@@ -18,15 +17,15 @@ SCHEMA = 1
 """Of summary.json, raised when a key changes its meaning or goes; new keys may come."""
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """Return the tables as Markdown."""
-    return "\n".join(_markdown(sheet) for sheet in sheets(evaluation))
+def markdown(summary: Record) -> str:
+    """Return the tables of a summary as Markdown."""
+    return "\n".join(_markdown(sheet) for sheet in sheets(summary))
 
 
-def latex(evaluation: Evaluation) -> str:
-    """Return the tables for LaTeX with the package booktabs."""
+def latex(summary: Record) -> str:
+    """Return the tables of a summary for LaTeX with the package booktabs."""
     heading = "% needs \\usepackage{booktabs}\n"
-    return heading + "\n".join(_latex(sheet) for sheet in sheets(evaluation))
+    return heading + "\n".join(_latex(sheet) for sheet in sheets(summary))
 
 
 def per_image_csv(runs: Sequence[RunScores]) -> str:
@@ -76,7 +75,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "failure_dice": evaluation.failure,
         "metrics": {
             metric.key: {
-                "title": heading(metric, evaluation),
+                "title": evaluation.heading(metric),
                 "higher_is_better": metric.higher_is_better,
             }
             for metric in METRICS
@@ -95,11 +94,6 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     }
     plain: dict[str, Any] = without_nan(record)
     return plain
-
-
-def summary_json(evaluation: Evaluation) -> str:
-    """Return `summary` as JSON text."""
-    return json.dumps(summary(evaluation), indent=2) + "\n"
 
 
 def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:

@@ -223,6 +223,16 @@ class Evaluation:
         """Of distances."""
         return self.runs[0].unit if self.runs else "px"
 
+    def heading(self, metric: MetricColumn) -> str:
+        """Return a metric's title with its unit, or its tolerance.
+
+        >>> Evaluation([]).heading(METRICS[0])
+        'Dice'
+        """
+        if metric.key == "nsd":
+            return f"{metric.title} ({self.tolerance:g} {self.unit})"
+        return metric.heading(self.unit)
+
     def difficulty(self, run: RunScores) -> Values | None:
         """Return the difficulty of a run's images to the first run, so that thirds are the same.
 

@@ -1,19 +1,16 @@
-"""The tables of an evaluation, without a form yet: what stands where, what is best or marked."""
+"""The tables of an evaluation, without a form yet, from the values of its summary.json.
+
+The summary may have been read from a file of another version or of somebody else: what is missing,
+or not of the expected kind, is a dash or is left out.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from polyseg.evaluation.scores import (
-    Comparison,
-    Evaluation,
-    RunScores,
-    Stratum,
-    failure_detection,
-    strata,
-)
-from polyseg.metrics.image_metrics import METRICS, MetricColumn
-from polyseg.metrics.significance import Interval, stars
+from polyseg.metrics.image_metrics import METRICS
+from polyseg.metrics.significance import stars
 
 RULE = (
     "Mask and prediction both empty: the best value. Only one empty: the worst, distances the "
@@ -21,6 +18,14 @@ RULE = (
 )
 DASH = "–"
 """What stands where a value is undefined."""
+
+_COLUMNS = {metric.key: metric for metric in METRICS}
+_OVER_RUNS = (
+    "Over runs: deviation of the differences of runs with equal seed and fold, and the p of their "
+    "paired t-test. The images tell of these networks; only the runs tell of other seeds."
+)
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Cell:
     """Whether it is the best of its row."""
     marks: str = ""
     """Stars of significance."""
+    details: str = ""
+    """Further values, for tables with space for a second line in a cell."""
 
 
 @dataclass(frozen=True)
@@ -44,38 +51,70 @@ class Sheet:
     notes: Sequence[str] = ()
 
 
-def sheets(evaluation: Evaluation, *, brief: bool = False) -> list[Sheet]:
+@dataclass(frozen=True)
+class Network:
+    """What a summary says of one network, or arm of several, and one label."""
+
+    record: Record
+
+    @property
+    def name(self) -> str:
+        """The name, with the kind of prediction."""
+        name = str(self.record.get("name", ""))
+        return f"{name} (MC mean)" if self.record.get("prediction") == "mc_mean" else name
+
+    @property
+    def label(self) -> str:
+        """The label, empty where the network has one."""
+        return str(self.record.get("label", ""))
+
+    @property
+    def title(self) -> str:
+        """The name that tables show."""
+        return f"{self.name}: {self.label}" if self.label else self.name
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return _whole(mapping(self.record, "counts").get("images"))
+
+    def statistics(self, key: str) -> Record:
+        """Return mean, deviation and so on of a metric."""
+        return mapping(mapping(self.record, "metrics"), key)
+
+    def mean(self, key: str) -> float:
+        """Return the mean of a metric; NaN where it is undefined."""
+        return _real(self.statistics(key).get("mean"))
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A metric of a summary, which may be one that this version does not know."""
+
+    key: str
+    title: str
+    decimals: int
+    higher_is_better: Any
+
+
+def networks(summary: Record) -> list[Network]:
+    """Return what a summary says of each network and label."""
+    return [Network(entry) for entry in records(summary, "runs")]
+
+
+def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
     """Return the tables of an evaluation, those that have something to say.
 
     Args:
-        evaluation: what was found.
+        summary: of the evaluation.
         brief: of several comparisons the differences in Dice alone.
 
-    >>> [sheet.title for sheet in sheets(Evaluation([]))]
+    >>> [sheet.title for sheet in sheets({"runs": []})]
     []
     """
-    if not evaluation.runs:
-        return []
-    found = [
-        _metrics_sheet(evaluation),
-        _dice_sheet(evaluation),
-        *([] if brief and len(evaluation.comparisons) > 1 else _comparison_sheets(evaluation)),
-        *_strata_sheets(evaluation),
-        _failure_sheet(evaluation),
-        _robustness_sheet(evaluation),
-    ]
-    return [sheet for sheet in found if sheet.rows]
-
-
-def heading(metric: MetricColumn, evaluation: Evaluation) -> str:
-    """Return a metric's title with its unit, or its tolerance.
-
-    >>> heading(METRICS[0], Evaluation([]))
-    'Dice'
-    """
-    if metric.key == "nsd":
-        return f"{metric.title} ({evaluation.tolerance:g} {evaluation.unit})"
-    return metric.heading(evaluation.unit)
+    dice, single = comparison_sheets(summary)
+    found = [metrics_sheet(summary), *dice, *([] if brief and dice else single)]
+    return [*(sheet for sheet in found if sheet.rows), *further_sheets(summary)]
 
 
 def p_text(value: float) -> str:
@@ -87,41 +126,39 @@ def p_text(value: float) -> str:
     return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def notes(runs: Sequence[RunScores]) -> list[str]:
-    """Return a sentence for each run that has empty cases, and for each metric left undefined."""
-    found = []
-    for run in runs:
-        empty = [
-            f"{number} with {what}"
-            for what, number in run.counts().items()
-            if what != "images" and number
-        ]
-        left_out = [
-            f"{metric.title} of {missing}"
-            for metric in METRICS
-            if (missing := len(run.scores) - run.defined(metric.key).size)
-        ]
-        if empty:
-            found.append(f"{run.title}: of {len(run.scores)} images {', '.join(empty)}.")
-        if left_out:
-            found.append(f"{run.title}: left out as undefined: {', '.join(left_out)}.")
-    return found
+def mapping(record: Record, key: str) -> Record:
+    """Return the mapping under a key, an empty one where there is none."""
+    found = record.get(key)
+    return found if isinstance(found, dict) else {}
 
 
-def _metrics_sheet(evaluation: Evaluation) -> Sheet:
-    runs = evaluation.runs
-    heads = ["metric", *(f"{run.title} ({_images(run)})" for run in runs)]
+def records(record: Record, key: str) -> list[Record]:
+    """Return the mappings of the list under a key, none where there is no list."""
+    found = record.get(key)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def metrics_sheet(summary: Record) -> Sheet:
+    """Return the means of all metrics, a row a metric and a column a network and label."""
+    found = networks(summary)
+    keys = dict.fromkeys(key for one in found for key in mapping(one.record, "metrics"))
+    metrics = _metrics(summary, list(keys))
+    heads = ["metric", *(f"{one.title} ({_images(one)})" for one in found)]
     rows = []
-    for metric in METRICS:
-        best = _best(runs, metric)
+    for metric in metrics:
+        best = _best(found, metric)
         cells = [
-            Cell(_spread(run, metric), run.title in best, _marks(evaluation, run.title, metric.key))
-            for run in runs
+            Cell(
+                _spread(one, metric),
+                one.title in best,
+                _marks(summary, one.title, metric.key),
+                _details(one, metric),
+            )
+            for one in found
         ]
-        rows.append([Cell(heading(metric, evaluation)), *cells])
-    several = any(run.members for run in runs)
+        rows.append([Cell(metric.title), *cells])
     spread = "Mean ± standard deviation over the images"
-    if several:
+    if any(one.record.get("members") for one in found):
         spread += (
             " (each its mean over an arm's runs), in brackets that of the means over the seeds"
         )
@@ -129,25 +166,64 @@ def _metrics_sheet(evaluation: Evaluation) -> Sheet:
         "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm: of these "
         "networks on such images; of other seeds only where arms of several are compared."
     )
-    return Sheet(
-        "Metrics", heads, rows,
-        [f"{spread}. {RULE}", *([marked] if evaluation.comparisons else []), *notes(runs)],
-    )  # fmt: skip
+    marks = [marked] if records(summary, "comparisons") else []
+    rule = summary.get("rule", RULE)
+    return Sheet("Metrics", heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)])
 
 
-def _dice_sheet(evaluation: Evaluation) -> Sheet:
-    """Return the differences in Dice alone, a row a run, where there are several."""
-    compared = evaluation.comparisons
-    several = any(one.differences["dice"].runs > 1 for one in compared)
-    dice = METRICS[0]
-    rows = [
-        [Cell(one.run, marks=row[0].marks), *row[1:]]
-        for one in compared
-        if (row := _comparison_row(one, dice, evaluation, several))
+def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
+    """Return the differences in Dice of several comparisons, and those of each in all metrics."""
+    compared = [
+        (one, _metrics(summary, list(mapping(one, "metrics"))))
+        for one in records(summary, "comparisons")
     ]
-    against = " and ".join(dict.fromkeys(one.baseline for one in compared))
+    in_dice = [
+        (one, metrics[0]) for one, metrics in compared if metrics and metrics[0].key == "dice"
+    ]
+    single = [_comparison_sheet(one, metrics) for one, metrics in compared if metrics]
+    if len(in_dice) < 2:
+        return [], single
+    several = any(_whole(_difference(one, "dice").get("runs")) > 1 for one, _ in in_dice)
+    rows = []
+    for one, dice in in_dice:
+        named, *cells = _comparison_row(one, dice, several)
+        rows.append([Cell(str(one.get("run", DASH)), marks=named.marks), *cells])
+    against = " and ".join(dict.fromkeys(str(one.get("baseline", DASH)) for one, _ in compared))
     heads = ["run", *_comparison_heads(several)]
-    return Sheet(f"Dice against {against}", heads, rows if len(rows) > 1 else [], _meaning(several))
+    return [Sheet(f"Dice against {against}", heads, rows, _meaning(several))], single
+
+
+def further_sheets(summary: Record) -> list[Sheet]:
+    """Return what was found beside metrics and differences: strata, failures, robustness."""
+    found = [*_strata_sheets(summary), _failure_sheet(summary), _robustness_sheet(summary)]
+    return [sheet for sheet in found if sheet.rows]
+
+
+def _metrics(summary: Record, keys: Sequence[str]) -> list[_Metric]:
+    titles = mapping(summary, "metrics")
+    found = []
+    for key in keys:
+        known, given = _COLUMNS.get(key), mapping(titles, key)
+        title = str(given.get("title", known.title if known else key.replace("_", " ")))
+        better = given.get("higher_is_better", known.higher_is_better if known else None)
+        found.append(_Metric(key, title, known.decimals if known else 4, better))
+    return found
+
+
+def _notes(found: Sequence[Network], metrics: Sequence[_Metric]) -> Iterator[str]:
+    """Yield a sentence for each network with empty cases, or with metrics that are undefined."""
+    for one in found:
+        counts = mapping(one.record, "counts").items()
+        empty = [f"{n} with {what}" for what, n in counts if what != "images" and _whole(n)]
+        left_out = [
+            f"{metric.title.partition(' (')[0]} of {missing}"
+            for metric in metrics
+            if (missing := one.images - _whole(one.statistics(metric.key).get("n", one.images))) > 0
+        ]
+        if empty:
+            yield f"{one.title}: of {one.images} images {', '.join(empty)}."
+        if left_out:
+            yield f"{one.title}: left out as undefined: {', '.join(left_out)}."
 
 
 def _comparison_heads(several: bool) -> list[str]:
@@ -164,165 +240,176 @@ def _meaning(several: bool) -> list[str]:
     ]
 
 
-def _comparison_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
-    for one in evaluation.comparisons:
-        found = one.differences.values()
-        images, runs = (max(getattr(each, name) for each in found) for name in ("images", "runs"))
-        fewer = [
-            f"{metric.title} of {one.differences[metric.key].images}"
-            for metric in METRICS
-            if one.differences[metric.key].images < images
-        ]
-        left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
-        paired = f", {runs} pair{'s' if runs > 1 else ''} of runs" if runs else ""
-        yield Sheet(
-            f"{one.run} against {one.baseline} ({_count(images, 'image')}{paired})",
-            ["metric", *_comparison_heads(runs > 1)],
-            [_comparison_row(one, metric, evaluation, runs > 1) for metric in METRICS],
-            [*_meaning(runs > 1), *([left_out] if fewer else [])],
-        )
+def _comparison_sheet(one: Record, metrics: Sequence[_Metric]) -> Sheet:
+    counts = {metric: _whole(_difference(one, metric.key).get("images")) for metric in metrics}
+    images = max(counts.values())
+    runs = max(_whole(_difference(one, metric.key).get("runs")) for metric in metrics)
+    fewer = [
+        f"{metric.title.partition(' (')[0]} of {n}" for metric, n in counts.items() if n < images
+    ]
+    left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
+    paired = f", {_count(runs, 'pair')} of runs" if runs else ""
+    against = f"{one.get('run', DASH)} against {one.get('baseline', DASH)}"
+    return Sheet(
+        f"{against} ({_count(images, 'image')}{paired})",
+        ["metric", *_comparison_heads(runs > 1)],
+        [_comparison_row(one, metric, runs > 1) for metric in metrics],
+        [*_meaning(runs > 1), *([left_out] if fewer else [])],
+    )
 
 
-_OVER_RUNS = (
-    "Over runs: deviation of the differences of runs with equal seed and fold, and the p of their "
-    "paired t-test. The images tell of these networks; only the runs tell of other seeds."
-)
+def _difference(one: Record, key: str) -> Record:
+    return mapping(mapping(one, "metrics"), key)
 
 
-def _comparison_row(
-    one: Comparison, metric: MetricColumn, evaluation: Evaluation, several: bool
-) -> list[Cell]:
-    found, digits = one.differences[metric.key], metric.decimals + 1
+def _comparison_row(one: Record, metric: _Metric, several: bool) -> list[Cell]:
+    found, digits = _difference(one, metric.key), metric.decimals + 1
+    counts = "/".join(_number(found.get(name), 0) for name in ("better", "worse", "equal"))
+    low, high = (_number(found.get(end), digits, "+") for end in ("low", "high"))
+    interval = DASH if DASH in (low, high) else f"[{low}, {high}]"
     texts = [
-        f"{_signed(found.mean, digits)} {_interval(found.interval, digits)}",
-        f"{found.better}/{found.worse}/{found.equal}",
-        p_text(found.p_value),
+        f"{_number(found.get('mean'), digits, '+')} {interval}",
+        counts,
+        p_text(_real(found.get("p_value"))),
     ]
     if several:
-        deviation = _number(found.deviation_over_runs, digits)
-        texts += [f"± {deviation}", p_text(found.p_over_runs)]
-    texts.append(p_text(found.adjusted))
-    name = Cell(heading(metric, evaluation), marks=stars(found.adjusted))
-    return [name, *map(Cell, texts)]
+        deviation = _number(found.get("deviation_over_runs"), digits)
+        texts += [f"± {deviation}", p_text(_real(found.get("p_over_runs")))]
+    adjusted = _real(found.get("adjusted"))
+    name = Cell(metric.title, marks=stars(adjusted))
+    return [name, *map(Cell, [*texts, p_text(adjusted)])]
 
 
-def _strata_sheets(evaluation: Evaluation) -> Iterator[Sheet]:
+def _strata_sheets(summary: Record) -> Iterator[Sheet]:
     """Yield the Dice of thirds of the images, by size and by difficulty."""
-    found = [(run, list(strata(run, evaluation.difficulty(run)))) for run in evaluation.runs]
+    found = networks(summary)
     for by in ("size", "difficulty"):
-        parts = {run.title: [one for one in thirds if one.by == by] for run, thirds in found}
-        filled = {title: part for title, part in parts.items() if _several_images(part)}
-        if not filled:
-            continue
-        first = next(iter(filled.values()))
+        thirds = {
+            one.title: {
+                str(part.get("name", "")): part
+                for part in records(one.record, "strata")
+                if part.get("by") == by
+            }
+            for one in found
+        }
+        filled = {
+            title: parts
+            for title, parts in thirds.items()
+            if sum(_whole(part.get("images")) > 0 for part in parts.values()) > 1
+        }
+        names = list(dict.fromkeys(name for parts in filled.values() for name in parts))
         rows = [
-            [Cell(title), *(Cell(_of_images(one)) for one in part)]
-            for title, part in filled.items()
+            [Cell(title), *(Cell(_of_images(parts.get(name, {}))) for name in names)]
+            for title, parts in filled.items()
         ]
-        what = "the mask's size" if by == "size" else f"difficulty to {evaluation.runs[0].name}"
-        heads = ["run", *(one.name for one in first)]
-        yield Sheet(
-            f"Dice by {by}",
-            heads,
-            rows,
-            [f"Thirds of the images by {what}; in brackets their number."],
-        )
+        first = found[0].record.get("name", "") if found else ""
+        what = "the mask's size" if by == "size" else f"difficulty to {first}"
+        note = f"Thirds of the images by {what}; in brackets their number."
+        yield Sheet(f"Dice by {by}", ["run", *names], rows, [note])
 
 
-def _failure_sheet(evaluation: Evaluation) -> Sheet:
+def _failure_sheet(summary: Record) -> Sheet:
     rows = [
         [
-            Cell(run.title),
-            Cell(one.uncertainty.replace("_", " ")),
-            Cell(str(one.failed)),
-            *(Cell(_number(value, 3)) for value in (one.auroc, one.aurc, one.excess_aurc)),
-            Cell(_number(one.spearman, 2)),
+            Cell(one.title),
+            Cell(str(found.get("uncertainty", DASH)).replace("_", " ")),
+            Cell(_number(found.get("failed"), 0)),
+            *(Cell(_number(found.get(key), 3)) for key in ("auroc", "aurc", "excess_aurc")),
+            Cell(_number(found.get("spearman"), 2)),
         ]
-        for run in evaluation.runs
-        for one in failure_detection(run, evaluation.failure)
+        for one in networks(summary)
+        for found in records(one.record, "failure_detection")
     ]
     heads = ["run", "uncertainty", "failed", "AUROC", "AURC", "E-AURC", "Spearman"]
-    note = f"Failed: Dice below {evaluation.failure:g}. Risk, also for Spearman's, is 1 − Dice."
+    limit = f"{_real(summary.get('failure_dice')):g}"
+    note = f"Failed: Dice below {limit}. Risk, also for Spearman's, is 1 − Dice."
     return Sheet("Does the uncertainty find failures?", heads, rows, [note])
 
 
-def _robustness_sheet(evaluation: Evaluation) -> Sheet:
-    points = evaluation.robustness
-    strengths = sorted({point.strength for point in points})
-    rows = [
-        [
-            Cell(corruption),
-            Cell(run),
-            *(
-                Cell(_number(point.mean("dice"), 3))
-                for point in points
-                if (point.corruption, point.run) == (corruption, run)
-            ),
-        ]
-        for corruption, run in dict.fromkeys((point.corruption, point.run) for point in points)
-    ]
+def _robustness_sheet(summary: Record) -> Sheet:
+    points = {
+        tuple(str(one.get(key, "")) for key in ("corruption", "run", "strength")): one
+        for one in records(summary, "robustness")
+    }
+    strengths = list(dict.fromkeys(strength for *_, strength in points))
+    rows = []
+    for line in dict.fromkeys(place[:2] for place in points):
+        found = (points.get((*line, strength), {}) for strength in strengths)
+        dice = (mapping(one, "metrics").get("dice") for one in found)
+        rows.append([*map(Cell, line), *(Cell(_number(one, 3)) for one in dice)])
     note = "0: the images as they are; 5: severe damage."
-    return Sheet("Dice under damage", ["damage", "run", *map(str, strengths)], rows, [note])
+    return Sheet("Dice under damage", ["damage", "run", *strengths], rows, [note])
 
 
-def _of_images(stratum: Stratum) -> str:
-    return f"{_number(stratum.means['dice'], 3)} ({stratum.images})"
+def _of_images(stratum: Record) -> str:
+    dice = _number(mapping(stratum, "means").get("dice"), 3)
+    return f"{dice} ({_whole(stratum.get('images'))})"
 
 
-def _several_images(part: Sequence[Stratum]) -> bool:
-    return sum(one.images > 0 for one in part) > 1
-
-
-def _best(runs: Sequence[RunScores], metric: MetricColumn) -> set[str]:
-    """Return the runs of each label whose mean, as shown, is the best; none where one is alone."""
+def _best(found: Sequence[Network], metric: _Metric) -> set[str]:
+    """Return the networks of each label whose mean, as shown, is best; none where one is alone."""
     best: set[str] = set()
-    for label in dict.fromkeys(run.label for run in runs):
-        means = {run.title: run.mean(metric.key) for run in runs if run.label == label}
+    for label in dict.fromkeys(one.label for one in found):
+        means = {one.title: one.mean(metric.key) for one in found if one.label == label}
         shown = {
             title: round(mean, metric.decimals)
             for title, mean in means.items()
             if not math.isnan(mean)
         }
-        if len(shown) < 2 or len(set(shown.values())) == 1:
+        if len(shown) < 2 or len(set(shown.values())) == 1 or metric.higher_is_better is None:
             continue
         extreme = (max if metric.higher_is_better else min)(shown.values())
         best |= {title for title, mean in shown.items() if mean == extreme}
     return best
 
 
-def _marks(evaluation: Evaluation, title: str, key: str) -> str:
-    found = [one.differences[key] for one in evaluation.comparisons if one.run == title]
-    return stars(found[0].adjusted) if found else ""
+def _marks(summary: Record, title: str, key: str) -> str:
+    compared = (one for one in records(summary, "comparisons") if one.get("run") == title)
+    return next((stars(_real(_difference(one, key).get("adjusted"))) for one in compared), "")
 
 
-def _spread(run: RunScores, metric: MetricColumn) -> str:
+def _spread(one: Network, metric: _Metric) -> str:
     """Return "mean ± deviation", and in brackets the seeds' spread; a dash where undefined."""
-    mean, digits = run.mean(metric.key), metric.decimals
-    deviation, seeds = run.deviation(metric.key), run.seed_deviation(metric.key)
-    text = _number(mean, digits)
-    if not math.isnan(deviation):
-        text += f" ± {deviation:.{digits}f}"
-    return text if math.isnan(seeds) else f"{text} ({seeds:.{digits}f})"
+    found, digits = one.statistics(metric.key), metric.decimals
+    deviation, seeds = (
+        _number(found.get(name), digits) for name in ("deviation", "seed_deviation")
+    )
+    text = _number(found.get("mean"), digits)
+    text += "" if deviation == DASH else f" ± {deviation}"
+    return text if seeds == DASH else f"{text} ({seeds})"
 
 
-def _images(run: RunScores) -> str:
-    runs = f"{_count(len(run.members), 'run')}, " if run.members else ""
-    return runs + _count(len(run.scores), "image")
+def _details(one: Network, metric: _Metric) -> str:
+    """Return the interval of a mean, and the number of images where it is not that of all."""
+    found = one.statistics(metric.key)
+    low, high = (_number(found.get(end), metric.decimals) for end in ("low", "high"))
+    interval = [] if DASH in (low, high) else [f"{low} to {high}"]
+    n = _whole(found.get("n", one.images))
+    return ", ".join([*interval, *([] if n == one.images else [f"n = {n}"])])
+
+
+def _images(one: Network) -> str:
+    members = one.record.get("members")
+    runs = f"{_count(len(members), 'run')}, " if isinstance(members, list) and members else ""
+    return runs + _count(one.images, "image")
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _number(value: float, digits: int) -> str:
-    return DASH if math.isnan(value) else f"{value:.{digits}f}"
+def _real(value: Any) -> float:
+    """Return a value as a number, NaN if it is none that a table can show."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and abs(value) < 1e300 else math.nan
 
 
-def _signed(value: float, digits: int) -> str:
-    return DASH if math.isnan(value) else f"{value:+.{digits}f}"
+def _whole(value: Any) -> int:
+    found = _real(value)
+    return 0 if math.isnan(found) else int(found)
 
 
-def _interval(interval: Interval, digits: int) -> str:
-    if math.isnan(interval.low):
-        return DASH
-    return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+def _number(value: Any, digits: int, sign: str = "") -> str:
+    found = _real(value)
+    form = f".{digits}f" if abs(found) < 1e9 else ".3g"
+    return DASH if math.isnan(found) else f"{found:{sign}{form}}"

@@ -1,6 +1,7 @@
 """What an evaluation leaves for people: its tables as files, and its figures."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from polyseg.data.dataset import ImageSet
-from polyseg.evaluation import export, tables
+from polyseg.evaluation import export
 from polyseg.evaluation.scores import Evaluation, RunScores
 from polyseg.evaluation.testing_networks import PredictedMasks
 from polyseg.figures.calibration import reliability_diagram, risk_coverage_curves
@@ -32,11 +33,12 @@ _MOST_SHOWN = 6
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> list[Path]:
     """Write the tables of an evaluation, and its figures; return the files."""
+    summary = export.summary(evaluation)
     texts = {
-        "table.md": export.markdown(evaluation),
-        "table.tex": export.latex(evaluation),
+        "table.md": export.markdown(summary),
+        "table.tex": export.latex(summary),
         "per_image.csv": export.per_image_csv(evaluation.runs),
-        "summary.json": export.summary_json(evaluation),
+        "summary.json": json.dumps(summary, indent=2) + "\n",
     }
     if evaluation.robustness:
         texts["robustness.csv"] = export.robustness_csv(evaluation)
@@ -79,8 +81,7 @@ def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     titles = [run.title for run in runs]
     compared = [metric for metric in METRICS if metric.key in _COMPARED]
     values = {
-        tables.heading(metric, evaluation): [run.column(metric.key) for run in runs]
-        for metric in compared
+        evaluation.heading(metric): [run.column(metric.key) for run in runs] for metric in compared
     }
     files = save_figure(comparison(titles, values), folder / "comparison")
     files += _draw_reliability(runs, folder)
@@ -132,7 +133,7 @@ def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
     found = evaluation.comparisons
     baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
     rows = {
-        tables.heading(metric, evaluation): [one.differences[metric.key] for one in found]
+        evaluation.heading(metric): [one.differences[metric.key] for one in found]
         for metric in compared
     }
     better = [metric.higher_is_better for metric in compared]

@@ -11,20 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.choices import UNCERTAINTIES
 from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.difficulty import FALLBACKS
 from polyseg.evaluation.scores import Evaluation
 from polyseg.figures.pictures import OverlayCase, overlays
 from polyseg.figures.style import headed, save_figure
-from polyseg.figures.training import (
-    difficulty_against_dice,
-    difficulty_distribution,
-    epsilon_quantiles,
-    training_curves,
-)
+from polyseg.figures.training import difficulty_figures, epsilon_quantiles, training_curves
 from polyseg.metrics.rank_stability import spearman
 from polyseg.metrics.significance import rank_correlation
+from polyseg.montecarlo.assessment import assess
+from polyseg.networks.networks_by_name import SegmentationNetwork, hash_weights
 from polyseg.records import Assessment
 from polyseg.system.files import csv_table
 
@@ -99,53 +97,85 @@ def assessment_csv(assessment: Assessment) -> str:
     return csv_table([*heads, "foreground_pixels", "fallback"], rows)
 
 
-def draw_assessment(assessment: Assessment, folder: Path) -> list[Path]:
-    """Draw difficulty against Dice, where there are masks, a figure a label."""
-    if not np.isfinite(assessment.dice).any():
-        return []
-    files = []
-    for label, path in paths_of_labels(assessment.label_names, folder / "difficulty_dice"):
-        part = assessment.of_label(label)
-        figure = difficulty_against_dice(
-            part.difficulty,
-            part.dice,
-            metric=part.metric,
-            correlation=spearman(part.difficulty, 1 - part.dice),
-            epoch=part.epoch,
-        )
-        files += save_figure(headed(figure, label), path)
-    return files
+def draw_difficulties(
+    assessments: Sequence[Assessment], folder: Path, kinds: Sequence[str]
+) -> list[Path]:
+    """Draw those of `difficulty_figures` that are of some kinds, a figure a label."""
+    last = assessments[-1]
+    labels = {label: difficulty_figures(assessments, label) for label in last.label_names}
+    return [
+        path
+        for kind in kinds
+        for label, place in paths_of_labels(last.label_names, folder / kind)
+        if kind in labels[label]
+        for path in save_figure(labels[label][kind], place)
+    ]
 
 
-def draw_difficulties(assessments: Sequence[Assessment], folder: Path) -> list[Path]:
-    """Draw how the difficulties move from one assessment to the next, a figure a label."""
-    files = []
-    for label, path in paths_of_labels(assessments[-1].label_names, folder / "difficulty"):
-        figure = difficulty_distribution(
-            [assessment.epoch for assessment in assessments],
-            [assessment.of_label(label).difficulty for assessment in assessments],
-            metric=assessments[-1].metric,
-        )
-        files += save_figure(headed(figure, label), path)
-    return files
+def draw_run(
+    history: Sequence[Mapping[str, float]],
+    epsilon: NDArray[np.float32],
+    config: Config,
+    folder: Path,
+) -> list[Path]:
+    """Draw losses and metrics over the epochs, and quantiles of epsilon where it was adapted.
 
-
-def draw_history(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
-    """Draw losses and metrics over the epochs."""
-    return save_figure(training_curves(rows), folder / "curves")
-
-
-def draw_schedule(epsilon: NDArray[np.float32], config: Config, folder: Path) -> list[Path]:
-    """Draw the quantiles of epsilon, (epochs, rows), where it was adapted, a figure a label."""
+    Args:
+        history: a row an epoch.
+        epsilon: (epochs, rows), the labels of an image one after another.
+        config: of the run.
+        folder: where to.
+    """
+    files = save_figure(training_curves(history), folder / "curves")
     if not config.adaptive:
-        return []
+        return files
     limits = (config.control.epsilon_min, config.control.epsilon_max)
     epochs = np.arange(1, len(epsilon) + 1)
     labels = config.data.labels
-    files = []
     for k, (label, path) in enumerate(paths_of_labels(labels, folder / "epsilon")):
         figure = epsilon_quantiles(epochs, epsilon[:, k :: len(labels)], limits=limits)
         files += save_figure(headed(figure, label), path)
+    return files
+
+
+def draw_extremes(
+    network: SegmentationNetwork,
+    config: Config,
+    images: ImageSet,
+    assessment: Assessment,
+    folder: Path,
+) -> list[Path]:
+    """Draw the images of largest and of smallest D of an assessment.
+
+    Their maps are measured anew, with the network as it is now, which may have trained on since.
+    """
+    if assessment.metric not in UNCERTAINTIES:
+        return []  # Without passes there are no maps.
+    order = np.argsort(-assessment.difficulty, kind="stable")
+    changes = {"samples": assessment.samples, "save_maps": True}
+    settings = config.uncertainty.model_copy(update=changes)
+    moved = hash_weights(network) != assessment.weights_sha256
+    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
+    shown = min(config.output.overlays, len(order))
+    labels = assessment.labels or [""] * len(order)
+    files = []
+    for which, rows in (("largest", order[:shown]), ("smallest", order[::-1][:shown])):
+        if len(rows) == 0:
+            continue
+        again = assess(
+            network,
+            images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
+            settings,
+            seed=assessment.seed,
+            epoch=assessment.epoch,
+        )
+        places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
+        chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
+        # Measured anew, they may stand in another order, and the figure goes by what it shows.
+        chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
+        path = folder / f"overlays_{which}_d"
+        heading = f"The {len(rows)} images of {which} D{since}"
+        files += draw_overlays(again, chosen, images, path, heading)
     return files
 
 

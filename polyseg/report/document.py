@@ -21,7 +21,10 @@ from typing import Literal, TypeAlias
 from polyseg import INTENDED_USE
 
 _PLAIN = r"[+−-]?\d[\d.,]*(e[+−-]?\d+)?"
-_NUMBER = re.compile(rf"(< )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\))?|–|")
+_NUMBER = re.compile(
+    rf"(< |± )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\)| \[{_PLAIN}, {_PLAIN}\]| –)?\**"
+    r"|[\d–]+/[\d–]+/[\d–]+|(– ?)*|± –"
+)
 _SORTABLE = ' class="sortable"'
 _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from polyseg.figures.style import formatted, headed, save_figure
 from polyseg.figures.training import (
-    difficulty_against_dice,
-    difficulty_distribution,
+    difficulty_figures,
     epsilon_quantiles,
     training_curves,
     validation_curves,
@@ -95,7 +94,7 @@ def difficulty_pictures(run: RunFiles) -> list[Picture]:
     pictures: list[Picture] = []
     for label in _labels(run):
         name = f"{run.name}, {label}" if label else run.name
-        parts = [one.of_label(label) for one in run.assessments if label in one.label_names]
+        parts = [one for one in run.assessments if label in one.label_names]
         if run.schedule is not None:
             pictures += _epsilon(run, run.schedule, label, name)
         if parts:
@@ -207,33 +206,23 @@ def _epsilon(run: RunFiles, schedule: Schedule, label: str, name: str) -> Iterat
     )
 
 
-def _difficulties(parts: list[Assessment], label: str, name: str) -> Iterator[Picture]:
-    last = parts[-1]
-    boxes = difficulty_distribution(
-        [one.epoch for one in parts], [one.difficulty for one in parts], metric=last.metric
-    )
+def _difficulties(assessments: Sequence[Assessment], label: str, name: str) -> Iterator[Picture]:
+    figures = difficulty_figures(assessments, label)
     yield _drawn(
-        headed(boxes, label),
+        figures["difficulty"],
         f"{name}: difficulty D at each assessment. Boxes show the quartiles, whiskers reach from 5 "
         "to 95 %.",
-        f"Boxes of the difficulty at {len(parts)} assessments.",
+        f"Boxes of the difficulty at {len(assessments)} assessments.",
     )
-    if not np.isfinite(last.dice).any():
-        return
-    correlation = spearman(last.difficulty, 1 - last.dice)
-    cloud = difficulty_against_dice(
-        last.difficulty,
-        last.dice,
-        metric=last.metric,
-        correlation=correlation,
-        epoch=last.epoch,
-    )
-    yield _drawn(
-        headed(cloud, label),
-        f"{name}: Dice over difficulty D at the last assessment, a point each training image.",
-        f"Dice over difficulty of {len(last.ids)} images; Spearman's correlation of D with 1 − "
-        f"Dice is {formatted(correlation, '.2f')}.",
-    )
+    if "difficulty_dice" in figures:
+        last = assessments[-1].of_label(label)
+        correlation = formatted(spearman(last.difficulty, 1 - last.dice), ".2f")
+        yield _drawn(
+            figures["difficulty_dice"],
+            f"{name}: Dice over difficulty D at the last assessment, a point each training image.",
+            f"Dice over difficulty of {len(last.ids)} images; Spearman's correlation of D with "
+            f"1 − Dice is {correlation}.",
+        )
 
 
 def _drawn(figure: Any, caption: str, alternative: str, *, wide: bool = False) -> Picture:
