@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from polyseg.choices import MODALITIES
 from polyseg.commands.plot_loss import refuse_existing_figure
 from polyseg.config import Config
 from polyseg.data.augmentation import augment, changes_of
@@ -119,8 +120,8 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
     Raises:
         PolysegError: the folder is not empty, or an argument is out of bounds.
     """
-    if modality not in phantom_sets.MODALITIES:
-        raise PolysegError(f"--modality {modality}: choose {' or '.join(phantom_sets.MODALITIES)}")
+    if modality not in MODALITIES:
+        raise PolysegError(f"--modality {modality}: choose {' or '.join(MODALITIES)}")
     if seed < 0:
         raise PolysegError(f"--seed {seed}: 0 or more")
     if not (1 <= count <= 100_000 and 32 <= size <= 1024):

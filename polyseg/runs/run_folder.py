@@ -272,7 +272,7 @@ class RunDirectory:
 
     def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         cells = ([f"{value:.9g}" for value in completed(row).values()] for row in rows)
-        write_text(self.history, csv_table(COLUMNS, cells))
+        write_text(self.history, csv_table([*COLUMNS], cells))
 
 
 def split_json(split: Split, hashes: Mapping[str, str]) -> str:
