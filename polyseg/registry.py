@@ -23,8 +23,17 @@ class Row:
         >>> Row("root", "square root", "math:sqrt").resolve()(9.0)
         3.0
         """
-        module, _, name = self.function.partition(":")
-        return getattr(import_module(module), name)
+        return resolve(self.function)
+
+
+def resolve(place: str) -> Any:
+    """Return what "module:name" names.
+
+    >>> resolve("math:sqrt")(9.0)
+    3.0
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 R = TypeVar("R", bound=Row)

@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from polyseg import choices
 from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
@@ -12,18 +14,25 @@ from polyseg.cli.options import help_of
 from polyseg.commands.train import train
 from polyseg.config import Config, settings_of, template
 from polyseg.data.augmentation import PRESETS
+from polyseg.data.formats.file_formats import FORMATS, Format
+from polyseg.data.formats.stacks import Stack
 from polyseg.errors import PolysegError
 from polyseg.figures.style import metric_name
+from polyseg.montecarlo.assessment import stochastic_pass
+from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
 from polyseg.registry import Registry, Row
 from polyseg.report.run_files import read_run
 from polyseg.runs.history import COLUMNS, Column
 from polyseg.runs.record_files import read_assessment, read_schedule
 from tests import reference
+from tests.conftest import TINY
 
 FOUR = ("uncertainty.samples=4",)
 """Passes, the fewest that rank stability is judged from."""
 
 REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one, Registry)}
+REGISTRIES |= {"COLUMNS": COLUMNS, "FORMATS": FORMATS, "DROPOUT_KINDS": DROPOUT_KINDS}
 
 
 @pytest.mark.parametrize("name", REGISTRIES)
@@ -164,3 +173,85 @@ def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
 
 def test_presets_of_augmentation_are_those_that_are_explained():
     assert list(choices_of("data.augmentation")) == list(PRESETS)
+
+
+def read_text_image(path, *, labels):
+    pixels = np.loadtxt(path, np.uint8, ndmin=2)[None]
+    return Stack(pixels if labels else pixels[..., None], None)
+
+
+def write_text_image(source, values, path, plane, description):
+    path = path.with_name(f"{path.name}.grid")
+    np.savetxt(path, values[0], fmt="%d")
+    return path
+
+
+def test_a_file_format_is_one_row(monkeypatch, tmp_path, polyseg):
+    for folder in ("images", "masks"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for i in range(8):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[i : i + 9, 5 : 8 + i] = 1
+        noise = np.random.default_rng(i).integers(0, 50, mask.shape)
+        np.savetxt(tmp_path / "set" / "images" / f"{i}.grid", noise + 200 * mask, fmt="%d")
+        np.savetxt(tmp_path / "set" / "masks" / f"{i}.grid", mask, fmt="%d")
+    assert polyseg("data", "check", tmp_path / "set").code == 2
+    here = "tests.test_registries"
+    read, write = f"{here}:read_text_image", f"{here}:write_text_image"
+    row = Format("grid", "numbers as text", read, (".grid",), write=write)
+    monkeypatch.setitem(FORMATS, "grid", row)
+    assert polyseg("data", "check", tmp_path / "set").code == 0
+    small = [word for one in TINY if "kwargs" in one or "batch" in one for word in ("--set", one)]
+    answer = polyseg(
+        *("train", "--data", tmp_path / "set", "--out", tmp_path / "run", "--epochs", "1"),
+        *(*small, "--loss", "bce", "--set", "data.size=32", "--set", "output.figures=false"),
+    )
+    assert answer.code == 0, answer.err
+    images = tmp_path / "set" / "images"
+    answer = polyseg("predict", tmp_path / "run", images, "--out", tmp_path / "predicted")
+    assert answer.code == 0, answer.err
+    predicted = sorted((tmp_path / "predicted").glob("*.grid"))
+    assert [path.stem for path in predicted] == [f"{i}" for i in range(8)]
+    assert np.loadtxt(predicted[0]).shape == (32, 32)
+
+
+class DropPath(nn.Module):
+    """Drops all features of an image at once."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, features):
+        if not self.training:
+            return features
+        kept = torch.rand(len(features), 1, 1, 1) >= self.p
+        return features * kept / (1 - self.p)
+
+
+def with_drop_path(in_channels, out_channels):
+    first = nn.Conv2d(in_channels, 4, 3, padding=1)
+    return nn.Sequential(first, DropPath(0.5), nn.Conv2d(4, out_channels, 1))
+
+
+def test_a_kind_of_dropout_is_one_row(monkeypatch, tiny, tmp_path):
+    settings = ("network.name=tests.test_registries:with_drop_path", "network.kwargs={}")
+    with pytest.raises(PolysegError, match="no active dropout layer"):
+        train(tiny("before", *settings))
+    row = DropoutKind(
+        "DropPath", "drops images", "tests.test_registries:DropPath", lambda shape: (1, 1, 1)
+    )
+    monkeypatch.setitem(DROPOUT_KINDS, "DropPath", row)
+    train(tiny("run", *settings))
+    assert read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5").difficulty.max() > 0
+    # Each pass keeps twice all features, or none, in which case only the bias is left.
+    network, images = with_drop_path(1, 1), torch.rand(2, 1, 8, 8)
+    first, _, last = network.eval()
+    kept = last(2 * first(images)).sigmoid().flatten(0, 1)
+    none = last.bias.sigmoid().expand(8, 8)
+    streams = MaskStreams("independent", 0, 0, ["a", "b"], size=(8, 8))
+    found = stochastic_pass(network, stochastic_layers(network), images, streams, range(8))
+    which = [torch.allclose(one, kept[i % 2]) for i, one in enumerate(found)]
+    for one, is_kept in zip(found, which, strict=True):
+        assert is_kept or torch.allclose(one, none)
+    assert 0 < sum(which) < 16

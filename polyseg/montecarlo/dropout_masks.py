@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from polyseg.networks.dropout import mask_shape
 from polyseg.system.seeds import derive_seed
 
 Sharing = Literal["consistent", "independent"]
@@ -40,10 +41,8 @@ class MaskStreams:
         return self.shapes[(*self.size, name, call)]
 
     def shape_of(self, name: str, call: int, layer: Any, features: Tensor) -> torch.Size:
-        """Return the shape of the mask of (B, C, H, W) features: of single values, or channels."""
-        shape = features.shape[1:]
-        if not isinstance(layer, nn.Dropout):
-            shape = torch.Size((shape[0], *(1 for _ in shape[1:])))
+        """Return the shape of the mask of an image of (B, C, H, W) features."""
+        shape = mask_shape(layer, features.shape[1:])
         self.shapes[(*self.size, name, call)] = shape
         return shape
 

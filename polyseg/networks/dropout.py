@@ -4,7 +4,8 @@ import contextlib
 import inspect
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -16,8 +17,37 @@ from torch.overrides import TorchFunctionMode
 
 from polyseg.errors import PolysegError
 from polyseg.networks.inference import held_in_mode
+from polyseg.registry import Registry, Row
 
-DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+def _of_values(shape: Sequence[int]) -> Sequence[int]:
+    return shape
+
+
+def _of_channels(shape: Sequence[int]) -> Sequence[int]:
+    return (shape[0], *(1 for _ in shape[1:]))
+
+
+@dataclass(frozen=True)
+class DropoutKind(Row):
+    """A type of layer that drops; its function is the type, which has its rate in `p`.
+
+    In evaluation mode it returns its input, by whose mask MC Dropout then multiplies.
+    """
+
+    mask_shape: Callable[[Sequence[int]], Sequence[int]] = _of_values
+    """Shape of the mask of an image, from that of its features, (C, H, W)."""
+
+
+DROPOUT_KINDS = Registry(
+    "dropout layer",
+    DropoutKind("Dropout", "drops single values", "torch.nn:Dropout"),
+    *(
+        DropoutKind(name, "drops whole feature maps", f"torch.nn:{name}", _of_channels)
+        for name in ("Dropout1d", "Dropout2d", "Dropout3d")
+    ),
+)
+"""The layers that MC Dropout covers; the fast passes know those of torch, others run plainly."""
 
 _CHANGES_THE_MEAN = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPS_WITHIN = (nn.MultiheadAttention, nn.RNNBase)
@@ -25,6 +55,21 @@ _WITHOUT_OTHER_RANDOMNESS = WeakSet[nn.Module]()
 _SEEDS, _SEEDS_IF_DRAWN = 5, 50
 """Numbers of passes, each with a seed of its own, that are compared to find other randomness: the
 larger one where something is seen to be drawn, which at a small rate seldom changes a pass."""
+
+
+def dropout_types() -> tuple[type[Any], ...]:
+    """Return the types of `DROPOUT_KINDS`."""
+    return tuple(kind.resolve() for kind in DROPOUT_KINDS.values())
+
+
+def mask_shape(layer: Any, shape: Sequence[int]) -> torch.Size:
+    """Return the shape of the mask of an image, from that of its features, (C, H, W).
+
+    >>> mask_shape(nn.Dropout2d(), (4, 8, 8))
+    torch.Size([4, 1, 1])
+    """
+    kinds = (kind for kind in DROPOUT_KINDS.values() if isinstance(layer, kind.resolve()))
+    return torch.Size(next(kinds).mask_shape(shape))
 
 
 def stochastic_layers(network: nn.Module) -> dict[str, Any]:
@@ -37,6 +82,7 @@ def stochastic_layers(network: nn.Module) -> dict[str, Any]:
     ['0']
     """
     layers: dict[str, Any] = {}
+    types = dropout_types()
     for name, module in network.named_modules():
         if isinstance(module, _CHANGES_THE_MEAN):
             raise PolysegError(
@@ -48,7 +94,7 @@ def stochastic_layers(network: nn.Module) -> dict[str, Any]:
                 f"network layer {name}: {type(module).__name__} drops inside itself, which "
                 "MC Dropout cannot steer; set its dropout to 0 and use nn.Dropout layers beside it"
             )
-        if isinstance(module, DROPOUT_LAYERS) and module.p > 0:
+        if isinstance(module, types) and module.p > 0:
             layers[name] = module
     return layers
 
@@ -94,7 +140,8 @@ def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
     """
     in_training, dropped = _count_calls(network, images, training=True)
     in_evaluation, _ = _count_calls(network, images, training=False)
-    if hidden := dropped - in_training.total():
+    # Below 0 where layers of other types than torch's drop by themselves.
+    if (hidden := dropped - in_training.total()) > 0:
         raise PolysegError(
             f"network: {hidden} calls of functional dropout in a pass, which MC Dropout cannot "
             "steer; use nn.Dropout or nn.Dropout2d layers instead"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from polyseg.networks.dropout import mask_shape
 from polyseg.system.process_group import Processes
 
 
@@ -128,9 +129,7 @@ class DropoutTogether:
                 hook.remove()
 
     def _drop(self, layer: Any, _inputs: Any, features: Tensor) -> Tensor:
-        shape = [self.total, *features.shape[1:]]
-        if not isinstance(layer, nn.Dropout):
-            shape[2:] = [1] * (features.dim() - 2)
+        shape = (self.total, *mask_shape(layer, features.shape[1:]))
         mask = torch.empty(
             shape,
             dtype=features.dtype,

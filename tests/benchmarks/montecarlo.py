@@ -26,7 +26,7 @@ from polyseg.data.loading import load_images
 from polyseg.difficulty import foreground_mean
 from polyseg.losses import polydice1_loss
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.dropout import DROPOUT_LAYERS
+from polyseg.networks.dropout import dropout_types
 from polyseg.networks.networks_by_name import build_network
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
@@ -63,7 +63,7 @@ def build(arguments, batches):
 def with_dropout(network):
     """Set the dropout layers to training, the rest to evaluation."""
     for layer in network.modules():
-        layer.training = isinstance(layer, DROPOUT_LAYERS)
+        layer.training = isinstance(layer, dropout_types())
     return network
 
 

@@ -94,6 +94,13 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def is_unnamed_dicom(path: Path) -> bool:
+    """Say whether a folder, or a file with no suffix or one of numbers, is to be read as DICOM."""
+    ending = path.suffix.lower().removeprefix(".")
+    bare = not ending or ending.isdigit() or ending == "ima"
+    return path.is_dir() or (bare and is_dicom(path))
+
+
 def write_dicom(source: Path, labels: NDArray[Any], target: Path, *, description: str) -> None:
     """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
 

@@ -19,8 +19,6 @@ from polyseg.data.formats.stacks import (
 )
 from polyseg.errors import PolysegError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
-
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 # By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
 _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")

@@ -36,8 +36,6 @@ from polyseg.system.files import atomic_path
 # What it would say of a damaged file is said once, in the error.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-
 _CHUNK = 2**18
 _COLUMNS = 16
 _LARGEST_OFFSET = 2**24

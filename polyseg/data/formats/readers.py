@@ -2,14 +2,9 @@
 
 from pathlib import Path
 
-from polyseg.data.formats.dicom import is_dicom, read_dicom
-from polyseg.data.formats.images import PICTURE_SUFFIXES, read_picture
-from polyseg.data.formats.nifti import NIFTI_SUFFIXES, read_nifti
+from polyseg.data.formats.file_formats import format_of, readable_suffixes
 from polyseg.data.formats.stacks import Plane, Stack, guarded
-from polyseg.data.formats.tiff import TIFF_SUFFIXES, read_tiff
 from polyseg.errors import PolysegError
-
-_SUFFIXES = (*PICTURE_SUFFIXES, *TIFF_SUFFIXES, *NIFTI_SUFFIXES, ".dcm")
 
 
 def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
@@ -51,22 +46,10 @@ def read_label_stack(path: str | Path, plane: Plane = "axial") -> Stack:
     return _read(Path(path), plane, labels=True)
 
 
-def _is_bare_dicom(path: Path) -> bool:
-    """Say whether a file without a suffix, or named by numbers and dots, is DICOM."""
-    ending = path.suffix.lower().removeprefix(".")
-    return (not ending or ending.isdigit() or ending == "ima") and is_dicom(path)
-
-
 def _read(path: Path, plane: Plane, *, labels: bool) -> Stack:
-    name = path.name.lower()
     with guarded(path):
-        bare = path.is_dir() or _is_bare_dicom(path)
-    if name.endswith(PICTURE_SUFFIXES):
-        return read_picture(path, labels=labels)
-    if name.endswith(TIFF_SUFFIXES):
-        return read_tiff(path, labels=labels)
-    if name.endswith(NIFTI_SUFFIXES):
-        return read_nifti(path, plane, labels=labels)
-    if name.endswith(".dcm") or bare:
-        return read_dicom(path, labels=labels)
-    raise PolysegError(f"{path}: is of no kind that is read: {', '.join(_SUFFIXES)}")
+        kind = format_of(path)
+    if kind is None:
+        raise PolysegError(f"{path}: is of no kind that is read: {', '.join(readable_suffixes())}")
+    stack: Stack = kind.read(path, plane, labels=labels)
+    return stack

@@ -27,8 +27,6 @@ from polyseg.errors import PolysegError
 # What it would say of a damaged file is said once, in the error.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-TIFF_SUFFIXES = (".tif", ".tiff")
-
 _COMPRESSIONS = (
     COMPRESSION.NONE,
     COMPRESSION.LZW,

@@ -8,11 +8,13 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from polyseg.data.formats.dicom import is_dicom, write_dicom
-from polyseg.data.formats.nifti import NIFTI_SUFFIXES, write_nifti
+from polyseg.data.formats.dicom import write_dicom
+from polyseg.data.formats.file_formats import Format, format_of, suffix_of
+from polyseg.data.formats.nifti import write_nifti
 from polyseg.data.formats.stacks import Plane
-from polyseg.data.formats.tiff import TIFF_SUFFIXES, tiff_resolution
+from polyseg.data.formats.tiff import tiff_resolution
 from polyseg.errors import PolysegError
+from polyseg.registry import resolve
 from polyseg.system.files import atomic_path
 
 _LABELS = "polyseg: predicted mask"
@@ -51,23 +53,12 @@ def write_labels(
     """
     if labels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"labels are {labels.dtype}; expected uint8 or uint16")
-    suffix = _suffix_of(source)
-    if suffix in NIFTI_SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        write_nifti(source, labels, path, plane, description=_LABELS)
-    elif source.is_dir():
-        path = folder / name
-        write_dicom(source, labels, path, description=_LABELS)
-    elif suffix == ".dcm" or is_dicom(source):
-        path = folder / f"{name}.dcm"
-        write_dicom(source, labels, path, description=_LABELS)
-    elif suffix in TIFF_SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        _write_tiff(path, labels, source)
-    else:
-        keeps = suffix == ".bmp" and labels.dtype == np.uint8
-        path = folder / f"{name}{'.bmp' if keeps else '.png'}"
-        _write_picture(path, source, labels)
+    kind = format_of(source)
+    if kind is not None and kind.write:
+        return _written(kind, source, labels, folder / name, plane, _LABELS)
+    keeps = suffix_of(source) == ".bmp" and labels.dtype == np.uint8
+    path = folder / f"{name}{'.bmp' if keeps else '.png'}"
+    _write_picture(path, source, labels)
     return path
 
 
@@ -79,7 +70,7 @@ def write_map(
     name: str,
     plane: Plane = "axial",
 ) -> Path:
-    """Write maps, (N, H, W) of float32, as NIfTI where the source is, else as TIFF.
+    """Write maps, (N, H, W) of float32, as their source where that can hold them, else as TIFF.
 
     Args:
         source: the image's file, or the folder of its series.
@@ -99,19 +90,44 @@ def write_map(
            [1., 1., 1.]], dtype=float32)
     """
     values = np.asarray(values, np.float32)
-    suffix = _suffix_of(source)
-    if suffix in NIFTI_SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        write_nifti(source, values, path, plane, description=_MAP)
-        return path
+    kind = format_of(source)
+    if kind is not None and kind.holds_maps:
+        return _written(kind, source, values, folder / name, plane, _MAP)
     path = folder / f"{name}.tif"
-    _write_tiff(path, values, source if suffix in TIFF_SUFFIXES else None)
+    _write_tiff(path, values, None)
     return path
 
 
-def _suffix_of(source: Path) -> str:
-    name = source.name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else source.suffix.lower()
+def write_nifti_like(
+    source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
+) -> Path:
+    """Write a volume with the geometry of its source."""
+    path = path.with_name(path.name + suffix_of(source))
+    write_nifti(source, values, path, plane, description=description)
+    return path
+
+
+def write_dicom_like(
+    source: Path, values: NDArray[Any], path: Path, _: Plane, description: str
+) -> Path:
+    """Write a file, or for the folder of a series a folder, of the same patient and study."""
+    path = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
+    write_dicom(source, values, path, description=description)
+    return path
+
+
+def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __: str) -> Path:
+    """Write a page a slice, with the resolution of the source; maps end in .tif."""
+    path = path.with_name(path.name + (".tif" if values.dtype == np.float32 else suffix_of(source)))
+    _write_tiff(path, values, source)
+    return path
+
+
+def _written(
+    kind: Format, source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
+) -> Path:
+    written: Path = resolve(kind.write)(source, values, path, plane, description)
+    return written
 
 
 def _write_picture(path: Path, source: Path, labels: NDArray[Any]) -> None:

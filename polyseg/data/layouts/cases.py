@@ -9,13 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from polyseg.data.formats.file_formats import suffix_of
 from polyseg.errors import PolysegError, reason
-
-READABLE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".nii", ".nii.gz", ".dcm"),
-)
-"""How the names of images and masks end; DICOM files may have no suffix at all."""
 
 LARGEST_SET = 1_000_000
 """Files and folders that are looked at before a folder is held to be no data set."""
@@ -231,9 +226,7 @@ def stem_of(path: Path) -> str:
     ['a', 'b.c', '1.2.840']
     """
     name = unicodedata.normalize("NFC", path.name)
-    lower = name.lower()
-    suffix = max((end for end in READABLE_SUFFIXES if lower.endswith(end)), key=len, default="")
-    return name[: len(name) - len(suffix)]
+    return name[: len(name) - len(suffix_of(Path(name)))]
 
 
 def is_readable(path: Path) -> bool:
@@ -242,7 +235,7 @@ def is_readable(path: Path) -> bool:
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
     """
-    if path.name.lower().endswith(READABLE_SUFFIXES):
+    if suffix_of(path):
         return True
     return _is_dicom_name(path) and _begins_as_dicom(path)
 

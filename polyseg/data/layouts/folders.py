@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
-    READABLE_SUFFIXES,
     Case,
     Findings,
     Folders,
@@ -504,7 +504,7 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
     where, mask_folder = str(unit.images), unit.masks or unit.images
     found, lost = _match(images, masks)
     if not images:
-        findings.problems.append(f"{where}: holds no image ({' '.join(READABLE_SUFFIXES)})")
+        findings.problems.append(f"{where}: holds no image ({' '.join(readable_suffixes())})")
     if images and masks and not found:
         findings.problems.append(
             f"{where}: no name fits one in {mask_folder} (such as {next(iter(images))} and "
@@ -585,7 +585,7 @@ def _unknown(search: _Search, path: Path, layout: LayoutName) -> list[str]:
 def _unlabelled(folders: Folders, path: Path) -> list[Case]:
     if exists(path, "file"):
         if not is_readable(path) or not path.name.isprintable():
-            suffixes = " ".join(READABLE_SUFFIXES)
+            suffixes = " ".join(readable_suffixes())
             raise PolysegError(f"{path}: is of no kind that is read ({suffixes})")
         return [Case(stem_of(path), (path,), None)]
     if not exists(path, "folder"):
@@ -593,7 +593,7 @@ def _unlabelled(folders: Folders, path: Path) -> list[Case]:
         raise PolysegError(f"{path}: {what}")
     cases = _images_of(folders, path)
     if not cases:
-        suffixes = " ".join(READABLE_SUFFIXES)
+        suffixes = " ".join(readable_suffixes())
         raise PolysegError(f"{path}: holds no image ({suffixes}), but {seen_in(path)}")
     return cases
 

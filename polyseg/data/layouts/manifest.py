@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
-    READABLE_SUFFIXES,
     Case,
     Findings,
     Folders,
@@ -169,7 +169,7 @@ def _misfit(path: Path, folders: Folders) -> str | None:
     if not exists(path, "file"):
         return "there is no such file"
     if not is_readable(path):
-        return f"is of no kind that is read ({' '.join(READABLE_SUFFIXES)})"
+        return f"is of no kind that is read ({' '.join(readable_suffixes())})"
     return None
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
-    READABLE_SUFFIXES,
     Case,
     Findings,
     Folders,
@@ -224,10 +224,10 @@ def _read_description(root: Path) -> _Json:
 
 def _file_ending(root: Path, description: _Json) -> str:
     ending = description.get("file_ending", ".nii.gz")
-    if not isinstance(ending, str) or ending.lower() not in READABLE_SUFFIXES:
+    if not isinstance(ending, str) or ending.lower() not in readable_suffixes():
         raise PolysegError(
             f"{root / DESCRIPTION}: file_ending is {shown(ending)}; expected one of "
-            f"{' '.join(READABLE_SUFFIXES)}"
+            f"{' '.join(readable_suffixes())}"
         )
     return ending
 
@@ -301,5 +301,5 @@ def _listed_file(root: Path, said: object) -> Path | str:
     if not exists(path, "file"):
         return f"{shown(said)}: there is no such file"
     if not path.name.isprintable() or not is_readable(path):
-        return f"{shown(said)} is of no kind that is read ({' '.join(READABLE_SUFFIXES)})"
+        return f"{shown(said)} is of no kind that is read ({' '.join(readable_suffixes())})"
     return path

@@ -26,7 +26,7 @@ from polyseg.montecarlo.compiler.operations import (
     is_pointwise,
     replace_call,
 )
-from polyseg.networks.dropout import DROPOUT_LAYERS
+from polyseg.networks.dropout import dropout_types
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 _STEPS = (
@@ -134,7 +134,7 @@ def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
         for layer in core.modules()
-        if isinstance(layer, DROPOUT_LAYERS)
+        if isinstance(layer, dropout_types())
     ]
     batch = {0: torch.export.Dim.DYNAMIC}
     try:

@@ -1,0 +1,108 @@
+"""The kinds of files that are read and written: a row here is all that a new format needs.
+
+Rows name their functions as "module:name", so that finding files imports no decoder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyseg.registry import Registry, Row, resolve
+
+_FORMATS = "polyseg.data.formats"
+
+
+@dataclass(frozen=True)
+class Format(Row):
+    """A kind of file; its function reads one as a `Stack`, given the path and `labels=`."""
+
+    suffixes: tuple[str, ...] = ()
+    """How names of files end, in lower case."""
+    has_planes: bool = False
+    """Whether files are volumes that can be sliced in several planes, given as `plane=`."""
+    is_unnamed: str = ""
+    """Function that says whether a folder, or a file with no known suffix, is of this kind."""
+    write: str = ""
+    """Function that writes (N, H, W) values beside the geometry of their source.
+
+    It takes source, values, path without suffix, plane and description, and returns the path.
+    Without one predictions are PNG files.
+    """
+    holds_maps: bool = False
+    """Whether `write` takes float32 maps too; those of other formats are TIFF files."""
+
+    def read(self, path: Path, plane: str, *, labels: bool) -> Any:
+        """Return a file as a stack of slices."""
+        how = {"plane": plane} if self.has_planes else {}
+        return self.resolve()(path, labels=labels, **how)
+
+
+FORMATS = Registry(
+    "file format",
+    Format(
+        "picture",
+        "PNG, JPEG, BMP or GIF",
+        f"{_FORMATS}.images:read_picture",
+        (".png", ".jpg", ".jpeg", ".bmp", ".gif"),
+    ),
+    Format(
+        "tiff",
+        "TIFF of one picture or of a stack",
+        f"{_FORMATS}.tiff:read_tiff",
+        (".tif", ".tiff"),
+        write=f"{_FORMATS}.writers:write_tiff_like",
+        holds_maps=True,
+    ),
+    Format(
+        "nifti",
+        "NIfTI volume",
+        f"{_FORMATS}.nifti:read_nifti",
+        (".nii", ".nii.gz"),
+        has_planes=True,
+        write=f"{_FORMATS}.writers:write_nifti_like",
+        holds_maps=True,
+    ),
+    Format(
+        "dicom",
+        "DICOM file, or folder of a series",
+        f"{_FORMATS}.dicom:read_dicom",
+        (".dcm",),
+        is_unnamed=f"{_FORMATS}.dicom:is_unnamed_dicom",
+        write=f"{_FORMATS}.writers:write_dicom_like",
+    ),
+)
+
+
+def readable_suffixes() -> tuple[str, ...]:
+    """Return how the names of images and masks end; DICOM files may have no suffix at all.
+
+    >>> readable_suffixes()[:2]
+    ('.png', '.jpg')
+    """
+    return tuple(suffix for row in FORMATS.values() for suffix in row.suffixes)
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says a file's kind, in lower case, or "".
+
+    >>> suffix_of(Path("a.b.NII.gz")), suffix_of(Path("1.2.840"))
+    ('.nii.gz', '')
+    """
+    name = path.name.lower()
+    return max((end for end in readable_suffixes() if name.endswith(end)), key=len, default="")
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a file or folder, by its name, or else its content; None if unknown.
+
+    >>> format_of(Path("a.JPG")).name, format_of(Path("notes.txt"))
+    ('picture', None)
+    """
+    suffix = suffix_of(path)
+    for row in FORMATS.values():
+        if suffix in row.suffixes:
+            return row
+    for row in FORMATS.values():
+        if row.is_unnamed and resolve(row.is_unnamed)(path):
+            return row
+    return None
