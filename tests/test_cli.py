@@ -54,6 +54,7 @@ def test_version(polyseg):
     assert polyseg("--version").out.strip() == f"polyseg {__version__}"
 
 
+@pytest.mark.slow
 def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     """Train two arms on files, estimate, evaluate side by side: everything opens."""
     for name, loss, drawn in (("adaptive", "polydice1", "true"), ("dice", "dice", "false")):

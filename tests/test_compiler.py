@@ -156,14 +156,18 @@ def check(network, batches, caplog, used=True, **how):
 # Against the plain passes.
 
 
-@pytest.mark.parametrize(("kind", "masks"), [CHANNELS, ELEMENTS])
+@pytest.mark.parametrize(
+    ("kind", "masks"), [CHANNELS, pytest.param(*ELEMENTS, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", network_names())
 def test_the_program_gives_the_scores_of_the_plain_passes(name, kind, masks, caplog):
     network = build(name, dropout_kind=kind, dropout=0.3)
     check(network, [make_batch()], caplog, masks=masks)
 
 
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
+@pytest.mark.parametrize(
+    "masks", ["consistent", pytest.param("independent", marks=pytest.mark.slow)]
+)
 def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
     wide = {"channels": [8, 256], "strides": [2], "num_res_units": 2}
     network, batch = build("unet", settings=wide, dropout=0.3), make_batch()
@@ -214,8 +218,7 @@ def test_images_without_masks(caplog):
     check(build("unet"), [make_batch()._replace(masks=None)], caplog)
 
 
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
-@pytest.mark.parametrize("name", ["unet", "own"])
+@pytest.mark.parametrize(("name", "masks"), [("unet", "consistent"), ("own", "independent")])
 def test_batches_of_several_sizes(name, masks, caplog):
     sizes = [(1, (32, 32)), (3, (32, 32)), (2, (40, 72)), (1, (72, 40)), (2, (32, 32))]
     batches = [make_batch(n, size, prefix=f"of{i}-", seed=i) for i, (n, size) in enumerate(sizes)]
@@ -405,8 +408,8 @@ def plainly(network, program, masks, images):
     [
         ("unet", "channel", True),
         ("unet", "element", False),
-        ("dynunet", "channel", False),
-        ("basic-unet", "element", True),
+        pytest.param("dynunet", "channel", False, marks=pytest.mark.slow),
+        pytest.param("basic-unet", "element", True, marks=pytest.mark.slow),
     ],
 )
 def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
@@ -519,8 +522,9 @@ def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, cap
         np.testing.assert_allclose(ours.scores[field], plain.scores[field], rtol=1e-9)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("sizes do not fit"), LookupError("mask_0")])
-@pytest.mark.parametrize("samples", [4, "auto"])
+@pytest.mark.parametrize(
+    ("samples", "error"), [(4, RuntimeError("sizes do not fit")), ("auto", LookupError("mask_0"))]
+)
 def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypatch, caplog):
     """It fails in the second batch, in the third of its passes; the first batch was filled."""
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
@@ -827,6 +831,7 @@ def test_window_by_window_passes_run_alone(together):
 # Numbers of half the size.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "masks"),
     [("unet", "consistent"), ("attention-unet", "independent"), ("own", "consistent")],

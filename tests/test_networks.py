@@ -12,11 +12,11 @@ from torch.nn import functional
 from polyseg.data.phantoms.phantom_sets import make_phantom
 from polyseg.errors import PolysegError
 from polyseg.losses import dice_loss
+from polyseg.networks import dropout
 from polyseg.networks.dropout import refuse_hidden_dropout, stochastic_layers
 from polyseg.networks.networks_by_name import (
     SegmentationNetwork,
     build_network,
-    dropout,
     hash_weights,
     network_names,
     refuse_untrainable,
@@ -117,6 +117,7 @@ def test_a_layer_that_would_drop_everything_is_active_only_when_named():
     assert list(stochastic_layers(named)) == ["core.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", network_names())
 def test_every_network_can_learn_an_image_by_heart(name):
     """What normalises or squeezes its own output cannot: its probabilities stay near a half."""

@@ -399,8 +399,11 @@ class TestCommands:
             ("estimate-uncertainty RUN --samples 2 --split val", "assessment.h5"),
             ("evaluate RUN --no-figures", "summary.json"),
             ("predict RUN IMAGES", "predictions.csv"),
-            ("schedule plot RUN", "rank_stability.png"),
-            ("schedule plot RUN RUN/../copy", "1_run/rank_stability.png"),
+            pytest.param("schedule plot RUN", "rank_stability.png", marks=pytest.mark.slow),
+            pytest.param(
+                *("schedule plot RUN RUN/../copy", "1_run/rank_stability.png"),
+                marks=pytest.mark.slow,
+            ),
             ("schedule validity RUN", "validity.png"),
         ],
     )

@@ -828,6 +828,7 @@ def test_bounds_are_those_of_the_sides(tmp_path, monkeypatch):
             read_image_stack(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_hostile_files_are_one_line_quick_and_small(tmp_path):
     warm_up(tmp_path)
     for path in hostile_files(tmp_path, 60, seed=11):

@@ -54,6 +54,7 @@ def test_importing_the_package_leaves_the_environment():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has the library of GNU on Linux only")
 def test_openmp_is_told_before_torch_is_imported(tmp_path):
     """The library itself prints what it goes by."""
@@ -84,6 +85,7 @@ def test_closed_streams_change_no_exit_code(arguments, code, redirect):
         assert done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(["config", "schema"], 0), (["--help"], 0), (["config", "show", "nowhere.yaml"], 2)],
@@ -97,6 +99,7 @@ def test_readers_that_have_left_change_no_exit_code(gone, arguments, code, unbuf
     assert start(*arguments, stdout=gone, stderr=gone, env=environment).returncode == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirect", ["", ">&-", "2>&-", ">&- 2>&-"])
 def test_a_figure_is_drawn_whoever_reads(tmp_path, gone, redirect):
     done = start("plot-loss", "--out", tmp_path / "a.png", redirect=redirect, stdout=gone)
