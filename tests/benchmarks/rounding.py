@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from polyseg.run import RunDirectory
-from polyseg.train import Trainer
 from rich.console import Console
 from rich.table import Table
 
 from polyseg.config import load_config
 from polyseg.data.loading import load_images
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.training.trainer import Trainer
 
 SETTINGS = (
     *("data.demo_images=16", "data.size=64", "training.batch_size=4", "training.epochs=5"),
