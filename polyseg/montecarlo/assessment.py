@@ -56,6 +56,7 @@ def assess(
     progress: Progress = no_progress,
     total: int = 0,
     processes: Processes = ALONE,
+    **changes: Any,
 ) -> Assessment:
     """Measure by MC Dropout how uncertain the network is about each image.
 
@@ -78,6 +79,7 @@ def assess(
         progress: told before each pass and after each batch how many images are done.
         total: the number of images, for progress.
         processes: that share the images; all give the same batches, and all get the whole.
+        changes: settings by name that replace those of `settings`, such as samples=3.
 
     Raises:
         PolysegError: no active dropout, dropout that cannot be steered, no images, a result that
@@ -86,9 +88,11 @@ def assess(
 
     >>> batch = Batch(["a", "b"], torch.rand(2, 1, 8, 8), torch.ones(2, 1, 8, 8))
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
-    >>> assess(network, [batch], UncertaintyConfig(samples=3)).difficulty.shape
+    >>> assess(network, [batch], samples=3).difficulty.shape
     (2,)
     """
+    if changes:
+        settings = UncertaintyConfig(**settings.model_dump() | changes)
     layers = active_layers(network) if settings.takes_passes else {}
     streams = MaskStreams(settings.masks, seed, epoch)
 
