@@ -36,7 +36,7 @@ FALLING = ("contrast", "area")
 Pixels = NDArray[np.uint8]
 
 sides = st.integers(32, 160)
-modalities = st.sampled_from(MODALITIES)
+modalities = st.sampled_from(list(MODALITIES))
 difficulties = st.floats(0, 1)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,11 @@ from polyseg.figures.style import headed, save_figure
 from polyseg.figures.training import difficulty_figures, epsilon_quantiles, training_curves
 from polyseg.metrics.rank_stability import spearman
 from polyseg.metrics.significance import rank_correlation
-from polyseg.montecarlo.assessment import assess
-from polyseg.networks.networks_by_name import SegmentationNetwork, hash_weights
 from polyseg.records import Assessment
 from polyseg.system.files import csv_table
+
+if TYPE_CHECKING:
+    from polyseg.networks.networks_by_name import SegmentationNetwork
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def draw_run(
 
 
 def draw_extremes(
-    network: SegmentationNetwork,
+    network: "SegmentationNetwork",
     config: Config,
     images: ImageSet,
     assessment: Assessment,
@@ -151,6 +152,10 @@ def draw_extremes(
     """
     if assessment.metric not in UNCERTAINTIES:
         return []  # Without passes there are no maps.
+    # Here, because the commands that only draw what is recorded need no torch.
+    from polyseg.montecarlo.assessment import assess
+    from polyseg.networks.networks_by_name import hash_weights
+
     order = np.argsort(-assessment.difficulty, kind="stable")
     changes = {"samples": assessment.samples, "save_maps": True}
     settings = config.uncertainty.model_copy(update=changes)

@@ -155,7 +155,7 @@ def assessment(numbers: np.random.Generator) -> Assessment:
         epoch=int(numbers.integers(1, 99)),
         samples=20,
         rate=0.2,
-        metric=str(numbers.choice(UNCERTAINTIES)),
+        metric=str(numbers.choice(list(UNCERTAINTIES))),
         region="mask",
         masks="consistent",
         seed=int(numbers.integers(0, 99)),
