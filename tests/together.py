@@ -1,4 +1,4 @@
-"""Commands in several processes: forks told what `torchrun` tells, or `torchrun` itself."""
+"""Commands in several processes: told what `torchrun` tells, or started by `torchrun` itself."""
 
 import contextlib
 import os
@@ -11,10 +11,33 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from tests import forks
-
 PATIENCE = 180
 """Seconds, after which processes that should have ended are taken to hang."""
+
+
+class Process(subprocess.Popen):
+    """A process of `polyseg`: no fork, since threads of libraries do not outlive one."""
+
+    def __init__(self, arguments, log, environment):
+        with Path(log).open("ab") as stream:
+            super().__init__(
+                [sys.executable, "-m", "polyseg", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                start_new_session=True,
+            )
+
+    def join(self, seconds):
+        """Wait for its end, at most so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(seconds)
+
+    @property
+    def exitcode(self):
+        """Its exit code; None while it runs."""
+        return self.poll()
 
 
 class Group(list):
@@ -31,7 +54,7 @@ def begin(count, *arguments, log, environment=None):
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count)}
     for rank in range(count):
         mine = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
-        group.append(forks.start([*map(str, arguments)], log, log, environment=mine))
+        group.append(Process([*map(str, arguments)], log, mine))
     return group
 
 
