@@ -258,7 +258,7 @@ def _refuse_undecodable(part: _Part) -> None:
         return
     try:
         usable = get_decoder(syntax).is_available
-    except NotImplementedError:  # So pydicom says of a syntax that no package decodes, as videos.
+    except NotImplementedError:  # Raised by pydicom itself, for syntaxes such as videos.
         usable = False
     if not usable:
         raise PolysegError(
