@@ -235,12 +235,6 @@ def input_names(network: fx.GraphModule) -> list[str]:
     return [node.name for node in network.graph.nodes if node.op == "placeholder"]
 
 
-def output_channels(network: fx.GraphModule) -> int:
-    """Return K, the channels of the output."""
-    output = next(node for node in network.graph.nodes if node.op == "output")
-    return channels_of(output.args[0][0])
-
-
 def normalises_over_space(network: fx.GraphModule) -> bool:
     """Return whether there is a layer whose every output hangs on all of its input."""
     kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
