@@ -156,26 +156,24 @@ def difficulty_against_dice(
         difficulty: (n,) at least 0; images with NaN here or in `dice` are left out.
         dice: (n,) in [0, 1].
         metric: the pixel map that D averages.
-        correlation: Spearman's of D with 1 - Dice, written in the corner; None or NaN: nothing is.
+        correlation: Spearman's of D with 1 - Dice, written in the title; None or NaN: left out.
         epoch: of the assessment.
 
     >>> figure = difficulty_against_dice(
     ...     np.array([0.1, 0.3]), np.array([0.9, 0.7]), metric="variance", correlation=-1.0, epoch=5
     ... )
-    >>> [text.get_text() for text in figure.axes[0].texts]
-    ['Spearman with 1 − Dice: −1.00']
+    >>> figure.axes[0].get_title()
+    'epoch 5, 2 images\\nSpearman with 1 − Dice: −1.00'
     """
     shown = np.isfinite(difficulty) & np.isfinite(dice)
     figure = Figure(figsize=(ONE_COLUMN, 2.8))
     axes = figure.add_subplot(xlabel=_difficulty_label(metric), ylabel="Dice")
-    axes.set_title(f"epoch {epoch}, {counted(shown.sum(), 'image')}")
+    title = f"epoch {epoch}, {counted(shown.sum(), 'image')}"
+    if correlation is not None and math.isfinite(correlation):
+        title += f"\nSpearman with 1 − Dice: {formatted(correlation, '.2f')}"
+    axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.scatter(difficulty[shown], dice[shown], s=12, color=BLUE, alpha=0.5, linewidth=0)
-    if correlation is not None and math.isfinite(correlation):
-        # Where the points are not: above a cloud that falls, below one that rises.
-        y, va = (0.98, "top") if correlation > 0 else (0.02, "bottom")
-        text = f"Spearman with 1 − Dice: {formatted(correlation, '.2f')}"
-        axes.text(0.98, y, text, transform=axes.transAxes, ha="right", va=va)
     return figure
 
 
