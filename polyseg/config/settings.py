@@ -1,15 +1,9 @@
-"""The one configuration: every setting with its default, unit, bounds and meaning.
+"""Declare every setting with its default, unit, bounds and meaning."""
 
-Precedence: flags and --set over the file over the defaults. Unknown keys are errors.
-"""
-
-import difflib
-import errno
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from unicodedata import category
 
@@ -18,18 +12,15 @@ from pydantic import (
     ConfigDict,
     Field,
     Strict,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import core_schema
 
 from polyseg.choices import DEVICES, FREE_SCORES, LOSSES, MODALITIES, REPLAY_ARMS, UNCERTAINTIES
-from polyseg.errors import PolysegError, reason
 from polyseg.registry import Registry, listed, not_among
-from polyseg.system.yaml import LONGEST_YAML, dump_yaml, parse_yaml, parts
+from polyseg.system.yaml import dump_yaml, parts
 
-_MOST_PROBLEMS = 5
 _LARGEST_SIDE = 8192
 _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
@@ -57,16 +48,22 @@ def _setting(
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
-class _OneOf:
+class OneOf:
     """The values of a setting that are the names of registries, as they are when it is checked."""
 
     def __init__(self, *registries: Registry[Any]) -> None:
         self.registries = registries
 
     def choices(self) -> dict[str, str]:
+        """Return what each allowed name means."""
         return {name: text for one in self.registries for name, text in one.choices().items()}
 
     def check(self, value: str) -> str:
+        """Return a name that is allowed.
+
+        Raises:
+            ValueError: it is not, with the nearest one that is.
+        """
         if value not in self.choices():
             raise ValueError(not_among(value, self.choices(), self.registries[0].kind))
         return value
@@ -78,7 +75,9 @@ class _OneOf:
         return {**handler(schema), "enum": list(self.choices())}
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of the configuration; it is frozen and strict."""
+
     # Strict: neither true nor "10" is a number, and neither 1 nor "yes" is true.
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, strict=True
@@ -101,7 +100,7 @@ LabelValues = int | Annotated[tuple[int, ...], _FROM_A_LIST]
 Foreground = int | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
 
 
-class AugmentConfig(_Section):
+class AugmentConfig(Section):
     """Strengths of single changes; null is what the preset `data.augmentation` says."""
 
     flip: float | None = _setting(None, "chance of a flip along each axis", ge=0, le=1)
@@ -124,7 +123,7 @@ class AugmentConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which images, and what they go through before the network."""
 
     path: str = _setting(
@@ -323,7 +322,7 @@ class DataConfig(_Section):
         return tuple(self.tasks) if len(self.tasks) > 1 else ("",)
 
 
-class NetworkConfig(_Section):
+class NetworkConfig(Section):
     """The network and its dropout."""
 
     name: str = _setting(
@@ -366,10 +365,10 @@ class NetworkConfig(_Section):
         return self
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """The loss."""
 
-    name: Annotated[str, _OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
+    name: Annotated[str, OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
     epsilon: float = _setting(
         0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
     )
@@ -408,7 +407,7 @@ class LossConfig(_Section):
         return {"polydice1": 1, "polydice": self.terms}.get(self.name, 0)
 
 
-class UncertaintyConfig(_Section):
+class UncertaintyConfig(Section):
     """MC Dropout and what is read off it."""
 
     samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | Literal["auto"] = _setting(
@@ -422,7 +421,7 @@ class UncertaintyConfig(_Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, _OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
+    metric: Annotated[str, OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
         "mutual_information", "pixel map whose mean over the region is the difficulty D"
     )
     region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
@@ -473,7 +472,7 @@ class UncertaintyConfig(_Section):
         return self.metric in UNCERTAINTIES
 
 
-class ControlConfig(_Section):
+class ControlConfig(Section):
     """How difficulty sets epsilon."""
 
     enabled: bool | Literal["auto"] = _setting(
@@ -503,7 +502,7 @@ class ControlConfig(_Section):
     replay: str | None = _setting(
         None, "run or schedule file whose epsilons are used instead, without MC Dropout"
     )
-    replay_arm: Annotated[str, _OneOf(REPLAY_ARMS)] = _setting(
+    replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
         "recorded", "which image gets which of the replayed epsilons"
     )
 
@@ -528,7 +527,7 @@ class ControlConfig(_Section):
         return list(range(first, epochs + 1, self.every))
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How long, how fast, on what."""
 
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
@@ -613,7 +612,7 @@ class TrainingConfig(_Section):
     seed: int = _setting(0, "of weights, order, augmentation and dropout", ge=0, le=2**31)
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """What a run leaves."""
 
     path: str | None = _setting(None, "the run's folder; null: runs/ and the time")
@@ -621,7 +620,7 @@ class OutputConfig(_Section):
     figures: bool = _setting(True, "draw the figures")
 
 
-class Config(_Section):
+class Config(Section):
     """All settings of a run.
 
     >>> Config().loss.name
@@ -735,172 +734,3 @@ def least_epsilon(terms: int) -> float:
         for k in range(2, terms + 1)
     )
     return -0.5 - float(sum(rest))
-
-
-def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and lay dotted overrides over it.
-
-    Args:
-        file: YAML, or None for the defaults.
-        overrides: such as "loss.epsilon=0.5"; the value is YAML.
-
-    Raises:
-        PolysegError: names the file or override, the key and what was expected.
-
-    >>> load_config(overrides=["training.epochs=3"]).training.epochs
-    3
-    """
-    tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
-    # An empty file is one of defaults.
-    tree = {} if tree is None else tree
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise PolysegError(f"--set {override}: give key.sub=value, such as loss.epsilon=0.5")
-        _lay(tree, key.strip(), _parse_override(value, f"--set {override}"))
-    return build_config(tree, str(file) if file else "configuration")
-
-
-def build_config(tree: Any, source: str) -> Config:
-    """Check a tree of settings.
-
-    Raises:
-        PolysegError: all that is wrong with it, in one line that starts with `source`.
-
-    >>> build_config({"loss": {"epsilom": 1}}, "a.yaml")
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: a.yaml: loss.epsilom: unknown key; did you mean loss.epsilon?
-    """
-    if not isinstance(tree, dict):
-        raise PolysegError(
-            f"{source}: holds no settings; `polyseg config init` writes a file of all"
-        )
-    try:
-        # A section of which nothing is left is one of defaults.
-        return Config.model_validate(
-            {key: {} if value is None else value for key, value in tree.items()}
-        )
-    except ValidationError as error:
-        problems = list(_describe(error))
-        more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise PolysegError(f"{source}: {'; '.join(shown)[:2000]}") from None
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise PolysegError(f"{source}: {str(error)[:200]}") from None
-
-
-def _parse_override(value: str, source: str) -> Any:
-    parsed = parse_yaml(value, source)
-    if " #" in value and parsed == value.partition(" #")[0].strip():
-        raise PolysegError(
-            f"{source}: what follows # is a comment in YAML; put the value in double quotes inside "
-            "the shell's"
-        )
-    return parsed
-
-
-def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[dict[str, Any]]:
-    """Yield every setting: key, default (as YAML), description, unit, bounds and choices.
-
-    >>> next(settings_of())["key"]
-    'data.path'
-    """
-    for name, field in section.model_fields.items():
-        if isinstance(field.default, _Section):
-            yield from settings_of(type(field.default), f"{prefix}{name}.")
-            continue
-        extra: Any = field.json_schema_extra
-        registered = [one.choices() for one in field.metadata if isinstance(one, _OneOf)]
-        yield {
-            "key": prefix + name,
-            "default": _yaml_of(field.default),
-            "description": field.description,
-            "unit": extra["unit"],
-            "bounds": ", ".join(_bounds(field.metadata)),
-            "choices": registered[0] if registered else extra["choices"],
-        }
-
-
-def template() -> str:
-    """Return a configuration file of all defaults, each with its meaning, unit and bounds."""
-    lines = ["# polyseg configuration; every line may be left out"]
-    section: list[str] = []
-    for setting in settings_of():
-        *head, name = setting["key"].split(".")
-        indent = "  " * len(head)
-        if head != section:
-            outer = [] if len(head) > 1 else [""]
-            lines += [*outer, f"{indent[2:]}{head[-1]}:"]
-            section = head
-        notes = "; ".join(
-            note for note in (setting["description"], setting["unit"], setting["bounds"]) if note
-        )
-        lines += [f"{indent}# {notes}"]
-        lines += [f"{indent}#   {one}: {text}" for one, text in setting["choices"].items()]
-        lines += [f"{indent}{name}: {setting['default']}"]
-    return "\n".join(lines) + "\n"
-
-
-def _yaml_of(value: Any) -> str:
-    """Return a value as YAML on one line."""
-    plain = list(value) if isinstance(value, tuple) else value
-    return dump_yaml(plain, in_a_line=True)
-
-
-def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
-    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    for constraint in metadata:
-        for attribute, words in signs.items():
-            if hasattr(constraint, attribute):
-                yield f"{words} {getattr(constraint, attribute):g}"
-
-
-def _read(file: Path) -> str:
-    try:
-        if file.exists() and not file.is_file():
-            raise OSError(errno.EINVAL, "is no file")
-        with file.open(encoding="utf-8") as stream:
-            return stream.read(LONGEST_YAML + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        why = reason(error) if isinstance(error, OSError) else "is not a text file"
-        raise PolysegError(f"{file}: cannot be read: {why}") from None
-
-
-def _lay(tree: Any, key: str, value: Any) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        if not isinstance(tree, dict):
-            break
-        tree = tree.setdefault(section, {})
-    if not isinstance(tree, dict):
-        raise PolysegError(f"--set {key}: the file holds no section there")
-    tree[name] = value
-
-
-def _describe(error: ValidationError) -> Iterator[str]:
-    """Yield one problem a setting; pydantic has one for each branch of a union."""
-    settings = {setting["key"]: setting for setting in settings_of()}
-    problems: dict[str, list[Any]] = {}
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        prefixes = (".".join(location[:end]) for end in range(len(location), 0, -1))
-        key = next((prefix for prefix in prefixes if prefix in settings), ".".join(location))
-        problems.setdefault(key, []).append(problem)
-    for key, (first, *others) in problems.items():
-        if first["type"] == "extra_forbidden":
-            yield f"{key}: unknown key; {_nearest(key, list(settings))}"
-        elif first["type"] == "value_error":
-            said = first["msg"].removeprefix("Value error, ")
-            yield f"{key}: {said}" if key in settings else said
-        elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
-            yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
-        elif others:
-            yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
-        else:
-            message = first["msg"][:1].lower() + first["msg"][1:]
-            yield f"{key}: {message}, got {first['input']!r:.60}"
-
-
-def _nearest(key: str, keys: list[str]) -> str:
-    near = difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else "`polyseg config show` lists the keys"

@@ -1,0 +1,135 @@
+"""Read a configuration: flags and --set go over the file, and the file over the defaults.
+
+Unknown keys are errors, which name the nearest known one.
+"""
+
+import difflib
+import errno
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+
+from polyseg.config.descriptions import settings_of
+from polyseg.config.settings import Config
+from polyseg.errors import PolysegError, reason
+from polyseg.registry import not_among
+from polyseg.system.yaml import LONGEST_YAML, parse_yaml
+
+_MOST_PROBLEMS = 5
+
+
+def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and lay dotted overrides over it.
+
+    Args:
+        file: YAML, or None for the defaults.
+        overrides: such as "loss.epsilon=0.5"; the value is YAML.
+
+    Raises:
+        PolysegError: names the file or override, the key and what was expected.
+
+    >>> load_config(overrides=["training.epochs=3"]).training.epochs
+    3
+    """
+    tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
+    # An empty file is one of defaults.
+    tree = {} if tree is None else tree
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise PolysegError(f"--set {override}: give key.sub=value, such as loss.epsilon=0.5")
+        _lay(tree, key.strip(), _parse_override(value, f"--set {override}"))
+    return build_config(tree, str(file) if file else "configuration")
+
+
+def build_config(tree: Any, source: str) -> Config:
+    """Check a tree of settings.
+
+    Raises:
+        PolysegError: all that is wrong with it, in one line that starts with `source`.
+
+    >>> build_config({"loss": {"epsilom": 1}}, "a.yaml")
+    Traceback (most recent call last):
+    polyseg.errors.PolysegError: a.yaml: loss.epsilom: unknown key; did you mean loss.epsilon?
+    """
+    if not isinstance(tree, dict):
+        raise PolysegError(
+            f"{source}: holds no settings; `polyseg config init` writes a file of all"
+        )
+    try:
+        # A section of which nothing is left is one of defaults.
+        return Config.model_validate(
+            {key: {} if value is None else value for key, value in tree.items()}
+        )
+    except ValidationError as error:
+        problems = list(_describe(error))
+        more = len(problems) - _MOST_PROBLEMS
+        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise PolysegError(f"{source}: {'; '.join(shown)[:2000]}") from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise PolysegError(f"{source}: {str(error)[:200]}") from None
+
+
+def _parse_override(value: str, source: str) -> Any:
+    parsed = parse_yaml(value, source)
+    if " #" in value and parsed == value.partition(" #")[0].strip():
+        raise PolysegError(
+            f"{source}: what follows # is a comment in YAML; put the value in double quotes inside "
+            "the shell's"
+        )
+    return parsed
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "is no file")
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(LONGEST_YAML + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "is not a text file"
+        raise PolysegError(f"{file}: cannot be read: {why}") from None
+
+
+def _lay(tree: Any, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(tree, dict):
+            break
+        tree = tree.setdefault(section, {})
+    if not isinstance(tree, dict):
+        raise PolysegError(f"--set {key}: the file holds no section there")
+    tree[name] = value
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    """Yield one problem a setting; pydantic has one for each branch of a union."""
+    settings = {setting["key"]: setting for setting in settings_of()}
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        prefixes = (".".join(location[:end]) for end in range(len(location), 0, -1))
+        key = next((prefix for prefix in prefixes if prefix in settings), ".".join(location))
+        problems.setdefault(key, []).append(problem)
+    for key, (first, *others) in problems.items():
+        if first["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; {_nearest(key, list(settings))}"
+        elif first["type"] == "value_error":
+            said = first["msg"].removeprefix("Value error, ")
+            yield f"{key}: {said}" if key in settings else said
+        elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
+            yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
+        elif others:
+            yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
+        else:
+            message = first["msg"][:1].lower() + first["msg"][1:]
+            yield f"{key}: {message}, got {first['input']!r:.60}"
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    near = difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "`polyseg config show` lists the keys"
