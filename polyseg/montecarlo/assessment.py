@@ -266,7 +266,7 @@ def _worth_taking_apart(
 ) -> tuple[bool, Iterable[Batch]]:
     """Return whether a program is worth being made, and the batches, of which the first are read.
 
-    It goes by the images alone, so that the same assessment always runs the same way.
+    Only the images decide, so that the same assessment always runs the same way.
     """
     if settings.program == "plain" or not settings.takes_passes:
         return False, batches

@@ -18,7 +18,7 @@ Extend = Callable[[Iterable[Measurement], int], Iterable[Measurement]]
 def choose_samples(
     measurements: Iterator[Measurement], target: float, metric: int, extend: Extend
 ) -> tuple[int, list[Measurement]]:
-    """Return the least N that is expected to rank the images as stably as is wished.
+    """Return the least N whose expected rank stability reaches the target.
 
     Args:
         measurements: of which the first are taken and extended to N passes.

@@ -31,14 +31,14 @@ PlainPass = Callable[[Tensor, MaskStreams, range], Tensor]
 
 _TRIAL_SIDE = 512
 _TOLERANCE = 1e-4
-"""Of probabilities, between a program and the plain pass; rounding makes far less of it."""
+"""Largest difference of a probability between a program and the plain pass, far above rounding."""
 _TIMES_ROUNDING = 4
-"""So many times what a lower precision moves pixels by may be between one way and another, at most
-and in the mean."""
+"""Largest difference between two ways to compute, in multiples of what a lower precision moves
+pixels by, at most and in the mean."""
 _BYTES_AT_ONCE = 2**24
-"""Feature maps of this size stay near a processor's caches."""
+"""Size of feature maps that stay in a processor's caches, in bytes."""
 _PIXELS_AT_ONCE = 2**22
-"""Passes are run together over so many pixels on an accelerator, which fewer do not fill."""
+"""Number of pixels that passes run over together on an accelerator, which fewer do not fill."""
 
 
 class ProgramFailedError(Exception):
@@ -156,7 +156,7 @@ class Passes:
             return
         try:
             if window is not None:
-                raise UntraceableError("it looks at images window by window")
+                raise UntraceableError("it reads images window by window")
             self.program = self._taken_apart(images)
         except Exception as error:  # A network may be anything, and anything is run the plain way.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -345,10 +345,10 @@ def _by_emptiness(batch: Batch) -> list[Batch]:
 
 
 def _are_alike(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
-    """Whether probabilities are equal but for rounding; of half a precision that is told."""
+    """Return whether probabilities are equal up to rounding, of a lower precision too."""
     if found.shape != wanted.shape:
         return False
-    # Weights that diverged are nobody's fault.
+    # Values that are not finite come from weights that diverged, not from the program.
     apart = (found - wanted).abs()[wanted.isfinite()]
     if apart.numel() == 0:
         return True

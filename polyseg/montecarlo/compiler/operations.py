@@ -146,7 +146,7 @@ class Convolution:
         return self.is_centred(network) and weight.shape[0] == weight.shape[1]
 
     def is_centred(self, network: fx.GraphModule) -> bool:
-        """Whether each output looks at as many inputs on either side."""
+        """Whether each output depends on as many inputs on either side."""
         given = self.settings
         if self.transposed or given["groups"] != 1:
             return False
@@ -160,7 +160,7 @@ class Convolution:
         return centred and pair(given["stride"]) == (1, 1)
 
     def is_pointwise(self, network: fx.GraphModule) -> bool:
-        """Whether each output looks at the input of its own place alone."""
+        """Whether each output depends on the input at its own place alone."""
         if self.transposed or not self.has_constant_weight(network):
             return False
         still = pair(self.settings["stride"]) == (1, 1) and self.settings["groups"] == 1

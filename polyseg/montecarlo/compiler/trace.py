@@ -1,7 +1,7 @@
-"""A network as a graph of tensor operations, and parts of it that can be run.
+"""Make a network a graph of tensor operations, with its dropout masks as inputs.
 
-A dropout layer is a multiplication by a mask, which is an input of the graph: what does not hang on
-any mask is the same in all passes of MC Dropout.
+A dropout layer becomes a multiplication by a mask. Operations that depend on no mask give the same
+in all passes of MC Dropout.
 """
 # torch.fx types what a node is called with as all that it could be.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
@@ -40,7 +40,7 @@ _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 class UntraceableError(Exception):
-    """The network is no graph that could be taken apart; the message says why."""
+    """The network cannot be made a graph of operations; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
         images: an example, of two images at least.
 
     Raises:
-        UntraceableError: what it does hangs on more than shapes, or it is no such network.
+        UntraceableError: what it does depends on values, or it is not such a network.
     """
     settings = _settings_of(core)
     known, traced = _traced.get(core, (None, ""))
@@ -88,7 +88,7 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def _settings_of(core: nn.Module) -> list[Any]:
-    """Return what a module's behaviour may hang on besides its input and its tensors."""
+    """Return what a module's behaviour may depend on besides its input and its tensors."""
     plain = (bool, int, float, str, tuple, list, type(None))
     return [
         (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
@@ -236,6 +236,6 @@ def input_names(network: fx.GraphModule) -> list[str]:
 
 
 def normalises_over_space(network: fx.GraphModule) -> bool:
-    """Return whether there is a layer whose every output hangs on all of its input."""
+    """Return whether there is a layer of which each output depends on all of its input."""
     kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
     return any(True for _ in calls_to(network, kinds))
