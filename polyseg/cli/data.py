@@ -121,7 +121,9 @@ def data_demo(
     modality: Annotated[
         str, typer.Option(help=help_of(MODALITIES), rich_help_panel=HOW)
     ] = "ultrasound",
-    seed: Annotated[int, typer.Option(help="Of the phantoms.", rich_help_panel=HOW)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed for the phantoms.", rich_help_panel=HOW)
+    ] = 0,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

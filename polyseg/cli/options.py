@@ -23,7 +23,8 @@ THE_PRODUCT, AROUND_IT = "The main job", "Around it"
 WHERE, HOW, TALK = "Input and output", "Settings", "Talking"
 
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Say only warnings.", rich_help_panel=TALK)
+    bool,
+    typer.Option("--quiet", "-q", help="Print only results and warnings.", rich_help_panel=TALK),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=TALK)]
 AsJson = Annotated[

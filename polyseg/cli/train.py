@@ -42,7 +42,11 @@ def train(
         int | None, typer.Option(help="Passes over the images.", rich_help_panel=HOW)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of everything random.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(
+            help="Random seed for weights, data order, augmentation and dropout.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     loss: Annotated[
         str | None,
@@ -93,8 +97,8 @@ def train(
         bool,
         typer.Option(
             "--accept-changes",
-            help="With --resume: go on although versions, device, threads or the learning rate are "
-            "others, and the result not what it would have been.",
+            help="Resume although versions, device, threads or learning rate differ; the result may "
+            "then differ from an uninterrupted run.",
             rich_help_panel=WHERE,
         ),
     ] = False,
@@ -118,7 +122,7 @@ def train(
     if resume and out is None:
         raise PolysegError("--resume: name the run by --out")
     if accept_changes and not resume:
-        raise PolysegError("--accept-changes: of what? it goes with --resume")
+        raise PolysegError("--accept-changes needs --resume")
     from_run = None
     if resume and config is None and out is not None and (out / "checkpoints").is_dir():
         from_run = config = out / "config.yaml"

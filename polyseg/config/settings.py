@@ -609,7 +609,9 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = _setting(
         "auto", "device of training and MC Dropout", choices=DEVICES
     )
-    seed: int = _setting(0, "of weights, order, augmentation and dropout", ge=0, le=2**31)
+    seed: int = _setting(
+        0, "random seed for weights, data order, augmentation and dropout", ge=0, le=2**31
+    )
 
 
 class OutputConfig(Section):
