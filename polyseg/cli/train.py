@@ -97,8 +97,8 @@ def train(
         bool,
         typer.Option(
             "--accept-changes",
-            help="Resume although versions, device, threads or learning rate differ; the result may "
-            "then differ from an uninterrupted run.",
+            help="Resume although versions, device, threads or learning rate differ; the result "
+            "may then differ from an uninterrupted run.",
             rich_help_panel=WHERE,
         ),
     ] = False,
