@@ -92,7 +92,7 @@ def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--accept-changes", "--out", "x"], "it goes with --resume"),
+        (["--accept-changes", "--out", "x"], "--accept-changes needs --resume"),
         (["--resume"], "--resume: name the run by --out"),
         (["--resume", "--out", "nowhere"], "nowhere: holds no run to resume"),
         (["--resume", "--dry-run", "--out", "nowhere"], "nowhere: holds no run to resume"),
