@@ -7,9 +7,16 @@ polyseg imports none of them until one of its functions is used, so that it is i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyseg.adaptive.adaptive_epsilon import AdaptiveEpsilon
     from polyseg.curves import polydice1_curve
     from polyseg.difficulty import epsilon_from_difficulty, foreground_mean, normalise
-    from polyseg.losses import dice_loss, polydice1_loss, polydice_loss, scale_and_angle
+    from polyseg.losses import (
+        PolyDice1Loss,
+        dice_loss,
+        polydice1_loss,
+        polydice_loss,
+        scale_and_angle,
+    )
     from polyseg.montecarlo.assessment import assess, stochastic_layers
     from polyseg.runs import open_model, read_assessment, read_schedule
     from polyseg.uncertainty import (
@@ -24,13 +31,17 @@ INTENDED_USE = "For research use only. Not a medical device."
 
 _HOMES = {
     "curves": ("polydice1_curve",),
-    "losses": ("dice_loss", "polydice1_loss", "polydice_loss", "scale_and_angle"),
+    "losses": (
+        *("PolyDice1Loss", "dice_loss", "polydice1_loss", "polydice_loss"),
+        "scale_and_angle",
+    ),
     "uncertainty": (
         *("UncertaintyAccumulator", "mutual_information", "prediction_variance"),
         "predictive_entropy",
     ),
     "difficulty": ("epsilon_from_difficulty", "foreground_mean", "normalise"),
     "montecarlo": ("assess", "stochastic_layers"),
+    "adaptive.adaptive_epsilon": ("AdaptiveEpsilon",),
     "runs": ("open_model", "read_assessment", "read_schedule"),
 }
 """Public names by the module that they are imported from at first use."""

@@ -33,6 +33,17 @@ class Batch(NamedTuple):
     """Names of the K channels; a single one has none."""
 
 
+class Difficulties(NamedTuple):
+    """The part of an assessment that epsilons follow from."""
+
+    epoch: int
+    """Epochs that the network was trained for."""
+    ids: list[str]
+    """The images; with K labels, each K times in a row."""
+    difficulty: NDArray[np.float64]
+    """(n,), or (n K,)."""
+
+
 @dataclass(frozen=True)
 class Assessment:
     """What the passes of MC Dropout said of each of n images after `epoch` epochs.

@@ -80,7 +80,7 @@ def code_blocks(page):
 
 
 def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
-    binary, channels = code_blocks(TOP / "docs" / "library.md")
+    binary, channels, _ = code_blocks(TOP / "docs" / "library.md")
     for code, shape in ((binary, (8,)), (channels, (8, 3))):
         names = {}
         exec(code, names)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from polyseg.config import ControlConfig
 from polyseg.difficulty import epsilon_from_difficulty, normalise_by, percentile_and_sigma
-from polyseg.records import Assessment, Schedule
+from polyseg.records import Assessment, Difficulties, Schedule
 
 
 class Adapted(NamedTuple):
@@ -37,7 +37,7 @@ class EpsilonControl:
     config: ControlConfig
     constant: float
     """epsilon while there is no assessment."""
-    assessment: Assessment | None = None
+    assessment: Assessment | Difficulties | None = None
     labels: int = 1
     """K, labels of each image."""
 
