@@ -200,7 +200,8 @@ class PolyDice1Loss(torch.nn.Module):
     Raises:
         ValueError: an unknown reduction.
 
-    >>> logits, mask = torch.tensor([[[99.0, -99.0]], [[-99.0, 99.0]]]), torch.tensor([[[1, 0]]] * 2)
+    >>> logits = torch.tensor([[[99.0, -99.0]], [[-99.0, 99.0]]])
+    >>> mask = torch.tensor([[[1, 0]], [[1, 0]]])
     >>> PolyDice1Loss(sigmoid=True, reduction="none")(logits, mask, torch.tensor([0.0, 0.5]))
     tensor([0.0000, 2.4674])
     """
