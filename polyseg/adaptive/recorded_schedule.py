@@ -20,6 +20,7 @@ from polyseg.data.order import epoch_order
 from polyseg.difficulty import FALLBACKS, normalise_by
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import partial_spearman, spearman
+from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment, Metric, Schedule
 from polyseg.system.files import csv_table
 from polyseg.system.yaml import parse_yaml
@@ -153,16 +154,24 @@ def tidy(record: RunRecord) -> list[Row]:
     return rows
 
 
-def validity(record: RunRecord) -> list[Row]:
+def validity(record: RunRecord, unseen: Mapping[tuple[str, str], float] | None = None) -> list[Row]:
     """Return for each assessment, label and recorded score whether it means difficulty.
 
     `with_error` is Spearman's correlation with 1 - Dice, `with_size` that with the pixels of the
     mask, `with_error_given_size` the partial one with 1 - Dice given the size, and `with_previous`
     that with the same score at the assessment before. With fewer than 4 images they are NaN.
+
+    Args:
+        record: of the run.
+        unseen: 1 - Dice by (id, label), of networks that had not seen the image. With it each row
+            has `with_unseen_error`, Spearman's correlation with these errors, the `_low` and
+            `_high` ends of its 95 % interval over the images, and `_given_size`, the partial
+            correlation given the size.
     """
     parts = list(_by_label(record))
     return [
         {"epoch": assessment.epoch, **own, **_validity(part, k, name)}
+        | ({} if unseen is None else _unseen_validity(part, k, name, unseen, own.get("label", "")))
         for k, assessment in enumerate(record.assessments)
         for own, part in parts
         for name in assessment.scores
@@ -446,6 +455,21 @@ def _validity(part: RunRecord, k: int, name: Metric) -> Row:
         "with_size": correlation(score, size),
         "with_error_given_size": partial_spearman(score, error, size),
         "with_previous": math.nan if before is None else correlation(score, before),
+    }
+
+
+def _unseen_validity(
+    part: RunRecord, k: int, name: Metric, unseen: Mapping[tuple[str, str], float], label: str
+) -> Row:
+    assessment = part.assessments[k]
+    score = assessment.scores[name]
+    error = np.array([unseen[identity, label] for identity in assessment.ids])
+    low, high = rank_correlation(score, error).interval
+    return {
+        "with_unseen_error": correlation(score, error),
+        "with_unseen_error_low": low,
+        "with_unseen_error_high": high,
+        "with_unseen_error_given_size": partial_spearman(score, error, mask_sizes(assessment)),
     }
 
 

@@ -164,6 +164,16 @@ def schedule_export(
 @schedule_app.command("validity")
 def schedule_validity(
     run: Run,
+    donors: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--donors",
+            metavar="RUN RUN",
+            help="Two runs, each trained on half of RUN's training images: also correlate with the "
+            "error of the one that did not see the image.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -179,7 +189,7 @@ def schedule_validity(
     with talking(quiet, verbose):
         from polyseg.commands import schedule
 
-        found = schedule.validity(run)
+        found = schedule.validity(run, donors or ())
         outcome = None
         if out is not None or not (as_json or as_csv):
             from polyseg.commands import schedule_figures
@@ -200,8 +210,29 @@ def schedule_validity(
     ]
     title = f"{run}: Spearman's correlation, last and mean"
     _print_table(title, columns, summary, found.notes)
+    if donors:
+        _print_unseen(run, found.rows)
     if outcome is not None:
         print_outcome(outcome, as_json=False)
+
+
+def _print_unseen(run: Path, rows: Sequence[Row]) -> None:
+    """Print how the scores of the last assessment correlate with errors on unseen images."""
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    columns = [
+        ("score", lambda row: row["score"].replace("_", " ")),
+        _number("with_unseen_error", ".2f", "1 − Dice"),
+        ("95 % interval", _interval_of_unseen),
+        _number("with_unseen_error_given_size", ".2f", "at equal\nsize"),
+    ]
+    title = f"{run}: Spearman's correlation with 1 − Dice of the donor that did not see the image"
+    note = f"after epoch {last[0]['epoch']}; interval over the images"
+    _print_table(title, columns, last, [note])
+
+
+def _interval_of_unseen(row: Row) -> str:
+    low, high = row["with_unseen_error_low"], row["with_unseen_error_high"]
+    return f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "-"
 
 
 def _print_overview(run: Path, found: "Findings") -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from polyseg.adaptive import recorded_schedule
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
+from polyseg.commands.donors import unseen_errors
 from polyseg.config import Config, settings_of
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
@@ -129,16 +130,23 @@ def recompute(
     return Findings(recorded_schedule.compare(record, recomputed), notes)
 
 
-def validity(path: Path) -> Findings:
+def validity(path: Path, donors: Sequence[Path] = ()) -> Findings:
     """Return for each assessment and score whether it means difficulty.
 
+    Args:
+        path: the run.
+        donors: two runs, each trained on half of the run's training images, for the errors of
+            networks that had not seen the image.
+
     Raises:
-        PolysegError: there is no such run, or a file of it is damaged.
+        PolysegError: there is no such run, a file of it is damaged, or the donors do not fit.
     """
     record = read_record(path)
     last = record.assessments[-1]
     note = f"last assessment: after epoch {last.epoch}; mean over {len(record.assessments)}"
-    return Findings(recorded_schedule.validity(record), [note])
+    ids = list(dict.fromkeys(last.ids))
+    unseen = unseen_errors(path, donors, ids, record.labels) if donors else None
+    return Findings(recorded_schedule.validity(record, unseen), [note])
 
 
 def _committed_schedule(
