@@ -17,12 +17,16 @@ from polyseg.data.augmentation import PRESETS
 from polyseg.data.formats.file_formats import FORMATS, Format
 from polyseg.data.formats.stacks import Stack
 from polyseg.errors import PolysegError
+from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
+from polyseg.figures import evaluation_files
 from polyseg.figures.style import metric_name
+from polyseg.metrics.image_metrics import METRICS, Metric
 from polyseg.montecarlo.assessment import stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
 from polyseg.registry import Registry, Row
-from polyseg.report.run_files import read_run
+from polyseg.report.run_files import read_evaluation, read_run
+from polyseg.report.tables import metric_tables
 from polyseg.runs.history import COLUMNS, Column
 from polyseg.runs.record_files import read_assessment, read_schedule
 from tests import reference
@@ -32,7 +36,12 @@ FOUR = ("uncertainty.samples=4",)
 """Passes, the fewest that rank stability is judged from."""
 
 REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one, Registry)}
-REGISTRIES |= {"COLUMNS": COLUMNS, "FORMATS": FORMATS, "DROPOUT_KINDS": DROPOUT_KINDS}
+REGISTRIES |= {
+    "COLUMNS": COLUMNS,
+    "FORMATS": FORMATS,
+    "DROPOUT_KINDS": DROPOUT_KINDS,
+    "METRICS": METRICS,
+}
 
 
 @pytest.mark.parametrize("name", REGISTRIES)
@@ -150,6 +159,55 @@ def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, t
     monkeypatch.delitem(COLUMNS, "largest_loss")
     with pytest.raises(PolysegError, match="largest_loss: not a column"):
         train(tiny("run", "training.epochs=4", "control.start=0"), resume=True, accept_changes=True)
+
+
+def test_a_metric_is_one_row(monkeypatch, tmp_path):
+    def evaluation():
+        mask = np.eye(4)
+        runs = [
+            RunScores(name, [image_scores(str(i), p + 0.1 * i, mask) for i in range(3)])
+            for name, p in (("a", 0.6 * mask), ("b", 0.7 * mask.T[::-1]))
+        ]
+        return Evaluation(runs, compare(runs, "a"))
+
+    evaluation_files.write_evaluation(evaluation(), tmp_path / "before", figures=False)
+    row = Metric(
+        "area",
+        "predicted pixels",
+        title="Area",
+        value=lambda case: case.predicted.sum(),
+        decimals=1,
+        higher_is_better=False,
+        unit="{length}²",
+        in_figures=True,
+    )
+    monkeypatch.setitem(METRICS, "area", row)
+    assert "| Area | `area` | low | predicted pixels |" in reference.evaluation_page()
+    drawn = {}
+    monkeypatch.setattr(
+        evaluation_files,
+        "save_figure",
+        lambda figure, path: drawn.update({path.name: figure}) or [],
+    )
+    evaluation_files.write_evaluation(evaluation(), tmp_path / "after", figures=True)
+    for name in ("comparison", "differences"):
+        assert "Area (px²)" in [axes.get_title() for axes in drawn[name].axes]
+    with (tmp_path / "after" / "per_image.csv").open() as stream:
+        assert [row["area"] for row in csv.DictReader(stream)] == ["4"] * 6
+    summary = json.loads((tmp_path / "after" / "summary.json").read_text())
+    assert summary["runs"][1]["metrics"]["area"]["mean"] == 4
+    assert summary["comparisons"][0]["metrics"]["area"]["equal"] == 3
+    for name in ("table.md", "table.tex"):
+        table = (tmp_path / "after" / name).read_text()
+        assert table.count("Area (px²)") == 2 and "4.0" in table
+    (table,) = metric_tables([read_evaluation(tmp_path / "after", "after")])
+    assert table.rows[-1][0] == "Area (px²)"
+    # Evaluations of versions without the metric stay readable, and of versions with it as well.
+    (table,) = metric_tables([read_evaluation(tmp_path / "before", "before")])
+    assert len(table.rows) == len(METRICS) - 1
+    monkeypatch.delitem(METRICS, "area")
+    (table,) = metric_tables([read_evaluation(tmp_path / "after", "after")])
+    assert table.rows[-1][0] == "Area (px²)"
 
 
 def reversed_images(epsilon, _):

@@ -25,7 +25,6 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import stars
 from polyseg.system.files import write_text
 
-_COMPARED = ("dice", "iou", "sensitivity", "precision", "hd95", "nsd")
 _CASES = 5
 _MOST_SHOWN = 6
 """Of the images, and of the runs, in a figure of predictions."""
@@ -79,9 +78,9 @@ def draw_predictions(
 def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     runs = evaluation.runs
     titles = [run.title for run in runs]
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    compared = [metric for metric in METRICS.values() if metric.in_figures]
     values = {
-        evaluation.heading(metric): [run.column(metric.key) for run in runs] for metric in compared
+        evaluation.heading(metric): [run.column(metric.name) for run in runs] for metric in compared
     }
     files = save_figure(comparison(titles, values), folder / "comparison")
     files += _draw_reliability(runs, folder)
@@ -129,11 +128,11 @@ def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
 def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
     if not evaluation.comparisons:
         return []
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    compared = [metric for metric in METRICS.values() if metric.in_figures]
     found = evaluation.comparisons
     baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
     rows = {
-        evaluation.heading(metric): [one.differences[metric.key] for one in found]
+        evaluation.heading(metric): [one.differences[metric.name] for one in found]
         for metric in compared
     }
     better = [metric.higher_is_better for metric in compared]
