@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from polyseg import choices
 from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
 from polyseg.cli.options import help_of
+from polyseg.commands.report import make_page, page_of
 from polyseg.commands.train import train
 from polyseg.config import Config, settings_of, template
 from polyseg.data.augmentation import PRESETS
@@ -19,12 +21,20 @@ from polyseg.data.formats.stacks import Stack
 from polyseg.errors import PolysegError
 from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
 from polyseg.figures import evaluation_files
+from polyseg.figures.figures_by_name import (
+    EVALUATION_FIGURES,
+    IMAGE_FIGURES,
+    RUN_FIGURES,
+    Drawn,
+    RunFigure,
+)
 from polyseg.figures.style import metric_name
 from polyseg.metrics.image_metrics import METRICS, Metric
 from polyseg.montecarlo.assessment import stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
 from polyseg.registry import Registry, Row
+from polyseg.report.document import Gallery
 from polyseg.report.run_files import read_evaluation, read_run
 from polyseg.report.tables import metric_tables
 from polyseg.runs.history import COLUMNS, Column
@@ -41,6 +51,9 @@ REGISTRIES |= {
     "FORMATS": FORMATS,
     "DROPOUT_KINDS": DROPOUT_KINDS,
     "METRICS": METRICS,
+    "RUN_FIGURES": RUN_FIGURES,
+    "EVALUATION_FIGURES": EVALUATION_FIGURES,
+    "IMAGE_FIGURES": IMAGE_FIGURES,
 }
 
 
@@ -208,6 +221,69 @@ def test_a_metric_is_one_row(monkeypatch, tmp_path):
     monkeypatch.delitem(METRICS, "area")
     (table,) = metric_tables([read_evaluation(tmp_path / "after", "after")])
     assert table.rows[-1][0] == "Area (px²)"
+
+
+def draw_skipped(records, _):
+    figure = Figure()
+    figure.add_subplot().plot([row["skipped_steps"] for row in records.history])
+    return Drawn(figure, "steps that were left out.", "A curve.")
+
+
+def draw_spread(records, label):
+    figure = Figure()
+    figure.add_subplot().hist(records.assessments[-1].of_label(label).difficulty)
+    return Drawn(figure, "histogram of D.", "A histogram.")
+
+
+def draw_nothing(*_):
+    return None
+
+
+def test_a_figure_of_a_run_is_one_row(monkeypatch, tiny, tmp_path):
+    for name in list(RUN_FIGURES):
+        monkeypatch.delitem(RUN_FIGURES, name)  # They take longer to draw.
+    here = "tests.test_registries"
+    for row in (
+        RunFigure("skipped", "skipped steps", f"{here}:draw_skipped"),
+        RunFigure("spread", "spread of D", f"{here}:draw_spread", source="assessments"),
+        RunFigure("nothing", "nothing", f"{here}:draw_nothing", source="schedule"),
+    ):
+        monkeypatch.setitem(RUN_FIGURES, row.name, row)
+    outcome = train(tiny("run", "output.figures=true", "output.overlays=0"))
+    figures = tmp_path / "run" / "figures"
+    assert {path.name for path in figures.iterdir() if path.suffix == ".png"} == {
+        "skipped.png",
+        "spread.png",
+    }
+    assert figures / "spread.pdf" in outcome.files
+    page = make_page([tmp_path / "run"], out=tmp_path / "page.html").read_text()
+    assert page.index("run: steps that were left out.") < page.index("run: histogram of D.")
+
+
+def draw_areas(evaluation):
+    figure = Figure()
+    figure.add_subplot().plot([run.scores[0].mask_pixels for run in evaluation.runs])
+    return figure
+
+
+def test_a_figure_of_an_evaluation_is_one_row(monkeypatch, tmp_path):
+    for name in list(EVALUATION_FIGURES):
+        monkeypatch.delitem(EVALUATION_FIGURES, name)
+    here = "tests.test_registries"
+    for row in (
+        Row("areas", "area of the first mask", f"{here}:draw_areas"),
+        Row("nothing", "nothing", f"{here}:draw_nothing"),
+    ):
+        monkeypatch.setitem(EVALUATION_FIGURES, row.name, row)
+    evaluation = Evaluation([RunScores("a", [image_scores("1", np.eye(4), np.eye(4))])])
+    files = evaluation_files.write_evaluation(evaluation, tmp_path / "cmp", figures=True)
+    assert [path.name for path in files if path.suffix in (".png", ".pdf")] == [
+        "areas.png",
+        "areas.pdf",
+    ]
+    page = page_of([], [read_evaluation(tmp_path / "cmp", "cmp")])
+    (gallery,) = [one for one in page.sections[1].blocks if isinstance(one, Gallery)]
+    assert [one.caption for one in gallery.pictures] == ["cmp: area of the first mask."]
 
 
 def reversed_images(epsilon, _):
