@@ -10,7 +10,22 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from polyseg import choices
-from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
+from polyseg.choices import (
+    FREE_SCORES,
+    LOSSES,
+    NETWORKS,
+    NORMALISATIONS,
+    OPTIMIZERS,
+    REGIONS,
+    REPLAY_ARMS,
+    SCHEDULERS,
+    UNCERTAINTIES,
+    Loss,
+    Normalisation,
+    Optimizer,
+    Region,
+    Score,
+)
 from polyseg.cli.options import help_of
 from polyseg.commands.report import make_page, page_of
 from polyseg.commands.train import train
@@ -18,6 +33,7 @@ from polyseg.config import Config, settings_of, template
 from polyseg.data.augmentation import PRESETS
 from polyseg.data.formats.file_formats import FORMATS, Format
 from polyseg.data.formats.stacks import Stack
+from polyseg.data.preprocessing import Levels
 from polyseg.errors import PolysegError
 from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
 from polyseg.figures import evaluation_files
@@ -41,6 +57,8 @@ from polyseg.runs.history import COLUMNS, Column
 from polyseg.runs.record_files import read_assessment, read_schedule
 from tests import reference
 from tests.conftest import TINY
+
+HERE = "tests.test_registries"
 
 FOUR = ("uncertainty.samples=4",)
 """Passes, the fewest that rank stability is judged from."""
@@ -242,11 +260,10 @@ def draw_nothing(*_):
 def test_a_figure_of_a_run_is_one_row(monkeypatch, tiny, tmp_path):
     for name in list(RUN_FIGURES):
         monkeypatch.delitem(RUN_FIGURES, name)  # They take longer to draw.
-    here = "tests.test_registries"
     for row in (
-        RunFigure("skipped", "skipped steps", f"{here}:draw_skipped"),
-        RunFigure("spread", "spread of D", f"{here}:draw_spread", source="assessments"),
-        RunFigure("nothing", "nothing", f"{here}:draw_nothing", source="schedule"),
+        RunFigure("skipped", "skipped steps", f"{HERE}:draw_skipped"),
+        RunFigure("spread", "spread of D", f"{HERE}:draw_spread", source="assessments"),
+        RunFigure("nothing", "nothing", f"{HERE}:draw_nothing", source="schedule"),
     ):
         monkeypatch.setitem(RUN_FIGURES, row.name, row)
     outcome = train(tiny("run", "output.figures=true", "output.overlays=0"))
@@ -269,10 +286,9 @@ def draw_areas(evaluation):
 def test_a_figure_of_an_evaluation_is_one_row(monkeypatch, tmp_path):
     for name in list(EVALUATION_FIGURES):
         monkeypatch.delitem(EVALUATION_FIGURES, name)
-    here = "tests.test_registries"
     for row in (
-        Row("areas", "area of the first mask", f"{here}:draw_areas"),
-        Row("nothing", "nothing", f"{here}:draw_nothing"),
+        Row("areas", "area of the first mask", f"{HERE}:draw_areas"),
+        Row("nothing", "nothing", f"{HERE}:draw_nothing"),
     ):
         monkeypatch.setitem(EVALUATION_FIGURES, row.name, row)
     evaluation = Evaluation([RunScores("a", [image_scores("1", np.eye(4), np.eye(4))])])
@@ -305,6 +321,65 @@ def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
     np.testing.assert_array_equal(second.epsilon, first.epsilon[:, ::-1])
 
 
+def small_network(in_channels, out_channels, dropout, **settings):
+    first = nn.Conv2d(in_channels, 4, 3, padding=1)
+    return nn.Sequential(first, nn.Dropout2d(dropout), nn.Conv2d(4, out_channels, 1)), 1
+
+
+def rmsprop(weights, config):
+    return torch.optim.RMSprop(weights, lr=config.learning_rate)
+
+
+def halved(done):
+    return 1.0 if done < 0.5 else 0.5
+
+
+def inverted(image, _):
+    return Levels((255.0,) * image.shape[2], (255.0,) * image.shape[2])
+
+
+def of_upper_half(mask, predicted, _):
+    half = torch.zeros_like(mask)
+    half[:, : half.shape[1] // 2] = True
+    return [half]
+
+
+@pytest.mark.parametrize(
+    ("key", "registry", "row"),
+    [
+        ("network.name", NETWORKS, Row("small", "two layers", f"{HERE}:small_network")),
+        (
+            "training.optimizer",
+            OPTIMIZERS,
+            Optimizer("rmsprop", "RMSprop", f"{HERE}:rmsprop", ("step", "square_avg")),
+        ),
+        ("training.scheduler", SCHEDULERS, Row("halved", "halved half way", f"{HERE}:halved")),
+        (
+            "data.normalise",
+            NORMALISATIONS,
+            Normalisation("inverted", "0 to -1", f"{HERE}:inverted", pooled=True),
+        ),
+        ("uncertainty.region", REGIONS, Region("upper", "upper half", f"{HERE}:of_upper_half")),
+    ],
+)
+def test_a_choice_is_one_row_and_such_a_run_resumes(
+    monkeypatch, tiny, tmp_path, key, registry, row
+):
+    with pytest.raises(PolysegError, match=f"{row.name}' is not a"):
+        tiny("run", f"{key}={row.name}")
+    monkeypatch.setitem(registry, row.name, row)
+    assert_listed(key, row.name, row.help)
+    # The small network has no settings, and the settings of `tiny` are those of another.
+    settings = (f"{key}={row.name}", "network.kwargs={}", "control.start=1")
+    train(tiny("run", *settings, "training.epochs=2"))
+    train(tiny("run", *settings, "training.epochs=3"), resume=True, accept_changes=True)
+    assert len(history_of(tmp_path / "run")) == 3
+    rates = [float(one["learning_rate"]) for one in history_of(tmp_path / "run")]
+    assert (rates[0] == 2 * rates[-1]) == (row.name == "halved")
+    found = read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5")
+    assert (found.difficulty > 0).all()
+
+
 def test_presets_of_augmentation_are_those_that_are_explained():
     assert list(choices_of("data.augmentation")) == list(PRESETS)
 
@@ -330,8 +405,7 @@ def test_a_file_format_is_one_row(monkeypatch, tmp_path, polyseg):
         np.savetxt(tmp_path / "set" / "images" / f"{i}.grid", noise + 200 * mask, fmt="%d")
         np.savetxt(tmp_path / "set" / "masks" / f"{i}.grid", mask, fmt="%d")
     assert polyseg("data", "check", tmp_path / "set").code == 2
-    here = "tests.test_registries"
-    read, write = f"{here}:read_text_image", f"{here}:write_text_image"
+    read, write = f"{HERE}:read_text_image", f"{HERE}:write_text_image"
     row = Format("grid", "numbers as text", read, (".grid",), write=write)
     monkeypatch.setitem(FORMATS, "grid", row)
     assert polyseg("data", "check", tmp_path / "set").code == 0
