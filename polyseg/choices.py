@@ -142,3 +142,124 @@ MODALITIES = {
     "ultrasound": "gray images of a lesion with speckle",
     "endoscopy": "colour images of a lesion with highlights",
 }
+
+_NETWORKS = "polyseg.networks.networks_by_name"
+
+NETWORKS = Registry(
+    "network",
+    Row("unet", "MONAI's UNet with residual units", f"{_NETWORKS}:UNET"),
+    Row("basic-unet", "MONAI's BasicUNet", f"{_NETWORKS}:BASIC_UNET"),
+    Row("attention-unet", "MONAI's AttentionUnet", f"{_NETWORKS}:ATTENTION_UNET"),
+    Row("dynunet", "MONAI's DynUNet, as in nnU-Net", f"{_NETWORKS}:DYNUNET"),
+    Row("segresnet", "MONAI's SegResNet", f"{_NETWORKS}:SEGRESNET"),
+)
+"""Functions of in_channels, out_channels, the dropout rate and further arguments.
+
+They return the network and what the sides of its images must be multiples of.
+"""
+
+
+@dataclass(frozen=True)
+class Optimizer(Row):
+    """An optimizer; its function makes it from a list of weights and the settings of `training`."""
+
+    state: tuple[str, ...] = ()
+    """The names of what it keeps for each weight in a checkpoint."""
+
+
+_OPTIMIZERS = "polyseg.training.optimizers"
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    Optimizer("adamw", "Adam with decoupled weight decay", f"{_OPTIMIZERS}:adamw", _OF_ADAM),
+    Optimizer("adam", "Adam, with weight decay in the gradient", f"{_OPTIMIZERS}:adam", _OF_ADAM),
+    Optimizer(
+        "sgd",
+        "gradient descent with Nesterov momentum 0.9",
+        f"{_OPTIMIZERS}:sgd",
+        ("momentum_buffer",),
+    ),
+)
+
+SCHEDULERS = Registry(
+    "scheduler",
+    Row("cosine", "falls to 1 % as a cosine", f"{_OPTIMIZERS}:cosine"),
+    Row(
+        "polynomial",
+        "falls to 0 as (1 - e/E)^0.9, e epochs of E done",
+        f"{_OPTIMIZERS}:polynomial",
+    ),
+    Row("constant", "stays", f"{_OPTIMIZERS}:constant"),
+)
+"""Functions of the share of the epochs that is done, e/E, which return the share of the rate."""
+
+
+@dataclass(frozen=True)
+class Normalisation(Row):
+    """How gray values are normalised.
+
+    Its function takes an image, (H, W, C), and the settings of `data`, and returns its `Levels`.
+    """
+
+    pooled: bool = False
+    """Whether mean and deviation are then taken over all training images."""
+
+
+_PREPROCESSING = "polyseg.data.preprocessing"
+
+NORMALISATIONS = Registry(
+    "normalisation",
+    Normalisation(
+        "zscore",
+        "mean 0 and deviation 1 per image and channel",
+        f"{_PREPROCESSING}:mean_and_deviation",
+    ),
+    Normalisation("unit", "full range of the pixel type to [0, 1]", f"{_PREPROCESSING}:full_range"),
+    Normalisation(
+        "percentile",
+        "1st and 99th percentile of the image to [0, 1], clipped",
+        f"{_PREPROCESSING}:percentiles",
+    ),
+    Normalisation(
+        "dataset",
+        "mean 0 and deviation 1 over the training images",
+        f"{_PREPROCESSING}:mean_and_deviation",
+        pooled=True,
+    ),
+    Normalisation("window", "data.window to [0, 1], clipped", f"{_PREPROCESSING}:window"),
+)
+
+
+@dataclass(frozen=True)
+class Region(Row):
+    """The pixels of an image that its difficulty is averaged over.
+
+    Its function takes mask and prediction, (B, H, W) bool, and the width of a band in pixels, and
+    returns regions of that shape: the one asked for, then those that take its place where it is
+    empty.
+    """
+
+    of_mask: bool = False
+    """Whether the prediction matters only where the region of the mask is empty."""
+
+
+_REGIONS = "polyseg.montecarlo.regions"
+
+REGIONS = Registry(
+    "region",
+    Region("mask", "foreground of the mask", f"{_REGIONS}:of_mask", of_mask=True),
+    Region(
+        "prediction",
+        "pixels with a mean prediction of at least 0.5",
+        f"{_REGIONS}:of_prediction",
+    ),
+    Region("union", "both", f"{_REGIONS}:of_union"),
+    Region(
+        "boundary",
+        "a band on either side of the edge of the mask",
+        f"{_REGIONS}:of_boundary",
+        of_mask=True,
+    ),
+    Region("image", "all pixels", f"{_REGIONS}:of_image"),
+)

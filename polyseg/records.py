@@ -145,6 +145,17 @@ class Schedule:
     statistics: NDArray[np.float64] | None = None
     """(S, 2) D_pct and sigma_D of eq. 11, a row for each batch, or data set, and label."""
 
+    def epsilon_of(self, label: str) -> NDArray[np.float32]:
+        """Return the epsilons of one label, (E, n), of all images where there are no labels.
+
+        >>> schedule = Schedule(["a", "a"], np.array([1]), np.array([[0.0, 1.0]]), ["x", "y"])
+        >>> schedule.epsilon_of("y").tolist()
+        [[1.0]]
+        """
+        if self.labels is None:
+            return self.epsilon
+        return self.epsilon[:, [one == label for one in self.labels]]
+
     def __post_init__(self) -> None:
         """Check that the groups are rows of the statistics.
 

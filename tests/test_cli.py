@@ -101,9 +101,9 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     assert [row["id"] for row in rows] == 2 * tested
     for one in printed["evaluation"]["runs"]:
         own = [row for row in rows if row["run"] == one["name"]]
-        for metric in METRICS:
-            values = [float(row[metric.key]) for row in own if row[metric.key]]
-            assert one["metrics"][metric.key]["mean"] == pytest.approx(np.mean(values))
+        for metric in METRICS.values():
+            values = [float(row[metric.name]) for row in own if row[metric.name]]
+            assert one["metrics"][metric.name]["mean"] == pytest.approx(np.mean(values))
     # The table that the training ended with is of the same images and the same checkpoint.
     alone = json.loads((run / "evaluation" / "summary.json").read_text())["runs"][0]
     assert alone["metrics"] == printed["evaluation"]["runs"][0]["metrics"]

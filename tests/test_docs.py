@@ -23,6 +23,7 @@ def test_the_reference_pages_are_those_of_the_code():
     assert (TOP / "docs" / "configuration.md").read_text() == reference.configuration_page()
     assert (TOP / "docs" / "architecture.md").read_text() == reference.architecture_page()
     assert (TOP / "docs" / "files.md").read_text() == reference.files_page()
+    assert (TOP / "docs" / "evaluation.md").read_text() == reference.evaluation_page()
 
 
 def table_of(heading, page):

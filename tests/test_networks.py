@@ -162,7 +162,7 @@ def test_a_users_own_network_keeps_its_dropout():
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("resnet", "unknown; choose unet, basic-unet"),
+        ("resnet", "is not a network: choose unet, basic-unet"),
         ("no_such_module:factory", "No module named"),
         (f"{__name__}:nothing", "no attribute 'nothing'"),
         (f"{__name__}:wrong_shape", r"must return logits of shape \(B, 1, H, W\), gave \(2, 2"),

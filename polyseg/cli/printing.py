@@ -13,8 +13,8 @@ from rich.table import Table
 from polyseg.system.files import without_nan
 
 if TYPE_CHECKING:
+    from polyseg.commands.outcome import Outcome
     from polyseg.evaluation.tables import Cell, Sheet
-    from polyseg.figures.run_figures import Outcome
 
 _MOST_FILES = 24
 """Lines; who wants all of them has --json, or looks."""

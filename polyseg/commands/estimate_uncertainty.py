@@ -5,15 +5,21 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from polyseg.commands.outcome import Outcome
 from polyseg.config import MOST_SAMPLES
 from polyseg.data.dataset import ImageSet
 from polyseg.errors import PolysegError
 from polyseg.figures import run_figures
-from polyseg.figures.run_figures import Outcome
+from polyseg.figures.figures_by_name import RunRecords
 from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, no_progress
-from polyseg.runs.assessment_text import describe, describe_order
+from polyseg.runs.assessment_text import (
+    assessment_csv,
+    describe,
+    describe_order,
+    difficulty_correlations,
+)
 from polyseg.runs.record_files import write_assessment
 from polyseg.runs.run_folder import results_beside
 from polyseg.runs.trained_model import (
@@ -71,7 +77,7 @@ def estimate_uncertainty(
         if not processes.leads:
             return Outcome(place, [])
         files = _write(assessment, model, images, folder)
-    correlations = run_figures.difficulty_correlations(assessment, images.known_difficulty)
+    correlations = difficulty_correlations(assessment, images.known_difficulty)
     notes = describe_order(assessment)
     return Outcome(place, moved(files, folder, place), correlations=correlations, notes=notes)
 
@@ -81,10 +87,12 @@ def _write(assessment: Assessment, model: Model, images: ImageSet, folder: Path)
     log.info("%s", describe(assessment))
     assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
     write_assessment(folder / "assessment.h5", assessment)
-    write_text(folder / "per_image.csv", run_figures.assessment_csv(assessment))
+    write_text(folder / "per_image.csv", assessment_csv(assessment))
     files = [folder / "assessment.h5", folder / "per_image.csv"]
     figures = folder / "figures"
-    files += run_figures.draw_difficulties([assessment], figures, ["difficulty_dice"])
+    files += run_figures.draw_run(
+        RunRecords(assessments=[assessment]), figures, ["difficulty_dice"]
+    )
     return files + run_figures.draw_extremes(
         model.network, model.config, images, assessment, figures
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from polyseg.commands.outcome import Outcome
 from polyseg.config import Config
 from polyseg.data.corruptions import CORRUPTIONS
 from polyseg.data.dataset import ImageSet
@@ -20,7 +21,6 @@ from polyseg.evaluation.testing_networks import (
     measure_network,
 )
 from polyseg.figures import evaluation_files
-from polyseg.figures.run_figures import Outcome
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
 from polyseg.runs.run_folder import results_beside

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from polyseg import INTENDED_USE
 from polyseg.choices import UNCERTAINTIES
+from polyseg.commands.outcome import Outcome
 from polyseg.config import MOST_SAMPLES, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.formats.writers import write_labels, write_map
@@ -21,7 +22,6 @@ from polyseg.data.layouts.folders import find_unlabelled
 from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.errors import PolysegError
-from polyseg.figures.run_figures import Outcome
 from polyseg.montecarlo.assessment import assess
 from polyseg.networks.inference import choose_device, predict
 from polyseg.records import Assessment, Progress, no_progress

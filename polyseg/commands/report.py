@@ -29,11 +29,9 @@ from polyseg.report.document import (
     render,
 )
 from polyseg.report.figures import (
-    difficulty_pictures,
-    epsilon_of,
     evaluation_pictures,
     extreme_pictures,
-    training_picture,
+    run_pictures,
     validation_picture,
 )
 from polyseg.report.run_files import EvaluationFiles, RunFiles, read_evaluation, read_run
@@ -289,11 +287,11 @@ def _without_folder(value: str) -> str:
 def _training(runs: Sequence[RunFiles]) -> list[Block]:
     trained = [run for run in runs if run.history]
     together = [validation_picture(trained)] if len(trained) > 1 else []
-    return _gallery([*together, *map(training_picture, trained)])
+    return _gallery([*together, *(one for run in trained for one in run_pictures(run, "history"))])
 
 
 def _difficulty(run: RunFiles) -> list[Block]:
-    blocks = _gallery(difficulty_pictures(run))
+    blocks = _gallery(run_pictures(run, "schedule", "assessments"))
     if not run.assessments:
         return blocks
     return [*blocks, _assessments(run), *map(Text, describe_order(run.assessments[-1]))]
@@ -323,7 +321,7 @@ def _assessments(run: RunFiles) -> Table:
 def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: bool) -> list[str]:
     followed = np.empty(0)
     if run.schedule is not None:
-        epsilon = epsilon_of(run.schedule, label)
+        epsilon = run.schedule.epsilon_of(label)
         followed = epsilon[run.schedule.epochs == one.epoch + 1].ravel()
     return [
         str(one.epoch),

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from polyseg.adaptive.replay import fit_schedule, replay_arm
 from polyseg.choices import LOSSES
+from polyseg.commands.outcome import Outcome
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
@@ -20,10 +19,14 @@ from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import score
 from polyseg.figures import evaluation_files, run_figures
-from polyseg.figures.run_figures import Outcome
+from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
-from polyseg.records import Progress, Schedule, no_progress
-from polyseg.runs.assessment_text import describe_order
+from polyseg.records import Assessment, Progress, Schedule, no_progress
+from polyseg.runs.assessment_text import (
+    describe_order,
+    difficulty_correlations,
+    log_correlations,
+)
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
 from polyseg.runs.run_folder import (
@@ -450,18 +453,19 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
         )
     correlations: list[dict[str, Any]] = []
     notes: list[str] = []
+    assessments: Sequence[Assessment] = ()
     if trainer.assessments:
         assessments = read_assessments(run, trainer.assessments)
-        correlations = run_figures.difficulty_correlations(assessments[-1], images.known_difficulty)
-        run_figures.log_correlations(correlations)
+        correlations = difficulty_correlations(assessments[-1], images.known_difficulty)
+        log_correlations(correlations)
         notes = describe_order(assessments[-1])
-        if config.output.figures:
-            kinds = ["difficulty_dice", "difficulty"]
-            files += run_figures.draw_difficulties(assessments, run.figures, kinds)
+    if config.output.figures:
+        limits = (config.control.epsilon_min, config.control.epsilon_max)
+        schedule = read_schedule(run.schedule)
+        records = RunRecords(trainer.history, schedule, assessments, limits)
+        files += run_figures.draw_run(records, run.figures)
+        if assessments:
             files += run_figures.draw_extremes(
                 trainer.network, config, images, assessments[-1], run.figures
             )
-    if config.output.figures:
-        epsilon = np.stack(trainer.recorder.epsilon)
-        files += run_figures.draw_run(trainer.history, epsilon, config, run.figures)
     return Outcome(run.path, files, evaluation, correlations, notes)

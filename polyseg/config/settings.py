@@ -17,7 +17,19 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from polyseg.choices import DEVICES, FREE_SCORES, LOSSES, MODALITIES, REPLAY_ARMS, UNCERTAINTIES
+from polyseg.choices import (
+    DEVICES,
+    FREE_SCORES,
+    LOSSES,
+    MODALITIES,
+    NETWORKS,
+    NORMALISATIONS,
+    OPTIMIZERS,
+    REGIONS,
+    REPLAY_ARMS,
+    SCHEDULERS,
+    UNCERTAINTIES,
+)
 from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
@@ -51,8 +63,10 @@ def _setting(
 class OneOf:
     """The values of a setting that are the names of registries, as they are when it is checked."""
 
-    def __init__(self, *registries: Registry[Any]) -> None:
+    def __init__(self, *registries: Registry[Any], or_own: bool = False) -> None:
         self.registries = registries
+        self.or_own = or_own
+        """Whether "package.module:function" is allowed as well."""
 
     def choices(self) -> dict[str, str]:
         """Return what each allowed name means."""
@@ -64,15 +78,20 @@ class OneOf:
         Raises:
             ValueError: it is not, with the nearest one that is.
         """
-        if value not in self.choices():
-            raise ValueError(not_among(value, self.choices(), self.registries[0].kind))
+        if value not in self.choices() and not (self.or_own and ":" in value):
+            own = "; one of your own is package.module:factory" if self.or_own else ""
+            raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + own)
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {**handler(schema), "enum": list(self.choices())}
+        named = {"enum": list(self.choices())}
+        return {
+            **handler(schema),
+            **({"anyOf": [named, {"pattern": ":"}]} if self.or_own else named),
+        }
 
 
 class Section(BaseModel):
@@ -213,16 +232,8 @@ class DataConfig(Section):
         "label values that count: one, a list of several tasks, a list of lists that unites "
         "values, or a mapping of names to them; null: masks are 0/1 or 0/255",
     )
-    normalise: Literal["zscore", "unit", "percentile", "dataset", "window"] = _setting(
-        "zscore",
-        "how the values of an image are normalised",
-        choices={
-            "zscore": "mean 0 and deviation 1 per image and channel",
-            "unit": "full range of the pixel type to [0, 1]",
-            "percentile": "1st and 99th percentile of the image to [0, 1], clipped",
-            "dataset": "mean 0 and deviation 1 over the training images",
-            "window": "data.window to [0, 1], clipped",
-        },
+    normalise: Annotated[str, OneOf(NORMALISATIONS)] = _setting(
+        "zscore", "how the values of an image are normalised"
     )
     window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
         (-160.0, 240.0), "lowest and highest value of normalise=window, such as Hounsfield units"
@@ -325,9 +336,8 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network and its dropout."""
 
-    name: str = _setting(
-        "unet",
-        "unet, basic-unet, attention-unet, dynunet, segresnet, or package.module:factory",
+    name: Annotated[str, OneOf(NETWORKS, or_own=True)] = _setting(
+        "unet", "the network, or a factory of your own as package.module:factory"
     )
     dropout: float = _setting(0.2, "dropout rate; 0 leaves none", ge=0, lt=1)
     dropout_kind: Literal["channel", "element"] = _setting(
@@ -424,16 +434,8 @@ class UncertaintyConfig(Section):
     metric: Annotated[str, OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
         "mutual_information", "pixel map whose mean over the region is the difficulty D"
     )
-    region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
-        "mask",
-        "pixels that D is averaged over; where there are none, those of the prediction",
-        choices={
-            "mask": "foreground of the mask",
-            "prediction": "pixels with a mean prediction of at least 0.5",
-            "union": "both",
-            "boundary": "a band on either side of the edge of the mask",
-            "image": "all pixels",
-        },
+    region: Annotated[str, OneOf(REGIONS)] = _setting(
+        "mask", "pixels that D is averaged over; where there are none, those of the prediction"
     )
     boundary_width: int = _setting(
         3, "half width of the band of region boundary", "pixels", ge=1, le=64
@@ -533,24 +535,10 @@ class TrainingConfig(Section):
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
     batch_size: int = _setting(8, "images a step", "images", ge=1, le=4096)
     learning_rate: float = _setting(3e-3, "at the start", gt=0, le=10)
-    optimizer: Literal["adamw", "adam", "sgd"] = _setting(
-        "adamw",
-        "optimizer",
-        choices={
-            "adamw": "Adam with decoupled weight decay",
-            "adam": "Adam, with weight decay in the gradient",
-            "sgd": "gradient descent with Nesterov momentum 0.9",
-        },
-    )
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = _setting("adamw", "optimizer")
     weight_decay: float = _setting(1e-2, "of the optimizer", ge=0, le=1)
-    scheduler: Literal["cosine", "polynomial", "constant"] = _setting(
-        "cosine",
-        "learning rate over the epochs",
-        choices={
-            "cosine": "falls to 1 % as a cosine",
-            "polynomial": "falls to 0 as (1 - e/E)^0.9, e epochs of E done",
-            "constant": "stays",
-        },
+    scheduler: Annotated[str, OneOf(SCHEDULERS)] = _setting(
+        "cosine", "learning rate over the epochs"
     )
     early_stopping: int = _setting(
         0, "end after so many epochs without a better validation Dice; 0: never", "epochs", ge=0

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from polyseg.choices import NORMALISATIONS
 from polyseg.config import DataConfig
 from polyseg.errors import PolysegError
 
@@ -51,24 +52,42 @@ def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:
     >>> levels_of(np.array([[[1], [3]]], np.uint8), DataConfig())
     Levels(offset=(2.0,), scale=(1.0,), clipped=False)
     """
-    channels = image.shape[2]
-    if config.normalise == "window":
-        low, high = config.window
-        return Levels((low,) * channels, (high - low,) * channels, clipped=True)
-    if config.normalise == "unit":
-        if image.dtype not in (np.uint8, np.uint16):
-            raise PolysegError(
-                f"data.normalise=unit: {image.dtype} pixels have no full range; choose zscore, "
-                "percentile, dataset or window"
-            )
-        return Levels((0.0,) * channels, (float(np.iinfo(image.dtype).max),) * channels)
-    if config.normalise == "percentile":
-        low, high = np.percentile(image, (1, 99), axis=(0, 1))
-        scale = np.maximum(high - low, _LEAST_DEVIATION)
-        return Levels(_plain(low), _plain(scale), clipped=True)
+    levels: Levels = NORMALISATIONS[config.normalise].resolve()(image, config)
+    return levels
+
+
+def mean_and_deviation(image: NDArray[Any], _: DataConfig) -> Levels:
+    """Return mean and deviation of each channel."""
     deviation = image.std(axis=(0, 1), dtype=np.float64)
     mean = image.mean(axis=(0, 1), dtype=np.float64)
     return Levels(_plain(mean), _plain(np.maximum(deviation, _LEAST_DEVIATION)))
+
+
+def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
+    """Return 0 and the largest value that the pixels can have.
+
+    Raises:
+        PolysegError: the pixels have no full range.
+    """
+    if image.dtype not in (np.uint8, np.uint16):
+        raise PolysegError(
+            f"data.normalise=unit: {image.dtype} pixels have no full range; choose zscore, "
+            "percentile, dataset or window"
+        )
+    channels = image.shape[2]
+    return Levels((0.0,) * channels, (float(np.iinfo(image.dtype).max),) * channels)
+
+
+def percentiles(image: NDArray[Any], _: DataConfig) -> Levels:
+    """Return the 1st percentile of each channel, and its distance to the 99th."""
+    low, high = np.percentile(image, (1, 99), axis=(0, 1))
+    return Levels(_plain(low), _plain(np.maximum(high - low, _LEAST_DEVIATION)), clipped=True)
+
+
+def window(image: NDArray[Any], config: DataConfig) -> Levels:
+    """Return the lower end of `data.window`, and its width."""
+    (low, high), channels = config.window, image.shape[2]
+    return Levels((low,) * channels, (high - low,) * channels, clipped=True)
 
 
 def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:

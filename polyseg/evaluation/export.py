@@ -42,7 +42,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
     heads = [*(["arm"] if grouped else []), "run"]
     heads += [*(name for name, there in named.items() if there), "id"]
-    metrics = [metric.key for metric in METRICS]
+    metrics = list(METRICS)
     rows = []
     for run in single:
         own = [arm_of.get(id(run), run.name)] if grouped else []
@@ -57,7 +57,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
 
 def robustness_csv(evaluation: Evaluation) -> str:
     """Return the means of all metrics at each strength of each damage as CSV."""
-    metrics = [metric.key for metric in METRICS]
+    metrics = list(METRICS)
     rows = [
         [point.run, point.corruption, point.strength, *(_plain(point.mean(key)) for key in metrics)]
         for point in evaluation.robustness
@@ -74,11 +74,11 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "tolerance": evaluation.tolerance,
         "failure_dice": evaluation.failure,
         "metrics": {
-            metric.key: {
+            name: {
                 "title": evaluation.heading(metric),
                 "higher_is_better": metric.higher_is_better,
             }
-            for metric in METRICS
+            for name, metric in METRICS.items()
         },
         "runs": [_run_record(run, evaluation) for run in evaluation.runs],
         "comparisons": [_comparison_record(one) for one in evaluation.comparisons],
@@ -87,7 +87,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
                 "run": point.run,
                 "corruption": point.corruption,
                 "strength": point.strength,
-                "metrics": {metric.key: point.mean(metric.key) for metric in METRICS},
+                "metrics": {name: point.mean(name) for name in METRICS},
             }
             for point in evaluation.robustness
         ],
@@ -104,7 +104,7 @@ def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:
         "prediction": run.prediction,
         "threshold": run.threshold,
         "counts": run.counts(),
-        "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
+        "metrics": {name: _statistics(run, name) for name in METRICS},
         "strata": [asdict(one) for one in strata(run, evaluation.difficulty(run))],
         "failure_detection": [asdict(one) for one in failure_detection(run, evaluation.failure)],
         "calibration": None

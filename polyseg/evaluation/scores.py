@@ -19,7 +19,7 @@ from polyseg.metrics.calibration import (
     excess_area,
     failure_auroc,
 )
-from polyseg.metrics.image_metrics import METRICS, MetricColumn, image_metrics
+from polyseg.metrics.image_metrics import METRICS, Metric, image_metrics
 from polyseg.metrics.rank_stability import spearman
 from polyseg.metrics.significance import (
     Interval,
@@ -45,7 +45,7 @@ class ImageScores:
 
     id: str
     values: Mapping[str, float]
-    """By the key of `METRICS`; NaN where the mask leaves it undefined."""
+    """By the name in `METRICS`; NaN where the mask leaves it undefined."""
     mask_pixels: float
     predicted_pixels: float
     uncertainty: Mapping[str, float] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Comparison:
     run: str
     label: str
     differences: Mapping[str, PairedDifference]
-    """By the key of `METRICS`."""
+    """By the name in `METRICS`."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Stratum:
     name: str
     images: int
     means: Mapping[str, float]
-    """By the key of `METRICS`, NaN where no image defines it."""
+    """By the name in `METRICS`, NaN where no image defines it."""
 
 
 @dataclass(frozen=True)
@@ -223,15 +223,13 @@ class Evaluation:
         """Of distances."""
         return self.runs[0].unit if self.runs else "px"
 
-    def heading(self, metric: MetricColumn) -> str:
+    def heading(self, metric: Metric) -> str:
         """Return a metric's title with its unit, or its tolerance.
 
-        >>> Evaluation([]).heading(METRICS[0])
+        >>> Evaluation([]).heading(METRICS["dice"])
         'Dice'
         """
-        if metric.key == "nsd":
-            return f"{metric.title} ({self.tolerance:g} {self.unit})"
-        return metric.heading(self.unit)
+        return metric.heading(self.unit, self.tolerance)
 
     def difficulty(self, run: RunScores) -> Values | None:
         """Return the difficulty of a run's images to the first run, so that thirds are the same.
@@ -359,7 +357,7 @@ def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stra
         for i, name in enumerate(names):
             rows = np.flatnonzero(thirds == i)
             part = replace(run, scores=[run.scores[int(row)] for row in rows])
-            means = {metric.key: part.mean(metric.key) for metric in METRICS}
+            means = {name: part.mean(name) for name in METRICS}
             yield Stratum(by, name, len(rows), means)
 
 
@@ -397,8 +395,8 @@ def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
 
 def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Comparison]:
     differences = {
-        metric.key: adjust_together([_difference(reference, run, metric) for run in others])
-        for metric in METRICS
+        name: adjust_together([_difference(reference, run, metric) for run in others])
+        for name, metric in METRICS.items()
     }
     return [
         Comparison(
@@ -411,18 +409,18 @@ def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Compari
     ]
 
 
-def _difference(reference: RunScores, run: RunScores, metric: MetricColumn) -> PairedDifference:
+def _difference(reference: RunScores, run: RunScores, metric: Metric) -> PairedDifference:
     """Compare two runs, or of two arms the runs with equal seed and fold."""
     pairs = _pairs(reference, run)
     if pairs:
         reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
     ids = [image.id for image in reference.scores]
     found = paired_difference(
-        reference.column(metric.key),
-        _by_id(run, metric.key, ids),
+        reference.column(metric.name),
+        _by_id(run, metric.name, ids),
         higher_is_better=metric.higher_is_better,
     )
-    return over_runs(found, [_mean_difference(*pair, metric.key) for pair in pairs])
+    return over_runs(found, [_mean_difference(*pair, metric.name) for pair in pairs])
 
 
 def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunScores]]:

@@ -19,7 +19,6 @@ RULE = (
 DASH = "–"
 """What stands where a value is undefined."""
 
-_COLUMNS = {metric.key: metric for metric in METRICS}
 _OVER_RUNS = (
     "Over runs: deviation of the differences of runs with equal seed and fold, and the p of their "
     "paired t-test. The images tell of these networks; only the runs tell of other seeds."
@@ -203,7 +202,7 @@ def _metrics(summary: Record, keys: Sequence[str]) -> list[_Metric]:
     titles = mapping(summary, "metrics")
     found = []
     for key in keys:
-        known, given = _COLUMNS.get(key), mapping(titles, key)
+        known, given = METRICS.get(key), mapping(titles, key)
         title = str(given.get("title", known.title if known else key.replace("_", " ")))
         better = given.get("higher_is_better", known.higher_is_better if known else None)
         found.append(_Metric(key, title, known.decimals if known else 4, better))

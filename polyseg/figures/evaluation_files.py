@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from polyseg.data.dataset import ImageSet
 from polyseg.evaluation import export
-from polyseg.evaluation.scores import Evaluation, RunScores
+from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import PredictedMasks
 from polyseg.figures.calibration import reliability_diagram, risk_coverage_curves
 from polyseg.figures.evaluation import comparison, differences
+from polyseg.figures.figures_by_name import EVALUATION_FIGURES
 from polyseg.figures.pictures import PredictionCase, predictions
 from polyseg.figures.robustness import robustness_curves
 from polyseg.figures.run_figures import displayed, paths_of_labels
@@ -25,7 +27,6 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import stars
 from polyseg.system.files import write_text
 
-_COMPARED = ("dice", "iou", "sensitivity", "precision", "hd95", "nsd")
 _CASES = 5
 _MOST_SHOWN = 6
 """Of the images, and of the runs, in a figure of predictions."""
@@ -77,37 +78,43 @@ def draw_predictions(
 
 
 def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
+    return [
+        path
+        for name, row in EVALUATION_FIGURES.items()
+        if (figure := row.resolve()(evaluation)) is not None
+        for path in save_figure(figure, folder / name)
+    ]
+
+
+def draw_comparison(evaluation: Evaluation) -> Figure:
+    """Draw the values of each image, a panel a metric and a row a run."""
     runs = evaluation.runs
-    titles = [run.title for run in runs]
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    shown = [metric for metric in METRICS.values() if metric.in_figures]
     values = {
-        evaluation.heading(metric): [run.column(metric.key) for run in runs] for metric in compared
+        evaluation.heading(metric): [run.column(metric.name) for run in runs] for metric in shown
     }
-    files = save_figure(comparison(titles, values), folder / "comparison")
-    files += _draw_reliability(runs, folder)
-    files += _draw_risk_coverage(runs, folder)
-    files += _draw_differences(evaluation, folder)
-    return files + _draw_robustness(evaluation, folder)
+    return comparison([run.title for run in runs], values)
 
 
-def _draw_reliability(runs: Sequence[RunScores], folder: Path) -> list[Path]:
+def draw_reliability(evaluation: Evaluation) -> Figure | None:
+    """Draw the reliability diagram of the runs that have one."""
+    runs = evaluation.runs
     curves = [(run.title, run.reliability) for run in runs if run.reliability is not None]
     if not curves:
-        return []
-    figure = reliability_diagram(
+        return None
+    return reliability_diagram(
         [title for title, _ in curves],
         [curve.mean_predicted for _, curve in curves],
         [curve.observed for _, curve in curves],
         [curve.count for _, curve in curves],
         [curve.calibration_error for _, curve in curves],
     )
-    return save_figure(figure, folder / "reliability")
 
 
-def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
-    """Draw what is left of the risk as the least certain images are put aside."""
+def draw_risk_coverage(evaluation: Evaluation) -> Figure | None:
+    """Draw the risk of the remaining images as the least certain ones are put aside."""
     names, found, curves, best = [], [], [], []
-    for run in runs:
+    for run in evaluation.runs:
         risk = 1 - run.column("dice")
         for name in list(dict.fromkeys(k for image in run.scores for k in image.uncertainty))[:1]:
             uncertainty = run.uncertainty(name)
@@ -118,26 +125,26 @@ def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
                 curves.append(risk_coverage(risk[known], uncertainty[known]))
                 best.append(risk_coverage(risk[known], risk[known]))
     if not names:
-        return []
+        return None
     one = found[0] if len(set(found)) == 1 else ""
     if not one:
         names = [", ".join(pair) for pair in zip(names, found, strict=True)]
-    figure = risk_coverage_curves(names, curves, best=best, uncertainty=one)
-    return save_figure(figure, folder / "risk_coverage")
+    return risk_coverage_curves(names, curves, best=best, uncertainty=one)
 
 
-def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
+def draw_differences(evaluation: Evaluation) -> Figure | None:
+    """Draw the mean differences from the baseline, a panel a metric."""
     if not evaluation.comparisons:
-        return []
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+        return None
+    compared = [metric for metric in METRICS.values() if metric.in_figures]
     found = evaluation.comparisons
     baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
     rows = {
-        evaluation.heading(metric): [one.differences[metric.key] for one in found]
+        evaluation.heading(metric): [one.differences[metric.name] for one in found]
         for metric in compared
     }
     better = [metric.higher_is_better for metric in compared]
-    figure = differences(
+    return differences(
         [one.run for one in found],
         {
             title: (
@@ -151,13 +158,13 @@ def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
         higher_is_better=dict(zip(rows, better, strict=True)),
         baseline=baselines,
     )
-    return save_figure(figure, folder / "differences")
 
 
-def _draw_robustness(evaluation: Evaluation, folder: Path) -> list[Path]:
+def draw_robustness(evaluation: Evaluation) -> Figure | None:
+    """Draw the Dice of the images over the strength of each damage."""
     points = evaluation.robustness
     if not points:
-        return []
+        return None
     strengths = sorted({point.strength for point in points})
     values: dict[str, dict[str, NDArray[np.float64]]] = {}
     for corruption in dict.fromkeys(point.corruption for point in points):
@@ -166,7 +173,7 @@ def _draw_robustness(evaluation: Evaluation, folder: Path) -> list[Path]:
             run: np.stack([point.column("dice") for point in of_it if point.run == run])
             for run in dict.fromkeys(point.run for point in of_it)
         }
-    return save_figure(robustness_curves(strengths, values), folder / "robustness")
+    return robustness_curves(strengths, values)
 
 
 def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:

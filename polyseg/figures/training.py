@@ -24,13 +24,10 @@ from polyseg.figures.style import (
     epochs_axis,
     finite_values,
     formatted,
-    headed,
     metric_name,
     shorten,
     styled,
 )
-from polyseg.metrics.rank_stability import spearman
-from polyseg.records import Assessment
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -205,30 +202,6 @@ def difficulty_distribution(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
-
-
-def difficulty_figures(assessments: Sequence[Assessment], label: str) -> dict[str, Figure]:
-    """Return the figures of the difficulties of a label, by the kind of figure.
-
-    "difficulty" shows how they move from one assessment to the next; "difficulty_dice" shows those
-    of the last one against Dice, where there are masks.
-    """
-    parts = [assessment.of_label(label) for assessment in assessments]
-    last = parts[-1]
-    boxes = difficulty_distribution(
-        [one.epoch for one in parts], [one.difficulty for one in parts], metric=last.metric
-    )
-    figures = {"difficulty": headed(boxes, label)}
-    if np.isfinite(last.dice).any():
-        cloud = difficulty_against_dice(
-            last.difficulty,
-            last.dice,
-            metric=last.metric,
-            correlation=spearman(last.difficulty, 1 - last.dice),
-            epoch=last.epoch,
-        )
-        figures["difficulty_dice"] = headed(cloud, label)
-    return figures
 
 
 def _legend_above(axes: Axes) -> None:

@@ -38,7 +38,7 @@ def brier(probability: ArrayLike, truth: ArrayLike) -> float:
     >>> brier([0.9, 0.5], [1, 0])
     0.13
     """
-    p, y = _probability_and_truth(probability, truth)
+    p, y = check_probability(probability, truth)
     return float(np.square(p - y).mean())
 
 
@@ -61,7 +61,7 @@ def negative_log_likelihood(probability: ArrayLike, truth: ArrayLike) -> float:
     >>> round(negative_log_likelihood([0.5, 0.5], [1, 0]), 4)
     0.6931
     """
-    p, y = _probability_and_truth(probability, truth)
+    p, y = check_probability(probability, truth)
     least = np.finfo(np.float64).eps
     p = p.clip(least, 1 - least)
     return float(-np.log(np.where(y, p, 1 - p)).mean())
@@ -114,7 +114,7 @@ def adaptive_calibration_error(probability: ArrayLike, truth: ArrayLike, bins: i
     >>> round(adaptive_calibration_error([0.9, 0.9, 0.2, 0.2], [1, 1, 0, 1], bins=2), 4)
     0.2
     """
-    return Ranking.of(*_probability_and_truth(probability, truth)).calibration_error(bins)
+    return Ranking.of(*check_probability(probability, truth)).calibration_error(bins)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class ReliabilityCurve:
         Raises:
             PolysegError: a probability is NaN or outside [0, 1].
         """
-        p, y = _probability_and_truth(probability, truth)
+        p, y = check_probability(probability, truth)
         index = np.searchsorted(np.linspace(0, 1, self.bins + 1)[1:-1], p)
         self.count += np.bincount(index, minlength=self.bins)
         self._predicted += np.bincount(index, weights=p, minlength=self.bins)
@@ -354,9 +354,16 @@ def failure_auroc(failed: ArrayLike, uncertainty: ArrayLike) -> float:
     return area_under_roc(uncertainty, failed)
 
 
-def _probability_and_truth(
-    probability: ArrayLike, truth: ArrayLike
-) -> tuple[Values, NDArray[np.bool_]]:
+def check_probability(probability: ArrayLike, truth: ArrayLike) -> tuple[Values, NDArray[np.bool_]]:
+    """Return probabilities, clipped to [0, 1], and truths as flat arrays.
+
+    Raises:
+        PolysegError: a probability is NaN or further outside [0, 1] than rounding explains.
+        ValueError: the shapes differ, or there are no elements.
+
+    >>> check_probability([[0.5]], [[1]])
+    (array([0.5]), array([ True]))
+    """
     p, y = _pair(probability, truth)
     if not p.size:
         raise ValueError("no element was given")

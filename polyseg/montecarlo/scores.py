@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES
+from polyseg.choices import FREE_SCORES, REGIONS, UNCERTAINTIES
 from polyseg.difficulty import foreground_mean, mean_by_image
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
 from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_stability
 from polyseg.montecarlo.passes import Passes
-from polyseg.montecarlo.regions import Region, select_region
+from polyseg.montecarlo.regions import select_region
 from polyseg.networks.inference import images_of, shown
 from polyseg.records import Batch, Metric
 from polyseg.system.memory import Portions
@@ -33,7 +33,7 @@ class Measurement:
         self,
         passes: Passes,
         batch: Batch,
-        region: Region,
+        region: str,
         boundary_width: int,
         save_maps: bool,
     ) -> None:
@@ -95,7 +95,7 @@ class Measurement:
 
     def _known_region(self) -> Tensor | None:
         """Return the region, if no pass is needed to know it."""
-        if self.truth is None or self.region not in ("mask", "boundary"):
+        if self.truth is None or not REGIONS[self.region].of_mask:
             return None
         nothing = torch.zeros(self.truth.shape)
         chosen, fallback = select_region(

@@ -7,6 +7,7 @@ Dropout (eq. 7 needs the same masks' distribution in both) see the same layers.
 
 import copy
 import fnmatch
+import functools
 import hashlib
 import importlib
 import math
@@ -21,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from polyseg.choices import NETWORKS
 from polyseg.errors import PolysegError
 from polyseg.networks.dropout import stochastic_layers
 from polyseg.system.memory import refuse_beyond_memory
@@ -145,7 +147,7 @@ def build_network(
     if own:
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
-        core, multiple = _from_monai(name, in_channels, out_channels, dropout, settings)
+        core, multiple = _by_name(name, in_channels, out_channels, dropout, settings)
         _drop_idle_biases(core)
     network = SegmentationNetwork(core, multiple)
     layers = _trace_dropout(network, name, in_channels, out_channels)
@@ -183,7 +185,7 @@ def network_names() -> list[str]:
     >>> network_names()
     ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
     """
-    return list(_RECIPES)
+    return list(NETWORKS)
 
 
 def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
@@ -329,46 +331,31 @@ def _from_factory(
     return core
 
 
-def _from_monai(
+def _by_name(
     name: str,
     in_channels: int,
     out_channels: int,
     dropout: float,
     settings: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, int]:
-    from monai.networks import nets
-
-    if name not in _RECIPES:
+    try:
+        build = NETWORKS.find(name).resolve()
+    except ValueError as error:
         raise PolysegError(
-            f"network.name = {name}: unknown; choose {', '.join(_RECIPES)}, or give "
-            "package.module:factory"
-        )
-    recipe = _RECIPES[name]
+            f"network.name: {error}; one of your own is package.module:factory"
+        ) from error
     if taken := sorted(set(_SET_ELSEWHERE) & (settings or {}).keys()):
         raise PolysegError(
             f"network.kwargs: {', '.join(taken)} cannot be set there; polyseg sets it "
             "(network.dropout is the rate)"
         )
-
     for key in ("num_res_units", "blocks_down", "blocks_up"):
         counts = (settings or {}).get(key, 0)
         for count in counts if isinstance(counts, list) else [counts]:
             if isinstance(count, int) and count > _MOST_BLOCKS:
                 raise PolysegError(f"network.kwargs: {key} {count}: at most {_MOST_BLOCKS}")
-
-    def build(**arguments: Any) -> tuple[nn.Module, int]:
-        features = arguments["channels"][0] if recipe.wants_head else out_channels
-        rate = {} if recipe.add_dropout else {"dropout": dropout}
-        core = getattr(nets, recipe.class_name)(
-            spatial_dims=2, in_channels=in_channels, out_channels=features, **rate, **arguments
-        )
-        if recipe.add_dropout:
-            recipe.add_dropout(core, dropout)
-        if recipe.wants_head:
-            core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
-        return core, recipe.multiple(arguments)
-
-    built: tuple[nn.Module, int] = _call(name, build, {**recipe.settings, **(settings or {})})
+    given = functools.partial(build, in_channels, out_channels, dropout)
+    built: tuple[nn.Module, int] = _call(name, given, settings)
     return built
 
 
@@ -400,7 +387,7 @@ def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """How to build one of MONAI's networks, small and for 2D unless settings say otherwise."""
 
     class_name: str
@@ -411,39 +398,53 @@ class _Recipe:
     """Whether it normalises its very output, so that logits could hardly leave [-3, 3]: it then
     ends in features, and a 1 x 1 convolution makes logits of them."""
 
+    def __call__(
+        self, in_channels: int, out_channels: int, dropout: float, **settings: Any
+    ) -> tuple[nn.Module, int]:
+        """Return the network, and what the sides of its images must be multiples of."""
+        from monai.networks import nets
+
+        arguments = {**self.settings, **settings}
+        features = arguments["channels"][0] if self.wants_head else out_channels
+        rate = {} if self.add_dropout else {"dropout": dropout}
+        core = getattr(nets, self.class_name)(
+            spatial_dims=2, in_channels=in_channels, out_channels=features, **rate, **arguments
+        )
+        if self.add_dropout:
+            self.add_dropout(core, dropout)
+        if self.wants_head:
+            core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
+        return core, self.multiple(arguments)
+
 
 def _product_of_strides(settings: Mapping[str, Any]) -> int:
     return math.prod(settings["strides"])
 
 
-_RECIPES = {
-    "unet": _Recipe(
-        "UNet",
-        {"channels": _CHANNELS, "strides": (2, 2, 2, 2), "num_res_units": 2, "norm": "batch"},
-        _product_of_strides,
-        wants_head=True,
-    ),
-    "basic-unet": _Recipe(
-        "BasicUNet", {"features": (*_CHANNELS, 16), "norm": "batch"}, lambda _: 16
-    ),
-    "attention-unet": _Recipe(
-        "AttentionUnet", {"channels": _CHANNELS, "strides": (2, 2, 2, 2)}, _product_of_strides
-    ),
-    "dynunet": _Recipe(
-        "DynUNet",
-        {
-            "kernel_size": (3, 3, 3, 3, 3),
-            "strides": (1, 2, 2, 2, 2),
-            "upsample_kernel_size": (2, 2, 2, 2),
-            "filters": _CHANNELS,
-            "norm_name": "batch",
-        },
-        _product_of_strides,
-    ),
-    "segresnet": _Recipe(
-        "SegResNet",
-        {"init_filters": 16, "norm": "batch", "blocks_down": (1, 2, 2, 4)},
-        lambda settings: 2 ** (len(settings["blocks_down"]) - 1),
-        _add_dropout_to_segresnet,
-    ),
-}
+UNET = Recipe(
+    "UNet",
+    {"channels": _CHANNELS, "strides": (2, 2, 2, 2), "num_res_units": 2, "norm": "batch"},
+    _product_of_strides,
+    wants_head=True,
+)
+BASIC_UNET = Recipe("BasicUNet", {"features": (*_CHANNELS, 16), "norm": "batch"}, lambda _: 16)
+ATTENTION_UNET = Recipe(
+    "AttentionUnet", {"channels": _CHANNELS, "strides": (2, 2, 2, 2)}, _product_of_strides
+)
+DYNUNET = Recipe(
+    "DynUNet",
+    {
+        "kernel_size": (3, 3, 3, 3, 3),
+        "strides": (1, 2, 2, 2, 2),
+        "upsample_kernel_size": (2, 2, 2, 2),
+        "filters": _CHANNELS,
+        "norm_name": "batch",
+    },
+    _product_of_strides,
+)
+SEGRESNET = Recipe(
+    "SegResNet",
+    {"init_filters": 16, "norm": "batch", "blocks_down": (1, 2, 2, 4)},
+    lambda settings: 2 ** (len(settings["blocks_down"]) - 1),
+    _add_dropout_to_segresnet,
+)

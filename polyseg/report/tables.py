@@ -23,7 +23,6 @@ from polyseg.report.run_files import EvaluationFiles
 
 _MOST = 200
 _LONGEST = 200
-_COLUMNS = {metric.key: metric for metric in METRICS}
 
 
 def tested(evaluation: EvaluationFiles) -> list[Network]:
@@ -96,7 +95,7 @@ def number(value: Any, decimals: int = 3) -> str:
 
 def decimals_of(key: str) -> int:
     """Return how many decimals a metric is shown with."""
-    return _COLUMNS[key].decimals if key in _COLUMNS else 4
+    return METRICS[key].decimals if key in METRICS else 4
 
 
 def heading(key: str) -> str:
@@ -105,7 +104,7 @@ def heading(key: str) -> str:
     >>> heading("hd95"), heading("mask_pixels")
     ('HD95', 'mask pixels')
     """
-    return _COLUMNS[key].title if key in _COLUMNS else brief(key).replace("_", " ")
+    return METRICS[key].title if key in METRICS else brief(key).replace("_", " ")
 
 
 def brief(value: Any) -> str:

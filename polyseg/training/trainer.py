@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polyseg.adaptive.controller import Adapted, EpsilonControl, Recorder
 from polyseg.adaptive.replay import epsilon_of_batch
+from polyseg.choices import NORMALISATIONS
 from polyseg.config import Config
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet
@@ -75,7 +76,7 @@ class Trainer:
         self.device = choose_device(config.training.device)
         choose_algorithms(self.device, deterministic=config.training.deterministic)
         self.network = self._new_network(images.channels)
-        if config.data.normalise == "dataset":
+        if NORMALISATIONS[config.data.normalise].pooled:
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
         passes = config.assesses and config.uncertainty.takes_passes
