@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.adaptive.controller import EpsilonControl, Recorder
+from polyseg.adaptive.controller import EpsilonControl, Recorder, normalised_by
 from polyseg.config import Config, build_config
 from polyseg.data.order import epoch_order
-from polyseg.difficulty import FALLBACKS, normalise_by
+from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import partial_spearman, spearman
 from polyseg.records import Assessment, Metric, Schedule
@@ -36,7 +36,8 @@ _EXTREMES = 3
 _FEWEST = 4
 """Images from which a correlation means anything."""
 _CHANGEABLE = (
-    *(f"control.{name}" for name in ("percentile", "sensitivity", "epsilon_min", "epsilon_max")),
+    *(f"control.{name}" for name in ("reduction", "map", "percentile", "sensitivity")),
+    *(f"control.{name}" for name in ("epsilon_min", "epsilon_max")),
     *(f"control.{name}" for name in ("statistics", "delta", "every", "start")),
     "uncertainty.metric",
     "loss.epsilon",
@@ -89,6 +90,31 @@ class RunRecord:
         """Return the D_pct and sigma_D that those epsilons follow from, (n, 2), or NaN."""
         met = self.schedule.percentile_and_sigma()[self.fed(k)]
         return met[0] if len(met) else np.full((len(self.schedule.ids), 2), math.nan)
+
+    def next_normalised(self, k: int) -> Values:
+        """Return the normalised difficulties that they follow from, (n,), or NaN; of one label."""
+        normalised = np.full(len(self.schedule.ids), math.nan)
+        if self.fed(k).any() and self.schedule.group is not None:
+            epoch = int(self.fed(k).argmax())
+            for group in np.unique(self.schedule.group[epoch]):
+                together = self.schedule.group[epoch] == group
+                normalised[together] = self._normalised(k, epoch, together)
+        return normalised
+
+    def normalised_of(self, k: int, epoch: int, i: int) -> float:
+        """Return the normalised difficulty that image i had in a row of the schedule, or NaN."""
+        if self.schedule.group is None:
+            return math.nan
+        together = self.schedule.group[epoch] == self.schedule.group[epoch, i]
+        return float(self._normalised(k, epoch, together)[together[:i].sum()])
+
+    def _normalised(self, k: int, epoch: int, together: NDArray[np.bool_]) -> Values:
+        """Return those of the images that were normalised together."""
+        difficulty = self.assessments[k].difficulty[together]
+        statistics = self.schedule.percentile_and_sigma()[epoch, together][0]
+        if not np.isfinite(statistics).all():
+            return np.full(len(difficulty), math.nan)
+        return normalised_by(difficulty, statistics, self.config.control)
 
 
 def overview(record: RunRecord) -> list[Row]:
@@ -386,11 +412,10 @@ def _overview(part: RunRecord, k: int) -> Row:
 
 def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
     """Return what assessment k and the epoch after say of each image, n values a column."""
-    assessment, control = part.assessments[k], part.config.control
+    assessment = part.assessments[k]
     n = len(assessment.ids)
     errors = assessment.scores_se.get(assessment.metric, np.full(n, math.nan))
     center, sigma = part.next_statistics(k).T
-    normalised = normalise_by(assessment.difficulty, center, sigma, control.delta)
     return {
         "epoch": [assessment.epoch] * n,
         "id": assessment.ids,
@@ -399,7 +424,7 @@ def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
         "difficulty_se": errors.tolist(),
         "difficulty_percentile": center.tolist(),
         "sigma": sigma.tolist(),
-        "normalised": normalised.tolist(),
+        "normalised": part.next_normalised(k).tolist(),
         "epsilon": part.next_epsilon(k).tolist(),
         "dice": assessment.dice.tolist(),
         "foreground_pixels": assessment.foreground_pixels.tolist(),
@@ -419,16 +444,14 @@ def _stretches(part: RunRecord, k: int, i: int) -> list[Row]:
     rows = []
     for first, after in itertools.pairwise([*starts, len(epochs)]):
         center, sigma = met[first].tolist()
-        normalised = normalise_by(
-            float(part.assessments[k].difficulty[i]), center, sigma, part.config.control.delta
-        )
+        row = int(fed.argmax()) + first
         rows.append(
             {
                 "from_epoch": epochs[first],
                 "to_epoch": epochs[after - 1],
                 "difficulty_percentile": center,
                 "sigma": sigma,
-                "normalised": normalised,
+                "normalised": part.normalised_of(k, row, i),
                 "epsilon": epsilon[first],
             }
         )
