@@ -149,27 +149,56 @@ A function takes the (n,) normalised difficulties of the images normalised toget
 epsilon_max and the sensitivity, and returns (n,) epsilons.
 """
 
+
+@dataclass(frozen=True)
+class Arm(Row):
+    """A control arm of a recorded run."""
+
+    of_difficulty: bool = False
+    """Whether it changes D, from which the epsilons are computed anew in the batches of the run."""
+
+
 _REPLAY = "polyseg.adaptive.replay"
 
 REPLAY_ARMS = Registry(
     "replay arm",
-    Row("recorded", "the epsilons as recorded"),
-    Row(
+    Arm("recorded", "the epsilons as recorded"),
+    Arm(
         "shuffled",
         "permuted over the images, by one permutation from each assessment to the next",
         f"{_REPLAY}:shuffled",
     ),
-    Row("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
-    Row(
+    Arm("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
+    Arm(
         "inverted",
         "in each epoch the largest for the image that had the smallest",
         f"{_REPLAY}:inverted",
     ),
+    Arm(
+        "permuted",
+        "by the recorded D permuted over the images, by one permutation for the whole run",
+        f"{_REPLAY}:permuted",
+        of_difficulty=True,
+    ),
+    Arm(
+        "size",
+        "by -log(max(foreground pixels, 1)) of the mask in place of D",
+        f"{_REPLAY}:by_size",
+        of_difficulty=True,
+    ),
+    Arm(
+        "loss",
+        "by the recorded training loss in place of D",
+        f"{_REPLAY}:by_loss",
+        of_difficulty=True,
+    ),
 )
-"""What a replay does with the epsilons of an epoch.
+"""What a replay gives to the images.
 
-A function takes (images, labels) epsilons and a generator of random numbers, which is the same for
-all epochs between two assessments, and returns epsilons of that shape.
+A function of epsilons takes those of an epoch, (images, labels), and a generator of random numbers,
+which is the same for all epochs between two assessments, and returns epsilons of that shape. A
+function of D takes an assessment and a generator, which is the same for all assessments, and
+returns the (n,) difficulties to use in place of the recorded ones.
 """
 
 

@@ -70,6 +70,19 @@ def mean_by_image(
     return mean
 
 
+def size_difficulty(mask_pixels: NDArray[Any]) -> NDArray[np.float64]:
+    """Return -log(max(foreground pixels, 1)), by which the smallest foreground is the hardest.
+
+    Args:
+        mask_pixels: (n,) foreground pixels of each image's mask.
+
+    >>> size_difficulty(np.array([0, 1, 100])).round(3)
+    array([-0.   , -0.   , -4.605])
+    """
+    difficulty: NDArray[np.float64] = -np.log(np.maximum(mask_pixels, 1).astype(np.float64))
+    return difficulty
+
+
 def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) -> Array:
     """Return (D - D_pct) / (sigma_D + delta) over the images given (eq. 11).
 

@@ -193,7 +193,7 @@ def test_the_preset_holds_each_setting_that_the_thesis_decides():
     assert (control.statistics, control.reduction, control.map) == ("batch", "sigma", "sigmoid")
     named = {setting.partition("=")[0] for setting in PRESETS["thesis"].settings}
     decided = {f"control.{name}" for name in ControlConfig.model_fields}
-    assert decided - named == {"control.replay", "control.replay_arm"}
+    assert decided - named == {"control.replay", "control.replay_arm", "control.replay_seed"}
 
 
 def test_the_template_of_a_preset_holds_its_settings():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from polyseg import choices
-from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
+from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Arm, Loss, Score
 from polyseg.cli.options import help_of
 from polyseg.commands.train import train
 from polyseg.config import Config, settings_of, template
@@ -21,7 +21,7 @@ from polyseg.figures.style import metric_name
 from polyseg.montecarlo.assessment import stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
-from polyseg.registry import Registry, Row
+from polyseg.registry import Registry
 from polyseg.report.run_files import read_run
 from polyseg.runs.history import COLUMNS, Column
 from polyseg.runs.record_files import read_assessment, read_schedule
@@ -158,7 +158,7 @@ def reversed_images(epsilon, _):
 
 def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
     train(tiny("first", "control.start=1"))
-    row = Row("reversed", "the images in reverse", "tests.test_registries:reversed_images")
+    row = Arm("reversed", "the images in reverse", "tests.test_registries:reversed_images")
     monkeypatch.setitem(REPLAY_ARMS, "reversed", row)
     assert_listed("control.replay_arm", "reversed", "the images in reverse")
     replay = ("--replay", tmp_path / "first", "--replay-arm")

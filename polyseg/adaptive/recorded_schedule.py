@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyseg.adaptive.controller import EpsilonControl, Recorder, normalised_by
+from polyseg.adaptive.replay import arm_of_difficulty, mask_sizes, replay_arm
 from polyseg.config import Config, build_config
 from polyseg.data.order import epoch_order
 from polyseg.difficulty import FALLBACKS
@@ -39,6 +40,7 @@ _CHANGEABLE = (
     *(f"control.{name}" for name in ("reduction", "map", "percentile", "sensitivity")),
     *(f"control.{name}" for name in ("epsilon_min", "epsilon_max")),
     *(f"control.{name}" for name in ("statistics", "delta", "every", "start")),
+    *(f"control.{name}" for name in ("replay_arm", "replay_seed")),
     "uncertainty.metric",
     "loss.epsilon",
 )
@@ -297,21 +299,48 @@ def recompute(record: RunRecord, config: Config) -> Schedule:
     Raises:
         PolysegError: a score or an assessment that the settings need was not recorded.
     """
-    ids = list(dict.fromkeys(record.schedule.ids))
+    arm, seed = "recorded", replay_seed(config)
+    if config.control.replay_arm != record.config.control.replay_arm:
+        arm = config.control.replay_arm
+    return replay_arm(arm_schedule(record, config, arm), arm, seed)
+
+
+def arm_schedule(
+    record: RunRecord, config: Config, arm: str, ids: Sequence[str] | None = None
+) -> Schedule:
+    """Return the schedule that follows from the recorded D, or from those of an arm.
+
+    Args:
+        record: of the run, with all its labels.
+        config: the settings that make D epsilon, and batches of images.
+        arm: of `choices.REPLAY_ARMS`; those of epsilons are as "recorded" here.
+        ids: the training images, if not all of the record, or in another order.
+
+    Raises:
+        PolysegError: a score or an assessment that the settings need was not recorded.
+    """
+    images = list(dict.fromkeys(record.schedule.ids)) if ids is None else list(ids)
     constant = EpsilonControl(config.control, config.loss.epsilon, labels=len(record.labels))
-    controls = {-1: constant} | {
-        assessment.epoch: replace(constant, assessment=assessment)
-        for assessment in _needed_assessments(record, config)
-    }
-    assessed = [max(e for e in controls if e < epoch) for epoch in record.schedule.epochs]
-    recorder = Recorder(ids, len(record.labels))
-    for epoch, moment in zip(record.schedule.epochs.tolist(), assessed, strict=True):
+    controls = {-1: constant}
+    for assessment in _needed_assessments(record, config):
+        own = arm_of_difficulty(assessment.in_order(images), arm, replay_seed(config))
+        controls[assessment.epoch] = replace(constant, assessment=own)
+    epochs = record.schedule.epochs
+    assessed = [max(e for e in controls if e < epoch) for epoch in epochs]
+    recorder = Recorder(images, len(record.labels))
+    for epoch, moment in zip(epochs.tolist(), assessed, strict=True):
         order = epoch_order(
-            ids, batch_size=config.training.batch_size, seed=config.training.seed, epoch=epoch
+            images, batch_size=config.training.batch_size, seed=config.training.seed, epoch=epoch
         )
         recorder.add((names, controls[moment].adapt(names)) for names in order)
-    moments = np.array(assessed, dtype=np.int64)
-    return replace(record.schedule, assessed=moments, **recorder.columns())
+    labels = record.labels * len(images) if record.schedule.labels else None
+    return Schedule(
+        ids=[identity for identity in images for _ in record.labels],
+        epochs=epochs,
+        labels=labels,
+        assessed=np.array(assessed, dtype=np.int64),
+        **recorder.columns(),
+    )
 
 
 def compare(record: RunRecord, recomputed: Schedule) -> list[Row]:
@@ -354,15 +383,10 @@ def correlation(first: Values, second: Values) -> float:
     return spearman(first[known], second[known]) if known.sum() >= _FEWEST else math.nan
 
 
-def mask_sizes(assessment: Assessment) -> Values:
-    """Return the pixels of each image's mask, (n,), NaN where they were not recorded."""
-    if assessment.mask_pixels is not None:
-        return assessment.mask_pixels.astype(np.float64)
-    if assessment.region != "mask":
-        return np.full(len(assessment.ids), math.nan)
-    # Of an empty mask the pixels are those of what was taken in its place.
-    pixels: Values = np.where(assessment.fallback == 0, assessment.foreground_pixels, 0.0)
-    return pixels
+def replay_seed(config: Config) -> int:
+    """Return the seed of the arms that are random."""
+    own = config.control.replay_seed
+    return config.training.seed if own is None else own
 
 
 def _of_label(schedule: Schedule, label: str) -> Schedule:

@@ -521,6 +521,9 @@ class ControlConfig(Section):
     replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
         "recorded", "which image gets which of the replayed epsilons"
     )
+    replay_seed: int | None = _setting(
+        None, "random seed of replay_arm shuffled and permuted; null: training.seed", ge=0, le=2**31
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
