@@ -108,28 +108,139 @@ def map_names() -> tuple[str, ...]:
     return ("mean", *UNCERTAINTIES)
 
 
+_DIFFICULTY = "polyseg.difficulty"
+
+REDUCTIONS = Registry(
+    "reduction",
+    Row(
+        "sigma",
+        "(D - D_pct) / (sigma_D + delta), eq. 11",
+        f"{_DIFFICULTY}:normalise_by",
+    ),
+    Row(
+        "rank",
+        "normal score of the rank, Phi^-1((rank - 1/2) / n), average ranks for ties",
+        f"{_DIFFICULTY}:normalise_by_rank",
+    ),
+)
+"""How difficulties are made comparable.
+
+A function takes the (n,) difficulties of the images normalised together, D_pct, sigma_D and delta,
+and returns the (n,) normalised difficulties.
+"""
+
+MAPS = Registry(
+    "map",
+    Row(
+        "sigmoid",
+        "epsilon_min + (epsilon_max - epsilon_min) sigmoid(lambda D_norm), eq. 12",
+        f"{_DIFFICULTY}:epsilon_from_difficulty",
+    ),
+    Row(
+        "weight",
+        "(c exp(lambda D_norm) - 1) / 2, clipped to the range, c such that the weights "
+        "1 + 2 epsilon of the images normalised together average 1",
+        f"{_DIFFICULTY}:epsilon_from_weight",
+    ),
+)
+"""How normalised difficulties become epsilons.
+
+A function takes the (n,) normalised difficulties of the images normalised together, epsilon_min,
+epsilon_max and the sensitivity, and returns (n,) epsilons.
+"""
+
+
+@dataclass(frozen=True)
+class Arm(Row):
+    """A control arm of a recorded run."""
+
+    of_difficulty: bool = False
+    """Whether it changes D, from which the epsilons are computed anew in the batches of the run."""
+
+
 _REPLAY = "polyseg.adaptive.replay"
 
 REPLAY_ARMS = Registry(
     "replay arm",
-    Row("recorded", "the epsilons as recorded"),
-    Row(
+    Arm("recorded", "the epsilons as recorded"),
+    Arm(
         "shuffled",
         "permuted over the images, by one permutation from each assessment to the next",
         f"{_REPLAY}:shuffled",
     ),
-    Row("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
-    Row(
+    Arm("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
+    Arm(
         "inverted",
         "in each epoch the largest for the image that had the smallest",
         f"{_REPLAY}:inverted",
     ),
+    Arm(
+        "permuted",
+        "by the recorded D permuted over the images, by one permutation for the whole run",
+        f"{_REPLAY}:permuted",
+        of_difficulty=True,
+    ),
+    Arm(
+        "size",
+        "by -log(max(foreground pixels, 1)) of the mask in place of D",
+        f"{_REPLAY}:by_size",
+        of_difficulty=True,
+    ),
+    Arm(
+        "loss",
+        "by the recorded training loss in place of D",
+        f"{_REPLAY}:by_loss",
+        of_difficulty=True,
+    ),
 )
-"""What a replay does with the epsilons of an epoch.
+"""What a replay gives to the images.
 
-A function takes (images, labels) epsilons and a generator of random numbers, which is the same for
-all epochs between two assessments, and returns epsilons of that shape.
+A function of epsilons takes those of an epoch, (images, labels), and a generator of random numbers,
+which is the same for all epochs between two assessments, and returns epsilons of that shape. A
+function of D takes an assessment and a generator, which is the same for all assessments, and
+returns the (n,) difficulties to use in place of the recorded ones.
 """
+
+
+@dataclass(frozen=True)
+class Preset(Row):
+    """Settings that go together."""
+
+    settings: tuple[str, ...] = ()
+    """Each as "section.name=value"."""
+
+
+PRESETS = Registry(
+    "preset",
+    Preset(
+        "thesis",
+        "the method as the thesis has it, with the readings of docs/method.md, whatever the "
+        "defaults are",
+        settings=(
+            "loss.name=polydice1",
+            "loss.epsilon=0.0",
+            "loss.scale=norms",
+            "loss.scale_gradient=guarded",
+            "loss.smooth=1.0e-6",
+            "loss.bce_weight=0.0",
+            "uncertainty.samples=20",
+            "uncertainty.metric=mutual_information",
+            "uncertainty.region=mask",
+            "uncertainty.masks=consistent",
+            "control.enabled=auto",
+            "control.start=0.2",
+            "control.every=5",
+            "control.statistics=batch",
+            "control.reduction=sigma",
+            "control.percentile=50.0",
+            "control.delta=1.0e-9",
+            "control.map=sigmoid",
+            "control.sensitivity=1.0",
+            "control.epsilon_min=-0.4",
+            "control.epsilon_max=1.0",
+        ),
+    ),
+)
 
 DEVICES = {
     "auto": "cuda, mps or cpu, the first that is there",

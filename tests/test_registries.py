@@ -20,6 +20,7 @@ from polyseg.choices import (
     REPLAY_ARMS,
     SCHEDULERS,
     UNCERTAINTIES,
+    Arm,
     Loss,
     Normalisation,
     Optimizer,
@@ -308,7 +309,7 @@ def reversed_images(epsilon, _):
 
 def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
     train(tiny("first", "control.start=1"))
-    row = Row("reversed", "the images in reverse", "tests.test_registries:reversed_images")
+    row = Arm("reversed", "the images in reverse", "tests.test_registries:reversed_images")
     monkeypatch.setitem(REPLAY_ARMS, "reversed", row)
     assert_listed("control.replay_arm", "reversed", "the images in reverse")
     replay = ("--replay", tmp_path / "first", "--replay-arm")

@@ -10,8 +10,9 @@ import numpy as np
 
 from polyseg.adaptive import recorded_schedule
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
+from polyseg.choices import MAPS, REDUCTIONS
 from polyseg.commands.donors import unseen_errors
-from polyseg.config import Config, settings_of
+from polyseg.config import Config, ControlConfig, settings_of
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
@@ -75,8 +76,8 @@ def show(path: Path, image: str | None = None) -> Findings:
     notes = []
     if record.config.control.statistics == "batch":
         notes.append(
-            "D_pct and sigma: over all training images; eq. 11 uses those of each batch "
-            "(control.statistics=batch), which --image shows"
+            "D_pct and sigma: over all training images; images are normalised within each batch "
+            "(control.statistics=batch), whose D_pct and sigma --image shows"
         )
     if len(record.labels) > 1:
         notes.append("wrong sign: over all labels together")
@@ -164,15 +165,14 @@ def _committed_schedule(
 def _notes_on_equations(record: RunRecord) -> list[str]:
     """Return eq. 11 and 12 with the settings of a run, and which statistics they used."""
     control = record.config.control
-    span = control.epsilon_max - control.epsilon_min
+    statistics = "D_pct and sigma" if control.reduction == "sigma" else "D_pct, sigma and ranks"
     notes = [
-        f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), pct = {control.percentile:g}",
-        f"eq. 12: epsilon = {control.epsilon_min:g} + {span:g} / "
-        f"(1 + exp(-{control.sensitivity:g} D_norm))",
-        "D_pct and sigma: of the batch that the image was in (control.statistics=batch), so "
+        _reduction_note(control),
+        _map_note(control),
+        f"{statistics}: of the batch that the image was in (control.statistics=batch), so "
         "epsilon differs from epoch to epoch"
         if control.statistics == "batch"
-        else "D_pct and sigma: of all training images (control.statistics=dataset)",
+        else f"{statistics}: of all training images (control.statistics=dataset)",
     ]
     schedule = record.schedule
     known = np.isfinite(schedule.percentile_and_sigma()).all(axis=(1, 2))
@@ -183,6 +183,27 @@ def _notes_on_equations(record: RunRecord) -> list[str]:
             "and sigma; epsilon there is that of the first epoch of the row"
         )
     return notes
+
+
+def _reduction_note(control: ControlConfig) -> str:
+    """Return how D was made D_norm."""
+    if control.reduction == "sigma":
+        return (
+            f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), "
+            f"pct = {control.percentile:g}"
+        )
+    return f"D_norm: {REDUCTIONS[control.reduction].help} (control.reduction={control.reduction})"
+
+
+def _map_note(control: ControlConfig) -> str:
+    """Return how D_norm was made epsilon."""
+    low, high, rate = control.epsilon_min, control.epsilon_max, control.sensitivity
+    if control.map == "sigmoid":
+        return f"eq. 12: epsilon = {low:g} + {high - low:g} / (1 + exp(-{rate:g} D_norm))"
+    return (
+        f"epsilon: {MAPS[control.map].help} (control.map={control.map}, lambda = {rate:g}, "
+        f"{low:g} to {high:g})"
+    )
 
 
 def _warn_of_another_origin(record: RunRecord) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyseg.adaptive.recorded_schedule import arm_schedule, replay_seed
 from polyseg.adaptive.replay import fit_schedule, replay_arm
-from polyseg.choices import LOSSES
+from polyseg.choices import LOSSES, REPLAY_ARMS
 from polyseg.commands.outcome import Outcome
+from polyseg.commands.schedule import read_record
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
@@ -281,10 +283,33 @@ def _schedule_to_replay(
     terms = config.loss.polydice_terms or 1
     # A run that is to stop early was perhaps recorded by one that did.
     epochs = 1 if config.training.early_stopping else config.training.epochs
-    schedule = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
+    fitted = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
     if run is not None:
-        return schedule
-    return replay_arm(schedule, control.replay_arm, config.training.seed)
+        return fitted
+    if REPLAY_ARMS[control.replay_arm].of_difficulty:
+        schedule = _arm_of_difficulty(config, images, split, path)
+        return fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
+    return replay_arm(fitted, control.replay_arm, replay_seed(config))
+
+
+def _arm_of_difficulty(config: Config, images: ImageSet, split: Split, path: Path) -> Schedule:
+    """Return the schedule by the D of an arm, with the settings and batches of the new run.
+
+    Raises:
+        PolysegError: the recorded run has no assessments, or others than the settings need.
+    """
+    arm = config.control.replay_arm
+    if not path.is_dir():
+        raise PolysegError(
+            f"{path}: control.replay_arm {arm} needs the assessments of a run; name its folder"
+        )
+    record = read_record(path)
+    if len(record.labels) > 1 and record.labels != list(images.labels):
+        raise PolysegError(
+            f"{path}: control.replay_arm {arm} needs the labels of that run in its order, "
+            f"{', '.join(record.labels)} (data.foreground)"
+        )
+    return arm_schedule(record, config, arm, split["train"])
 
 
 def _recorded(run: Path) -> Schedule:
@@ -384,6 +409,8 @@ def _log_start(trainer: Trainer) -> None:
     log.info("run folder %s", trainer.run.path)
     if config.control.replay is not None:
         arm = config.control.replay_arm
+        if arm in ("shuffled", "permuted"):
+            arm += f", seed {replay_seed(config)}"
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
     empty = sum(not images.item(identity).foreground for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1

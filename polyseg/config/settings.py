@@ -21,10 +21,12 @@ from polyseg.choices import (
     DEVICES,
     FREE_SCORES,
     LOSSES,
+    MAPS,
     MODALITIES,
     NETWORKS,
     NORMALISATIONS,
     OPTIMIZERS,
+    REDUCTIONS,
     REGIONS,
     REPLAY_ARMS,
     SCHEDULERS,
@@ -484,8 +486,14 @@ class ControlConfig(Section):
         0.2, "E0, first assessment: whole epochs, or a share of them below 1", "epochs", ge=0
     )
     every: int = _setting(5, "tau, epochs between assessments", "epochs", ge=1)
+    reduction: Annotated[str, OneOf(REDUCTIONS)] = _setting(
+        "sigma", "how the difficulties of images are made comparable: D_norm"
+    )
     percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
-    sensitivity: float = _setting(1.0, "lambda of eq. 12", ge=0, le=1000)
+    map: Annotated[str, OneOf(MAPS)] = _setting("sigmoid", "how D_norm becomes epsilon")
+    sensitivity: float = _setting(
+        1.0, "lambda of eq. 12: how strongly epsilon follows D_norm", ge=0, le=1000
+    )
     epsilon_min: float = _setting(
         -0.4, "epsilon that the easiest images tend to", ge=-0.5, le=LARGEST_EPSILON
     )
@@ -494,7 +502,8 @@ class ControlConfig(Section):
     )
     statistics: Literal["batch", "dataset"] = _setting(
         "batch",
-        "images that percentile and sigma of eq. 11 are taken over",
+        "images that are normalised together: percentile, sigma or ranks, and the mean weight, "
+        "are over these",
         choices={
             "batch": "those of the batch",
             "dataset": "all training images, at the assessment",
@@ -507,12 +516,21 @@ class ControlConfig(Section):
     replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
         "recorded", "which image gets which of the replayed epsilons"
     )
+    replay_seed: int | None = _setting(
+        None, "random seed of replay_arm shuffled and permuted; null: training.seed", ge=0, le=2**31
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.epsilon_min > self.epsilon_max:
             raise ValueError(
                 f"control.epsilon_min {self.epsilon_min} is above epsilon_max {self.epsilon_max}"
+            )
+        if self.map == "weight" and not self.epsilon_min < 0 < self.epsilon_max:
+            raise ValueError(
+                f"control.map weight needs control.epsilon_min {self.epsilon_min} below 0 and "
+                f"control.epsilon_max {self.epsilon_max} above 0, because the mean weight "
+                "1 + 2 epsilon is 1"
             )
         if self.start >= 1 and self.start != int(self.start):
             raise ValueError(f"control.start {self.start}: whole epochs, or a share below 1")

@@ -21,6 +21,7 @@ _OF_ONE_ARM = {
     "data.cache",
     "control.replay",
     "control.replay_arm",
+    "control.replay_seed",
 }
 """Settings that may differ within an arm, besides where its results go."""
 
