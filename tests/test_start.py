@@ -14,6 +14,8 @@ RUN = Path(__file__).parent / "run_of_0_1"
 TENSORS = {"torch", "monai"}
 FIGURES = {*TENSORS, "matplotlib"}
 HEAVY = {*FIGURES, "scipy", "h5py", "numpy"}
+IMAGES = {*FIGURES, "scipy", "h5py"}
+RECORDS = {*FIGURES, "scipy", "PIL", "rich.progress"}
 REPORTING = (
     "import sys\n"
     "from polyseg.cli.main import main\n"
@@ -42,20 +44,20 @@ def folder(tmp_path_factory):
     ("arguments", "absent"),
     [
         (["plot-loss", "--terms", "3", "--gradient"], {*TENSORS, "scipy", "h5py"}),
-        (["schedule", "show", RUN], {*FIGURES, "scipy"}),
-        (["schedule", "show", RUN, "--image", "phantom_0000"], {*FIGURES, "scipy"}),
-        (["schedule", "recompute", RUN, "--set", "control.sensitivity=2"], {*FIGURES, "scipy"}),
-        (["schedule", "export", RUN], {*FIGURES, "scipy"}),
-        (["schedule", "validity", RUN, "--csv"], {*FIGURES, "scipy"}),
+        (["schedule", "show", RUN], RECORDS),
+        (["schedule", "show", RUN, "--image", "phantom_0000"], RECORDS),
+        (["schedule", "recompute", RUN, "--set", "control.sensitivity=2"], RECORDS),
+        (["schedule", "export", RUN], RECORDS),
+        (["schedule", "validity", RUN, "--csv"], RECORDS),
         (["schedule", "validity", RUN, "--out", "validity"], TENSORS),
         (["schedule", "plot", RUN, "--out", "plot"], TENSORS),
         (["report", RUN], TENSORS),
-        (["config", "show"], FIGURES),
-        (["config", "schema"], FIGURES),
-        (["config", "init"], FIGURES),
-        (["data", "check", "phantoms"], FIGURES),
-        (["data", "split", "phantoms", "--out", "split.json"], FIGURES),
-        (["data", "demo", "more", "--images", "2", "--size", "32"], FIGURES),
+        (["config", "show"], HEAVY),
+        (["config", "schema"], HEAVY),
+        (["config", "init"], HEAVY),
+        (["data", "check", "phantoms"], IMAGES),
+        (["data", "split", "phantoms", "--out", "split.json"], IMAGES),
+        (["data", "demo", "more", "--images", "2", "--size", "32"], {*FIGURES, "h5py"}),
     ],
     ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else "",
 )
