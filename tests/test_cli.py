@@ -158,7 +158,10 @@ def test_plot_loss_writes_what_was_asked_for(polyseg, tmp_path, arguments):
     assert answer.code == 0, answer.err
     assert answer.out.strip() == str(tmp_path / "fig2.pdf")
     assert (tmp_path / "fig2.pdf").read_bytes().startswith(b"%PDF")
-    assert polyseg("plot-loss", *arguments, "--out", tmp_path / "both").code == 0
+
+
+def test_plot_loss_writes_png_and_pdf_where_the_name_has_no_suffix(polyseg, tmp_path):
+    assert polyseg("plot-loss", "--out", tmp_path / "both").code == 0
     assert (tmp_path / "both.png").is_file() and (tmp_path / "both.pdf").is_file()
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.fft import dctn
 
 from polyseg.config import DataConfig
 from polyseg.data.duplicates import (
@@ -283,6 +284,24 @@ def test_the_hash_is_far_from_the_threshold_for_different_images():
     hashes = [int(likeness_of(picture(seed)).near, 16) for seed in range(12)]
     distances = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
     assert min(distances) > 2 * MOST_DIFFERING_BITS
+
+
+@pytest.mark.parametrize("modality", ["ultrasound", "endoscopy"])
+def test_perceptual_hash_compares_the_frequencies_of_scipy_with_their_median(modality):
+    for phantom in make_phantoms(6, modality=modality, size=(128, 128)):
+        gray = np.atleast_3d(phantom.image).mean(axis=2, dtype=np.float32)
+        small = np.asarray(Image.fromarray(gray).resize((64, 64), Image.Resampling.BOX))
+        lowest = dctn(small.astype(np.float64), norm="ortho")[:16, :16].ravel()
+        above = lowest > np.median(lowest[1:])
+        above[0] = False
+        assert likeness_of(phantom.image).near == np.packbits(above).tobytes().hex()
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 3.7, lambda x: 1.1 * x], ids=["brighter", "gain"])
+def test_perceptual_hash_of_a_symmetric_image_is_not_of_rounding_errors(change):
+    rows, columns = np.mgrid[:64, :64] - 31.5
+    disc = 200.0 * (rows**2 + columns**2 < 300)
+    assert likeness_of(change(disc)).near == likeness_of(disc).near
 
 
 def test_the_same_picture_on_two_sides_is_refused():

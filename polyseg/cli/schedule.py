@@ -294,8 +294,8 @@ def _print_table(
 
     With `whole` no cell is broken, however narrow the terminal, so that ids can be copied.
     """
-    console = Console()
-    canvas = Console(width=_ENDLESS) if whole else console
+    console = Console(emoji=False)
+    canvas = Console(width=_ENDLESS, emoji=False) if whole else console
     for label in dict.fromkeys(row.get("label", "") for row in rows):
         named = ", ".join(filter(None, (title, label)))
         table = Table()

@@ -14,11 +14,9 @@ from polyseg.data.duplicates import near_pairs
 from polyseg.data.layouts.folders import find_cases
 from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
 from polyseg.data.new_split import new_split, refuse_sides
-from polyseg.data.phantoms import phantom_sets
-from polyseg.data.splits import PARTS
+from polyseg.data.splits import PARTS, split_json
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
-from polyseg.runs.run_folder import split_json
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import refuse_existing
 
@@ -95,6 +93,8 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
         raise PolysegError("--images: 1 to 100000; --size: 32 to 1024")
     if count * size**2 > 2**30:
         raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
+    from polyseg.data.phantoms import phantom_sets
+
     made = phantom_sets.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantom_sets.write_phantoms(path, made)
 

@@ -16,7 +16,7 @@ from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
 from polyseg.data.loading import load_images
 from polyseg.data.new_split import new_split
-from polyseg.data.splits import PARTS, Split, count_groups
+from polyseg.data.splits import PARTS, Split, count_groups, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import score
@@ -36,7 +36,6 @@ from polyseg.runs.run_folder import (
     environment,
     new_run_path,
     read_assessments,
-    split_json,
 )
 from polyseg.runs.trained_model import refuse_gone, split_of_run
 from polyseg.runs.weights import network_of

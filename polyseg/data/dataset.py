@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from polyseg.config import DataConfig
 from polyseg.data.duplicates import Likeness, likeness_of
-from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.data.pixel_store import Image, Masks, MemoryStore, Store
 from polyseg.data.preprocessing import Levels, cut_patch, levels_of, pooled_levels
 from polyseg.data.splits import Member
@@ -305,6 +304,8 @@ def make_demo(config: DataConfig) -> ImageSet:
         PolysegError: several labels are asked for, of which phantoms have one, or more phantoms
             than memory holds.
     """
+    from polyseg.data.phantoms.phantom_sets import make_phantoms
+
     if len(config.labels) > 1:
         raise PolysegError("data.foreground: the demo's masks are 0/1; leave it out")
     size = _pair(config.size) if config.size is not None and config.fit == "resize" else (128, 128)

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from polyseg.choices import NORMALISATIONS
 from polyseg.config import DataConfig
@@ -139,13 +138,8 @@ def resize_image(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """
     if pixels.shape[:2] == size:
         return pixels
-    resized = np.stack(
-        [
-            _resize_plane(plane, size, Image.Resampling.BILINEAR)
-            for plane in np.moveaxis(pixels, 2, 0)
-        ],
-        axis=2,
-    )
+    planes = np.moveaxis(pixels, 2, 0)
+    resized = np.stack([_resize_plane(plane, size, "BILINEAR") for plane in planes], axis=2)
     if not np.issubdtype(pixels.dtype, np.integer):
         return resized.astype(pixels.dtype)
     limits = np.iinfo(pixels.dtype)
@@ -161,7 +155,7 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
     """
     if mask.shape == size:
         return mask
-    return (_resize_plane(mask, size, Image.Resampling.BOX) >= 0.5).astype(np.uint8)
+    return (_resize_plane(mask, size, "BOX") >= 0.5).astype(np.uint8)
 
 
 def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -172,7 +166,7 @@ def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np
     """
     if values.shape == size:
         return values
-    return _resize_plane(values, size, Image.Resampling.BILINEAR)
+    return _resize_plane(values, size, "BILINEAR")
 
 
 def cut_patch(
@@ -210,7 +204,7 @@ def cut_patch(
     return image[window], None if masks is None else masks[(slice(None), *window)]
 
 
-def _pixel_of(masks: NDArray[np.uint8], generator: np.random.Generator) -> tuple[int, int]:
+def _pixel_of(masks: NDArray[np.uint8], generator: "np.random.Generator") -> tuple[int, int]:
     """Return row and column of a pixel of the foreground, each as likely as any other."""
     inside = masks[0] if len(masks) == 1 else np.asarray(masks.any(axis=0))
     # By rows first, because a list of all pixels takes long to make of a large mask.
@@ -231,10 +225,12 @@ def _at_least(
 
 
 def _resize_plane(
-    plane: NDArray[Any], size: tuple[int, int], method: Image.Resampling
+    plane: NDArray[Any], size: tuple[int, int], method: Literal["BILINEAR", "BOX"]
 ) -> NDArray[np.float32]:
+    from PIL import Image
+
     image = Image.fromarray(plane.astype(np.float32))
-    return np.asarray(image.resize((size[1], size[0]), method))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling[method]))
 
 
 def _plain(values: NDArray[Any]) -> tuple[float, ...]:

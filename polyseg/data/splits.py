@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,19 @@ def read_split_file(path: Path, fold: int | None = None) -> Split:
     return split
 
 
+def split_json(split: Split, hashes: Mapping[str, str]) -> str:
+    """Return a split as JSON for `read_split_file`: ids by part, with the sha256 of their pixels.
+
+    >>> json.loads(split_json({"train": ["a"]}, {"a": "00"}))
+    {'train': [{'id': 'a', 'sha256': '00'}]}
+    """
+    record = {
+        part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
+        for part, ids in split.items()
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
 def refuse_overlap(split: Split, source: str) -> None:
     """Raise if an id stands in a split twice.
 
@@ -313,7 +326,7 @@ def _grouped(member: Member, pattern: str) -> Member:
 
 
 def _in_strata(
-    groups: Iterable[list[Member]], least_share: float, generator: np.random.Generator
+    groups: Iterable[list[Member]], least_share: float, generator: "np.random.Generator"
 ) -> list[list[Member]]:
     """Return groups by their mean foreground, shuffled within runs of neighbours."""
     ordered = sorted(groups, key=lambda group: np.mean([member.foreground for member in group]))

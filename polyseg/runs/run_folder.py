@@ -208,7 +208,7 @@ class RunDirectory:
 
         Args:
             config: its settings.
-            split: as `split_json` gives it.
+            split: as `splits.split_json` gives it.
             now: as `environment` gives it.
         """
         # First what tells that the folder is a run's, so that nobody's own file is taken for one.
@@ -277,19 +277,6 @@ class RunDirectory:
     def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         cells = ([f"{value:.9g}" for value in completed(row).values()] for row in rows)
         write_text(self.history, csv_table(list(COLUMNS), cells))
-
-
-def split_json(split: Split, hashes: Mapping[str, str]) -> str:
-    """Return a split as a run keeps it: ids by part, with the sha256 of their pixels.
-
-    >>> json.loads(split_json({"train": ["a"]}, {"a": "00"}))
-    {'train': [{'id': 'a', 'sha256': '00'}]}
-    """
-    record = {
-        part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
-        for part, ids in split.items()
-    }
-    return json.dumps(record, indent=1) + "\n"
 
 
 def new_run_path() -> Path:
