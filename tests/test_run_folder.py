@@ -131,7 +131,7 @@ def test_a_damaged_environment_is_one_line(tmp_path, text):
 
 def test_a_pipe_in_place_of_a_record_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "split.json")
-    with pytest.raises(PolysegError, match="is no file"):
+    with pytest.raises(PolysegError, match="is not a file"):
         RunDirectory(tmp_path).read_split()
 
 
