@@ -528,9 +528,9 @@ def test_names_of_curves_are_where_no_curve_can_be():
 
 def test_ticks_are_spoken_of_where_there_are_some(make_run):
     run = make_run()
-    assert "Ticks at the foot" in written(run)
+    assert "Ticks at the bottom" in written(run)
     (run / "history.csv").write_text(HISTORY.replace("0.01,1", "0.01,0"))
-    assert "Ticks at the foot" not in written(run, name="again.html")
+    assert "Ticks at the bottom" not in written(run, name="again.html")
 
 
 def test_curves_of_runs_are_their_dice_with_the_first_best_epoch_marked():

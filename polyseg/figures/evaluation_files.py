@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: its tables as files, and its figures."""
+"""The files of an evaluation: tables and figures."""
 
 import itertools
 import json
@@ -28,11 +28,11 @@ from polyseg.system.files import write_text
 _COMPARED = ("dice", "iou", "sensitivity", "precision", "hd95", "nsd")
 _CASES = 5
 _MOST_SHOWN = 6
-"""Of the images, and of the runs, in a figure of predictions."""
+"""Largest number of runs in a figure of predictions."""
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> list[Path]:
-    """Write the tables of an evaluation, and its figures; return the files."""
+    """Write the tables and figures of an evaluation, and return their paths."""
     summary = export.summary(evaluation)
     texts = {
         "table.md": export.markdown(summary),
@@ -51,13 +51,13 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> 
 def draw_predictions(
     evaluation: Evaluation, masks: Sequence[PredictedMasks], images: ImageSet, folder: Path
 ) -> list[Path]:
-    """Draw the images that were segmented worst and best, a figure a label.
+    """Draw the images with the lowest and highest mean Dice over the runs, a figure for each label.
 
     Args:
-        evaluation: what says which those are, by the mean Dice over the runs.
-        masks: what the runs predicted; of an arm its first run that tested an image is drawn.
+        evaluation: the scores by which images are chosen.
+        masks: the predictions; for an arm, that of its first run that tested an image is drawn.
         images: the images.
-        folder: where to.
+        folder: where the figures go.
     """
     files = []
     for label, place in paths_of_labels(images.labels, folder / "predictions"):
@@ -105,7 +105,7 @@ def _draw_reliability(runs: Sequence[RunScores], folder: Path) -> list[Path]:
 
 
 def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
-    """Draw what is left of the risk as the least certain images are put aside."""
+    """Draw the risk of the images that remain when the least certain ones are left out."""
     names, found, curves, best = [], [], [], []
     for run in runs:
         risk = 1 - run.column("dice")
@@ -129,27 +129,27 @@ def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
 def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
     if not evaluation.comparisons:
         return []
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
     found = evaluation.comparisons
-    baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
+    compared = [metric for metric in METRICS if metric.key in _COMPARED]
     rows = {
         evaluation.heading(metric): [one.differences[metric.key] for one in found]
         for metric in compared
     }
-    better = [metric.higher_is_better for metric in compared]
     figure = differences(
         [one.run for one in found],
         {
             title: (
-                np.array([one.mean for one in of_metric]),
-                np.array([one.interval.low for one in of_metric]),
-                np.array([one.interval.high for one in of_metric]),
+                np.array([one.mean for one in ones]),
+                np.array([one.interval.low for one in ones]),
+                np.array([one.interval.high for one in ones]),
             )
-            for title, of_metric in rows.items()
+            for title, ones in rows.items()
         },
         stars={title: [stars(one.adjusted) for one in ones] for title, ones in rows.items()},
-        higher_is_better=dict(zip(rows, better, strict=True)),
-        baseline=baselines,
+        higher_is_better={
+            title: metric.higher_is_better for title, metric in zip(rows, compared, strict=True)
+        },
+        baseline=", ".join(dict.fromkeys(one.baseline for one in found)),
     )
     return save_figure(figure, folder / "differences")
 
@@ -170,7 +170,7 @@ def _draw_robustness(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
-    """Return each image's mean Dice over the runs."""
+    """Return the mean Dice of each image over the runs."""
     found: dict[str, list[float]] = {}
     for run in evaluation.runs:
         if run.label == label and run.prediction == "plain":
@@ -182,7 +182,7 @@ def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
 def _arms(
     evaluation: Evaluation, masks: Sequence[PredictedMasks], label: str
 ) -> dict[str, list[PredictedMasks]]:
-    """Return what the first runs or arms predicted of a label, by their names."""
+    """Return the predictions of the runs in each of the first arms, by the name of the arm."""
     of_label = {one.run: one for one in masks if one.label == label}
     arms = [run for run in evaluation.runs if run.label == label and run.prediction == "plain"]
     return {
@@ -197,10 +197,7 @@ def _case(
     arms: Mapping[str, Sequence[PredictedMasks]],
     images: ImageSet,
 ) -> PredictionCase | None:
-    """Return an image beside what the first run of each arm that has it predicted, if all do.
-
-    Runs that see images at another size have none that could be drawn over these.
-    """
+    """Return an image with one prediction for each arm, or None unless all have one of its size."""
     if identity not in images.hashes:
         return None
     truth, size = images.masks(identity), images.item(identity).size

@@ -21,16 +21,16 @@ def loss_curves(
     wrong_above: Numbers | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw the loss, or its gradient, over the angle for several epsilon, beside true Dice.
+    """Draw the loss, or its gradient, over the angle for several epsilon, and that of true Dice.
 
     Args:
         theta: (T,) rising, within [0, pi/2] rad.
         curves: epsilon to (T,) values.
-        dice: (T,) the same of true Dice, 1 - s cos(theta), drawn dashed.
-        s: the ratio of norms that all curves share, in [0, 1].
-        ylabel: what the values are.
-        wrong_above: (T,) the values above which the loss rises with s, which are shaded: there
-            (1/2 + epsilon) theta^2 > 1.
+        dice: (T,) values for true Dice, 1 - s cos(theta), drawn dashed.
+        s: ratio of norms of all curves, in [0, 1].
+        ylabel: name of the values.
+        wrong_above: (T,) values above which the loss rises with s, (1/2 + epsilon) theta^2 > 1;
+            shaded.
         title: of the figure.
 
     >>> theta = np.linspace(0, np.pi / 2, 50)
@@ -41,7 +41,7 @@ def loss_curves(
     legend_lines = math.ceil((len(curves) + 2) / 3)
     figure = Figure(figsize=(ONE_COLUMN, 2.8 + 0.17 * legend_lines))
     axes = figure.add_subplot(xlabel="angle θ (rad)", ylabel=ylabel, title=title or "")
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # its light end left out
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # without its light end
     for epsilon, colour in zip(sorted(curves, reverse=True), colours, strict=True):
         axes.plot(theta, curves[epsilon], color=colour, label=f"ε = {formatted(epsilon)}")
     axes.plot(theta, dice, color=BLACK, linestyle="--", label="true Dice")

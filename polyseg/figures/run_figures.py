@@ -1,4 +1,4 @@
-"""What a run or a checkpoint leaves for people: tables and figures from the records."""
+"""Tables and figures of a run or a checkpoint, from its records."""
 
 import logging
 import math
@@ -32,24 +32,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job has to show."""
+    """The results of a command for printing: files, evaluation and correlations."""
 
     folder: Path
     files: list[Path]
     evaluation: Evaluation | None = None
     correlations: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
-    """Sentences on the correlations."""
+    """Sentences about the correlations."""
 
 
 def difficulty_correlations(
     assessment: Assessment, known: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return Spearman's correlation of each score with 1 - Dice, and with difficulty where known.
+    """Return Spearman's correlation of each score with 1 - Dice, and with known difficulties.
 
-    That with 1 - Dice has its 95 % interval, by `rank_correlation`. With several labels there are
-    rows for each, since labels differ in difficulty. A correlation is NaN where it is not defined,
-    such as without masks.
+    The first has its 95 % interval. With several labels there are rows for each, since labels
+    differ in difficulty. A correlation is NaN where undefined, such as without masks.
     """
     found: list[dict[str, Any]] = []
     for label in assessment.label_names:
@@ -67,7 +66,7 @@ def difficulty_correlations(
 
 
 def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log what `difficulty_correlations` found."""
+    """Log the result of `difficulty_correlations`."""
     for row in rows:
         found = [
             f"{name} {value:.2f}"
@@ -80,7 +79,7 @@ def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def assessment_csv(assessment: Assessment) -> str:
-    """Return an assessment as CSV, a row an image."""
+    """Return an assessment as CSV, a row for each image and label."""
     labels = assessment.labels
     errors = assessment.scores_se.get(assessment.metric)
     of_difficulty = [assessment.difficulty] if errors is None else [assessment.difficulty, errors]
@@ -101,7 +100,7 @@ def assessment_csv(assessment: Assessment) -> str:
 def draw_difficulties(
     assessments: Sequence[Assessment], folder: Path, kinds: Sequence[str]
 ) -> list[Path]:
-    """Draw those of `difficulty_figures` that are of some kinds, a figure a label."""
+    """Draw `difficulty_figures` of the given kinds, one of each kind for each label."""
     last = assessments[-1]
     labels = {label: difficulty_figures(assessments, label) for label in last.label_names}
     return [
@@ -119,13 +118,13 @@ def draw_run(
     config: Config,
     folder: Path,
 ) -> list[Path]:
-    """Draw losses and metrics over the epochs, and quantiles of epsilon where it was adapted.
+    """Draw losses and metrics over the epochs, and quantiles of epsilon if it was adapted.
 
     Args:
-        history: a row an epoch.
+        history: a row for each epoch.
         epsilon: (epochs, rows), the labels of an image one after another.
         config: of the run.
-        folder: where to.
+        folder: where the figures go.
     """
     files = save_figure(training_curves(history), folder / "curves")
     if not config.adaptive:
@@ -146,13 +145,13 @@ def draw_extremes(
     assessment: Assessment,
     folder: Path,
 ) -> list[Path]:
-    """Draw the images of largest and of smallest D of an assessment.
+    """Draw the images with the largest and the smallest D of an assessment.
 
-    Their maps are measured anew, with the network as it is now, which may have trained on since.
+    The maps are computed again with the network as it is now, possibly trained further.
     """
     if assessment.metric not in UNCERTAINTIES:
         return []  # Without passes there are no maps.
-    # Here, because the commands that only draw what is recorded need no torch.
+    # Imported here, because commands that draw recorded data only need no torch.
     from polyseg.montecarlo.assessment import assess
     from polyseg.networks.networks_by_name import hash_weights
 
@@ -176,7 +175,7 @@ def draw_extremes(
         )
         places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
         chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
-        # Measured anew, they may stand in another order, and the figure goes by what it shows.
+        # Computed again, they may have another order, and the figure shows the new values.
         chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
         path = folder / f"overlays_{which}_d"
         heading = f"The {len(rows)} images of {which} D{since}"
@@ -187,7 +186,7 @@ def draw_extremes(
 def draw_overlays(
     assessment: Assessment, rows: Sequence[int], images: ImageSet, path: Path, title: str
 ) -> list[Path]:
-    """Draw image, mask, mean prediction and uncertainty of some rows of an assessment."""
+    """Draw image, mask, mean prediction and uncertainty for some rows of an assessment."""
     cases = []
     for i in rows:
         identity = assessment.ids[i]
@@ -209,7 +208,7 @@ def draw_overlays(
 
 
 def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]:
-    """Return a path for each label's figure; that of a single one is `path` itself."""
+    """Return a path for each label's figure; for a single label that is `path` itself."""
     if len(labels) == 1:
         return [(labels[0], path)]
     plain = [re.sub(r"[^\w-]+", "_", label) for label in labels]
@@ -220,9 +219,7 @@ def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]
 
 
 def displayed(image: NDArray[Any]) -> NDArray[Any]:
-    """Return an image, (H, W, C), as (H, W), or RGB as (H, W, 3) in [0, 1].
-
-    Of images with other numbers of channels the first is shown.
+    """Return an image, (H, W, C), as RGB (H, W, 3) in [0, 1], or else its first channel (H, W).
 
     >>> float(displayed(np.full((2, 2, 3), 255, np.uint8)).max())
     1.0

@@ -1,12 +1,12 @@
-"""How good the segmentation of one image and label is, by the metrics of the field.
+"""The metrics of the segmentation of one image and label.
 
-Which ones to report, and what each is blind to: Maier-Hein, Reinke et al., "Metrics reloaded",
-Nature Methods 2024.
+Which to report, and the weaknesses of each: Maier-Hein, Reinke et al., "Metrics reloaded", Nature
+Methods 2024.
 
-The rule for empty cases: where mask and prediction are both empty they agree, which is the best
-value; where only one of the two is empty, the worst (the distances are then the image's diagonal);
-what the mask alone leaves undefined is NaN: sensitivity, AUC-ROC or average precision without
-foreground, specificity or AUC-ROC without background.
+Empty cases: if mask and prediction are both empty, a metric has its best value; if one of them is,
+its worst (for distances the image's diagonal). What the mask alone leaves undefined is NaN:
+sensitivity, AUC-ROC and average precision without foreground, specificity and AUC-ROC without
+background.
 """
 
 import math
@@ -31,7 +31,7 @@ Binary = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class MetricColumn:
-    """A metric as tables show it.
+    """A metric and how tables show it.
 
     >>> hd95 = next(metric for metric in METRICS if metric.key == "hd95")
     >>> hd95.heading("mm")
@@ -44,10 +44,10 @@ class MetricColumn:
     decimals: int = 3
     higher_is_better: bool = True
     is_distance: bool = False
-    """Whether it is a length, in the unit of the spacing."""
+    """Whether it is a length in the unit of the spacing."""
 
     def heading(self, unit: str = "px") -> str:
-        """Return the title, with the unit if it is a distance."""
+        """Return the title, with the unit for a distance."""
         return f"{self.title} ({unit})" if self.is_distance else self.title
 
 
@@ -77,7 +77,7 @@ METRICS = (
     _error("ace", "ACE"),
 )
 
-# What MONAI calls the metrics that follow from the confusion matrix.
+# MONAI's names of the metrics that follow from the confusion matrix.
 _MONAI_NAMES = {
     "dice": "f1 score",
     "iou": "threat score",
@@ -96,21 +96,21 @@ def image_metrics(
     spacing: tuple[float, float] | None = None,
     tolerance: float = 2.0,
 ) -> dict[str, float]:
-    """Return every metric of one image, the prediction being probability >= threshold.
+    """Return all metrics of one image, the prediction being probability >= threshold.
 
     Args:
         probability: (H, W) in [0, 1].
         mask: (H, W) in {0, 1}.
-        threshold: in [0, 1]; ranking and calibration do not depend on it.
-        spacing: of rows and of columns, in mm, above 0; without it distances are in pixels.
-        tolerance: in the same unit, how far two surfaces may lie apart for the normalised surface
-            Dice to count them as one; at least 0.
+        threshold: in [0, 1]; ranking and calibration do not use it.
+        spacing: of rows and of columns, in mm, above 0; None for distances in pixels.
+        tolerance: largest distance of two surfaces, in the same unit, that the normalised surface
+            Dice counts as agreement; at least 0.
 
     Returns:
-        By the keys of `METRICS`, in their order.
+        Values by the keys of `METRICS`, in their order.
 
     Raises:
-        PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance make no sense.
+        PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance is invalid.
 
     >>> values = image_metrics([[0.9, 0.4], [0.1, 0.2]], [[1, 1], [0, 0]])
     >>> values["sensitivity"], round(values["dice"], 4), values["hd95"], round(values["brier"], 3)
@@ -132,7 +132,7 @@ def image_metrics(
 
 
 def _ranking(probability: Values, truth: Binary) -> dict[str, float]:
-    """Return what needs the pixels in the order of their probability."""
+    """Return the metrics that need the pixels sorted by probability."""
     ranking = Ranking.of(probability, truth)
     return {
         "auc": ranking.area_under_roc(),
@@ -142,7 +142,7 @@ def _ranking(probability: Values, truth: Binary) -> dict[str, float]:
 
 
 def _overlap(predicted: Binary, truth: Binary) -> dict[str, float]:
-    """Return what follows from the confusion matrix."""
+    """Return the metrics of the confusion matrix."""
     import torch
     from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
 
@@ -153,7 +153,7 @@ def _overlap(predicted: Binary, truth: Binary) -> dict[str, float]:
         for key, name in _MONAI_NAMES.items()
     }
     if not predicted.any():
-        # 0/0 for the precision, and for all three where the mask is empty as well.
+        # 0/0 for the precision, and for all three if the mask is empty as well.
         values |= dict.fromkeys(("dice", "iou", "precision"), float(not truth.any()))
     return values
 
@@ -161,12 +161,12 @@ def _overlap(predicted: Binary, truth: Binary) -> dict[str, float]:
 def _surface(
     predicted: Binary, truth: Binary, spacing: tuple[float, float], tolerance: float
 ) -> dict[str, float]:
-    """Return what follows from the distances of each surface's pixels to the other surface.
+    """Return the metrics of the distances between the two surfaces.
 
-    As MONAI has them: a surface is the pixels of a region that the cross-shaped erosion removes;
-    HD95 is the larger of the two directed 95th percentiles (by linear interpolation); ASD is the
-    mean over the pixels of both; NSD is the share of them within the tolerance (Nikolov et al.,
-    JMIR 2021), each counting one whatever the spacing.
+    As in MONAI: a surface is the pixels of a region that a cross-shaped erosion removes; HD95 is
+    the larger of the two directed 95th percentiles (linear interpolation); ASD is the mean over the
+    pixels of both; NSD is the share of them within the tolerance (Nikolov et al., JMIR 2021), each
+    pixel counting one whatever the spacing.
     """
     from monai.metrics import get_mask_edges, get_surface_distance
 
@@ -174,15 +174,15 @@ def _surface(
         agreed = not (predicted.any() or truth.any())
         worst = 0.0 if agreed else math.hypot(*np.multiply(truth.shape, spacing))
         return {"hd95": worst, "asd": worst, "nsd": float(agreed)}
-    # One pair of surfaces serves all three. No border is added: SciPy's erosion takes what lies
-    # outside the image for background, so a region has a surface where the image cuts it off.
+    # No border is added: SciPy's erosion takes pixels outside the image for background, so a
+    # region has a surface where the image cuts it off.
     edges = get_mask_edges(predicted, truth, crop=False)
     directed = [get_surface_distance(*one, spacing=spacing) for one in (edges, edges[::-1])]
     distances = np.concatenate(directed)
     return {
         "hd95": max(float(np.percentile(one.astype(np.float64), 95)) for one in directed),
         "asd": float(distances.mean(dtype=np.float64)),
-        # In float32, as the distances are: in float64 three pixels of 0.1 mm exceed 0.3 mm.
+        # In float32 like the distances: in float64 three pixels of 0.1 mm exceed 0.3 mm.
         "nsd": float((distances <= np.float32(tolerance)).mean()),
     }
 
@@ -191,11 +191,11 @@ def _checked_spacing(spacing: tuple[float, float] | None) -> tuple[float, float]
     if spacing is None:
         return 1.0, 1.0
     if len(spacing) != 2 or not all(0 < one < math.inf for one in spacing):
-        raise PolysegError(f"spacing: {spacing} is no size of a pixel; give rows, columns above 0")
+        raise PolysegError(f"spacing: {spacing} is invalid; give rows, columns in mm, above 0")
     return float(spacing[0]), float(spacing[1])
 
 
 def _checked_tolerance(tolerance: float) -> float:
     if not 0 <= tolerance < math.inf:
-        raise PolysegError(f"tolerance: {tolerance} is no distance; give a number of at least 0")
+        raise PolysegError(f"tolerance: {tolerance} is invalid; give a number of at least 0")
     return float(tolerance)

@@ -1,4 +1,4 @@
-"""The figures of a page, with their captions, from what runs left behind."""
+"""The figures of a report and their captions, from the files of runs."""
 
 import io
 import re
@@ -25,42 +25,41 @@ from polyseg.report.run_files import EvaluationFiles, RunFiles
 
 _LARGEST_DRAWING = 300_000
 _ONE_COLUMN = 1000
-"""Pixels of width up to which a figure that is kept as a file was drawn for a column."""
+"""Largest width, in pixels, of a figure file that was drawn for one column."""
 _OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
-_LARGEST = f"the images of the largest {_OVERLAYS}"
-_SMALLEST = f"the images of the smallest {_OVERLAYS}"
+_LARGEST = f"the images with the largest {_OVERLAYS}"
+_SMALLEST = f"the images with the smallest {_OVERLAYS}"
+_OUTLINED = "mean Dice, with the outlines of mask and prediction"
 _CAPTIONS = {
     "overlays_largest_d": _LARGEST,
     "overlays_smallest_d": _SMALLEST,
     # Names of version 0.1.
     "overlays_hardest": _LARGEST,
     "overlays_easiest": _SMALLEST,
-    "differences": "mean differences to the baseline with 95 % intervals by bootstrap over the "
-    "images; stars tell of p after Holm's method",
-    "comparison": "a point each test image; boxes show the quartiles, whiskers reach from 5 to "
-    "95 %, diamonds are means",
-    "reliability": "the share of pixels that are foreground over what was predicted, and how many "
-    "pixels there are; on the diagonal probabilities come true",
-    "risk_coverage": "the mean risk, 1 − Dice, of the images that remain as the least certain are "
-    "put aside",
-    "robustness": "Dice over the strength of damage; 0: the images as they are, 5: severe damage",
-    "predictions_worst": "the images of the least mean Dice, with the outlines of mask and "
-    "prediction",
-    "predictions_best": "the images of the greatest mean Dice, with the outlines of mask and "
-    "prediction",
+    "differences": "mean differences from the baseline with 95 % bootstrap intervals over images; "
+    "stars show p after Holm's method",
+    "comparison": "one point for each test image; boxes show the quartiles, whiskers reach from 5 "
+    "to 95 %, diamonds are means",
+    "reliability": "observed share of foreground over its predicted probability, and numbers of "
+    "pixels; the diagonal is perfect calibration",
+    "risk_coverage": "mean risk, 1 − Dice, of the images that remain when the least certain are "
+    "left out",
+    "robustness": "Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe)",
+    "predictions_worst": f"the images with the lowest {_OUTLINED}",
+    "predictions_best": f"the images with the highest {_OUTLINED}",
 }
-"""By name of the file, in the order in which figures are shown."""
+"""Captions by name of the file, in the order of the figures."""
 _OF_IMAGES = re.compile(r"(predictions)(?:_\d+_(.+))?_(worst|best)", re.DOTALL)
 
 
 def training_picture(run: RunFiles) -> Picture:
-    """Draw a run's history, which must have an epoch at least."""
+    """Draw the history of a run with at least one epoch."""
     first, last = run.history[0], run.history[-1]
     name = "train_loss_constant" if "train_loss_constant" in first else "train_loss"
     losses = [formatted(row.get(name, np.nan), ".3f") for row in (first, last)]
     assessed = any(row.get("assessed") == 1 for row in run.history)
     ticks = (
-        " Ticks at the foot are assessments of the uncertainty; the dashed line is E0, the first "
+        " Ticks at the bottom are assessments of the uncertainty; the dashed line is E0, the first "
         "of them, after which each image has its own epsilon."
     )
     return _drawn(
@@ -74,7 +73,7 @@ def training_picture(run: RunFiles) -> Picture:
 
 
 def validation_picture(runs: Sequence[RunFiles]) -> Picture:
-    """Draw the validation Dice of runs, each of which must have an epoch at least, together."""
+    """Draw the validation Dice of runs with at least one epoch each in one figure."""
     best = [max(dice, default=np.nan) for dice in map(_finite_dice, runs)]
     named = (f"{run.name} {formatted(dice, '.3f')}" for run, dice in zip(runs, best, strict=True))
     return _drawn(
@@ -90,7 +89,7 @@ def validation_picture(runs: Sequence[RunFiles]) -> Picture:
 
 
 def difficulty_pictures(run: RunFiles) -> list[Picture]:
-    """Draw epsilon where it moved, and the difficulties where there are assessments."""
+    """Draw epsilon where it changed, and the difficulties of the assessments."""
     pictures: list[Picture] = []
     for label in _labels(run):
         name = f"{run.name}, {label}" if label else run.name
@@ -103,7 +102,7 @@ def difficulty_pictures(run: RunFiles) -> list[Picture]:
 
 
 def epsilon_of(schedule: Schedule, label: str) -> Any:
-    """Return the epsilons of one label, (E, n), of all images where there are no labels.
+    """Return the epsilons of one label, (E, n), or all of a schedule without labels.
 
     >>> schedule = Schedule(["a", "a"], np.array([1]), np.array([[0.0, 1.0]]), ["x", "y"])
     >>> epsilon_of(schedule, "y").tolist()
@@ -115,20 +114,17 @@ def epsilon_of(schedule: Schedule, label: str) -> Any:
 
 
 def extreme_pictures(run: RunFiles) -> list[Picture]:
-    """Return the figures of training that a run keeps as files, but those that are drawn anew.
-
-    That is those of the images of largest and smallest D, and what stands in for a damaged record.
-    """
+    """Return the figures in a run's folder, except those that are drawn again from its records."""
     drawn = {"curves": run.history, "epsilon": run.schedule, "difficulty": run.assessments}
     anew = tuple(f"figures/{kind}" for kind, source in drawn.items() if source)
     found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
-    # The largest D first, as that is what readers look for.
+    # The largest D first.
     found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]
 
 
 def evaluation_pictures(evaluation: EvaluationFiles) -> tuple[list[Picture], list[Picture]]:
-    """Return the figures that an evaluation keeps as files: of numbers, then of images."""
+    """Return the figures in the folder of an evaluation: those of numbers, and those of images."""
     order = list(_CAPTIONS)
 
     def place(name: str) -> int:
@@ -151,7 +147,7 @@ def _kept(source: RunFiles | EvaluationFiles, name: str) -> Picture:
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Return what a figure is of, and its label.
+    """Return the kind of a figure, and its label.
 
     >>> _kind("evaluation/predictions_2_cyst_worst.png"), _kind("comparison.png")
     (('predictions_worst', 'cyst'), ('comparison', ''))
@@ -164,7 +160,7 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG was drawn for more than a column, and is no stack of images."""
+    """Return whether a PNG is wider than one column, and not a stack of images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
@@ -200,7 +196,7 @@ def _epsilon(run: RunFiles, schedule: Schedule, label: str, name: str) -> Iterat
     )
     yield _drawn(
         headed(epsilon_quantiles(schedule.epochs, epsilon, limits=(low, high)), label),
-        f"{name}: ε of the training images, epoch by epoch.",
+        f"{name}: ε of the training images in each epoch.",
         f"Quantiles of epsilon over {epsilon.shape[1]} images in {len(epsilon)} epochs, from "
         f"{formatted(known.min(), '.2f')} to {formatted(known.max(), '.2f')}.",
     )
@@ -219,16 +215,16 @@ def _difficulties(assessments: Sequence[Assessment], label: str, name: str) -> I
         correlation = formatted(spearman(last.difficulty, 1 - last.dice), ".2f")
         yield _drawn(
             figures["difficulty_dice"],
-            f"{name}: Dice over difficulty D at the last assessment, a point each training image.",
+            f"{name}: Dice over difficulty D at the last assessment, one point for each image.",
             f"Dice over difficulty of {len(last.ids)} images; Spearman's correlation of D with "
             f"1 − Dice is {correlation}.",
         )
 
 
 def _drawn(figure: Any, caption: str, alternative: str, *, wide: bool = False) -> Picture:
-    """Return a figure as SVG, or as PNG where so much is in it that SVG would be large."""
+    """Return a figure as SVG, or as PNG if the SVG would be large."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # A stranger's values may leave axes without room or names without glyphs; that shows.
+        # Odd values or names in the records make matplotlib warn.
         warnings.simplefilter("ignore")
         (path,) = save_figure(figure, Path(folder) / "figure.svg")
         if path.stat().st_size <= _LARGEST_DRAWING:

@@ -108,11 +108,7 @@ class Checkpoint:
 
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        PolysegError: the file cannot be written.
-    """
+    """Write a checkpoint atomically."""
     header = {
         "kind": _KIND,
         "schema": _SCHEMA,

@@ -122,11 +122,7 @@ def read_assessment(
 
 
 def write_schedule(path: str | Path, schedule: Schedule) -> str:
-    """Write a schedule file atomically, and return its sha256.
-
-    Raises:
-        PolysegError: the file cannot be written.
-    """
+    """Write a schedule file atomically, and return its sha256."""
     with _writing(path, _SCHEDULE) as file:
         _write_rows(file, schedule.ids, schedule.labels)
         file["epoch"] = schedule.epochs.astype(np.int64)
@@ -139,11 +135,7 @@ def write_schedule(path: str | Path, schedule: Schedule) -> str:
 
 
 def read_schedule(path: str | Path, *, sha256: str | None = None) -> Schedule:
-    """Read a schedule file.
-
-    Raises:
-        PolysegError: as `read_assessment`.
-    """
+    """Read a schedule file."""
     with _reading(path, _SCHEDULE, sha256) as file:
         epochs = _dataset(file, "epoch")
         if epochs.ndim != 1 or epochs.dtype != np.int64 or len(epochs) > _MOST_EPOCHS:

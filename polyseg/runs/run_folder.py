@@ -70,11 +70,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self, *, resume: bool) -> Iterator[None]:
-        """Lock the folder for the length of the block; a new run needs an empty one.
-
-        Raises:
-            PolysegError: the folder is in use, or not empty.
-        """
+        """Lock the folder for the length of the block; a new run needs an empty one."""
         try:
             files.disk.make_folder(self.path)
         except OSError as error:
@@ -86,11 +82,7 @@ class RunDirectory:
             yield
 
     def refuse_occupied(self) -> None:
-        """Raise if the folder is not empty, or its name is not text, which checkpoints need.
-
-        Raises:
-            PolysegError: it cannot hold a new run.
-        """
+        """Raise if the folder is not empty, or its name is not text, which checkpoints need."""
         if not str(self.path).isprintable():
             raise PolysegError(f"{str(self.path)!r}: is not text; choose another --out")
         if self.path.is_dir() and not self._holds_nothing():
@@ -106,11 +98,7 @@ class RunDirectory:
         return not names or (begun and not any(self.last.parent.glob("[!.]*")))
 
     def refuse_missing(self) -> None:
-        """Raise if there is no run to resume.
-
-        Raises:
-            PolysegError: there is no checkpoint.
-        """
+        """Raise if there is no run to resume."""
         if not self.last.is_file() and not self.previous.is_file():
             raise PolysegError(
                 f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
@@ -118,11 +106,7 @@ class RunDirectory:
             )
 
     def checkpoint_to_resume(self) -> Checkpoint:
-        """Read the last checkpoint, or the previous one if the last is missing or damaged.
-
-        Raises:
-            PolysegError: neither can be read.
-        """
+        """Read the last checkpoint, or the previous one if the last is missing or damaged."""
         try:
             return read_checkpoint(self.last)
         except PolysegError as error:
@@ -202,11 +186,7 @@ class RunDirectory:
         return sha256_of_file(self.split)
 
     def changes_of_environment(self, now: Mapping[str, Any]) -> list[str]:
-        """Return the differences from the environment in which the run was last started.
-
-        Raises:
-            PolysegError: environment.json is missing or damaged.
-        """
+        """Return the differences from the environment in which the run was last started."""
         recorded = self._read_environment()
         recorded |= recorded.get("resumed", [{}])[-1]
         return [
@@ -275,11 +255,7 @@ def new_run_path() -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint file as it is, or the best checkpoint of a run's folder.
-
-    Raises:
-        PolysegError: there is none.
-    """
+    """Return a checkpoint file as it is, or the best checkpoint of a run's folder."""
     path = Path(path)
     if path.is_file():
         return path

@@ -87,11 +87,7 @@ def open_model(source: str | Path, device: str, trust: bool) -> Model:
 
 
 def read_trained(source: str | Path) -> Trained:
-    """Read a checkpoint file, or a run's best checkpoint, without building the network.
-
-    Raises:
-        PolysegError: there is none, or it is damaged.
-    """
+    """Read a checkpoint file, or a run's best checkpoint, without building the network."""
     keep_freed_memory()
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
@@ -185,11 +181,7 @@ def _images_of_folder(
 
 
 def part_of(split: Split, part: str, images: ImageSet, model: Model) -> list[str]:
-    """Return the ids of a part of a split, or of all images.
-
-    Raises:
-        PolysegError: there are none.
-    """
+    """Return the ids of a part of a split, or of all images."""
     ids = images.ids if part == "all" else split[part]
     if not ids:
         raise PolysegError(f"--split {part}: {model.source} has no {part} images; choose another")
@@ -206,11 +198,7 @@ def is_gone(config: DataConfig) -> bool:
 
 
 def refuse_gone(config: DataConfig, owner: Path) -> None:
-    """Raise if the data of a run no longer exist.
-
-    Raises:
-        PolysegError: asks for --data.
-    """
+    """Raise if the data of a run no longer exist."""
     if is_gone(config):
         raise PolysegError(
             f"{config.path}: there is no such file or folder; give the folder in which the "

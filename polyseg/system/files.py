@@ -112,9 +112,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def keep_as(path: Path, older: Path) -> None:
     """Give a file that is about to be replaced a second name, atomically.
-
-    Raises:
-        PolysegError: the folder cannot be written, or the disk is full.
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_text(Path(folder) / "last", "first")
     ...     keep_as(Path(folder) / "last", Path(folder) / "previous")
@@ -136,13 +133,7 @@ def keep_as(path: Path, older: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) atomically.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_text(Path(folder) / "note.txt", "done")
-    ...     (Path(folder) / "note.txt").read_text()
-    'done'
-    """
+    """Write a text file (UTF-8) atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -215,13 +206,7 @@ def _no_formula(cell: Any) -> Any:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_text(Path(folder) / "empty", "")
-    ...     sha256_of_file(Path(folder) / "empty")[:12]
-    'e3b0c44298fc'
-    """
+    """Return the sha256 of a file as 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -232,11 +217,6 @@ def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
 
     Raises:
         PolysegError: another process holds the lock of `owner`.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with exclusive_lock(Path(folder) / ".lock", owner="this run"):
-    ...         "one writer"
-    'one writer'
     """
     try:
         # O_NOFOLLOW: a link in somebody else's folder may point anywhere.
@@ -251,14 +231,7 @@ def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
 
 
 def lock(descriptor: int, path: Path, *, owner: str) -> None:
-    """Lock an open file or folder until it is closed; warn where locks are not supported.
-
-    Raises:
-        PolysegError: another process holds the lock of `owner`.
-
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     lock(file.fileno(), Path(file.name), owner="this run")
-    """
+    """Lock an open file or folder until it is closed; warn where locks are not supported."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

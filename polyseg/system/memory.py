@@ -68,9 +68,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explaining_memory(task: str, advice: str) -> Iterator[None]:
     """Turn running out of memory in the block into an error that says what to do.
 
-    Raises:
-        PolysegError: there was too little memory for the block.
-
     >>> with explaining_memory("training", "lower training.batch_size"):
     ...     raise MemoryError
     Traceback (most recent call last):
@@ -85,11 +82,7 @@ def explaining_memory(task: str, advice: str) -> Iterator[None]:
 
 
 def memory_of(device: "Device | None" = None) -> int:
-    """Return the bytes that this process may use, or those of a CUDA device.
-
-    >>> memory_of() > 2**20
-    True
-    """
+    """Return the bytes that this process may use, or those of a CUDA device."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -123,9 +116,6 @@ def refuse_beyond_memory(
         what: what needs them, such as "data.demo_images: 100 images".
         advice: how to need fewer.
         device: where they are needed; None for the machine.
-
-    Raises:
-        PolysegError: the memory is too small.
 
     >>> refuse_beyond_memory(2**20, "data.demo_images: 100 images", "lower it")
     """
@@ -172,7 +162,9 @@ class Portions:
             if not results:
                 self._divide(rows.stop - rows.start, what)
                 continue
-            self._tell()
+            if self.most < self.told:
+                self.told = self.most
+                log.warning("%s: memory suffices for only %d images at once", self.task, self.most)
             start = rows.stop
             yield from results
 
@@ -186,12 +178,6 @@ class Portions:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _tell(self) -> None:
-        """Log a new number of images once it has worked."""
-        if self.most < self.told:
-            self.told = self.most
-            log.warning("%s: memory suffices for only %d images at once", self.task, self.most)
 
 
 def _attempt(work: Callable[[slice], Result], rows: slice) -> list[Result]:

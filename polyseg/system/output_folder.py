@@ -62,19 +62,12 @@ def whole_folder(
 
 
 def moved(paths: Sequence[Path], old: Path, new: Path) -> list[Path]:
-    """Return the paths of files in a folder after the folder is renamed.
-
-    >>> [str(path) for path in moved([Path(".partial-a/b")], Path(".partial-a"), Path("a"))]
-    ['a/b']
-    """
+    """Return the paths of files in a folder after the folder is renamed."""
     return [new / path.relative_to(old) for path in paths]
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise if a file cannot go to `path`, because something is there.
-
-    Raises:
-        PolysegError: something other than a plain file is there, or a file without `overwrite`.
 
     >>> refuse_existing(Path("/dev/null"), overwrite=True)
     Traceback (most recent call last):
@@ -89,11 +82,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 
 
 def refuse_existing_figure(path: Path, *, overwrite: bool) -> None:
-    """Raise if a figure cannot go to `path`; without a suffix it is written as PNG and PDF.
-
-    Raises:
-        PolysegError: as `refuse_existing`.
-    """
+    """Raise if a figure cannot go to `path`; without a suffix it is written as PNG and PDF."""
     plain = bool(path.name) and not path.suffix
     for place in [path.with_suffix(".png"), path.with_suffix(".pdf")] if plain else [path]:
         refuse_existing(place, overwrite=overwrite)

@@ -109,9 +109,6 @@ class Processes:
         """Wait for all processes at the end of the block, then raise if any of them failed.
 
         So none still works when the leader, or the one that failed, cleans up.
-
-        Raises:
-            PolysegError: another process failed.
         """
         error: Exception | None = None
         try:
