@@ -440,7 +440,7 @@ def test_figures_of_an_evaluation_have_captions_an_order_and_an_even_grid(make_r
     assert wide == {"differences", "comparison"}
     captions = dict(zip(names, (caption for *_, caption in figures_), strict=True))
     assert captions["own"] == "cmp: own.png."
-    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images of the least")
+    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images with the lowest")
     assert all(".png" not in caption for name, caption in captions.items() if name != "own")
     assert found.count('class="gallery"') == 2
 

@@ -40,17 +40,13 @@ def reliability_diagram(
     counts: Sequence[Numbers],
     errors: Sequence[float],
 ) -> Figure:
-    """Draw the observed share of foreground over its predicted probability.
+    """Draw the observed share of foreground over its predicted probability for R runs.
 
     The dashed diagonal is perfect calibration; below it a network predicts too much foreground. The
     lower panels show the numbers of pixels with each probability, on a logarithmic scale.
 
-    Args:
-        names: of the R runs, at least one.
-        mean_predicted: R times (bins,), mean probability in each equal-width bin; NaN if empty.
-        observed: R times (bins,), share of foreground; NaN if empty.
-        counts: R times (bins,), numbers of pixels.
-        errors: expected calibration error of each run.
+    `mean_predicted` and `observed` (NaN in empty bins) and `counts` hold an array (bins,) for each
+    run, for bins of equal width; `errors` are the expected calibration errors.
 
     >>> predicted, observed, count = np.array([[0.2, 0.9], [0.1, 0.8], [300, 20]])
     >>> figure = reliability_diagram(["adaptive"], [predicted], [observed], [count], [0.1])
@@ -86,13 +82,10 @@ def risk_coverage_curves(
 ) -> Figure:
     """Draw the mean risk, 1 - Dice, of the most certain images over how many are kept.
 
-    The dashed line is the mean risk of all images, which a random order has at any coverage.
-
-    Args:
-        names: of the R runs, at least one.
-        curves: R times coverage, (n,) rising to 1, and selective risk, (n,), whose mean is AURC.
-        best: R times the same in the order of the risk itself; drawn dotted.
-        uncertainty: name of the uncertainty, if it is the same for all runs.
+    `curves` hold for each run coverage, (n,) rising to 1, and selective risk, (n,), whose mean is
+    AURC; `best` the same in the order of the risk itself, drawn dotted. The dashed line is the mean
+    risk of all images, which a random order has at any coverage. `uncertainty` is its name, if it
+    is the same for all runs.
 
     >>> curve = np.array([0.5, 1.0]), np.array([0.1, 0.2])
     >>> risk_coverage_curves(["adaptive"], [curve]).legends[0].get_texts()[0].get_text()

@@ -35,12 +35,9 @@ _STARS = "* p < 0.05   ** p < 0.01   *** p < 0.001"
 def comparison(names: Sequence[str], values: Mapping[str, Sequence[Numbers]]) -> Figure:
     """Draw the values of all images for several runs side by side, a panel for each metric.
 
-    Points are images, boxes the quartiles, whiskers 5 to 95 %, diamonds the means. The number of
-    values that are not finite is written below.
-
-    Args:
-        names: of the R runs.
-        values: title of the metric to R arrays, (n_i,).
+    `values` maps titles of metrics to an array (n_i,) for each run. Points are images, boxes the
+    quartiles, whiskers 5 to 95 %, diamonds the means. The number of values that are not finite is
+    written below.
 
     >>> dice = [np.array([0.8, 0.9]), np.array([0.7, math.nan])]
     >>> comparison(["adaptive", "fixed"], {"Dice": dice}).axes[0].get_xlabel()
@@ -61,17 +58,13 @@ def differences(
     higher_is_better: Mapping[str, bool],
     baseline: str,
 ) -> Figure:
-    """Draw the differences of runs from a baseline as a forest plot, a panel for each metric.
+    """Draw the differences of R runs from a baseline as a forest plot, a panel for each metric.
 
     Points are mean differences, bars their 95 % intervals; the shaded side is better than the
     baseline. Values that are not finite are left out.
 
-    Args:
-        names: of the R runs, without the baseline.
-        intervals: title of the metric to means and ends, (R,) each.
-        stars: title of the metric to R texts, such as `significance.stars` returns.
-        higher_is_better: title of the metric to whether positive differences are better.
-        baseline: its name.
+    By title of the metric, `intervals` are means and ends, (R,) each, `stars` R texts such as
+    `significance.stars` returns, and `higher_is_better` tells the better side.
 
     >>> found = {"Dice": (np.array([0.02]), np.array([0.01]), np.array([0.04]))}
     >>> marks = {"stars": {"Dice": ["*"]}, "higher_is_better": {"Dice": True}}

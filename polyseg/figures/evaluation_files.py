@@ -53,11 +53,7 @@ def draw_predictions(
 ) -> list[Path]:
     """Draw the images with the lowest and highest mean Dice over the runs, a figure for each label.
 
-    Args:
-        evaluation: the scores by which images are chosen.
-        masks: the predictions; for an arm, that of its first run that tested an image is drawn.
-        images: the images.
-        folder: where the figures go.
+    For an arm, the prediction of its first run that tested an image is drawn.
     """
     files = []
     for label, place in paths_of_labels(images.labels, folder / "predictions"):

@@ -23,15 +23,9 @@ def loss_curves(
 ) -> Figure:
     """Draw the loss, or its gradient, over the angle for several epsilon, and that of true Dice.
 
-    Args:
-        theta: (T,) rising, within [0, pi/2] rad.
-        curves: epsilon to (T,) values.
-        dice: (T,) values for true Dice, 1 - s cos(theta), drawn dashed.
-        s: ratio of norms of all curves, in [0, 1].
-        ylabel: name of the values.
-        wrong_above: (T,) values above which the loss rises with s, (1/2 + epsilon) theta^2 > 1;
-            shaded.
-        title: of the figure.
+    `theta`, (T,), rises within [0, pi/2] rad; `curves` maps epsilon to (T,) values with the ratio
+    of norms `s`; `dice`, (T,), belongs to true Dice, 1 - s cos(theta), and is dashed. Above
+    `wrong_above`, (T,), the loss rises with s, (1/2 + epsilon) theta^2 > 1, which is shaded.
 
     >>> theta = np.linspace(0, np.pi / 2, 50)
     >>> figure = loss_curves(theta, {0.0: 0.9 + 0.05 * theta**2}, 1 - 0.1 * np.cos(theta), s=0.1)

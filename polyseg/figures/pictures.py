@@ -49,11 +49,7 @@ class Sample:
 
 @styled
 def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
-    """Draw rows of images with the outlines of their masks.
-
-    Args:
-        rows: at least one, of equal length.
-        title: of the sheet.
+    """Draw rows of images, at least one and of equal length, with the outlines of their masks.
 
     >>> sample = Sample("a", np.zeros((4, 4)), np.zeros((1, 4, 4)))
     >>> len(samples_sheet([[sample, sample]], title="light").axes)
@@ -96,10 +92,8 @@ class OverlayCase:
 def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure:
     """Draw a row for each image: the image, its mask, the mean prediction and the uncertainty.
 
-    Args:
-        cases: at least one; heights are limited to between 0.4 and 2 widths.
-        metric: name of the uncertainty, whose colours are the same in all rows.
-        title: of the figure.
+    The colours of the uncertainty, named by `metric`, are the same in all rows. Heights are limited
+    to between 0.4 and 2 widths.
 
     >>> blank = np.zeros((4, 6))
     >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
@@ -150,10 +144,7 @@ class PredictionCase:
 def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title: str) -> Figure:
     """Draw a row for each image: its mask, then each run's prediction over the mask as outlines.
 
-    Args:
-        cases: at least one; heights are limited to between 0.4 and 1.25 widths.
-        names: of the R runs, at least one.
-        title: of the figure.
+    `names` are those of the runs, at least one. Heights are limited to between 0.4 and 1.25 widths.
 
     >>> blank = np.zeros((4, 6))
     >>> case = PredictionCase("a", blank, blank, [blank > 0], [1.0])

@@ -30,13 +30,9 @@ def robustness_curves(
 ) -> Figure:
     """Draw the mean of a metric over the strength of corruptions, a panel for each corruption.
 
+    `values` maps corruptions to names of runs to values, (S, n); all have the same runs and images.
     Bands are 95 % bootstrap intervals over at least two images. An image whose value is not finite
     anywhere in a panel is left out of all its lines; the number of these is in the title.
-
-    Args:
-        strengths: (S,) rising.
-        values: corruption to name of the run to values, (S, n); all have the same runs and images.
-        metric: name of the values.
 
     >>> dice = {"noise": {"adaptive": np.array([[0.9, 0.8], [0.7, 0.5]])}}
     >>> robustness_curves([0, 1], dice).axes[0].lines[0].get_ydata().round(2).tolist()

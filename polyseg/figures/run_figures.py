@@ -120,11 +120,8 @@ def draw_run(
 ) -> list[Path]:
     """Draw losses and metrics over the epochs, and quantiles of epsilon if it was adapted.
 
-    Args:
-        history: a row for each epoch.
-        epsilon: (epochs, rows), the labels of an image one after another.
-        config: of the run.
-        folder: where the figures go.
+    `history` has a row for each epoch; `epsilon` is (epochs, rows), the labels of an image one
+    after another.
     """
     files = save_figure(training_curves(history), folder / "curves")
     if not config.adaptive:

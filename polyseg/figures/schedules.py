@@ -33,8 +33,7 @@ _COLUMNS = 3
 def epsilon_bands(runs: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
     """Draw the epsilons of several runs over the epochs: medians, and bands from 5 to 95 %.
 
-    Args:
-        runs: name to epochs, (E,), and epsilon, (E, n), of each run.
+    `runs` maps names to epochs, (E,), and epsilon, (E, n).
 
     >>> runs = {"a": (np.array([1, 2]), np.array([[0.0, 0.2], [0.0, 1.0]]))}
     >>> epsilon_bands(runs).axes[0].lines[0].get_ydata().round(2).tolist()
@@ -68,14 +67,10 @@ def epsilon_map(
     limits: tuple[float, float],
     assessed: Sequence[int] = (),
 ) -> Figure:
-    """Draw the epsilon of every image in every epoch, the image with the largest D on top.
+    """Draw the epsilon, (E, n), of every image in every epoch, the largest `difficulty` on top.
 
-    Args:
-        epochs: (E,) from 1.
-        epsilon: (E, n).
-        difficulty: (n,) at the end, by which the images are sorted.
-        limits: eps_min and eps_max; the colours span at least this range.
-        assessed: epochs of the assessments, marked on top.
+    The colours span at least `limits`, eps_min and eps_max. The epochs in `assessed` are marked
+    above.
 
     >>> epsilon = np.array([[0.0, 0.5]])
     >>> figure = epsilon_map(np.array([1]), epsilon, np.array([0.1, 0.2]), limits=(-0.4, 1.0))
@@ -118,9 +113,7 @@ class Panel(NamedTuple):
 def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
     """Draw Dice over difficulty at several assessments, each with its own scale of D.
 
-    Args:
-        panels: at least one.
-        metric: name of the score that is D.
+    `metric` is the name of the score that is D.
 
     >>> panel = Panel(5, np.array([0.1, 0.3]), np.array([0.9, 0.7]), 1.0)
     >>> difficulty_panels([panel], metric="variance").axes[0].get_title()
@@ -150,9 +143,7 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
 def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
     """Draw rank correlations of D at each assessment with D elsewhere.
 
-    Args:
-        epochs: (A,) of the assessments.
-        curves: name of the other D to correlations, (A,); NaN leaves a gap.
+    `curves` maps the name of the other D to correlations, (A,), at A epochs; NaN leaves a gap.
 
     >>> rank_curves([1, 2], {"last assessment": np.array([0.5, np.nan])}).axes[0].get_ylabel()
     'rank correlation of D with'
@@ -170,9 +161,7 @@ def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
 def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Numbers]]) -> Figure:
     """Draw the correlations of several scores over the assessments, in several panels.
 
-    Args:
-        epochs: (A,) of the assessments.
-        panels: title to score to correlations in [-1, 1], (A,); NaN leaves a gap.
+    `panels` maps titles to scores to correlations, (A,), at A epochs; NaN leaves a gap.
 
     >>> panels = {"with 1 − Dice": {"entropy": np.array([0.5, 0.7])}}
     >>> [text.get_text() for text in validity_curves([1, 2], panels).legends[0].get_texts()]

@@ -81,14 +81,10 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write a figure atomically, and return the paths of the files.
+    """Write a figure atomically as .png (200 dpi), .pdf or .svg, and return the paths of the files.
 
-    Args:
-        figure: the figure.
-        path: with suffix .png (200 dpi), .pdf or .svg; without one, PNG and PDF are written.
-
-    Raises:
-        PolysegError: another suffix, or the folder cannot be written.
+    A path without suffix gives PNG and PDF. Another suffix, or a folder that cannot be written,
+    raises PolysegError.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -127,12 +123,7 @@ def headed(figure: Figure, heading: str) -> Figure:
 
 
 def place_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes at a position in inches from the upper left corner of a figure.
-
-    >>> axes = place_axes(Figure(figsize=(4, 4)), 1, 0, 2, 1)
-    >>> axes.get_position().bounds == (0.25, 0.75, 0.5, 0.25)
-    True
-    """
+    """Add axes at a position in inches from the upper left corner of a figure."""
     across, down = figure.get_size_inches()
     return figure.add_axes(
         (left / across, 1 - (top + height) / down, width / across, height / down)
@@ -140,13 +131,7 @@ def place_axes(figure: Figure, left: float, top: float, width: float, height: fl
 
 
 def epochs_axis(axes: Axes, epochs: Numbers, *, legend: bool = True) -> None:
-    """Make x an axis of epochs: whole numbers, wide enough for all, with a legend if needed.
-
-    >>> axes = Figure().add_subplot()
-    >>> epochs_axis(axes, np.array([1, 2]))
-    >>> [round(limit, 2) for limit in map(float, axes.get_xlim())]
-    [0.48, 2.52]
-    """
+    """Make x an axis of epochs: whole numbers, wide enough for all, with a legend if needed."""
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     if epochs.size:
@@ -167,18 +152,8 @@ def boxes(
 ) -> None:
     """Draw quartiles as boxes, medians as lines and whiskers from 5 to 95 %.
 
-    Args:
-        axes: to draw in.
-        samples: arrays (n_i,) of finite values; an empty one gets no box.
-        positions: centres of the boxes.
-        colours: of the boxes.
-        width: of the boxes, in the unit of the positions.
-        horizontal: whether the values are along x.
-
-    >>> axes = Figure().add_subplot()
-    >>> boxes(axes, [np.array([1.0, 2, 3])], [5], [BLUE], width=1)
-    >>> axes.patches[0].get_bbox().bounds == (4.5, 1.5, 1.0, 1.0)
-    True
+    `samples` are arrays (n_i,) of finite values, of which an empty one gets no box; `positions` are
+    the centres, in whose unit `width` is. `horizontal` puts the values along x.
     """
     # Not by matplotlib's boxplot, which imports pyplot.
     upright: tuple[Callable[..., Any], ...] = (axes.bar, axes.vlines, axes.hlines)
@@ -196,11 +171,7 @@ def boxes(
 
 
 def finite_values(values: Numbers) -> Numbers:
-    """Return the finite values, (m,), as floats.
-
-    >>> finite_values(np.array([1, np.nan, np.inf])).tolist()
-    [1.0]
-    """
+    """Return the finite values, (m,), as floats."""
     values = np.asarray(values, dtype=float)
     return values[np.isfinite(values)]
 

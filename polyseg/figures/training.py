@@ -88,10 +88,7 @@ def validation_curves(
 ) -> Figure:
     """Draw the validation Dice of several runs over the epochs, the best epoch of each marked.
 
-    Args:
-        names: of the R runs.
-        epochs: R arrays (E_r,) from 1.
-        dice: R arrays (E_r,) in [0, 1]; NaN leaves a gap.
+    `epochs` and `dice` hold an array (E_r,) for each run; NaN leaves a gap.
 
     >>> figure = validation_curves(["a"], [np.array([1, 2])], [np.array([0.6, 0.8])])
     >>> figure.axes[0].lines[0].get_ydata().tolist()
@@ -114,12 +111,9 @@ def validation_curves(
 
 @styled
 def epsilon_quantiles(epochs: Numbers, epsilon: Numbers, *, limits: tuple[float, float]) -> Figure:
-    """Draw quantiles of epsilon over the images as steps, one epoch wide.
+    """Draw quantiles of epsilon, (E, n), over the images as steps, one epoch wide.
 
-    Args:
-        epochs: (E,) from 1.
-        epsilon: (E, n); NaN is left out, and an epoch of NaN alone is a gap.
-        limits: eps_min and eps_max, drawn dashed.
+    NaN is left out; an epoch of NaN alone is a gap. `limits`, eps_min and eps_max, are dashed.
 
     >>> epsilon = np.array([[0.0, 0.2], [0.0, 1.0]])
     >>> figure = epsilon_quantiles(np.array([1, 2]), epsilon, limits=(-0.4, 1.0))
@@ -150,11 +144,8 @@ def difficulty_distribution(
 ) -> Figure:
     """Draw the distribution of D at each assessment as boxes with whiskers from 5 to 95 %.
 
-    Args:
-        epochs: of the E assessments, rising.
-        difficulties: E arrays (n,), at least 0; NaN is left out. The axis is logarithmic if all
-            values are positive and the largest is above 30 times the smallest.
-        metric: name of the score that is D.
+    `difficulties` are arrays (n,), at least 0, of the score `metric`; NaN is left out. The axis is
+    logarithmic if all values are positive and the largest is above 30 times the smallest.
 
     >>> figure = difficulty_distribution([5, 10], [np.array([1.0, 2, 3]), np.array([1.0, 1, 2])])
     >>> figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()

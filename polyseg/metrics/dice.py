@@ -7,14 +7,8 @@ from torch import Tensor
 def dice_coefficient(predicted: Tensor, truth: Tensor) -> Tensor:
     """Return 2 |P and T| / (|P| + |T|) of each image, (B,) float64; 1 where both are empty.
 
-    IoU is dice / (2 - dice).
-
-    Args:
-        predicted: (B, ...) bool.
-        truth: same shape, foreground above 0.
-
-    Raises:
-        ValueError: the shapes differ.
+    `predicted` is (B, ...) bool, `truth` of the same shape with foreground above 0. IoU is dice /
+    (2 - dice).
 
     >>> dice_coefficient(torch.tensor([[True, True]]), torch.tensor([[1, 0]]))
     tensor([0.6667], dtype=torch.float64)

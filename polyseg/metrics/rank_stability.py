@@ -38,18 +38,11 @@ def spearman(first: Values, second: Values) -> float:
 
 
 def partial_spearman(first: Values, second: Values, given: Values) -> float:
-    """Return Spearman's rank correlation of two series, controlled for a third.
+    """Return Spearman's rank correlation of two series, controlled for a third, (n,) each.
 
     The partial correlation of the ranks: (r_12 - r_13 r_23) / sqrt((1 - r_13^2) (1 - r_23^2)).
-
-    Args:
-        first: (n,); images with a value that is not finite in any series are dropped.
-        second: (n,).
-        given: (n,) the controlled series.
-
-    Returns:
-        In [-1, 1]; NaN below four images, where a series is constant, and where `given` determines
-        the ranks of one of the two.
+    Images with a value that is not finite are dropped. NaN below four images, where a series is
+    constant, and where `given` determines the ranks of one of the two.
 
     >>> size = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     >>> difficulty, error = np.array([[2.0, 1.0, 3.0, 5.0, 4.0], [2.0, 1.0, 4.0, 5.0, 3.0]])
@@ -74,12 +67,8 @@ def rank_stability(halves: Values) -> float:
 
     The correlation r of two halves of the passes is the reliability of half of them, 2 r / (1 + r)
     that of all (Spearman and Brown, 1910); its root is the correlation with what they estimate.
-
-    Args:
-        halves: (S, 2, n) difficulties of n images by either half, for S ways of halving.
-
-    Returns:
-        In [0, 1]; NaN where ranks are undefined.
+    `halves` are (S, 2, n) difficulties by either half, for S ways of halving. The result is in [0,
+    1]; NaN where ranks are undefined.
 
     >>> rank_stability(np.array([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]]))
     1.0
@@ -91,12 +80,8 @@ def rank_stability(halves: Values) -> float:
 def passes_needed(stability: float, passes: int, target: float) -> int:
     """Return the smallest number of passes whose expected rank stability reaches a target.
 
-    The odds of the squared stability are proportional to the passes.
-
-    Args:
-        stability: in (0, 1), measured with `passes`.
-        passes: at least 1.
-        target: in (0, 1).
+    `stability`, measured with `passes`, and `target` are in (0, 1). The odds of the squared
+    stability are proportional to the passes.
 
     >>> passes_needed(0.9, 10, 0.9), passes_needed(0.9, 10, 0.95)
     (10, 22)
@@ -108,10 +93,8 @@ def passes_needed(stability: float, passes: int, target: float) -> int:
 def jackknife_error(left_out: Values) -> Values:
     """Return the standard error, (n,), of a statistic from its values with one group left out.
 
-    The delete-a-group jackknife: sqrt((G - 1) / G sum_g (D_g - mean D)^2).
-
-    Args:
-        left_out: (G, n) for G groups of about equal size, G at least 2.
+    The delete-a-group jackknife, sqrt((G - 1) / G sum_g (D_g - mean D)^2), for values (G, n) of G
+    groups of about equal size, G at least 2.
 
     >>> means = np.array([[(2.0 + 3.0) / 2], [(1.0 + 3.0) / 2], [(1.0 + 2.0) / 2]])
     >>> round(float(jackknife_error(means)[0]), 4) == round(1 / 3**0.5, 4)

@@ -106,17 +106,9 @@ def mean_interval(
 ) -> Interval:
     """Return the bootstrap confidence interval of the mean over images.
 
-    Bias-corrected and accelerated (Efron, 1987); by percentiles where that is undefined. The
-    interval of -values is the mirrored one, unless the values are their own mirror image.
-
-    Args:
-        values: (n,); values that are not finite are dropped.
-        level: in (0, 1).
-        resamples: at least 1.
-        seed: of the resampling.
-
-    Returns:
-        NaN below two values; (v, v) if all are v.
+    Bias-corrected and accelerated (Efron, 1987); by percentiles where that is undefined. Values,
+    (n,), that are not finite are dropped. The interval is NaN below two values, (v, v) if all are
+    v, and mirrored for -values, unless the values are their own mirror image.
 
     >>> interval = mean_interval([0.7, 0.8, 0.9, 0.8])
     >>> 0.7 < interval.low < 0.8 < interval.high < 0.9
@@ -138,19 +130,12 @@ def mean_interval(
 def rank_correlation(
     first: ArrayLike, second: ArrayLike, *, level: float = 0.95
 ) -> RankCorrelation:
-    """Return Spearman's correlation of two series over images, with its confidence interval.
+    """Return Spearman's correlation of two series, (n,), with its confidence interval.
 
     By Fisher's z = artanh r with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
-    Wright (2000), whose intervals hold their level for large r too.
-
-    Args:
-        first: (n,); images with a value that is not finite are left out.
-        second: (n,).
-        level: in (0, 1).
-
-    Returns:
-        The interval is NaN below four images and where the correlation is undefined, and (r, r)
-        where r is 1 or -1.
+    Wright (2000), whose intervals hold their level for large r too. Images with a value that is not
+    finite are left out. The interval is NaN below four images and where r is undefined, and (r, r)
+    where r is 1 or -1.
 
     >>> x = np.arange(30.0)
     >>> found = rank_correlation(x, np.roll(x, 3))
@@ -224,12 +209,9 @@ def paired_difference(
 def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
     """Return a comparison with its test over the runs of two arms.
 
-    Images show whether these networks differ; only several seeds show whether two ways of training
-    do.
-
-    Args:
-        found: the comparison over images, each its mean over an arm's runs.
-        differences: (m,) of the means of each pair of runs with equal seed and fold.
+    Images, each with its mean over an arm's runs in `found`, show whether these networks differ;
+    only several seeds show whether two ways of training do. `differences`, (m,), are those of the
+    means of each pair of runs with equal seed and fold.
 
     >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
     >>> round(over_runs(found, [0.1, 0.2, 0.0]).p_over_runs, 3)
@@ -306,8 +288,7 @@ def terciles(values: ArrayLike) -> NDArray[np.int8]:
 def seed_spread(matrix: ArrayLike) -> SeedSpread:
     """Return the mean of a metric, its spread over seeds and its spread over images.
 
-    Args:
-        matrix: (seeds, images), NaN where undefined; means are over the other values.
+    `matrix` is (seeds, images), NaN where undefined; means are over the other values.
 
     >>> spread = seed_spread([[0.5, 0.7], [0.7, 0.9]])
     >>> [round(one, 3) for one in (spread.mean, spread.deviation_over_seeds)]

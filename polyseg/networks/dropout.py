@@ -75,8 +75,7 @@ def mask_shape(layer: Any, shape: Sequence[int]) -> torch.Size:
 def stochastic_layers(network: nn.Module) -> dict[str, Any]:
     """Return the active dropout layers, those with a rate above 0, by name.
 
-    Raises:
-        PolysegError: there is a kind of dropout that MC Dropout does not support.
+    Kinds of dropout that MC Dropout does not support raise PolysegError.
 
     >>> sorted(stochastic_layers(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.0))))
     ['0']
@@ -100,10 +99,7 @@ def stochastic_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def active_layers(network: nn.Module) -> dict[str, Any]:
-    """Return the active dropout layers by name, at least one.
-
-    Raises:
-        PolysegError: none is active, or one has a rate of 1.
+    """Return the active dropout layers by name, at least one and none with a rate of 1.
 
     >>> list(active_layers(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))))
     ['1']
@@ -123,18 +119,14 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
 def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
     """Raise if something is random in training that MC Dropout would not repeat in its passes.
 
+    That is what is dropped outside dropout layers, an active layer that is not called in evaluation
+    mode or whose first dimension is not the image, and other randomness such as stochastic depth by
+    torch.bernoulli.
+
     A pass in training and one in evaluation mode count the dropout calls. Passes with several
     seeds, dropout layers in evaluation and all else in training mode, must then give equal outputs.
-    Modes, buffers and random streams (torch, NumPy, Python) are restored.
-
-    Args:
-        network: any network.
-        images: (B, C, H, W), B at least 2.
-
-    Raises:
-        PolysegError: something is dropped outside a dropout layer, an active layer is not called
-            in evaluation mode, the first dimension of its output is not the image, or something
-            else is random, such as stochastic depth by torch.bernoulli.
+    `images` are (B, C, H, W), B at least 2. Modes, buffers and random streams (torch, NumPy,
+    Python) are restored.
 
     >>> refuse_hidden_dropout(nn.Dropout(0.5), torch.zeros(2, 1, 4, 4))
     """

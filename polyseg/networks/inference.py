@@ -55,25 +55,13 @@ def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return the device of a network's weights.
-
-    >>> device_of(nn.Linear(1, 1))
-    device(type='cpu')
-    """
+    """Return the device of a network's weights."""
     return next((weights.device for weights in network.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
 def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
-    """Hold a network in training or evaluation mode, then restore the mode of each module.
-
-    >>> layer = nn.Dropout(0.5)
-    >>> with held_in_mode(layer, training=False):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
+    """Hold a network in training or evaluation mode, then restore the mode of each module."""
     modes = [(module, module.training) for module in network.modules()]
     network.train(training)
     try:
@@ -104,11 +92,7 @@ def _predict(network: nn.Module, batch: Batch, rows: slice) -> tuple[Batch, Tens
 
 
 def images_of(batch: Batch, rows: slice | list[int]) -> Batch:
-    """Return some of the images of a batch.
-
-    >>> images_of(Batch(["a", "b"], torch.zeros(2, 1, 4, 4), None), slice(1, 2)).ids
-    ['b']
-    """
+    """Return some of the images of a batch."""
     ids = batch.ids[rows] if isinstance(rows, slice) else [batch.ids[i] for i in rows]
     masks = None if batch.masks is None else batch.masks[rows]
     return batch._replace(ids=ids, images=batch.images[rows], masks=masks)

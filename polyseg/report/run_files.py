@@ -24,18 +24,12 @@ from polyseg.runs.record_files import read_assessment, read_schedule
 from polyseg.system.files import TEMPORARY_PREFIX, csv_rows
 from polyseg.system.yaml import parse_yaml
 
-MOST_PICTURES = 40
-MOST_ASSESSMENTS = 1000
+MOST_PICTURES, MOST_ASSESSMENTS, MOST_EPOCHS = 40, 1000, 100_000
 LARGEST_PICTURE = 3 * 2**20
 """Largest size of a PNG file, in bytes."""
-MOST_EPOCHS = 100_000
 
-_LARGEST_TEXT = 2**25
-_LARGEST_ARRAYS = 2**30
-_LARGEST_CHECKPOINT = 2**32
-_MOST_PIXELS = 2**25
-_MOST_LABELS = 32
-_MOST_COLUMNS = 200
+_LARGEST_TEXT, _LARGEST_ARRAYS, _LARGEST_CHECKPOINT = 2**25, 2**30, 2**32
+_MOST_PIXELS, _MOST_LABELS, _MOST_COLUMNS = 2**25, 32, 200
 
 T = TypeVar("T")
 
@@ -82,8 +76,7 @@ class RunFiles:
 def read_run(path: Path, name: str) -> RunFiles:
     """Read the files of a run for a report, which calls it `name`.
 
-    Raises:
-        PolysegError: the folder has neither config.yaml nor history.csv.
+    A folder without config.yaml and history.csv raises PolysegError.
     """
     if not any((path / one).is_file() for one in ("config.yaml", "history.csv")):
         evaluation = (path / "summary.json").is_file()
@@ -114,8 +107,7 @@ def read_run(path: Path, name: str) -> RunFiles:
 def read_evaluation(path: Path, name: str) -> EvaluationFiles:
     """Read the folder of `polyseg evaluate` for a report, which calls it `name`.
 
-    Raises:
-        PolysegError: the folder has no summary.json.
+    A folder without summary.json raises PolysegError.
     """
     if not (path / "summary.json").is_file():
         raise PolysegError(

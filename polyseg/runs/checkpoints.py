@@ -141,8 +141,7 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(path: str | Path, *, with_weights: bool = True) -> Checkpoint:
     """Read a checkpoint, without weights and optimizer (and without torch) on request.
 
-    Raises:
-        PolysegError: the file is missing, damaged, or not from polyseg.
+    A file that is missing, damaged, or not from polyseg raises PolysegError.
     """
     try:
         content = _content(Path(path))

@@ -135,8 +135,7 @@ def row_of(epoch: Epoch) -> dict[str, float]:
 def completed(row: Mapping[str, float]) -> dict[str, float]:
     """Return a row with all columns in order, with NaN for missing ones.
 
-    Raises:
-        ValueError: the row has other columns.
+    Other columns raise ValueError.
 
     >>> completed({"epoch": 1.0})["train_loss"]
     nan

@@ -55,11 +55,7 @@ _INVALID = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeErr
 
 
 def write_assessment(path: str | Path, assessment: Assessment) -> str:
-    """Write an assessment file atomically, and return its sha256.
-
-    Raises:
-        PolysegError: the file cannot be written, or maps differ in size.
-    """
+    """Write an assessment file atomically, and return its sha256; maps must have equal sizes."""
     with _writing(path, _ASSESSMENT) as file:
         for name in (*_TEXTS, *_NUMBERS):
             value = getattr(assessment, name)
@@ -90,9 +86,8 @@ def read_assessment(
 ) -> Assessment:
     """Read an assessment file, with its pixel maps on request.
 
-    Raises:
-        PolysegError: the file is missing, damaged, of another schema or of another kind, or its
-            hash is not `sha256`.
+    A file that is missing, damaged, of another schema or kind, or whose hash is not `sha256`,
+    raises PolysegError.
     """
     with _reading(path, _ASSESSMENT, sha256) as file:
         ids, labels = _rows(file)

@@ -120,8 +120,7 @@ class RunDirectory:
     def commit(self, checkpoint: Checkpoint) -> None:
         """Write the files of an epoch; renaming the last checkpoint commits it.
 
-        Raises:
-            PolysegError: a file cannot be written; earlier epochs stay committed.
+        If a file cannot be written, earlier epochs stay committed.
         """
         self._write_views(checkpoint)
         if self.last.is_file():
@@ -174,10 +173,7 @@ class RunDirectory:
     def begin(self, config: Config, split: str, now: Mapping[str, Any]) -> str:
         """Write the files that identify a run, and return the sha256 of its split.
 
-        Args:
-            config: the settings.
-            split: result of `split_json`.
-            now: result of `environment`.
+        `split` and `now` are results of `split_json` and `environment`.
         """
         # First the file by which a folder is recognised as a run's.
         write_text(self.environment, json.dumps(now, indent=2) + "\n")
@@ -218,8 +214,7 @@ class RunDirectory:
     def read_split(self, sha256: str = "") -> tuple[Split, dict[str, str]]:
         """Return the ids by part, and the hashes of the images by id.
 
-        Raises:
-            PolysegError: split.json is missing, damaged, or its hash is not `sha256`.
+        A missing or damaged split.json, or one whose hash is not `sha256`, raises PolysegError.
         """
         try:
             text = read_text(self.split)

@@ -46,11 +46,7 @@ class Trained:
         return dataclasses.replace(self, checkpoint=self.checkpoint.weights_only())
 
     def build(self, device: str, *, trust: bool) -> "Model":
-        """Build the network on a device.
-
-        Raises:
-            PolysegError: there is no such device, or the network needs `trust`.
-        """
+        """Build the network on a device; one of code outside polyseg needs `trust`."""
         network = network_of(self.checkpoint, trust=trust).to(choose_device(device))
         return Model(self.source, self.run, self.checkpoint, network)
 
@@ -80,8 +76,7 @@ class Inputs:
 def open_model(source: str | Path, device: str, trust: bool) -> Model:
     """Return the network of a checkpoint file, or of a run's best checkpoint.
 
-    Raises:
-        PolysegError: there is none, it is damaged, or its network needs `trust`.
+    A missing or damaged file, and a network that needs `trust`, raise PolysegError.
     """
     return read_trained(source).build(device, trust=trust)
 
@@ -129,15 +124,9 @@ def images_for(
 ) -> tuple[ImageSet, list[str]]:
     """Return images and the ids to use: a part of the run's own data, or all of another folder.
 
-    Args:
-        model: the network.
-        inputs: names the data; the model's own are used if it names none or the same folder.
-        default: the part to use if none is named.
-        progress: called while reading.
-        load: reads the model's own data.
-
-    Raises:
-        PolysegError: an unknown or empty part, or invalid data.
+    The model's own data, read by `load`, are used if `inputs` name no folder or the same one, and
+    `default` is the part if they name none. An unknown or empty part, or invalid data, raise
+    PolysegError.
     """
     part = inputs.part
     if part not in (None, "all", *PARTS):
@@ -218,9 +207,7 @@ def moved_split(model: Model, images: ImageSet) -> Split | None:
 def split_of_run(run: RunDirectory, images: ImageSet, sha256: str = "") -> Split:
     """Return the split that a run recorded, if the images have not changed since.
 
-    Raises:
-        PolysegError: names the missing or changed images; or the hash of split.json is not
-            `sha256`.
+    Missing or changed images, or a split.json whose hash is not `sha256`, raise PolysegError.
     """
     split, hashes = run.read_split(sha256)
     changes = {

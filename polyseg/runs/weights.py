@@ -14,9 +14,7 @@ from polyseg.runs.checkpoints import Checkpoint
 def network_of(checkpoint: Checkpoint, *, trust: bool = False) -> SegmentationNetwork:
     """Build the network of a checkpoint, with its weights.
 
-    Raises:
-        PolysegError: the network is code outside polyseg and `trust` is false, or the weights do
-            not fit.
+    Code outside polyseg without `trust`, and weights that do not fit, raise PolysegError.
     """
     config = checkpoint.config
     name = config.network.name
@@ -55,11 +53,7 @@ def new_network(config: Config, channels: int) -> SegmentationNetwork:
 
 
 def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a network with exactly the same names, shapes and types.
-
-    Raises:
-        PolysegError: they differ, or weights are not finite.
-    """
+    """Load finite weights into a network with exactly the same names, shapes and types."""
     _refuse_misfits(network, weights)
     for name, values in weights.items():
         if values.is_floating_point() and not bool(values.isfinite().all()):

@@ -82,15 +82,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path, which replaces `path` if the block succeeds.
 
     The bytes are flushed before the rename, and an error in the block leaves no file behind. The
-    temporary name keeps the suffix, because some writers choose the format by it.
-
-    Raises:
-        PolysegError: the folder cannot be written, or the disk is full.
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with atomic_path(Path(folder) / "table.csv") as temporary:
-    ...         _ = temporary.write_text("id,dice")
-    ...     (Path(folder) / "table.csv").read_text()
-    'id,dice'
+    temporary name keeps the suffix, because some writers choose the format by it. A folder that
+    cannot be written, or a full disk, raises PolysegError.
     """
     path = Path(path)
     try:
@@ -141,9 +134,7 @@ def write_text(path: str | Path, text: str) -> None:
 def read_text(path: str | Path) -> str:
     """Read a text file (UTF-8) of at most 64 MiB.
 
-    Raises:
-        OSError: the file is missing, too large, or not a plain file, such as a pipe.
-        ValueError: the file is not UTF-8.
+    A missing or larger file, or one that is not plain, such as a pipe, raises OSError.
 
     >>> read_text(Path("/dev/zero"))
     Traceback (most recent call last):
@@ -181,9 +172,6 @@ def _csv_line(row: Sequence[Any]) -> str:
 def csv_rows(text: str) -> list[list[str]]:
     """Return the non-empty rows of a text from `csv_table`, with the original cells.
 
-    Raises:
-        csv.Error: the text is not CSV.
-
     >>> csv_rows(csv_table(["id"], [["=1+1"], ["'=1+1"], ["-0.5"]]))
     [['id'], ['=1+1'], ["'=1+1"], ['-0.5']]
     """
@@ -213,11 +201,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
-    """Hold the lock file `path` during the block; the lock of a killed process is free.
-
-    Raises:
-        PolysegError: another process holds the lock of `owner`.
-    """
+    """Hold the lock file `path` of `owner` during the block; a killed process frees its lock."""
     try:
         # O_NOFOLLOW: a link in somebody else's folder may point anywhere.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -258,10 +242,7 @@ def _readable_by_umask(path: Path) -> None:
 
 
 def short_names(sources: Sequence[Path]) -> list[str]:
-    """Return the shortest path endings that tell the sources apart.
-
-    Raises:
-        PolysegError: a source is given twice.
+    """Return the shortest path endings that differ; PolysegError if a source is repeated.
 
     >>> short_names([Path("/runs/a/last.safetensors"), Path("/runs/b/last.safetensors")])
     ['a/last.safetensors', 'b/last.safetensors']

@@ -109,13 +109,10 @@ def _limits_of_groups() -> Iterator[int]:
 def refuse_beyond_memory(
     needed: int, what: str, advice: str, device: "Device | None" = None
 ) -> None:
-    """Raise if something needs more memory than the machine, or a GPU, has in total.
+    """Raise if something needs more bytes than the machine, or a CUDA device, has in total.
 
-    Args:
-        needed: bytes.
-        what: what needs them, such as "data.demo_images: 100 images".
-        advice: how to need fewer.
-        device: where they are needed; None for the machine.
+    `what` says what needs them, such as "data.demo_images: 100 images", and `advice` how to need
+    fewer.
 
     >>> refuse_beyond_memory(2**20, "data.demo_images: 100 images", "lower it")
     """
@@ -145,15 +142,10 @@ class Portions:
         self.most = self.told = sys.maxsize
 
     def run(self, count: int, work: Callable[[slice], Result], what: str) -> Iterator[Result]:
-        """Yield the result for each part of the images in order.
+        """Yield the result for each part of `count` images in order.
 
-        Args:
-            count: number of images.
-            work: a function of a slice of the images; may be called again with a smaller one.
-            what: description of one image, such as "an image of 32 x 32".
-
-        Raises:
-            PolysegError: memory does not suffice for one image.
+        `work` takes a slice of the images and may be called again with a smaller one. `what`
+        describes one image; if memory does not suffice for it, PolysegError is raised.
         """
         start = 0
         while start < count:

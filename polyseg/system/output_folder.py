@@ -20,13 +20,9 @@ def whole_folder(
     An error or a signal in the block removes it and leaves `path` as it was. What a killed process
     has left behind is removed by the next one that writes to `path`.
 
-    Args:
-        path: a new or empty folder.
-        overwrite: whether a folder of earlier results may be replaced.
-        known_by: file patterns; a folder with a match of one holds such results.
-
-    Raises:
-        PolysegError: `path` is occupied, written by another process, or cannot be written.
+    `path` must be new or empty. With `overwrite` it may also hold earlier results, which are
+    recognised by a match of one of the patterns `known_by`. Otherwise, and while another process
+    writes it, PolysegError is raised.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -134,12 +134,8 @@ def rank_here() -> int:
 def together(device: "Device", patience: timedelta | None = None) -> Iterator[Processes]:
     """Connect the processes, if there are several, for the length of the block.
 
-    Args:
-        device: where this process computes.
-        patience: longest time to wait for another process; None for torch's default.
-
-    Raises:
-        PolysegError: they cannot connect, or one of them ends before the block does.
+    `patience` is the longest time to wait for another process; None for torch's default. A process
+    that cannot connect, or ends before the block does, raises PolysegError in the others.
     """
     if _count_here() == 1:
         yield ALONE

@@ -64,8 +64,7 @@ def ending_at_once() -> Iterator[StopRequest]:
 def ending_when_asked(progress: Callable[[], str]) -> Iterator[StopRequest]:
     """Yield a request that the block looks at after each step; raise at a second signal.
 
-    Args:
-        progress: returns how far the work has come, for the message of the second signal.
+    `progress` returns how far the work has come, for the message of the second signal.
 
     >>> with ending_when_asked(lambda: "after epoch 3") as stop:
     ...     signal.raise_signal(signal.SIGTERM)
