@@ -125,27 +125,27 @@ def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
 def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
     if not evaluation.comparisons:
         return []
-    found = evaluation.comparisons
     compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    found = evaluation.comparisons
+    baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
     rows = {
         evaluation.heading(metric): [one.differences[metric.key] for one in found]
         for metric in compared
     }
+    better = [metric.higher_is_better for metric in compared]
     figure = differences(
         [one.run for one in found],
         {
             title: (
-                np.array([one.mean for one in ones]),
-                np.array([one.interval.low for one in ones]),
-                np.array([one.interval.high for one in ones]),
+                np.array([one.mean for one in of_metric]),
+                np.array([one.interval.low for one in of_metric]),
+                np.array([one.interval.high for one in of_metric]),
             )
-            for title, ones in rows.items()
+            for title, of_metric in rows.items()
         },
         stars={title: [stars(one.adjusted) for one in ones] for title, ones in rows.items()},
-        higher_is_better={
-            title: metric.higher_is_better for title, metric in zip(rows, compared, strict=True)
-        },
-        baseline=", ".join(dict.fromkeys(one.baseline for one in found)),
+        higher_is_better=dict(zip(rows, better, strict=True)),
+        baseline=baselines,
     )
     return save_figure(figure, folder / "differences")
 

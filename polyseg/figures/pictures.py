@@ -49,12 +49,7 @@ class Sample:
 
 @styled
 def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
-    """Draw rows of images, at least one and of equal length, with the outlines of their masks.
-
-    >>> sample = Sample("a", np.zeros((4, 4)), np.zeros((1, 4, 4)))
-    >>> len(samples_sheet([[sample, sample]], title="light").axes)
-    2
-    """
+    """Draw rows of images, at least one and of equal length, with the outlines of their masks."""
     columns = len(rows[0])
     cell = max(TWO_COLUMNS / columns, 0.9)
     figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
@@ -94,12 +89,6 @@ def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure
 
     The colours of the uncertainty, named by `metric`, are the same in all rows. Heights are limited
     to between 0.4 and 2 widths.
-
-    >>> blank = np.zeros((4, 6))
-    >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
-    >>> figure = overlays([case], metric="entropy", title="largest D")
-    >>> [axes.get_title() for axes in figure.axes[:4]]
-    ['image', 'mask', 'mean prediction', 'uncertainty']
     """
     shapes = [case.mean.shape for case in cases]
     heights = [CELL * float(np.clip(height / width, 0.4, 2)) for height, width in shapes]
@@ -145,12 +134,6 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
     """Draw a row for each image: its mask, then each run's prediction over the mask as outlines.
 
     `names` are those of the runs, at least one. Heights are limited to between 0.4 and 1.25 widths.
-
-    >>> blank = np.zeros((4, 6))
-    >>> case = PredictionCase("a", blank, blank, [blank > 0], [1.0])
-    >>> figure = predictions([case], ["adaptive"], title="two images")
-    >>> [axes.get_xlabel() for axes in figure.axes]
-    ['a', 'Dice 1.000']
     """
     columns = 1 + len(names)
     cell = float(np.clip(TWO_COLUMNS / columns, 1.2, ONE_COLUMN / 2))

@@ -109,13 +109,7 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
 
 @styled
 def headed(figure: Figure, heading: str) -> Figure:
-    """Put a heading in front of the title of a figure's first panel.
-
-    >>> figure = Figure()
-    >>> _ = figure.add_subplot().set_title("epoch 3")
-    >>> headed(figure, "tumour").axes[0].get_title()
-    'tumour, epoch 3'
-    """
+    """Put a heading in front of the title of a figure's first panel."""
     if heading:
         axes = figure.axes[0]
         axes.set_title(", ".join(filter(None, (heading, axes.get_title()))))

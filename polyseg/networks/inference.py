@@ -40,8 +40,6 @@ def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
 
     Call it before anything is computed on the GPU, because cuBLAS reads its setting once. Nothing
     changes for other devices.
-
-    >>> choose_algorithms(torch.device("cpu"), deterministic=False)
     """
     if device.type != "cuda":
         return
@@ -99,9 +97,5 @@ def images_of(batch: Batch, rows: slice | list[int]) -> Batch:
 
 
 def shown(batch: Batch) -> str:
-    """Return the description of an image of a batch for errors.
-
-    >>> shown(Batch(["a"], torch.zeros(1, 1, 4, 6), None))
-    'an image of 4 x 6'
-    """
+    """Return the description of an image of a batch for errors."""
     return "an image of {} x {}".format(*batch.images.shape[2:])

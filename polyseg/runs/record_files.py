@@ -1,17 +1,9 @@
 """The HDF5 files of a run: one for each assessment, and one for the schedule of epsilons.
 
-Assessment of n images: attributes (settings and versions); `id` (n) strings, and `label` (n) where
-each image has a row for each label; `difficulty`, `dice`, and `epsilon` where the statistics are
-those of the data set, (n) float64; `scores/NAME` and `scores_se/NAME` (n) float64;
-`foreground_pixels` and, with masks, `mask_pixels` (n) int64; `fallback` (n) int8; `maps/NAME`
-(n, H, W) float16 where kept. D is stored before eq. 11, so that eq. 11 and 12 can be recomputed.
-Schedule: `id` (n), `epoch` (E), `epsilon` (E, n) float32, `assessed` (E) int64 where known;
-`statistics` (S, 2) float64, D_pct and sigma_D; `group` (E, n) int32, the row of `statistics` behind
-each epsilon, -1 for none.
-
-Strings have a fixed size, because a string in HDF5's heap may claim any size. The first 512 bytes
-(HDF5's user block) hold the sha256 of the rest, which is checked before the HDF5 library opens the
-file, because the library does not notice most damage.
+docs/files.md lists their datasets. D is stored before eq. 11, so that eq. 11 and 12 can be
+recomputed. Strings have a fixed size, because a string in HDF5's heap may claim any size. The first
+512 bytes (HDF5's user block) hold the sha256 of the rest, which is checked before the HDF5 library
+opens the file, because the library does not notice most damage.
 """
 
 import contextlib
@@ -37,15 +29,11 @@ SCHEMA = 3
 """Schema number of the files that are written."""
 
 _READABLE = (2, SCHEMA)
-_ASSESSMENT = "polyseg assessment"
-_SCHEDULE = "polyseg schedule"
-_MOST_IMAGES = 10_000_000
-_LONGEST_NAME = 4096
+_ASSESSMENT, _SCHEDULE = "polyseg assessment", "polyseg schedule"
+_MOST_IMAGES, _MOST_EPOCHS, _MOST_PIXELS, _LONGEST_NAME = 10_000_000, 100_000, 2**26, 4096
 _TEXTS = ("metric", "region", "masks", "weights_sha256")
 _NUMBERS = {"epoch": int, "samples": int, "seed": int, "rate": float | int}
 _LARGEST_SCORE = 1e30
-_MOST_PIXELS = 2**26
-_MOST_EPOCHS = 100_000
 _SMALLEST_CHUNK = 8
 _CHUNK_OVERHEAD = 100
 _FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]

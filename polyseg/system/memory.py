@@ -113,8 +113,6 @@ def refuse_beyond_memory(
 
     `what` says what needs them, such as "data.demo_images: 100 images", and `advice` how to need
     fewer.
-
-    >>> refuse_beyond_memory(2**20, "data.demo_images: 100 images", "lower it")
     """
     there = memory_of(device)
     if needed > there:

@@ -115,10 +115,10 @@ class Processes:
             yield
         except Exception as found:
             error = found
-        well = self.all(error is None)
+        all_succeeded = self.all(error is None)
         if error is not None:
             raise error
-        if not well:
+        if not all_succeeded:
             raise PolysegError(_OTHER_ENDED)
 
 
