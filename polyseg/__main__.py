@@ -35,11 +35,6 @@ def shorten_waiting(environment: MutableMapping[str, str]) -> None:
 
     By default they spin for some milliseconds, which on a busy machine takes cores from the threads
     that they wait for. OpenMP reads the settings once, when torch is imported.
-
-    >>> environment = {}
-    >>> shorten_waiting(environment)
-    >>> environment["GOMP_SPINCOUNT"]
-    '1000'
     """
     if not environment.keys() & {*_SHORT_SPIN, "OMP_WAIT_POLICY"}:
         environment.update(_SHORT_SPIN)

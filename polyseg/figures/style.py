@@ -180,11 +180,7 @@ def formatted(value: float, form: str = "g") -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number with a noun in singular or plural.
-
-    >>> counted(1, "image"), counted(2, "image")
-    ('1 image', '2 images')
-    """
+    """Return a number with a noun in singular or plural."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

@@ -17,11 +17,7 @@ LESS_MEMORY = "use smaller images (data.size), a smaller network, or the CPU (tr
 
 
 def choose_device(name: str) -> torch.device:
-    """Return a device by name; "auto" is the first available of cuda, mps and cpu.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
-    """
+    """Return a device by name; "auto" is the first available of cuda, mps and cpu."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

@@ -50,13 +50,7 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the machine or a GPU ran out of memory.
-
-    >>> is_out_of_memory(RuntimeError("CUDA out of memory")), is_out_of_memory(MemoryError())
-    (True, True)
-    >>> is_out_of_memory(RuntimeError("sizes do not match"))
-    False
-    """
+    """Return whether an error means that the machine or a GPU ran out of memory."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
@@ -66,13 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_memory(task: str, advice: str) -> Iterator[None]:
-    """Turn running out of memory in the block into an error that says what to do.
-
-    >>> with explaining_memory("training", "lower training.batch_size"):
-    ...     raise MemoryError
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: training: ran out of memory; lower training.batch_size
-    """
+    """Turn running out of memory in the block into an error that says what to do."""
     try:
         yield
     except Exception as error:

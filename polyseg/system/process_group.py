@@ -66,12 +66,7 @@ class Processes:
         return found
 
     def joined(self, mine: Sequence[T]) -> list[T]:
-        """Return the results of all processes in the order of the items given to `share`.
-
-        >>> items = "abc"
-        >>> ALONE.joined([item.upper() for item in ALONE.share(items)])
-        ['A', 'B', 'C']
-        """
+        """Return the results of all processes in the order of the items given to `share`."""
         parts = self.gathered(list(mine))
         return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
 

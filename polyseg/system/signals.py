@@ -84,11 +84,7 @@ def ending_when_asked(progress: Callable[[], str]) -> Iterator[StopRequest]:
 
 
 def interruption(number: int, progress: str) -> Interrupted:
-    """Return the exception for a signal.
-
-    >>> print(interruption(signal.SIGTERM, "after epoch 3"))
-    ended by SIGTERM after epoch 3
-    """
+    """Return the exception for a signal."""
     return Interrupted(number, f"ended by {signal.Signals(number).name} {progress}".rstrip())
 
 

@@ -92,11 +92,7 @@ def dump_yaml(tree: Any, *, in_a_line: bool = False) -> str:
 
 
 def parts(tree: Any) -> Iterator[Any]:
-    """Yield a tree and everything in it: mappings, lists, keys and values.
-
-    >>> list(parts({"a": [1]}))
-    [{'a': [1]}, 'a', [1], 1]
-    """
+    """Yield a tree and everything in it: mappings, lists, keys and values."""
     yield tree
     for part in tree if isinstance(tree, dict | list | tuple) else ():
         yield from parts(part)
