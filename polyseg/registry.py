@@ -1,4 +1,4 @@
-"""The table in which each kind of thing that can be chosen by name, or listed, has its rows."""
+"""Registries: tables of the things that can be chosen by name."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,25 +9,21 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that can be chosen by its name."""
+    """One entry of a registry."""
 
     name: str
     help: str
-    """What it is, in a sentence without a full stop."""
+    """One sentence without a full stop."""
     function: str = ""
-    """Where its code is, as "module:name"; it is imported when it is first used."""
+    """Its function as "module:name", imported at first use."""
 
     def resolve(self) -> Any:
-        """Return the function.
-
-        >>> Row("root", "square root", "math:sqrt").resolve()(9.0)
-        3.0
-        """
+        """Return the function."""
         return resolve(self.function)
 
 
 def resolve(place: str) -> Any:
-    """Return what "module:name" names.
+    """Return the object named "module:name".
 
     >>> resolve("math:sqrt")(9.0)
     3.0
@@ -40,7 +36,7 @@ R = TypeVar("R", bound=Row)
 
 
 class Registry(dict[str, R]):
-    """Rows by name, in the order in which they are listed.
+    """Rows by name, in the order of listings.
 
     >>> roots = Registry("root", Row("square", "x^(1/2)", "math:sqrt"))
     >>> list(roots), roots.choices()
@@ -53,25 +49,21 @@ class Registry(dict[str, R]):
     def __init__(self, kind: str, *rows: R) -> None:
         super().__init__({row.name: row for row in rows})
         self.kind = kind
-        """What a row is, as a noun."""
+        """Noun for a row, used in messages."""
 
     def find(self, name: str) -> R:
-        """Return the row of a name.
-
-        Raises:
-            ValueError: there is none; the message lists the names.
-        """
+        """Return the row of a name, or raise ValueError with all names."""
         if name not in self:
             raise ValueError(not_among(name, self, self.kind))
         return self[name]
 
     def choices(self) -> dict[str, str]:
-        """Return what each name means."""
+        """Return the help of each name."""
         return {name: row.help for name, row in self.items()}
 
 
 def not_among(value: object, names: Iterable[str], kind: str) -> str:
-    """Return the message for a value that is none of some names, with the one that is nearest.
+    """Return the message for an unknown name, with the known names and the closest one.
 
     >>> not_among("dise", ["dice", "bce"], "loss")
     "'dise' is not a loss: choose dice or bce; did you mean dice?"
@@ -84,7 +76,7 @@ def not_among(value: object, names: Iterable[str], kind: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as part of a sentence.
+    """Return names joined by commas and "or".
 
     >>> listed(["a", "b", "c"])
     'a, b or c'

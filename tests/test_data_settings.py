@@ -144,7 +144,7 @@ def test_a_checkpoint_that_left_its_run_shows_all_images(config, polyseg, tmp_pa
     assert answer.code == 0, answer.err
     assert len((tmp_path / "u/per_image.csv").read_text().splitlines()) == 1 + len(names)
     answer = polyseg("evaluate", moved, "--out", tmp_path / "e", "--no-figures")
-    assert answer.code == 2 and "which its run folder keeps" in answer.err
+    assert answer.code == 2 and "give the folder of the run" in answer.err
 
 
 def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_path):

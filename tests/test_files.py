@@ -140,7 +140,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with exclusive_lock(tmp_path / ".lock", owner="this"):
-        assert "knows no locks (No locks available)" in caplog.text
+        assert "does not support locks (No locks available)" in caplog.text
 
 
 def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):

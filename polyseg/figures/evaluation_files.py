@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: its tables as files, and its figures."""
+"""The files of an evaluation: tables and figures."""
 
 import itertools
 import json
@@ -29,11 +29,11 @@ from polyseg.system.files import write_text
 
 _CASES = 5
 _MOST_SHOWN = 6
-"""Of the images, and of the runs, in a figure of predictions."""
+"""Largest number of runs in a figure of predictions."""
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> list[Path]:
-    """Write the tables of an evaluation, and its figures; return the files."""
+    """Write the tables and figures of an evaluation, and return their paths."""
     summary = export.summary(evaluation)
     texts = {
         "table.md": export.markdown(summary),
@@ -52,13 +52,9 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> 
 def draw_predictions(
     evaluation: Evaluation, masks: Sequence[PredictedMasks], images: ImageSet, folder: Path
 ) -> list[Path]:
-    """Draw the images that were segmented worst and best, a figure a label.
+    """Draw the images with the lowest and highest mean Dice over the runs, a figure for each label.
 
-    Args:
-        evaluation: what says which those are, by the mean Dice over the runs.
-        masks: what the runs predicted; of an arm its first run that tested an image is drawn.
-        images: the images.
-        folder: where to.
+    For an arm, the prediction of its first run that tested an image is drawn.
     """
     files = []
     for label, place in paths_of_labels(images.labels, folder / "predictions"):
@@ -177,7 +173,7 @@ def draw_robustness(evaluation: Evaluation) -> Figure | None:
 
 
 def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
-    """Return each image's mean Dice over the runs."""
+    """Return the mean Dice of each image over the runs."""
     found: dict[str, list[float]] = {}
     for run in evaluation.runs:
         if run.label == label and run.prediction == "plain":
@@ -189,7 +185,7 @@ def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
 def _arms(
     evaluation: Evaluation, masks: Sequence[PredictedMasks], label: str
 ) -> dict[str, list[PredictedMasks]]:
-    """Return what the first runs or arms predicted of a label, by their names."""
+    """Return the predictions of the runs in each of the first arms, by the name of the arm."""
     of_label = {one.run: one for one in masks if one.label == label}
     arms = [run for run in evaluation.runs if run.label == label and run.prediction == "plain"]
     return {
@@ -204,10 +200,7 @@ def _case(
     arms: Mapping[str, Sequence[PredictedMasks]],
     images: ImageSet,
 ) -> PredictionCase | None:
-    """Return an image beside what the first run of each arm that has it predicted, if all do.
-
-    Runs that see images at another size have none that could be drawn over these.
-    """
+    """Return an image with one prediction for each arm, or None unless all have one of its size."""
     if identity not in images.hashes:
         return None
     truth, size = images.masks(identity), images.item(identity).size

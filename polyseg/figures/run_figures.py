@@ -132,13 +132,13 @@ def draw_extremes(
     assessment: Assessment,
     folder: Path,
 ) -> list[Path]:
-    """Draw the images of largest and of smallest D of an assessment.
+    """Draw the images with the largest and the smallest D of an assessment.
 
-    Their maps are measured anew, with the network as it is now, which may have trained on since.
+    The maps are computed again with the network as it is now, possibly trained further.
     """
     if assessment.metric not in UNCERTAINTIES:
         return []  # Without passes there are no maps.
-    # Here, because the commands that only draw what is recorded need no torch.
+    # Imported here, because commands that draw recorded data only need no torch.
     from polyseg.montecarlo.assessment import assess
     from polyseg.networks.networks_by_name import hash_weights
 
@@ -162,7 +162,7 @@ def draw_extremes(
         )
         places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
         chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
-        # Measured anew, they may stand in another order, and the figure goes by what it shows.
+        # Computed again, they may have another order, and the figure shows the new values.
         chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
         path = folder / f"overlays_{which}_d"
         heading = f"The {len(rows)} images of {which} D{since}"
@@ -173,7 +173,7 @@ def draw_extremes(
 def draw_overlays(
     assessment: Assessment, rows: Sequence[int], images: ImageSet, path: Path, title: str
 ) -> list[Path]:
-    """Draw image, mask, mean prediction and uncertainty of some rows of an assessment."""
+    """Draw image, mask, mean prediction and uncertainty for some rows of an assessment."""
     cases = []
     for i in rows:
         identity = assessment.ids[i]
@@ -195,7 +195,7 @@ def draw_overlays(
 
 
 def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]:
-    """Return a path for each label's figure; that of a single one is `path` itself."""
+    """Return a path for each label's figure; for a single label that is `path` itself."""
     if len(labels) == 1:
         return [(labels[0], path)]
     plain = [re.sub(r"[^\w-]+", "_", label) for label in labels]
@@ -206,9 +206,7 @@ def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]
 
 
 def displayed(image: NDArray[Any]) -> NDArray[Any]:
-    """Return an image, (H, W, C), as (H, W), or RGB as (H, W, 3) in [0, 1].
-
-    Of images with other numbers of channels the first is shown.
+    """Return an image, (H, W, C), as RGB (H, W, 3) in [0, 1], or else its first channel (H, W).
 
     >>> float(displayed(np.full((2, 2, 3), 255, np.uint8)).max())
     1.0

@@ -1,12 +1,12 @@
 """The metrics of one image and label: a row in `METRICS` is all that a new one needs.
 
-Which ones to report, and what each is blind to: Maier-Hein, Reinke et al., "Metrics reloaded",
-Nature Methods 2024.
+Which to report, and the weaknesses of each: Maier-Hein, Reinke et al., "Metrics reloaded", Nature
+Methods 2024.
 
-The rule for empty cases: where mask and prediction are both empty they agree, which is the best
-value; where only one of the two is empty, the worst (the distances are then the image's diagonal);
-what the mask alone leaves undefined is NaN: sensitivity, AUC-ROC or average precision without
-foreground, specificity or AUC-ROC without background.
+Empty cases: if mask and prediction are both empty, a metric has its best value; if one of them is,
+its worst (for distances the image's diagonal). What the mask alone leaves undefined is NaN:
+sensitivity, AUC-ROC and average precision without foreground, specificity and AUC-ROC without
+background.
 """
 
 import math
@@ -281,21 +281,21 @@ def image_metrics(
     spacing: tuple[float, float] | None = None,
     tolerance: float = 2.0,
 ) -> dict[str, float]:
-    """Return every metric of one image, the prediction being probability >= threshold.
+    """Return all metrics of one image, the prediction being probability >= threshold.
 
     Args:
         probability: (H, W) in [0, 1].
         mask: (H, W) in {0, 1}.
-        threshold: in [0, 1]; ranking and calibration do not depend on it.
-        spacing: of rows and of columns, in mm, above 0; without it distances are in pixels.
-        tolerance: in the same unit, how far two surfaces may lie apart for the normalised surface
-            Dice to count them as one; at least 0.
+        threshold: in [0, 1]; ranking and calibration do not use it.
+        spacing: of rows and of columns, in mm, above 0; None for distances in pixels.
+        tolerance: largest distance of two surfaces, in the same unit, that the normalised surface
+            Dice counts as agreement; at least 0.
 
     Returns:
         By the names of `METRICS`, in their order.
 
     Raises:
-        PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance make no sense.
+        PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance is invalid.
 
     >>> values = image_metrics([[0.9, 0.4], [0.1, 0.2]], [[1, 1], [0, 0]])
     >>> values["sensitivity"], round(values["dice"], 4), values["hd95"], round(values["brier"], 3)
@@ -315,11 +315,11 @@ def _checked_spacing(spacing: tuple[float, float] | None) -> tuple[float, float]
     if spacing is None:
         return 1.0, 1.0
     if len(spacing) != 2 or not all(0 < one < math.inf for one in spacing):
-        raise PolysegError(f"spacing: {spacing} is no size of a pixel; give rows, columns above 0")
+        raise PolysegError(f"spacing: {spacing} is invalid; give rows, columns in mm, above 0")
     return float(spacing[0]), float(spacing[1])
 
 
 def _checked_tolerance(tolerance: float) -> float:
     if not 0 <= tolerance < math.inf:
-        raise PolysegError(f"tolerance: {tolerance} is no distance; give a number of at least 0")
+        raise PolysegError(f"tolerance: {tolerance} is invalid; give a number of at least 0")
     return float(tolerance)

@@ -1,8 +1,8 @@
-"""Segmentation networks by name, and where in them dropout is active.
+"""Segmentation networks by name, and the choice of their active dropout layers.
 
-A network is MONAI's, or a user's own as "package.module:factory"; either way it is wrapped so that
-it takes images of any size. Dropout layers that are not chosen are removed, so training and MC
-Dropout (eq. 7 needs the same masks' distribution in both) see the same layers.
+A network is one of MONAI's, or a user's as "package.module:factory". It is wrapped to take images
+of any size. Dropout layers that are not chosen are removed, so that training and MC Dropout
+(eq. 7) use the same layers.
 """
 
 import copy
@@ -34,24 +34,24 @@ _LARGEST_MULTIPLE = 512
 _MOST_BLOCKS = 16
 _WINDOWS_AT_ONCE = 4
 _BYTES_OF_TRAINING = 16
-"""Of a parameter: itself, its gradient, and two moments."""
+"""Bytes for each parameter: itself, its gradient and two moments, in float32."""
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a network that was trained on patches looks at a whole image."""
+    """The sliding window of a network that was trained on patches."""
 
     size: tuple[int, int]
     overlap: float
-    """Share that neighbours see both, in [0, 1)."""
+    """Overlap of neighbouring windows as a share of their size, in [0, 1)."""
 
 
 class SegmentationNetwork(nn.Module):
     """A network for images of any size: pads to a multiple of its stride, crops the logits back.
 
-    With a window it looks, in evaluation mode, at what is larger window by window; the logits of
-    windows that overlap are averaged with Gaussian weights.
+    With `window`, larger images are segmented window by window in evaluation mode; the logits of
+    overlapping windows are averaged with Gaussian weights.
 
     >>> network = build_network("unet", in_channels=1)
     >>> network(torch.zeros(2, 1, 50, 70)).shape
@@ -70,7 +70,7 @@ class SegmentationNetwork(nn.Module):
             return self._at_once(images)
         from monai.inferers import sliding_window_inference
 
-        # Image by image, because MC Dropout may have masks of its own for each.
+        # One image at a time, because each may have its own MC-Dropout masks.
         parts = [
             sliding_window_inference(
                 image[None],
@@ -92,7 +92,7 @@ class SegmentationNetwork(nn.Module):
         )
 
     def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
-        """Return images as the core takes them, and the rows and columns that stand before them."""
+        """Return images padded for the core, and the numbers of rows and columns before them."""
         rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
         if rows or columns:
             images = functional.pad(
@@ -124,20 +124,20 @@ def build_network(
 
     Args:
         name: one of `network_names()`, or "package.module:factory"; the factory is called with
-            in_channels, out_channels and `settings`, and puts in dropout as it likes.
+            in_channels, out_channels and `settings`, and adds its own dropout layers.
         in_channels: channels of the images.
         out_channels: channels of the logits.
-        dropout: the rate, in [0, 1), for the networks by name.
+        dropout: rate in [0, 1), for the networks by name.
         dropout_kind: "channel" drops whole feature maps, "element" single values.
-        dropout_layers: "decoder" for those from the bottleneck on, "bottleneck", "all", or patterns
-            of layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
+        dropout_layers: "decoder" (from the bottleneck on), "bottleneck", "all", or patterns of
+            layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
             and "all" for a factory's.
-        multiple_of: what a factory's network wants height and width to be a multiple of.
+        multiple_of: number of which a factory's network needs height and width to be multiples.
         settings: further arguments of the network.
 
     Raises:
         PolysegError: an unknown name, settings that the network refuses, patterns that match no
-            dropout layer, or an output of another shape than (B, out_channels, H, W).
+            dropout layer, or an output that is not (B, out_channels, H, W).
 
     >>> network = build_network("basic-unet", in_channels=3, dropout=0.1)
     >>> sum(isinstance(layer, nn.Dropout2d) for layer in network.modules())
@@ -158,7 +158,7 @@ def build_network(
         if layer.name not in chosen:
             _replace(network, layer.name, nn.Identity())
         elif own:
-            # In place it would also drop what a skip connection holds, which MC Dropout does not.
+            # In place it would also change the features of a skip connection.
             network.get_submodule(layer.name).inplace = False  # type: ignore[assignment]
         else:
             kind = nn.Dropout2d if dropout_kind == "channel" else nn.Dropout
@@ -167,10 +167,9 @@ def build_network(
 
 
 def _drop_idle_biases(core: nn.Module) -> None:
-    """Leave out the biases of convolutions whose output is normalised, and so centred, right away.
+    """Remove the biases of convolutions whose output is normalised right away.
 
-    They change nothing, and their gradients are rounding alone, which optimizers that divide by its
-    size make a random walk of.
+    They have no effect, and their gradients are rounding errors, by which Adam would still step.
     """
     for block in core.modules():
         steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
@@ -189,13 +188,10 @@ def network_names() -> list[str]:
 
 
 def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
-    """Raise where a device can never hold what training keeps of a network.
+    """Raise if a device has too little memory for training a network.
 
-    That is weights, gradients and the two moments of Adam. One that was built on torch's "meta"
-    device tells as much, and takes no memory itself.
-
-    Raises:
-        PolysegError: the device has less memory.
+    Needed are weights, gradients and Adam's two moments. The network may be on torch's "meta"
+    device, where it takes no memory.
 
     >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
     >>> refuse_untrainable(network, torch.device("cpu"))  # doctest: +ELLIPSIS
@@ -212,7 +208,7 @@ def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
 
 
 def hash_weights(network: nn.Module) -> str:
-    """Return the sha256 of a network's weights and buffers, names included.
+    """Return the sha256 of the names and values of a network's weights and buffers.
 
     >>> hash_weights(nn.Identity())[:8]
     'e3b0c442'
@@ -226,29 +222,29 @@ def hash_weights(network: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A dropout layer as a pass meets it."""
+    """A dropout layer, with the shape of its output."""
 
     name: str
     channels: int
     area: int
     last: bool
-    """Its output is the network's: dropping it would drop the answer."""
+    """Whether its output is the output of the network."""
 
 
 def _trace_dropout(
     network: SegmentationNetwork, name: str, in_channels: int, out_channels: int
 ) -> list[_Layer]:
-    """Return the dropout layers in the order in which a pass runs them; checks the output too."""
+    """Return the dropout layers in the order of a pass, after checking the shape of its output."""
     seen: dict[str, Tensor] = {}
     if network.multiple > _LARGEST_MULTIPLE:
         raise PolysegError(
-            f"network.kwargs: {name} would want sides that are multiples of {network.multiple}; "
-            f"at most {_LARGEST_MULTIPLE}"
+            f"network.kwargs: {name} needs sides that are multiples of {network.multiple}; "
+            f"use at most {_LARGEST_MULTIPLE}"
         )
     size = 2 * network.multiple
 
     def remember(name: str, output: Tensor) -> None:
-        # No result, which would take the place of the layer's own where it is run again.
+        # Returns nothing, because a hook's result would replace the output.
         seen.setdefault(name, output)
 
     trial = copy.deepcopy(network.core)
@@ -260,7 +256,7 @@ def _trace_dropout(
             in_training = trial.train()(images)
             seen.clear()
             output = trial.eval()(images)
-    except Exception as error:  # Somebody's code, or MONAI's with somebody's settings.
+    except Exception as error:  # Foreign code and settings may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
             f"network.name = {name}: fails on images of {size} x {size} with {in_channels} "
@@ -279,10 +275,10 @@ def _trace_dropout(
 
 
 def _choose(layers: list[_Layer], wanted: str | Iterable[str]) -> set[str]:
-    """Return the names of the layers that stay.
+    """Return the names of the layers to keep.
 
-    A layer with a single channel, or the very last one, is chosen only by a pattern: to drop it
-    is to drop everything.
+    A layer of one channel, or the last of the network, is kept only for a pattern, because it drops
+    the whole output.
     """
     able = [layer for layer in layers if layer.channels > 1 and not layer.last]
     smallest = min((layer.area for layer in able), default=0)
@@ -305,7 +301,7 @@ def _choose(layers: list[_Layer], wanted: str | Iterable[str]) -> set[str]:
 
 
 def _padding(size: int, multiple: int) -> int:
-    # At least two cells at the bottleneck, or batch norm has nothing to average over.
+    # At least two pixels at the bottleneck, because batch norm needs several values.
     return max(math.ceil(size / multiple), 2) * multiple - size
 
 
@@ -315,11 +311,11 @@ def _from_factory(
     module_name, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # Importing runs somebody's code, which may fail in any way.
+    except Exception as error:  # Foreign code may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
             f"network.name = {name}: {reason}; give package.module:factory that can be imported "
-            "from here (PYTHONPATH says where from)"
+            "from here (PYTHONPATH lists where Python looks)"
         ) from error
     core = _call(
         name,
@@ -364,13 +360,13 @@ def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | 
         return factory(**settings or {})
     except PolysegError:
         raise
-    except (Exception, SystemExit) as error:  # Settings of any kind meet code of any kind.
+    except (Exception, SystemExit) as error:  # Foreign code may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, wherever that one is registered."""
+    """Replace a module under all of its names."""
     old = network.get_submodule(name)
     for alias, one in list(network.named_modules(remove_duplicate=False)):
         if one is old:
@@ -378,9 +374,9 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
-    """End the bottleneck and each level of the decoder in dropout, as the other networks do.
+    """Add dropout to the end of the bottleneck and of each decoder level, as the other networks do.
 
-    SegResNet's own dropout is a single layer behind its first convolution.
+    SegResNet itself has one dropout layer, after its first convolution.
     """
     for level in (core.down_layers[-1], *core.up_layers):
         level.append(nn.Dropout2d(rate))
@@ -395,8 +391,8 @@ class Recipe:
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
     wants_head: bool = False
-    """Whether it normalises its very output, so that logits could hardly leave [-3, 3]: it then
-    ends in features, and a 1 x 1 convolution makes logits of them."""
+    """Whether it normalises its output, so that logits could hardly leave [-3, 3]: it then returns
+    features, from which a 1 x 1 convolution makes logits."""
 
     def __call__(
         self, in_channels: int, out_channels: int, dropout: float, **settings: Any

@@ -1,4 +1,4 @@
-"""The figures of a page, with their captions, from what runs left behind."""
+"""The figures of a report and their captions, from the files of runs."""
 
 import io
 import re
@@ -47,7 +47,7 @@ def run_pictures(run: RunFiles, *sources: str) -> list[Picture]:
 
 
 def validation_picture(runs: Sequence[RunFiles]) -> Picture:
-    """Draw the validation Dice of runs, each of which must have an epoch at least, together."""
+    """Draw the validation Dice of runs with at least one epoch each in one figure."""
     best = [max(dice, default=np.nan) for dice in map(_finite_dice, runs)]
     named = (f"{run.name} {formatted(dice, '.3f')}" for run, dice in zip(runs, best, strict=True))
     return _drawn(
@@ -70,7 +70,7 @@ def extreme_pictures(run: RunFiles) -> list[Picture]:
     rows = RUN_FIGURES.values()
     anew = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
     found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
-    # The largest D first, as that is what readers look for.
+    # The largest D first.
     found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]
 
@@ -100,7 +100,7 @@ def _kept(source: RunFiles | EvaluationFiles, name: str) -> Picture:
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Return what a figure is of, and its label.
+    """Return the kind of a figure, and its label.
 
     >>> _kind("evaluation/predictions_2_cyst_worst.png"), _kind("comparison.png")
     (('predictions_worst', 'cyst'), ('comparison', ''))
@@ -113,7 +113,7 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG was drawn for more than a column, and is no stack of images."""
+    """Return whether a PNG is wider than one column, and not a stack of images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
@@ -130,9 +130,9 @@ def _finite_dice(run: RunFiles) -> Any:
 
 
 def _drawn(figure: Any, caption: str, alternative: str, *, wide: bool = False) -> Picture:
-    """Return a figure as SVG, or as PNG where so much is in it that SVG would be large."""
+    """Return a figure as SVG, or as PNG if the SVG would be large."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # A stranger's values may leave axes without room or names without glyphs; that shows.
+        # Odd values or names in the records make matplotlib warn.
         warnings.simplefilter("ignore")
         (path,) = save_figure(figure, Path(folder) / "figure.svg")
         if path.stat().st_size <= _LARGEST_DRAWING:

@@ -1,4 +1,4 @@
-"""The tables of a page about tests: those of the evaluations, whose files may be a stranger's."""
+"""The tables of a report about tests, from summary.json files that may come from strangers."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ _LONGEST = 200
 
 
 def tested(evaluation: EvaluationFiles) -> list[Network]:
-    """Return what a summary says of each network and label.
+    """Return the networks and labels in an evaluation's summary.
 
     >>> tested(EvaluationFiles("a", summary={"runs": [{"name": "last", "metrics": {}}]}))[0].title
     'a'
@@ -35,7 +35,7 @@ def tested(evaluation: EvaluationFiles) -> list[Network]:
 
 
 def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
-    """Yield the test metrics, a table a label and a column a network or arm."""
+    """Yield a table of test metrics for each label, with a column for each network or arm."""
     summary = _summary(evaluations)
     for label in dict.fromkeys(one.label for one in networks(summary)):
         runs = [one.record for one in networks(summary) if one.label == label]
@@ -45,31 +45,31 @@ def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
 
 
 def comparison_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
-    """Yield the paired differences to the baseline, a table for each that is compared with it."""
+    """Yield a table of paired differences from the baseline for each other network."""
     for sheet in comparison_sheets(_summary([evaluation]))[1]:
         yield _table(sheet, sheet.title)
 
 
 def dice_comparison(evaluation: EvaluationFiles) -> Iterator[Table]:
-    """Yield the paired differences in Dice alone, a row each, where several are compared."""
+    """Yield a table of the paired differences in Dice, if several networks are compared."""
     for sheet in comparison_sheets(_summary([evaluation]))[0]:
         yield _table(sheet, sheet.title)
 
 
 def further_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
-    """Yield what else an evaluation found: strata, failures, robustness."""
+    """Yield the tables of strata, failures and robustness."""
     for sheet in further_sheets(_summary([evaluation])):
         yield _table(sheet, f"{evaluation.name}: {sheet.title}")
 
 
 def images_tested(evaluation: EvaluationFiles) -> str:
-    """Return how many images there were."""
+    """Return the numbers of images."""
     counts = (mapping(one.record, "counts").get("images") for one in tested(evaluation))
     return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or DASH
 
 
 def dice_tested(evaluation: EvaluationFiles) -> str:
-    """Return the mean Dice ± deviation, label by label; of several networks none."""
+    """Return the mean Dice ± deviation of each label, or a dash for several networks."""
     summary = _summary([evaluation])
     found = networks(summary)
     if len({one.name for one in found}) != 1:
@@ -82,7 +82,7 @@ def dice_tested(evaluation: EvaluationFiles) -> str:
 
 
 def number(value: Any, decimals: int = 3) -> str:
-    """Return a number of a file, which may be anything, as a table shows it.
+    """Return a number as a table shows it, or a dash for any other value.
 
     >>> number(0.12345), number(-1, 1), number(None), number(float("nan")), number("0.1")
     ('0.123', '−1.0', '–', '–', '–')
@@ -99,7 +99,7 @@ def decimals_of(key: str) -> int:
 
 
 def heading(key: str) -> str:
-    """Return what a metric or another column is called.
+    """Return the title of a metric or another column.
 
     >>> heading("hd95"), heading("mask_pixels")
     ('HD95', 'mask pixels')
@@ -108,13 +108,13 @@ def heading(key: str) -> str:
 
 
 def brief(value: Any) -> str:
-    """Return any value as text of a length that a table can hold."""
+    """Return any value as text, shortened for a table."""
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
-    """Return one summary of several evaluations; a run's own network has the name of the run."""
+    """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
         found = {key: _bounded(value) for key, value in evaluation.summary.items()}
@@ -133,7 +133,7 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
 
 
 def _bounded(value: Any) -> Any:
-    """Return a value of a file with texts, lists and mappings that a page can hold."""
+    """Return a value with its texts, lists and mappings shortened for a page."""
     if isinstance(value, dict):
         return {brief(key): _bounded(one) for key, one in list(value.items())[:_MOST]}
     if isinstance(value, list):

@@ -17,10 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(assessment: Assessment) -> str:
-    """Return in a line the difficulties of an assessment and how certain they are.
-
-    What is not known, such as a standard error from fewer than 4 passes, is a dash.
-    """
+    """Return one line with the difficulties and their precision; a dash where it is unknown."""
     quartiles = "/".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
     text = f"difficulty by {assessment.metric}: quartiles {quartiles}"
     errors = assessment.scores_se.get(assessment.metric)
@@ -30,12 +27,12 @@ def describe(assessment: Assessment) -> str:
     text += f"; {assessment.samples} passes, "
     text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
     if assessment.samples < FEWEST_JUDGED:
-        text += f" (known from {FEWEST_JUDGED} passes on)"
+        text += f" (known from {FEWEST_JUDGED} passes)"
     return text
 
 
 def describe_order(assessment: Assessment) -> list[str]:
-    """Return a line for each label: how D correlates with 1 - Dice; none without masks."""
+    """Return a line on the correlation of D with 1 - Dice for each label that has masks."""
     lines = []
     for label in assessment.label_names:
         part = assessment.of_label(label)

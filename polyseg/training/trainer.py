@@ -35,7 +35,7 @@ from polyseg.runs.weights import new_network
 from polyseg.system.memory import explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 from polyseg.system.seeds import derive_seed
-from polyseg.system.signals import Wish, ending_when_asked, interruption
+from polyseg.system.signals import StopRequest, ending_when_asked, interruption
 from polyseg.training.losses_by_name import as_tasks
 from polyseg.training.nonfinite import Watch
 from polyseg.training.optimizers import learning_rate, optimizer_tensors
@@ -102,7 +102,7 @@ class Trainer:
         self.assessments: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
-        self.wish = Wish()
+        self.stop = StopRequest()
 
     def _new_network(self, channels: int) -> SegmentationNetwork:
         """Return the network with its first weights.
@@ -126,7 +126,7 @@ class Trainer:
             PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
         """
         epochs = self.config.training.epochs
-        with ending_when_asked(self._farewell) as self.wish, self._explaining_the_end():
+        with ending_when_asked(self._progress_text) as self.stop, self._explaining_the_end():
             if self.epoch == 0:
                 self._start()
             while self.epoch < epochs and not self._stopped_early():
@@ -420,8 +420,8 @@ class Trainer:
         return stopped
 
     def _leave_on_signal(self) -> None:
-        if self.wish.number:
-            raise interruption(self.wish.number, self._farewell())
+        if self.stop.number:
+            raise interruption(self.stop.number, self._progress_text())
 
     @contextlib.contextmanager
     def _explaining_the_end(self) -> Iterator[None]:
@@ -433,7 +433,7 @@ class Trainer:
                 self._leave_on_signal()
             raise
 
-    def _farewell(self) -> str:
+    def _progress_text(self) -> str:
         return (
             f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` goes "
             "on from there"
