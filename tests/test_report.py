@@ -440,7 +440,7 @@ def test_figures_of_an_evaluation_have_captions_an_order_and_an_even_grid(make_r
     assert wide == {"differences", "comparison"}
     captions = dict(zip(names, (caption for *_, caption in figures_), strict=True))
     assert captions["own"] == "cmp: own.png."
-    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images of the least")
+    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images with the lowest")
     assert all(".png" not in caption for name, caption in captions.items() if name != "own")
     assert found.count('class="gallery"') == 2
 
@@ -528,9 +528,9 @@ def test_names_of_curves_are_where_no_curve_can_be():
 
 def test_ticks_are_spoken_of_where_there_are_some(make_run):
     run = make_run()
-    assert "Ticks at the foot" in written(run)
+    assert "Ticks at the bottom" in written(run)
     (run / "history.csv").write_text(HISTORY.replace("0.01,1", "0.01,0"))
-    assert "Ticks at the foot" not in written(run, name="again.html")
+    assert "Ticks at the bottom" not in written(run, name="again.html")
 
 
 def test_curves_of_runs_are_their_dice_with_the_first_best_epoch_marked():

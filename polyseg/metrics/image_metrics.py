@@ -292,7 +292,7 @@ def image_metrics(
             Dice to count them as one; at least 0.
 
     Returns:
-        By the names of `METRICS`, in their order.
+        Values by the names of `METRICS`, in their order.
 
     Raises:
         PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance make no sense.
