@@ -81,9 +81,10 @@ def files_page():
 
 def evaluation_page():
     """Return docs/evaluation.md with its table of the metrics made anew."""
-    lines = ["| metric | column | best | meaning |", "| --- | --- | --- | --- |"]
+    lines = ["| metric | column | best | of the | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {one.title} | `{name}` | {'high' if one.higher_is_better else 'low'} | {one.help} |"
+        f"| {one.title} | `{name}` | {'high' if one.higher_is_better else 'low'} "
+        f"| {'probabilities' if one.of_probability else 'predicted mask'} | {one.help} |"
         for name, one in METRICS.items()
     ]
     return with_part("evaluation.md", "metrics", "\n".join(lines))

@@ -258,3 +258,10 @@ def test_shapes_must_be_those_of_one_image():
     for first, second in [((2, 3), (1, 3)), ((3,), (3,)), ((1, 2, 3), (1, 2, 3)), ((0, 3), (0, 3))]:
         with pytest.raises(ValueError):
             image_metrics(np.zeros(first), np.zeros(second))
+
+
+def test_metrics_of_probabilities_alone_do_not_depend_on_the_threshold():
+    probability, mask = case(0)
+    first, second = (image_metrics(probability, mask, threshold=one) for one in (0.3, 0.8))
+    for name, metric in METRICS.items():
+        assert (first[name] == second[name]) == metric.of_probability, name

@@ -214,7 +214,9 @@ def test_a_metric_is_one_row(monkeypatch, tmp_path):
         in_figures=True,
     )
     monkeypatch.setitem(METRICS, "area", row)
-    assert "| Area | `area` | low | predicted pixels |" in reference.evaluation_page()
+    assert (
+        "| Area | `area` | low | predicted mask | predicted pixels |" in reference.evaluation_page()
+    )
     drawn = {}
     monkeypatch.setattr(
         evaluation_files,

@@ -1,4 +1,4 @@
-"""What a command hands to the command line: files, and numbers to print."""
+"""The results of a command for printing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from polyseg.evaluation.scores import Evaluation
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command has written and found."""
+    """The results of a command for printing: files, evaluation and correlations."""
 
     folder: Path
     files: list[Path]
     evaluation: Evaluation | None = None
     correlations: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
-    """Sentences on the correlations."""
+    """Sentences about the correlations."""

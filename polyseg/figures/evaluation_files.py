@@ -108,7 +108,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure | None:
 
 
 def draw_risk_coverage(evaluation: Evaluation) -> Figure | None:
-    """Draw the risk of the remaining images as the least certain ones are put aside."""
+    """Draw the risk of the images that remain when the least certain ones are left out."""
     names, found, curves, best = [], [], [], []
     for run in evaluation.runs:
         risk = 1 - run.column("dice")

@@ -83,36 +83,35 @@ RUN_FIGURES = Registry(
 )
 
 _EVALUATION = "polyseg.figures.evaluation_files"
-_PREDICTIONS = "with the outlines of mask and prediction"
 
 EVALUATION_FIGURES = Registry(
     "figure of an evaluation",
     Row(
         "differences",
-        "mean differences to the baseline with 95 % intervals by bootstrap over the images; stars "
-        "tell of p after Holm's method",
+        "mean differences from the baseline with 95 % bootstrap intervals over images; stars show "
+        "p after Holm's method",
         f"{_EVALUATION}:draw_differences",
     ),
     Row(
         "comparison",
-        "a point each test image; boxes show the quartiles, whiskers reach from 5 to 95 %, "
+        "one point for each test image; boxes show the quartiles, whiskers reach from 5 to 95 %, "
         "diamonds are means",
         f"{_EVALUATION}:draw_comparison",
     ),
     Row(
         "reliability",
-        "the share of pixels that are foreground over what was predicted, and how many pixels "
-        "there are; on the diagonal probabilities come true",
+        "observed share of foreground over its predicted probability, and numbers of pixels; the "
+        "diagonal is perfect calibration",
         f"{_EVALUATION}:draw_reliability",
     ),
     Row(
         "risk_coverage",
-        "the mean risk, 1 − Dice, of the images that remain as the least certain are put aside",
+        "mean risk, 1 − Dice, of the images that remain when the least certain are left out",
         f"{_EVALUATION}:draw_risk_coverage",
     ),
     Row(
         "robustness",
-        "Dice over the strength of damage; 0: the images as they are, 5: severe damage",
+        "Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe)",
         f"{_EVALUATION}:draw_robustness",
     ),
 )
@@ -122,15 +121,16 @@ The help is the caption in the report.
 """
 
 _OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
+_OUTLINED = "mean Dice, with the outlines of mask and prediction"
 
 IMAGE_FIGURES = Registry(
     "figure of images",
-    Row("overlays_largest_d", f"the images of the largest {_OVERLAYS}"),
-    Row("overlays_smallest_d", f"the images of the smallest {_OVERLAYS}"),
+    Row("overlays_largest_d", f"the images with the largest {_OVERLAYS}"),
+    Row("overlays_smallest_d", f"the images with the smallest {_OVERLAYS}"),
     # Names of version 0.1.
-    Row("overlays_hardest", f"the images of the largest {_OVERLAYS}"),
-    Row("overlays_easiest", f"the images of the smallest {_OVERLAYS}"),
-    Row("predictions_worst", f"the images of the least mean Dice, {_PREDICTIONS}"),
-    Row("predictions_best", f"the images of the greatest mean Dice, {_PREDICTIONS}"),
+    Row("overlays_hardest", f"the images with the largest {_OVERLAYS}"),
+    Row("overlays_easiest", f"the images with the smallest {_OVERLAYS}"),
+    Row("predictions_worst", f"the images with the lowest {_OUTLINED}"),
+    Row("predictions_best", f"the images with the highest {_OUTLINED}"),
 )
 """Figures that need images as well, so that the report takes them from files; help: caption."""

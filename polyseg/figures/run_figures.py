@@ -15,9 +15,9 @@ from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.figures.figures_by_name import RUN_FIGURES, Drawn, RunFigure, RunRecords
 from polyseg.figures.pictures import OverlayCase, overlays
+from polyseg.figures.schedules import Panel, difficulty_panels
 from polyseg.figures.style import formatted, headed, save_figure
 from polyseg.figures.training import (
-    difficulty_against_dice,
     difficulty_distribution,
     epsilon_quantiles,
     training_curves,
@@ -59,7 +59,7 @@ def curves(records: RunRecords, _: str) -> Drawn:
     caption = "loss, overlap with the validation masks, and learning rate."
     if any(row.get("assessed") == 1 for row in records.history):
         caption += (
-            " Ticks at the foot are assessments of the uncertainty; the dashed line is E0, the "
+            " Ticks at the bottom are assessments of the uncertainty; the dashed line is E0, the "
             "first of them, after which each image has its own epsilon."
         )
     return Drawn(
@@ -83,7 +83,7 @@ def epsilon(records: RunRecords, label: str) -> Drawn | None:
     )
     return Drawn(
         epsilon_quantiles(records.schedule.epochs, values, limits=(low, high)),
-        "ε of the training images, epoch by epoch.",
+        "ε of the training images in each epoch.",
         f"Quantiles of epsilon over {values.shape[1]} images in {len(values)} epochs, from "
         f"{formatted(known.min(), '.2f')} to {formatted(known.max(), '.2f')}.",
     )
@@ -109,17 +109,12 @@ def difficulty_dice(records: RunRecords, label: str) -> Drawn | None:
     last = records.assessments[-1].of_label(label)
     if not np.isfinite(last.dice).any():
         return None
+    known = np.isfinite(last.difficulty) & np.isfinite(last.dice)
     correlation = spearman(last.difficulty, 1 - last.dice)
-    figure = difficulty_against_dice(
-        last.difficulty,
-        last.dice,
-        metric=last.metric,
-        correlation=correlation,
-        epoch=last.epoch,
-    )
+    panel = Panel(last.epoch, last.difficulty[known], last.dice[known], correlation)
     return Drawn(
-        figure,
-        "Dice over difficulty D at the last assessment, a point each training image.",
+        difficulty_panels([panel], metric=last.metric),
+        "Dice over difficulty D at the last assessment, one point for each image.",
         f"Dice over difficulty of {len(last.ids)} images; Spearman's correlation of D with "
         f"1 − Dice is {formatted(correlation, '.2f')}.",
     )

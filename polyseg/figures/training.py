@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from polyseg.figures.style import (
     BLACK,
@@ -20,10 +20,8 @@ from polyseg.figures.style import (
     TWO_COLUMNS,
     Numbers,
     boxes,
-    counted,
     epochs_axis,
     finite_values,
-    formatted,
     metric_name,
     shorten,
     styled,

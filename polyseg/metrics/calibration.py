@@ -98,11 +98,7 @@ class ReliabilityCurve:
         self._predicted, self._true = np.zeros(self.bins), np.zeros(self.bins)
 
     def add(self, probability: ArrayLike, truth: ArrayLike) -> None:
-        """Take in an image, any shape, not empty: probabilities in [0, 1] and truth in {0, 1}.
-
-        Raises:
-            PolysegError: a probability is NaN or outside [0, 1].
-        """
+        """Add the pixels of an image."""
         p, y = check_probability(probability, truth)
         index = np.searchsorted(np.linspace(0, 1, self.bins + 1)[1:-1], p)
         self.count += np.bincount(index, minlength=self.bins)

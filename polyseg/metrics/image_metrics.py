@@ -148,6 +148,8 @@ class Metric(Row):
     """Text in brackets after the title; "{length}" stands for px or mm, "{tolerance}" for NSD's."""
     in_figures: bool = False
     """Whether figures that compare runs have a panel of it."""
+    of_probability: bool = False
+    """Whether it depends on the probabilities, and not on the threshold."""
 
     def heading(self, length: str = "px", tolerance: float = 2.0) -> str:
         """Return the title with its unit, distances being in `length`."""
@@ -202,12 +204,14 @@ METRICS = Registry(
         "area under the ROC curve over the pixels",
         title="AUC-ROC",
         value=lambda case: case.ranking.area_under_roc(),
+        of_probability=True,
     ),
     Metric(
         "average_precision",
         "average precision over the pixels",
         title="AP",
         value=lambda case: case.ranking.average_precision(),
+        of_probability=True,
     ),
     Metric(
         "hd95",
@@ -244,6 +248,7 @@ METRICS = Registry(
         value=lambda case: brier(case.probability, case.truth),
         decimals=4,
         higher_is_better=False,
+        of_probability=True,
     ),
     Metric(
         "nll",
@@ -252,6 +257,7 @@ METRICS = Registry(
         value=lambda case: negative_log_likelihood(case.probability, case.truth),
         decimals=4,
         higher_is_better=False,
+        of_probability=True,
     ),
     Metric(
         "ece",
@@ -260,6 +266,7 @@ METRICS = Registry(
         value=lambda case: calibration_error(case.probability, case.truth),
         decimals=4,
         higher_is_better=False,
+        of_probability=True,
     ),
     Metric(
         "ace",
@@ -268,6 +275,7 @@ METRICS = Registry(
         value=lambda case: case.ranking.calibration_error(),
         decimals=4,
         higher_is_better=False,
+        of_probability=True,
     ),
 )
 """Every metric, in the order of tables, CSV and summary.json."""
@@ -292,7 +300,7 @@ def image_metrics(
             Dice counts as agreement; at least 0.
 
     Returns:
-        By the names of `METRICS`, in their order.
+        Values by the names of `METRICS`, in their order.
 
     Raises:
         PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance is invalid.

@@ -384,7 +384,7 @@ def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build one of MONAI's networks, small and for 2D unless settings say otherwise."""
+    """Defaults and peculiarities of one of MONAI's networks, small and in 2D."""
 
     class_name: str
     settings: Mapping[str, Any]

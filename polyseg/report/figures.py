@@ -25,12 +25,12 @@ from polyseg.report.run_files import EvaluationFiles, RunFiles
 
 _LARGEST_DRAWING = 300_000
 _ONE_COLUMN = 1000
-"""Pixels of width up to which a figure that is kept as a file was drawn for a column."""
+"""Largest width, in pixels, of a figure file that was drawn for one column."""
 _OF_IMAGES = re.compile(r"(predictions)(?:_\d+_(.+))?_(worst|best)", re.DOTALL)
 
 
 def run_pictures(run: RunFiles, *sources: str) -> list[Picture]:
-    """Draw the figures of a run that are of some of its records."""
+    """Draw the figures of a run whose rows name one of these sources."""
     ends = (run.settings.get(f"control.epsilon_{end}") for end in ("min", "max"))
     low, high = (float(one) if isinstance(one, int | float) else None for one in ends)
     records = RunRecords(run.history, run.schedule, run.assessments, (low, high))
@@ -63,10 +63,7 @@ def validation_picture(runs: Sequence[RunFiles]) -> Picture:
 
 
 def extreme_pictures(run: RunFiles) -> list[Picture]:
-    """Return the figures of training that a run keeps as files, but those that are drawn anew.
-
-    That is those of the images of largest and smallest D, and what stands in for a damaged record.
-    """
+    """Return the figures in a run's folder, except those that are drawn again from its records."""
     rows = RUN_FIGURES.values()
     anew = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
     found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
@@ -76,7 +73,7 @@ def extreme_pictures(run: RunFiles) -> list[Picture]:
 
 
 def evaluation_pictures(evaluation: EvaluationFiles) -> tuple[list[Picture], list[Picture]]:
-    """Return the figures that an evaluation keeps as files: of numbers, then of images."""
+    """Return the figures in the folder of an evaluation: those of numbers, and those of images."""
     order = [*EVALUATION_FIGURES, *IMAGE_FIGURES]
 
     def place(name: str) -> int:

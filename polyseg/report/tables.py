@@ -94,7 +94,7 @@ def number(value: Any, decimals: int = 3) -> str:
 
 
 def decimals_of(key: str) -> int:
-    """Return how many decimals a metric is shown with."""
+    """Return the number of decimals of a metric."""
     return METRICS[key].decimals if key in METRICS else 4
 
 

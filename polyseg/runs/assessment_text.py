@@ -53,11 +53,10 @@ def describe_order(assessment: Assessment) -> list[str]:
 def difficulty_correlations(
     assessment: Assessment, known: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return Spearman's correlation of each score with 1 - Dice, and with difficulty where known.
+    """Return Spearman's correlation of each score with 1 - Dice, and with known difficulties.
 
-    That with 1 - Dice has its 95 % interval, by `rank_correlation`. With several labels there are
-    rows for each, since labels differ in difficulty. A correlation is NaN where it is not defined,
-    such as without masks.
+    The first has its 95 % interval. With several labels there are rows for each, since labels
+    differ in difficulty. A correlation is NaN where undefined, such as without masks.
     """
     found: list[dict[str, Any]] = []
     for label in assessment.label_names:
@@ -75,7 +74,7 @@ def difficulty_correlations(
 
 
 def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log what `difficulty_correlations` found."""
+    """Log the result of `difficulty_correlations`."""
     for row in rows:
         found = [
             f"{name} {value:.2f}"
@@ -88,7 +87,7 @@ def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def assessment_csv(assessment: Assessment) -> str:
-    """Return an assessment as CSV, a row an image."""
+    """Return an assessment as CSV, a row for each image and label."""
     labels = assessment.labels
     errors = assessment.scores_se.get(assessment.metric)
     of_difficulty = [assessment.difficulty] if errors is None else [assessment.difficulty, errors]

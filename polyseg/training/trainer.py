@@ -79,14 +79,7 @@ class Trainer:
         if NORMALISATIONS[config.data.normalise].pooled:
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
-        passes = config.assesses and config.uncertainty.takes_passes
-        if passes:
-            # Now, not at the first assessment, which may be hours away.
-            active_layers(self.network)
-        if passes or processes.count > 1:
-            image, _ = images.patch(split["train"][0], seed=0)
-            with explaining_memory("training", _LESS_MEMORY):
-                refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
+        self._refuse_unfit_dropout()
         self.steps = Steps(self.network, config, processes)
         self.watch = Watch(self.steps, run.last)
         self.changes = changes_of(config.data)
@@ -103,6 +96,20 @@ class Trainer:
         self.losses: dict[str, list[float]] = {}
         """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
         self.stop = StopRequest()
+
+    def _refuse_unfit_dropout(self) -> None:
+        """Raise now, not at the first assessment hours later, where MC Dropout cannot work.
+
+        Raises:
+            PolysegError: no dropout layer is active, or there is other randomness.
+        """
+        passes = self.config.assesses and self.config.uncertainty.takes_passes
+        if passes:
+            active_layers(self.network)
+        if passes or self.processes.count > 1:
+            image, _ = self.images.patch(self.split["train"][0], seed=0)
+            with explaining_memory("training", _LESS_MEMORY):
+                refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
 
     def _new_network(self, channels: int) -> SegmentationNetwork:
         """Return the network with its first weights.
