@@ -105,6 +105,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def keep_as(path: Path, older: Path) -> None:
     """Give a file that is about to be replaced a second name, atomically.
+
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_text(Path(folder) / "last", "first")
     ...     keep_as(Path(folder) / "last", Path(folder) / "previous")
