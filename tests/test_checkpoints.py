@@ -142,7 +142,7 @@ def with_header(path, header):
         ),
     ],
 )
-def test_headers_that_are_not_ours_are_one_line(tmp_path, header, match):
+def test_foreign_headers_are_refused_in_one_line(tmp_path, header, match):
     path = tmp_path / "a.safetensors"
     with_header(path, header)
     with pytest.raises(PolysegError, match=match) as error:
@@ -281,7 +281,7 @@ def test_tensors_of_any_type_come_back_by_the_librarys_reader(tmp_path, dtype):
     "scaler",
     [{"x": 1}, {"scale": 0}, {"growth_factor": 1}, {"backoff_factor": 2}, {"scale": "1"}],
 )
-def test_a_scale_of_gradients_that_is_none_is_refused(tmp_path, checkpoint, scaler):
+def test_invalid_gradient_scaler_state_is_refused(tmp_path, checkpoint, scaler):
     good = torch.amp.GradScaler("cpu").state_dict()
     path = tmp_path / "a"
     write_checkpoint(path, dataclasses.replace(checkpoint, scaler=good))

@@ -301,7 +301,7 @@ def test_a_shape_promises_no_more_than_the_file_holds(tmp_path):
         read_schedule(path)
 
 
-def test_more_epochs_than_a_run_can_have_are_refused_unread(tmp_path):
+def test_too_many_epochs_are_refused_before_reading(tmp_path):
     path = tmp_path / "long.h5"
     write_schedule(path, SCHEDULE)
     forge(path, replace("epoch", np.zeros(100_001, np.int64)))
@@ -324,7 +324,7 @@ def test_maps_that_were_never_written_are_refused(tmp_path, assessment):
 
 
 @pytest.mark.parametrize(("piece", "mask"), [(b"x", 0), (bytes(60), 7), (bytes(5000), 0)])
-def test_pieces_of_maps_that_went_through_no_filter_are_refused(tmp_path, assessment, piece, mask):
+def test_maps_with_unfiltered_chunks_are_refused(tmp_path, assessment, piece, mask):
     """HDF5's filters crash over nothing."""
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
@@ -364,7 +364,7 @@ def test_the_seal_is_the_hash_of_what_follows(tmp_path):
     assert content[:512].rstrip(b"\0").decode() == text
 
 
-def test_files_of_an_earlier_layout_are_refused_by_that_name(tmp_path, assessment):
+def test_files_of_an_earlier_schema_are_refused(tmp_path, assessment):
     """They had no seal; a run that recorded their hash is told the number of their layout."""
     path = tmp_path / "old.h5"
     with h5py.File(path, "w") as file:

@@ -623,8 +623,8 @@ def test_runs_of_one_name_are_told_apart(make_run):
 def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
     run, out = make_run(), tmp_path / "page.html"
     for sources, said in (
-        ([tmp_path], "is no run"),
-        ([run, tmp_path / "nowhere"], "is no run"),
+        ([tmp_path], "is not a run"),
+        ([run, tmp_path / "nowhere"], "is not a run"),
         ([run, run / ".." / "a"], "given twice"),
         ([run] * 51, "too many"),
     ):

@@ -140,8 +140,8 @@ def difficulty_against_dice(
 ) -> Figure:
     """Draw each image's Dice over its difficulty, the score `metric`.
 
-    Images with NaN in `difficulty` or `dice`, (n,) each, are left out. `correlation`, that of D
-    with 1 - Dice by Spearman, stands in the title unless it is None or NaN.
+    Images with NaN in `difficulty` or `dice`, (n,) each, are left out. `correlation`, Spearman's of
+    D with 1 - Dice, is in the title unless it is None or NaN.
 
     >>> figure = difficulty_against_dice(
     ...     np.array([0.1, 0.3]), np.array([0.9, 0.7]), metric="variance", correlation=-1.0, epoch=5

@@ -86,19 +86,19 @@ COLUMNS = Registry(
     *(_quantile(q) for q in (5, 25, 50, 75, 95)),
     Column(
         "wrong_sign_images",
-        "number of images that were met where the loss rises with s",
+        "number of images in the region where the loss rises with s",
         unit="images",
         value=lambda epoch: epoch.wrong_sign,
     ),
     Column(
         "skipped_steps",
-        "number of steps left out; above 0 only with `training.on_nonfinite=skip`",
+        "number of skipped steps; above 0 only with `training.on_nonfinite=skip`",
         unit="steps",
         value=lambda epoch: epoch.skipped,
     ),
     Column(
         "validation_loss",
-        "mean loss of the validation images at the constant `loss.epsilon`, so that epochs compare",
+        "mean loss of the validation images at the constant `loss.epsilon`, in all epochs",
         value=lambda epoch: _mean(epoch.validation_losses),
     ),
     Column(
@@ -115,9 +115,7 @@ COLUMNS = Registry(
             else epoch.validation_dice / (2 - epoch.validation_dice)
         ),
     ),
-    Column(
-        "assessed", "1 where an assessment followed, else 0", value=lambda epoch: epoch.assessed
-    ),
+    Column("assessed", "1 if an assessment followed, else 0", value=lambda epoch: epoch.assessed),
     *(_duration(phase) for phase in ("train", "validation", "assessment")),
     Column(
         "train_loss_constant",
