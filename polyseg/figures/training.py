@@ -135,33 +135,6 @@ def epsilon_quantiles(epochs: Numbers, epsilon: Numbers, *, limits: tuple[float,
 
 
 @styled
-def difficulty_against_dice(
-    difficulty: Numbers, dice: Numbers, *, metric: str, correlation: float | None, epoch: int
-) -> Figure:
-    """Draw each image's Dice over its difficulty, the score `metric`.
-
-    Images with NaN in `difficulty` or `dice`, (n,) each, are left out. `correlation`, Spearman's of
-    D with 1 - Dice, is in the title unless it is None or NaN.
-
-    >>> figure = difficulty_against_dice(
-    ...     np.array([0.1, 0.3]), np.array([0.9, 0.7]), metric="variance", correlation=-1.0, epoch=5
-    ... )
-    >>> figure.axes[0].get_title()
-    'epoch 5, 2 images\\nSpearman with 1 − Dice: −1.00'
-    """
-    shown = np.isfinite(difficulty) & np.isfinite(dice)
-    figure = Figure(figsize=(ONE_COLUMN, 2.8))
-    axes = figure.add_subplot(xlabel=_difficulty_label(metric), ylabel="Dice")
-    title = f"epoch {epoch}, {counted(shown.sum(), 'image')}"
-    if correlation is not None and math.isfinite(correlation):
-        title += f"\nSpearman with 1 − Dice: {formatted(correlation, '.2f')}"
-    axes.set_title(title)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.scatter(difficulty[shown], dice[shown], s=12, color=BLUE, alpha=0.5, linewidth=0)
-    return figure
-
-
-@styled
 def difficulty_distribution(
     epochs: Sequence[int], difficulties: Sequence[Numbers], *, metric: str | None = None
 ) -> Figure:
