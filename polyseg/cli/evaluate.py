@@ -1,6 +1,6 @@
 """`polyseg evaluate`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,6 +56,15 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = "0.5",
+    at: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="original (compare masks at the size of their files) or network (at data.size, "
+            "as version 0.1 did).",
+            rich_help_panel=HOW,
+        ),
+    ] = "original",
     uncertainty: Annotated[
         bool,
         typer.Option(
@@ -112,6 +121,7 @@ def evaluate(
             sources,
             EvaluationSettings(
                 threshold=_threshold(threshold),
+                at=_one_of("--at", at, "original", "network"),
                 uncertainty=uncertainty,
                 samples=samples,
                 corruptions=evaluate.kinds_of_damage(corrupt),
@@ -128,6 +138,12 @@ def evaluate(
         )
     if rank_here() == 0:
         print_outcome(outcome, as_json)
+
+
+def _one_of(option: str, value: str, *choices: str) -> Any:
+    if value not in choices:
+        raise PolysegError(f"{option} {value}: choose {' or '.join(choices)}")
+    return value
 
 
 def _threshold(text: str) -> float | Literal["val"]:

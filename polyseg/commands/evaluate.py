@@ -69,7 +69,7 @@ class _Found:
         """What all of them predicted."""
         return [one for test in self.tested.values() for one in test.masks]
 
-    def evaluation(self, settings: EvaluationSettings) -> Evaluation:
+    def evaluation(self, settings: EvaluationSettings, part: str) -> Evaluation:
         """Return all of it, arm by arm, and compared."""
         runs: list[RunScores] = []
         arms, reference = self.compared.arms, self.compared.reference
@@ -81,7 +81,7 @@ class _Found:
         if any([arm] != list(members) for arm, members in arms.items()):
             points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
         compared = [] if reference is None else compare(runs, reference)
-        return Evaluation(runs, compared, points, settings.tolerance, settings.failure)
+        return Evaluation(runs, compared, points, settings.tolerance, settings.failure, part)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ def evaluate_runs(
             found = _test(compared, settings, inputs, progress, processes)
         if not processes.leads:
             return Outcome(place, [])
-        evaluation = found.evaluation(settings)
+        evaluation = found.evaluation(settings, inputs.part or "test")
         files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
         if figures:
             files += evaluation_files.draw_predictions(
@@ -192,7 +192,8 @@ def _test(
             )
         images = images or found
         tested[name] = measure_network(model, name, found, ids, settings, load, progress, processes)
-    _warn_of_sizes(compared.configs)
+    if settings.at == "network":
+        _warn_of_sizes(compared.configs)
     if images is None:
         raise ValueError("no sources")
     return _Found(tested, compared, images)
@@ -261,8 +262,8 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
     sizes = {str(config.data.size) for config in configs.values()}
     if len(sizes) > 1:
         log.warning(
-            "the networks see the images at different sizes (data.size %s): distances in pixels, "
-            "and all that hangs on pixels, do not compare",
+            "the networks see the images at different sizes (data.size %s): metrics with --at "
+            "network are not comparable; use --at original",
             " and ".join(sorted(sizes)),
         )
 

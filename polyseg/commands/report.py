@@ -12,7 +12,7 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.errors import PolysegError
-from polyseg.evaluation.tables import DASH
+from polyseg.evaluation.tables import DASH, size_of
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report.document import (
@@ -48,6 +48,7 @@ from polyseg.report.tables import (
     images_tested,
     metric_tables,
     number,
+    refuse_other_sizes,
 )
 from polyseg.runs.assessment_text import describe_order
 from polyseg.system.files import short_names, write_text
@@ -61,7 +62,7 @@ MOST_RUNS = 50
 """Of a page."""
 
 _WORST = 20
-_WORDS = ("id", "label", "arm", "run", "prediction", "seed", "fold")
+_WORDS = ("id", "at", "group", "label", "arm", "run", "prediction", "seed", "fold")
 """Columns of per_image.csv that are no numbers, or names all the same."""
 _MOST_ROWS = 2000
 _MOST_FACTS = 100
@@ -197,9 +198,13 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
     head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
     overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
     own = [run.evaluation for run in runs]
-    metrics: list[Block] = list(metric_tables(own))
+    if not evaluations:
+        refuse_other_sizes(own)
+    kept = [one for one in own if one.summary]
+    # Runs' own tests at different sizes are no table; a comparison was made at one size.
+    mixed = len({size_of(one.summary) for one in kept}) > 1
+    metrics: list[Block] = [] if mixed else list(metric_tables(own))
     if metrics and evaluations:
-        # A comparison tells the same better, and should not have to be looked for.
         metrics = [Folded("All metrics of the runs' own tests", metrics)]
     return [overview, *metrics]
 
@@ -398,9 +403,9 @@ def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]]
 
 
 def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return per_image.csv with the id first, and the run only where there are several."""
+    """Return per_image.csv with the id first, and run and size only where there are several."""
     columns = list(zip(*table, strict=True))
-    kept = [one for one in columns if one[0] != "run" or len(set(one[1:])) > 1]
+    kept = [one for one in columns if one[0] not in ("run", "at") or len(set(one[1:])) > 1]
     kept.sort(key=lambda one: one[0] != "id")
     return [list(row) for row in zip(*kept, strict=True)]
 

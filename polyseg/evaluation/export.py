@@ -14,7 +14,7 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.system.files import csv_table, without_nan
 
 SCHEMA = 1
-"""Of summary.json, raised when a key changes its meaning or goes; new keys may come."""
+"""Version of summary.json, raised when a key changes its meaning or goes; new keys may come."""
 
 
 def markdown(summary: Record) -> str:
@@ -41,7 +41,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     named["prediction"] = any(run.prediction != "plain" for run in single)
     named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
     heads = [*(["arm"] if grouped else []), "run"]
-    heads += [*(name for name, there in named.items() if there), "id"]
+    heads += [*(name for name, there in named.items() if there), "at", "id"]
     metrics = [metric.key for metric in METRICS]
     rows = []
     for run in single:
@@ -51,7 +51,9 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
             values = [image.values[key] for key in metrics]
             found = [image.uncertainty.get(name, math.nan) for name in unsure]
             pixels = [image.mask_pixels, image.predicted_pixels]
-            rows.append([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
+            rows.append(
+                [*own, run.at, image.id, *map(_plain, values), *pixels, *map(_plain, found)]
+            )
     return csv_table([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure], rows)
 
 
@@ -70,6 +72,8 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     record = {
         "schema": SCHEMA,
         "rule": RULE,
+        "at": evaluation.at,
+        "part": evaluation.part,
         "unit": evaluation.unit,
         "tolerance": evaluation.tolerance,
         "failure_dice": evaluation.failure,

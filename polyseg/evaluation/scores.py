@@ -1,7 +1,6 @@
-"""What an evaluation found: metrics by image, label and run, arms of several seeds, comparisons.
+"""The results of an evaluation: metrics by image, label and run, arms of several runs, comparisons.
 
-Nothing here looks at pixels but `image_scores`; how all this is written down is the business of
-`tables`.
+Only `image_scores` reads pixels; `tables` and `export` write the results.
 """
 
 import math
@@ -71,7 +70,9 @@ class RunScores:
     threshold: float = 0.5
     """From which probability on a pixel is foreground; NaN where an arm's runs differ."""
     unit: str = "px"
-    """Of distances: "px" or "mm"."""
+    """Unit of distances, "px" or "mm"."""
+    at: str = "original"
+    """Size of the compared masks: "original", that of the files, or "network"."""
     seed: int | None = None
     fold: int | None = None
     """Of the training, by which runs of two arms are paired."""
@@ -208,7 +209,7 @@ class RobustnessPoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation has to tell."""
+    """All results of an evaluation."""
 
     runs: Sequence[RunScores]
     comparisons: Sequence[Comparison] = ()
@@ -217,11 +218,18 @@ class Evaluation:
     """Of NSD, in the unit of the distances."""
     failure: float = 0.7
     """Dice below which an image counts as failed."""
+    part: str = "test"
+    """Part of the data that was tested: train, val, test or all."""
 
     @property
     def unit(self) -> str:
-        """Of distances."""
+        """Unit of distances."""
         return self.runs[0].unit if self.runs else "px"
+
+    @property
+    def at(self) -> str:
+        """Size of the compared masks, "original" or "network"."""
+        return self.runs[0].at if self.runs else "original"
 
     def heading(self, metric: MetricColumn) -> str:
         """Return a metric's title with its unit, or its tolerance.
@@ -289,7 +297,7 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
     An image that one run did not test, being of another fold, has the mean of those that did.
 
     Raises:
-        PolysegError: their distances have different units.
+        PolysegError: their distances have different units, or their masks other sizes.
 
     >>> scores = [ImageScores("a", {"dice": dice}, 4, 4) for dice in (0.5, 0.7)]
     >>> arm = pool("arm", [RunScores(f"s{i}", [one], seed=i) for i, one in enumerate(scores)])
@@ -299,6 +307,7 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
     first = members[0]
     if len({run.unit for run in members}) > 1:
         raise PolysegError(f"{name}: some of its runs have distances in mm and some in pixels")
+    refuse_other_sizes(members)
     curves = [run.reliability for run in members if run.reliability is not None]
     return replace(
         first,
@@ -308,6 +317,18 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
         reliability=sum(curves[1:], curves[0]) if curves else None,
         members=tuple(members),
     )
+
+
+def refuse_other_sizes(runs: Sequence[RunScores]) -> None:
+    """Raise unless the masks of all runs were compared at the same kind of size.
+
+    Raises:
+        PolysegError: names a run of each.
+    """
+    names = {run.at: run.name for run in runs}
+    if len(names) > 1:
+        listed = ", ".join(f"{name} at {at} size" for at, name in names.items())
+        raise PolysegError(f"evaluate: {listed}; give all runs the same --at")
 
 
 def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
@@ -327,8 +348,9 @@ def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     Holm's method over the runs that are compared in it.
 
     Raises:
-        PolysegError: there is no such run.
+        PolysegError: there is no such run, or masks were compared at different sizes.
     """
+    refuse_other_sizes(runs)
     titles = {run.name for run in runs}
     if baseline not in titles:
         raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(titles))}")

@@ -17,7 +17,11 @@ RULE = (
     "image's diagonal. What the mask leaves undefined is left out."
 )
 DASH = "–"
-"""What stands where a value is undefined."""
+"""Text of a cell whose value is undefined."""
+PARTS = {"val": "Validation", "train": "Training", "all": "All"}
+"""First word of the title of metrics that are not of test images, by the tested part."""
+SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
+"""Size at which masks were compared, in words."""
 
 _COLUMNS = {metric.key: metric for metric in METRICS}
 _OVER_RUNS = (
@@ -132,6 +136,25 @@ def mapping(record: Record, key: str) -> Record:
     return found if isinstance(found, dict) else {}
 
 
+def size_of(summary: Record) -> str:
+    """Return the size at which masks were compared; version 0.1 did so at the network's.
+
+    >>> size_of({})
+    'network'
+    """
+    at = summary.get("at")
+    return at if isinstance(at, str) and at in SIZES else "network"
+
+
+def metrics_title(summary: Record) -> str:
+    """Return the title of the metrics, which says which images they are of.
+
+    >>> metrics_title({"part": "val"}), metrics_title({})
+    ('Validation metrics', 'Test metrics')
+    """
+    return f"{PARTS.get(str(summary.get('part')), 'Test')} metrics"
+
+
 def records(record: Record, key: str) -> list[Record]:
     """Return the mappings of the list under a key, none where there is no list."""
     found = record.get(key)
@@ -157,7 +180,8 @@ def metrics_sheet(summary: Record) -> Sheet:
             for one in found
         ]
         rows.append([Cell(metric.title), *cells])
-    spread = "Mean ± standard deviation over the images"
+    spread = f"Masks are compared at {SIZES[size_of(summary)]}. "
+    spread += "Mean ± standard deviation over the images"
     if any(one.record.get("members") for one in found):
         spread += (
             " (each its mean over an arm's runs), in brackets that of the means over the seeds"
@@ -168,7 +192,9 @@ def metrics_sheet(summary: Record) -> Sheet:
     )
     marks = [marked] if records(summary, "comparisons") else []
     rule = summary.get("rule", RULE)
-    return Sheet("Metrics", heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)])
+    return Sheet(
+        metrics_title(summary), heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)]
+    )
 
 
 def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:

@@ -1,4 +1,4 @@
-"""One network tested: what it predicts, by pass or by passes, of images as they are or damaged.
+"""Testing one network: plain predictions, means over passes of MC Dropout, damaged images.
 
 Several processes share the images of each test, and all of them get the metrics of all images.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import operator
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
@@ -20,6 +21,7 @@ from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
+from polyseg.evaluation.predictions import At, at_size, masks_at, probabilities
 from polyseg.evaluation.scores import (
     ImageScores,
     Prediction,
@@ -29,7 +31,6 @@ from polyseg.evaluation.scores import (
 )
 from polyseg.metrics.calibration import ReliabilityCurve
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.inference import predict
 from polyseg.networks.networks_by_name import SegmentationNetwork
 from polyseg.records import Progress, no_progress
 from polyseg.runs.trained_model import (
@@ -46,12 +47,12 @@ from polyseg.system.process_group import ALONE, Processes
 log = logging.getLogger(__name__)
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Among which one is chosen on the validation images."""
+"""Thresholds among which one is chosen on the validation images."""
 
 _PIXELS_AT_ONCE = 2**24
-"""Of which MC Dropout's maps are held."""
+"""Largest number of pixels whose MC-Dropout maps are kept in memory at once."""
 _CHOOSING = 48
-"""At least as many images as choose how many passes there are, but for the rest of a batch."""
+"""Least number of images, up to a batch, by which the number of passes is chosen."""
 
 Threshold = float | Literal["val"]
 T = TypeVar("T")
@@ -59,33 +60,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PredictedMasks:
-    """What a network predicted for each image, eight pixels a byte."""
+    """The masks of one label that a network predicted, compressed."""
 
     run: str
     label: str
-    packed: Mapping[str, NDArray[np.uint8]]
-    """By the image's id."""
+    packed: Mapping[str, bytes]
+    """Compressed bits of each mask, by the image's id."""
     shapes: Mapping[str, tuple[int, int]]
 
     def mask(self, identity: str) -> NDArray[np.bool_]:
         """Return the predicted mask of an image, (H, W)."""
         height, width = self.shapes[identity]
-        bits = np.unpackbits(self.packed[identity], count=height * width)
-        return bits.reshape(height, width).astype(bool)
+        packed = np.frombuffer(zlib.decompress(self.packed[identity]), np.uint8)
+        return np.unpackbits(packed, count=height * width).reshape(height, width).astype(bool)
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured of each network."""
+    """What is measured of each network, and how."""
 
     threshold: Threshold = 0.5
-    """From which probability on a pixel is foreground; "val": the best on validation images."""
+    """Least probability of a foreground pixel; "val": the best one on the validation images."""
     uncertainty: bool = False
     """Whether to test the mean over passes of MC Dropout too, and whether D finds failures."""
     samples: int | None = None
-    """N, the passes; the run's own if left out."""
+    """N, the number of passes; None for the run's own."""
     corruptions: Sequence[str] = ()
     """Kinds of damage to test under."""
+    at: At = "original"
+    """Size at which predictions and masks are compared."""
     tolerance: float = 2.0
     """Tolerance of NSD, in pixels, or in mm where spacings are known."""
     failure: float = 0.7
@@ -135,15 +138,15 @@ class _Test:
 
 
 class _Prediction(NamedTuple):
-    """A network's answer for one image."""
+    """The prediction for one image, and its true masks, at one size."""
 
     id: str
-    probability: NDArray[np.float64]
+    probability: NDArray[np.floating]
     """(K, H, W) in [0, 1]."""
     masks: NDArray[np.uint8]
-    """(K, H, W) in {0, 1}, the truth."""
+    """(K, H, W) in {0, 1}, the true masks."""
     uncertainty: Mapping[str, Sequence[float]]
-    """By name, one a label."""
+    """Values by name, one for each label."""
 
 
 def score(
@@ -171,12 +174,14 @@ def choose_thresholds(
     batch_size: int,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    at: At = "original",
 ) -> dict[str, float]:
     """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
 
     Of several that are equally good it is the one nearest to 0.5.
     """
-    test = _Test("", network, images, ids, batch_size, progress=progress, processes=processes)
+    how = EvaluationSettings(at=at)
+    test = _Test("", network, images, ids, batch_size, how, progress, processes)
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
         for one in _plain(test, "choosing thresholds")
@@ -252,7 +257,8 @@ def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
         else (images, part_of(split, "val", images, model))
     )
     found = choose_thresholds(
-        model.network, own, ids, test.batch_size, test.progress, test.processes
+        *(model.network, own, ids, test.batch_size, test.progress, test.processes),
+        test.settings.at,
     )
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
@@ -262,18 +268,20 @@ def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
 
 def _plain(test: _Test, task: str = "") -> Iterator[_Prediction]:
     """Yield what one pass without dropout predicts for each image of this process's share."""
-    done, total = 0, len(test.ids)
-    batches = test.images.batches(test.processes.share(test.ids), test.batch_size)
-    for batch, logits in predict(test.network, batches):
-        if batch.masks is None:
-            raise PolysegError("evaluate: the images have no masks to compare with")
-        for row, identity in enumerate(batch.ids):
-            probability = logits[row].double().sigmoid().numpy()
-            yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
-        done += len(batch.ids)
-        test.progress(
-            task or f"testing {test.name}", min(total, test.processes.count * done), total
-        )
+    images, at, total = test.images, test.settings.at, len(test.ids)
+    task = task or f"testing {test.name}"
+    mine = test.processes.share(test.ids)
+    found = probabilities(test.network, images, mine, test.batch_size, at)
+    for done, (identity, probability) in enumerate(found, start=1):
+        yield _Prediction(identity, probability, _truth(images, identity, at), {})
+        test.progress(task, min(total, test.processes.count * done), total)
+
+
+def _truth(images: ImageSet, identity: str, at: At) -> NDArray[np.uint8]:
+    masks = masks_at(images, identity, at)
+    if masks is None:
+        raise PolysegError("evaluate: the images have no masks to compare with")
+    return masks
 
 
 def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
@@ -281,7 +289,7 @@ def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
 
     Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
     """
-    images, samples = test.images, test.settings.samples
+    images, samples, at = test.images, test.settings.samples, test.settings.at
     settings = passes_of(model.config, region="prediction", save_maps=True, samples=samples)
     free = [name for name, row in FREE_SCORES.items() if row.function]
     names = list(dict.fromkeys([settings.metric, *UNCERTAINTIES, *free]))
@@ -303,11 +311,11 @@ def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
             if identity not in mine:
                 continue
             rows = slice(i * labels, (i + 1) * labels)
-            _, masks = images.sample(identity)
+            mean = np.stack(found.maps["mean"][rows]).astype(np.float64)
             yield _Prediction(
                 identity,
-                np.stack(found.maps["mean"][rows]).astype(np.float64),
-                masks.numpy(),
+                at_size(mean, images, identity, at),
+                _truth(images, identity, at),
                 {name: found.scores[name][rows].tolist() for name in names},
             )
 
@@ -349,8 +357,9 @@ def _judge(
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
     """Return the metrics of all images, a record a label, where each process judges its share."""
-    labels = test.images.labels
-    in_mm = all(test.images.item(identity).spacing is not None for identity in test.ids)
+    labels, images, at = test.images.labels, test.images, test.settings.at
+    spacings = {one: _spacing(images, one, at) for one in test.ids}
+    in_mm = None not in spacings.values()
     rows: list[list[ImageScores]] = []
     curves = [ReliabilityCurve() for _ in labels]
     for one in predictions:
@@ -361,7 +370,7 @@ def _judge(
                     one.probability[k],
                     one.masks[k],
                     threshold=thresholds[label],
-                    spacing=test.images.item(one.id).spacing if in_mm else None,
+                    spacing=spacings[one.id] if in_mm else None,
                     tolerance=test.settings.tolerance,
                     uncertainty={key: values[k] for key, values in one.uncertainty.items()},
                 )
@@ -379,10 +388,17 @@ def _judge(
             prediction=prediction,
             threshold=thresholds[label],
             unit="mm" if in_mm else "px",
+            at=at,
             reliability=functools.reduce(operator.add, (curves[k] for curves in of_all)),
         )
         for k, label in enumerate(labels)
     ]
+
+
+def _spacing(images: ImageSet, identity: str, at: At) -> tuple[float, float] | None:
+    if at == "network":
+        return images.item(identity).spacing
+    return images.original_spacing(identity)
 
 
 def _under_damage(
@@ -404,22 +420,22 @@ def _under_damage(
 
 
 class _Keeper:
-    """Keeps the predicted masks that pass by, eight pixels a byte, for the figures at the end."""
+    """Keeps the predicted masks, compressed, for the figures at the end."""
 
     def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
         self.name, self.labels, self.thresholds = name, labels, thresholds
-        self.packed: dict[str, dict[str, NDArray[np.uint8]]] = {label: {} for label in labels}
+        self.packed: dict[str, dict[str, bytes]] = {label: {} for label in labels}
         self.shapes: dict[str, tuple[int, int]] = {}
 
     def __call__(self, one: _Prediction) -> _Prediction:
         for k, label in enumerate(self.labels):
             predicted = one.probability[k] >= self.thresholds[label]
-            self.packed[label][one.id] = np.packbits(predicted)
+            self.packed[label][one.id] = zlib.compress(np.packbits(predicted).tobytes(), 1)
             self.shapes[one.id] = (predicted.shape[0], predicted.shape[1])
         return one
 
     def masks(self, processes: Processes) -> list[PredictedMasks]:
-        """Return those that passed by in any of the processes, a record a label."""
+        """Return the masks that all processes kept, a record for each label."""
         packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
         shapes = _united(processes.gathered(self.shapes))
         return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]
@@ -429,7 +445,7 @@ def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _dices(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
     truth = mask > 0
     found = []
