@@ -65,6 +65,15 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = "original",
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="CASE",
+            help="patient (means, intervals and tests over patients, where the data or data.group "
+            "tell them) or image (every image is a case).",
+            rich_help_panel=HOW,
+        ),
+    ] = "patient",
     uncertainty: Annotated[
         bool,
         typer.Option(
@@ -121,6 +130,7 @@ def evaluate(
             sources,
             EvaluationSettings(
                 threshold=_threshold(threshold),
+                by=_one_of("--by", by, "patient", "image"),
                 at=_one_of("--at", at, "original", "network"),
                 uncertainty=uncertainty,
                 samples=samples,

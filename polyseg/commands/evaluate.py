@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def evaluate_runs(
     """
     # What can be found wrong is said before the first network is tested, which may take long.
     settings.check()
-    place = out or results_beside(sources[0], "evaluation")
+    place = out or _place(sources)
     with contextlib.ExitStack() as stack:
         with together(choose_device(inputs.device), PATIENCE) as processes:
             held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
@@ -143,12 +144,28 @@ def evaluate_runs(
         if not processes.leads:
             return Outcome(place, [])
         evaluation = found.evaluation(settings, inputs.part or "test")
+        relative = [os.path.relpath(one.resolve(), place.resolve()) for one in sources]
+        evaluation = dataclasses.replace(evaluation, sources=relative)
         files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
         if figures:
             files += evaluation_files.draw_predictions(
                 evaluation, found.masks, found.images, folder
             )
     return Outcome(place, moved(files, folder, place), evaluation)
+
+
+def _place(sources: Sequence[Path]) -> Path:
+    """Return a new folder for results: in a single run, or in a folder that all runs share.
+
+    Raises:
+        PolysegError: the runs share no folder but the root.
+    """
+    if len(sources) == 1:
+        return results_beside(sources[0], "evaluation")
+    shared = Path(os.path.commonpath([one.resolve().parent for one in sources]))
+    if shared == Path(shared.anchor):
+        raise PolysegError("evaluate: the runs share no folder for the comparison; give --out")
+    return results_beside(shared, "comparison")
 
 
 def _compared(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,13 @@ from polyseg.report.figures import (
     training_picture,
     validation_picture,
 )
-from polyseg.report.run_files import EvaluationFiles, RunFiles, read_evaluation, read_run
+from polyseg.report.run_files import (
+    EvaluationFiles,
+    RunFiles,
+    read_evaluation,
+    read_run,
+    sources_of,
+)
 from polyseg.report.tables import (
     brief,
     comparison_tables,
@@ -82,7 +89,8 @@ def make_page(
 
     Args:
         sources: folders of runs.
-        evaluations: folders of `polyseg evaluate`, in which runs are compared.
+        evaluations: folders of `polyseg evaluate`, in which runs are compared; without any, the
+            newest comparison of all these runs in a folder that they share.
         out: the file, new.
         overwrite: or one to replace.
         title: of the page.
@@ -98,6 +106,7 @@ def make_page(
             f"report: {len(sources)} runs and {len(evaluations)} evaluations are too many for a "
             f"page of {MOST_RUNS}"
         )
+    evaluations = evaluations or comparison_of(sources)
     compared = [read_evaluation(*one) for one in _named(evaluations)]
     runs = []
     for k, (source, name) in enumerate(_named(sources), start=1):
@@ -108,6 +117,27 @@ def make_page(
         log.warning("%d files could not be read; the page names them", len(page.warnings))
     write_text(out, render(page))
     return out
+
+
+def comparison_of(sources: Sequence[Path]) -> list[Path]:
+    """Return the newest comparison of exactly these runs, in a folder that all share, if any."""
+    if len(sources) < 2:
+        return []
+    wanted = {one.resolve() for one in sources}
+    shared = Path(os.path.commonpath([one.parent for one in wanted]))
+    found = []
+    for path in shared.glob("*/summary.json"):
+        try:
+            names = sources_of(path)
+            if names and {(path.parent / name).resolve() for name in names} == wanted:
+                found.append((path.stat().st_mtime, path.parent))
+        except (OSError, ValueError, TypeError):
+            continue
+    if not found:
+        return []
+    newest = max(found)[1]
+    log.info("the page holds the comparison in %s", newest)
+    return [newest]
 
 
 def page_of(

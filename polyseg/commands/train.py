@@ -18,7 +18,7 @@ from polyseg.data.new_split import new_split
 from polyseg.data.splits import PARTS, Split, count_groups
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
-from polyseg.evaluation.testing_networks import score
+from polyseg.evaluation.testing_networks import groups_of, score
 from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.run_figures import Outcome
 from polyseg.networks.inference import choose_device
@@ -450,7 +450,8 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
             )
         best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
-        scores = score(run.path.name, best, images, ids, size, progress=progress)
+        groups = groups_of(images, config)
+        scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
         evaluation = Evaluation(scores, part=part)
         files += evaluation_files.write_evaluation(
             evaluation, run.evaluation, figures=config.output.figures

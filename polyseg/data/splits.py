@@ -95,7 +95,7 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
     ['x (train and test)']
     """
-    group_of = {member.id: member.group for member in _all_grouped(members, config.group)}
+    group_of = groups_by_id(members, config)
     parts: dict[str, list[str]] = {}
     for part, ids in split.items():
         for group in {group_of[identity] for identity in ids} - {None}:
@@ -103,6 +103,15 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     return [
         f"{group} ({' and '.join(found)})" for group, found in sorted(parts.items()) if found[1:]
     ]
+
+
+def groups_by_id(members: Sequence[Member], config: DataConfig) -> dict[str, str | None]:
+    """Return the group of each image, such as its patient, by its id; None where it has none.
+
+    >>> groups_by_id([Member("p1_a"), Member("p2_a")], DataConfig(group="^(p.)_"))
+    {'p1_a': 'p1', 'p2_a': 'p2'}
+    """
+    return {member.id: member.group for member in _all_grouped(members, config.group)}
 
 
 def count_groups(members: Sequence[Member], config: DataConfig) -> int:

@@ -24,6 +24,7 @@ from polyseg.metrics.significance import (
     Interval,
     PairedDifference,
     adjust_together,
+    group_means,
     mean_interval,
     over_runs,
     paired_difference,
@@ -48,7 +49,9 @@ class ImageScores:
     mask_pixels: float
     predicted_pixels: float
     uncertainty: Mapping[str, float] = field(default_factory=dict)
-    """How unsure the network was about the image, by name, where that was measured."""
+    """Uncertainty of the network about the image, by name, where it was measured."""
+    group: str | None = None
+    """Group of the image, such as its patient; None where none is known."""
 
 
 @dataclass(frozen=True)
@@ -91,38 +94,57 @@ class RunScores:
         """Return a metric of every image, (n,)."""
         return np.array([image.values[key] for image in self.scores], dtype=np.float64)
 
+    @property
+    def groups(self) -> list[str | None] | None:
+        """Group of each image, such as its patient; None where no image has one."""
+        found = [image.group for image in self.scores]
+        return found if any(group is not None for group in found) else None
+
+    @property
+    def patients(self) -> int | None:
+        """Number of groups, where an image without one is its own; None where none are known."""
+        groups = self.groups
+        return None if groups is None else group_means(np.zeros(len(groups)), groups).size
+
     def defined(self, key: str) -> Values:
-        """Return a metric of the images for which it is defined."""
-        values = self.column(key)
+        """Return the mean of a metric in each patient, or of each image if no patient is known.
+
+        Cases for which it is undefined are left out.
+        """
+        values = group_means(self.column(key), self.groups)
         return values[~np.isnan(values)]
 
     def mean(self, key: str) -> float:
-        """Return the mean over the images for which the metric is defined; NaN without any."""
-        values = self.defined(key)
-        return float(values.mean()) if values.size else math.nan
+        """Return the mean over the patients, or images, with a defined metric; NaN without any."""
+        return _mean(self.defined(key))
 
     def deviation(self, key: str) -> float:
-        """Return the standard deviation over the images, divisor n - 1; NaN below two."""
-        values = self.defined(key)
-        return float(values.std(ddof=1)) if values.size > 1 else math.nan
+        """Return the standard deviation over the patients, or images, divisor n - 1."""
+        return _deviation(self.defined(key))
 
     def interval(self, key: str) -> Interval:
-        """Return the bootstrap interval, at 95 %, of the mean over the images."""
-        return mean_interval(self.column(key))
+        """Return the 95 % bootstrap interval of the mean, which draws patients, or images."""
+        return mean_interval(self.defined(key))
 
     def seed_deviation(self, key: str) -> float:
         """Return the standard deviation of an arm's means over its seeds; NaN below two.
 
-        Folds of one seed count together, since their images differ; seeds that were not tested on
-        the same images tell nothing of each other.
+        Folds of one seed count together, since their images differ; it is NaN where the seeds were
+        not tested on the same images.
         """
         ids = [image.id for image in self.scores]
         seeds = dict.fromkeys(run.seed for run in self.members)
         parts = [[run for run in self.members if run.seed == seed] for seed in seeds]
         if any({one.id for run in part for one in run.scores} != set(ids) for part in parts):
             return math.nan
-        table = [_by_id(pool("", part), key, ids) for part in parts]
+        table = [group_means(_by_id(pool("", part), key, ids), self.groups) for part in parts]
         return seed_spread(table).deviation_over_seeds if table else math.nan
+
+    def fold_deviation(self, key: str) -> float:
+        """Return the standard deviation of an arm's means over its folds; NaN below two."""
+        folds = dict.fromkeys(run.fold for run in self.members if run.fold is not None)
+        means = [pool("", [run for run in self.members if run.fold == k]).mean(key) for k in folds]
+        return _deviation(np.array(means))
 
     def uncertainty(self, name: str) -> Values:
         """Return an uncertainty of every image, (n,), NaN where it was not measured."""
@@ -220,6 +242,8 @@ class Evaluation:
     """Dice below which an image counts as failed."""
     part: str = "test"
     """Part of the data that was tested: train, val, test or all."""
+    sources: Sequence[str] = ()
+    """Paths of the runs, relative to the folder of the results."""
 
     @property
     def unit(self) -> str:
@@ -264,6 +288,7 @@ def image_scores(
     spacing: tuple[float, float] | None = None,
     tolerance: float = 2.0,
     uncertainty: Mapping[str, float] | None = None,
+    group: str | None = None,
 ) -> ImageScores:
     """Return the metrics of one image, the prediction being probability >= threshold.
 
@@ -275,6 +300,7 @@ def image_scores(
         spacing: of rows and of columns, in mm; without it distances are in pixels.
         tolerance: of NSD, in the same unit.
         uncertainty: about the image, by name.
+        group: of the image, such as its patient.
 
     >>> mask = np.array([[1, 1], [0, 0]])
     >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
@@ -288,6 +314,7 @@ def image_scores(
         mask_pixels=int((np.asarray(mask) > 0).sum()),
         predicted_pixels=int((np.asarray(probability) >= threshold).sum()),
         uncertainty=uncertainty or {},
+        group=group,
     )
 
 
@@ -442,6 +469,7 @@ def _difference(reference: RunScores, run: RunScores, metric: MetricColumn) -> P
     found = paired_difference(
         reference.column(metric.key),
         _by_id(run, metric.key, ids),
+        groups=reference.groups,
         higher_is_better=metric.higher_is_better,
     )
     return over_runs(found, [_mean_difference(*pair, metric.key) for pair in pairs])
@@ -458,9 +486,16 @@ def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunSco
 
 def _mean_difference(one: RunScores, other: RunScores, key: str) -> float:
     ids = [image.id for image in one.scores]
-    differences = _by_id(other, key, ids) - _by_id(one, key, ids)
-    known = differences[np.isfinite(differences)]
-    return float(known.mean()) if known.size else math.nan
+    differences = group_means(_by_id(other, key, ids) - _by_id(one, key, ids), one.groups)
+    return _mean(differences[np.isfinite(differences)])
+
+
+def _mean(values: Values) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _deviation(values: Values) -> float:
+    return float(values.std(ddof=1)) if values.size > 1 else math.nan
 
 
 def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
@@ -486,4 +521,5 @@ def _mean_of_image(images: Sequence[ImageScores]) -> ImageScores:
             name: mean([image.uncertainty.get(name, math.nan) for image in images])
             for name in first.uncertainty
         },
+        group=first.group,
     )

@@ -9,7 +9,7 @@ import logging
 import operator
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from polyseg.config import MOST_SAMPLES, Config
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
+from polyseg.data.splits import groups_by_id
 from polyseg.errors import PolysegError
 from polyseg.evaluation.predictions import At, at_size, masks_at, probabilities
 from polyseg.evaluation.scores import (
@@ -54,6 +55,8 @@ _PIXELS_AT_ONCE = 2**24
 _CHOOSING = 48
 """Least number of images, up to a batch, by which the number of passes is chosen."""
 
+Groups = Mapping[str, str | None]
+"""The group of each image, such as its patient, by the image's id."""
 Threshold = float | Literal["val"]
 T = TypeVar("T")
 
@@ -89,6 +92,8 @@ class EvaluationSettings:
     """Kinds of damage to test under."""
     at: At = "original"
     """Size at which predictions and masks are compared."""
+    by: Literal["patient", "image"] = "patient"
+    """Case of means, intervals and tests; patients count where they are known."""
     tolerance: float = 2.0
     """Tolerance of NSD, in pixels, or in mm where spacings are known."""
     failure: float = 0.7
@@ -135,6 +140,7 @@ class _Test:
     settings: EvaluationSettings = EvaluationSettings()
     progress: Progress = no_progress
     processes: Processes = ALONE
+    groups: Groups = field(default_factory=dict)
 
 
 class _Prediction(NamedTuple):
@@ -156,6 +162,7 @@ def score(
     ids: Sequence[str],
     batch_size: int,
     *,
+    groups: Groups | None = None,
     progress: Progress = no_progress,
 ) -> list[RunScores]:
     """Return the metrics of a network on some images, image by image, a record a label.
@@ -163,7 +170,7 @@ def score(
     Raises:
         PolysegError: the images have no masks.
     """
-    test = _Test(name, network, images, ids, batch_size, progress=progress)
+    test = _Test(name, network, images, ids, batch_size, progress=progress, groups=groups or {})
     return _judge(test, _plain(test), dict.fromkeys(images.labels, 0.5))
 
 
@@ -220,7 +227,8 @@ def measure_network(
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
     size = model.config.training.batch_size
-    test = _Test(name, model.network, images, ids, size, settings, progress, processes)
+    groups = {} if settings.by == "image" else groups_of(images, model.config)
+    test = _Test(name, model.network, images, ids, size, settings, progress, processes, groups)
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
     if settings.uncertainty:
@@ -233,6 +241,15 @@ def measure_network(
     plain = _judge(test, predictions, thresholds)
     points = _under_damage(model.config, test, plain)
     return NetworkResults(plain + scores, list(points), kept.masks(processes))
+
+
+def groups_of(images: ImageSet, config: Config) -> Groups:
+    """Return the group of each image, such as its patient, by the data or by `data.group`."""
+    try:
+        return groups_by_id(images.members(), config.data)
+    except PolysegError as error:
+        log.warning("%s; groups are taken from the data alone", error)
+        return {item.id: item.group for item in images.items}
 
 
 def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
@@ -373,6 +390,7 @@ def _judge(
                     spacing=spacings[one.id] if in_mm else None,
                     tolerance=test.settings.tolerance,
                     uncertainty={key: values[k] for key, values in one.uncertainty.items()},
+                    group=test.groups.get(one.id),
                 )
                 for k, label in enumerate(labels)
             ]
