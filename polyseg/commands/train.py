@@ -450,7 +450,7 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
             )
         best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
-        groups = groups_of(images, config)
+        groups = groups_of(images, config.data)
         scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
         evaluation = Evaluation(scores, part=part)
         files += evaluation_files.write_evaluation(

@@ -105,6 +105,15 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     ]
 
 
+def volume_of(identity: str) -> str:
+    """Return the id of the volume that a slice is of, or the id of an image as it is.
+
+    >>> volume_of("scan#012"), volume_of("photo")
+    ('scan', 'photo')
+    """
+    return _SLICE.sub("", identity)
+
+
 def groups_by_id(members: Sequence[Member], config: DataConfig) -> dict[str, str | None]:
     """Return the group of each image, such as its patient, by its id; None where it has none.
 
@@ -242,7 +251,7 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     slices: dict[str, list[str]] = {}
     for member in members:
         slices.setdefault(member.id, []).append(member.id)
-        volume = _SLICE.sub("", member.id)
+        volume = volume_of(member.id)
         if volume != member.id:
             slices.setdefault(volume, []).append(member.id)
     missing = [identity for ids in named.values() for identity in ids if identity not in slices]
@@ -312,7 +321,7 @@ def _grouped(member: Member, pattern: str) -> Member:
 
     Slices go by the id of their volume, so that none is torn apart.
     """
-    found = re.search(pattern, _SLICE.sub("", member.id)[:_LONGEST_MATCHED])
+    found = re.search(pattern, volume_of(member.id)[:_LONGEST_MATCHED])
     group = found and found[1 if found.re.groups else 0]
     if group is None:
         raise PolysegError(

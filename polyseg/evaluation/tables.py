@@ -18,8 +18,12 @@ RULE = (
 )
 DASH = "–"
 """Text of a cell whose value is undefined."""
-PARTS = {"val": "Validation", "train": "Training", "all": "All"}
-"""First word of the title of metrics that are not of test images, by the tested part."""
+PARTS = {
+    "val": "Validation metrics",
+    "train": "Training metrics",
+    "all": "Metrics of all images",
+}
+"""Title of metrics that are not of test images alone, by the tested part."""
 SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
 """Size at which masks were compared, in words."""
 
@@ -157,7 +161,7 @@ def metrics_title(summary: Record) -> str:
     >>> metrics_title({"part": "val"}), metrics_title({})
     ('Validation metrics', 'Test metrics')
     """
-    return f"{PARTS.get(str(summary.get('part')), 'Test')} metrics"
+    return PARTS.get(str(summary.get("part")), "Test metrics")
 
 
 def records(record: Record, key: str) -> list[Record]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyseg.choices import FREE_SCORES, UNCERTAINTIES
-from polyseg.config import MOST_SAMPLES, Config
+from polyseg.config import MOST_SAMPLES, DataConfig
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
@@ -129,11 +129,10 @@ class NetworkResults:
 
 
 @dataclass(frozen=True)
-class _Test:
-    """A network, the images that it is tested on, and how."""
+class ImageTest:
+    """The images that a network, or a folder of masks, is tested on, and how."""
 
     name: str
-    network: SegmentationNetwork
     images: ImageSet
     ids: Sequence[str]
     batch_size: int
@@ -143,7 +142,7 @@ class _Test:
     groups: Groups = field(default_factory=dict)
 
 
-class _Prediction(NamedTuple):
+class ImagePrediction(NamedTuple):
     """The prediction for one image, and its true masks, at one size."""
 
     id: str
@@ -170,8 +169,8 @@ def score(
     Raises:
         PolysegError: the images have no masks.
     """
-    test = _Test(name, network, images, ids, batch_size, progress=progress, groups=groups or {})
-    return _judge(test, _plain(test), dict.fromkeys(images.labels, 0.5))
+    test = ImageTest(name, images, ids, batch_size, progress=progress, groups=groups or {})
+    return judge(test, _plain(network, test), dict.fromkeys(images.labels, 0.5))
 
 
 def choose_thresholds(
@@ -188,10 +187,10 @@ def choose_thresholds(
     Of several that are equally good it is the one nearest to 0.5.
     """
     how = EvaluationSettings(at=at)
-    test = _Test("", network, images, ids, batch_size, how, progress, processes)
+    test = ImageTest("", images, ids, batch_size, how, progress, processes)
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
-        for one in _plain(test, "choosing thresholds")
+        for one in _plain(network, test, "choosing thresholds")
     ]
     means = np.mean(processes.joined(dices), axis=0).round(9)
     nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
@@ -227,26 +226,27 @@ def measure_network(
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
     size = model.config.training.batch_size
-    groups = {} if settings.by == "image" else groups_of(images, model.config)
-    test = _Test(name, model.network, images, ids, size, settings, progress, processes, groups)
+    groups = {} if settings.by == "image" else groups_of(images, model.config.data)
+    test = ImageTest(name, images, ids, size, settings, progress, processes, groups)
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
     if settings.uncertainty:
-        scores = _judge(test, _passes(model, test), thresholds, "mc_mean")
+        scores = judge(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
-    kept = _Keeper(name, images.labels, thresholds)
+    kept = MaskKeeper(name, images.labels, thresholds)
     predictions = (
-        kept(one._replace(uncertainty=uncertainty.get(one.id, {}))) for one in _plain(test)
+        kept(one._replace(uncertainty=uncertainty.get(one.id, {})))
+        for one in _plain(model.network, test)
     )
-    plain = _judge(test, predictions, thresholds)
-    points = _under_damage(model.config, test, plain)
+    plain = judge(test, predictions, thresholds)
+    points = _under_damage(model, test, plain)
     return NetworkResults(plain + scores, list(points), kept.masks(processes))
 
 
-def groups_of(images: ImageSet, config: Config) -> Groups:
+def groups_of(images: ImageSet, config: DataConfig) -> Groups:
     """Return the group of each image, such as its patient, by the data or by `data.group`."""
     try:
-        return groups_by_id(images.members(), config.data)
+        return groups_by_id(images.members(), config)
     except PolysegError as error:
         log.warning("%s; groups are taken from the data alone", error)
         return {item.id: item.group for item in images.items}
@@ -262,7 +262,7 @@ def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
+def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
     """Return the threshold of each label, from the settings or the validation images."""
     images, chosen = test.images, test.settings.threshold
     if chosen != "val":
@@ -283,25 +283,32 @@ def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
     return found
 
 
-def _plain(test: _Test, task: str = "") -> Iterator[_Prediction]:
+def _plain(
+    network: SegmentationNetwork, test: ImageTest, task: str = ""
+) -> Iterator[ImagePrediction]:
     """Yield what one pass without dropout predicts for each image of this process's share."""
     images, at, total = test.images, test.settings.at, len(test.ids)
     task = task or f"testing {test.name}"
     mine = test.processes.share(test.ids)
-    found = probabilities(test.network, images, mine, test.batch_size, at)
+    found = probabilities(network, images, mine, test.batch_size, at)
     for done, (identity, probability) in enumerate(found, start=1):
-        yield _Prediction(identity, probability, _truth(images, identity, at), {})
+        yield ImagePrediction(identity, probability, true_masks(test, identity), {})
         test.progress(task, min(total, test.processes.count * done), total)
 
 
-def _truth(images: ImageSet, identity: str, at: At) -> NDArray[np.uint8]:
-    masks = masks_at(images, identity, at)
+def true_masks(test: ImageTest, identity: str) -> NDArray[np.uint8]:
+    """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test.
+
+    Raises:
+        PolysegError: it has none.
+    """
+    masks = masks_at(test.images, identity, test.settings.at)
     if masks is None:
         raise PolysegError("evaluate: the images have no masks to compare with")
     return masks
 
 
-def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
+def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
     """Yield the mean over the passes of MC Dropout, and the uncertainty, of each image of a share.
 
     Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
@@ -314,7 +321,7 @@ def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
     choosing = _CHOOSING + test.batch_size if settings.samples == "auto" else 0
     for part in _parts(images, test.ids, choosing, test.processes):
         found = assess(
-            test.network,
+            model.network,
             images.batches(part, test.batch_size),
             settings,
             seed=model.config.training.seed,
@@ -329,10 +336,10 @@ def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
                 continue
             rows = slice(i * labels, (i + 1) * labels)
             mean = np.stack(found.maps["mean"][rows]).astype(np.float64)
-            yield _Prediction(
+            yield ImagePrediction(
                 identity,
                 at_size(mean, images, identity, at),
-                _truth(images, identity, at),
+                true_masks(test, identity),
                 {name: found.scores[name][rows].tolist() for name in names},
             )
 
@@ -367,9 +374,9 @@ def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
     yield part
 
 
-def _judge(
-    test: _Test,
-    predictions: Iterable[_Prediction],
+def judge(
+    test: ImageTest,
+    predictions: Iterable[ImagePrediction],
     thresholds: Mapping[str, float],
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
@@ -420,7 +427,7 @@ def _spacing(images: ImageSet, identity: str, at: At) -> tuple[float, float] | N
 
 
 def _under_damage(
-    config: Config, test: _Test, clean: Sequence[RunScores]
+    model: Model, test: ImageTest, clean: Sequence[RunScores]
 ) -> Iterator[RobustnessPoint]:
     """Yield the metrics of a network on images damaged in each way, to each degree."""
     thresholds, mine = {run.label: run.threshold for run in clean}, test.processes.share(test.ids)
@@ -429,15 +436,15 @@ def _under_damage(
         for strength in STRENGTHS[1:]:
             # One seed for all networks, so that all see the same damage.
             images = corrupted(
-                test.images, corruption, strength, seed=0, config=config.data, ids=mine
+                test.images, corruption, strength, seed=0, config=model.config.data, ids=mine
             )
             task = f"testing {test.name} under {corruption} {strength}"
-            predictions = _plain(dataclasses.replace(test, images=images), task)
-            for run in _judge(test, predictions, thresholds):
+            predictions = _plain(model.network, dataclasses.replace(test, images=images), task)
+            for run in judge(test, predictions, thresholds):
                 yield RobustnessPoint(run.title, corruption, strength, run.scores)
 
 
-class _Keeper:
+class MaskKeeper:
     """Keeps the predicted masks, compressed, for the figures at the end."""
 
     def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
@@ -445,7 +452,8 @@ class _Keeper:
         self.packed: dict[str, dict[str, bytes]] = {label: {} for label in labels}
         self.shapes: dict[str, tuple[int, int]] = {}
 
-    def __call__(self, one: _Prediction) -> _Prediction:
+    def __call__(self, one: ImagePrediction) -> ImagePrediction:
+        """Keep the masks of a prediction, and return it."""
         for k, label in enumerate(self.labels):
             predicted = one.probability[k] >= self.thresholds[label]
             self.packed[label][one.id] = zlib.compress(np.packbits(predicted).tobytes(), 1)
