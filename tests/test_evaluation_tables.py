@@ -166,7 +166,7 @@ def test_uncertainties_stand_beside_the_metrics():
     evaluation = Evaluation([RunScores("run", images)], failure=0.5)
     titles = [sheet.title for sheet in sheets(summary(evaluation))]
     assert titles == [
-        "Metrics", "Dice by size", "Dice by difficulty", "Does the uncertainty find failures?",
+        "Test metrics", "Dice by size", "Dice by difficulty", "Does the uncertainty find failures?",
     ]  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(per_image_csv(evaluation.runs))))
     assert [float(row["entropy"]) for row in rows] == pytest.approx([0.1 * i for i in range(6)])

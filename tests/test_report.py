@@ -756,7 +756,7 @@ def test_arms_tell_their_runs_and_the_spread_of_their_seeds():
     assert (
         table.head == ["metric", f"adaptive (2 runs, {IMAGES} images)"] and "seeds" in table.caption
     )
-    assert table.rows == [["Dice!", "0.500 ± 0.250 (0.012)\n0.400 to 0.600, n = 29"]]
+    assert table.rows == [["Dice!", "0.500 ± 0.250 (seeds 0.012)\n0.400 to 0.600, n = 29"]]
 
 
 def test_numbers_are_right_aligned_and_words_are_not():

@@ -278,7 +278,13 @@ def test_the_command_prints_its_tables(polyseg, two, tmp_path):
         "--no-figures",
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    for text in ("Metrics", "dice_s0 against dice_s1", "Dice by size", "table.md", "NSD (2 px)"):
+    for text in (
+        "Test metrics",
+        "dice_s0 against dice_s1",
+        "Dice by size",
+        "table.md",
+        "NSD (2 px)",
+    ):
         assert text in answer.out
     assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
     wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")

@@ -22,8 +22,10 @@ from polyseg.data.layouts.folders import find_unlabelled
 from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.errors import PolysegError
+from polyseg.evaluation.predictions import probabilities
+from polyseg.figures.run_figures import Outcome
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.inference import choose_device, predict
+from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.runs.trained_model import Model, open_model, passes_of
 from polyseg.system.files import csv_table, write_text
@@ -39,7 +41,7 @@ _KNOWN_BY = ("predictions.csv",)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Rows = list[dict[str, Any]]
-Maps = NDArray[np.float32]
+Maps = NDArray[np.floating]
 
 
 def predict_images(
@@ -156,7 +158,9 @@ def _predict_case(
     images = read_cases([case], settings, channels=model.checkpoint.channels)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     shape = images.items[0].original_size
-    probability = _probabilities(model, images, shape)
+    batch_size = config.training.batch_size
+    found = probabilities(model.network, images, images.ids, batch_size)
+    probability = np.stack([one for _, one in found])
     source, plane = case.images[0], settings.plane
     maps = _label_maps(probability, settings, source)
     labels = {
@@ -172,18 +176,6 @@ def _predict_case(
             name = "_".join(filter(None, (case.id, label, "uncertainty")))
             files.append(write_map(source, stack, folder, name=name, plane=plane))
     return files, _rows(images, maps, labels, settings, assessment)
-
-
-def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Maps:
-    """Return (N, K, H, W) in [0, 1], in the size that the images had before they were resized."""
-    found: list[Maps] = []
-    batches = images.batches(images.ids, model.config.training.batch_size)
-    for _, logits in predict(model.network, batches):
-        found += [
-            np.stack([resize_map(one, shape) for one in image])
-            for image in logits.sigmoid().numpy()
-        ]
-    return np.stack(found)
 
 
 def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ from polyseg.data.new_split import new_split
 from polyseg.data.splits import PARTS, Split, count_groups, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
-from polyseg.evaluation.testing_networks import score
+from polyseg.evaluation.testing_networks import groups_of, score
 from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
@@ -470,10 +470,18 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     run, config, images = trainer.run, trainer.config, trainer.images
     files = [run.history]
     evaluation: Evaluation | None = None
-    if trainer.split["test"]:
+    part = next((one for one in ("test", "val") if trainer.split[one]), None)
+    if part is not None:
+        if part == "val":
+            log.warning(
+                "there is no test set: the metrics are of the validation images, by which the "
+                "best epoch was chosen"
+            )
         best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
-        ids, size = trainer.split["test"], config.training.batch_size
-        evaluation = Evaluation(score(run.path.name, best, images, ids, size, progress=progress))
+        ids, size = trainer.split[part], config.training.batch_size
+        groups = groups_of(images, config.data)
+        scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
+        evaluation = Evaluation(scores, part=part)
         files += evaluation_files.write_evaluation(
             evaluation, run.evaluation, figures=config.output.figures
         )

@@ -84,6 +84,8 @@ class ImageSet:
     tiling: Tiling | None = None
     levels: Levels | None = None
     """Of all images, where each does not have its own."""
+    read_original: Callable[[str], tuple[Image, Masks | None]] | None = None
+    """Function that reads an image, by id, as its file holds it; None where all are kept so."""
 
     @cached_property
     def ids(self) -> list[str]:
@@ -133,6 +135,27 @@ class ImageSet:
     def masks(self, identity: str) -> Masks | None:
         """Return the masks of an image, (K, H, W), or None where it has none."""
         return self.store.get(self.index[identity])[1]
+
+    def original(self, identity: str) -> tuple[Image, Masks | None]:
+        """Return an image, (H, W, C), and its masks, (K, H, W), at the size of its file."""
+        item = self.item(identity)
+        if self.read_original is None or item.size == item.original_size:
+            return self.pixels(identity), self.masks(identity)
+        image, masks = self.read_original(identity)
+        return self._with_channels(image), masks
+
+    def original_spacing(self, identity: str) -> tuple[float, float] | None:
+        """Return the millimetres between rows and between columns of an image's file, if known."""
+        item = self.item(identity)
+        if item.spacing is None:
+            return None
+        rows, columns = (
+            spacing * size / original
+            for spacing, size, original in zip(
+                item.spacing, item.size, item.original_size, strict=True
+            )
+        )
+        return rows, columns
 
     def sample(self, identity: str) -> "tuple[Tensor, Tensor]":
         """Return an image, (C, H, W) float32 normalised, and its masks, (K, H, W) uint8.

@@ -123,7 +123,26 @@ def read_cases(
     """
     found = list(problems)
     items, store = _keep(cases, config, _samples(cases, config, found, progress), found)
-    return image_set(items, store, config, channels)
+    images = image_set(items, store, config, channels)
+    return dataclasses.replace(images, read_original=_OriginalReader(cases, config))
+
+
+class _OriginalReader:
+    """Reads an image and its masks from their files again; slices of one volume together."""
+
+    def __init__(self, cases: Sequence[Case], config: DataConfig) -> None:
+        self.cases, self.config = {case.id: case for case in cases}, config
+        self.last: dict[str, tuple[Image, Masks | None]] = {}
+
+    def __call__(self, identity: str) -> tuple[Image, Masks | None]:
+        """Return (H, W, C) and (K, H, W), by the id of the image."""
+        if identity not in self.last:
+            case = self.cases.get(identity) or self.cases[identity.rpartition("#")[0]]
+            self.last = {}  # Before others are read, so that memory holds one volume.
+            self.last = {
+                name: (pixels, masks) for name, pixels, masks, _ in read_case(case, self.config)
+            }
+        return self.last[identity]
 
 
 def scan_cases(

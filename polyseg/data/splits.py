@@ -95,7 +95,7 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
     ['x (train and test)']
     """
-    group_of = {member.id: member.group for member in _all_grouped(members, config.group)}
+    group_of = groups_by_id(members, config)
     parts: dict[str, list[str]] = {}
     for part, ids in split.items():
         for group in {group_of[identity] for identity in ids} - {None}:
@@ -103,6 +103,24 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     return [
         f"{group} ({' and '.join(found)})" for group, found in sorted(parts.items()) if found[1:]
     ]
+
+
+def volume_of(identity: str) -> str:
+    """Return the id of the volume that a slice is of, or the id of an image as it is.
+
+    >>> volume_of("scan#012"), volume_of("photo")
+    ('scan', 'photo')
+    """
+    return _SLICE.sub("", identity)
+
+
+def groups_by_id(members: Sequence[Member], config: DataConfig) -> dict[str, str | None]:
+    """Return the group of each image, such as its patient, by its id; None where it has none.
+
+    >>> groups_by_id([Member("p1_a"), Member("p2_a")], DataConfig(group="^(p.)_"))
+    {'p1_a': 'p1', 'p2_a': 'p2'}
+    """
+    return {member.id: member.group for member in _all_grouped(members, config.group)}
 
 
 def count_groups(members: Sequence[Member], config: DataConfig) -> int:
@@ -246,7 +264,7 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     slices: dict[str, list[str]] = {}
     for member in members:
         slices.setdefault(member.id, []).append(member.id)
-        volume = _SLICE.sub("", member.id)
+        volume = volume_of(member.id)
         if volume != member.id:
             slices.setdefault(volume, []).append(member.id)
     missing = [identity for ids in named.values() for identity in ids if identity not in slices]
@@ -316,7 +334,7 @@ def _grouped(member: Member, pattern: str) -> Member:
 
     Slices go by the id of their volume, so that none is torn apart.
     """
-    found = re.search(pattern, _SLICE.sub("", member.id)[:_LONGEST_MATCHED])
+    found = re.search(pattern, volume_of(member.id)[:_LONGEST_MATCHED])
     group = found and found[1 if found.re.groups else 0]
     if group is None:
         raise PolysegError(

@@ -14,7 +14,7 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.system.files import csv_table, without_nan
 
 SCHEMA = 1
-"""Of summary.json, raised when a key changes its meaning or goes; new keys may come."""
+"""Version of summary.json, raised when a key changes its meaning or goes; new keys may come."""
 
 
 def markdown(summary: Record) -> str:
@@ -41,8 +41,10 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     named["prediction"] = any(run.prediction != "plain" for run in single)
     named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
     heads = [*(["arm"] if grouped else []), "run"]
-    heads += [*(name for name, there in named.items() if there), "id"]
-    metrics = list(METRICS)
+    heads += [*(name for name, there in named.items() if there), "at", "id"]
+    metrics = [metric.key for metric in METRICS]
+    by_group = any(run.groups for run in single)
+    heads += ["group"] if by_group else []
     rows = []
     for run in single:
         own = [arm_of.get(id(run), run.name)] if grouped else []
@@ -51,7 +53,8 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
             values = [image.values[key] for key in metrics]
             found = [image.uncertainty.get(name, math.nan) for name in unsure]
             pixels = [image.mask_pixels, image.predicted_pixels]
-            rows.append([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
+            names = [run.at, image.id, *([image.group or ""] if by_group else [])]
+            rows.append([*own, *names, *map(_plain, values), *pixels, *map(_plain, found)])
     return csv_table([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure], rows)
 
 
@@ -70,6 +73,10 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     record = {
         "schema": SCHEMA,
         "rule": RULE,
+        "at": evaluation.at,
+        "part": evaluation.part,
+        "by": "image" if all(run.groups is None for run in evaluation.runs) else "patient",
+        "sources": list(evaluation.sources),
         "unit": evaluation.unit,
         "tolerance": evaluation.tolerance,
         "failure_dice": evaluation.failure,
@@ -104,7 +111,8 @@ def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:
         "prediction": run.prediction,
         "threshold": run.threshold,
         "counts": run.counts(),
-        "metrics": {name: _statistics(run, name) for name in METRICS},
+        "patients": run.patients,
+        "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
         "strata": [asdict(one) for one in strata(run, evaluation.difficulty(run))],
         "failure_detection": [asdict(one) for one in failure_detection(run, evaluation.failure)],
         "calibration": None
@@ -126,10 +134,11 @@ def _statistics(run: RunScores, key: str) -> dict[str, float | int]:
         "mean": run.mean(key),
         "deviation": run.deviation(key),
         "seed_deviation": run.seed_deviation(key),
+        "fold_deviation": run.fold_deviation(key),
         "low": interval.low,
         "high": interval.high,
         "median": float(np.median(values)) if values.size else math.nan,
-        "n": int(values.size),
+        "n": int(np.isfinite(run.column(key)).sum()),
     }
 
 

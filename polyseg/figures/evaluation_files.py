@@ -62,7 +62,7 @@ def draw_predictions(
         dice = _mean_dice(evaluation, label)
         ranked = sorted(dice, key=lambda identity: dice[identity])
         for title, ids in (("worst", ranked), ("best", ranked[::-1])):
-            cases = (_case(identity, label, arms, images) for identity in ids)
+            cases = (_case(identity, label, arms, images, evaluation.at) for identity in ids)
             shown = list(itertools.islice((one for one in cases if one is not None), _CASES))
             if not shown:
                 continue
@@ -199,11 +199,20 @@ def _case(
     label: str,
     arms: Mapping[str, Sequence[PredictedMasks]],
     images: ImageSet,
+    at: str,
 ) -> PredictionCase | None:
-    """Return an image with one prediction for each arm, or None unless all have one of its size."""
+    """Return an image and what the first run of each arm that tested it predicted.
+
+    None where an arm has no prediction of the size of the image.
+    """
     if identity not in images.hashes:
         return None
-    truth, size = images.masks(identity), images.item(identity).size
+    pixels, truth = (
+        (images.pixels(identity), images.masks(identity))
+        if at == "network"
+        else images.original(identity)
+    )
+    size = pixels.shape[:2]
     found = [
         next((one.mask(identity) for one in runs if one.shapes.get(identity) == size), None)
         for runs in arms.values()
@@ -215,5 +224,4 @@ def _case(
     dice = dice_coefficient(
         torch.from_numpy(np.stack(predicted)), torch.from_numpy(np.stack([mask] * len(predicted)))
     )
-    pixels = displayed(images.pixels(identity))
-    return PredictionCase(identity, pixels, mask, predicted, dice.tolist())
+    return PredictionCase(identity, displayed(pixels), mask, predicted, dice.tolist())

@@ -17,11 +17,13 @@ from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import ranks, spearman
 
 Values = NDArray[np.float64]
+Groups = Sequence[str | None] | None
+"""The group of each image, such as its patient."""
 
 _DIGITS = 12
-"""Decimals to which differences are rounded, relative to the largest value."""
+"""Number of decimals of a difference, as a share of the largest value, that are kept."""
 _ENUMERATED = 13
-"""Largest number of differences of which all signs are enumerated, which is exact with ties."""
+"""Largest number of differences whose signs are all enumerated, which is exact even with ties."""
 _NO_ORDER = 0.1
 """Upper end of an interval below which a correlation counts as none."""
 _BATCH = 50_000
@@ -59,31 +61,37 @@ class RankCorrelation(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The difference other - baseline of two networks in one metric on the same images."""
+    """Difference of a network from a baseline in one metric on the same images.
+
+    A case is a patient where patients are known, otherwise an image.
+    """
 
     images: int
-    """Number of images with the metric of both."""
+    """Number of images for which the metric of both is defined."""
     mean: float
-    """Mean difference; NaN without images."""
+    """Mean over the cases of other - baseline; NaN without images."""
     interval: Interval
-    """Its interval over the images; NaN below two."""
+    """Interval of that mean; NaN below two cases."""
     p_value: float
-    """p of Wilcoxon's two-sided signed-rank test; NaN below two images."""
+    """p of Wilcoxon's signed-rank test over the cases, two-sided; NaN below two."""
     better: int
+    """Number of cases in which the other network is better."""
     worse: int
     equal: int
+    patients: int = 0
+    """Number of patients of those images; 0 where none are known."""
     runs: int = 0
-    """Number of pairs of runs with equal seed and fold, if arms of several runs are compared."""
+    """Number of pairs of runs with equal seed and fold, where arms of several are compared."""
     deviation_over_runs: float = math.nan
     """Standard deviation of the pairs' differences; NaN below two."""
     p_over_runs: float = math.nan
-    """p of the two-sided paired t-test over the runs; NaN below two."""
+    """p of the paired t-test over the pairs of runs, two-sided; NaN below two."""
     adjusted: float = math.nan
-    """`p` after `adjust_together`."""
+    """`p` adjusted by `adjust_together`; NaN before."""
 
     @property
     def p(self) -> float:
-        """The larger of both p: a difference must hold over images and over runs."""
+        """The larger of the known p: a difference has to hold over cases and over runs."""
         return float(np.fmax(self.p_value, self.p_over_runs))
 
 
@@ -99,6 +107,32 @@ class SeedSpread:
     """Standard deviation of the seeds' means; NaN below two."""
     deviation_over_images: float
     """Standard deviation of the images' means over the seeds; NaN below two."""
+
+
+def group_means(values: ArrayLike, groups: Groups = None) -> Values:
+    """Return the mean of the defined values of each group of images, such as a patient's.
+
+    Args:
+        values: (n,), NaN where undefined.
+        groups: n names; an image with None is a group of its own. None leaves values as they are.
+
+    Returns:
+        (g,) in order of appearance, NaN for a group without a defined value.
+
+    >>> group_means([0.2, 0.4, 0.9, np.nan], ["a", "a", "b", "c"]).round(3)
+    array([0.3, 0.9, nan])
+    """
+    given = np.asarray(values, dtype=np.float64)
+    if groups is None:
+        return given
+    places: dict[tuple[bool, object], int] = {}
+    keys = [(group is None, i if group is None else group) for i, group in enumerate(groups)]
+    rows = np.array([places.setdefault(key, len(places)) for key in keys], dtype=np.intp)
+    known = np.isfinite(given)
+    counts = np.bincount(rows[known], minlength=len(places))
+    sums = np.bincount(rows[known], weights=given[known], minlength=len(places))
+    means: Values = np.divide(sums, counts, out=np.full(len(places), np.nan), where=counts > 0)
+    return means
 
 
 def mean_interval(
@@ -160,12 +194,17 @@ def paired_difference(
     baseline: ArrayLike,
     other: ArrayLike,
     *,
+    groups: Groups = None,
     higher_is_better: bool = True,
     level: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
 ) -> PairedDifference:
-    """Compare two networks image by image: mean difference, its interval, Wilcoxon's test.
+    """Compare two networks on the same images: mean difference, its interval, Wilcoxon's test.
+
+    Where groups are known, such as patients, all of it is over the means of the groups: images of
+    one patient are no independent cases. The interval is then that of a cluster bootstrap, which
+    draws whole groups.
 
     Differences are rounded to 1e-12 of the largest value, against ranks made of rounding errors.
     Zeros get no rank (Wilcoxon, 1945) and are counted as `equal`. p is exact up to 13 differences,
@@ -174,11 +213,12 @@ def paired_difference(
     that differ one way among sixteen zeros it gives p < 0.05, where the exact value is 1/8.
 
     Args:
-        baseline: (n,) the metric of each image by one network.
-        other: (n,) the same by the other network.
-        higher_is_better: False for a metric such as a distance.
+        baseline: (n,), the metric of each image by one network.
+        other: (n,), of the same images by the other.
+        groups: n names, such as patients; None makes every image a case of its own.
+        higher_is_better: false where a small value is good, as of a distance.
         level: of the interval, in (0, 1).
-        resamples: of the bootstrap over images, at least 1.
+        resamples: of the bootstrap over the cases, at least 1.
         seed: of the resampling.
 
     Returns:
@@ -191,27 +231,32 @@ def paired_difference(
     >>> found.images, round(found.mean, 3), found.better, found.worse, found.equal
     (2, 0.05, 1, 0, 1)
     """
-    differences = _differences(baseline, other)
-    images = differences.size
+    every, unit = _differences(baseline, other)
+    differences = _finite(_rounded(group_means(every, groups), unit))
+    cases = differences.size
     higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
     better, worse = (higher, lower) if higher_is_better else (lower, higher)
     return PairedDifference(
-        images=images,
-        mean=math.fsum(differences) / images if images else math.nan,
+        images=int(np.isfinite(every).sum()),
+        patients=0 if groups is None else cases,
+        mean=math.fsum(differences) / cases if cases else math.nan,
         interval=mean_interval(differences, level=level, resamples=resamples, seed=seed),
         p_value=_signed_rank(differences),
         better=better,
         worse=worse,
-        equal=images - higher - lower,
+        equal=cases - higher - lower,
     )
 
 
 def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
-    """Return a comparison with its test over the runs of two arms.
+    """Return a comparison with the paired t-test over the runs of two arms.
 
-    Images, each with its mean over an arm's runs in `found`, show whether these networks differ;
-    only several seeds show whether two ways of training do. `differences`, (m,), are those of the
-    means of each pair of runs with equal seed and fold.
+    Images show whether these networks differ; only other seeds show whether two ways of training
+    do.
+
+    Args:
+        found: over the images, each its mean over an arm's runs.
+        differences: (m,), of the means of each pair of runs with equal seed and fold.
 
     >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
     >>> round(over_runs(found, [0.1, 0.2, 0.0]).p_over_runs, 3)
@@ -332,19 +377,26 @@ def _bootstrap(values: Values, level: float, resamples: int, seed: int) -> Inter
     return found
 
 
-def _differences(baseline: ArrayLike, other: ArrayLike) -> Values:
-    """Return other - baseline where both are finite, without rounding errors."""
+def _differences(baseline: ArrayLike, other: ArrayLike) -> tuple[Values, float]:
+    """Return other - baseline, (n,), NaN where one is undefined, and the unit of their rounding."""
     first, second = (np.asarray(values, dtype=np.float64) for values in (baseline, other))
     if first.shape != second.shape:
         raise PolysegError(
             f"the networks have {first.size} and {second.size} images; compare them on the same"
         )
     both = np.isfinite(first) & np.isfinite(second)
-    pairs = np.stack([first[both], second[both]])
-    # A power of two, so that scaling is exact.
-    unit = np.ldexp(1.0, np.frexp(np.abs(pairs).max(initial=0.0))[1])
-    rounded: Values = np.round((pairs[1] - pairs[0]) / unit, _DIGITS) * unit
-    return rounded + 0.0  # turns -0 into 0
+    largest = np.abs(np.stack([first[both], second[both]])).max(initial=0.0)
+    # A power of two: scaling by it rounds nothing.
+    unit = float(np.ldexp(1.0, np.frexp(largest)[1]))
+    differences = np.full(first.shape, np.nan)
+    differences[both] = second[both] - first[both]
+    return _rounded(differences, unit), unit
+
+
+def _rounded(values: Values, unit: float) -> Values:
+    """Return values without the noise of floating point."""
+    rounded: Values = np.round(values / unit, _DIGITS) * unit
+    return rounded + 0.0  # of -0 makes 0
 
 
 def _signed_rank(differences: Values) -> float:

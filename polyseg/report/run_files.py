@@ -119,6 +119,17 @@ def read_evaluation(path: Path, name: str) -> EvaluationFiles:
     return replace(found, compares=True, remarks=remarks)
 
 
+def sources_of(path: Path) -> list[str]:
+    """Return the runs that a summary.json compares, relative to its folder; none if it says none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or no JSON object.
+    """
+    found = _mapping(path).get("sources")
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
 class _Folder:
     """A folder whose files are read by name, and remarks on those that are unreadable."""
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import (
     DASH,
     Cell,
@@ -14,8 +15,10 @@ from polyseg.evaluation.tables import (
     further_sheets,
     mapping,
     metrics_sheet,
+    metrics_title,
     networks,
     records,
+    size_of,
 )
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.report.document import Table
@@ -23,6 +26,8 @@ from polyseg.report.run_files import EvaluationFiles
 
 _MOST = 200
 _LONGEST = 200
+TEST = metrics_title({})
+_COLUMNS = {metric.key: metric for metric in METRICS}
 
 
 def tested(evaluation: EvaluationFiles) -> list[Network]:
@@ -35,13 +40,41 @@ def tested(evaluation: EvaluationFiles) -> list[Network]:
 
 
 def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
-    """Yield a table of test metrics for each label, with a column for each network or arm."""
+    """Yield the metrics, a table for each part and label, a column for each network or arm.
+
+    Raises:
+        PolysegError: masks were compared at the networks' size in some, at the images' in others.
+    """
+    parts: dict[str, list[EvaluationFiles]] = {}
+    for one in evaluations:
+        parts.setdefault(metrics_title(one.summary), []).append(one)
+    for of_part in parts.values():
+        yield from _metric_tables(of_part)
+
+
+def _metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
+    refuse_other_sizes(evaluations)
     summary = _summary(evaluations)
     for label in dict.fromkeys(one.label for one in networks(summary)):
         runs = [one.record for one in networks(summary) if one.label == label]
         sheet = metrics_sheet({**summary, "runs": runs})
         if sheet.rows:
-            yield _table(sheet, f"Test metrics of {label}" if label else "Test metrics")
+            yield _table(sheet, f"{sheet.title} of {label}" if label else sheet.title)
+
+
+def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
+    """Raise unless all evaluations compared masks at the same kind of size.
+
+    Raises:
+        PolysegError: names one of each, and the remedy.
+    """
+    names = {size_of(one.summary): one.name for one in evaluations if one.summary}
+    if len(names) > 1:
+        raise PolysegError(
+            f"report: {names['network']} has metrics at the network's size and {names['original']} "
+            "at the images' own; run `polyseg evaluate` on both and give it by --evaluation, or "
+            "report them apart"
+        )
 
 
 def comparison_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
@@ -63,13 +96,17 @@ def further_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
 
 
 def images_tested(evaluation: EvaluationFiles) -> str:
-    """Return the numbers of images."""
+    """Return the number of test images."""
+    if metrics_title(evaluation.summary) != TEST:
+        return DASH
     counts = (mapping(one.record, "counts").get("images") for one in tested(evaluation))
     return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or DASH
 
 
 def dice_tested(evaluation: EvaluationFiles) -> str:
-    """Return the mean Dice ± deviation of each label, or a dash for several networks."""
+    """Return the mean Dice ± deviation, label by label; a dash for several networks."""
+    if metrics_title(evaluation.summary) != TEST:
+        return DASH
     summary = _summary([evaluation])
     found = networks(summary)
     if len({one.name for one in found}) != 1:
