@@ -35,7 +35,7 @@ def slices(seed, patients=14, most=9):
 
 
 def scored(name, values, groups, **more):
-    empty = {metric.key: math.nan for metric in METRICS}
+    empty = dict.fromkeys(METRICS, math.nan)
     scores = [
         ImageScores(f"im{i}", empty | {"dice": value}, 9, 9, group=group)
         for i, (value, group) in enumerate(zip(values, groups, strict=True))

@@ -199,7 +199,7 @@ def test_metrics_at_network_size_equal_those_of_version_0_1(tmp_path, polyseg):
         list(csv.DictReader((place / "per_image.csv").open()))
         for place in (HELD / "evaluation", out)
     )
-    keys = [metric.key for metric in METRICS]
+    keys = list(METRICS)
     assert len(before) == len(after) > 0
     for old, new in zip(before, after, strict=True):
         assert [new[key] for key in ("id", "mask_pixels")] == [old["id"], old["mask_pixels"]]
@@ -208,7 +208,7 @@ def test_metrics_at_network_size_equal_those_of_version_0_1(tmp_path, polyseg):
 
 
 def test_metrics_of_different_sizes_are_not_compared():
-    image = ImageScores("a", {metric.key: 0.5 for metric in METRICS}, 4, 4)
+    image = ImageScores("a", dict.fromkeys(METRICS, 0.5), 4, 4)
     runs = [RunScores(at, [image], at=at) for at in ("original", "network")]
     said = "original .* network|network .* original"
     with pytest.raises(PolysegError, match=said):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from polyseg.commands.outcome import Outcome
 from polyseg.config import Config, DataConfig
 from polyseg.data.corruptions import CORRUPTIONS
 from polyseg.data.dataset import ImageSet

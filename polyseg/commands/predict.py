@@ -23,7 +23,6 @@ from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.errors import PolysegError
 from polyseg.evaluation.predictions import probabilities
-from polyseg.figures.run_figures import Outcome
 from polyseg.montecarlo.assessment import assess
 from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, no_progress

@@ -42,7 +42,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
     heads = [*(["arm"] if grouped else []), "run"]
     heads += [*(name for name, there in named.items() if there), "at", "id"]
-    metrics = [metric.key for metric in METRICS]
+    metrics = list(METRICS)
     by_group = any(run.groups for run in single)
     heads += ["group"] if by_group else []
     rows = []
@@ -112,7 +112,7 @@ def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:
         "threshold": run.threshold,
         "counts": run.counts(),
         "patients": run.patients,
-        "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
+        "metrics": {name: _statistics(run, name) for name in METRICS},
         "strata": [asdict(one) for one in strata(run, evaluation.difficulty(run))],
         "failure_detection": [asdict(one) for one in failure_detection(run, evaluation.failure)],
         "calibration": None

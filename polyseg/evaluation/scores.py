@@ -255,7 +255,7 @@ class Evaluation:
         """Size of the compared masks, "original" or "network"."""
         return self.runs[0].at if self.runs else "original"
 
-    def heading(self, metric: MetricColumn) -> str:
+    def heading(self, metric: Metric) -> str:
         """Return a metric's title with its unit, or its tolerance.
 
         >>> Evaluation([]).heading(METRICS["dice"])
@@ -465,8 +465,8 @@ def _difference(reference: RunScores, run: RunScores, metric: Metric) -> PairedD
         reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
     ids = [image.id for image in reference.scores]
     found = paired_difference(
-        reference.column(metric.key),
-        _by_id(run, metric.key, ids),
+        reference.column(metric.name),
+        _by_id(run, metric.name, ids),
         groups=reference.groups,
         higher_is_better=metric.higher_is_better,
     )

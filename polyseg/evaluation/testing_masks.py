@@ -29,7 +29,7 @@ from polyseg.metrics.image_metrics import METRICS
 
 log = logging.getLogger(__name__)
 
-_OF_PROBABILITIES = [one.key for one in METRICS if one.group in ("ranking", "calibration")]
+_OF_PROBABILITIES = [name for name, one in METRICS.items() if one.of_probability]
 """Metrics that masks leave undefined."""
 
 Stack = NDArray[np.uint8]

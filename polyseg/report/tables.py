@@ -27,7 +27,6 @@ from polyseg.report.run_files import EvaluationFiles
 _MOST = 200
 _LONGEST = 200
 TEST = metrics_title({})
-_COLUMNS = {metric.key: metric for metric in METRICS}
 
 
 def tested(evaluation: EvaluationFiles) -> list[Network]:
