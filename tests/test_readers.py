@@ -271,14 +271,15 @@ def test_pages_of_a_plain_file_are_slices_and_unequal_ones_refused(tmp_path):
     np.testing.assert_array_equal(only(tmp_path / "c.tif")[..., 0], pages[0])
 
 
-def test_where_0_is_white_values_are_as_displayed(tmp_path):
+def test_where_0_is_white_images_are_inverted_and_labels_kept(tmp_path):
     pixels = noise((20, 30))
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="miniswhite")
     np.testing.assert_array_equal(only(tmp_path / "a.tif")[..., 0], 255 - pixels)
-    np.testing.assert_array_equal(read_label_stack(tmp_path / "a.tif").pixels[0], 255 - pixels)
+    np.testing.assert_array_equal(read_label_stack(tmp_path / "a.tif").pixels[0], pixels)
     # A scanner's bits are inverted; those that tifffile writes so of its own accord are not.
     tifffile.imwrite(tmp_path / "b.tif", pixels > 99, photometric="miniswhite", software="fax")
-    np.testing.assert_array_equal(read_label_stack(tmp_path / "b.tif").pixels[0], pixels <= 99)
+    np.testing.assert_array_equal(only(tmp_path / "b.tif")[..., 0] > 0, pixels <= 99)
+    np.testing.assert_array_equal(read_label_stack(tmp_path / "b.tif").pixels[0], pixels > 99)
     tifffile.imwrite(tmp_path / "c.tif", pixels > 99)
     np.testing.assert_array_equal(read_label_stack(tmp_path / "c.tif").pixels[0], pixels > 99)
 
@@ -625,7 +626,7 @@ def test_dicom_is_rescaled(tmp_path):
     np.testing.assert_array_equal(found[..., 0], pixels * 100.0)
 
 
-def test_monochrome1_is_inverted(tmp_path):
+def test_monochrome1_images_are_inverted_and_labels_kept(tmp_path):
     pixels = noise((6, 8), np.uint16)
     path = dicom(
         tmp_path / "a.dcm",
@@ -635,7 +636,7 @@ def test_monochrome1_is_inverted(tmp_path):
         HighBit=11,
     )
     np.testing.assert_array_equal(only(path)[..., 0], 4095 - pixels)
-    np.testing.assert_array_equal(read_label_stack(path).pixels[0], 4095 - pixels)
+    np.testing.assert_array_equal(read_label_stack(path).pixels[0], pixels)
 
 
 def test_colours_of_dicom(tmp_path):

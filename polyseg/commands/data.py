@@ -11,7 +11,7 @@ from polyseg.choices import MODALITIES
 from polyseg.config import Config
 from polyseg.data.dataset import Item
 from polyseg.data.duplicates import near_pairs
-from polyseg.data.layouts.folders import find_cases
+from polyseg.data.layouts.known_layouts import find_cases
 from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
 from polyseg.data.new_split import new_split, refuse_sides
 from polyseg.data.phantoms import phantom_sets

@@ -17,7 +17,7 @@ from polyseg.config import MOST_SAMPLES, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.formats.writers import write_labels, write_map
 from polyseg.data.layouts.cases import Case
-from polyseg.data.layouts.folders import find_unlabelled
+from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.errors import PolysegError

@@ -17,7 +17,15 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from polyseg.choices import DEVICES, FREE_SCORES, LOSSES, MODALITIES, REPLAY_ARMS, UNCERTAINTIES
+from polyseg.choices import (
+    DEVICES,
+    FREE_SCORES,
+    LAYOUTS,
+    LOSSES,
+    MODALITIES,
+    REPLAY_ARMS,
+    UNCERTAINTIES,
+)
 from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
@@ -96,6 +104,7 @@ class Section(BaseModel):
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
 _FROM_A_LIST = Strict(False)
 """Of the tuple itself; what is in it stays strict."""
+Names = str | Annotated[tuple[str, ...], _FROM_A_LIST] | None
 LabelValues = int | Annotated[tuple[int, ...], _FROM_A_LIST]
 Foreground = int | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
 
@@ -129,20 +138,15 @@ class DataConfig(Section):
     path: str = _setting(
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
-    layout: Literal["auto", "folders", "suffixes", "nnunet", "decathlon", "manifest"] = _setting(
-        "auto",
-        "how images and masks lie",
-        choices={
-            "auto": "the layout is recognised by what is there",
-            "folders": "folders of images and of masks",
-            "suffixes": "masks beside the images, told apart by their names",
-            "nnunet": "nnU-Net: imagesTr/, labelsTr/ and dataset.json",
-            "decathlon": "Medical Segmentation Decathlon: a dataset.json that lists the files",
-            "manifest": "a CSV file with the columns image and mask",
-        },
+    layout: Annotated[str, OneOf(LAYOUTS)] = _setting("auto", "how images and masks lie")
+    images: Names = _setting(
+        None,
+        "folder of the images: its name, or its path in the data set; a pattern such as *.png; or "
+        "a list of these",
     )
-    images: str | None = _setting(None, "name of the sub-folder of images, where several could be")
-    masks: str | None = _setting(None, "name of the sub-folder of masks, where several could be")
+    masks: Names = _setting(
+        None, "the same for the masks; of a list, masks of one image are united"
+    )
     unmasked: Literal["refuse", "empty", "skip"] = _setting(
         "refuse",
         "what happens to an image without a mask",
@@ -159,6 +163,25 @@ class DataConfig(Section):
             "axial": "slices across the axis from foot to head",
             "coronal": "slices across the axis from back to front",
             "sagittal": "slices across the axis from left to right",
+        },
+    )
+    orientation: Literal["auto", "tag", "stored"] = _setting(
+        "auto",
+        "whether pictures are turned as their orientation tag (EXIF, TIFF) says",
+        choices={
+            "auto": "they are turned; an error where image and mask have different tags and their "
+            "sizes do not tell which is right",
+            "tag": "images and masks are turned by their own tags",
+            "stored": "images and masks are taken as stored",
+        },
+    )
+    channels: Literal["auto", "gray"] = _setting(
+        "auto",
+        "channels of the images",
+        choices={
+            "auto": "those of the files; gray images among RGB ones become RGB",
+            "gray": "one: RGB becomes gray by the luma weights 0.299, 0.587, 0.114, other channels "
+            "their mean",
         },
     )
     training_slices: Literal["all", "foreground"] = _setting(

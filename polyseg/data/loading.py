@@ -19,9 +19,12 @@ from polyseg import __version__
 from polyseg.config import DataConfig
 from polyseg.data.dataset import ImageSet, Item, image_set, item_of, make_demo
 from polyseg.data.duplicates import Likeness
+from polyseg.data.formats.images import as_stored
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
+from polyseg.data.formats.stacks import Stack
 from polyseg.data.layouts.cases import Case
-from polyseg.data.layouts.folders import find_cases, find_unlabelled, holds_masks
+from polyseg.data.layouts.known_layouts import find_cases, holds_masks
+from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.masks import to_masks, unite
 from polyseg.data.pixel_store import (
     DTYPES,
@@ -44,8 +47,8 @@ log = logging.getLogger(__name__)
 _MOST_PROBLEMS = 50
 _DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom")
 # What the kept pixels follow from, besides the files.
-_DECISIVE = ("size", "fit", "plane", "normalise", "window")
-_SCHEMA = 1
+_DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "window")
+_SCHEMA = 2
 """Raised when the same files and settings give another content."""
 _STALE_SECONDS = 24 * 3600
 _NAME = re.compile(r"[0-9a-f]{64}\.images")
@@ -150,6 +153,8 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
         PolysegError: a file cannot be read, or files of the case do not fit one another.
     """
     stacks = [read_image_stack(path, config.plane) for path in case.images]
+    labels = [read_label_stack(path, config.plane) for path in case.masks or ()]
+    stacks, labels = _of_one_orientation(case, stacks, labels, config)
     first = stacks[0].pixels.shape
     for path, stack in zip(case.images, stacks, strict=True):
         if stack.pixels.shape[:3] != first[:3]:
@@ -160,13 +165,39 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
     pixels = np.concatenate([stack.pixels for stack in stacks], axis=3)
     if pixels.dtype.name not in DTYPES:
         pixels = pixels.astype(np.float32)
-    masks = _masks_of(case, config, pixels.shape[:3])
+    masks = _masks_of(case, labels, config, pixels.shape[:3])
     for k, image in enumerate(pixels):
         identity = case.id if len(pixels) == 1 else f"{case.id}#{k:03d}"
         yield identity, image, None if masks is None else masks[k], stacks[0].spacing
 
 
-def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks | None:
+def _of_one_orientation(
+    case: Case, images: list[Stack], labels: list[Stack], config: DataConfig
+) -> tuple[list[Stack], list[Stack]]:
+    """Return images and labels, turned as their orientation tags (EXIF) say or as stored.
+
+    Raises:
+        PolysegError: image and mask have different tags, and their sizes do not tell which is so.
+    """
+    if config.orientation == "stored":
+        return list(map(as_stored, images)), list(map(as_stored, labels))
+    for path, label in zip(case.masks or (), labels, strict=True):
+        image, sides = images[0], slice(1, 3)
+        alike = label.turned == image.turned or config.orientation == "tag"
+        fits = image.pixels.shape[sides] == label.pixels.shape[sides]
+        stored = [as_stored(one).pixels.shape[sides] for one in (image, label)]
+        if not alike and (stored[0] == stored[1] or not fits):
+            raise PolysegError(
+                f"{case.images[0]}: has the orientation tag {image.turned} (EXIF), its mask "
+                f"{path.name} {label.turned}; say data.orientation=stored if masks were drawn on "
+                "the pixels as stored, or =tag if on the turned image"
+            )
+    return images, labels
+
+
+def _masks_of(
+    case: Case, labels: Sequence[Stack], config: DataConfig, shape: tuple[int, ...]
+) -> Masks | None:
     """Return (N, K, H, W), or None for a case without masks."""
     if case.masks is None:
         return None
@@ -175,14 +206,13 @@ def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks |
     if not case.masks:
         return np.zeros((count, len(config.labels), height, width), dtype=np.uint8)
     masks = []
-    for path in case.masks:
-        labels = read_label_stack(path, config.plane).pixels
-        if labels.shape != shape:
+    for path, label in zip(case.masks, labels, strict=True):
+        if label.pixels.shape != shape:
             raise PolysegError(
-                f"{path}: is {_sides(labels.shape)}, its image {case.images[0].name} "
+                f"{path}: is {_sides(label.pixels.shape)}, its image {case.images[0].name} "
                 f"{_sides(shape)}; they must be of one size"
             )
-        masks.append(to_masks(labels, path, foreground))
+        masks.append(to_masks(label.pixels, path, foreground))
     return masks[0] if len(masks) == 1 else unite(masks)
 
 

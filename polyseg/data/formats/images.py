@@ -51,7 +51,7 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
             if labels:
                 _refuse_if_only_transparent(path, pixels)
             pixels = pixels[..., :-1]
-        return as_stack(path, upright(pixels, turned)[None], labels=labels)
+        return as_stack(path, upright(pixels, turned)[None], labels=labels, turned=turned)
 
 
 def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
@@ -147,9 +147,10 @@ def _is_deep_colour(path: Path) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        value = int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # What cannot be understood is shown as stored, as programs do.
         return 1
+    return value if 1 <= value <= 8 else 1
 
 
 def _copied(image: Image.Image, mode: str) -> NDArray[Any]:
@@ -194,11 +195,27 @@ def as_stack(
     *,
     labels: bool,
     spacing: tuple[float, float] | None = None,
+    turned: int = 1,
 ) -> Stack:
-    """Make a stack of pixels, (N, H, W, C)."""
+    """Return a stack of pixels, (N, H, W, C), that were turned by an orientation tag."""
     if labels:
-        return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-    return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing)
+        return Stack(label_pixels(path, one_channel(path, pixels)), spacing, turned)
+    return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing, turned)
+
+
+def as_stored(stack: Stack) -> Stack:
+    """Return a stack as its file holds it, not turned by the orientation tag.
+
+    >>> turned = upright(np.array([[1, 2, 3]]), 6)
+    >>> as_stored(Stack(turned[None], turned=6)).pixels
+    array([[[1, 2, 3]]])
+    """
+    # Only the two quarter turns are not their own inverse.
+    back = {6: 8, 8: 6}.get(stack.turned, stack.turned)
+    spacing = stack.spacing
+    if spacing is not None and back >= 5:
+        spacing = spacing[1], spacing[0]
+    return Stack(np.stack([upright(one, back) for one in stack.pixels]), spacing)
 
 
 def one_channel(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:

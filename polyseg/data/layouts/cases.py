@@ -27,6 +27,11 @@ _JUNK = {
     *("__macosx", "thumbs.db", "desktop.ini", "dicomdir"),
     *("lost+found", "system volume information", "$recycle.bin"),
 }
+_DOCUMENTS = {
+    *("", ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".xls", ".xlsx"),
+    *(".doc", ".docx", ".yaml", ".yml", ".ini", ".log", ".db", ".py", ".m", ".sh", ".zip"),
+}
+"""Suffixes of texts, tables and archives that come with data sets and are no images."""
 _SHOWN = 5
 _LINES = 20
 _DEEPEST_SERIES = 3
@@ -69,13 +74,20 @@ class Layout:
     problems: tuple[str, ...] = ()
     """What is wrong with the data, a line each; those of the files' content are still to come."""
 
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Label values of each task that the data set declares; empty where it declares none."""
+
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds: the files that could be read, and its sub-folders, by name."""
+    """Files of a folder that can be read, its sub-folders, and the names of what is left out."""
 
     files: tuple[Path, ...]
     folders: tuple[Path, ...]
+    broken: tuple[str, ...] = ()
+    """Links to files that are not there."""
+    unread: tuple[str, ...] = ()
+    """Files of kinds that are not read, without texts and tables."""
 
 
 class Folders:
@@ -118,7 +130,10 @@ class Folders:
         return folder if len(listing.files) > 1 else listing.files[0]
 
     def _read(self, folder: Path) -> Listing:
-        files, folders = [], []
+        files: list[str] = []
+        folders: list[str] = []
+        broken: list[str] = []
+        unread: list[str] = []
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -127,14 +142,19 @@ class Folders:
                         continue
                     if _is_kind(entry, "folder") and not _leads_back(entry):
                         folders.append(entry.name)
-                    elif _is_kind(entry, "file") and is_readable(folder / entry.name):
-                        files.append(entry.name)
+                    elif _is_kind(entry, "file"):
+                        readable = is_readable(folder / entry.name)
+                        (files if readable else unread).append(entry.name)
+                    elif entry.is_symlink() and not _is_kind(entry, "folder"):
+                        broken.append(entry.name)
         except (OSError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             raise PolysegError(f"{shown(folder)}: cannot be listed: {why}") from None
-        if broken := [name for name in (*files, *folders) if not name.isprintable()]:
-            raise PolysegError(f"{shown(folder)}: {some('name', broken)} is no text; rename it")
-        return Listing(_paths(folder, files), _paths(folder, folders))
+        if odd := [name for name in (*files, *folders) if not name.isprintable()]:
+            raise PolysegError(f"{shown(folder)}: {some('name', odd)} is no text; rename it")
+        others = sorted(name for name in unread if Path(name).suffix.lower() not in _DOCUMENTS)
+        listed = _paths(folder, files), _paths(folder, folders)
+        return Listing(*listed, tuple(sorted(broken)), tuple(others))
 
     def _count(self, folder: Path) -> None:
         self._left -= 1
@@ -219,6 +239,28 @@ class Findings:
         return sorted(cases, key=lambda case: case.id)
 
 
+def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """Return notes on what folders hold and cannot be read, and problems where that is most.
+
+    Args:
+        folders: what lists folders.
+        places: where the images and masks of a data set are.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    for folder in sorted(set(places)):
+        listing = folders.list(folder) if exists(folder, "folder") else Listing((), ())
+        for names, noun, remedy in (
+            (listing.broken, "broken link", "fetch the files, such as by `git annex get`"),
+            (listing.unread, "file", f"their kinds are not read ({_kinds(listing.unread)})"),
+        ):
+            if names:
+                most = len(names) > len(listing.files)
+                what = f"{shown(folder)}: {some(noun, names)} left out; {remedy}"
+                (problems if most else notes).append(what)
+    return notes, problems
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without the suffix that says its kind, letters in composed form.
 
@@ -230,14 +272,12 @@ def stem_of(path: Path) -> str:
 
 
 def is_readable(path: Path) -> bool:
-    """Say whether a file is of a kind that is read, by its name, or its start if it has no suffix.
+    """Say whether a file is of a kind that is read, by its name, or else by its start.
 
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
     """
-    if suffix_of(path):
-        return True
-    return _is_dicom_name(path) and _begins_as_dicom(path)
+    return bool(suffix_of(path)) or _begins_as_dicom(path)
 
 
 def is_junk(name: str) -> bool:
@@ -356,6 +396,10 @@ def seen_in(folder: Path) -> str:
     return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"
 
 
+def _kinds(names: Iterable[str]) -> str:
+    return ", ".join(sorted({Path(name).suffix.lower() for name in names}))
+
+
 def _paths(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in sorted(names))
 
@@ -375,9 +419,8 @@ def _leads_back(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_dicom_name(path: Path) -> bool:
-    """Numbers after the last point are no suffix: many DICOM files are named by their UID."""
-    suffix = path.suffix.lower()
-    return suffix in ("", ".dcm") or suffix[1:].isdecimal()
+    """Say whether a readable file is DICOM by its name: no other kind has a suffix like it."""
+    return suffix_of(path) in ("", ".dcm", ".ima")
 
 
 def _begins_as_dicom(path: Path) -> bool:
