@@ -194,8 +194,8 @@ def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str
     """
     values = [value for task in config.tasks.values() for value in task]
     if len(values) == len(set(values)):
-        firsts = [task[0] for task in config.tasks.values()] or [_foreground_of(source)]
-        return {"": label_map(probability, firsts)}
+        firsts = config.written(_foreground_of(source)).values()
+        return {"": label_map(probability, list(firsts))}
     return {
         f"_{label}": label_map(probability[:, k : k + 1], [_foreground_of(source)])
         for k, label in enumerate(config.labels)
@@ -242,7 +242,7 @@ def _rows(
 ) -> Rows:
     """Return what predictions.csv tells of each slice and label: of what the files hold."""
     rows = []
-    firsts = {label: values[0] for label, values in config.tasks.items()}
+    firsts = config.written(1)
     for n, identity in enumerate(images.ids):
         for k, label in enumerate(images.labels):
             one_for_all = "" in files

@@ -13,9 +13,9 @@ from polyseg.choices import LOSSES
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
-from polyseg.data.loading import load_images
+from polyseg.data.loading import load_images, settled
 from polyseg.data.new_split import new_split
-from polyseg.data.splits import PARTS, Split, count_groups
+from polyseg.data.splits import PARTS, Split, groups_of
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import score
@@ -115,6 +115,7 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     """Return what trains a new run, whose folder is held and begun by the leading process."""
     run = how.run
     config = _settled(config, config.training.epochs)
+    config = config.model_copy(update={"data": settled(config.data)})
     if how.processes.leads:
         run.refuse_occupied()
     images = load_images(config.data, how.progress)
@@ -234,6 +235,7 @@ def plan(
         )
     else:
         run.refuse_occupied()
+        config = config.model_copy(update={"data": settled(config.data)})
         images = load_images(config.data, progress)
         split = new_split(config, images)
         _schedule_to_replay(config, images, split)
@@ -302,6 +304,12 @@ def resumed_config(
     recorded = checkpoint.config
     free = _FREE_TO_CHANGE + (_CHANGED_WHEN_TOLD if accept_changes else ())
     config = _settled(config, recorded.training.epochs)
+    found = {
+        name: getattr(recorded.data, name)
+        for name, default in (("size", "auto"), ("foreground", None))
+        if getattr(config.data, name) == default
+    }
+    config = config.model_copy(update={"data": config.data.model_copy(update=found)})
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
@@ -405,7 +413,7 @@ def _describe_data(images: ImageSet, split: Split, config: DataConfig) -> str:
     elif any(item.size != item.original_size for item in items):
         size += f" -> {_range_of([item.size for item in items])}"
     counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
-    groups = count_groups([member_of(item) for item in items], config)
+    groups = len(groups_of([member_of(item) for item in items], config))
     return f"{what} of {size}: {counts}" + (f"; {counted(groups, 'group')}" if groups else "")
 
 

@@ -26,6 +26,7 @@ from polyseg.choices import (
     REPLAY_ARMS,
     UNCERTAINTIES,
 )
+from polyseg.config.label_values import LARGEST_LABEL, name_of, parse_values
 from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
@@ -34,8 +35,6 @@ _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
 _LONGEST_PATTERN = 200
 _MOST_LABELS = 32
-_MOST_VALUES = 256
-_LARGEST_LABEL = 65_535
 _NO_TEXT = {"Cc", "Cs"}
 """Unicode's control characters and surrogates."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
@@ -105,8 +104,11 @@ Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
 _FROM_A_LIST = Strict(False)
 """Of the tuple itself; what is in it stays strict."""
 Names = str | Annotated[tuple[str, ...], _FROM_A_LIST] | None
-LabelValues = int | Annotated[tuple[int, ...], _FROM_A_LIST]
-Foreground = int | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
+LabelValue = int | str
+LabelValues = LabelValue | Annotated[tuple[LabelValue, ...], _FROM_A_LIST]
+Foreground = (
+    LabelValue | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
+)
 
 
 class AugmentConfig(Section):
@@ -189,8 +191,12 @@ class DataConfig(Section):
         "images and slices that are trained on",
         choices={"all": "all of them", "foreground": "only those with foreground"},
     )
-    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | None = _setting(
-        128, "this square, or [height, width]; null keeps images as they are", "pixels"
+    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | Literal["auto"] | None = _setting(
+        "auto",
+        "size that the network sees: this square, or [height, width]; auto: the images' median "
+        "size, sides in proportion, at most 256 and multiples of 16 (128 for the demo), which a "
+        "run records; null keeps images as they are",
+        "pixels",
     )
     fit: Literal["resize", "tile"] = _setting(
         "resize",
@@ -220,7 +226,10 @@ class DataConfig(Section):
         None, "split.json of a run or of `polyseg data split`, or splits_final.json of nnU-Net"
     )
     group: str | None = _setting(
-        None, "regular expression; images in whose id it finds the same text stay together"
+        "auto",
+        "images that stay together in a split: auto: those of one patient, by a folder for each or "
+        "the first number in their names that further numbers follow; none: each by itself; or a "
+        "regular expression: those in whose id it finds the same text",
     )
     duplicates: Literal["refuse", "allow-near", "allow"] = _setting(
         "refuse",
@@ -233,8 +242,9 @@ class DataConfig(Section):
     )
     foreground: Foreground = _setting(
         None,
-        "label values that count: one, a list of several tasks, a list of lists that unites "
-        "values, or a mapping of names to them; null: masks are 0/1 or 0/255",
+        "label values that count: a number, a range such as 1-300, nonzero, or a colour such as "
+        "'#FF0000'; a list of several tasks, a list of lists that unites values, or a mapping of "
+        "names to them; null: masks are 0/1 or 0/255",
     )
     normalise: Literal["zscore", "unit", "percentile", "dataset", "window"] = _setting(
         "zscore",
@@ -294,24 +304,24 @@ class DataConfig(Section):
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
         if self.fit == "tile" and self.size is None:
             raise ValueError("data.fit: tiles need a data.size")
-        if self.group is not None:
-            _check_pattern(self.group)
+        if self.group_pattern is not None:
+            _check_pattern(self.group_pattern)
         return self
 
     @model_validator(mode="after")
     def _labels_are_told_apart(self) -> Self:
         if self.foreground is None:
             return self
-        values = [value for task in self.tasks.values() for value in task]
         given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
-        if not all(self.tasks.values()) or not values:
+        if not all(self.tasks.values()) or not self.tasks:
             raise ValueError("data.foreground: a task without a label value")
         if len({frozenset(task) for task in self.tasks.values()}) != len(given):
             raise ValueError("data.foreground: two tasks are the same")
-        if len(self.tasks) > _MOST_LABELS or len(values) > _MOST_VALUES:
-            raise ValueError(f"data.foreground: at most {_MOST_LABELS} tasks")
-        if not 1 <= min(values) <= max(values) <= _LARGEST_LABEL:
-            raise ValueError(f"data.foreground: label values are from 1 to {_LARGEST_LABEL}")
+        if len(self.tasks) > _MOST_LABELS:
+            raise ValueError(
+                f"data.foreground: {len(self.tasks)} tasks; at most {_MOST_LABELS}. For one task "
+                "of many values give a range such as 1-300, or nonzero"
+            )
         # Names become parts of the names of files.
         if not all(_TASK_NAME.fullmatch(name) for name in self.tasks):
             raise ValueError(
@@ -319,6 +329,11 @@ class DataConfig(Section):
                 "first no dot"
             )
         return self
+
+    @property
+    def group_pattern(self) -> str | None:
+        """Regular expression that finds an image's group in its id; None where none is given."""
+        return None if self.group in (None, "auto", "none") else self.group
 
     @property
     def tasks(self) -> dict[str, tuple[int, ...]]:
@@ -330,10 +345,29 @@ class DataConfig(Section):
         given = self.foreground
         if given is None:
             return {}
-        if isinstance(given, dict):
-            return {name: _as_tuple(one) for name, one in given.items()}
-        several = given if isinstance(given, tuple) else (given,)
-        return {"+".join(map(str, _as_tuple(one))): _as_tuple(one) for one in several}
+        if not isinstance(given, dict):
+            several = given if isinstance(given, tuple) else (given,)
+            given = {name_of(_as_tuple(one)): one for one in several}
+        return {
+            name: tuple(dict.fromkeys(n for entry in _as_tuple(one) for n in parse_values(entry)))
+            for name, one in given.items()
+        }
+
+    def written(self, binary: int) -> dict[str, int]:
+        """Return the value that predictions hold for each task, which is its first.
+
+        Args:
+            binary: the value for a single task whose first value is 0, nonzero or a colour; the
+                values of several such tasks are 1, 2, ...
+
+        >>> [DataConfig(foreground=one).written(255) for one in ((2, 7), "nonzero")]
+        [{'2': 2, '7': 7}, {'nonzero': 255}]
+        """
+        first = {name: values[0] for name, values in (self.tasks or {"": (binary,)}).items()}
+        if all(1 <= value <= LARGEST_LABEL for value in first.values()):
+            return first
+        numbers = [binary] if len(first) == 1 else range(1, len(first) + 1)
+        return dict(zip(first, numbers, strict=True))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -732,8 +766,8 @@ def _has_none_of_something(values: list[Any]) -> bool:
     return any(type(value) is int and value < 1 for value in values)
 
 
-def _as_tuple(values: LabelValues) -> tuple[int, ...]:
-    return (values,) if isinstance(values, int) else values
+def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
+    return (values,) if isinstance(values, int | str) else values
 
 
 def _check_pattern(pattern: str) -> None:

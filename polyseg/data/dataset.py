@@ -12,7 +12,7 @@ from polyseg.config import DataConfig
 from polyseg.data.duplicates import Likeness, likeness_of
 from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.data.pixel_store import Image, Masks, MemoryStore, Store
-from polyseg.data.preprocessing import Levels, cut_patch, levels_of, pooled_levels
+from polyseg.data.preprocessing import Kept, Levels, cut_patch, levels_of, pooled_levels
 from polyseg.data.splits import Member
 from polyseg.errors import PolysegError
 from polyseg.records import Batch
@@ -56,6 +56,8 @@ class Item:
     group: str | None = None
     known_difficulty: float | None = None
     """For phantoms."""
+    kept: Kept | None = None
+    """What resizing keeps of the foreground, where it makes the image smaller."""
 
     @property
     def foreground(self) -> float | None:
@@ -261,7 +263,8 @@ def image_set(
         seen = " and ".join(map(str, found))
         raise PolysegError(
             f"data: the images have {seen} channels, such as {(odd or items[0]).id}; expected "
-            f"{channels} in each" + (" (or gray)" if channels == 3 else "")
+            f"{channels} in each{' (or gray)' if channels == 3 else ''}; data.channels=gray makes "
+            "each gray"
         )
     tiled = config.fit == "tile" and config.size is not None
     tiling = Tiling(_pair(config.size), config.tile_foreground) if tiled else None
@@ -307,7 +310,8 @@ def make_demo(config: DataConfig) -> ImageSet:
     """
     if len(config.labels) > 1:
         raise PolysegError("data.foreground: the demo's masks are 0/1; leave it out")
-    size = _pair(config.size) if config.size is not None and config.fit == "resize" else (128, 128)
+    sized = config.size not in (None, "auto") and config.fit == "resize"
+    size = _pair(config.size) if sized else (128, 128)
     refuse_beyond_memory(
         config.demo_images * size[0] * size[1] * _BYTES_OF_PHANTOMS[config.demo_modality],
         f"data.demo_images: {config.demo_images:,} images of {size[0]} x {size[1]}, with masks,",
@@ -323,7 +327,7 @@ def make_demo(config: DataConfig) -> ImageSet:
     )
 
 
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int]:
-    if size is None:
-        raise ValueError("there is no size")
+def _pair(size: int | tuple[int, int] | str | None) -> tuple[int, int]:
+    if size is None or isinstance(size, str):
+        raise ValueError(f"data.size is {size}; expected a number, or height and width")
     return (size, size) if isinstance(size, int) else size

@@ -41,6 +41,19 @@ def new_split(config: Config, images: ImageSet) -> Split:
         split["train"] = [one for one in split["train"] if images.item(one).foreground]
     if not split["train"]:
         raise PolysegError("data: there are no training images; see data.split")
+    if not split["test"]:
+        log.warning(
+            "no image is for testing: training ends without test metrics; data.split_file, "
+            "data.fold or a folder test/ sets some apart, `polyseg evaluate --split val` tests on "
+            "validation images"
+        )
+    kept = [images.item(one).kept for one in split["train"]]
+    resized = [one for one in kept if one is not None and one.objects]
+    if resized and None not in kept and not any(one.area for one in resized):
+        raise PolysegError(
+            "data.size: resizing leaves no foreground in any training mask; set a larger "
+            "data.size, or data.fit=tile with data.size=256"
+        )
     shares = [images.item(identity).shares or () for identity in split["train"]]
     for k, label in enumerate(images.labels):
         if not any(share[k] for share in shares):

@@ -59,7 +59,7 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     >>> split_by_settings([Member(i) for i in "abcd"], DataConfig(split=(0.5, 0.25, 0.25)))
     {'train': ['c', 'd'], 'val': ['b'], 'test': ['a']}
     """
-    members = _all_grouped(members, config.group)
+    members = _all_grouped(members, config.group_pattern)
     if config.split_file is not None:
         return _from_file(Path(config.split_file), members, config.fold)
     placed = {part: [member for member in members if member.part == part] for part in PARTS}
@@ -95,7 +95,8 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
     ['x (train and test)']
     """
-    group_of = {member.id: member.group for member in _all_grouped(members, config.group)}
+    grouped = _all_grouped(members, config.group_pattern)
+    group_of = {member.id: member.group for member in grouped}
     parts: dict[str, list[str]] = {}
     for part, ids in split.items():
         for group in {group_of[identity] for identity in ids} - {None}:
@@ -105,13 +106,14 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     ]
 
 
-def count_groups(members: Sequence[Member], config: DataConfig) -> int:
-    """Return how many groups the images form; 0 where none has one.
+def groups_of(members: Sequence[Member], config: DataConfig) -> list[str]:
+    """Return the groups that the images form, in order; none where no image has one.
 
-    >>> count_groups([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
-    1
+    >>> groups_of([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
+    ['x']
     """
-    return len({member.group for member in _all_grouped(members, config.group)} - {None})
+    groups = {member.group for member in _all_grouped(members, config.group_pattern)}
+    return sorted(group for group in groups if group is not None)
 
 
 def divide(
@@ -144,6 +146,7 @@ def divide(
         raise PolysegError(
             f"data: {len(groups)} {what} are too few for {wanted} parts; give more, shares of 0 in "
             "data.split, or fewer data.folds"
+            + ("" if what == "images" else ", or divide single images by data.group=none")
         )
     generator = np.random.default_rng(config.split_seed)
     order = [list(groups.values())[i] for i in generator.permutation(len(groups))]

@@ -259,7 +259,7 @@ def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
     if part == "all":
         return {}
     config = model.config.data
-    if config.group is not None or config.split_file is not None:
+    if config.group_pattern is not None or config.split_file is not None:
         raise PolysegError(
             f"{model.source}: was trained on a split of its own, which its run folder keeps; give "
             "the run, --data of other images, or --split all"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from polyseg.config.label_values import COLOUR
 from polyseg.data.formats.stacks import (
     Stack,
     guarded,
@@ -221,10 +222,15 @@ def as_stored(stack: Stack) -> Stack:
 def one_channel(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     """Return the one channel, (N, H, W), of labels, (N, H, W, C), that have equal ones.
 
+    Colours of 8 bit become numbers, COLOUR + 65536 R + 256 G + B.
+
     Raises:
-        PolysegError: they differ.
+        PolysegError: the channels differ and are no such colours.
     """
     for channel in range(1, pixels.shape[3]):
         if not np.array_equal(pixels[..., channel], pixels[..., 0]):
+            if pixels.shape[3] == 3 and pixels.dtype == np.uint8:
+                weights = np.array([2**16, 2**8, 1], np.int32)
+                return np.asarray(COLOUR + (pixels * weights).sum(axis=3, dtype=np.int32))
             raise PolysegError(f"{path}: is a colour image; a mask has one channel")
     return np.ascontiguousarray(pixels[..., 0])
