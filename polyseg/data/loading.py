@@ -59,7 +59,7 @@ _ALIKE = 4
 """Files with the same mistake from which on they are told in one line."""
 _SAMPLED = 101
 _SMALL_LOSS = 0.03
-_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom")
+_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom", "SimpleITK")
 # What the kept pixels follow from, besides the files.
 _DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "window")
 _SCHEMA = 2

@@ -1,4 +1,4 @@
-"""Reading PNG, JPEG, BMP and GIF, guarded against files that are not what they seem."""
+"""Read PNG, JPEG, BMP, GIF and WebP, guarded against files that are not what they seem."""
 
 import struct
 from pathlib import Path
@@ -22,13 +22,13 @@ from polyseg.errors import PolysegError
 
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 # By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
-_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
+_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 _STRIP = 2**20
 ORIENTATION_TAG = 0x0112
 
 
 def read_picture(path: Path, *, labels: bool = False) -> Stack:
-    """Read PNG, JPEG, BMP or GIF as a stack of one slice; alpha is dropped.
+    """Read PNG, JPEG, BMP, GIF or WebP as a stack of one slice; alpha is dropped.
 
     A picture that a camera stored on its side, and says so (EXIF), is turned, masks too. For
     labels the numbers of a palette count (of a gray GIF the grays), for images its colours. No
@@ -100,7 +100,7 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
     """Return pixels as they are stored, (H, W) or (H, W, C), and how they lie (EXIF, 1 to 8)."""
     try:
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
-            if image.format in ("GIF", "PNG") and getattr(image, "is_animated", False):
+            if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
                 raise PolysegError(f"{path}: is animated; expected one picture a file")
             deep = image.format == "PNG" and _is_deep_colour(path)
             each = _bytes_per_pixel(image, deep=deep, keep_palette=keep_palette)
@@ -112,7 +112,7 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
             return _copied(image, _mode_to_read(image, keep_palette=keep_palette)), turned
     except UnidentifiedImageError:
         raise ValueError(
-            "cannot identify image file; expected PNG, JPEG, BMP or GIF, as its name says"
+            "cannot identify image file; expected PNG, JPEG, BMP, GIF or WebP, as its name says"
         ) from None
 
 
