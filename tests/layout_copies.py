@@ -311,9 +311,8 @@ def dsb2018(folder: Path) -> Path:
         place = root / "stage1_train" / name
         _save(place / "images" / f"{name}.png", _colour(pixels))
         for k, part in enumerate((mask, np.roll(mask, 14, 1))):
-            _save(
-                place / "masks" / f"{hashlib.sha256(bytes([index, k])).hexdigest()}.png", 255 * part
-            )
+            own = hashlib.sha256(bytes([index, k])).hexdigest()
+            _save(place / "masks" / f"{own}.png", 255 * part)
     return root
 
 
@@ -322,7 +321,7 @@ def kaggle_3m(folder: Path) -> Path:
     root = folder / "kaggle_3m"
     for patient in ("TCGA_CS_4941_19960909", "TCGA_DU_5849_19950405", "TCGA_HT_7473_19970826"):
         for index in range(1, 4):
-            pixels, mask = scene(1300 + index + len(patient) + ord(patient[6]))
+            pixels, mask = scene(1300 + index + 10 * ord(patient[6]))
             _save(root / patient / f"{patient}_{index}.tif", _colour(pixels))
             _save(root / patient / f"{patient}_{index}_mask.tif", 255 * mask)
     (root / "data.csv").write_text("Patient,age\n")
@@ -358,7 +357,7 @@ def glas(folder: Path) -> Path:
     root = folder / "Warwick QU Dataset (Released 2016_07_08)"
     for part, count in (("train", 5), ("testA", 3), ("testB", 2)):
         for index in range(1, count + 1):
-            pixels, mask = scene(1500 + index + len(part) * 10 + ord(part[-1]))
+            pixels, mask = scene(2500 + index + 10 * ord(part[-1]))
             _save(root / f"{part}_{index}.bmp", _colour(pixels))
             _save(root / f"{part}_{index}_anno.bmp", mask + np.roll(mask, 13, 1) * (mask == 0) * 2)
     (root / "Grade.csv").write_text("name\n")
@@ -391,9 +390,7 @@ def bids_lesions(folder: Path) -> Path:
 
 
 PUBLIC: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    **{
-        name: (COPIES[name], ()) for name in ("kvasir", "cvc_clinicdb", "isic2018", "busi", "drive")
-    },
+    **{copy.__name__: (copy, ()) for copy in (kvasir, cvc_clinicdb, isic2018, busi, drive)},
     "decathlon": (decathlon, ()),
     "dsb2018": (dsb2018, ()),
     "kaggle_3m": (kaggle_3m, ()),

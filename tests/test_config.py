@@ -302,7 +302,7 @@ def test_foreground_makes_tasks(given, tasks, labels):
         "[]",
         "[[]]",
         "[1, 1]",
-        "0",
+        "[0, 0]",
         "-1",
         "70000",
         "{a: 1, b: 1}",

@@ -414,5 +414,5 @@ def test_a_group_in_two_given_parts_is_only_suspected():
 
 def test_too_few_groups_say_how_to_divide_single_images():
     members = [Member(f"{k}", group="ab"[k % 2]) for k in range(8)]
-    with pytest.raises(PolysegError, match="2 groups are too few .* data.group=none"):
+    with pytest.raises(PolysegError, match=r"2 groups are too few .* data\.group=none"):
         split_by_settings(members, DataConfig())

@@ -189,7 +189,7 @@ def auto_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """
     height, width = np.median(np.array(sizes), axis=0)
     scale = min(1.0, _LARGEST_AUTO / max(height, width))
-    sides = (max(2, round(side * scale / _MULTIPLE)) * _MULTIPLE for side in (height, width))
+    sides = (max(2, int(side * scale / _MULTIPLE + 0.5)) * _MULTIPLE for side in (height, width))
     return next(sides), next(sides)
 
 

@@ -1,7 +1,5 @@
 """Write a draft of a CSV manifest for a data set, to be edited by hand."""
 
-import csv
-import io
 from pathlib import Path
 
 from polyseg.data.layouts.cases import Folders, plain, stem_of
@@ -11,6 +9,7 @@ from polyseg.data.layouts.names import is_for_masks, is_mask_name
 from polyseg.data.layouts.pairing import match
 from polyseg.data.layouts.source import DEEPEST
 from polyseg.errors import PolysegError
+from polyseg.system.files import csv_table
 
 
 def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
@@ -33,13 +32,11 @@ def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
         rows = [((image,), masks, None, None, "") for image, masks in _guessed(path)]
     if not rows:
         raise PolysegError(f"{path}: holds no file that can be read")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    table: list[list[str]] = [list(COLUMNS)]
     for images, masks, part, group, identity in rows:
         files = (";".join(_relative(file, folder) for file in one) for one in (images, masks))
-        writer.writerow([*files, part or "", group or "", identity])
-    return text.getvalue(), len(rows), sum(not masks for _, masks, *_ in rows)
+        table.append([*files, part or "", group or "", identity])
+    return csv_table(table), len(rows), sum(not masks for _, masks, *_ in rows)
 
 
 def _guessed(path: Path) -> list[tuple[Path, tuple[Path, ...]]]:
