@@ -82,7 +82,7 @@ def test_the_schema_is_json():
         ("control.epsilon_min=-1", r"control\.epsilon_min: .* -0\.5, got -1"),
         ("loss.epsilom=1", r"loss\.epsilom: unknown key; did you mean loss\.epsilon\?"),
         ("los.name=dice", "los: unknown key; did you mean loss"),
-        ("data.size=big", r"data\.size: 'big' does not fit: this square"),
+        ("data.size=big", r"data\.size: 'big' does not fit: size that the network sees"),
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
         ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
         ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),

@@ -695,7 +695,7 @@ def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
         ({"labels": {"a": -1}}, "give a value from 0"),
         ({"labels": {"a\n": 1}}, "is no text"),
         ({"labels": {"1": "a", "2": "a"}}, "two values are called a"),
-        ({"file_ending": ".mha"}, "file_ending is .mha; expected one of .png"),
+        ({"file_ending": ".svs"}, "file_ending is .svs; expected one of .png"),
         ({"file_ending": 7}, "file_ending is 7"),
         ({"channel_names": "CT"}, "channel_names: expected names by number"),
         ({}, "holds no image with a mask"),

@@ -1,4 +1,4 @@
-"""The images of a run, decoded once, and batches of them."""
+"""Hold the images of a run, decoded once, and make batches of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BYTES_OF_PHANTOMS = {"ultrasound": 2, "endoscopy": 4}
-"""Of a pixel of image and mask."""
+"""Bytes of memory for a pixel of a phantom and its mask."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Repeatable:
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of an image besides its pixels."""
+    """Facts about an image besides its pixels."""
 
     id: str
     size: tuple[int, int]
     channels: int
     likeness: Likeness
-    """Of the pixels before resizing."""
+    """Hashes of the pixels before resizing."""
     levels: Levels
     shares: tuple[float, ...] | None
-    """Of the pixels, before resizing, that have each of the labels; None without masks."""
+    """Share of the pixels, before resizing, that have each label; None without masks."""
     original_size: tuple[int, int]
     """Before it was resized."""
     bits: int = 8
@@ -81,12 +81,12 @@ class ImageSet:
     items: Sequence[Item]
     store: Store
     channels: int
-    """Of every image, gray ones among RGB repeated."""
+    """Number of channels of every image; gray images among RGB ones are repeated."""
     labels: tuple[str, ...] = ("",)
     """Names of the K channels of the masks."""
     tiling: Tiling | None = None
     levels: Levels | None = None
-    """Of all images, where each does not have its own."""
+    """Levels of all images, where each does not have its own."""
 
     @cached_property
     def ids(self) -> list[str]:
@@ -249,7 +249,7 @@ def item_of(
 def image_set(
     items: Sequence[Item], store: Store, config: DataConfig, channels: int | None = None
 ) -> ImageSet:
-    """Put a set together; without a wish for channels, all become RGB if some are.
+    """Return a set of images; without a number of channels, all become RGB if some are.
 
     Raises:
         PolysegError: there are no images, or their channels do not go together.

@@ -1,4 +1,4 @@
-"""From files to a set of images: find, read, resize, and keep in memory or on disk."""
+"""Find, read and resize the images of a data set, and keep them in memory or on disk."""
 
 import contextlib
 import dataclasses
@@ -74,7 +74,7 @@ MEGABYTE = 10**6
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image on its way from its file to where it is kept."""
+    """An image that was read and resized."""
 
     item: Item
     image: Image

@@ -1,4 +1,4 @@
-"""From the values of a label file to masks of 0 and 1."""
+"""Turn the values of a label file into masks of 0 and 1."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -199,7 +199,7 @@ def _full_scale(values: NDArray[Any]) -> float | None:
 
 
 def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
-    """Say whether all that is neither 0 nor full is the edge of something, or noise at one."""
+    """Return whether all that is neither 0 nor full is the edge of something, or noise at one."""
     edges = values[(values > _NOISE * scale) & (values < (1 - _NOISE) * scale)]
     between = values[(values > 0) & (values < scale)]
     # Labels 1, 2 with 255 for "ignore" are on one side only; JPEG's noise is on both.
@@ -237,7 +237,7 @@ def _strays(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
 def _near_outline(
     half: NDArray[np.bool_], rows: NDArray[np.intp], columns: NDArray[np.intp], reach: int
 ) -> NDArray[np.bool_]:
-    """Say for each pixel whether both kinds lie within so many rows and columns of it."""
+    """Return for each pixel whether both kinds lie within so many rows and columns of it."""
     # sums[i, j] counts the foreground above row i and before column j.
     sums = np.zeros((half.shape[0] + 1, half.shape[1] + 1), np.int32)
     sums[1:, 1:] = half.cumsum(0, np.int32).cumsum(1)

@@ -1,4 +1,4 @@
-"""A new split of a set of images, checked for what a training cannot use."""
+"""Make a new split of a set of images, and check that training can use it."""
 
 import logging
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> Non
 
 
 def _warn_of_many_windows(images: ImageSet) -> None:
-    """Say so where small patches make whole images slow."""
+    """Warn where small patches make whole images slow."""
     if images.tiling is None:
         return
     height, width = images.tiling.size

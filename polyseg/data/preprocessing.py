@@ -1,4 +1,4 @@
-"""What an image goes through before the network: size, gray values, patches."""
+"""Prepare images for the network: size, gray values, patches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from polyseg.errors import PolysegError
 
 _LARGEST_AUTO, _MULTIPLE = 256, 16
 _LEAST_DEVIATION = 1e-3
-"""In units of the pixels: a flat image is not blown up."""
+"""Smallest deviation by which an image is divided, in units of its pixels."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """What an image's gray values are reduced by, a value a channel: (x - offset) / scale."""
+    """Offset and scale of gray values, one of each per channel: (x - offset) / scale."""
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
     clipped: bool = False
-    """To [0, 1]."""
+    """True where values are clipped to [0, 1]."""
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return an image, (H, W, C), as (C, H, W) float32.

@@ -1,4 +1,4 @@
-"""Which images train, which choose, which test."""
+"""Divide images into training, validation and test images."""
 
 import contextlib
 import json
@@ -26,13 +26,13 @@ Split = dict[str, list[str]]
 
 _LONGEST_MATCHED = 300
 _LONGEST_MATCHING = 5.0
-"""Seconds for all images; a pattern, which may be anyone's, can take for ever over a single one."""
+"""Seconds for all images; a pattern, which may be anyone's, may never end on a single one."""
 _SLICE = re.compile(r"#\d{3,}$")
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a split has to know of an image."""
+    """Facts about an image that a split depends on."""
 
     id: str
     foreground: float = 0.0
@@ -40,7 +40,7 @@ class Member:
     group: str | None = None
     """Images of one group, such as a patient's, stay together; None is a group of its own."""
     part: str | None = None
-    """Where the data themselves put it."""
+    """Part to which the data set assigns it: train, val or test."""
 
 
 def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:

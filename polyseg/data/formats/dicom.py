@@ -1,4 +1,4 @@
-"""Reading and writing DICOM files and series; alone in importing pydicom."""
+"""Read and write DICOM files and series; alone in importing pydicom."""
 
 import dataclasses
 import hashlib
@@ -80,7 +80,7 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
 
 
 def is_dicom(path: Path) -> bool:
-    """Say whether a file begins as DICOM does.
+    """Return whether a file begins as DICOM does.
 
     >>> is_dicom(Path("/dev/null"))
     False
@@ -95,7 +95,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def is_unnamed_dicom(path: Path) -> bool:
-    """Say whether a folder, or a file with no suffix or one of numbers, is to be read as DICOM."""
+    """Return whether a folder, or a file without a known suffix, is read as DICOM."""
     ending = path.suffix.lower().removeprefix(".")
     bare = not ending or ending.isdigit() or ending == "ima"
     return path.is_dir() or (bare and is_dicom(path))

@@ -1,4 +1,4 @@
-"""The kinds of files that are read and written: a row here is all that a new format needs.
+"""List the kinds of files that are read and written; a new format needs a row here.
 
 Rows name their functions as "module:name", so that finding files imports no decoder.
 """
@@ -21,7 +21,7 @@ class Format(Row):
     starts: tuple[bytes, ...] = ()
     """First bytes that only files of this kind have; they count more than the name."""
     has_planes: bool = False
-    """Whether files are volumes that can be sliced in several planes, given as `plane=`."""
+    """True where files are volumes that can be sliced in several planes, given as `plane=`."""
     is_unnamed: str = ""
     """Function that says whether a folder, or a file with no known suffix, is of this kind."""
     write: str = ""
@@ -31,7 +31,7 @@ class Format(Row):
     Without one predictions are PNG files.
     """
     holds_maps: bool = False
-    """Whether `write` takes float32 maps too; those of other formats are TIFF files."""
+    """True where `write` takes float32 maps too; those of other formats are TIFF files."""
 
     def read(self, path: Path, plane: str, *, labels: bool) -> Any:
         """Return a file as a stack of slices."""

@@ -1,4 +1,4 @@
-"""Reading and writing NIfTI volumes; alone in importing nibabel.
+"""Read and write NIfTI volumes; alone in importing nibabel.
 
 Slices are laid out as radiologists look at them, whatever the order of the voxels on disk: axial
 ones from the feet up, rows to the back, columns to the patient's left; coronal ones from front to

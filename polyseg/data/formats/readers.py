@@ -1,4 +1,4 @@
-"""Reading a file of any kind as a stack of slices, of images or of labels."""
+"""Read a file of any kind as a stack of slices, of images or of labels."""
 
 from pathlib import Path
 

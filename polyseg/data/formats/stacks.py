@@ -1,4 +1,4 @@
-"""What a file of pixels becomes, whatever its kind, and the bounds that each kind keeps."""
+"""Define the stack that every file of pixels becomes, and the limits of its size."""
 
 import contextlib
 import warnings

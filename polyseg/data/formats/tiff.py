@@ -1,4 +1,4 @@
-"""Reading TIFF, pictures and stacks of them, guarded against files that are not what they seem."""
+"""Read TIFF, pictures and stacks of them, guarded against files that are not what they seem."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Writing predictions as files of the kind, and in the place, of the images they are of."""
+"""Write predictions as files of the kind, and in the place, of the images they are of."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a data set is made of: cases, and the files and folders that they are found in."""
+"""Define cases, and list the files and folders in which they are found."""
 
 import os
 import re
@@ -16,7 +16,7 @@ LARGEST_SET = 1_000_000
 """Files and folders that are looked at before a folder is held to be no data set."""
 
 Unmasked = Literal["refuse", "empty", "skip"]
-"""What becomes of an image without a mask: an error, a case without foreground, or no case."""
+"""Treatment of images without a mask: an error, a case without foreground, or no case."""
 
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -52,7 +52,7 @@ class Case:
     """train, val or test where the data say; None is not given, so a split may put it anywhere."""
 
     group: str | None = None
-    """The patient, where the data say."""
+    """Name of the patient, where the data give it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Layout:
     """The cases of a data set, and how they were found."""
 
     name: str
-    """What was recognised, for people."""
+    """Name of the layout for messages."""
 
     cases: list[Case]
     """In order of their ids, which are unique and printable."""
@@ -69,10 +69,10 @@ class Layout:
     """Names of label values where a dataset.json gives them, without the background."""
 
     notes: tuple[str, ...] = ()
-    """What is worth a line in a log."""
+    """Lines for the log."""
 
     problems: tuple[str, ...] = ()
-    """What is wrong with the data, a line each; those of the files' content are still to come."""
+    """Lines about wrong names and missing files; the content of files is checked later."""
 
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Label values of each task that the data set declares; empty where it declares none."""
@@ -91,7 +91,7 @@ class Listing:
 
 
 class Folders:
-    """Lists folders, each once, and not more than a data set has."""
+    """List folders, each once, up to the number of files that a data set has."""
 
     def __init__(self) -> None:
         self._known: dict[Path, Listing] = {}
@@ -179,7 +179,7 @@ class Findings:
         self._cases.append((prefix, case))
 
     def add_unmasked(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
-        """Do with images that have no mask what `unmasked` says.
+        """Treat images without a mask as `unmasked` says.
 
         >>> findings = Findings("empty")
         >>> findings.add_unmasked("a/images", [Case("1", (Path("a/images/1.png"),), None)])
@@ -272,7 +272,7 @@ def stem_of(path: Path) -> str:
 
 
 def is_readable(path: Path) -> bool:
-    """Say whether a file is of a kind that is read, by its name, or else by its start.
+    """Return whether a file is of a kind that is read, by its name, or else by its start.
 
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
@@ -281,7 +281,7 @@ def is_readable(path: Path) -> bool:
 
 
 def is_junk(name: str) -> bool:
-    """Say whether an entry is hidden or a trace of an operating system.
+    """Return whether an entry is hidden or a trace of an operating system.
 
     >>> is_junk("._1.png"), is_junk("__MACOSX"), is_junk("1.png")
     (True, True, False)
@@ -290,7 +290,7 @@ def is_junk(name: str) -> bool:
 
 
 def exists(path: Path, kind: Literal["file", "folder"]) -> bool:
-    """Say whether there is such a file or folder; a path that cannot be is none.
+    """Return whether there is such a file or folder; a path that is too long is none.
 
     >>> exists(Path("x" * 5000), "file")
     False
@@ -419,7 +419,7 @@ def _leads_back(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_dicom_name(path: Path) -> bool:
-    """Say whether a readable file is DICOM by its name: no other kind has a suffix like it."""
+    """Return whether a readable file is DICOM by its name: no other kind has a suffix like it."""
     return suffix_of(path) in ("", ".dcm", ".ima")
 
 

@@ -32,11 +32,11 @@ def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
         rows = [((image,), masks, None, None, "") for image, masks in _guessed(path)]
     if not rows:
         raise PolysegError(f"{path}: holds no file that can be read")
-    table: list[list[str]] = [list(COLUMNS)]
+    table: list[list[str]] = []
     for images, masks, part, group, identity in rows:
         files = (";".join(_relative(file, folder) for file in one) for one in (images, masks))
         table.append([*files, part or "", group or "", identity])
-    return csv_table(table), len(rows), sum(not masks for _, masks, *_ in rows)
+    return csv_table(COLUMNS, table), len(rows), sum(not masks for _, masks, *_ in rows)
 
 
 def _guessed(path: Path) -> list[tuple[Path, tuple[Path, ...]]]:

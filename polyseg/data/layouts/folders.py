@@ -144,7 +144,7 @@ class _Unit:
 
 @dataclass
 class _Search:
-    """Looks for folders of images and masks, and for images with masks beside them."""
+    """Find folders of images and masks, and images with masks beside them."""
 
     source: Source
     problems: list[str] = field(default_factory=list)
@@ -152,7 +152,7 @@ class _Search:
 
     @property
     def folders(self) -> Folders:
-        """What lists folders."""
+        """The folders, each listed once."""
         return self.source.folders
 
     def units(
@@ -190,7 +190,7 @@ class _Search:
         return bool(self.source.images or self.source.masks)
 
     def holds_files(self, folder: Path, depth: int = 0) -> bool:
-        """Say whether there is anything to read in a folder or not far below it."""
+        """Return whether a folder, or one up to four levels below it, holds a file to read."""
         listing = self.folders.list(folder)
         below = listing.folders if depth < DEEPEST else ()
         return bool(listing.files) or any(self.holds_files(each, depth + 1) for each in below)
@@ -327,7 +327,7 @@ class _Search:
         ]
 
     def _leave_out(self, images: Path, part: str | None, expected: str = "") -> None:
-        """Do without a part that has no masks, but for the training part."""
+        """Leave out a part without masks; for the training part this is a problem."""
         if part in ("val", "test"):
             self._note(f"{images} has no masks and was left out")
         else:

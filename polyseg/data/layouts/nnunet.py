@@ -76,7 +76,7 @@ def _described_root(folders: Folders, path: Path) -> Path | None:
 
 
 def kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
-    """Tell the two apart: nnU-Net's images carry a channel (_0000), the Decathlon's are listed.
+    """Return which it is: nnU-Net's images carry a channel (_0000), the Decathlon's are listed.
 
     Raises:
         PolysegError: a folder or dataset.json cannot be read.

@@ -1,4 +1,4 @@
-"""What each layout is given: a path, the settings, and a list of folders that is read once."""
+"""Define what each layout reads: a path, the settings, and folders that are listed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Source:
     unmasked: Unmasked = "refuse"
     folders: Folders = field(default_factory=Folders)
     problems: list[str] = field(default_factory=list)
-    """What kept layouts from being read, for the error of an unknown one."""
+    """Reasons why layouts were not recognised, for the error message."""
 
     @property
     def chosen(self) -> bool:

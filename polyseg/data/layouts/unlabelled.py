@@ -121,7 +121,7 @@ def _images_in(folders: Folders, folder: Path) -> list[Case]:
 
 
 def _told_apart(cases: Sequence[Case]) -> list[Case]:
-    """Put as many names of folders before the ids as make them unique."""
+    """Return cases whose ids are unique by the names of the folders before them."""
     once = {case.images: case for case in cases}
     for count in range(DEEPEST * 2):
         found = [replace(case, id=_long_id(case, count)) for case in once.values()]
