@@ -32,17 +32,16 @@ def read_bids(source: Source) -> Layout | None:
     by_entities: dict[str, list[Path]] = {}
     for file in derived[mask_kind]:
         by_entities.setdefault(_entities(file), []).append(file)
-    owners = {_entities(file): file for file in images[kind]}
     bare = []
-    for entities, file in owners.items():
-        found = _masks_for(entities, by_entities)
-        case = Case(entities, (file,), tuple(found) or None, group=entities.partition("_")[0])
+    for file in images[kind]:
+        entities = _entities(file)
+        found = tuple(by_entities.pop(entities, ()))
+        case = Case(entities, (file,), found or None, group=entities.partition("_")[0])
         if found:
             findings.add(case)
         else:
             bare.append(case)
-    used = {mask for entities in owners for mask in _masks_for(entities, by_entities)}
-    lost = [file.name for files in by_entities.values() for file in files if file not in used]
+    lost = [file.name for files in by_entities.values() for file in files]
     findings.problem(str(root / "derivatives"), "mask", lost, f"without an image _{kind}")
     findings.add_unmasked(str(root), bare)
     return findings.finish(str(root), f"BIDS, {kind} and {mask_kind}")
@@ -82,7 +81,3 @@ def _entities(file: Path) -> str:
     'sub-01_ses-1'
     """
     return "_".join(_ENTITIES.findall(stem_of(file)))
-
-
-def _masks_for(entities: str, masks: Mapping[str, list[Path]]) -> list[Path]:
-    return masks.get(entities, [])
