@@ -22,6 +22,49 @@ class Loss(Row):
     """Whether it depends on epsilon, so that epsilon can be adapted."""
 
 
+_LAYOUTS = "polyseg.data.layouts"
+
+LAYOUTS = Registry(
+    "layout",
+    Row("auto", "the first of the following that fits what is there"),
+    Row(
+        "manifest",
+        "a CSV file with the columns image and mask",
+        f"{_LAYOUTS}.manifest:read_manifest_file",
+    ),
+    Row(
+        "nnunet",
+        "nnU-Net: imagesTr/, labelsTr/ and dataset.json",
+        f"{_LAYOUTS}.nnunet:read_if_nnunet",
+    ),
+    Row(
+        "decathlon",
+        "Medical Segmentation Decathlon: a dataset.json that lists the files",
+        f"{_LAYOUTS}.nnunet:read_if_decathlon",
+    ),
+    Row(
+        "bids",
+        "BIDS: images in sub-*/ and masks in derivatives/",
+        f"{_LAYOUTS}.bids:read_bids",
+    ),
+    Row(
+        "case-folders",
+        "a folder for each image or case, with its masks",
+        f"{_LAYOUTS}.case_folders:read_case_folders",
+    ),
+    Row(
+        "folders",
+        "folders of images and of masks",
+        f"{_LAYOUTS}.folders:read_folders",
+    ),
+    Row(
+        "suffixes",
+        "masks beside the images, told apart by their names",
+        f"{_LAYOUTS}.folders:read_suffixes",
+    ),
+)
+"""Each function takes a `Source` and returns a `Layout`, or None where the folder is not of it."""
+
 _LOSSES = "polyseg.training.losses_by_name"
 
 LOSSES = Registry(

@@ -24,8 +24,8 @@ from polyseg.evaluation.testing_networks import (
     ImageTest,
     NetworkResults,
     PredictedMasks,
-    groups_of,
     measure_network,
+    patients_of,
 )
 from polyseg.figures import evaluation_files
 from polyseg.networks.inference import choose_device
@@ -279,7 +279,7 @@ def _test_masks(
         ids = _ids_without_run(images, config, how.inputs.part)
     else:
         images, ids = known
-    groups = {} if how.settings.by == "image" else groups_of(images, config)
+    groups = {} if how.settings.by == "image" else patients_of(images, config)
     found = {}
     for name, folder in masks.folders.items():
         test = ImageTest(

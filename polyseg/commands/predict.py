@@ -18,7 +18,7 @@ from polyseg.config import MOST_SAMPLES, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.formats.writers import write_labels, write_map
 from polyseg.data.layouts.cases import Case
-from polyseg.data.layouts.folders import find_unlabelled
+from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.errors import PolysegError
@@ -33,7 +33,7 @@ from polyseg.system.process_group import PATIENCE, Processes, together
 
 log = logging.getLogger(__name__)
 
-_OF_VOLUMES = (".nii", ".gz", ".dcm", "")
+_OF_VOLUMES = (".nii", ".gz", ".dcm", ".ima", ".nrrd", ".mha", "")
 _UNBOUNDED = 10**9
 """MB."""
 _KNOWN_BY = ("predictions.csv",)
@@ -185,8 +185,8 @@ def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str
     """
     values = [value for task in config.tasks.values() for value in task]
     if len(values) == len(set(values)):
-        firsts = [task[0] for task in config.tasks.values()] or [_foreground_of(source)]
-        return {"": label_map(probability, firsts)}
+        firsts = config.written(_foreground_of(source)).values()
+        return {"": label_map(probability, list(firsts))}
     return {
         f"_{label}": label_map(probability[:, k : k + 1], [_foreground_of(source)])
         for k, label in enumerate(config.labels)
@@ -233,7 +233,7 @@ def _rows(
 ) -> Rows:
     """Return what predictions.csv tells of each slice and label: of what the files hold."""
     rows = []
-    firsts = {label: values[0] for label, values in config.tasks.items()}
+    firsts = config.written(1)
     for n, identity in enumerate(images.ids):
         for k, label in enumerate(images.labels):
             one_for_all = "" in files

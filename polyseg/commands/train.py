@@ -14,12 +14,12 @@ from polyseg.commands.schedule import read_record
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
-from polyseg.data.loading import load_images
+from polyseg.data.loading import load_images, settled
 from polyseg.data.new_split import new_split
-from polyseg.data.splits import PARTS, Split, count_groups, split_json
+from polyseg.data.splits import PARTS, Split, group_names, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
-from polyseg.evaluation.testing_networks import groups_of, score
+from polyseg.evaluation.testing_networks import patients_of, score
 from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
@@ -119,6 +119,7 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     """Return what trains a new run, whose folder is held and begun by the leading process."""
     run = how.run
     config = _settled(config, config.training.epochs)
+    config = config.model_copy(update={"data": settled(config.data)})
     if how.processes.leads:
         run.refuse_occupied()
     images = load_images(config.data, how.progress)
@@ -238,6 +239,7 @@ def plan(
         )
     else:
         run.refuse_occupied()
+        config = config.model_copy(update={"data": settled(config.data)})
         images = load_images(config.data, progress)
         split = new_split(config, images)
         _schedule_to_replay(config, images, split)
@@ -329,6 +331,12 @@ def resumed_config(
     recorded = checkpoint.config
     free = _FREE_TO_CHANGE + (_CHANGED_WHEN_TOLD if accept_changes else ())
     config = _settled(config, recorded.training.epochs)
+    found = {
+        name: getattr(recorded.data, name)
+        for name, default in (("size", "auto"), ("foreground", None))
+        if getattr(config.data, name) == default
+    }
+    config = config.model_copy(update={"data": config.data.model_copy(update=found)})
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
@@ -434,7 +442,7 @@ def _describe_data(images: ImageSet, split: Split, config: DataConfig) -> str:
     elif any(item.size != item.original_size for item in items):
         size += f" -> {_range_of([item.size for item in items])}"
     counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
-    groups = count_groups([member_of(item) for item in items], config)
+    groups = len(group_names([member_of(item) for item in items], config))
     return f"{what} of {size}: {counts}" + (f"; {counted(groups, 'group')}" if groups else "")
 
 
@@ -479,7 +487,7 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
             )
         best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
-        groups = groups_of(images, config.data)
+        groups = patients_of(images, config.data)
         scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
         evaluation = Evaluation(scores, part=part)
         files += evaluation_files.write_evaluation(

@@ -5,6 +5,7 @@ Unknown keys are errors, which name the nearest known one.
 
 import difflib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def build_config(tree: Any, source: str) -> Config:
 
 
 def _parse_override(value: str, source: str) -> Any:
+    if "foreground" in source:
+        # An unquoted # begins a comment, and a colour is no comment.
+        value = re.sub(r"(?<![\w'\"])#[0-9A-Fa-f]{6}\b(?!['\"])", r'"\g<0>"', value)
     parsed = parse_yaml(value, source)
     if " #" in value and parsed == value.partition(" #")[0].strip():
         raise PolysegError(

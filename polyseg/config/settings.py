@@ -20,6 +20,7 @@ from pydantic_core import core_schema
 from polyseg.choices import (
     DEVICES,
     FREE_SCORES,
+    LAYOUTS,
     LOSSES,
     MAPS,
     MODALITIES,
@@ -32,6 +33,7 @@ from polyseg.choices import (
     SCHEDULERS,
     UNCERTAINTIES,
 )
+from polyseg.config.label_values import LARGEST_LABEL, name_of, parse_values
 from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
@@ -40,8 +42,6 @@ _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
 _LONGEST_PATTERN = 200
 _MOST_LABELS = 32
-_MOST_VALUES = 256
-_LARGEST_LABEL = 65_535
 _NO_TEXT = {"Cc", "Cs"}
 """Unicode's control characters and surrogates."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
@@ -117,8 +117,12 @@ class Section(BaseModel):
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
 _FROM_A_LIST = Strict(False)
 """Of the tuple itself; what is in it stays strict."""
-LabelValues = int | Annotated[tuple[int, ...], _FROM_A_LIST]
-Foreground = int | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
+Names = str | Annotated[tuple[str, ...], _FROM_A_LIST] | None
+LabelValue = int | str
+LabelValues = LabelValue | Annotated[tuple[LabelValue, ...], _FROM_A_LIST]
+Foreground = (
+    LabelValue | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
+)
 
 
 class AugmentConfig(Section):
@@ -150,20 +154,15 @@ class DataConfig(Section):
     path: str = _setting(
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
-    layout: Literal["auto", "folders", "suffixes", "nnunet", "decathlon", "manifest"] = _setting(
-        "auto",
-        "how images and masks lie",
-        choices={
-            "auto": "the layout is recognised by what is there",
-            "folders": "folders of images and of masks",
-            "suffixes": "masks beside the images, told apart by their names",
-            "nnunet": "nnU-Net: imagesTr/, labelsTr/ and dataset.json",
-            "decathlon": "Medical Segmentation Decathlon: a dataset.json that lists the files",
-            "manifest": "a CSV file with the columns image and mask",
-        },
+    layout: Annotated[str, OneOf(LAYOUTS)] = _setting("auto", "how images and masks lie")
+    images: Names = _setting(
+        None,
+        "folder of the images: its name, or its path in the data set; a pattern such as *.png; or "
+        "a list of these",
     )
-    images: str | None = _setting(None, "name of the sub-folder of images, where several could be")
-    masks: str | None = _setting(None, "name of the sub-folder of masks, where several could be")
+    masks: Names = _setting(
+        None, "the same for the masks; of a list, masks of one image are united"
+    )
     unmasked: Literal["refuse", "empty", "skip"] = _setting(
         "refuse",
         "what happens to an image without a mask",
@@ -182,13 +181,36 @@ class DataConfig(Section):
             "sagittal": "slices across the axis from left to right",
         },
     )
+    orientation: Literal["auto", "tag", "stored"] = _setting(
+        "auto",
+        "whether pictures are turned as their orientation tag (EXIF, TIFF) says",
+        choices={
+            "auto": "they are turned; an error where image and mask have different tags and their "
+            "sizes do not tell which is right",
+            "tag": "images and masks are turned by their own tags",
+            "stored": "images and masks are taken as stored",
+        },
+    )
+    channels: Literal["auto", "gray"] = _setting(
+        "auto",
+        "channels of the images",
+        choices={
+            "auto": "those of the files; gray images among RGB ones become RGB",
+            "gray": "one: RGB becomes gray by the luma weights 0.299, 0.587, 0.114, other channels "
+            "their mean",
+        },
+    )
     training_slices: Literal["all", "foreground"] = _setting(
         "all",
         "images and slices that are trained on",
         choices={"all": "all of them", "foreground": "only those with foreground"},
     )
-    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | None = _setting(
-        128, "this square, or [height, width]; null keeps images as they are", "pixels"
+    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | Literal["auto"] | None = _setting(
+        "auto",
+        "size that the network sees: this square, or [height, width]; auto: the images' median "
+        "size, sides in proportion, at most 256 and multiples of 16 (128 for the demo), which a "
+        "run records; null keeps images as they are",
+        "pixels",
     )
     fit: Literal["resize", "tile"] = _setting(
         "resize",
@@ -218,7 +240,10 @@ class DataConfig(Section):
         None, "split.json of a run or of `polyseg data split`, or splits_final.json of nnU-Net"
     )
     group: str | None = _setting(
-        None, "regular expression; images in whose id it finds the same text stay together"
+        "auto",
+        "images that stay together in a split: auto: those of one patient, by a folder for each or "
+        "the first number in their names that further numbers follow; none: each by itself; or a "
+        "regular expression: those in whose id it finds the same text",
     )
     duplicates: Literal["refuse", "allow-near", "allow"] = _setting(
         "refuse",
@@ -231,8 +256,9 @@ class DataConfig(Section):
     )
     foreground: Foreground = _setting(
         None,
-        "label values that count: one, a list of several tasks, a list of lists that unites "
-        "values, or a mapping of names to them; null: masks are 0/1 or 0/255",
+        "label values that count: a number, a range such as 1-300, nonzero, or a colour such as "
+        "'#FF0000'; a list of several tasks, a list of lists that unites values, or a mapping of "
+        "names to them; null: masks are 0/1 or 0/255",
     )
     normalise: Annotated[str, OneOf(NORMALISATIONS)] = _setting(
         "zscore", "how the values of an image are normalised"
@@ -284,24 +310,24 @@ class DataConfig(Section):
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
         if self.fit == "tile" and self.size is None:
             raise ValueError("data.fit: tiles need a data.size")
-        if self.group is not None:
-            _check_pattern(self.group)
+        if self.group_pattern is not None:
+            _check_pattern(self.group_pattern)
         return self
 
     @model_validator(mode="after")
     def _labels_are_told_apart(self) -> Self:
         if self.foreground is None:
             return self
-        values = [value for task in self.tasks.values() for value in task]
         given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
-        if not all(self.tasks.values()) or not values:
+        if not all(self.tasks.values()) or not self.tasks:
             raise ValueError("data.foreground: a task without a label value")
         if len({frozenset(task) for task in self.tasks.values()}) != len(given):
             raise ValueError("data.foreground: two tasks are the same")
-        if len(self.tasks) > _MOST_LABELS or len(values) > _MOST_VALUES:
-            raise ValueError(f"data.foreground: at most {_MOST_LABELS} tasks")
-        if not 1 <= min(values) <= max(values) <= _LARGEST_LABEL:
-            raise ValueError(f"data.foreground: label values are from 1 to {_LARGEST_LABEL}")
+        if len(self.tasks) > _MOST_LABELS:
+            raise ValueError(
+                f"data.foreground: {len(self.tasks)} tasks; at most {_MOST_LABELS}. For one task "
+                "of many values give a range such as 1-300, or nonzero"
+            )
         # Names become parts of the names of files.
         if not all(_TASK_NAME.fullmatch(name) for name in self.tasks):
             raise ValueError(
@@ -309,6 +335,11 @@ class DataConfig(Section):
                 "first no dot"
             )
         return self
+
+    @property
+    def group_pattern(self) -> str | None:
+        """Regular expression that finds an image's group in its id; None where none is given."""
+        return None if self.group in (None, "auto", "none") else self.group
 
     @property
     def tasks(self) -> dict[str, tuple[int, ...]]:
@@ -320,10 +351,29 @@ class DataConfig(Section):
         given = self.foreground
         if given is None:
             return {}
-        if isinstance(given, dict):
-            return {name: _as_tuple(one) for name, one in given.items()}
-        several = given if isinstance(given, tuple) else (given,)
-        return {"+".join(map(str, _as_tuple(one))): _as_tuple(one) for one in several}
+        if not isinstance(given, dict):
+            several = given if isinstance(given, tuple) else (given,)
+            given = {name_of(_as_tuple(one)): one for one in several}
+        return {
+            name: tuple(dict.fromkeys(n for entry in _as_tuple(one) for n in parse_values(entry)))
+            for name, one in given.items()
+        }
+
+    def written(self, binary: int) -> dict[str, int]:
+        """Return the value that predictions hold for each task, which is its first.
+
+        Args:
+            binary: the value for a single task whose first value is 0, nonzero or a colour; the
+                values of several such tasks are 1, 2, ...
+
+        >>> [DataConfig(foreground=one).written(255) for one in ((2, 7), "nonzero")]
+        [{'2': 2, '7': 7}, {'nonzero': 255}]
+        """
+        first = {name: values[0] for name, values in (self.tasks or {"": (binary,)}).items()}
+        if all(1 <= value <= LARGEST_LABEL for value in first.values()):
+            return first
+        numbers = [binary] if len(first) == 1 else range(1, len(first) + 1)
+        return dict(zip(first, numbers, strict=True))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -715,8 +765,8 @@ def _has_none_of_something(values: list[Any]) -> bool:
     return any(type(value) is int and value < 1 for value in values)
 
 
-def _as_tuple(values: LabelValues) -> tuple[int, ...]:
-    return (values,) if isinstance(values, int) else values
+def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
+    return (values,) if isinstance(values, int | str) else values
 
 
 def _check_pattern(pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether two images are the same: pixel by pixel, or nearly, by a perceptual hash."""
+"""Find images that are the same: pixel by pixel, or nearly, by a perceptual hash."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from polyseg.data.splits import Split
 from polyseg.errors import PolysegError
 
 MOST_DIFFERING_BITS = 24
-"""Of 255: more, and two images are not nearly the same. Copies that were compressed, halved,
-brightened or overlaid with noise differed in at most 18, different images of four sets in at least
-60."""
+"""Largest number of 255 bits in which nearly equal images differ. Copies that were compressed,
+halved, brightened or overlaid with noise differed in at most 18, different images of four sets in
+at least 60."""
 
 _SIDE, _KEPT = 64, 16
 _SHOWN = 5
@@ -36,7 +36,7 @@ def likeness_of(pixels: NDArray[Any], *, sliced: bool = False) -> "Likeness":
 
 @dataclass(frozen=True)
 class Likeness:
-    """What two images are compared by."""
+    """Hashes by which two images are compared."""
 
     exact: str
     """sha256 of the pixels."""
@@ -44,7 +44,7 @@ class Likeness:
     """Perceptual hash, 64 hexadecimal digits; empty where nothing is nearly the same: for flat
     images, and for slices of volumes, which resemble those of others by their anatomy."""
     flat: bool = False
-    """Whether all pixels have one value: such images show nothing, and are no copies."""
+    """True where all pixels have one value; such images are no copies."""
 
 
 def content_hash(pixels: NDArray[Any]) -> str:

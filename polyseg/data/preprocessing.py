@@ -1,4 +1,4 @@
-"""What an image goes through before the network: size, gray values, patches."""
+"""Prepare images for the network: size, gray values, patches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from polyseg.choices import NORMALISATIONS
 from polyseg.config import DataConfig
 from polyseg.errors import PolysegError
 
+_LARGEST_AUTO, _MULTIPLE = 256, 16
 _LEAST_DEVIATION = 1e-3
-"""In units of the pixels: a flat image is not blown up."""
+"""Smallest deviation by which an image is divided, in units of its pixels."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """What an image's gray values are reduced by, a value a channel: (x - offset) / scale."""
+    """Offset and scale of gray values, one of each per channel: (x - offset) / scale."""
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
     clipped: bool = False
-    """To [0, 1]."""
+    """True where values are clipped to [0, 1]."""
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return an image, (H, W, C), as (C, H, W) float32.
@@ -156,6 +157,67 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
     if mask.shape == size:
         return mask
     return (_resize_plane(mask, size, "BOX") >= 0.5).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of an image's foreground resizing keeps."""
+
+    objects: int
+    """Number of connected objects, of all labels."""
+    lost: int
+    """Number of objects of which no pixel is left."""
+    area: float
+    """Area after resizing as a share of the area before."""
+
+
+def kept_foreground(masks: NDArray[np.uint8], resized: NDArray[np.uint8]) -> Kept:
+    """Return what resizing keeps of masks, (K, H, W), that became (K, h, w).
+
+    >>> masks = np.zeros((1, 8, 8), np.uint8)
+    >>> masks[0, 0, 0] = masks[0, 4:, 4:] = 1
+    >>> kept_foreground(masks, resize_mask(masks[0], (2, 2))[None])
+    Kept(objects=2, lost=1, area=0.9411764705882353)
+    """
+    from scipy.ndimage import label
+
+    objects = lost = 0
+    for mask, small in zip(masks, resized, strict=True):
+        numbers, count = label(mask)
+        rows, columns = np.nonzero(mask)
+        seen = small[
+            rows * small.shape[0] // mask.shape[0], columns * small.shape[1] // mask.shape[1]
+        ]
+        objects += count
+        lost += count - np.unique(numbers[rows, columns][seen == 1]).size
+    before = masks.mean(dtype=np.float64)
+    return Kept(objects, lost, float(resized.mean(dtype=np.float64) / before) if before else 1.0)
+
+
+def auto_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size that data.size=auto stands for, of the heights and widths of images.
+
+    >>> auto_size([(600, 800)]), auto_size([(100, 130), (96, 128), (90, 128)])
+    ((192, 256), (96, 128))
+    """
+    height, width = np.median(np.array(sizes), axis=0)
+    scale = min(1.0, _LARGEST_AUTO / max(height, width))
+    sides = (max(2, int(side * scale / _MULTIPLE + 0.5)) * _MULTIPLE for side in (height, width))
+    return next(sides), next(sides)
+
+
+def as_gray(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels, (N, H, W, C), with one channel: luma of RGB, else the mean; the type stays.
+
+    >>> as_gray(np.array([[[[255, 0, 0]]]], np.uint8))[0, 0, 0, 0]
+    np.uint8(76)
+    """
+    if pixels.shape[3] == 1:
+        return pixels
+    count = pixels.shape[3]
+    weights = (0.299, 0.587, 0.114) if count == 3 else (1 / count,) * count
+    gray = (pixels * np.array(weights, np.float32)).sum(axis=3, keepdims=True)
+    return np.asarray(gray.round() if pixels.dtype.kind in "iu" else gray, pixels.dtype)
 
 
 def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:

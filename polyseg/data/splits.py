@@ -1,4 +1,4 @@
-"""Which images train, which choose, which test."""
+"""Divide images into training, validation and test images."""
 
 import contextlib
 import json
@@ -26,13 +26,13 @@ Split = dict[str, list[str]]
 
 _LONGEST_MATCHED = 300
 _LONGEST_MATCHING = 5.0
-"""Seconds for all images; a pattern, which may be anyone's, can take for ever over a single one."""
+"""Seconds for all images; a pattern, which may be anyone's, may never end on a single one."""
 _SLICE = re.compile(r"#\d{3,}$")
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a split has to know of an image."""
+    """Facts about an image that a split depends on."""
 
     id: str
     foreground: float = 0.0
@@ -40,7 +40,7 @@ class Member:
     group: str | None = None
     """Images of one group, such as a patient's, stay together; None is a group of its own."""
     part: str | None = None
-    """Where the data themselves put it."""
+    """Part to which the data set assigns it: train, val or test."""
 
 
 def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
@@ -59,7 +59,7 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     >>> split_by_settings([Member(i) for i in "abcd"], DataConfig(split=(0.5, 0.25, 0.25)))
     {'train': ['c', 'd'], 'val': ['b'], 'test': ['a']}
     """
-    members = _all_grouped(members, config.group)
+    members = _all_grouped(members, config.group_pattern)
     if config.split_file is not None:
         return _from_file(Path(config.split_file), members, config.fold)
     placed = {part: [member for member in members if member.part == part] for part in PARTS}
@@ -120,16 +120,18 @@ def groups_by_id(members: Sequence[Member], config: DataConfig) -> dict[str, str
     >>> groups_by_id([Member("p1_a"), Member("p2_a")], DataConfig(group="^(p.)_"))
     {'p1_a': 'p1', 'p2_a': 'p2'}
     """
-    return {member.id: member.group for member in _all_grouped(members, config.group)}
+    grouped = _all_grouped(members, config.group_pattern)
+    return {member.id: member.group for member in grouped}
 
 
-def count_groups(members: Sequence[Member], config: DataConfig) -> int:
-    """Return how many groups the images form; 0 where none has one.
+def group_names(members: Sequence[Member], config: DataConfig) -> list[str]:
+    """Return the groups that the images form, in order; none where no image has one.
 
-    >>> count_groups([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
-    1
+    >>> group_names([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
+    ['x']
     """
-    return len({member.group for member in _all_grouped(members, config.group)} - {None})
+    groups = {member.group for member in _all_grouped(members, config.group_pattern)}
+    return sorted(group for group in groups if group is not None)
 
 
 def divide(
@@ -162,6 +164,7 @@ def divide(
         raise PolysegError(
             f"data: {len(groups)} {what} are too few for {wanted} parts; give more, shares of 0 in "
             "data.split, or fewer data.folds"
+            + ("" if what == "images" else ", or divide single images by data.group=none")
         )
     generator = np.random.default_rng(config.split_seed)
     order = [list(groups.values())[i] for i in generator.permutation(len(groups))]

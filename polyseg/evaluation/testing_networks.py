@@ -226,7 +226,7 @@ def measure_network(
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
     size = model.config.training.batch_size
-    groups = {} if settings.by == "image" else groups_of(images, model.config.data)
+    groups = {} if settings.by == "image" else patients_of(images, model.config.data)
     test = ImageTest(name, images, ids, size, settings, progress, processes, groups)
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
@@ -243,7 +243,7 @@ def measure_network(
     return NetworkResults(plain + scores, list(points), kept.masks(processes))
 
 
-def groups_of(images: ImageSet, config: DataConfig) -> Groups:
+def patients_of(images: ImageSet, config: DataConfig) -> Groups:
     """Return the group of each image, such as its patient, by the data or by `data.group`."""
     try:
         return groups_by_id(images.members(), config)

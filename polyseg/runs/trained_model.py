@@ -230,7 +230,7 @@ def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
     if part == "all":
         return {}
     config = model.config.data
-    if config.group is not None or config.split_file is not None:
+    if config.group_pattern is not None or config.split_file is not None:
         raise PolysegError(
             f"{model.source}: its split was made from data.group or data.split_file; give the "
             "folder of the run, --data of other images, or --split all"

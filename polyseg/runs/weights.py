@@ -45,8 +45,8 @@ def new_network(config: Config, channels: int) -> SegmentationNetwork:
         multiple_of=settings.multiple_of,
         settings=settings.kwargs,
     )
-    if config.data.fit == "tile" and config.data.size is not None:
-        size = config.data.size
+    size = config.data.size
+    if config.data.fit == "tile" and size is not None and size != "auto":
         square = (size, size) if isinstance(size, int) else size
         network.window = Window(square, config.data.tile_overlap)
     return network
