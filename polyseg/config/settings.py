@@ -23,9 +23,11 @@ from polyseg.choices import (
     LOSSES,
     MAPS,
     MODALITIES,
+    PAIR_SCORES,
     REDUCTIONS,
     REPLAY_ARMS,
     UNCERTAINTIES,
+    WHOLE_SCORES,
 )
 from polyseg.registry import Registry, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
@@ -430,8 +432,10 @@ class UncertaintyConfig(Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
-        "mutual_information", "pixel map whose mean over the region is the difficulty D"
+    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES)] = _setting(
+        "mutual_information",
+        "the difficulty D: a pixel map, whose mean over the region it is, or a score of the whole "
+        "image",
     )
     region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
         "mask",
@@ -475,10 +479,20 @@ class UncertaintyConfig(Section):
     )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
 
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _refuse_pairs(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in PAIR_SCORES:
+            raise ValueError(
+                f"{value} compares all pairs of passes and is no difficulty to train by; "
+                f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` measure it"
+            )
+        return value
+
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric in UNCERTAINTIES
+        return self.metric not in FREE_SCORES
 
 
 class ControlConfig(Section):

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES, map_names
+from polyseg.choices import UNCERTAINTIES, WHOLE_SCORES, map_names, score_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import FEWEST_JUDGED
@@ -103,7 +103,8 @@ def read_assessment(
         n, attributes = len(ids), _attributes(file)
         scores = _columns(file, "scores", n)
         if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros for what is not known.
-            measured = [name for name in UNCERTAINTIES if name in scores]
+            judged = (*UNCERTAINTIES, *WHOLE_SCORES)
+            measured = [name for name in judged if name in scores]
             errors = {name: np.full(n, np.nan) for name in measured}
             stability = dict.fromkeys(measured, float("nan"))
         else:
@@ -317,14 +318,14 @@ def _attributes(file: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(found[name], kind) or (name == "epoch" and found[name] < 0):
             raise ValueError(f"{name} {found[name]!r:.40} is none")
-    known = found["metric"] in (*UNCERTAINTIES, *FREE_SCORES)
+    known = found["metric"] in score_names()
     if not known or not _has(file, f"scores/{found['metric']}"):
         raise ValueError(f"metric {found['metric']!r:.40} is unknown, or has no scores")
     return found
 
 
 def _rank_stability(file: Any) -> dict[Metric, float]:
-    places = {name: f"scores/{name}" for name in UNCERTAINTIES if _has(file, f"scores/{name}")}
+    places = {name: f"scores/{name}" for name in score_names() if _has(file, f"scores/{name}")}
     return {
         name: float(_attribute(file[place], "rank_stability"))
         for name, place in places.items()
@@ -365,7 +366,7 @@ def _finite(values: NDArray[Any]) -> NDArray[Any]:
 def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
     return {
         name: _finite(_column(file, f"{group}/{name}", n, "f8"))
-        for name in (*UNCERTAINTIES, *FREE_SCORES)
+        for name in score_names()
         if _has(file, f"{group}/{name}")
     }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyseg.choices import score_of
 from polyseg.config import Config, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images, load_others
@@ -283,17 +284,21 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
         )
 
 
-def passes_of(config: Config, **changes: Any) -> UncertaintyConfig:
+def passes_of(config: Config, *, masks: bool = True, **changes: Any) -> UncertaintyConfig:
     """Return the settings of MC Dropout, also of a training whose difficulty took no passes.
 
     Args:
         config: of the training.
+        masks: whether the images have masks, without which some scores do not exist.
         changes: settings that are others here, of the values that `UncertaintyConfig` allows; None
             leaves what the training had.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
+    metric = config.uncertainty.metric
     if not config.uncertainty.takes_passes:
-        metric = config.uncertainty.metric
         log.info("uncertainty.metric %s takes no passes: mutual_information here", metric)
+        changes["metric"] = "mutual_information"
+    elif score_of(metric).needs_mask and not masks:
+        log.info("uncertainty.metric %s needs masks: mutual_information here", metric)
         changes["metric"] = "mutual_information"
     return config.uncertainty.model_copy(update=changes)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from polyseg.adaptive.controller import Adapted, EpsilonControl, Recorder
 from polyseg.adaptive.replay import epsilon_of_batch
-from polyseg.config import Config
+from polyseg.choices import WHOLE_SCORES
+from polyseg.config import Config, UncertaintyConfig
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet
 from polyseg.data.splits import Split
@@ -314,6 +315,7 @@ class Trainer:
             progress=lambda _, done, total: self._report_assessment(epoch, done, total),
             total=len(ids),
             processes=self.processes,
+            also=_also_measured(self.config.uncertainty),
         ).in_order(ids)
         assessment = dataclasses.replace(
             assessment,
@@ -437,6 +439,11 @@ class Trainer:
             f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` goes "
             "on from there"
         )
+
+
+def _also_measured(settings: UncertaintyConfig) -> list[str]:
+    """Return the scores of the whole image that come at no cost where the passes see all of it."""
+    return [*WHOLE_SCORES, "size"] if settings.metric in WHOLE_SCORES else []
 
 
 @contextlib.contextmanager
