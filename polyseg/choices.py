@@ -4,9 +4,10 @@ Each row names its function as "module:name", so that this module imports none o
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Literal
 
-from polyseg.registry import Registry, Row
+from polyseg.registry import Registry, Row, is_own, resolve
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,29 @@ def score_of(name: str) -> Score:
     >>> score_of("dispersion").of
     'moments'
     """
-    return {**UNCERTAINTIES, **WHOLE_SCORES, **PAIR_SCORES, **FREE_SCORES}[name]
+    rows: dict[str, Score] = {**UNCERTAINTIES, **WHOLE_SCORES, **PAIR_SCORES, **FREE_SCORES}
+    if name in rows or not is_own(name):
+        return rows[name]
+    # Of a function (moments, mask), or (probability, mask), which is averaged over the passes.
+    first = next(iter(signature(resolve(name)).parameters), "")
+    of: Literal["pass", "moments"] = "pass" if first == "probability" else "moments"
+    return Score(name, "a function of one's own", name, of=of, needs_mask=of == "pass")
+
+
+def loss_of(name: str) -> Loss:
+    """Return the row of a loss; one of one's own is given epsilon.
+
+    >>> loss_of("my_loss.py:loss").has_epsilon
+    True
+    """
+    own = Loss(name, "a function of one's own", name, has_epsilon=True)
+    return LOSSES.get(name, own) if is_own(name) else LOSSES[name]
+
+
+def map_of(name: str) -> Row:
+    """Return the row of a map from normalised difficulties to epsilons."""
+    own = Row(name, "a function of one's own", name)
+    return MAPS.get(name, own) if is_own(name) else MAPS[name]
 
 
 def score_names() -> tuple[str, ...]:

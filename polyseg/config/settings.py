@@ -28,8 +28,9 @@ from polyseg.choices import (
     REPLAY_ARMS,
     UNCERTAINTIES,
     WHOLE_SCORES,
+    loss_of,
 )
-from polyseg.registry import Registry, listed, not_among
+from polyseg.registry import Registry, is_own, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
 _LARGEST_SIDE = 8192
@@ -42,6 +43,8 @@ _LARGEST_LABEL = 65_535
 _NO_TEXT = {"Cc", "Cs"}
 """Unicode's control characters and surrogates."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
+
+_OR_OWN = "or a function of one's own, package.module:function or file.py:function"
 
 MOST_SAMPLES = 10_000
 LARGEST_EPSILON = 100
@@ -60,10 +63,13 @@ def _setting(
 
 
 class OneOf:
-    """The values of a setting that are the names of registries, as they are when it is checked."""
+    """The values of a setting that are the names of registries, as they are when it is checked.
 
-    def __init__(self, *registries: Registry[Any]) -> None:
-        self.registries = registries
+    With `own`, code of one's own is allowed too, "package.module:function" or "file.py:function".
+    """
+
+    def __init__(self, *registries: Registry[Any], own: bool = False) -> None:
+        self.registries, self.own = registries, own
 
     def choices(self) -> dict[str, str]:
         """Return what each allowed name means."""
@@ -75,7 +81,7 @@ class OneOf:
         Raises:
             ValueError: it is not, with the nearest one that is.
         """
-        if value not in self.choices():
+        if value not in self.choices() and not (self.own and is_own(value)):
             raise ValueError(not_among(value, self.choices(), self.registries[0].kind))
         return value
 
@@ -83,7 +89,8 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {**handler(schema), "enum": list(self.choices())}
+        names = {"enum": list(self.choices())}
+        return handler(schema) | ({"anyOf": [names, {"pattern": ":"}]} if self.own else names)
 
 
 class Section(BaseModel):
@@ -379,7 +386,9 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """The loss."""
 
-    name: Annotated[str, OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
+    name: Annotated[str, OneOf(LOSSES, own=True)] = _setting(
+        "polydice1", f"loss of each image; {_OR_OWN}, of (logits, mask, epsilon)"
+    )
     epsilon: float = _setting(
         0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
     )
@@ -410,7 +419,7 @@ class LossConfig(Section):
     @property
     def has_epsilon(self) -> bool:
         """Whether the loss depends on epsilon."""
-        return LOSSES[self.name].has_epsilon
+        return loss_of(self.name).has_epsilon
 
     @property
     def polydice_terms(self) -> int:
@@ -432,10 +441,10 @@ class UncertaintyConfig(Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES)] = _setting(
+    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES, own=True)] = _setting(
         "mutual_information",
         "the difficulty D: a pixel map, whose mean over the region it is, or a score of the whole "
-        "image",
+        f"image; {_OR_OWN}, of (moments, mask), or of (probability, mask) of each pass",
     )
     region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
         "mask",
@@ -509,7 +518,11 @@ class ControlConfig(Section):
         "sigma", "how the difficulties of images are made comparable: D_norm"
     )
     percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
-    map: Annotated[str, OneOf(MAPS)] = _setting("sigmoid", "how D_norm becomes epsilon")
+    map: Annotated[str, OneOf(MAPS, own=True)] = _setting(
+        "sigmoid",
+        f"how D_norm becomes epsilon; {_OR_OWN}, of (normalised, epsilon_min, epsilon_max, "
+        "sensitivity)",
+    )
     sensitivity: float = _setting(
         1.0, "lambda of eq. 12: how strongly epsilon follows D_norm", ge=0, le=1000
     )
@@ -732,6 +745,17 @@ class Config(Section):
         if self.control.enabled == "auto":
             return self.loss.has_epsilon
         return self.control.enabled
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The settings that name code outside polyseg, and what they name."""
+        named = {
+            "network.name": self.network.name,
+            "loss.name": self.loss.name,
+            "uncertainty.metric": self.uncertainty.metric,
+            "control.map": self.control.map,
+        }
+        return {setting: name for setting, name in named.items() if ":" in name}
 
     @property
     def assesses(self) -> bool:

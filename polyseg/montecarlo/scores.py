@@ -19,6 +19,7 @@ from polyseg.montecarlo.passes import Passes
 from polyseg.montecarlo.regions import Region, select_region
 from polyseg.networks.inference import images_of, shown
 from polyseg.records import Batch, Metric
+from polyseg.registry import is_own
 from polyseg.system.memory import Portions
 from polyseg.uncertainty import UncertaintyAccumulator
 
@@ -377,6 +378,8 @@ class Table:
             finite = np.isfinite(self.parts[name][-1]) if name in self.parts else np.ones(1)
             if not finite.all():
                 bad = batch.ids[int(finite.argmin()) // len(batch.labels)]
+                if is_own(name):
+                    raise PolysegError(f"image {bad}: {name} returned a number that is not finite")
                 raise PolysegError(
                     f"image {bad}: its {name} is not finite; the weights have probably diverged, "
                     "train with a lower training.learning_rate"

@@ -8,7 +8,6 @@ Dropout (eq. 7 needs the same masks' distribution in both) see the same layers.
 import copy
 import fnmatch
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from polyseg.errors import PolysegError
 from polyseg.networks.dropout import stochastic_layers
+from polyseg.registry import resolve
 from polyseg.system.memory import refuse_beyond_memory
 
 DropoutKind = Literal["channel", "element"]
@@ -310,9 +310,8 @@ def _padding(size: int, multiple: int) -> int:
 def _from_factory(
     name: str, in_channels: int, out_channels: int, settings: Mapping[str, Any] | None
 ) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = resolve(name)
     except Exception as error:  # Importing runs somebody's code, which may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(

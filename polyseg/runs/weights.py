@@ -20,11 +20,12 @@ def network_of(checkpoint: Checkpoint, *, trust: bool = False) -> SegmentationNe
     """
     config = checkpoint.config
     name = config.network.name
-    if ":" in name and not trust:
-        raise PolysegError(
-            f"checkpoint: its network {name} is code outside polyseg; --trust imports and runs "
-            "it, if you know where it is from"
-        )
+    for kind, own in (("network", name), ("uncertainty.metric", config.uncertainty.metric)):
+        if ":" in own and not trust:
+            raise PolysegError(
+                f"checkpoint: its {kind} {own} is code outside polyseg; --trust imports and runs "
+                "it, if you know where it is from"
+            )
     if ":" not in name:
         # Settings may ask for any size: theirs must be that of the weights before one is made.
         with torch.device("meta"):
