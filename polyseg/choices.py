@@ -4,8 +4,10 @@ Each row names its function as "module:name", so that this module imports none o
 """
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Literal
 
-from polyseg.registry import Registry, Row
+from polyseg.registry import Registry, Row, is_own, resolve
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,21 @@ LOSSES = Registry(
 
 @dataclass(frozen=True)
 class Score(Row):
-    """A number that can be the difficulty D of an image: the mean of a pixel map over its region.
+    """A number that can be the difficulty D of an image.
 
-    The function makes the pixel map, (...), of what is given in the registry's description.
+    The function takes what `of` says and returns (B,) numbers, one for each image and label; with
+    "pixels" it returns a pixel map, (...), of what is given in the registry's description, and D is
+    the mean of the map over the region.
     """
 
     unit: str = ""
+    of: Literal["pixels", "moments", "pass", "passes", "mask"] = "pixels"
+    """"moments": `uncertainty.Moments`, (B, H, W) each, and the mask, (B, H, W) bool; "pass": the
+    probabilities of a pass, (B, H, W), and the mask, and D is the mean over the passes; "mask": the
+    numbers of foreground pixels, (B,). "passes": it is a class that takes in pass after pass by
+    `update`, and has `value`."""
+    needs_mask: bool = False
+    """Whether there is no such number of an image without a mask."""
 
 
 _UNCERTAINTY = "polyseg.uncertainty"
@@ -126,6 +137,35 @@ UNCERTAINTIES = Registry(
 )
 """Pixel-wise uncertainties from the passes of MC Dropout: functions of `uncertainty.Moments`."""
 
+WHOLE_SCORES = Registry(
+    "difficulty score",
+    Score(
+        "dispersion",
+        "variance of the passes over the whole frame, divided by their mean square",
+        f"{_UNCERTAINTY}:dispersion",
+        of="moments",
+    ),
+    Score(
+        "expected_error",
+        "1 - Dice of each pass against the mask, eq. 2 with smooth 1, averaged over the passes",
+        f"{_UNCERTAINTY}:error_of_pass",
+        of="pass",
+        needs_mask=True,
+    ),
+)
+"""Scores from the passes of MC Dropout over the whole frame, whatever the region."""
+
+PAIR_SCORES = Registry(
+    "score of pairs of passes",
+    Score(
+        "pairwise_dice",
+        "1 - Dice of the masks of two passes at 0.5, averaged over all pairs of passes",
+        f"{_UNCERTAINTY}:PairwiseDice",
+        of="passes",
+    ),
+)
+"""Scores that evaluate and estimate-uncertainty measure, and training does not."""
+
 FREE_SCORES = Registry(
     "difficulty score",
     Score(
@@ -135,11 +175,64 @@ FREE_SCORES = Registry(
         "nats",
     ),
     Score("training_loss", "loss of the image in the last epoch of training; takes no passes"),
+    Score(
+        "size",
+        "-log(max(foreground pixels of the mask, 1)); takes no passes",
+        "polyseg.difficulty:size_difficulty",
+        of="mask",
+        needs_mask=True,
+    ),
 )
-"""Scores without MC Dropout: functions of the prediction without dropout, (...) in [0, 1].
+"""Scores without MC Dropout: of the mask, or of the prediction without dropout, (...) in [0, 1].
 
 The training itself gives the one that has no function.
 """
+
+
+def score_of(name: str) -> Score:
+    """Return the row of a score.
+
+    >>> score_of("dispersion").of
+    'moments'
+    """
+    rows: dict[str, Score] = {**UNCERTAINTIES, **WHOLE_SCORES, **PAIR_SCORES, **FREE_SCORES}
+    if name in rows or not is_own(name):
+        return rows[name]
+    # Of a function (moments, mask), or (probability, mask), which is averaged over the passes.
+    first = next(iter(signature(resolve(name)).parameters), "")
+    of: Literal["pass", "moments"] = "pass" if first == "probability" else "moments"
+    return Score(name, "a function of one's own", name, of=of, needs_mask=of == "pass")
+
+
+def loss_of(name: str) -> Loss:
+    """Return the row of a loss; one of one's own is given epsilon.
+
+    >>> loss_of("my_loss.py:loss").has_epsilon
+    True
+    """
+    own = Loss(name, "a function of one's own", name, has_epsilon=True)
+    return LOSSES.get(name, own) if is_own(name) else LOSSES[name]
+
+
+def map_of(name: str) -> Row:
+    """Return the row of a map from normalised difficulties to epsilons."""
+    own = Row(name, "a function of one's own", name)
+    return MAPS.get(name, own) if is_own(name) else MAPS[name]
+
+
+def score_names() -> tuple[str, ...]:
+    """Return the names of all scores, in the order in which they are listed."""
+    return (*UNCERTAINTIES, *WHOLE_SCORES, *PAIR_SCORES, *FREE_SCORES)
+
+
+def image_scores() -> dict[str, str]:
+    """Return what each score of the whole image means that can be measured besides others.
+
+    >>> list(image_scores())
+    ['dispersion', 'expected_error', 'pairwise_dice', 'size']
+    """
+    rows = (*WHOLE_SCORES.values(), *PAIR_SCORES.values(), *FREE_SCORES.values())
+    return {row.name: row.help for row in rows if row.of != "pixels"}
 
 
 def map_names() -> tuple[str, ...]:

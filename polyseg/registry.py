@@ -1,9 +1,14 @@
 """Registries: tables of the things that can be chosen by name."""
 
 import difflib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 
@@ -23,13 +28,35 @@ class Row:
 
 
 def resolve(place: str) -> Any:
-    """Return the object named "module:name".
+    """Return the object named "package.module:name" or "path/to/file.py:name".
 
     >>> resolve("math:sqrt")(9.0)
     3.0
     """
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    module, _, name = place.rpartition(":")
+    return getattr(_of_file(module) if module.endswith(".py") else import_module(module), name)
+
+
+@cache
+def _of_file(path: str) -> ModuleType:
+    """Return a Python file as a module, which is run once."""
+    name = f"polyseg_own_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ImportError(f"there is no file {path}")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_own(name: str) -> bool:
+    """Return whether a name is that of a user's own code, "module:name" or "file.py:name".
+
+    >>> is_own("my_loss.py:loss"), is_own("dice")
+    (True, False)
+    """
+    module, colon, attribute = name.rpartition(":")
+    return bool(module and colon) and attribute.isidentifier()
 
 
 R = TypeVar("R", bound=Row)

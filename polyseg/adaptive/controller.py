@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.choices import MAPS, REDUCTIONS
+from polyseg.choices import REDUCTIONS, map_of
 from polyseg.config import ControlConfig
 from polyseg.difficulty import percentile_and_sigma
 from polyseg.records import Assessment, Difficulties, Schedule
@@ -114,7 +114,7 @@ def epsilon_of(normalised: NDArray[np.float64], config: ControlConfig) -> NDArra
     >>> epsilon_of(np.zeros(2), ControlConfig(map="weight"))
     array([0., 0.])
     """
-    epsilon: NDArray[np.float64] = MAPS[config.map].resolve()(
+    epsilon: NDArray[np.float64] = map_of(config.map).resolve()(
         normalised, config.epsilon_min, config.epsilon_max, config.sensitivity
     )
     return epsilon

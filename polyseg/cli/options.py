@@ -35,7 +35,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Import and run the network code that a checkpoint names (package.module:factory).",
+        help="Import and run the code outside polyseg that a run names (package.module:function).",
         rich_help_panel=HOW,
     ),
 ]

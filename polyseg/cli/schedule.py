@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Verbose
+from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Trust, Verbose
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.system.files import without_nan
@@ -111,6 +111,7 @@ def schedule_recompute(
         typer.Option("--out", help="File for the new schedule, HDF5.", rich_help_panel=WHERE),
     ] = None,
     overwrite: Overwrite = False,
+    trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -122,7 +123,7 @@ def schedule_recompute(
     with talking(quiet, verbose):
         from polyseg.commands import schedule
 
-        found = schedule.recompute(run, overrides or [], out, overwrite=overwrite)
+        found = schedule.recompute(run, overrides or [], out, overwrite=overwrite, trust=trust)
     if as_json:
         _print_rows(found.rows, as_json)
         return

@@ -154,10 +154,11 @@ def train(
         else replay_arm,
     }
     settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)], preset)
-    if from_run is not None and ":" in settings.network.name and not trust:
+    if from_run is not None and settings.own_code and not trust:
+        setting, name = next(iter(settings.own_code.items()))
         raise PolysegError(
-            f"{from_run}: its network {settings.network.name} is code outside polyseg; --trust "
-            "imports and runs it, if you know where it is from"
+            f"{from_run}: its {setting} {name} is code outside polyseg; --trust imports and runs "
+            "it, if you know where it is from"
         )
     how = {"resume": resume, "accept_changes": accept_changes}
     with talking(quiet, verbose) as display:

@@ -80,7 +80,7 @@ def predict_images(
         with together(choose_device(device), PATIENCE) as processes:
             model = open_model(source, device, trust)
             changes = {"samples": samples, "save_maps": True, "region": "prediction"}
-            passes = passes_of(model.config, **changes) if uncertainty else None
+            passes = passes_of(model.config, masks=False, **changes) if uncertainty else None
             cases = processes.from_leader(find_unlabelled(paths) if processes.leads else None)
             held = whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)

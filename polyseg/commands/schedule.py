@@ -10,11 +10,12 @@ import numpy as np
 
 from polyseg.adaptive import recorded_schedule
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
-from polyseg.choices import MAPS, REDUCTIONS
+from polyseg.choices import REDUCTIONS, map_of
 from polyseg.commands.donors import unseen_errors
 from polyseg.config import Config, ControlConfig, settings_of
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
+from polyseg.registry import is_own
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import write_schedule
 from polyseg.runs.run_folder import RunDirectory, read_assessments
@@ -104,6 +105,7 @@ def recompute(
     out: Path | None = None,
     *,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> Findings:
     """Return how the schedule would differ by other settings, and write it where a file is given.
 
@@ -117,6 +119,11 @@ def recompute(
     record = read_record(path)
     if len(record.schedule.epochs) == 0:
         raise PolysegError(f"{path}: has trained no epoch yet, so there is no schedule")
+    if is_own(record.config.control.map) and not trust:
+        raise PolysegError(
+            f"{path}: its control.map {record.config.control.map} is code outside polyseg; --trust "
+            "imports and runs it, if you know where it is from"
+        )
     recomputed = recorded_schedule.recompute(
         record, recorded_schedule.changed_settings(record.config, overrides)
     )
@@ -201,7 +208,7 @@ def _map_note(control: ControlConfig) -> str:
     if control.map == "sigmoid":
         return f"eq. 12: epsilon = {low:g} + {high - low:g} / (1 + exp(-{rate:g} D_norm))"
     return (
-        f"epsilon: {MAPS[control.map].help} (control.map={control.map}, lambda = {rate:g}, "
+        f"epsilon: {map_of(control.map).help} (control.map={control.map}, lambda = {rate:g}, "
         f"{low:g} to {high:g})"
     )
 

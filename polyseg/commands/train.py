@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from polyseg.adaptive.recorded_schedule import arm_schedule, replay_seed
 from polyseg.adaptive.replay import fit_schedule, replay_arm
-from polyseg.choices import LOSSES, REPLAY_ARMS
+from polyseg.choices import REPLAY_ARMS, loss_of
 from polyseg.commands.outcome import Outcome
 from polyseg.commands.schedule import read_record
 from polyseg.config import Config, DataConfig, TrainingConfig
@@ -41,6 +41,7 @@ from polyseg.runs.trained_model import refuse_gone, split_of_run
 from polyseg.runs.weights import network_of
 from polyseg.system.memory import keep_freed_memory
 from polyseg.system.process_group import ALONE, PATIENCE, Processes, together
+from polyseg.training.own_code import recorded_code
 from polyseg.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,17 @@ _CHANGED_WHEN_TOLD = (
     "training.deterministic",
 )
 """What a run can be given anew without its record telling something untrue of earlier epochs."""
-_DECISIVE = ("polyseg", "torch", "numpy", "monai", "scipy", "processor", "device", "threads")
+_DECISIVE = (
+    "polyseg",
+    "torch",
+    "numpy",
+    "monai",
+    "scipy",
+    "processor",
+    "device",
+    "threads",
+    "own_code",
+)
 """What moves at least the last digits of all that follows."""
 
 
@@ -129,7 +140,7 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
     if how.processes.leads:
         stack.enter_context(run.writing(resume=False))
-        now = environment(trainer.device, how.processes.count)
+        now = environment(trainer.device, how.processes.count) | recorded_code(config)
         recorded = run.begin(config, split_json(split, images.hashes), now)
         stack.enter_context(_LogFile(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
@@ -156,7 +167,8 @@ def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
             log.info("the images are read from %s, in place of %s", place, former)
         if changes:
             log.warning("not as it was before: %s", "; ".join(changes))
-            run.note_resumption(trainer.epoch, environment(trainer.device, how.processes.count))
+            now = environment(trainer.device, how.processes.count) | recorded_code(trainer.config)
+            run.note_resumption(trainer.epoch, now)
         _log_start(trainer)
     return trainer
 
@@ -170,6 +182,7 @@ def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]
     checkpoint = processes.from_leader(run.checkpoint_to_resume() if processes.leads else None)
     config = resumed_config(config, run, checkpoint, how.accept_changes)
     now = environment(choose_device(config.training.device), processes.count)
+    now |= recorded_code(config)
     changes = run.changes_of_environment(now) if processes.leads else []
     _refuse_changes(run, changes, config.training, how.accept_changes)
     refuse_gone(config.data, run.path)
@@ -367,6 +380,14 @@ def _settled(config: Config, epochs: int) -> Config:
         if path not in (None, "demo")
     }
     changes["data"] = config.data.model_copy(update=paths)
+    for setting, name in config.own_code.items():
+        module, _, attribute = name.rpartition(":")
+        if module.endswith(".py"):
+            section, _, key = setting.partition(".")
+            held = changes.get(section, getattr(config, section))
+            place = f"{Path(module).resolve()}:{attribute}"
+            changes[section] = held.model_copy(update={key: place})
+    config = config.model_copy(update=changes)
     if config.control.replay is not None:
         replay = str(Path(config.control.replay).resolve())
         changes["control"] = config.control.model_copy(update={"replay": replay})
@@ -421,7 +442,7 @@ def _log_start(trainer: Trainer) -> None:
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
     empty = sum(not images.item(identity).foreground for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
-    if empty and "smooth" in LOSSES[config.loss.name].parameters and not pushes:
+    if empty and "smooth" in loss_of(config.loss.name).parameters and not pushes:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
             "set loss.smooth=1, loss.bce_weight above 0, or data.training_slices=foreground",
@@ -485,7 +506,7 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
                 "there is no test set: the metrics are of the validation images, by which the "
                 "best epoch was chosen"
             )
-        best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
+        best = network_of(_best_of(trainer), trust=True).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
         groups = patients_of(images, config.data)
         scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)

@@ -27,14 +27,17 @@ from polyseg.choices import (
     NETWORKS,
     NORMALISATIONS,
     OPTIMIZERS,
+    PAIR_SCORES,
     REDUCTIONS,
     REGIONS,
     REPLAY_ARMS,
     SCHEDULERS,
     UNCERTAINTIES,
+    WHOLE_SCORES,
+    loss_of,
 )
 from polyseg.config.label_values import LARGEST_LABEL, name_of, parse_values
-from polyseg.registry import Registry, listed, not_among
+from polyseg.registry import Registry, is_own, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
 _LARGEST_SIDE = 8192
@@ -45,6 +48,8 @@ _MOST_LABELS = 32
 _NO_TEXT = {"Cc", "Cs"}
 """Unicode's control characters and surrogates."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
+
+_OR_OWN = "or a function of one's own, package.module:function or file.py:function"
 
 MOST_SAMPLES = 10_000
 LARGEST_EPSILON = 100
@@ -63,12 +68,13 @@ def _setting(
 
 
 class OneOf:
-    """The values of a setting that are the names of registries, as they are when it is checked."""
+    """The values of a setting that are the names of registries, as they are when it is checked.
 
-    def __init__(self, *registries: Registry[Any], or_own: bool = False) -> None:
-        self.registries = registries
-        self.or_own = or_own
-        """Whether "package.module:function" is allowed as well."""
+    With `own`, code of one's own is allowed too, "package.module:function" or "file.py:function".
+    """
+
+    def __init__(self, *registries: Registry[Any], own: bool = False) -> None:
+        self.registries, self.own = registries, own
 
     def choices(self) -> dict[str, str]:
         """Return what each allowed name means."""
@@ -80,20 +86,17 @@ class OneOf:
         Raises:
             ValueError: it is not, with the nearest one that is.
         """
-        if value not in self.choices() and not (self.or_own and ":" in value):
-            own = "; one of your own is package.module:factory" if self.or_own else ""
-            raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + own)
+        if value not in self.choices() and not (self.own and is_own(value)):
+            also = "; one of your own is package.module:function" if self.own else ""
+            raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + also)
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        named = {"enum": list(self.choices())}
-        return {
-            **handler(schema),
-            **({"anyOf": [named, {"pattern": ":"}]} if self.or_own else named),
-        }
+        names = {"enum": list(self.choices())}
+        return handler(schema) | ({"anyOf": [names, {"pattern": ":"}]} if self.own else names)
 
 
 class Section(BaseModel):
@@ -388,7 +391,7 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network and its dropout."""
 
-    name: Annotated[str, OneOf(NETWORKS, or_own=True)] = _setting(
+    name: Annotated[str, OneOf(NETWORKS, own=True)] = _setting(
         "unet", "the network, or a factory of your own as package.module:factory"
     )
     dropout: float = _setting(0.2, "dropout rate; 0 leaves none", ge=0, lt=1)
@@ -430,7 +433,9 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """The loss."""
 
-    name: Annotated[str, OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
+    name: Annotated[str, OneOf(LOSSES, own=True)] = _setting(
+        "polydice1", f"loss of each image; {_OR_OWN}, of (logits, mask, epsilon)"
+    )
     epsilon: float = _setting(
         0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
     )
@@ -461,7 +466,7 @@ class LossConfig(Section):
     @property
     def has_epsilon(self) -> bool:
         """Whether the loss depends on epsilon."""
-        return LOSSES[self.name].has_epsilon
+        return loss_of(self.name).has_epsilon
 
     @property
     def polydice_terms(self) -> int:
@@ -483,8 +488,10 @@ class UncertaintyConfig(Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
-        "mutual_information", "pixel map whose mean over the region is the difficulty D"
+    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES, own=True)] = _setting(
+        "mutual_information",
+        "the difficulty D: a pixel map, whose mean over the region it is, or a score of the whole "
+        f"image; {_OR_OWN}, of (moments, mask), or of (probability, mask) of each pass",
     )
     region: Annotated[str, OneOf(REGIONS)] = _setting(
         "mask", "pixels that D is averaged over; where there are none, those of the prediction"
@@ -520,10 +527,20 @@ class UncertaintyConfig(Section):
     )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
 
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _refuse_pairs(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in PAIR_SCORES:
+            raise ValueError(
+                f"{value} compares all pairs of passes and is no difficulty to train by; "
+                f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` measure it"
+            )
+        return value
+
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric in UNCERTAINTIES
+        return self.metric not in FREE_SCORES
 
 
 class ControlConfig(Section):
@@ -540,7 +557,11 @@ class ControlConfig(Section):
         "sigma", "how the difficulties of images are made comparable: D_norm"
     )
     percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
-    map: Annotated[str, OneOf(MAPS)] = _setting("sigmoid", "how D_norm becomes epsilon")
+    map: Annotated[str, OneOf(MAPS, own=True)] = _setting(
+        "sigmoid",
+        f"how D_norm becomes epsilon; {_OR_OWN}, of (normalised, epsilon_min, epsilon_max, "
+        "sensitivity)",
+    )
     sensitivity: float = _setting(
         1.0, "lambda of eq. 12: how strongly epsilon follows D_norm", ge=0, le=1000
     )
@@ -749,6 +770,17 @@ class Config(Section):
         if self.control.enabled == "auto":
             return self.loss.has_epsilon
         return self.control.enabled
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The settings that name code outside polyseg, and what they name."""
+        named = {
+            "network.name": self.network.name,
+            "loss.name": self.loss.name,
+            "uncertainty.metric": self.uncertainty.metric,
+            "control.map": self.control.map,
+        }
+        return {setting: name for setting, name in named.items() if ":" in name}
 
     @property
     def assesses(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES
+from polyseg.choices import FREE_SCORES, PAIR_SCORES, UNCERTAINTIES, WHOLE_SCORES
 from polyseg.config import MOST_SAMPLES, DataConfig
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
@@ -315,8 +315,9 @@ def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
     """
     images, samples, at = test.images, test.settings.samples, test.settings.at
     settings = passes_of(model.config, region="prediction", save_maps=True, samples=samples)
-    free = [name for name, row in FREE_SCORES.items() if row.function]
-    names = list(dict.fromkeys([settings.metric, *UNCERTAINTIES, *free]))
+    free = [name for name, row in FREE_SCORES.items() if row.function and row.of == "pixels"]
+    also = [name for name, row in (WHOLE_SCORES | PAIR_SCORES).items() if not row.needs_mask]
+    names = list(dict.fromkeys([settings.metric, *UNCERTAINTIES, *free, *also]))
     labels, mine = len(images.labels), set(test.processes.share(test.ids))
     choosing = _CHOOSING + test.batch_size if settings.samples == "auto" else 0
     for part in _parts(images, test.ids, choosing, test.processes):
@@ -328,6 +329,7 @@ def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
             epoch=model.checkpoint.epoch,
             progress=test.progress,
             total=len(part),
+            also=also,
         ).in_order(part)
         # Where the passes choose N, the first part does so for all.
         settings = settings.model_copy(update={"samples": found.samples})

@@ -132,13 +132,17 @@ def draw_extremes(
     The maps are computed again with the network as it is now, possibly trained further.
     """
     if assessment.metric not in UNCERTAINTIES:
-        return []  # Without passes there are no maps.
+        return []  # Other scores have no maps.
     # Imported here, because commands that draw recorded data only need no torch.
     from polyseg.montecarlo.assessment import assess
     from polyseg.networks.networks_by_name import hash_weights
 
     order = np.argsort(-assessment.difficulty, kind="stable")
-    changes = {"samples": assessment.samples, "save_maps": True}
+    changes = {
+        "samples": assessment.samples,
+        "save_maps": True,
+        "metric": assessment.metric,
+    }
     settings = config.uncertainty.model_copy(update=changes)
     moved = hash_weights(network) != assessment.weights_sha256
     since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""

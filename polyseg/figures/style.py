@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES
+from polyseg.choices import score_names, score_of
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
@@ -209,6 +209,6 @@ def metric_name(metric: str) -> str:
     >>> metric_name("mutual_information"), metric_name("variance")
     ('mutual information (nats)', 'variance')
     """
-    row = (UNCERTAINTIES | FREE_SCORES).get(metric)
+    row = score_of(metric) if metric in score_names() else None
     unit = f" ({row.unit})" if row and row.unit else ""
     return metric.replace("_", " ") + unit

@@ -9,7 +9,6 @@ import copy
 import fnmatch
 import functools
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from polyseg.choices import NETWORKS
 from polyseg.errors import PolysegError
 from polyseg.networks.dropout import stochastic_layers
+from polyseg.registry import resolve
 from polyseg.system.memory import refuse_beyond_memory
 
 DropoutKind = Literal["channel", "element"]
@@ -308,9 +308,8 @@ def _padding(size: int, multiple: int) -> int:
 def _from_factory(
     name: str, in_channels: int, out_channels: int, settings: Mapping[str, Any] | None
 ) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = resolve(name)
     except Exception as error:  # Foreign code may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(

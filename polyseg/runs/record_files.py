@@ -18,11 +18,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES, map_names
+from polyseg.choices import UNCERTAINTIES, WHOLE_SCORES, map_names, score_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import FEWEST_JUDGED
 from polyseg.records import Assessment, Metric, Schedule
+from polyseg.registry import is_own
 from polyseg.system.files import atomic_path, sha256_of_file
 
 SCHEMA = 3
@@ -53,12 +54,13 @@ def write_assessment(path: str | Path, assessment: Assessment) -> str:
         _write_rows(file, assessment.ids, assessment.labels)
         file["difficulty"] = assessment.difficulty
         for name, values in assessment.scores.items():
-            file[f"scores/{name}"] = values
+            place = f"scores/{_key(name)}"
+            file[place] = values
             if name in assessment.rank_stability and assessment.samples >= FEWEST_JUDGED:
-                file[f"scores/{name}"].attrs["rank_stability"] = assessment.rank_stability[name]
+                file[place].attrs["rank_stability"] = assessment.rank_stability[name]
         judged = assessment.scores_se if assessment.samples >= FEWEST_JUDGED else {}
         for name, values in judged.items():
-            file[f"scores_se/{name}"] = values
+            file[f"scores_se/{_key(name)}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
             file[column] = getattr(assessment, column)
         for column in ("mask_pixels", "epsilon"):
@@ -80,13 +82,15 @@ def read_assessment(
     with _reading(path, _ASSESSMENT, sha256) as file:
         ids, labels = _rows(file)
         n, attributes = len(ids), _attributes(file)
-        scores = _columns(file, "scores", n)
+        names = _score_names(attributes["metric"])
+        scores = _columns(file, "scores", n, names)
         if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros here.
-            measured = [name for name in UNCERTAINTIES if name in scores]
+            judged = {*UNCERTAINTIES, *WHOLE_SCORES, *filter(is_own, scores)}
+            measured = [name for name in names if name in scores and name in judged]
             errors = {name: np.full(n, np.nan) for name in measured}
             stability = dict.fromkeys(measured, float("nan"))
         else:
-            errors, stability = _columns(file, "scores_se", n), _rank_stability(file)
+            errors, stability = _columns(file, "scores_se", n, names), _rank_stability(file, names)
         return Assessment(
             **attributes,
             ids=ids,
@@ -288,18 +292,28 @@ def _attributes(file: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(found[name], kind) or (name == "epoch" and found[name] < 0):
             raise ValueError(f"{name} {found[name]!r:.40} is invalid")
-    known = found["metric"] in (*UNCERTAINTIES, *FREE_SCORES)
-    if not known or not _has(file, f"scores/{found['metric']}"):
+    known = found["metric"] in score_names() or is_own(found["metric"])
+    if not known or not _has(file, f"scores/{_key(found['metric'])}"):
         raise ValueError(f"metric {found['metric']!r:.40} is unknown, or has no scores")
     return found
 
 
-def _rank_stability(file: Any) -> dict[Metric, float]:
-    places = {name: f"scores/{name}" for name in UNCERTAINTIES if _has(file, f"scores/{name}")}
+def _key(score: Metric) -> str:
+    """Return the name of a score in a file, where / would begin a group."""
+    return score.replace("/", "|")
+
+
+def _score_names(metric: Metric) -> list[Metric]:
+    """Return the scores that may be in a file: the known ones, and the one that was chosen."""
+    return list(dict.fromkeys([*score_names(), metric]))
+
+
+def _rank_stability(file: Any, names: list[Metric]) -> dict[Metric, float]:
+    places = {name: f"scores/{_key(name)}" for name in names}
     return {
         name: float(_attribute(file[place], "rank_stability"))
         for name, place in places.items()
-        if "rank_stability" in file[place].attrs
+        if _has(file, place) and "rank_stability" in file[place].attrs
     }
 
 
@@ -333,11 +347,13 @@ def _finite(values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
+def _columns(
+    file: Any, group: str, n: int, names: list[Metric]
+) -> dict[Metric, NDArray[np.float64]]:
     return {
-        name: _finite(_column(file, f"{group}/{name}", n, "f8"))
-        for name in (*UNCERTAINTIES, *FREE_SCORES)
-        if _has(file, f"{group}/{name}")
+        name: _finite(_column(file, f"{group}/{_key(name)}", n, "f8"))
+        for name in names
+        if _has(file, f"{group}/{_key(name)}")
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyseg.choices import score_of
 from polyseg.config import Config, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images, load_others
@@ -254,14 +255,18 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
         )
 
 
-def passes_of(config: Config, **changes: Any) -> UncertaintyConfig:
+def passes_of(config: Config, *, masks: bool = True, **changes: Any) -> UncertaintyConfig:
     """Return the settings of MC Dropout with changes, of which None leaves a setting as it is.
 
-    A training whose difficulty takes no passes gets the default score here.
+    A training whose difficulty takes no passes gets the default score here; so does one whose score
+    needs masks, where the images have none (`masks`).
     """
     changes = {name: value for name, value in changes.items() if value is not None}
+    metric = config.uncertainty.metric
     if not config.uncertainty.takes_passes:
-        metric = config.uncertainty.metric
         log.info("uncertainty.metric is mutual_information here, as %s takes no passes", metric)
+        changes["metric"] = "mutual_information"
+    elif score_of(metric).needs_mask and not masks:
+        log.info("uncertainty.metric %s needs masks: mutual_information here", metric)
         changes["metric"] = "mutual_information"
     return config.uncertainty.model_copy(update=changes)

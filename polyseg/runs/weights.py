@@ -18,11 +18,12 @@ def network_of(checkpoint: Checkpoint, *, trust: bool = False) -> SegmentationNe
     """
     config = checkpoint.config
     name = config.network.name
-    if ":" in name and not trust:
-        raise PolysegError(
-            f"checkpoint: its network {name} is code outside polyseg; add --trust to import and "
-            "run it, if you trust its author"
-        )
+    for kind, own in (("network", name), ("uncertainty.metric", config.uncertainty.metric)):
+        if ":" in own and not trust:
+            raise PolysegError(
+                f"checkpoint: its {kind} {own} is code outside polyseg; add --trust to import and "
+                "run it, if you trust its author"
+            )
     if ":" not in name:
         # Compare shapes before memory is used: untrusted settings may ask for any size.
         with torch.device("meta"):
