@@ -58,7 +58,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="The run, or arm, that the others are compared with: paired differences, "
+            help="Run, or arm, with which the others are compared: paired differences, "
             "bootstrap intervals, Wilcoxon's test with Holm's correction.",
             rich_help_panel=HOW,
         ),
@@ -67,15 +67,15 @@ def evaluate(
         bool,
         typer.Option(
             "--group",
-            help="Runs that differ only by seed or fold are one arm.",
+            help="Pool runs that differ only by seed or fold into one arm.",
             rich_help_panel=HOW,
         ),
     ] = False,
     threshold: Annotated[
         str,
         typer.Option(
-            help="Probability from which on a pixel is foreground; val: the one with the best Dice "
-            "on the validation images.",
+            help="Least probability of a foreground pixel; val: the one with the best Dice on the "
+            "validation images.",
             rich_help_panel=HOW,
         ),
     ] = "0.5",
@@ -107,7 +107,7 @@ def evaluate(
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(help="N, passes of MC Dropout for --uncertainty.", rich_help_panel=HOW),
+        typer.Option(help="N, number of MC-Dropout passes for --uncertainty.", rich_help_panel=HOW),
     ] = None,
     corrupt: Annotated[
         str | None,
@@ -121,7 +121,7 @@ def evaluate(
     tolerance: Annotated[
         float,
         typer.Option(
-            help="Of the surface Dice, in mm where spacings are known, or else in pixels.",
+            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels.",
             rich_help_panel=HOW,
         ),
     ] = 2.0,
@@ -140,7 +140,7 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Test networks side by side: overlap, surfaces, calibration; by image, compared, in figures.
+    """Test networks, and masks of other tools, on the same images: tables, tests, figures.
 
     Example: polyseg evaluate runs/dice runs/adaptive --baseline runs/dice --out runs/comparison
     """

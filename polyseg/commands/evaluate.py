@@ -78,7 +78,7 @@ class _Found:
         """Predicted masks of all of them."""
         return [one for test in self.tested.values() for one in test.masks]
 
-    def evaluation(self, settings: EvaluationSettings, part: str) -> Evaluation:
+    def evaluation(self, settings: EvaluationSettings) -> Evaluation:
         """Return the results arm by arm, and their comparison with the baseline."""
         runs: list[RunScores] = []
         arms, reference = self.compared.arms, self.compared.reference
@@ -91,7 +91,7 @@ class _Found:
         if any([arm] != list(members) for arm, members in arms.items()):
             points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
         compared = [] if reference is None else compare(runs, reference)
-        return Evaluation(runs, compared, points, settings.tolerance, settings.failure, part)
+        return Evaluation(runs, compared, points, settings.tolerance, settings.failure, self.part)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -161,15 +161,17 @@ def evaluate_runs(
             found = _test(compared, how, masks)
         if not processes.leads:
             return Outcome(place, [])
-        evaluation = found.evaluation(settings, found.part)
-        relative = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
-        evaluation = dataclasses.replace(evaluation, sources=relative)
-        files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
-        if figures:
-            files += evaluation_files.draw_predictions(
-                evaluation, found.masks, found.images, folder
-            )
+        paths = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
+        evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
+        files = _written(evaluation, found, folder, figures=figures)
     return Outcome(place, moved(files, folder, place), evaluation)
+
+
+def _written(evaluation: Evaluation, found: _Found, folder: Path, *, figures: bool) -> list[Path]:
+    files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
+    if figures:
+        files += evaluation_files.draw_predictions(evaluation, found.masks, found.images, folder)
+    return files
 
 
 def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:

@@ -1,4 +1,4 @@
-"""`polyseg predict`: masks of images that have none, in the images' own size, kind and geometry."""
+"""`polyseg predict`: write masks of images at the size, format and geometry of their files."""
 
 import contextlib
 import dataclasses
@@ -69,7 +69,7 @@ def predict_images(
         samples: passes of MC Dropout; those of the training where left out.
         device: where to compute.
         trust: whether a checkpoint's own network code may run.
-        progress: told how many files are done.
+        progress: called with the number of finished files.
 
     Raises:
         PolysegError: checkpoint or folder are not in order, or some images cannot be read.
@@ -104,12 +104,12 @@ def predict_images(
 
 
 class _Predicted(NamedTuple):
-    """What came of a case."""
+    """The files and table rows of a case, or the reason why there are none."""
 
     files: list[Path]
     rows: Rows
     problem: str = ""
-    """Why it could not be segmented."""
+    """Reason why the case could not be segmented; empty where it was."""
 
 
 def _predict_share(
@@ -121,23 +121,23 @@ def _predict_share(
     processes: Processes,
     progress: Progress,
 ) -> Iterator[_Predicted]:
-    """Yield what comes of each case of this process's share, whose files go into a folder.
+    """Segment this process's share of the cases into a folder, and yield the result of each.
 
-    Errors call it `out`, which is its name once all is there.
+    Errors name the folder `out`, its name once all files are written.
     """
     for done, case in enumerate(processes.share(cases), start=1):
         try:
             yield _Predicted(*_predict_case(model, case, folder, passes))
         except PolysegError as error:
             told = str(error).replace(str(folder), str(out))
-            if _is_for_want_of_space(error):
+            if _is_full_disk(error):
                 raise PolysegError(told) from error
             yield _Predicted([], [], told)
         progress("predicting", min(len(cases), processes.count * done), len(cases))
 
 
-def _is_for_want_of_space(error: PolysegError) -> bool:
-    """Tell whether not an image but the disk is at fault, so that no other would fare better."""
+def _is_full_disk(error: PolysegError) -> bool:
+    """Return whether the disk, not the image, caused the error, so that every image would fail."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
 
 
@@ -178,10 +178,10 @@ def _predict_case(
 
 
 def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str, NDArray[Any]]:
-    """Return what is written, (N, H, W), by what follows the image's name.
+    """Return the label maps to write, (N, H, W), by the suffix of their file's name.
 
-    That is one map, in which the most probable label wins where several reach 0.5; tasks that
-    share label values may lie within one another, and have a map each.
+    Tasks of distinct values share one map, where the most probable label wins among those that
+    reach 0.5; tasks that share values may overlap, and have a map each.
     """
     values = [value for task in config.tasks.values() for value in task]
     if len(values) == len(set(values)):
@@ -194,7 +194,7 @@ def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str
 
 
 def _foreground_of(source: Path) -> int:
-    """Return what foreground is written as: 255 in pictures, which are looked at, 1 in volumes."""
+    """Return the value of written foreground: 255 in pictures, so that it is seen, 1 in volumes."""
     return 1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255
 
 
@@ -231,7 +231,7 @@ def _rows(
     config: DataConfig,
     assessment: Assessment | None,
 ) -> Rows:
-    """Return what predictions.csv tells of each slice and label: of what the files hold."""
+    """Return the rows of predictions.csv, one for each slice and label, as the files have it."""
     rows = []
     firsts = config.written(1)
     for n, identity in enumerate(images.ids):

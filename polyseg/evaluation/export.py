@@ -1,4 +1,4 @@
-"""An evaluation written down: its tables as Markdown and LaTeX, its numbers as CSV and JSON."""
+"""Export of an evaluation: tables as Markdown and LaTeX, numbers as CSV and JSON."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def latex(summary: Record) -> str:
 def per_image_csv(runs: Sequence[RunScores]) -> str:
     """Return every metric of every image of every run as CSV; an empty cell is undefined.
 
-    An arm's runs stand for it, one by one.
+    An arm has the rows of each of its runs.
     """
     single = [one for run in runs for one in (run.members or [run])]
     unsure = list(dict.fromkeys(k for run in single for one in run.scores for k in one.uncertainty))

@@ -1,7 +1,7 @@
-"""The tables of an evaluation, without a form yet, from the values of its summary.json.
+"""The tables of an evaluation as rows of cells, from the values of its summary.json.
 
-The summary may have been read from a file of another version or of somebody else: what is missing,
-or not of the expected kind, is a dash or is left out.
+The summary may come from a file of another version or of somebody else: a value that is missing,
+or not of the expected kind, becomes a dash or is left out.
 """
 
 import math
@@ -37,11 +37,11 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a place of a table."""
+    """The content of a cell of a table."""
 
     text: str
     best: bool = False
-    """Whether it is the best of its row."""
+    """Whether the value is the best of its row."""
     marks: str = ""
     """Stars of significance."""
     details: str = ""
@@ -50,7 +50,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table without a form yet: headings, and rows whose first cell names them."""
+    """A table: headings, and rows whose first cell names them."""
 
     title: str
     heads: Sequence[str]
@@ -60,7 +60,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Network:
-    """What a summary says of one network, or arm of several, and one label."""
+    """The record of one network, or arm of several, and one label in a summary."""
 
     record: Record
 
@@ -110,12 +110,12 @@ class _Metric:
 
 
 def networks(summary: Record) -> list[Network]:
-    """Return what a summary says of each network and label."""
+    """Return the record of each network and label in a summary."""
     return [Network(entry) for entry in records(summary, "runs")]
 
 
 def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
-    """Return the tables of an evaluation, those that have something to say.
+    """Return the tables of an evaluation that are not empty.
 
     Args:
         summary: of the evaluation.
@@ -232,7 +232,7 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
 
 
 def further_sheets(summary: Record) -> list[Sheet]:
-    """Return what was found beside metrics and differences: strata, failures, robustness."""
+    """Return the tables beside metrics and differences: thirds, failures, robustness."""
     found = [*_strata_sheets(summary), _failure_sheet(summary), _robustness_sheet(summary)]
     return [sheet for sheet in found if sheet.rows]
 

@@ -121,7 +121,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class NetworkResults:
-    """What the testing of one network gave."""
+    """The results of testing one network or folder of masks."""
 
     scores: Sequence[RunScores]
     points: Sequence[RobustnessPoint]
@@ -214,13 +214,13 @@ def measure_network(
 
     Args:
         model: the network.
-        name: of it, in tables.
-        images: among which the tested ones are.
-        ids: of those.
+        name: name of the network in tables.
+        images: images that include the tested ones.
+        ids: ids of the tested images.
         settings: what is measured.
-        load: what reads the network's own data.
-        progress: of all this.
-        processes: that share the images; all get the whole.
+        load: function that reads the network's own data.
+        progress: of all tests.
+        processes: processes that share the images; all get all results.
 
     Raises:
         PolysegError: the images have no masks, or there are none to choose a threshold on.
@@ -239,8 +239,8 @@ def measure_network(
         for one in _plain(model.network, test)
     )
     plain = judge(test, predictions, thresholds)
-    points = _under_damage(model, test, plain)
-    return NetworkResults(plain + scores, list(points), kept.masks(processes))
+    points = list(_under_damage(model, test, plain))
+    return NetworkResults(plain + scores, points, kept.masks(processes))
 
 
 def patients_of(images: ImageSet, config: DataConfig) -> Groups:
@@ -383,27 +383,14 @@ def judge(
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
     """Return the metrics of all images, a record a label, where each process judges its share."""
-    labels, images, at = test.images.labels, test.images, test.settings.at
-    spacings = {one: _spacing(images, one, at) for one in test.ids}
+    labels, at = test.images.labels, test.settings.at
+    spacings = {one: _spacing(test.images, one, at) for one in test.ids}
     in_mm = None not in spacings.values()
     rows: list[list[ImageScores]] = []
     curves = [ReliabilityCurve() for _ in labels]
     for one in predictions:
-        rows.append(
-            [
-                image_scores(
-                    one.id,
-                    one.probability[k],
-                    one.masks[k],
-                    threshold=thresholds[label],
-                    spacing=spacings[one.id] if in_mm else None,
-                    tolerance=test.settings.tolerance,
-                    uncertainty={key: values[k] for key, values in one.uncertainty.items()},
-                    group=test.groups.get(one.id),
-                )
-                for k, label in enumerate(labels)
-            ]
-        )
+        spacing = spacings[one.id] if in_mm else None
+        rows.append(_scores_of(test, one, thresholds, spacing))
         for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
             curve.add(probability, masks)
     rows, of_all = test.processes.joined(rows), test.processes.gathered(curves)
@@ -419,6 +406,28 @@ def judge(
             reliability=functools.reduce(operator.add, (curves[k] for curves in of_all)),
         )
         for k, label in enumerate(labels)
+    ]
+
+
+def _scores_of(
+    test: ImageTest,
+    one: ImagePrediction,
+    thresholds: Mapping[str, float],
+    spacing: tuple[float, float] | None,
+) -> list[ImageScores]:
+    """Return the metrics of one image, label by label."""
+    return [
+        image_scores(
+            one.id,
+            one.probability[k],
+            one.masks[k],
+            threshold=thresholds[label],
+            spacing=spacing,
+            tolerance=test.settings.tolerance,
+            uncertainty={key: values[k] for key, values in one.uncertainty.items()},
+            group=test.groups.get(one.id),
+        )
+        for k, label in enumerate(test.images.labels)
     ]
 
 
