@@ -136,8 +136,11 @@ def test_masks_of_equal_channels(tmp_path):
         save(tmp_path / name, np.stack(channels, 2))
         np.testing.assert_array_equal(read_label_stack(tmp_path / name).pixels[0], mask)
     save(tmp_path / "c.png", np.stack([mask, mask, 255 - mask], 2))
+    colours = np.where(mask == 255, 0xFFFF00, 0x0000FF) + 2**24
+    np.testing.assert_array_equal(read_label_stack(tmp_path / "c.png").pixels[0], colours)
+    tifffile.imwrite(tmp_path / "d.tif", np.stack([mask, mask, 255 - mask], 2).astype(np.uint16))
     with pytest.raises(PolysegError, match="is a colour image; a mask has one channel"):
-        read_label_stack(tmp_path / "c.png")
+        read_label_stack(tmp_path / "d.tif")
 
 
 def test_animations_are_refused(tmp_path):
