@@ -35,8 +35,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="The run, or arm, that the others are compared with: paired differences, "
-            "bootstrap intervals, Wilcoxon's test with Holm's correction.",
+            help="Run, or arm, to compare the others with: paired differences, bootstrap "
+            "intervals, Wilcoxon's test with Holm's correction (default: no comparison).",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -44,15 +44,16 @@ def evaluate(
         bool,
         typer.Option(
             "--group",
-            help="Runs that differ only by seed or fold are one arm.",
+            help="Join runs that differ only by seed or fold into one arm.",
             rich_help_panel=HOW,
         ),
     ] = False,
     threshold: Annotated[
         str,
         typer.Option(
-            help="Probability from which on a pixel is foreground; val: the one with the best Dice "
-            "on the validation images.",
+            metavar="P",
+            help="Probability from which a pixel is foreground, between 0 and 1; or val: the one "
+            "with the best Dice on the validation images.",
             rich_help_panel=HOW,
         ),
     ] = "0.5",
@@ -60,27 +61,32 @@ def evaluate(
         bool,
         typer.Option(
             "--uncertainty",
-            help="Test the mean of MC Dropout's passes too, and whether D finds failures.",
+            help="Test the mean of the MC-Dropout passes as well, and whether D finds failures.",
             rich_help_panel=HOW,
         ),
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(help="N, passes of MC Dropout for --uncertainty.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="N",
+            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
+            "the run).",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     corrupt: Annotated[
         str | None,
         typer.Option(
             metavar="KIND,...",
-            help="Test on damaged images too: noise, blur, contrast, gamma, bias, motion, speckle, "
-            "resolution, jpeg, or all.",
+            help="Test on corrupted images as well: noise, blur, contrast, gamma, bias, motion, "
+            "speckle, resolution, jpeg, or all.",
             rich_help_panel=HOW,
         ),
     ] = None,
     tolerance: Annotated[
         float,
         typer.Option(
-            help="Of the surface Dice, in mm where spacings are known, or else in pixels.",
+            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels.",
             rich_help_panel=HOW,
         ),
     ] = 2.0,
@@ -99,7 +105,7 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Test networks side by side: overlap, surfaces, calibration; by image, compared, in figures.
+    """Test networks on the same images: tables by metric and by image, comparisons, figures.
 
     Example: polyseg evaluate runs/dice runs/adaptive --baseline runs/dice --out runs/comparison
     """

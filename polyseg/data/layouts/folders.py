@@ -571,6 +571,15 @@ def _unknown(search: _Search, path: Path, layout: LayoutName) -> list[str]:
     chosen = (("images", search.images), ("masks", search.masks))
     told = [f"data.{side}={name!r}" for side, name in chosen if name is not None]
     lines = [f"{path}: {lacks} (it holds {seen_in(path)}); {expected}"]
+    above = path.resolve().parent
+    beside = [
+        each for each in search.folders.list(above).folders if plain(each.name) in _MASK_NAMES
+    ]
+    if beside and plain(path.resolve().name) in _IMAGE_NAMES and not told:
+        named = path.parent if path.name else above
+        return [
+            f"{path}: holds images; their masks are in {beside[0].name}/ beside it: give {named}"
+        ]
     if told:
         lines.append(f"{path}: nothing was found by {' and '.join(told)}; name folders that exist")
     elif layout != "suffixes" and bool(images) != bool(masks):
