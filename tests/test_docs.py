@@ -58,7 +58,7 @@ def test_the_intended_use_stands_in_the_readme():
 def command_lines():
     for path in (TOP / "README.md", *sorted((TOP / "examples").glob("*.sh"))):
         text = path.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^ *(polyseg .+)$", text, flags=re.M):
+        for line in re.findall(r"^ *(?:\$ )?(polyseg .+)$", text, flags=re.M):
             yield path.name, line.split(" #")[0]
 
 
@@ -86,6 +86,13 @@ def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
         exec(code, names)
         assert names["losses"].shape == shape
         assert all(one.grad is not None for one in names["network"].parameters())
+
+
+def test_the_loss_runs_as_the_readme_shows_it():
+    names = {}
+    (code,) = code_blocks(TOP / "README.md")
+    exec(code, names)
+    assert names["losses"].shape == (8,) and names["logits"].grad is not None
 
 
 def test_links_lead_somewhere():
