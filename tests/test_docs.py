@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_every_command_line_that_is_shown_parses(where, line):
     context = command.make_context(command.name, words, resilient_parsing=False)
     overrides = context.params.get("overrides") or []
     load_config(overrides=[word for word in overrides if not word.endswith("=1")])
+
+
+@pytest.mark.parametrize(
+    "script", sorted((TOP / "examples").glob("*.sh")), ids=lambda path: path.name
+)
+def test_examples_state_command_time_and_result_and_print_it_without_arguments(script):
+    text = script.read_text()
+    for word in (f"examples/{script.name}", "[KEY=VALUE ...]", "Time: ", "Result: "):
+        assert word in text.split("set -euo pipefail")[0], word
+    if script.name != "demo.sh":
+        done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "Result: " in done.stderr and "set -e" not in done.stderr
 
 
 def code_blocks(page):

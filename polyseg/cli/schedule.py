@@ -136,7 +136,7 @@ def schedule_recompute(
         _quantiles("recorded", ".2f", "recorded ε\n5/50/95 %"),
         _quantiles("recomputed", ".2f", "recomputed ε\n5/50/95 %"),
         _number("largest_change", ".3f", "largest\nchange"),
-        _number("spearman", ".3f", "Spear-\nman"),
+        _number("spearman", ".3f", "Spearman"),
         ("went\nup", lambda row: _shown(100 * row["raised_share"], ".0f", " %")),
     ]
     _print_table(f"{run}: epsilon from assessment to assessment", columns, found.rows, found.notes)
@@ -227,7 +227,7 @@ def _print_overview(run: Path, found: "Findings") -> None:
         _whole("epoch"),
         _number("spearman_previous", ".2f", "Spearman\n(previous)"),
         _number("rank_stability", ".2f", "rank\nstability"),
-        _whole("fallbacks", "fall-\nbacks"),
+        _whole("fallbacks", "fallbacks"),
         ("wrong\nsign", lambda row: _shown(100 * row["wrong_sign_share"], ".1f", " %")),
     ]
     extreme = [
@@ -235,7 +235,13 @@ def _print_overview(run: Path, found: "Findings") -> None:
         ("largest D", lambda row: str(row["largest_1"])),
         ("smallest D", lambda row: str(row["smallest_1"])),
     ]
-    _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows)
+    last = found.rows[-1]
+    notes = []
+    if not math.isfinite(last["epsilon_q50"]):
+        notes = [
+            f"The assessment after epoch {last['epoch']} is a record: no epoch has followed it."
+        ]
+    _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows, notes)
     _print_table(f"{run}: how the order of the images lasts", lasting, found.rows)
     title = f"{run}: the images of largest and smallest D"
     _print_table(title, extreme, found.rows, found.notes, whole=True)
