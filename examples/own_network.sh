@@ -3,9 +3,9 @@
 #
 #   bash examples/own_network.sh OUT [KEY=VALUE ...]
 #
-# OUT is a folder for the run; settings are those of the training, by default 10 epochs on the demo. Time:
-# that of 10 short epochs on a CPU. Result: OUT/run, and OUT/uncertainty with the difficulty of the test
-# images. A checkpoint names the code that it needs, which is imported with --trust only.
+# OUT is a folder for the run; settings are those of the training, by default 10 epochs on the demo.
+# Time: that of 10 short epochs on a CPU. Result: OUT/run, and OUT/uncertainty with the difficulty of the
+# test images. A checkpoint names the code that it needs, which is imported with --trust only.
 set -euo pipefail
 usage() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
