@@ -389,6 +389,7 @@ SURE, SUSPECTED, NONE = True, False, None
         (numbered("patient{:03}_frame{:02}.nii.gz", 5, 2), SURE, 5),
         (numbered("patient{:03}_frame01_slice_{}.png", 5, 4), SURE, 5),
         (numbered("IDRiD_{:02}_tile{}.png", 6, 9), SURE, 6),
+        (["IDRiD_00-t1-l2.jpg", *numbered("IDRiD_1{}-t{}-l7.jpg", 9, 2)], SURE, 10),
         (numbered("SC-HF-I-{:02}/IM-0001-{:04}.dcm", 4, 6), SURE, 4),
         (numbered("SC-HF-I-{:02}_{:04}.png", 4, 6), SURE, 4),
         (numbered("p{:02}s{:03}.png", 4, 6), SURE, 4),

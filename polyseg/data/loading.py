@@ -438,17 +438,11 @@ def _remove_unused(folder: Path, *, keep: Path) -> None:
 
 def _tell(images: ImageSet, config: DataConfig) -> None:
     """Log where the images are, and which tasks none of them has."""
-    count = len(images.items)
+    count, size = len(images.items), sum(item.bytes for item in images.items) / MEGABYTE
     if isinstance(images.store, DiskStore):
-        log.info(
-            "%d images of %.0f MB are over data.memory (%d MB): read from %s",
-            count,
-            images.store.size / MEGABYTE,
-            config.memory,
-            images.store.path,
-        )
-    elif isinstance(images.store, MemoryStore):
-        size = sum(image.nbytes for image in images.store.images) / MEGABYTE
+        where = f"over data.memory ({config.memory} MB): read from {images.store.path}"
+        log.info("%d images of %.0f MB are %s", count, size, where)
+    else:
         log.info("%d images in memory, %.0f MB", count, size)
     if line := lost_foreground(images.items):
         log.warning("%s", line)

@@ -29,7 +29,7 @@ _JUNK = {
 }
 _DOCUMENTS = {
     *("", ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".xls", ".xlsx"),
-    *(".doc", ".docx", ".yaml", ".yml", ".ini", ".log", ".db", ".py", ".m", ".sh", ".zip"),
+    *(".doc", ".docx", ".yaml", ".yml", ".ini", ".cfg", ".log", ".db", ".py", ".m", ".sh", ".zip"),
 }
 """Suffixes of texts, tables and archives that come with data sets and are no images."""
 _SHOWN = 5
@@ -258,6 +258,9 @@ def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[
                 most = len(names) > len(listing.files)
                 what = f"{shown(folder)}: {some(noun, names)} left out; {remedy}"
                 (problems if most else notes).append(what)
+    more = len(notes) - _SHOWN
+    if more > 1:
+        notes[_SHOWN:] = [f"and {more} more folders hold files that are left out"]
     return notes, problems
 
 
