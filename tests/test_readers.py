@@ -16,6 +16,8 @@ from PIL import Image
 
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.data.formats.writers import write_labels
+from polyseg.data.layouts.cases import Folders
+from polyseg.data.loading import _content
 from polyseg.errors import PolysegError
 from tests.hostile import faults, hostile_files, warm_up
 
@@ -861,6 +863,63 @@ def test_damaged_itk_volumes_are_one_line(tmp_path, suffix):
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 5
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_voxels_in_a_file_beside_their_header_are_read(tmp_path, suffix, packed):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = SimpleITK.GetImageFromArray(VOLUME)
+    SimpleITK.WriteImage(image, str(folder / f"a{suffix}"), useCompression=packed)
+    SimpleITK.WriteImage(image, str(tmp_path / "b.nii.gz"))
+    found, expected = (
+        read_image_stack(one) for one in (folder / f"a{suffix}", tmp_path / "b.nii.gz")
+    )
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+    labels = (found.pixels[..., 0] > 400).astype(np.uint8)
+    path = write_labels(folder / f"a{suffix}", labels, tmp_path, name="m", plane="axial")
+    assert path.suffix == {".nhdr": ".nrrd", ".mhd": ".mha"}[suffix]
+    np.testing.assert_array_equal(read_label_stack(path).pixels, labels)
+    listed = Folders().list(folder)
+    assert [file.name for file in listed.files] == [f"a{suffix}"]
+    assert not listed.unread
+    before = _content(folder / f"a{suffix}")
+    (voxels,) = folder.glob("a.*raw*")
+    voxels.write_bytes(voxels.read_bytes() + b"x")
+    assert _content(folder / f"a{suffix}") != before  # So decoded copies are never stale.
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/hostname", "../a.raw", "LIST", "%03d.raw 1 4 1", "gone.raw", "", "a\x00.raw"],
+)
+def test_voxels_elsewhere_are_refused_in_a_line(tmp_path, suffix, name):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(tmp_path / f"a{suffix}"))
+    path = tmp_path / f"a{suffix}"
+    path.write_text(path.read_text().replace("a.raw", name))
+    (tmp_path / "LIST").write_text("/etc/hostname")
+    with pytest.raises(PolysegError, match="save header and voxels in one file") as caught:
+        read_image_stack(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_voxels_that_are_cut_short_are_refused_by_their_size(tmp_path):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(tmp_path / "a.mhd"))
+    (tmp_path / "a.raw").write_bytes(bytes(100))
+    with pytest.raises(PolysegError, match=r"a.mhd: needs 240 bytes, but a.raw holds 100"):
+        read_image_stack(tmp_path / "a.mhd")
+
+
+def test_a_comment_does_not_hide_where_the_voxels_are(tmp_path):
+    path = tmp_path / "a.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(path))
+    header = path.read_bytes().partition(b"ElementDataFile")[0]
+    for line in (b"ElementDataFile = /etc/hostname", b" ElementDataFile : /etc/hostname"):
+        path.write_bytes(header + b"Comment = ElementDataFile = LOCAL\n" + line + b"\n")
+        with pytest.raises(PolysegError, match="not in one file beside it"):
+            read_image_stack(path)
 
 
 def test_webp_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""Read and write NRRD and MetaImage (MHA) volumes; alone in importing SimpleITK."""
+"""Read and write NRRD and MetaImage volumes; alone in importing SimpleITK."""
 
 import re
 from pathlib import Path
@@ -25,8 +25,15 @@ from polyseg.data.formats.stacks import (
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
-_READERS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
+_READERS = {
+    **dict.fromkeys((".nrrd", ".nhdr"), "NrrdImageIO"),
+    **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
+}
+_IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
+"""Suffixes of what is written for headers whose voxels lie in another file."""
 _LONGEST_HEADER = 2**16
+_META_FILE = re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+_NRRD_FILE = re.compile(rb"^data ?file:(?!=)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE | re.IGNORECASE)
 _BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From ITK's axes, to the left and the back, to NIfTI's, to the right and the front."""
@@ -82,6 +89,7 @@ def write_itk(
         written.CopyInformation(image)
         written.SetMetaData("description", description)
     suffix = source.suffix.lower()
+    suffix = _IN_ONE_FILE.get(suffix, suffix)
     target = path.with_name(path.name + suffix)
     with atomic_path(target) as temporary:
         writer = itk.ImageFileWriter()
@@ -94,7 +102,7 @@ def write_itk(
 
 def _header(path: Path, itk: Any) -> Any:
     """Return a reader that has read the header, which is checked before anything is decoded."""
-    _refuse_other_files(path)
+    voxels = voxels_of(path)
     reader = itk.ImageFileReader()
     reader.SetImageIO(_READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
@@ -115,22 +123,40 @@ def _header(path: Path, itk: Any) -> Any:
         raise PolysegError(f"{path}: holds {kind} voxels; expected integers or floats")
     depth, height, width = sorted([*sizes, 1][:3])
     each = channels * _BYTES[bits]
-    refuse_if_large(path, (height, width), slices=depth, bytes_per_pixel=each)
+    held, expected = voxels.stat().st_size, depth * height * width * each
+    if voxels.suffix.lower() == ".raw" and held < expected:
+        raise PolysegError(f"{path}: needs {expected:,} bytes, but {voxels.name} holds {held:,}")
+    refuse_if_large(path, (height, width), slices=depth, bytes_per_pixel=each, held=held)
     return reader
 
 
-def _refuse_other_files(path: Path) -> None:
-    """Raise where the voxels are not in the file itself: headers of strangers may name any file."""
+def voxels_of(path: Path) -> Path:
+    """Return the file that holds the voxels of a header: the file itself, or one beside it.
+
+    Headers of strangers may name any file, so that only one in the same folder is taken.
+
+    Raises:
+        PolysegError: the header names several files, or one that is not in its folder.
+    """
     with path.open("rb") as stream:
-        header = stream.read(_LONGEST_HEADER).lower()
-    if path.suffix.lower() == ".mha":
-        apart = re.search(rb"elementdatafile\s*=\s*local\s", header) is None
+        header = stream.read(_LONGEST_HEADER)
+    if path.suffix.lower() in (".mha", ".mhd"):
+        names = _META_FILE.findall(header)[:1]
+        if names and names[0].lower() == b"local":
+            return path
     else:
-        apart = re.search(rb"\ndata ?file:", re.split(rb"\r?\n\r?\n", header)[0]) is not None
-    if apart:
+        names = _NRRD_FILE.findall(re.split(rb"\r?\n\r?\n", header)[0])
+        if not names:
+            return path
+    name = b" ".join(names).decode("utf-8", "replace")
+    # A % makes a pattern of many files, LIST is followed by their names.
+    single = name == Path(name).name and name.isprintable() and "%" not in name
+    if not single or name.startswith("LIST") or not (path.parent / name).is_file():
         raise PolysegError(
-            f"{path}: holds no voxels of its own; save header and voxels in one file"
+            f"{path}: its voxels are not in one file beside it ({name[:80]!r}); put that file "
+            "there, or save header and voxels in one file, .mha or .nrrd"
         )
+    return path.parent / name
 
 
 def _stored(image: Any, itk: Any) -> tuple[NDArray[Any], NDArray[np.float64]]:

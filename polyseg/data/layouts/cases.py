@@ -32,6 +32,8 @@ _DOCUMENTS = {
     *(".doc", ".docx", ".yaml", ".yml", ".ini", ".cfg", ".log", ".db", ".py", ".m", ".sh", ".zip"),
 }
 """Suffixes of texts, tables and archives that come with data sets and are no images."""
+_VOXELS = re.compile(r"\.z?raw(\.gz|\.bz2)?$", re.IGNORECASE)
+"""Suffixes of files that hold the voxels of a header (.mhd, .nhdr) beside them."""
 _SHOWN = 5
 _LINES = 20
 _DEEPEST_SERIES = 3
@@ -152,7 +154,13 @@ class Folders:
             raise PolysegError(f"{shown(folder)}: cannot be listed: {why}") from None
         if odd := [name for name in (*files, *folders) if not name.isprintable()]:
             raise PolysegError(f"{shown(folder)}: {some('name', odd)} is no text; rename it")
-        others = sorted(name for name in unread if Path(name).suffix.lower() not in _DOCUMENTS)
+        headers = {Path(name).stem for name in files if name.lower().endswith((".mhd", ".nhdr"))}
+        others = sorted(
+            name
+            for name in unread
+            if Path(name).suffix.lower() not in _DOCUMENTS
+            and not (_VOXELS.search(name) and _VOXELS.sub("", name) in headers)
+        )
         listed = _paths(folder, files), _paths(folder, folders)
         return Listing(*listed, tuple(sorted(broken)), tuple(others))
 
