@@ -3,7 +3,7 @@
 Each file goes to read_image_stack and to read_label_stack with to_masks, in a child process of
 its own. It fails where anything but a PolysegError of one line that names the file comes out,
 where something is printed, where it takes over 5 s of a processor or never ends, or over 200 MB
-of memory.
+of memory and three times the pixels that it read.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
+from numpy.typing import NDArray
 from PIL import Image
 
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
@@ -180,10 +182,12 @@ def meta_image(generator: Random, body: bytes | None = None, **changes: str) -> 
         "DimSize": " ".join(map(str, reversed(shape))),
         "ElementType": f"MET_{name}",
     }
+    if body is None:
+        body = zlib.compress(values) if packed else values
+    fields |= {"CompressedDataSize": str(len(body))} if packed or len(body) > 10**6 else {}
     header = fields | changes | {"ElementDataFile": changes.get("ElementDataFile", "LOCAL")}
     text = "".join(f"{key} = {value}\n" for key, value in header.items())
-    values = zlib.compress(values) if packed else values
-    return text.encode() + (values if body is None else body)
+    return text.encode() + body
 
 
 SOUND: dict[str, Callable[[Random], bytes]] = {
@@ -647,13 +651,15 @@ def faults(path: Path) -> list[str]:
     )
 
 
-def _read_image(path: Path) -> None:
-    read_image_stack(path)
+def _read_image(path: Path) -> NDArray[Any]:
+    return read_image_stack(path).pixels
 
 
-def _read_masks(path: Path) -> None:
+def _read_masks(path: Path) -> NDArray[Any]:
     # A sound volume may still be no mask.
-    to_masks(read_label_stack(path).pixels, path, None)
+    labels = read_label_stack(path).pixels
+    to_masks(labels, path, None)
+    return labels
 
 
 def warm_up(folder: Path) -> None:

@@ -397,6 +397,16 @@ SURE, SUSPECTED, NONE = True, False, None
         (numbered("benign/benign ({}).png", 30), NONE, 0),
         (numbered("ISIC_{:07}.jpg", 30), NONE, 0),
         (KVASIR, NONE, 0),
+        (
+            [
+                f"ISIC2018_Task1-2_{part}_Input/{n}.jpg"
+                for part in ("Training", "Validation", "Test")
+                for n in range(4)
+            ],
+            NONE,
+            0,
+        ),
+        (numbered("{}_images_2018/{}.jpg", 3, 4), NONE, 0),
         (numbered("BRATS_{:03}.nii.gz", 30), NONE, 0),
         (numbered("{:04}.png", 30), NONE, 0),
         (numbered("img_{}_{}.png", 2, 30), NONE, 0),
