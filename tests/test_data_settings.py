@@ -358,6 +358,18 @@ def test_a_draft_of_a_manifest_can_be_edited_and_read(tmp_path, polyseg):
     assert polyseg("data", "manifest", tmp_path / "d", "--out", out).code == 2
 
 
+def test_names_of_colours_in_a_label_map_are_told(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "s", 12)
+    for path in (data / "masks").iterdir():
+        mask = np.asarray(Image.open(path))[..., None] // 255 * np.array([184, 61, 245], np.uint8)
+        Image.fromarray(mask).save(path)
+    lines = ["# label:color_rgb:parts:actions", "background:0,0,0::", "liver:184,61,245::"]
+    (data / "labelmap.txt").write_text("\n".join([*lines, "odd:999,0,0::", "bad"]))
+    answer = polyseg("data", "check", data)
+    assert answer.code == 2
+    assert "'#000000' (background, " in answer.err and "'#B83DF5' (liver, " in answer.err
+
+
 def test_gray_is_made_of_colours(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "s", 12)
     colour = np.zeros((64, 64, 4), np.uint8)
