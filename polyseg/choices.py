@@ -50,6 +50,11 @@ LAYOUTS = Registry(
         f"{_LAYOUTS}.bids:read_bids",
     ),
     Row(
+        "public-set",
+        "a public data set that is told by the paths of its files, such as PH2",
+        f"{_LAYOUTS}.known_paths:read_public_set",
+    ),
+    Row(
         "case-folders",
         "a folder for each image or case, with its masks",
         f"{_LAYOUTS}.case_folders:read_case_folders",

@@ -3,7 +3,7 @@
 Each file goes to read_image_stack and to read_label_stack with to_masks, in a child process of
 its own. It fails where anything but a PolysegError of one line that names the file comes out,
 where something is printed, where it takes over 5 s of a processor or never ends, or over 200 MB
-of memory.
+of memory and three times the pixels that it read.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
+from numpy.typing import NDArray
 from PIL import Image
 
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
@@ -54,6 +56,7 @@ def picture(generator: Random, kind: str) -> bytes:
             "JPEG": ["L", "RGB", "CMYK"],
             "BMP": ["L", "1", "P", "RGB"],
             "GIF": ["L", "P"],
+            "WEBP": ["L", "RGB", "RGBA"],
         }[kind]
     )
     if mode == "I;16":
@@ -143,6 +146,50 @@ def dicom(generator: Random, **changes) -> bytes:
     return stream.getvalue()
 
 
+def nrrd(generator: Random, body: bytes | None = None, **changes: str) -> bytes:
+    """An NRRD volume; changes are fields of its header, and body is what follows it."""
+    kind = generator.choice(["uint8", "int16", "float"])
+    shape = generator.choice([(4, 16, 20), (16, 20), (4, 16, 20, 3)])
+    values = texture(generator, shape).astype({"float": "<f4"}.get(kind, kind)).tobytes()
+    encoding = generator.choice(["raw", "gzip"])
+    axes = "(0.7,0,0) (0,0.8,0) (0,0,3)"
+    fields = {"type": kind, "dimension": str(len(shape)), "encoding": encoding, "endian": "little"}
+    fields["sizes"] = " ".join(map(str, reversed(shape)))
+    if len(shape) == 4:
+        fields["kinds"] = "RGB-color domain domain domain"
+        axes = f"none {axes}"
+    if len(shape) > 2:
+        fields |= {"space": "left-posterior-superior", "space directions": axes}
+    header = "".join(f"{key}: {value}\n" for key, value in (fields | changes).items())
+    packed = gzip.compress(values, mtime=0) if encoding == "gzip" else values
+    return b"NRRD0004\n" + header.encode() + b"\n" + (packed if body is None else body)
+
+
+def meta_image(generator: Random, body: bytes | None = None, **changes: str) -> bytes:
+    """A MetaImage volume; changes are fields of its header, and body is what follows it."""
+    kind, name = generator.choice([("u1", "UCHAR"), ("<i2", "SHORT"), ("<f4", "FLOAT")])
+    shape = generator.choice([(4, 16, 20), (16, 20)])
+    values = texture(generator, shape).astype(kind).tobytes()
+    packed = generator.random() < 0.5
+    fields = {
+        "ObjectType": "Image",
+        "NDims": str(len(shape)),
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "CompressedData": str(packed),
+        "Offset": " ".join("0" * len(shape)),
+        "ElementSpacing": " ".join(["0.7", "0.8", "3"][: len(shape)]),
+        "DimSize": " ".join(map(str, reversed(shape))),
+        "ElementType": f"MET_{name}",
+    }
+    if body is None:
+        body = zlib.compress(values) if packed else values
+    fields |= {"CompressedDataSize": str(len(body))} if packed or len(body) > 10**6 else {}
+    header = fields | changes | {"ElementDataFile": changes.get("ElementDataFile", "LOCAL")}
+    text = "".join(f"{key} = {value}\n" for key, value in header.items())
+    return text.encode() + body
+
+
 SOUND: dict[str, Callable[[Random], bytes]] = {
     ".png": lambda generator: picture(generator, "PNG"),
     ".jpg": lambda generator: picture(generator, "JPEG"),
@@ -152,6 +199,9 @@ SOUND: dict[str, Callable[[Random], bytes]] = {
     ".nii": nifti,
     ".nii.gz": lambda generator: gzip.compress(nifti(generator), mtime=0),
     ".dcm": dicom,
+    ".webp": lambda generator: picture(generator, "WEBP"),
+    ".nrrd": nrrd,
+    ".mha": meta_image,
 }
 
 
@@ -361,6 +411,71 @@ def nifti_bomb(generator: Random) -> bytes:
     return b"".join([*parts, packer.flush()])
 
 
+LYING_SIZES = ("0 0 0", "-5 20 4", "32767 32767 32767", "1024 1024 500", "99999999999 4 4", "nan")
+PLACES = ("/dev/zero", "/etc/passwd", "../x.raw", "LIST", "%d.raw 0 9 1", "sound.nii", "sound.png")
+"""Files that headers name for their voxels; `warm_up` leaves the last two beside them."""
+
+
+def nrrd_lies(generator: Random) -> bytes:
+    lies = {
+        "sizes": generator.choice(LYING_SIZES),
+        "dimension": generator.choice(["3", "16", "-1"]),
+    }
+    return nrrd(generator, **dict(generator.sample(list(lies.items()), generator.choice([1, 2]))))
+
+
+def nrrd_bomb(generator: Random) -> bytes:
+    """Zeros by the gigabyte behind a header of as many, or of few."""
+    sizes = generator.choice(["1000 1000 1000", "512 512 400", "16 20 4"])
+    body = gzip.compress(zeros(1000 * 2**20), mtime=0)
+    lies = {"sizes": sizes, "dimension": "3", "type": "uint8", "encoding": "gzip"}
+    return nrrd(generator, body, **lies)
+
+
+def nrrd_elsewhere(generator: Random) -> bytes:
+    return nrrd(generator, b"", **{"data file": generator.choice(PLACES)})
+
+
+def meta_image_lies(generator: Random) -> bytes:
+    lies = {
+        "DimSize": generator.choice(LYING_SIZES),
+        "NDims": generator.choice(["0", "10", "99999"]),
+        "ElementNumberOfChannels": generator.choice(["0", "-1", "100000"]),
+        "HeaderSize": generator.choice(["-1", "99999999"]),
+        "CompressedDataSize": generator.choice(["-1", "0", "9999999999999"]),
+        "TransformMatrix": "nan 0 0 0 inf 0 0 0 0",
+    }
+    return meta_image(generator, **dict(generator.sample(list(lies.items()), 2)))
+
+
+def meta_image_bomb(generator: Random) -> bytes:
+    sizes = generator.choice(["1000 1000 1000", "512 512 400", "16 20 4"])
+    lies = {"DimSize": sizes, "NDims": "3", "ElementType": "MET_UCHAR", "CompressedData": "True"}
+    return meta_image(generator, zeros(1000 * 2**20), **lies)
+
+
+def meta_image_elsewhere(generator: Random) -> bytes:
+    return meta_image(generator, b"", ElementDataFile=generator.choice(PLACES))
+
+
+def webp_of(width: int, height: int, frames: int = 1) -> bytes:
+    """A picture of one colour, or a film, which takes next to nothing."""
+    stream = io.BytesIO()
+    images = [Image.new("RGB", (width, height), (k, 0, 9)) for k in range(frames)]
+    more = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
+    images[0].save(stream, "WEBP", lossless=True, **more)
+    return stream.getvalue()
+
+
+def webp_lies(generator: Random) -> bytes:
+    """A canvas of up to 2^24 pixels a side around a small picture."""
+    inner = webp_of(20, 16)[12:]
+    side = generator.choice([2**24 - 1, 16383, 8192, 0])
+    canvas = struct.pack("<I", side)[:3] * 2
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + inner
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def dicom_nested(generator: Random) -> bytes:
     """Sequences within sequences, of undefined or of some length."""
     depth = generator.choice([50, 2000, 20000])
@@ -473,6 +588,15 @@ BY_HAND: dict[str, tuple[str, Callable[[Random], bytes]]] = {
     "dicom_jpeg": (".dcm", dicom_jpeg_bomb),
     "dicom_runs": (".dcm", dicom_rle_bomb),
     "dicom_deflated": (".dcm", dicom_deflated),
+    "nrrd_lies": (".nrrd", nrrd_lies),
+    "nrrd_bomb": (".nrrd", nrrd_bomb),
+    "nrrd_elsewhere": (".nhdr", nrrd_elsewhere),
+    "meta_image_lies": (".mha", meta_image_lies),
+    "meta_image_bomb": (".mha", meta_image_bomb),
+    "meta_image_elsewhere": (".mhd", meta_image_elsewhere),
+    "webp_huge": (".webp", lambda _: webp_of(8193, 8193)),
+    "webp_film": (".webp", lambda _: webp_of(64, 48, frames=200)),
+    "webp_lies": (".webp", webp_lies),
 }
 
 
@@ -527,13 +651,15 @@ def faults(path: Path) -> list[str]:
     )
 
 
-def _read_image(path: Path) -> None:
-    read_image_stack(path)
+def _read_image(path: Path) -> NDArray[Any]:
+    return read_image_stack(path).pixels
 
 
-def _read_masks(path: Path) -> None:
+def _read_masks(path: Path) -> NDArray[Any]:
     # A sound volume may still be no mask.
-    to_masks(read_label_stack(path).pixels, path, None)
+    labels = read_label_stack(path).pixels
+    to_masks(labels, path, None)
+    return labels
 
 
 def warm_up(folder: Path) -> None:

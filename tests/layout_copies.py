@@ -389,6 +389,48 @@ def bids_lesions(folder: Path) -> Path:
     return root
 
 
+def ph2(folder: Path) -> Path:
+    """PH2: a folder for each lesion, which holds folders of the image, the mask and colours."""
+    root = folder / "PH2Dataset"
+    for index in range(3, 11):
+        pixels, mask = scene(1700 + index)
+        name = f"IMD{index:03}"
+        place = root / "PH2 Dataset images" / name
+        _save(place / f"{name}_Dermoscopic_Image" / f"{name}.bmp", _colour(pixels))
+        _save(place / f"{name}_lesion" / f"{name}_lesion.bmp", 255 * mask)
+        _save(place / f"{name}_roi" / f"{name}_R1_Label3.bmp", 255 * np.roll(mask, 5, 1))
+    (root / "PH2_dataset.txt").write_text("|| Name |\n")
+    return root
+
+
+def ham10000(folder: Path) -> Path:
+    """HAM10000: dermoscopic images in two folders, and the masks of both in one."""
+    root = folder / "HAM10000"
+    for index in range(24306, 24316):
+        pixels, mask = scene(1800 + index)
+        name = f"ISIC_{index:07}"
+        _save(root / f"HAM10000_images_part_{1 + index % 2}" / f"{name}.jpg", _colour(pixels))
+        place = root / "HAM10000_segmentations_lesion_tesselated"
+        _save(place / f"{name}_segmentation.png", 255 * mask)
+    (root / "HAM10000_metadata.csv").write_text("lesion_id,image_id,dx\n")
+    return root
+
+
+def acdc(folder: Path) -> Path:
+    """ACDC: a folder for each patient, with two frames that have masks and all frames without."""
+    root = folder / "ACDC" / "database"
+    for number in (*range(1, 6), 101, 102):
+        name = f"patient{number:03}"
+        place = root / ("training" if number < 100 else "testing") / name
+        for frame in (1, 12):
+            pixels, mask = volume(80 + number + frame)
+            _save_nifti(place / f"{name}_frame{frame:02}.nii.gz", pixels.astype(np.int16))
+            _save_nifti(place / f"{name}_frame{frame:02}_gt.nii.gz", 3 * mask)
+        _save_nifti(place / f"{name}_4d.nii.gz", np.stack([pixels] * 3, 3).astype(np.int16))
+        (place / "Info.cfg").write_text("ED: 1\nES: 12\n")
+    return root
+
+
 PUBLIC: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     **{copy.__name__: (copy, ()) for copy in (kvasir, cvc_clinicdb, isic2018, busi, drive)},
     "decathlon": (decathlon, ()),
@@ -397,11 +439,8 @@ PUBLIC: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "kits19": (kits19, ("data.foreground=nonzero",)),
     "chase_db1": (chase_db1, ()),
     "glas": (glas, ("data.foreground=nonzero",)),
-    "montgomery": (
-        montgomery,
-        ("data.images=CXR_png", "data.masks=[ManualMask/leftMask, ManualMask/rightMask]"),
-    ),
-    "bids_lesions": (bids_lesions, ()),
+    **{copy.__name__: (copy, ()) for copy in (montgomery, bids_lesions, ph2, ham10000)},
+    "acdc": (acdc, ("data.foreground=3",)),
 }
 """Copies of public sets by name, and the settings that they need, which their error names."""
 

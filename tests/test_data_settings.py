@@ -284,6 +284,41 @@ def test_a_run_records_the_size_and_the_regions_that_follow_from_the_data(tmp_pa
     config = read_checkpoint(run.last).config.data
     assert config.size == (48, 48)
     assert config.tasks == {"whole": (1, 2), "core": (2,)}
+    train(tiny("run", *settings, "training.epochs=2"), resume=True)  # Settled to the same again.
+    assert read_checkpoint(run.last).config.data.tasks == config.tasks
+    for other, told in (
+        ("data.size=64", r"data.size \(48, 48\) -> 64"),
+        ("data.foreground={core: 2}", r"data.foreground \{'whole': .* -> \{'core'"),
+        ("data.group=none", "data.group auto -> none"),
+    ):
+        with pytest.raises(PolysegError, match=f"--resume cannot change {told}"):
+            train(tiny("run", *settings, other, "training.epochs=2"), resume=True)
+
+
+def test_resuming_without_settings_that_the_run_was_given_is_refused(tmp_path, tiny):
+    data = lesions(tmp_path / "d", "s", 12)
+    settings = (f"data.path={data}", "data.duplicates=allow", "training.epochs=1")
+    train(tiny("run", *settings, "data.foreground=255", "data.size=32"))
+    given = ("data.foreground=255", "data.size=32")
+    for other, told in (
+        ((given[0], "data.size=auto"), r"data.size 32 -> \(64, 64\)"),
+        ((given[1],), "data.foreground 255 -> None"),
+    ):
+        with pytest.raises(PolysegError, match=f"--resume cannot change {told}; start a new run"):
+            train(tiny("run", *settings, *other), resume=True)
+
+
+def test_the_plan_says_what_the_automatic_size_chose_and_costs(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "s", 12, size=(60, 90))
+    settings = ("--set", "data.duplicates=allow", "--out", tmp_path / "run", "--json")
+    answer = polyseg("train", "--data", data, "--dry-run", *settings)
+    megabytes = 12 * (64 * 96 + 64 * 96) / 1e6
+    train_pixels = 8 * 64 * 96 / 1e6
+    assert json.loads(answer.out)["size that the network sees"] == (
+        "64 x 96 (data.size=auto: the images' median, at most 256); images and masks take "
+        f"{megabytes:.1f} MB in memory; a pass over the training images has {train_pixels:.2g} "
+        "million pixels"
+    )
 
 
 def test_check_refuses_what_training_refuses(tmp_path, polyseg):
@@ -321,6 +356,18 @@ def test_a_draft_of_a_manifest_can_be_edited_and_read(tmp_path, polyseg):
     assert json.loads(answer.out) == {"file": str(out), "images": 12, "images without a mask": 0}
     assert polyseg("data", "check", out).code == 0
     assert polyseg("data", "manifest", tmp_path / "d", "--out", out).code == 2
+
+
+def test_names_of_colours_in_a_label_map_are_told(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "s", 12)
+    for path in (data / "masks").iterdir():
+        mask = np.asarray(Image.open(path))[..., None] // 255 * np.array([184, 61, 245], np.uint8)
+        Image.fromarray(mask).save(path)
+    lines = ["# label:color_rgb:parts:actions", "background:0,0,0::", "liver:184,61,245::"]
+    (data / "labelmap.txt").write_text("\n".join([*lines, "odd:999,0,0::", "bad"]))
+    answer = polyseg("data", "check", data)
+    assert answer.code == 2
+    assert "'#000000' (background, " in answer.err and "'#B83DF5' (liver, " in answer.err
 
 
 def test_gray_is_made_of_colours(tmp_path, polyseg):

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import struct
 import sys
 
@@ -16,6 +17,8 @@ from PIL import Image
 
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.data.formats.writers import write_labels
+from polyseg.data.layouts.cases import Folders
+from polyseg.data.loading import _content
 from polyseg.errors import PolysegError
 from tests.hostile import faults, hostile_files, warm_up
 
@@ -861,6 +864,95 @@ def test_damaged_itk_volumes_are_one_line(tmp_path, suffix):
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 5
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_voxels_in_a_file_beside_their_header_are_read(tmp_path, suffix, packed):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = SimpleITK.GetImageFromArray(VOLUME)
+    SimpleITK.WriteImage(image, str(folder / f"a{suffix}"), useCompression=packed)
+    SimpleITK.WriteImage(image, str(tmp_path / "b.nii.gz"))
+    found, expected = (
+        read_image_stack(one) for one in (folder / f"a{suffix}", tmp_path / "b.nii.gz")
+    )
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+    labels = (found.pixels[..., 0] > 400).astype(np.uint8)
+    path = write_labels(folder / f"a{suffix}", labels, tmp_path, name="m", plane="axial")
+    assert path.suffix == {".nhdr": ".nrrd", ".mhd": ".mha"}[suffix]
+    np.testing.assert_array_equal(read_label_stack(path).pixels, labels)
+    listed = Folders().list(folder)
+    assert [file.name for file in listed.files] == [f"a{suffix}"]
+    assert not listed.unread
+    before = _content(folder / f"a{suffix}")
+    (voxels,) = folder.glob("a.*raw*")
+    voxels.write_bytes(voxels.read_bytes() + b"x")
+    assert _content(folder / f"a{suffix}") != before  # So decoded copies are never stale.
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/hostname", "../a.raw", "LIST", "%03d.raw 1 4 1", "gone.raw", "", "a\x00.raw"],
+)
+def test_voxels_elsewhere_are_refused_in_a_line(tmp_path, suffix, name):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(tmp_path / f"a{suffix}"))
+    path = tmp_path / f"a{suffix}"
+    path.write_text(path.read_text().replace("a.raw", name))
+    (tmp_path / "LIST").write_text("/etc/hostname")
+    with pytest.raises(PolysegError, match="save header and voxels in one file") as caught:
+        read_image_stack(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_voxels_that_are_cut_short_are_refused_by_their_size(tmp_path):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(tmp_path / "a.mhd"))
+    (tmp_path / "a.raw").write_bytes(bytes(100))
+    with pytest.raises(PolysegError, match=r"a.mhd: .* 240 bytes of .* a.raw holds 100 "):
+        read_image_stack(tmp_path / "a.mhd")
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nhdr", ".mhd"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "end of zeros"])
+def test_packed_voxels_that_are_damaged_are_not_taken_for_others(tmp_path, suffix, damage):
+    """SimpleITK reads some of these files as far as they go, and says nothing."""
+    image = SimpleITK.GetImageFromArray(noise((4, 30, 30)))
+    path = tmp_path / f"a{suffix}"
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    (voxels,) = list(tmp_path.glob("a.*raw*")) or [path]
+    whole = bytearray(voxels.read_bytes())
+    if damage == "flipped":
+        whole[-900] ^= 255
+    elif damage == "cut":
+        del whole[-900:]
+    else:
+        whole[-300:] = bytes(300)
+    voxels.write_bytes(whole)
+    with pytest.raises(PolysegError, match="is damaged or cut short") as caught:
+        read_image_stack(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["", "CompressedDataSize = 9\n", "CompressedDataSize = 99999\n"])
+def test_packed_voxels_of_unknown_size_are_refused(tmp_path, size):
+    """SimpleITK then returns memory that was never written."""
+    path = tmp_path / "a.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(path), useCompression=True)
+    header, data, rest = path.read_bytes().partition(b"TransformMatrix")
+    path.write_bytes(re.sub(rb"CompressedDataSize.*\n", size.encode(), header) + data + rest)
+    with pytest.raises(PolysegError, match="is damaged or cut short: 240 bytes of voxels are"):
+        read_image_stack(path)
+
+
+def test_a_comment_does_not_hide_where_the_voxels_are(tmp_path):
+    path = tmp_path / "a.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(path))
+    header = path.read_bytes().partition(b"ElementDataFile")[0]
+    for line in (b"ElementDataFile = /etc/hostname", b" ElementDataFile : /etc/hostname"):
+        path.write_bytes(header + b"Comment = ElementDataFile = LOCAL\n" + line + b"\n")
+        with pytest.raises(PolysegError, match="not in one file beside it"):
+            read_image_stack(path)
 
 
 def test_webp_is_read(tmp_path):

@@ -1,12 +1,14 @@
 """Each registry: a row that is added while the program runs appears, and works, everywhere."""
 
 import csv
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from polyseg import choices
@@ -34,6 +36,7 @@ from polyseg.config import Config, settings_of, template
 from polyseg.data.augmentation import PRESETS
 from polyseg.data.formats.file_formats import FORMATS, Format
 from polyseg.data.formats.stacks import Stack
+from polyseg.data.layouts.known_paths import PUBLIC_SETS, PublicSet
 from polyseg.data.preprocessing import Levels
 from polyseg.errors import PolysegError
 from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
@@ -443,6 +446,32 @@ class DropPath(nn.Module):
 def with_drop_path(in_channels, out_channels):
     first = nn.Conv2d(in_channels, 4, 3, padding=1)
     return nn.Sequential(first, DropPath(0.5), nn.Conv2d(4, out_channels, 1))
+
+
+def test_a_public_data_set_is_one_row(monkeypatch, tmp_path, polyseg):
+    """The files are of four subjects with two views each, their masks in a folder beside."""
+    for subject, view in itertools.product("abcd", (1, 2)):
+        pixels = np.random.default_rng(ord(subject) * view).integers(0, 255, (40, 40), np.uint8)
+        for name, values in ((f"v{view}", pixels), (f"drawn/{view}_x", 255 * (pixels > 99))):
+            path = tmp_path / "set" / f"subject_{subject}" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(path)
+    (tmp_path / "set/subject_a/more.png").touch()
+    refused = polyseg("data", "check", tmp_path / "set")
+    assert refused.code == 2
+    images, masks = "{group}/v{view}", "{group}/drawn/{view}_x"
+    row = PublicSet("four", "four subjects", images=images, masks=masks)
+    monkeypatch.setitem(PUBLIC_SETS, "four", row)
+    answer = polyseg("data", "check", tmp_path / "set", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert (found["layout"], found["images"]) == ("four", 8)
+    assert found["groups"].startswith("4 (subject_a, subject_b")
+    assert found["notes"] == [f"{tmp_path / 'set'}: 1 file (more.png) of other names left out"]
+    (tmp_path / "set/subject_b/drawn/1_x.png").rename(tmp_path / "set/subject_b/drawn/3_x.png")
+    refused = polyseg("data", "check", tmp_path / "set")
+    assert "1 mask (3_x.png) without an image" in refused.err
+    assert "1 image (v1.png) without a mask" in refused.err
 
 
 def test_a_kind_of_dropout_is_one_row(monkeypatch, tiny, tmp_path):

@@ -389,6 +389,7 @@ SURE, SUSPECTED, NONE = True, False, None
         (numbered("patient{:03}_frame{:02}.nii.gz", 5, 2), SURE, 5),
         (numbered("patient{:03}_frame01_slice_{}.png", 5, 4), SURE, 5),
         (numbered("IDRiD_{:02}_tile{}.png", 6, 9), SURE, 6),
+        (["IDRiD_00-t1-l2.jpg", *numbered("IDRiD_1{}-t{}-l7.jpg", 9, 2)], SURE, 10),
         (numbered("SC-HF-I-{:02}/IM-0001-{:04}.dcm", 4, 6), SURE, 4),
         (numbered("SC-HF-I-{:02}_{:04}.png", 4, 6), SURE, 4),
         (numbered("p{:02}s{:03}.png", 4, 6), SURE, 4),
@@ -396,6 +397,16 @@ SURE, SUSPECTED, NONE = True, False, None
         (numbered("benign/benign ({}).png", 30), NONE, 0),
         (numbered("ISIC_{:07}.jpg", 30), NONE, 0),
         (KVASIR, NONE, 0),
+        (
+            [
+                f"ISIC2018_Task1-2_{part}_Input/{n}.jpg"
+                for part in ("Training", "Validation", "Test")
+                for n in range(4)
+            ],
+            NONE,
+            0,
+        ),
+        (numbered("{}_images_2018/{}.jpg", 3, 4), NONE, 0),
         (numbered("BRATS_{:03}.nii.gz", 30), NONE, 0),
         (numbered("{:04}.png", 30), NONE, 0),
         (numbered("img_{}_{}.png", 2, 30), NONE, 0),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _MOST_FILES = 24
 """Lines; who wants all of them has --json, or looks."""
+_LONG = 24
+"""Characters of a value from which on the values of a list have a line each."""
 
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
@@ -116,8 +118,12 @@ def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:
         return
     table = Table(title=escape(title), title_justify="left", show_header=False)
     for name, value in values.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if isinstance(value, dict):
+        shown = str(value)
+        if isinstance(value, list):
+            texts = list(map(str, value))
+            # Sentences and names are read line by line, numbers and sizes side by side.
+            shown = ("\n" if max(map(len, texts), default=0) > _LONG else ", ").join(texts)
+        elif isinstance(value, dict):
             shown = ", ".join(f"{count} {part}" for part, count in value.items())
         table.add_row(escape(name), escape(shown))
     Console(emoji=False).print(table)

@@ -33,7 +33,7 @@ from polyseg.system.process_group import PATIENCE, Processes, together
 
 log = logging.getLogger(__name__)
 
-_OF_VOLUMES = (".nii", ".gz", ".dcm", ".ima", ".nrrd", ".mha", "")
+_OF_VOLUMES = (".nii", ".gz", ".dcm", ".ima", ".nrrd", ".mha", ".nhdr", ".mhd", "")
 _UNBOUNDED = 10**9
 """MB."""
 _KNOWN_BY = ("predictions.csv",)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from polyseg.commands.schedule import read_record
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
-from polyseg.data.loading import load_images, settled
+from polyseg.data.loading import MEGABYTE, load_images, settled
 from polyseg.data.new_split import new_split
+from polyseg.data.pixel_store import MemoryStore
 from polyseg.data.splits import PARTS, Split, group_names, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
@@ -185,7 +187,6 @@ def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]
     now |= recorded_code(config)
     changes = run.changes_of_environment(now) if processes.leads else []
     _refuse_changes(run, changes, config.training, how.accept_changes)
-    refuse_gone(config.data, run.path)
     images = load_images(config.data, how.progress)
     split = split_of_run(run, images, checkpoint.split)
     replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)
@@ -242,7 +243,7 @@ def plan(
         PolysegError: data, settings or folder are not in order.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
-    done = -1
+    done, asked = -1, config.data
     if resume:
         run.refuse_missing()
         trainer, checkpoint, _ = _taken_up(config, _How(run, ALONE, accept_changes, progress))
@@ -267,7 +268,7 @@ def plan(
     plain = epochs * (3 * len(split["train"]) + len(split["val"]))
     return {
         "images": {part: len(ids) for part, ids in split.items()},
-        "image sizes": sorted(f"{height} x {width}" for height, width in images.sizes()),
+        "size that the network sees": _cost_of_size(asked, config.data, images, split),
         "channels": images.channels,
         **({"epochs done": done} if resume else {}),
         "epochs": epochs,
@@ -277,6 +278,24 @@ def plan(
         "MC-Dropout passes, all images together": stochastic,
         "share of MC Dropout, at most": round(stochastic / (stochastic + plain), 3),
     }
+
+
+def _cost_of_size(asked: DataConfig, data: DataConfig, images: ImageSet, split: Split) -> str:
+    """Return in a line the size of what the network sees, what chose it, and what it costs."""
+    if images.tiling is not None:
+        size = f"tiles of {_range_of([images.tiling.size])}"
+    else:
+        size = _range_of(list(images.sizes()))
+    if asked.size == "auto":
+        rule = "the demo's size" if data.path == "demo" else "the images' median, at most 256"
+        size += f" (data.size=auto: {rule})"
+    stored = sum(item.bytes for item in images.items) / MEGABYTE
+    pixels = sum(math.prod(images.item(identity).size) for identity in split["train"])
+    place = "memory" if isinstance(images.store, MemoryStore) else "a file"
+    return (
+        f"{size}; images and masks take {stored:.1f} MB in {place}; a pass "
+        f"over the training images has {pixels / 1e6:.2g} million pixels"
+    )
 
 
 def _schedule_to_replay(
@@ -346,12 +365,8 @@ def resumed_config(
     recorded = checkpoint.config
     free = _FREE_TO_CHANGE + (_CHANGED_WHEN_TOLD if accept_changes else ())
     config = _settled(config, recorded.training.epochs)
-    found = {
-        name: getattr(recorded.data, name)
-        for name, default in (("size", "auto"), ("foreground", None))
-        if getattr(config.data, name) == default
-    }
-    config = config.model_copy(update={"data": config.data.model_copy(update=found)})
+    refuse_gone(config.data, run.path)
+    config = config.model_copy(update={"data": settled(config.data)})
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"

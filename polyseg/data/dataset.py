@@ -63,6 +63,12 @@ class Item:
         """Share of the pixels of the label that has most; None without masks."""
         return None if self.shares is None else max(self.shares)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of pixels and masks as they are kept."""
+        each = self.channels * self.bits // 8 + len(self.shares or ())
+        return each * self.size[0] * self.size[1]
+
 
 @dataclass(frozen=True)
 class Tiling:

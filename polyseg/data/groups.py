@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from os.path import commonpath
 from pathlib import Path
 
-from polyseg.data.layouts.cases import Case, plain
+from polyseg.data.layouts.cases import Case, part_of, plain
 from polyseg.data.layouts.names import IMAGE_FOLDERS, MASK_FOLDERS
 
 _FEWEST_GROUPS = 3
-_FEWEST_IMAGES = 2
-"""Images that a group has on average, at least."""
 _SHOWN = 3
 _NUMBER = re.compile(r"\d+")
 _NO_PATIENTS = re.compile(
@@ -87,11 +85,20 @@ def _by_folders(cases: Sequence[Case]) -> Guess | None:
         keys = ["/".join(place[above : depth + 1]) for place in places]
         if not all(map(_NUMBER.search, named)) or not _are_groups(keys):
             continue
-        names = [plain(name) for name in named]
-        if not any(name in (*IMAGE_FOLDERS, *MASK_FOLDERS) for name in names):
+        if not any(map(_is_of_images, named)):
             sure = not any(map(_NO_PATIENTS.match, named))
             return Guess(keys, "their folders", sure)
     return None
+
+
+def _is_of_images(name: str) -> bool:
+    """Return whether a folder is of images or of a part by its name, and so not of a patient.
+
+    >>> _is_of_images("ISIC2018_Task1-2_Test_Input"), _is_of_images("case_01")
+    (True, False)
+    """
+    words = [plain(name), *map(plain, re.split(r"[ _-]+", name))]
+    return any(word in (*IMAGE_FOLDERS, *MASK_FOLDERS) or part_of(word) for word in words)
 
 
 def _by_names(cases: Sequence[Case]) -> Guess | None:
@@ -122,5 +129,10 @@ def _by_names(cases: Sequence[Case]) -> Guess | None:
 
 
 def _are_groups(keys: Sequence[str]) -> bool:
-    count = len(set(keys))
-    return count >= _FEWEST_GROUPS and len(keys) >= _FEWEST_IMAGES * count
+    """Return whether there are several groups and half of the images or more share theirs.
+
+    >>> _are_groups(["a", "a", "b", "b", "c"]), _are_groups(["a", "a", "b", "c", "d"])
+    (True, False)
+    """
+    sizes = Counter(keys).values()
+    return len(sizes) >= _FEWEST_GROUPS and 2 * sum(n for n in sizes if n > 1) >= len(keys)

@@ -20,6 +20,7 @@ from polyseg import __version__
 from polyseg.config import DataConfig
 from polyseg.data.dataset import ImageSet, Item, image_set, item_of, make_demo
 from polyseg.data.duplicates import Likeness
+from polyseg.data.formats.file_formats import format_of
 from polyseg.data.formats.images import as_stored
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.data.formats.stacks import Stack
@@ -50,6 +51,7 @@ from polyseg.data.preprocessing import (
 )
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
+from polyseg.registry import resolve
 from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
 
 log = logging.getLogger(__name__)
@@ -438,17 +440,11 @@ def _remove_unused(folder: Path, *, keep: Path) -> None:
 
 def _tell(images: ImageSet, config: DataConfig) -> None:
     """Log where the images are, and which tasks none of them has."""
-    count = len(images.items)
+    count, size = len(images.items), sum(item.bytes for item in images.items) / MEGABYTE
     if isinstance(images.store, DiskStore):
-        log.info(
-            "%d images of %.0f MB are over data.memory (%d MB): read from %s",
-            count,
-            images.store.size / MEGABYTE,
-            config.memory,
-            images.store.path,
-        )
-    elif isinstance(images.store, MemoryStore):
-        size = sum(image.nbytes for image in images.store.images) / MEGABYTE
+        where = f"over data.memory ({config.memory} MB): read from {images.store.path}"
+        log.info("%d images of %.0f MB are %s", count, size, where)
+    else:
         log.info("%d images in memory, %.0f MB", count, size)
     if line := lost_foreground(images.items):
         log.warning("%s", line)
@@ -502,8 +498,11 @@ def _key(cases: Sequence[Case], config: DataConfig) -> str:
 
 
 def _content(path: Path) -> list[str]:
-    """Return the hashes of a file, or of all files of a folder that holds a series."""
+    """Return the hashes of a file and its voxels, or of all files of a folder with a series."""
     files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    kind = format_of(path)
+    if kind is not None and kind.voxels:
+        files = list(dict.fromkeys([path, resolve(kind.voxels)(path)]))
     return [f"{one.name} {sha256_of_file(one)}" for one in files]
 
 

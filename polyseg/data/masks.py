@@ -1,5 +1,7 @@
 """Turn the values of a label file into masks of 0 and 1."""
 
+import contextlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +102,11 @@ def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
         if not found:
             continue
         total, common = counts.total(), counts.most_common(_MOST_SHOWN)
-        shares = ", ".join(f"{_shown(value)} ({_percent(n / total)} %)" for value, n in common)
+        names_of = _label_map(found[0].path) if coloured else {}
+        shares = ", ".join(
+            f"{_shown(value)} ({names_of.get(value, '')}{_percent(n / total)} %)"
+            for value, n in common
+        )
         more = f" and {len(counts) - _MOST_SHOWN} more" if len(counts) > _MOST_SHOWN else ""
         example = next((value for value, _ in common if value not in (0, COLOUR)), common[0][0])
         names = f"{found[0].path}" + (f" and {len(found) - 1} more" if found[1:] else "")
@@ -110,6 +116,21 @@ def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
             f"{_shown(example)}"
         )
     return lines
+
+
+def _label_map(mask: Path) -> dict[float, str]:
+    """Return names by colour, "liver, ", where a labelmap.txt of CVAT lies beside the masks."""
+    for folder in mask.parents[:2]:
+        with contextlib.suppress(OSError, ValueError):
+            lines = (folder / "labelmap.txt").read_text(encoding="utf-8")[:100_000]
+            found = re.findall(r"^([\w +().-]{1,40}):(\d+),(\d+),(\d+):", lines, re.MULTILINE)
+            colours = {name: tuple(map(int, rgb)) for name, *rgb in found}
+            return {
+                COLOUR + int.from_bytes(rgb): f"{name}, "
+                for name, rgb in colours.items()
+                if max(rgb) < 256
+            }
+    return {}
 
 
 def _percent(share: float) -> str:

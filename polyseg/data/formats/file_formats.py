@@ -24,6 +24,8 @@ class Format(Row):
     """True where files are volumes that can be sliced in several planes, given as `plane=`."""
     is_unnamed: str = ""
     """Function that says whether a folder, or a file with no known suffix, is of this kind."""
+    voxels: str = ""
+    """Function that returns the file that holds the voxels, where headers may name another."""
     write: str = ""
     """Function that writes (N, H, W) values beside the geometry of their source.
 
@@ -78,8 +80,9 @@ FORMATS = Registry(
         "itk",
         "NRRD or MetaImage volume",
         f"{_FORMATS}.itk:read_itk",
-        (".nrrd", ".mha"),
+        (".nrrd", ".mha", ".nhdr", ".mhd"),
         has_planes=True,
+        voxels=f"{_FORMATS}.itk:voxels_of",
         write=f"{_FORMATS}.itk:write_itk",
         holds_maps=True,
     ),

@@ -1,8 +1,10 @@
-"""Read and write NRRD and MetaImage (MHA) volumes; alone in importing SimpleITK."""
+"""Read and write NRRD and MetaImage volumes; alone in importing SimpleITK."""
 
 import re
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +27,23 @@ from polyseg.data.formats.stacks import (
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
-_READERS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
+_READERS = {
+    **dict.fromkeys((".nrrd", ".nhdr"), "NrrdImageIO"),
+    **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
+}
+_IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
+"""Suffixes of what is written for headers whose voxels lie in another file."""
 _LONGEST_HEADER = 2**16
+_BLOCK = 2**20
+_LINES = re.MULTILINE | re.IGNORECASE
+# MetaImage's own reader takes = and :, and keys of this case only.
+_META_FILE = re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+_META_PACKED = re.compile(rb"^[ \t]*CompressedData[ \t]*[=:][ \t]*[t1]", _LINES)
+_META_SIZE = re.compile(rb"^[ \t]*CompressedDataSize[ \t]*[=:][ \t]*(\d{1,12})[ \t\r]*$", _LINES)
+_META_BINARY = re.compile(rb"^[ \t]*BinaryData[ \t]*[=:][ \t]*[t1]", _LINES)
+_NRRD_FILE = re.compile(rb"^data ?file:(?!=)[ \t]*(.*?)[ \t\r]*$", _LINES)
+_NRRD_ENCODING = re.compile(rb"^encoding:[ \t]*(\w+)", _LINES)
+_NRRD_END = re.compile(rb"\r?\n\r?\n")
 _BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From ITK's axes, to the left and the back, to NIfTI's, to the right and the front."""
@@ -82,6 +99,7 @@ def write_itk(
         written.CopyInformation(image)
         written.SetMetaData("description", description)
     suffix = source.suffix.lower()
+    suffix = _IN_ONE_FILE.get(suffix, suffix)
     target = path.with_name(path.name + suffix)
     with atomic_path(target) as temporary:
         writer = itk.ImageFileWriter()
@@ -94,7 +112,7 @@ def write_itk(
 
 def _header(path: Path, itk: Any) -> Any:
     """Return a reader that has read the header, which is checked before anything is decoded."""
-    _refuse_other_files(path)
+    voxels = _voxels(path)
     reader = itk.ImageFileReader()
     reader.SetImageIO(_READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
@@ -115,22 +133,104 @@ def _header(path: Path, itk: Any) -> Any:
         raise PolysegError(f"{path}: holds {kind} voxels; expected integers or floats")
     depth, height, width = sorted([*sizes, 1][:3])
     each = channels * _BYTES[bits]
-    refuse_if_large(path, (height, width), slices=depth, bytes_per_pixel=each)
+    held = voxels.file.stat().st_size
+    refuse_if_large(path, (height, width), slices=depth, bytes_per_pixel=each, held=held)
+    _refuse_damaged(path, voxels, depth * height * width * each)
     return reader
 
 
-def _refuse_other_files(path: Path) -> None:
-    """Raise where the voxels are not in the file itself: headers of strangers may name any file."""
+@dataclass(frozen=True)
+class _Voxels:
+    """Where a header says that its voxels are."""
+
+    file: Path
+    start: int
+    """Bytes of the file before them."""
+    encoding: str
+    """"raw", "gzip" (also zlib's) or another."""
+    packed: int | None = None
+    """Bytes that are packed by what a MetaImage header says; None goes to the end of the file."""
+
+
+def voxels_of(path: Path) -> Path:
+    """Return the file that holds the voxels of a header: the file itself, or one beside it.
+
+    Raises:
+        PolysegError: the header names several files, or one that is not in its folder.
+    """
+    return _voxels(path).file
+
+
+def _voxels(path: Path) -> _Voxels:
+    """Return where voxels are; headers of strangers may name any file, so only one beside them.
+
+    Raises:
+        PolysegError: the header names several files, or one that is not in its folder.
+    """
     with path.open("rb") as stream:
-        header = stream.read(_LONGEST_HEADER).lower()
-    if path.suffix.lower() == ".mha":
-        apart = re.search(rb"elementdatafile\s*=\s*local\s", header) is None
+        header = stream.read(_LONGEST_HEADER)
+    packed = None
+    if path.suffix.lower() in (".mha", ".mhd"):
+        found = _META_FILE.search(header)
+        names, start = ([found[1]], found.end() + 1) if found else ([b""], 0)
+        encoding = "raw" if _META_BINARY.search(header[:start]) else "text"
+        if _META_PACKED.search(header[:start]):
+            # By these bytes SimpleITK unpacks; without them it returns what memory happens to hold.
+            sizes = _META_SIZE.findall(header[:start])
+            encoding, packed = "gzip", int(sizes[0]) if len(sizes) == 1 else 0
+        names = [name for name in names if name.lower() != b"local"]
     else:
-        apart = re.search(rb"\ndata ?file:", re.split(rb"\r?\n\r?\n", header)[0]) is not None
-    if apart:
+        end = _NRRD_END.search(header)
+        header, start = (header[: end.start()], end.end()) if end else (header, 0)
+        names = _NRRD_FILE.findall(header)
+        found = _NRRD_ENCODING.search(header)
+        encoding = found[1].decode().lower() if found else ""
+        encoding = {"gz": "gzip"}.get(encoding, encoding)
+    if not names:
+        return _Voxels(path, start, encoding, packed)
+    name = b" ".join(names).decode("utf-8", "replace")
+    # A % makes a pattern of many files, LIST is followed by their names.
+    single = name == Path(name).name and name.isprintable() and "%" not in name
+    if not single or name.startswith("LIST") or not (path.parent / name).is_file():
         raise PolysegError(
-            f"{path}: holds no voxels of its own; save header and voxels in one file"
+            f"{path}: its voxels are not in one file beside it ({name[:80]!r}); put that file "
+            "there, or save header and voxels in one file, .mha or .nrrd"
         )
+    return _Voxels(path.parent / name, 0, encoding, packed)
+
+
+def _refuse_damaged(path: Path, voxels: _Voxels, expected: int) -> None:
+    """Raise where voxels are cut short or do not unpack, which SimpleITK does not always notice."""
+    held = voxels.file.stat().st_size - voxels.start
+    if voxels.encoding == "gzip":
+        packed = held if voxels.packed is None else voxels.packed
+        with voxels.file.open("rb") as stream:
+            stream.seek(voxels.start)
+            held = _unpacked(stream, packed, expected) if packed <= held else 0
+    if (voxels.encoding == "raw" and held < expected) or (
+        voxels.encoding == "gzip" and held != expected
+    ):
+        raise PolysegError(
+            f"{path}: is damaged or cut short: {expected:,} bytes of voxels are expected, and "
+            f"{voxels.file.name} holds {max(0, held):,} that can be read"
+        )
+
+
+def _unpacked(stream: BinaryIO, left: int, most: int) -> int:
+    """Return to how many bytes the next `left` ones unpack: 0 if damaged, at most about `most`."""
+    unpacker, count = zlib.decompressobj(wbits=47), 0
+    try:
+        while not unpacker.eof and count <= most:
+            packed = unpacker.unconsumed_tail
+            if not packed:
+                packed = stream.read(min(left, _BLOCK))
+                left -= len(packed)
+            if not packed:
+                return 0
+            count += len(unpacker.decompress(packed, _BLOCK))
+    except zlib.error:
+        return 0
+    return count
 
 
 def _stored(image: Any, itk: Any) -> tuple[NDArray[Any], NDArray[np.float64]]:

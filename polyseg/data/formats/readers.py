@@ -19,7 +19,7 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
 
     >>> read_image_stack(Path("notes.txt"))
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: notes.txt: is of no kind that is read: .png, .jpg, .jpeg, .bmp, .gif, .webp, .tif, .tiff, .ome.tif, .ome.tiff, .nii, .nii.gz, .dcm, .ima, .nrrd, .mha
+    polyseg.errors.PolysegError: notes.txt: is of no kind that is read: .png, .jpg, .jpeg, .bmp, .gif, .webp, .tif, .tiff, .ome.tif, .ome.tiff, .nii, .nii.gz, .dcm, .ima, .nrrd, .mha, .nhdr, .mhd
     """  # noqa: E501
     return _read(Path(path), plane, labels=False)
 

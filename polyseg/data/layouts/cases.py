@@ -29,9 +29,11 @@ _JUNK = {
 }
 _DOCUMENTS = {
     *("", ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".xls", ".xlsx"),
-    *(".doc", ".docx", ".yaml", ".yml", ".ini", ".log", ".db", ".py", ".m", ".sh", ".zip"),
+    *(".doc", ".docx", ".yaml", ".yml", ".ini", ".cfg", ".log", ".db", ".py", ".m", ".sh", ".zip"),
 }
 """Suffixes of texts, tables and archives that come with data sets and are no images."""
+_VOXELS = re.compile(r"\.z?raw(\.gz|\.bz2)?$", re.IGNORECASE)
+"""Suffixes of files that hold the voxels of a header (.mhd, .nhdr) beside them."""
 _SHOWN = 5
 _LINES = 20
 _DEEPEST_SERIES = 3
@@ -152,7 +154,13 @@ class Folders:
             raise PolysegError(f"{shown(folder)}: cannot be listed: {why}") from None
         if odd := [name for name in (*files, *folders) if not name.isprintable()]:
             raise PolysegError(f"{shown(folder)}: {some('name', odd)} is no text; rename it")
-        others = sorted(name for name in unread if Path(name).suffix.lower() not in _DOCUMENTS)
+        headers = {Path(name).stem for name in files if name.lower().endswith((".mhd", ".nhdr"))}
+        others = sorted(
+            name
+            for name in unread
+            if Path(name).suffix.lower() not in _DOCUMENTS
+            and not (_VOXELS.search(name) and _VOXELS.sub("", name) in headers)
+        )
         listed = _paths(folder, files), _paths(folder, folders)
         return Listing(*listed, tuple(sorted(broken)), tuple(others))
 
@@ -258,6 +266,9 @@ def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[
                 most = len(names) > len(listing.files)
                 what = f"{shown(folder)}: {some(noun, names)} left out; {remedy}"
                 (problems if most else notes).append(what)
+    more = len(notes) - _SHOWN
+    if more > 1:
+        notes[_SHOWN:] = [f"and {more} more folders hold files that are left out"]
     return notes, problems
 
 
