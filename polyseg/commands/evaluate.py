@@ -16,7 +16,8 @@ from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS, split_by_settings
 from polyseg.errors import PolysegError
-from polyseg.evaluation.arms import arms_of, pool_arms, pool_points
+from polyseg.evaluation.arms import arms_of, pool_arms, pool_points, roles_of
+from polyseg.evaluation.conclusion import conclusions
 from polyseg.evaluation.scores import Evaluation, RunScores, compare
 from polyseg.evaluation.testing_masks import OtherMasks, measure_masks
 from polyseg.evaluation.testing_networks import (
@@ -90,8 +91,12 @@ class _Found:
         points = [point for test in self.tested.values() for point in test.points]
         if any([arm] != list(members) for arm, members in arms.items()):
             points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
-        compared = [] if reference is None else compare(runs, reference)
-        return Evaluation(runs, compared, points, settings.tolerance, settings.failure, self.part)
+        found = Evaluation(runs, (), points, settings.tolerance, settings.failure, self.part)
+        if reference is None:
+            return found
+        compared = compare(runs, reference)
+        said = conclusions(compared, roles_of(self.compared.configs, arms, reference))
+        return dataclasses.replace(found, comparisons=compared, conclusions=said)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
