@@ -1,40 +1,69 @@
 #!/usr/bin/env bash
-# Does it matter which image gets the steep loss? Train the adaptive loss and its control arms: the same
-# epsilons shuffled over the images, their mean in each epoch for all images, and in inverted order; a
-# fixed epsilon of 0; and the Dice loss. All arms of a seed have the same initial weights, images and order.
+# Does the adaptive loss help, and does it matter which image gets the steep loss? The adaptive loss
+# beside the Dice loss, a fixed epsilon of 0, and arms that give the adaptive run's epsilons to other
+# images: shuffled at each assessment, permuted once for the whole run, the mean for all, in reversed
+# order, and by the size of the mask. All arms of a seed start from the same weights and see the same
+# images in the same order.
 #
 #   bash examples/control_arms.sh DATA OUT SEEDS [KEY=VALUE ...]
 #
-# DATA is a data set or "demo", OUT a folder for the runs, SEEDS are in quotes, such as "0 1 2", and
-# settings are those of all arms. Time: that of six trainings for each seed, of which one makes
-# assessments. Result: OUT/comparison, with means over images and seeds, and each arm against the
-# adaptive one; docs/results.md has two such tables. Finished runs are kept, and others resumed.
+# DATA is a folder with images/ and masks/, a CSV manifest (a column "group" names the patients), or
+# "demo"; SEEDS are in quotes, such as "0 1 2 3 4": five or more. Settings are for all arms, such as
+# uncertainty.metric=dispersion, control.map=weight, or an adaptive loss of your own by loss.name. JOBS
+# runs are trained at a time (2), each with one thread; the output of a run is in OUT/logs. Start the script
+# again after an interruption: finished runs are kept, an unfinished one is resumed.
+# Time: that of eight trainings for each seed, of which one makes assessments.
+# Result: each arm against the adaptive one, and a sentence that answers both questions; all tables are in
+# OUT/comparison.
 set -euo pipefail
 usage() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 (($# >= 3)) || usage
-data=$1 out=$2 seeds=$3
-settings=()
+data=$1 seeds=$3
+export out=$2
+settings=(--set loss.name=polydice1)
 for setting in "${@:4}"; do settings+=(--set "$setting"); done
+export OMP_NUM_THREADS=1
 
-for seed in $seeds; do
-  train() {
-    local run="$out/$1-$seed"
-    [ -e "$run/evaluation/summary.json" ] && return
-    local resume=()
-    [ -e "$run/checkpoints/last.safetensors" ] && resume=(--resume)
-    polyseg train --out "$run" "${resume[@]}" "${@:2}"
-  }
-  new=(--data "$data" --seed "$seed" "${settings[@]}")
-  train adaptive "${new[@]}" --loss polydice1
-  train fixed "${new[@]}" --loss polydice1 --set control.enabled=false
-  train dice "${new[@]}" --loss dice
-  for arm in shuffled mean inverted; do
-    train $arm --replay "$out/adaptive-$seed" --replay-arm $arm
-  done
-done
+# Train a run, whose name is the last argument, with the arguments before it; without a word if it is done.
+train_one() {
+  local name=${!#} options=("${@:1:$#-1}")
+  local run="$out/$name" log="$out/logs/$name.txt"
+  local seed=${name##*-} arm=${name%-*}
+  [ -e "$run/evaluation/summary.json" ] && return
+  case $arm in
+    adaptive) ;;
+    fixed) options+=(--set control.enabled=false) ;;
+    dice) options+=(--loss dice --set control.enabled=auto) ;;
+    # --trust: the code that a run's settings name is what this script was given.
+    *) options=(--replay "$out/adaptive-$seed" --replay-arm "$arm" --trust) ;;
+  esac
+  [[ $arm =~ adaptive|fixed|dice ]] && options+=(--seed "$seed")
+  [ -e "$run/checkpoints/last.safetensors" ] && options+=(--resume --trust)
+  if polyseg train --out "$run" "${options[@]}" >>"$log" 2>&1; then
+    echo "$name: done"
+  else
+    echo "$name: failed, see $log" >&2
+    return 1
+  fi
+}
+export -f train_one
 
-[ -e "$out/comparison" ] ||
-  polyseg evaluate "$out"/*-[0-9]* --group --baseline adaptive --out "$out/comparison"
+# Train the named arms of all seeds, JOBS at a time.
+train() {
+  local names=() arm seed
+  for seed in $seeds; do for arm in "$@"; do names+=("$arm-$seed"); done; done
+  printf '%s\0' "${names[@]}" |
+    xargs -0 -n 1 -P "${JOBS:-2}" bash -c 'train_one "$@"' train_one --data "$data" "${settings[@]}"
+}
+
+mkdir -p "$out/logs"
+train adaptive dice fixed
+train shuffled permuted mean inverted size
+
+# With other seeds than before, the comparison is made again.
+polyseg evaluate "$out"/*-[0-9]* --group --baseline adaptive --trust --out "$out/comparison" \
+  --overwrite --quiet >"$out/logs/comparison.txt"
+sed -n '/^## Dice against/,/^## /{/^## [^D]/d;p}' "$out/comparison/table.md"

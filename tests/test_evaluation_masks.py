@@ -24,6 +24,7 @@ BY_MASKS = (
     "asd",
     "nsd",
 )
+PARTS = ("images", "masks")
 BY_PROBABILITIES = ("auc", "average_precision", "brier", "nll", "ece", "ace")
 
 
@@ -161,3 +162,99 @@ def test_volumes_of_masks_are_read_slice_by_slice(exported, tmp_path, polyseg):
     pixels = {row["id"]: row["predicted_pixels"] for row in rows_of(out)}
     before = {row["id"]: row["predicted_pixels"] for row in own}
     assert [pixels[f"0#00{k}"] for k in (0, 1)] == [before[f"0#00{k}"] for k in (1, 0)]
+
+
+@pytest.fixture
+def with_metadata():
+    """Let MONAI keep where images lie, which polyseg switches off for its own networks."""
+    from monai.data import get_track_meta, set_track_meta
+
+    before = get_track_meta()
+    set_track_meta(True)
+    yield
+    set_track_meta(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extension", "flat"),
+    [
+        ("non-square", ".png", False),
+        ("non-square", ".nii.gz", False),
+        ("non-square", ".nii.gz", True),
+        ("anisotropic", ".nii.gz", False),
+        ("anisotropic", ".nii.gz", True),
+    ],
+)
+def test_masks_that_monai_has_written_are_scored(
+    kind, extension, flat, tmp_path, polyseg, with_metadata
+):
+    """By MONAI's own names: ID/ID_trans by default, or ID_seg."""
+    from monai.inferers import SlidingWindowInferer
+    from monai.transforms import EnsureChannelFirst, LoadImage, SaveImage
+
+    SETS[kind][0](tmp_path / "set")
+    names = {"output_postfix": "seg", "separate_folder": False} if flat else {}
+    save = SaveImage(tmp_path / "monai", output_ext=extension, print_log=False, **names)
+    load, pixels = LoadImage(image_only=True), EnsureChannelFirst()
+    for path in sorted((tmp_path / "set/images").iterdir()):
+        image = pixels(load(path))
+        patch = (32,) * (image.ndim - 1)
+        inferer, level = SlidingWindowInferer(patch, overlap=0.25), float(image.mean())
+        save(inferer(image[None], lambda one, level=level: (one > level).float())[0])
+    out = tmp_path / "out"
+    asked = ("--predictions", tmp_path / "monai", "--data", tmp_path / "set")
+    answer = polyseg("evaluate", *asked, "--no-figures", "--out", out)
+    assert answer.code == 0, answer.err
+    assert f"the files named {'ID_seg' if flat else 'ID/ID_trans'}" in answer.err
+    assert "left out" not in answer.err
+    dice = {row["id"]: float(row["dice"]) for row in rows_of(out)}
+    for path in sorted((tmp_path / "set/images").iterdir()):
+        image, truth = (arrays_of(path.parents[1] / part / path.name) for part in PARTS)
+        case = path.name.split(".")[0]
+        keys = [case] if image.ndim == 2 else [f"{case}#00{k}" for k in range(image.shape[2])]
+        predicted = (image > image.mean()).reshape(-1, len(keys))
+        for key, one, mask in zip(keys, predicted.T, truth.reshape(-1, len(keys)).T, strict=True):
+            assert dice[key] == pytest.approx(f1_score(mask > 0, one, zero_division=1), abs=1e-6)
+
+
+def arrays_of(path):
+    return np.asarray(Image.open(path) if path.suffix == ".png" else nibabel.load(path).dataobj)
+
+
+def masks_named(folder, *patterns, cases=("1", "11", "12")):
+    for case in cases:
+        for kind in ("images", "masks"):
+            (folder / "set" / kind).mkdir(parents=True, exist_ok=True)
+            mask = np.pad(np.full((9, 7), 255, np.uint8), 4)
+            Image.fromarray(mask).save(folder / "set" / kind / f"{case}.png")
+        for pattern in patterns:
+            path = folder / "tool" / f"{pattern.replace('ID', case)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(path)
+    tool, data = folder / "tool", folder / "set"
+    return ("evaluate", "--predictions", tool, "--data", data, "--no-figures")
+
+
+@pytest.mark.parametrize("pattern", ["ID_pred", "seg-ID", "ID/mask", "out/ID", "ID/ID_0000"])
+def test_any_one_pattern_of_names_is_found(pattern, tmp_path, polyseg):
+    answer = polyseg(*masks_named(tmp_path, pattern), "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert f"the files named {pattern}" in " ".join(answer.err.split())
+    assert [float(row["dice"]) for row in rows_of(tmp_path / "out")] == [1, 1, 1]
+
+
+def test_several_masks_for_each_image_are_an_error_unless_one_has_the_name(tmp_path, polyseg):
+    asked = masks_named(tmp_path, "ID_a", "ID/b")
+    answer = polyseg(*asked, "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert "holds several masks for each image (ID/b, ID_a); give a folder" in answer.err
+    masks_named(tmp_path, "ID")
+    answer = polyseg(*asked, "--out", tmp_path / "out")
+    assert answer.code == 0 and "6 files" in answer.err
+
+
+def test_a_pattern_that_misses_an_image_is_an_error(tmp_path, polyseg):
+    asked = masks_named(tmp_path, "ID_seg")
+    (tmp_path / "tool/11_seg.png").unlink()
+    answer = polyseg(*asked, "--out", tmp_path / "out")
+    assert answer.code == 2 and "has no mask for 3 images (1, 11, 12)" in answer.err

@@ -16,7 +16,7 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import group_means, mean_interval, paired_difference
 from polyseg.runs.trained_model import Inputs
 from tests.benchmarks import correlated_slices
-from tests.test_evaluation_sizes import write_volumes
+from tests.test_evaluation_sizes import write_pictures, write_volumes
 from tests.test_testing_networks import evaluate_runs, summary_of
 from tests.test_train import run_of
 
@@ -178,6 +178,36 @@ def test_volumes_and_patterns_give_the_patients(tiny, tmp_path, monkeypatch):
     by_image = EvaluationSettings(by="image")
     record = summary_of(evaluate_runs(runs[:1], by_image, inputs, out=tmp_path / "by image"))
     assert record["by"] == "image" and record["runs"][0]["patients"] is None
+
+
+def test_patients_of_a_manifest_are_the_cases_of_runs_and_comparisons(tiny, tmp_path, polyseg):
+    """From the column "group" to the split, the own test of a run, and the tables."""
+    write_pictures(tmp_path / "set")
+    names = sorted(path.stem for path in (tmp_path / "set/images").iterdir())
+    patient = {name: f"patient {k // 2}" for k, name in enumerate(names)}
+    manifest = tmp_path / "set/groups.csv"
+    lines = [f"images/{name}.png,masks/{name}.png,{patient[name]}" for name in names]
+    manifest.write_text("\n".join(["image,mask,group", *lines]) + "\n")
+    data = f"data.path={manifest}"
+    runs = [
+        run_of(tiny(name, data, f"loss.name={name}", "training.epochs=1"))
+        for name in ("dice", "bce")
+    ]
+    split, _ = runs[0].read_split()
+    parts = [{patient[one] for one in ids} for ids in split.values()]
+    assert sum(map(len, parts)) == len(set(patient.values())) == 5
+    own = json.loads((runs[0].path / "evaluation/summary.json").read_text())
+    assert own["by"] == "patient" and own["runs"][0]["patients"] == len(split["test"]) // 2
+    out = tmp_path / "out"
+    asked = ("--split", "all", "--baseline", "dice", "--no-figures", "--out", out)
+    answer = polyseg("evaluate", *(run.path for run in runs), *asked)
+    assert answer.code == 0, answer.err
+    table = (out / "table.md").read_text()
+    assert "dice (5 patients, 10 images)" in table
+    assert "bce against dice (5 patients, 10 images)" in table
+    assert "Wilcoxon's signed-rank test over the patients" in table
+    with (out / "per_image.csv").open() as file:
+        assert {row["id"]: row["group"] for row in csv.DictReader(file)} == patient
 
 
 def test_a_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):

@@ -245,3 +245,37 @@ def test_a_run_on_several_gpus_goes_on_when_started_again(tmp_path, script):
         f"--standalone --nproc-per-node auto {begin} ",
         f"--standalone --nproc-per-node 2 {begin} --resume --set data.size=32 ",
     ]
+
+
+@pytest.mark.slow
+def test_control_arms_are_trained_resumed_and_concluded_in_a_sentence(tmp_path, script):
+    out = tmp_path / "arms"
+    own = f"loss.name={EXAMPLES / 'own_loss.py'}:loss"
+    more = ("uncertainty.metric=dispersion", "control.map=weight", "training.epochs=2")
+    arguments = ("control_arms.sh", "demo", out, "0", *SETTINGS, *more, own)
+    first = script(*arguments)
+    said, complaint = first.communicate(timeout=600)
+    assert first.returncode == 0, complaint
+    arms = {"adaptive", "dice", "fixed", "shuffled", "permuted", "mean", "inverted", "size"}
+    configs = {arm: load_config(out / f"{arm}-0/config.yaml") for arm in arms}
+    assert configs["dice"].loss.name == "dice" and not configs["fixed"].adaptive
+    for arm in arms - {"dice"}:
+        assert configs[arm].loss.name.endswith("own_loss.py:loss")
+        assert configs[arm].control.map == "weight"
+        assert (configs[arm].control.replay_arm == arm) == (arm not in ("adaptive", "fixed"))
+    table, sentence = said.split("## Dice against adaptive")[1].split("\n\n", 2)[1:]
+    named = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
+    assert set(named) == arms - {"adaptive"}
+    assert "the adaptive loss and the Dice loss" in sentence and "steep loss" in sentence
+    assert "so that other seeds may differ." in sentence
+    before = {arm: (out / f"{arm}-0/evaluation/summary.json").stat().st_mtime_ns for arm in arms}
+    weights = weights_of(out / "permuted-0")
+    (out / "permuted-0/evaluation/summary.json").unlink()
+    again = script(*arguments)
+    said_again, complaint = again.communicate(timeout=600)
+    assert again.returncode == 0, complaint
+    assert said_again == f"permuted-0: done\n{said[said.index('## ') :]}"
+    after = {arm: (out / f"{arm}-0/evaluation/summary.json").stat().st_mtime_ns for arm in arms}
+    assert {arm for arm in arms if before[arm] != after[arm]} == {"permuted"}
+    resumed = weights_of(out / "permuted-0")
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)

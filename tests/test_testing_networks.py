@@ -43,8 +43,10 @@ def two(tmp_path_factory):
     ]
 
 
-def evaluate_runs(*arguments, figures=False, **named):
-    return job.evaluate_runs(*arguments, figures=figures, **named)
+def evaluate_runs(*arguments, inputs=None, figures=False, **how):
+    comparison = job.ComparisonSettings(figures=figures, **how)
+    named = {} if inputs is None else {"inputs": inputs}
+    return job.evaluate_runs(*arguments, **named, comparison=comparison)
 
 
 def summary_of(outcome):
@@ -259,13 +261,13 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--threshold", "1.5"], "--threshold 1.5: above 0 and below 1, or val"),
-        (["--threshold", "best"], "--threshold best: a number above 0 and below 1, or val"),
-        (["--samples", "5"], "--samples: counts passes of MC Dropout; add --uncertainty"),
-        (["--uncertainty", "--samples", "1"], "--samples 1: from 2"),
+        (["--threshold", "1.5"], "--threshold 1.5: choose a number above 0 and below 1, or"),
+        (["--threshold", "best"], "--threshold best: choose a number above 0"),
+        (["--samples", "5"], "--samples needs --uncertainty"),
+        (["--uncertainty", "--samples", "1"], "--samples 1: choose 2 to 10,000 passes"),
         (["--corrupt", "fog"], "fog: is no corruption; choose noise"),
-        (["--tolerance", "0"], "--tolerance 0: above 0"),
-        (["--failure", "2"], "--failure 2: a Dice above 0"),
+        (["--tolerance", "0"], "--tolerance 0: choose a number above 0"),
+        (["--failure", "2"], "--failure 2: choose a Dice above 0 and at most 1"),
         (["--baseline", "dice_s0"], "--baseline: there is one run"),
     ],
 )

@@ -169,12 +169,8 @@ def evaluate(
                 failure=failure,
             ),
             Inputs(data, part, cache, device, trust),
+            evaluate.ComparisonSettings(baseline, group, out, overwrite, figures),
             masks=_masks(sources, predictions or [], name or [], data, overrides or []),
-            baseline=baseline,
-            group=group,
-            out=out,
-            overwrite=overwrite,
-            figures=figures,
             progress=display,
         )
     if rank_here() == 0:
@@ -197,7 +193,7 @@ def _masks(
         if not sources:
             raise PolysegError("Missing argument: give runs, or --predictions with --data")
         if names or overrides:
-            raise PolysegError("--name and --set: go with --predictions")
+            raise PolysegError("--name and --set need --predictions")
         return None
     if not sources and data is None:
         raise PolysegError("--predictions: give --data, the images with their true masks, or runs")
@@ -223,4 +219,6 @@ def _threshold(text: str) -> float | Literal["val"]:
     try:
         return float(text)
     except ValueError:
-        raise PolysegError(f"--threshold {text}: a number above 0 and below 1, or val") from None
+        raise PolysegError(
+            f"--threshold {text}: choose a number above 0 and below 1, or val"
+        ) from None

@@ -16,7 +16,8 @@ from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS, split_by_settings
 from polyseg.errors import PolysegError
-from polyseg.evaluation.arms import arms_of, pool_arms, pool_points
+from polyseg.evaluation.arms import arms_of, pool_arms, pool_points, roles_of
+from polyseg.evaluation.conclusion import conclusions
 from polyseg.evaluation.scores import Evaluation, RunScores, compare
 from polyseg.evaluation.testing_masks import OtherMasks, measure_masks
 from polyseg.evaluation.testing_networks import (
@@ -90,8 +91,12 @@ class _Found:
         points = [point for test in self.tested.values() for point in test.points]
         if any([arm] != list(members) for arm, members in arms.items()):
             points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
-        compared = [] if reference is None else compare(runs, reference)
-        return Evaluation(runs, compared, points, settings.tolerance, settings.failure, self.part)
+        found = Evaluation(runs, (), points, settings.tolerance, settings.failure, self.part)
+        if reference is None:
+            return found
+        compared = compare(runs, reference)
+        said = conclusions(compared, roles_of(self.compared.configs, arms, reference))
+        return dataclasses.replace(found, comparisons=compared, conclusions=said)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -111,17 +116,29 @@ def kinds_of_damage(text: str | None) -> tuple[str, ...]:
     return names
 
 
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """How runs are compared, and where the results are written."""
+
+    baseline: str | None = None
+    """Name or path of the run, or name of the arm, that the others are compared with."""
+    group: bool = False
+    """Whether runs that differ only by seed or fold are one arm."""
+    out: Path | None = None
+    """Folder for the results, new or empty; None for one beside the runs."""
+    overwrite: bool = False
+    """Whether `out` may hold the results of a former evaluation, which are replaced."""
+    figures: bool = True
+    """Whether to draw figures."""
+
+
 def evaluate_runs(
     sources: Sequence[Path],
     settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008 - it is frozen
     inputs: Inputs = Inputs(),  # noqa: B008
+    comparison: ComparisonSettings = ComparisonSettings(),
     *,
     masks: OtherMasks | None = None,
-    baseline: str | None = None,
-    group: bool = False,
-    out: Path | None = None,
-    overwrite: bool = False,
-    figures: bool = True,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Test networks, and masks of other tools, side by side on the same images.
@@ -132,18 +149,14 @@ def evaluate_runs(
         sources: checkpoints or runs.
         settings: what is measured of each network.
         inputs: images and device.
+        comparison: baseline, arms and the folder for the results.
         masks: folders of masks that other tools have written.
-        baseline: name or path of the run, or name of the arm, that the others are compared with.
-        group: runs that differ only by seed or fold are one arm.
-        out: folder for the results, new or empty.
-        overwrite: or one that holds the results of a former evaluation, which are replaced.
-        figures: whether to draw them.
-        progress: of all this.
+        progress: of all tests.
 
     Raises:
-        PolysegError: checkpoint, data or folder are not in order, or the images differ.
+        PolysegError: a checkpoint, the data or the folder is unusable, or the images differ.
     """
-    # What can be found wrong is said before the first network is tested, which may take long.
+    # Errors that can be found early are raised before the first test, which may take long.
     settings.check()
     folders = {} if masks is None else masks.folders
     if folders and settings.at == "network":
@@ -151,19 +164,19 @@ def evaluate_runs(
             "--at network: masks of other tools have the original size; leave it out"
         )
     places = [*sources, *folders.values()]
-    place = out or _place(sources, list(folders.values()))
+    place = comparison.out or _place(sources, list(folders.values()))
     with contextlib.ExitStack() as stack:
         with together(choose_device(inputs.device), PATIENCE) as processes:
-            held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
+            held = whole_folder(place, overwrite=comparison.overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
-            compared = _compared(sources, inputs, baseline, folders, group=group)
+            compared = _compared(sources, inputs, comparison, folders)
             how = _How(settings, inputs, progress, processes)
             found = _test(compared, how, masks)
         if not processes.leads:
             return Outcome(place, [])
         paths = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
         evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
-        files = _written(evaluation, found, folder, figures=figures)
+        files = _written(evaluation, found, folder, figures=comparison.figures)
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
@@ -200,10 +213,8 @@ class _How(NamedTuple):
 def _compared(
     sources: Sequence[Path],
     inputs: Inputs,
-    baseline: str | None,
+    comparison: ComparisonSettings,
     folders: Mapping[str, Path],
-    *,
-    group: bool,
 ) -> _Compared:
     """Read the networks, and raise for what can be found wrong before the first is tested."""
     names = short_names(sources) if sources else []
@@ -211,12 +222,13 @@ def _compared(
     trained = [read_trained(source).weights_only() for source in sources]
     networks = dict(zip(names, trained, strict=True))
     configs = {name: one.config for name, one in networks.items()}
-    arms = arms_of(configs) if group else {name: [name] for name in names}
+    arms = arms_of(configs) if comparison.group else {name: [name] for name in names}
     if taken := [name for name in folders if name in arms or name in names]:
         raise PolysegError(f"--name {taken[0]}: is the name of a run; choose another")
     arms |= {name: [name] for name in folders}
     everything = [*sources, *folders.values()]
     all_names = [*names, *folders]
+    baseline = comparison.baseline
     reference = None if baseline is None else _named(baseline, everything, all_names, arms)
     if configs:
         _refuse_other_tasks(configs)

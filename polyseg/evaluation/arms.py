@@ -25,6 +25,9 @@ _OF_ONE_ARM = {
 }
 """Settings that may differ within an arm, besides where its results go."""
 
+_OF_THE_LOSS = ("loss.name", "loss.epsilon", "loss.terms", "loss.scale", "uncertainty.", "control.")
+"""Beginnings of the settings that a Dice arm may have other than the adaptive arm beside it."""
+
 
 def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
     """Return the names of the runs of each arm, by the arm's name.
@@ -42,6 +45,30 @@ def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
         told_apart = arm and short.count(arm) == 1
         arms[arm if told_apart else names[0] if len(names) == 1 else f"arm {number}"] = names
     return arms
+
+
+def roles_of(
+    configs: Mapping[str, Config], arms: Mapping[str, Sequence[str]], reference: str
+) -> dict[str, str]:
+    """Return the arms that show whether the adaptive one helps, by role: "dice" and "permuted".
+
+    They have the settings of the reference in everything else. A role is left out where no arm has
+    it, or more than one; there is none where the reference is no adaptive arm.
+    """
+    first = {arm: configs[names[0]] for arm, names in arms.items() if names[0] in configs}
+    if reference not in first or not first[reference].assesses:
+        return {}
+    own = first[reference]
+    found: dict[str, list[str]] = {"dice": [], "permuted": []}
+    for arm, config in first.items():
+        replays = config.control.replay is not None
+        is_dice = not replays and config.loss.name == "dice"
+        is_permuted = replays and config.control.replay_arm == "permuted"
+        if is_dice and _settings(config, _OF_THE_LOSS) == _settings(own, _OF_THE_LOSS):
+            found["dice"].append(arm)
+        if is_permuted and _settings(config) == _settings(own):
+            found["permuted"].append(arm)
+    return {role: names[0] for role, names in found.items() if len(names) == 1}
 
 
 def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> list[RunScores]:
@@ -79,6 +106,13 @@ def pool_points(
 
 def _key(config: Config) -> str:
     """Return the settings that must be equal within an arm, as text."""
+    kept = _settings(config)
+    kept["replayed"] = config.control.replay and config.control.replay_arm
+    return json.dumps(kept, sort_keys=True)
+
+
+def _settings(config: Config, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings, by key, without those that may differ within an arm and some more."""
     settings: dict[str, Any] = {
         f"{section}.{name}": value
         for section, values in config.model_dump().items()
@@ -87,12 +121,11 @@ def _key(config: Config) -> str:
     kept = {
         key: value
         for key, value in settings.items()
-        if key not in _OF_ONE_ARM and not key.startswith("output.")
+        if key not in _OF_ONE_ARM and not key.startswith(("output.", *without))
     }
     # Machines keep a data set in different places, but under one name.
     kept["data set"] = Path(config.data.path or "").name
-    kept["replayed"] = config.control.replay and config.control.replay_arm
-    return json.dumps(kept, sort_keys=True)
+    return kept
 
 
 def _common_name(names: Sequence[str]) -> str:

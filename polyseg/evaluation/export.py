@@ -89,6 +89,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         },
         "runs": [_run_record(run, evaluation) for run in evaluation.runs],
         "comparisons": [_comparison_record(one) for one in evaluation.comparisons],
+        "conclusions": list(evaluation.conclusions),
         "robustness": [
             {
                 "run": point.run,

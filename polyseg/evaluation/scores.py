@@ -244,6 +244,8 @@ class Evaluation:
     """Part of the data that was tested: train, val, test or all."""
     sources: Sequence[str] = ()
     """Paths of the runs, relative to the folder of the results."""
+    conclusions: Sequence[str] = ()
+    """Sentences on whether the adaptive loss helped."""
 
     @property
     def unit(self) -> str:

@@ -6,7 +6,7 @@ or not of the expected kind, becomes a dash or is left out.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from polyseg.metrics.image_metrics import METRICS
@@ -218,8 +218,10 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
     ]
     by_patient = _by_patient(summary)
     single = [_comparison_sheet(one, metrics, by_patient) for one, metrics in compared if metrics]
+    given = summary.get("conclusions")
+    found = [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
     if len(in_dice) < 2:
-        return [], single
+        return [], [replace(one, notes=[*found, *one.notes]) for one in single]
     several = any(_whole(_difference(one, "dice").get("runs")) > 1 for one, _ in in_dice)
     rows = []
     for one, dice in in_dice:
@@ -227,8 +229,8 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
         rows.append([Cell(str(one.get("run", DASH)), marks=named.marks), *cells])
     against = " and ".join(dict.fromkeys(str(one.get("baseline", DASH)) for one, _ in compared))
     heads = ["run", *_comparison_heads(several)]
-    meaning = _meaning(several, _by_patient(summary))
-    return [Sheet(f"Dice against {against}", heads, rows, meaning)], single
+    notes = [*found, *_meaning(several, by_patient)]
+    return [Sheet(f"Dice against {against}", heads, rows, notes)], single
 
 
 def further_sheets(summary: Record) -> list[Sheet]:

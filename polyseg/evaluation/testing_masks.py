@@ -50,10 +50,12 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
     """Return the metrics of the masks in a folder; those that need probabilities are undefined.
 
     A file has the id of its image as its name: a label map, or one file for each label, as
-    LABEL/ID or as ID_LABEL.
+    LABEL/ID or as ID_LABEL. Where no file has just the id, any one pattern that gives a file for
+    each image is taken, such as ID_seg or ID/ID_trans.
 
     Raises:
-        PolysegError: masks are missing or of another size, or none of their values is a label.
+        PolysegError: masks are missing or of another size, none of their values is a label, or
+            more than one pattern fits.
     """
     labels = test.images.labels
     files = _files_of(folder, test, config)
@@ -70,6 +72,8 @@ def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Fi
     there = _index(folder)
     wanted = dict.fromkeys(_case_of(identity, there) for identity in test.ids)
     found = {case: _files_of_case(case, there, test.images.labels) for case in wanted}
+    if not any(found.values()):
+        found |= _by_pattern(folder, list(wanted), there, test.images.labels)
     missing = [case for case, files in found.items() if not files]
     if missing:
         raise PolysegError(
@@ -120,6 +124,29 @@ def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) 
     return files if len(files) == len(labels) else {}
 
 
+def _by_pattern(
+    folder: Path, cases: Sequence[str], there: Mapping[str, Path], labels: Sequence[str]
+) -> dict[str, Files]:
+    """Return a label map for each case by the one pattern of names that fits all; none without.
+
+    Raises:
+        PolysegError: several patterns fit.
+    """
+    of_labels = {pattern for one in labels for pattern in (f"{one}/ID", f"ID_{one}")}
+    patterns = {key.replace(cases[0], "ID") for key in there if cases[0] in key} - of_labels
+    fitting = sorted(
+        one for one in patterns if all(one.replace("ID", case) in there for case in cases)
+    )
+    if len(fitting) > 1:
+        raise PolysegError(
+            f"{folder}: holds several masks for each image ({', '.join(fitting)}); give a folder "
+            "with one of them"
+        )
+    if fitting:
+        log.info("%s: masks are the files named %s", folder, fitting[0])
+    return {case: {"": there[one.replace("ID", case)]} for one in fitting for case in cases}
+
+
 def _predictions(
     test: ImageTest, files: Mapping[str, Files], config: DataConfig
 ) -> Iterator[ImagePrediction]:
@@ -129,7 +156,9 @@ def _predictions(
     for done, identity in enumerate(mine, start=1):
         case = identity if identity in files else volume_of(identity)
         if case != last:
-            last, masks = case, _read(files[case], test.images, config)
+            # A picture, such as a PNG file, has no orientation that a mask's header could match.
+            stored = test.images.item(identity).spacing is None
+            last, masks = case, _read(files[case], test.images, config, stored=stored)
         number = 0 if case == identity else int(identity.rpartition("#")[2])
         size = test.images.item(identity).original_size
         count, height, width = masks.shape[0], *masks.shape[2:]
@@ -145,13 +174,15 @@ def _predictions(
         test.progress(f"testing {test.name}", min(total, test.processes.count * done), total)
 
 
-def _read(files: Files, images: ImageSet, config: DataConfig) -> Stack:
+def _read(files: Files, images: ImageSet, config: DataConfig, *, stored: bool) -> Stack:
     """Return the masks of a case, (N, K, H, W) in {0, 1}."""
     if "" in files:
-        labels = read_label_stack(files[""], config.plane).pixels
+        labels = read_label_stack(files[""], config.plane, stored=stored).pixels
         return to_masks(labels, files[""], list(config.tasks.values()) or None)
     parts = [
-        to_masks(read_label_stack(files[label], config.plane).pixels, files[label], None)
+        to_masks(
+            read_label_stack(files[label], config.plane, stored=stored).pixels, files[label], None
+        )
         for label in images.labels
     ]
     if len({part.shape for part in parts}) > 1:

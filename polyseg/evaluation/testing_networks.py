@@ -100,21 +100,25 @@ class EvaluationSettings:
     """Dice below which an image counts as failed."""
 
     def check(self) -> None:
-        """Raise if a value is out of bounds.
+        """Check that each value is within its bounds.
 
         Raises:
-            PolysegError: names the option.
+            PolysegError: names the option, the value and the bounds.
         """
         if self.threshold != "val" and not 0 < float(self.threshold) < 1:
-            raise PolysegError(f"--threshold {self.threshold}: above 0 and below 1, or val")
+            raise PolysegError(
+                f"--threshold {self.threshold}: choose a number above 0 and below 1, or val"
+            )
         if self.samples is not None and not 2 <= self.samples <= MOST_SAMPLES:
-            raise PolysegError(f"--samples {self.samples}: from 2 to {MOST_SAMPLES:,} passes")
+            raise PolysegError(f"--samples {self.samples}: choose 2 to {MOST_SAMPLES:,} passes")
         if self.samples is not None and not self.uncertainty:
-            raise PolysegError("--samples: counts passes of MC Dropout; add --uncertainty")
+            raise PolysegError("--samples needs --uncertainty, which runs the passes of MC Dropout")
         if not 0 < self.tolerance < 1000:
-            raise PolysegError(f"--tolerance {self.tolerance:g}: above 0 and below 1000")
+            raise PolysegError(
+                f"--tolerance {self.tolerance:g}: choose a number above 0 and below 1000"
+            )
         if not 0 < self.failure <= 1:
-            raise PolysegError(f"--failure {self.failure:g}: a Dice above 0, up to 1")
+            raise PolysegError(f"--failure {self.failure:g}: choose a Dice above 0 and at most 1")
         for name in self.corruptions:
             check_corruption(name, 0)
 

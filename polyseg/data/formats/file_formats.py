@@ -35,9 +35,10 @@ class Format(Row):
     holds_maps: bool = False
     """True where `write` takes float32 maps too; those of other formats are TIFF files."""
 
-    def read(self, path: Path, plane: str, *, labels: bool) -> Any:
-        """Return a file as a stack of slices."""
-        how = {"plane": plane} if self.has_planes else {}
+    def read(self, path: Path, plane: str, *, labels: bool, stored: bool = False) -> Any:
+        """Return a file as a stack of slices, those of volumes as stored if asked for."""
+        how: dict[str, Any] = {"plane": plane} if self.has_planes else {}
+        how |= {"stored": True} if stored and self.has_planes else {}
         return self.resolve()(path, labels=labels, **how)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyseg.data.formats.images import one_channel
-from polyseg.data.formats.nifti import lie, plane_of, spacing_of
+from polyseg.data.formats.nifti import AS_STORED, lie, plane_of, spacing_of
 from polyseg.data.formats.stacks import (
     MISSING,
     MOST_CHANNELS,
@@ -49,8 +49,12 @@ _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From ITK's axes, to the left and the back, to NIfTI's, to the right and the front."""
 
 
-def read_itk(path: Path, plane: Plane = "axial", *, labels: bool = False) -> Stack:
+def read_itk(
+    path: Path, plane: Plane = "axial", *, labels: bool = False, stored: bool = False
+) -> Stack:
     """Read an NRRD or MetaImage volume of two or three axes, sliced as NIfTI volumes are.
+
+    With `stored` the voxels are shown in their order, wherever the header says that they lie.
 
     Raises:
         PolysegError: the file is damaged, too large or of a kind not read, or SimpleITK is missing.
@@ -69,9 +73,10 @@ def read_itk(path: Path, plane: Plane = "axial", *, labels: bool = False) -> Sta
             raise PolysegError(
                 f"{path}: is damaged or cut short: its voxels cannot be read"
             ) from None
-        stored, affine = _stored(image, itk)
-        shown = plane_of(stored.shape, affine, plane)
-        pixels = np.ascontiguousarray(lie(stored, affine, shown))
+        voxels, affine = _stored(image, itk)
+        affine = AS_STORED if stored else affine
+        shown = plane_of(voxels.shape, affine, plane)
+        pixels = np.ascontiguousarray(lie(voxels, affine, shown))
         spacing = spacing_of(affine, shown)
         if labels:
             return Stack(label_pixels(path, one_channel(path, pixels)), spacing)

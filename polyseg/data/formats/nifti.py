@@ -40,13 +40,18 @@ _CHUNK = 2**18
 _COLUMNS = 16
 _LARGEST_OFFSET = 2**24
 _MILLIMETRES = {1: 1000.0, 3: 1e-3}
+AS_STORED = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Affine of a volume that is shown as it is stored: x to the left, y to the back, z up, 1 mm."""
 
 
-def read_nifti(path: Path, plane: Plane = "axial", *, labels: bool = False) -> Stack:
+def read_nifti(
+    path: Path, plane: Plane = "axial", *, labels: bool = False, stored: bool = False
+) -> Stack:
     """Read a NIfTI volume, .nii or .nii.gz, of two or three axes and one of channels.
 
     Images are scaled by slope and intercept where the header has them. NaN, which some scanners'
-    programs write where nothing was measured, becomes the smallest value.
+    programs write where nothing was measured, becomes the smallest value. With `stored` the voxels
+    are shown in their order, wherever the header says that they lie.
 
     Raises:
         PolysegError: the file is damaged, too large or of a kind not read, or nibabel is missing.
@@ -66,14 +71,14 @@ def read_nifti(path: Path, plane: Plane = "axial", *, labels: bool = False) -> S
         with _unpacked(path) as stream:
             header = _nifti_header(path, stream, nibabel)
             shape = _nifti_shape(path, header)
-            affine = _affine_of(path, header)
+            affine = AS_STORED if stored else _affine_of(path, header)
             scaling = _scaling(path, header)
-            stored = _read_voxels(path, stream, header, shape, scaled=scaling is not None)
-        view = lie(stored, affine, plane_of(shape, affine, plane))
+            voxels = _read_voxels(path, stream, header, shape, scaled=scaling is not None)
+        view = lie(voxels, affine, plane_of(shape, affine, plane))
         unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
         spacing = spacing_of(affine, plane_of(shape, affine, plane), unit)
         pixels = _copied(view, scaling)
-        del stored, view
+        del voxels, view
         if labels:
             return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
         return Stack(image_pixels(path, whole_numbers(_without_nan(pixels))), spacing)

@@ -24,12 +24,14 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
     return _read(Path(path), plane, labels=False)
 
 
-def read_label_stack(path: str | Path, plane: Plane = "axial") -> Stack:
+def read_label_stack(path: str | Path, plane: Plane = "axial", *, stored: bool = False) -> Stack:
     """Read a mask or labels as slices, (N, H, W), of the values that the file holds.
 
     Args:
         path: a file, or a folder that holds one DICOM series; colours have equal channels.
         plane: how a NIfTI volume is sliced; all else is as stored.
+        stored: whether the voxels of such a volume are shown in their order, x to the right and
+            y down, whatever orientation and spacing the header has.
 
     Raises:
         PolysegError: it is damaged, too large or of a kind that is not read.
@@ -43,13 +45,13 @@ def read_label_stack(path: str | Path, plane: Plane = "axial") -> Stack:
     array([[[255, 255, 255],
             [255, 255, 255]]], dtype=uint8)
     """
-    return _read(Path(path), plane, labels=True)
+    return _read(Path(path), plane, labels=True, stored=stored)
 
 
-def _read(path: Path, plane: Plane, *, labels: bool) -> Stack:
+def _read(path: Path, plane: Plane, *, labels: bool, stored: bool = False) -> Stack:
     with guarded(path):
         kind = format_of(path)
     if kind is None:
         raise PolysegError(f"{path}: is of no kind that is read: {', '.join(readable_suffixes())}")
-    stack: Stack = kind.read(path, plane, labels=labels)
+    stack: Stack = kind.read(path, plane, labels=labels, stored=stored)
     return stack

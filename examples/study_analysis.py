@@ -1,0 +1,697 @@
+"""Print the tables of a study from its rows: validity of measures, the oracle, and the arms.
+
+    python examples/study_analysis.py ROWS.jsonl --data DATA > tables.md
+    python examples/study_analysis.py --trial 1000
+
+ROWS.jsonl is what examples/study.py writes, a line for each run:
+
+    {"set", "fold", "seed", "arm", "images": [[id, dice, pixels], ...], "cpu_minutes", "groups"}
+    {"kind": "measures", "set", "fold", "seed", "scores": {measure: {id: D}},
+     "agreement": {measure: {N: rank correlation with 200 passes}}, "cpu_minutes"}
+
+"groups" is optional, {id: group}, such as the patient; `--data` also takes groups from
+DATA/SET/groups.csv. Without either each image is a group. A row with "error" in place of "images"
+is a failed run. The end points, contrasts and rules below were fixed before the runs.
+
+`--trial N` shuffles the labels of the arms within each set and fold N times, of the given rows or
+of simulated ones, and prints how often a claim is made although no arm differs.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.choices import FREE_SCORES
+from polyseg.metrics.rank_stability import partial_spearman, spearman
+from polyseg.metrics.significance import (
+    Interval,
+    PairedDifference,
+    group_means,
+    holm,
+    over_runs,
+    paired_difference,
+)
+
+Values = NDArray[np.float64]
+Place = tuple[int, int]
+"""Fold and seed of a run."""
+Groups = Mapping[str, str]
+"""The group of each image, by its id."""
+
+LEVEL = 0.05
+SIGNIFICANT_SETS = 3
+"""Least number of sets with an adjusted p below LEVEL for a claim."""
+SAME_SIGN_SETS = 4
+"""Least number of sets whose difference has the sign of the claim."""
+ORACLE_FOLDS = 3
+"""Number of folds in all of which the oracle has to be better."""
+AGREEMENT = 0.95
+"""Rank correlation with 200 passes from which on passes are enough."""
+RESAMPLES = 999
+SENSITIVITIES = ("0.3", "1")
+PERMUTATIONS = ("1", "2", "3")
+CONTRASTS = {
+    "chosen - uniform": ("chosen", ("epsilon-0", "uniform")),
+    "chosen - permuted": ("chosen", ("chosen-permuted",)),
+}
+"""The arm, and the names of the one that it is compared with, in each fold the first with a row."""
+DONORS = ("donor-0", "donor-1")
+GATE_B = (
+    "uniform",
+    *(f"oracle-{x}" for x in SENSITIVITIES),
+    *(f"permuted-{k}-{x}" for x in SENSITIVITIES for k in PERMUTATIONS),
+)
+GATE_C = (
+    *("dice", "dice_bce", "epsilon-0", "epsilon-1", "thesis", "thesis-mean", "thesis-permuted"),
+    *("chosen", "chosen-permuted", "inverted"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained and tested run."""
+
+    set: str
+    fold: int
+    seed: int
+    arm: str
+    dice: Mapping[str, float]
+    """Dice of each tested image, by its id."""
+    pixels: Mapping[str, int]
+    """Foreground pixels of their masks."""
+    minutes: float = 0.0
+    """Processor time."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The difficulties of a run's training images by each measure."""
+
+    set: str
+    fold: int
+    seed: int
+    scores: Mapping[str, Mapping[str, float]]
+    agreement: Mapping[str, Mapping[int, float]]
+    minutes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """All rows of a study."""
+
+    runs: Sequence[Run]
+    measures: Sequence[Measures] = ()
+    failed: Sequence[tuple[str, str]] = ()
+    """Set and arm of each failed run."""
+    groups: Mapping[str, Groups] = field(default_factory=dict)
+    """By set."""
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the sets in order of appearance."""
+        names = [run.set for run in self.runs] + [row.set for row in self.measures]
+        return list(dict.fromkeys(names))
+
+    def arm(self, name: str, arm: str) -> dict[Place, Run]:
+        """Return the runs of an arm on a set, by fold and seed."""
+        runs = (run for run in self.runs if (run.set, run.arm) == (name, arm))
+        return {(run.fold, run.seed): run for run in runs}
+
+    def mean(self, run: Run) -> float:
+        """Return the mean test Dice of a run, over groups where they are known."""
+        groups = self.groups.get(run.set, {})
+        of_groups = group_means(list(run.dice.values()), [groups.get(one) for one in run.dice])
+        return float(np.nanmean(of_groups))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference of two arms on a set."""
+
+    name: str
+    set: str
+    found: PairedDifference
+    adjusted: float = float("nan")
+
+    @property
+    def p(self) -> float:
+        """The larger p of the tests over groups and over folds; NaN where one is unknown."""
+        return float(np.maximum(self.found.p_value, self.found.p_over_runs))
+
+
+def read(lines: Iterable[str], groups: Mapping[str, Groups] | None = None) -> Study:
+    """Return the study of some rows.
+
+    Args:
+        lines: of JSON.
+        groups: known beforehand, by set; those of rows are added.
+
+    Raises:
+        ValueError: names the line that is no row, or repeats a run.
+    """
+    runs: dict[tuple[Any, ...], Run] = {}
+    measures: dict[tuple[Any, ...], Measures] = {}
+    failed, known = [], {name: dict(one) for name, one in (groups or {}).items()}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key = (row["set"], int(row["fold"]), int(row["seed"]))
+            minutes = float(row.get("cpu_minutes", 0))
+            if row.get("kind") == "measures":
+                again = key in measures
+                agreement = {
+                    name: {int(n): float(r) for n, r in by_passes.items()}
+                    for name, by_passes in row["agreement"].items()
+                }
+                measures[key] = Measures(*key, row["scores"], agreement, minutes)
+            elif "error" in row:
+                failed.append((row["set"], row["arm"]))
+                continue
+            else:
+                again = (*key, row["arm"]) in runs
+                dice = {identity: float(value) for identity, value, _ in row["images"]}
+                pixels = {identity: int(size) for identity, _, size in row["images"]}
+                runs[*key, row["arm"]] = Run(*key, row["arm"], dice, pixels, minutes)
+                known.setdefault(row["set"], {}).update(row.get("groups") or {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number}: is no row of a study ({error!r})") from error
+        if again:
+            raise ValueError(f"line {number}: repeats a run of an earlier line; remove one")
+    return Study(list(runs.values()), list(measures.values()), failed, known)
+
+
+# Gate A
+
+
+@dataclass(frozen=True)
+class Validity:
+    """What a measure of difficulty says on a set; statistics are means over seeds."""
+
+    set: str
+    measure: str
+    images: int
+    seeds: int
+    error: tuple[float, Interval]
+    """Spearman's correlation of D with the out-of-fold error."""
+    at_equal_size: tuple[float, Interval]
+    """The partial one at equal size of the mask."""
+    between_seeds: tuple[float, Interval]
+    """Spearman's correlation of D between two seeds."""
+    passes: Sequence[float]
+    """Passes needed by each seed; infinite where none were enough, empty where none are made."""
+
+
+def validity(study: Study, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Validity]:
+    """Return what each measure says on each set, over images that all seeds have measured.
+
+    Intervals are 95 % percentile intervals of a bootstrap that draws whole groups.
+    """
+    found = []
+    for name in study.sets:
+        rows = [one for one in study.measures if one.set == name]
+        rows = [row for row in rows if out_of_fold(study, row)]
+        for measure in dict.fromkeys(key for row in rows for key in row.scores):
+            with_it = [row for row in rows if measure in row.scores]
+            found.append(_validity(study, measure, with_it, resamples, seed))
+    return found
+
+
+def out_of_fold(study: Study, row: Measures) -> dict[str, tuple[float, int]]:
+    """Return 1 - Dice and the size of each training image, by the donor that has not seen it."""
+    found = {}
+    for arm in DONORS:
+        donor = study.arm(row.set, arm).get((row.fold, row.seed))
+        for identity, dice in donor.dice.items() if donor else ():
+            found[identity] = (1 - dice, donor.pixels[identity] if donor else 0)
+    return found
+
+
+def passes_needed(agreement: Mapping[int, float]) -> float:
+    """Return the least number of passes from which on the agreement is at least AGREEMENT.
+
+    >>> passes_needed({10: 0.96, 20: 0.94, 50: 0.95, 100: 0.99})
+    50
+    >>> passes_needed({10: 0.5})
+    inf
+    """
+    needed = float("inf")
+    for passes, correlation in sorted(agreement.items(), reverse=True):
+        if not correlation >= AGREEMENT:
+            break
+        needed = passes
+    return needed
+
+
+def _validity(
+    study: Study, measure: str, rows: Sequence[Measures], resamples: int, seed: int
+) -> Validity:
+    known = [out_of_fold(study, row) for row in rows]
+    shared = set(known[0]).intersection(*known[1:], *(row.scores[measure] for row in rows))
+    ids = [one for one in rows[0].scores[measure] if one in shared]
+    d = np.array([[row.scores[measure][one] for one in ids] for row in rows], dtype=np.float64)
+    errors = np.array([[of_seed[one][0] for one in ids] for of_seed in known])
+    size = np.array([known[0][one][1] for one in ids], dtype=np.float64)
+
+    def statistics(drawn: NDArray[np.intp]) -> list[float]:
+        pairs = itertools.combinations(d[:, drawn], 2)
+        by_seed = [(x[drawn], y[drawn]) for x, y in zip(d, errors, strict=True)]
+        return [
+            _mean(spearman(x, y) for x, y in by_seed),
+            _mean(partial_spearman(x, y, size[drawn]) for x, y in by_seed),
+            _mean(spearman(x, y) for x, y in pairs),
+        ]
+
+    groups = study.groups.get(rows[0].set, {})
+    members = _members([groups.get(one) for one in ids])
+    intervals = _intervals(statistics, members, resamples, seed)
+    values = statistics(np.arange(len(ids)))
+    passes = [passes_needed(row.agreement[measure]) for row in rows if measure in row.agreement]
+    error, at_equal_size, between = zip(values, intervals, strict=True)
+    return Validity(
+        *(rows[0].set, measure, len(ids), len(rows), error, at_equal_size, between),
+        [] if measure in FREE_SCORES else passes,
+    )
+
+
+def _members(groups: Sequence[str | None]) -> list[NDArray[np.intp]]:
+    """Return the rows of each group; an image without one is a group of its own."""
+    found: dict[object, list[int]] = {}
+    for i, group in enumerate(groups):
+        found.setdefault(i if group is None else group, []).append(i)
+    return [np.array(rows, dtype=np.intp) for rows in found.values()]
+
+
+def _intervals(
+    statistics: Callable[[NDArray[np.intp]], list[float]],
+    members: Sequence[NDArray[np.intp]],
+    resamples: int,
+    seed: int,
+) -> list[Interval]:
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(members), (resamples, len(members)))
+    drawn = np.array([statistics(np.concatenate([members[k] for k in draw])) for draw in draws])
+    intervals = []
+    for column in drawn.T:
+        known = column[np.isfinite(column)]
+        ends = np.percentile(known, (2.5, 97.5)) if known.size else (np.nan, np.nan)
+        intervals.append(Interval(*map(float, ends)))
+    return intervals
+
+
+# Gate B
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Mean test Dice of the oracle and of the arms beside it in each fold of a set."""
+
+    set: str
+    sensitivity: str
+    folds: Mapping[int, tuple[float, float, float]]
+    """Of the oracle, the uniform arm, and the mean of the permuted arms, by fold."""
+
+    @property
+    def better(self) -> int:
+        """Number of folds in which the oracle exceeds both others."""
+        return sum(oracle > max(others) for oracle, *others in self.folds.values())
+
+
+def oracles(study: Study) -> list[Oracle]:
+    """Return the oracle of each set and sensitivity, in the folds where no arm is missing."""
+    found = []
+    for name, sensitivity in itertools.product(study.sets, SENSITIVITIES):
+        arms = [f"oracle-{sensitivity}", "uniform"]
+        arms += [f"permuted-{k}-{sensitivity}" for k in PERMUTATIONS]
+        runs = [study.arm(name, arm) for arm in arms]
+        places = sorted(set(runs[0]).intersection(*runs[1:]))
+        folds = {}
+        for place in places:
+            oracle, uniform, *permuted = [study.mean(of_arm[place]) for of_arm in runs]
+            folds[place[0]] = (oracle, uniform, float(np.mean(permuted)))
+        if runs[0]:
+            found.append(Oracle(name, sensitivity, folds))
+    return found
+
+
+def verdicts(found: Sequence[Oracle]) -> dict[str, str]:
+    """Return the sentence of the rule for each set: may placing the steep loss help there?"""
+    sentences = {}
+    for name in dict.fromkeys(one.set for one in found):
+        of_set = [one for one in found if one.set == name]
+        helped = [one.sensitivity for one in of_set if one.better >= ORACLE_FOLDS]
+        unfinished = [one for one in of_set if len(one.folds) < ORACLE_FOLDS]
+        if helped:
+            where = " and ".join(helped)
+            said = f"the oracle exceeds both others in all folds at sensitivity {where}: gate C"
+            said += " tests adaptive weights"
+        elif unfinished:
+            said = f"unfinished, fewer than {ORACLE_FOLDS} folds have all arms"
+        else:
+            said = "no evidence that placement can help here"
+        sentences[name] = said
+    return sentences
+
+
+# Gate C
+
+
+def contrasts(study: Study, *, resamples: int = RESAMPLES) -> list[Contrast]:
+    """Return both contrasts on each set, with p adjusted by Holm's method over all of them."""
+    found = [
+        Contrast(name, data, difference)
+        for name, (arm, others) in CONTRASTS.items()
+        for data in study.sets
+        if (difference := _difference(study, data, arm, others, resamples)) is not None
+    ]
+    adjusted = holm([one.p for one in found])
+    return [
+        Contrast(one.name, one.set, one.found, float(p))
+        for one, p in zip(found, adjusted, strict=True)
+    ]
+
+
+def _difference(
+    study: Study, name: str, arm: str, others: Sequence[str], resamples: int
+) -> PairedDifference | None:
+    """Return arm - other over groups and over folds, paired by fold and seed; None without pairs.
+
+    An image that several runs have tested has its mean difference, and a fold that of its seeds.
+    """
+    first = study.arm(name, arm)
+    second: dict[Place, Run] = {}
+    for other_arm in reversed(others):
+        second |= study.arm(name, other_arm)
+    places = sorted(set(first) & set(second))
+    if not places:
+        return None
+    groups = study.groups.get(name, {})
+    by_image: dict[str, list[float]] = {}
+    by_fold: dict[int, list[float]] = {}
+    for place in places:
+        one, other = first[place], second[place]
+        if set(one.dice) != set(other.dice):
+            raise ValueError(f"{name} fold {place[0]}: {arm} and {other.arm} test other images")
+        differences = {identity: one.dice[identity] - other.dice[identity] for identity in one.dice}
+        for identity, value in differences.items():
+            by_image.setdefault(identity, []).append(value)
+        of_groups = group_means(list(differences.values()), [groups.get(i) for i in differences])
+        by_fold.setdefault(place[0], []).append(float(np.nanmean(of_groups)))
+    means = np.array([np.mean(values) for values in by_image.values()])
+    found = paired_difference(
+        *(np.zeros_like(means), means),
+        groups=[groups.get(identity) for identity in by_image],
+        resamples=resamples,
+    )
+    return over_runs(found, [np.mean(values) for values in by_fold.values()])
+
+
+def claim(found: Sequence[Contrast]) -> str:
+    """Return "better" or "worse" where a contrast on all sets allows a claim, otherwise "".
+
+    An adjusted p below LEVEL on SIGNIFICANT_SETS sets whose differences have one sign, which
+    SAME_SIGN_SETS sets have.
+    """
+    for sign, word in ((1, "better"), (-1, "worse")):
+        with_sign = [one for one in found if sign * one.found.mean > 0]
+        significant = [one for one in with_sign if one.adjusted < LEVEL]
+        if len(significant) >= SIGNIFICANT_SETS and len(with_sign) >= SAME_SIGN_SETS:
+            return word
+    return ""
+
+
+def claims(found: Sequence[Contrast]) -> dict[str, str]:
+    """Return the claim of each contrast, "" for none."""
+    return {name: claim([one for one in found if one.name == name]) for name in CONTRASTS}
+
+
+# The trial
+
+
+def simulated(seed: int, sets: int = 5, folds: int = 5) -> Study:
+    """Return a study in which no arm differs: images scatter by 0.2, runs by 0.02.
+
+    Each set has 24 groups of five images in each fold's test part; an image has its level for all
+    arms, with an SD of 0.1 between groups and of 0.17 within them, and 0.05 of its own in each run.
+    """
+    rng = np.random.default_rng(seed)
+    runs: list[Run] = []
+    groups: dict[str, dict[str, str]] = {}
+    for data, fold in itertools.product(range(sets), range(folds)):
+        ids = [f"{fold}-{g}-{i}" for g in range(24) for i in range(5)]
+        groups.setdefault(f"set{data}", {}).update({one: one.rpartition("-")[0] for one in ids})
+        level = 0.7 + np.repeat(rng.normal(0, 0.1, 24), 5) + rng.normal(0, 0.17, len(ids))
+        for arm in ("chosen", "epsilon-0", "chosen-permuted"):
+            dice = level + rng.normal(0, 0.02) + rng.normal(0, 0.05, len(ids))
+            scores = dict(zip(ids, dice.tolist(), strict=True))
+            runs.append(Run(f"set{data}", fold, fold, arm, scores, dict.fromkeys(ids, 1)))
+    return Study(runs, groups=groups)
+
+
+def shuffled(study: Study, seed: int) -> Study:
+    """Return the study with the labels of the contrasts' arms permuted within each set and fold."""
+    rng = np.random.default_rng(seed)
+    arms = {"chosen", *(name for _, names in CONTRASTS.values() for name in names)}
+    places: dict[tuple[str, int, int], list[Run]] = {}
+    for run in study.runs:
+        if run.arm in arms:
+            places.setdefault((run.set, run.fold, run.seed), []).append(run)
+    runs = []
+    for members in places.values():
+        labels = rng.permutation([run.arm for run in members])
+        for run, label in zip(members, labels, strict=True):
+            runs.append(Run(run.set, run.fold, run.seed, str(label), run.dice, run.pixels))
+    return Study(runs, groups=study.groups)
+
+
+def trial(number: int, study: Study | None = None) -> tuple[int, int]:
+    """Return how many of so many studies without any effect make a claim, and show a difference.
+
+    The second number counts studies with an adjusted p below LEVEL on any set.
+    """
+    claimed = shown = 0
+    for k in range(number):
+        found = contrasts(shuffled(study or simulated(k), k), resamples=1)
+        claimed += any(claims(found).values())
+        shown += any(one.adjusted < LEVEL for one in found)
+    return claimed, shown
+
+
+def rate(count: int, number: int) -> str:
+    """Return a share in percent with its 95 % interval (Clopper and Pearson).
+
+    >>> rate(0, 1000)
+    '0.0 % (0.0 to 0.4)'
+    """
+    from scipy import stats
+
+    low, high = stats.binomtest(count, number).proportion_ci(method="exact")
+    return f"{100 * count / number:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+# Tables
+
+
+def tables(study: Study) -> str:
+    """Return all tables of a study as Markdown."""
+    parts = [
+        _section("Runs", _runs_table(study)),
+        _section("Gate A: measures of difficulty", _validity_table(validity(study))),
+        _section("Gate B: the oracle", _oracle_table(oracles(study))),
+        _section("Gate C: mean test Dice of the arms", _arms_table(study)),
+        _section("Gate C: contrasts", _contrast_table(contrasts(study))),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"## {title}", "", *lines, ""]) if lines else ""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    alignments = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (heads, alignments, *rows)]
+
+
+def _runs_table(study: Study) -> list[str]:
+    rows = []
+    for name in dict.fromkeys([*study.sets, *(of for of, _ in study.failed)]):
+        runs = [run for run in study.runs if run.set == name]
+        measures = [row for row in study.measures if row.set == name]
+        failed = sum(of == name for of, _ in study.failed)
+        minutes = [run.minutes for run in runs] + [row.minutes for row in measures]
+        images = len({identity for run in runs for identity in run.dice})
+        groups = len(set(study.groups.get(name, {}).values()))
+        cells = [
+            len(runs),
+            failed,
+            missing(study, name),
+            images,
+            groups or "–",
+            f"{sum(minutes) / 60:.1f}",
+        ]
+        rows.append([name, *map(str, cells)])
+    heads = ["set", "runs", "failed", "missing", "images", "groups", "processor hours"]
+    return [*_table(heads, rows), "", "Missing: runs of a gate that has begun, without a row."]
+
+
+def missing(study: Study, name: str) -> int:
+    """Return how many runs of the gates that have begun on a set have no row."""
+    there = {(run.fold, run.seed, run.arm) for run in study.runs if run.set == name}
+    wanted: set[tuple[int, int, str]] = set()
+    first = [(0, seed) for seed in range(3)]
+    # The uniform arm and the donors belong to gates A and B; gate A takes measures.
+    if any(row.set == name for row in study.measures) or there & {(0, 1, arm) for arm in DONORS}:
+        wanted |= {(*place, arm) for place in first for arm in ("uniform", *DONORS)}
+    if any(arm.startswith("oracle") for *_, arm in there):
+        wanted |= {(k, k, arm) for k in range(ORACLE_FOLDS) for arm in (*GATE_B, *DONORS)}
+    if any(arm in GATE_C for *_, arm in there):
+        wanted |= {(k, k, arm) for k in range(5) for arm in GATE_C}
+    return len(wanted - there)
+
+
+def _validity_table(found: Sequence[Validity]) -> list[str]:
+    if not found:
+        return []
+    rows = [
+        [
+            *(one.set, one.measure, f"{one.images}", f"{one.seeds}"),
+            *map(_correlation, (one.error, one.at_equal_size, one.between_seeds)),
+            _passes(one.passes),
+        ]
+        for one in found
+    ]
+    heads = ["set", "measure", "images", "seeds", "error", "at equal size", "between seeds"]
+    return [
+        *_table([*heads, "passes"], rows),
+        "",
+        "Spearman's correlation of D with the out-of-fold error, the same at equal size of the "
+        "mask, and of D between two seeds: means over seeds with 95 % intervals of a bootstrap "
+        f"over groups. Passes: needed for a rank correlation of {AGREEMENT} with 200 passes, "
+        "median (least to most) of the seeds.",
+    ]
+
+
+def _correlation(value: tuple[float, Interval]) -> str:
+    mean, (low, high) = value
+    return "–" if np.isnan(mean) else f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _passes(needed: Sequence[float]) -> str:
+    if not needed:
+        return "none"
+    low, middle, high = np.percentile(needed, (0, 50, 100), method="lower")
+    shown = ["more" if np.isinf(one) else f"{one:.0f}" for one in (middle, low, high)]
+    return "{} ({} to {})".format(*shown) if low != high else shown[0]
+
+
+def _oracle_table(found: Sequence[Oracle]) -> list[str]:
+    if not found:
+        return []
+    rows = [
+        [one.set, one.sensitivity, str(fold), *(f"{mean:.3f}" for mean in means)]
+        for one in found
+        for fold, means in sorted(one.folds.items())
+    ]
+    heads = ["set", "sensitivity", "fold", "oracle", "uniform", "permuted (mean)"]
+    said = [f"- {name}: {sentence}." for name, sentence in verdicts(found).items()]
+    return [*_table(heads, rows), "", *said]
+
+
+def _arms_table(study: Study) -> list[str]:
+    rows = []
+    for arm in GATE_C:
+        cells = []
+        for name in study.sets:
+            means = [study.mean(run) for run in study.arm(name, arm).values()]
+            spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+            cells.append(f"{np.mean(means):.3f}{spread} ({len(means)})" if means else "–")
+        if set(cells) != {"–"}:
+            rows.append([arm, *cells])
+    note = "Mean ± standard deviation over the folds (number of runs)."
+    return [*_table(["arm", *study.sets], rows), "", note] if rows else []
+
+
+def _contrast_table(found: Sequence[Contrast]) -> list[str]:
+    if not found:
+        return []
+    rows = []
+    for one in found:
+        low, high = one.found.interval
+        ps = (one.found.p_value, one.found.p_over_runs, one.adjusted)
+        cells = [f"{one.found.mean:+.4f} [{low:+.4f}, {high:+.4f}]", *map(_p, ps)]
+        counts = f"{one.found.patients}, {one.found.runs}"
+        rows.append([one.name, one.set, counts, *cells])
+    heads = ["contrast", "set", "groups, folds", "difference [95 % interval]"]
+    said = []
+    for name, word in claims(found).items():
+        sets = sum(one.name == name and one.adjusted < LEVEL for one in found)
+        what = f"{word} is claimed" if word else "no difference is claimed"
+        said.append(f"- {name}: {what} (adjusted p below {LEVEL} on {sets} sets).")
+    return [
+        *_table([*heads, "p groups", "p folds", "adjusted"], rows),
+        "",
+        "Adjusted: the larger p, by Holm's method over both contrasts and all sets. A claim needs "
+        f"an adjusted p below {LEVEL} on {SIGNIFICANT_SETS} sets and the same sign on "
+        f"{SAME_SIGN_SETS}.",
+        "",
+        *said,
+    ]
+
+
+def _p(value: float) -> str:
+    return "–" if np.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _mean(values: Iterator[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def read_groups(data: Path) -> dict[str, Groups]:
+    """Return the groups in the manifests DATA/SET/groups.csv, by set."""
+    found: dict[str, Groups] = {}
+    for path in sorted(data.glob("*/groups.csv")):
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            found[path.parent.name] = {Path(row["image"]).stem: row["group"] for row in rows}
+    return found
+
+
+def main() -> None:
+    """Print the tables of a study, or the result of the trial."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("rows", type=Path, nargs="?", help="JSON lines, a row for each run")
+    parser.add_argument("--data", type=Path, help="folder of the data sets, for their groups.csv")
+    parser.add_argument("--trial", type=int, metavar="N", help="shuffle the arms' labels N times")
+    given = parser.parse_args()
+    if given.rows is None and given.trial is None:
+        parser.error("give ROWS.jsonl, or --trial N")
+    study = None
+    if given.rows is not None:
+        try:
+            groups = read_groups(given.data) if given.data else {}
+            study = read(given.rows.read_text().splitlines(), groups)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {given.rows}: {error}")
+    if given.trial is None and study is not None:
+        print(tables(study))
+        return
+    claimed, shown = trial(given.trial, study)
+    print(f"Of {given.trial} studies with shuffled arms, percent with 95 % interval:")
+    print(f"- a claim: {rate(claimed, given.trial)}")
+    print(f"- an adjusted p below {LEVEL} on any set: {rate(shown, given.trial)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The sentence on whether the adaptive loss helped, for each way a comparison can come out."""
+
+import re
+
+import numpy as np
+import pytest
+
+from polyseg.config import load_config
+from polyseg.evaluation.arms import arms_of, roles_of
+from polyseg.evaluation.conclusion import conclusions
+from polyseg.evaluation.export import markdown, summary
+from polyseg.evaluation.scores import Evaluation, RunScores, compare, pool
+from tests.test_evaluation_patients import scored
+
+ROLES = {"dice": "dice", "permuted": "permuted"}
+CLAUSES = {
+    ("dice", "better"): "the adaptive loss was better than the Dice loss (",
+    ("dice", "worse"): "the adaptive loss was worse than the Dice loss (",
+    ("dice", "not shown"): "no difference between the adaptive loss and the Dice loss was shown (",
+    ("permuted", "better"): "adaptive arm being better than the permuted arm (",
+    ("permuted", "worse"): "adaptive arm being worse than the permuted arm (",
+    ("permuted", "not shown"): "no difference was shown by which image got the steep loss",
+}
+GAINS = {"better": 0.05, "worse": -0.05, "not shown": 0.0}
+
+
+def arm(name, gain, label="", seeds=5, groups=None):
+    """Return an arm of several seeds on 20 patients: `gain` below an adaptive arm, and scatter."""
+    members = []
+    for seed in range(seeds):
+        rng = np.random.default_rng([seed, *name.encode()])
+        level = np.random.default_rng(9).uniform(0.5, 0.8, 40)
+        values = level - gain + rng.normal(0, 0.01, 40)
+        patients = [f"p{i // 2}" for i in range(40)] if groups is None else groups
+        members.append(scored(f"{name}-{seed}", values, patients, seed=seed, label=label))
+    return pool(name, members)
+
+
+def said(dice, permuted, **more):
+    arms = [arm("adaptive", 0.0, **more), arm("dice", dice, **more)]
+    arms.append(arm("permuted", permuted, **more))
+    return conclusions(compare(arms, "adaptive"), ROLES), arms
+
+
+@pytest.mark.parametrize("dice", GAINS)
+@pytest.mark.parametrize("permuted", GAINS)
+def test_the_sentence_says_better_worse_or_not_shown_for_each_arm(dice, permuted):
+    (sentence,), arms = said(GAINS[dice], GAINS[permuted])
+    text = sentence[0].lower() + sentence[1:]
+    for role, wanted in (("dice", dice), ("permuted", permuted)):
+        assert [kind for of, kind in CLAUSES if of == role and CLAUSES[of, kind] in text] == [
+            wanted
+        ]
+    assert sentence.count(".") == len(re.findall(r"\d\.\d", sentence)) + 1  # One sentence.
+    assert sentence.endswith("; 20 patients, 5 pairs of runs.")
+    numbers = r"difference in mean Dice (\S+), 95 % interval (\S+) to (\S+), adjusted p ([< \d.]+)"
+    for other, found in zip(arms[1:], re.findall(numbers, sentence), strict=True):
+        mean, low, high = map(float, found[:3])
+        assert mean == pytest.approx(arms[0].mean("dice") - other.mean("dice"), abs=6e-5)
+        assert low < mean < high
+        p = 0.0 if found[3].startswith("<") else float(found[3])
+        assert (p < 0.05) == (GAINS[dice if other.name == "dice" else permuted] != 0)
+
+
+def test_a_mean_against_most_cases_is_said_to_disagree():
+    values = np.full(30, 0.6)
+    other = values + np.where(np.arange(30) < 27, 0.01, -0.4) + np.arange(30) / 1e5
+    runs = [scored("adaptive", values, [None] * 30), scored("dice", other, [None] * 30)]
+    (sentence,) = conclusions(compare(runs, "adaptive"), {"dice": "dice"})
+    assert sentence.startswith("The mean and most cases disagree on whether the adaptive loss was")
+    assert "steep" not in sentence
+    assert sentence.endswith(
+        "30 images, fewer than two pairs of runs, so that other seeds may differ."
+    )
+
+
+def test_one_image_or_equal_runs_show_no_difference():
+    for values in ([0.5], [0.5] * 9):
+        runs = [scored(name, values, [None] * len(values)) for name in ("adaptive", "dice")]
+        (sentence,) = conclusions(compare(runs, "adaptive"), {"dice": "dice"})
+        assert sentence.startswith("No difference between the adaptive loss and the Dice loss was")
+
+
+def test_each_label_has_a_sentence():
+    arms = [
+        RunScores(**vars(one))
+        for label, gain in (("left", 0.05), ("right", 0.0))
+        for one in (arm("adaptive", 0.0, label), arm("dice", gain, label))
+    ]
+    left, right = conclusions(compare(arms, "adaptive"), {"dice": "dice"})
+    assert left.startswith("left: the adaptive loss was better than the Dice loss (")
+    assert right.startswith("right: no difference between")
+
+
+def test_tables_hold_the_sentence_below_the_differences():
+    sentences, arms = said(0.05, 0.0)
+    evaluation = Evaluation(arms, compare(arms, "adaptive"), conclusions=sentences)
+    part = markdown(summary(evaluation)).split("## Dice against adaptive")[1].split("##")[0]
+    assert sentences[0] in part.splitlines()
+    assert "conclusions" in summary(evaluation)
+    damaged = summary(evaluation) | {"conclusions": 3}
+    assert sentences[0] not in markdown(damaged)
+
+
+def configs(**arms):
+    shared = {"dice": ["loss.name=dice"], "adaptive": []}
+    shared |= {f"{arm}": ["control.replay=x", f"control.replay_arm={arm}"] for arm in ("permuted",)}
+    return {
+        name: load_config(overrides=[*shared[role], *more]) for name, (role, more) in arms.items()
+    }
+
+
+def test_roles_are_found_by_settings_and_need_equal_others():
+    given = configs(a=("adaptive", []), b=("dice", []), c=("permuted", []))
+    arms = arms_of(given)
+    assert roles_of(given, arms, "a") == {"dice": "b", "permuted": "c"}
+    assert roles_of(given, arms, "b") == {}
+    given = configs(
+        a=("adaptive", ["uncertainty.samples=7", "control.epsilon_max=2"]),
+        b=("dice", ["training.learning_rate=0.5"]),
+        c=("permuted", ["control.epsilon_max=3", "uncertainty.samples=7"]),
+    )
+    assert roles_of(given, arms_of(given), "a") == {}
+    given = configs(a=("adaptive", ["uncertainty.samples=7"]), b=("dice", []))
+    assert roles_of(given, arms_of(given), "a") == {"dice": "b"}
