@@ -18,7 +18,7 @@ from polyseg.adaptive.controller import EpsilonControl, Recorder, normalised_by
 from polyseg.adaptive.replay import arm_of_difficulty, mask_sizes, replay_arm
 from polyseg.config import Config, build_config
 from polyseg.data.order import epoch_order
-from polyseg.difficulty import FALLBACKS
+from polyseg.difficulty import FALLBACKS, percentile_and_sigma
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import partial_spearman, spearman
 from polyseg.metrics.significance import rank_correlation
@@ -428,11 +428,12 @@ def _overview(part: RunRecord, k: int) -> Row:
     assessment, fed = part.assessments[k], part.fed(k)
     difficulty = assessment.difficulty
     order = [assessment.ids[i] for i in np.argsort(-difficulty, kind="stable")]
+    center, sigma = percentile_and_sigma(difficulty, part.config.control.percentile)
     before = part.assessments[k - 1].difficulty if k else np.full_like(difficulty, math.nan)
     return {
         **_quantiles("difficulty", difficulty),
-        "difficulty_percentile": float(np.percentile(difficulty, part.config.control.percentile)),
-        "sigma": float(difficulty.std()),
+        "difficulty_percentile": center,
+        "sigma": sigma,
         **_quantiles("epsilon", part.next_epsilon(k)),
         **{f"largest_{i + 1}": one for i, one in enumerate(order[:_EXTREMES])},
         **{f"smallest_{i + 1}": one for i, one in enumerate(order[::-1][:_EXTREMES])},

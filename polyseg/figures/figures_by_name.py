@@ -57,27 +57,27 @@ class RunFigure(Row):
     """The record that it needs; those of the history have no label."""
 
 
-_TRAINING = "polyseg.figures.run_figures"
+_RUN = "polyseg.figures.run_figures"
 
 RUN_FIGURES = Registry(
     "figure of a run",
-    RunFigure("curves", "losses, validation overlap and learning rate", f"{_TRAINING}:curves"),
+    RunFigure("curves", "losses, validation overlap and learning rate", f"{_RUN}:curves"),
     RunFigure(
         "epsilon",
         "quantiles of epsilon over the training images",
-        f"{_TRAINING}:epsilon",
+        f"{_RUN}:epsilon",
         source="schedule",
     ),
     RunFigure(
         "difficulty",
         "distribution of the difficulty at each assessment",
-        f"{_TRAINING}:difficulty",
+        f"{_RUN}:difficulty",
         source="assessments",
     ),
     RunFigure(
         "difficulty_dice",
         "Dice over difficulty at the last assessment",
-        f"{_TRAINING}:difficulty_dice",
+        f"{_RUN}:difficulty_dice",
         source="assessments",
     ),
 )
