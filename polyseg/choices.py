@@ -355,8 +355,7 @@ PRESETS = Registry(
     "preset",
     Preset(
         "thesis",
-        "the method as the thesis has it, with the readings of docs/method.md, whatever the "
-        "defaults are",
+        "the method of the thesis as docs/method.md reads it; stays the same if defaults change",
         settings=(
             "loss.name=polydice1",
             "loss.epsilon=0.0",

@@ -27,11 +27,11 @@ def command_page():
     lines = [
         "# Commands",
         "",
-        "Results go to stdout, everything else to stderr; `-q` leaves results and warnings only.",
-        "Exit codes: 0; 2 for an error, which is one line; 130 after Ctrl-C, 143 after SIGTERM,",
-        "138 after SIGUSR1 and 129 after SIGHUP, with all epochs kept that were completed.",
-        "`polyseg --install-completion` lets the shell complete commands, options, settings and",
-        "their values; `polyseg --show-completion` prints what it installs.",
+        "Results go to stdout, everything else to stderr; `-q` prints only results and warnings.",
+        "The exit code is 0 after success and 2 after an error, which is one line. It is 130 after",
+        "Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 and 129 after SIGHUP; completed epochs are",
+        "kept. `polyseg --install-completion` lets the shell complete commands, options, settings",
+        "and their values; `polyseg --show-completion` prints the code that it installs.",
     ]
     for name, command in commands():
         description, _, example = command.help.partition("Example: ")
@@ -97,11 +97,17 @@ def configuration_page():
     lines = [
         "# Configuration",
         "",
-        "One YAML file of these sections, `polyseg train FILE`; any key also by",
-        "`--set section.key=value`, whose value is YAML. Flags and `--set` go over the file, the",
-        "file over the defaults. `polyseg config init` writes a file of all defaults,",
-        "`polyseg config schema` the JSON Schema. Numbers are decimal, truth is `true` or `false`,",
-        "and a key stands once.",
+        "Settings are in one YAML file with these sections (`polyseg train FILE`). Any of them can",
+        "also be given as `--set section.key=value`, with the value in YAML. Options and `--set`",
+        "override the file, and the file overrides the defaults. `polyseg config init` writes a",
+        "file of all defaults, and `polyseg config schema` prints the JSON Schema. Numbers are",
+        "decimal, booleans are `true` or `false`, and no key may be repeated. A small network for",
+        "a quick trial:",
+        "",
+        "```sh",
+        "polyseg train --data my/images --epochs 10 --set data.size=64 \\",
+        "  --set 'network.kwargs={channels: [8, 16, 32], strides: [2, 2], num_res_units: 1}'",
+        "```",
     ]
     section = ""
     for setting in settings_of():

@@ -78,7 +78,7 @@ def test_the_schema_is_json():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("loss.epsilon=-0.51", r"loss\.epsilon: input should be greater than or equal to -0\.5"),
+        ("loss.epsilon=-0.51", r"loss\.epsilon: must be greater than or equal to -0\.5"),
         ("control.epsilon_min=-1", r"control\.epsilon_min: .* -0\.5, got -1"),
         ("loss.epsilom=1", r"loss\.epsilom: unknown key; did you mean loss\.epsilon\?"),
         ("los.name=dice", "los: unknown key; did you mean loss"),
@@ -91,22 +91,22 @@ def test_the_schema_is_json():
         ("network.dropout=0", r"network\.dropout is 0"),
         ("training.learning_rate=.nan", "finite"),
         ("uncertainty.samples=1", "2 to 10,000"),
-        ("loss", "give key.sub=value"),
-        ("loss.name.x=1", r"loss\.name: input should be .*, got {'x': 1}"),
+        ("loss", "write KEY=VALUE"),
+        ("loss.name.x=1", r"loss\.name: must be .*, got {'x': 1}"),
         ("training.epochs=!!python/object/apply:os.getcwd []", "tags"),
         ("training.epochs=" + "[" * 40_000, "is nested over 30 levels"),
         ("network.kwargs={a: &x 1, b: *x}", "aliases"),
         ("network.kwargs={a: 1, b: 2, a: 3}", "a is repeated in line 1"),
-        ("control.start=true", r"control\.start: input should be a valid number, got True"),
-        ("training.epochs=true", r"training\.epochs: input should be a valid integer, got True"),
+        ("control.start=true", r"control\.start: must be a valid number, got True"),
+        ("training.epochs=true", r"training\.epochs: must be a valid integer, got True"),
         ("training.epochs=1_0", r"training\.epochs: .* integer, got '1_0'"),
         ("training.epochs=0o17", r"training\.epochs: .* integer, got '0o17'"),
         ("training.epochs=017", r"training\.epochs: .* integer, got '017'"),
         ("training.epochs='3'", r"training\.epochs: .* integer, got '3'"),
         ("training.epochs=1:30", r"training\.epochs: .* integer, got '1:30'"),
         ("control.start=2026-01-01", r"control\.start: .* number, got '2026-01-01'"),
-        ("output.figures=no", r"output\.figures: input should be a valid boolean, got 'no'"),
-        ("output.figures=1", r"output\.figures: input should be a valid boolean, got 1"),
+        ("output.figures=no", r"output\.figures: must be a valid boolean, got 'no'"),
+        ("output.figures=1", r"output\.figures: must be a valid boolean, got 1"),
         ("training.learning_rate=1e400", "finite"),
         ('data.path="a\\0b"', r"data\.path: 'a\\x00b' holds a control character"),
         ('data.cache="a\\nb"', r"data\.cache: 'a\\nb' holds a control character"),
@@ -220,6 +220,8 @@ def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
             load_config(tmp_path / "a.yaml")
+        with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
+            load_config(tmp_path / "a.yaml", overrides=["loss.epsilon=1"])
 
 
 def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):

@@ -120,11 +120,12 @@ def test_missing_extra_and_unfit_masks_are_named(exported, tmp_path, polyseg):
     asked = ("evaluate", "--predictions", masks, "--data", data, "--no-figures")
     (masks / "3.png").rename(masks / "other.png")
     answer = polyseg(*asked, "--out", tmp_path / "a")
-    assert answer.code == 2 and "has no mask for 1 image (3)" in answer.err
+    assert answer.code == 2 and "has no mask for 1 image (3); name each" in answer.err
+    assert "such as 3.png (not as other.png)" in answer.err
     assert not (tmp_path / "a").exists()
     shutil.copy(masks / "other.png", masks / "3.png")
     answer = polyseg(*asked, "--out", tmp_path / "b")
-    assert answer.code == 0 and "1 file (other.png) of no tested image" in answer.err
+    assert answer.code == 0 and "left out 1 file (other.png)" in answer.err
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / "3.png")
     answer = polyseg(*asked, "--out", tmp_path / "c")
     assert answer.code == 2 and "masks must have the size of the images" in answer.err
@@ -136,7 +137,7 @@ def test_missing_extra_and_unfit_masks_are_named(exported, tmp_path, polyseg):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--predictions", "gone"], "--predictions: give --data"),
+        (["--predictions", "gone"], "--predictions needs runs, or --data"),
         (
             ["--predictions", "gone", "--data", "demo"],
             "--predictions gone: there is no such folder",

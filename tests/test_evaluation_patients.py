@@ -118,7 +118,7 @@ def test_tables_say_how_many_patients_and_images():
     record = summary(Evaluation(alone, compare(alone, "a")))
     metrics, comparison = sheets(record)[:2]
     assert record["by"] == "image" and "patient" not in metrics.heads[1]
-    assert "takes each image for an independent case" in comparison.notes[0]
+    assert "if each image is an independent case" in comparison.notes[0]
 
 
 def test_an_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
@@ -150,7 +150,7 @@ def test_an_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
     )
     evaluation = Evaluation([arm, other], compare([arm, other], "arm"))
     notes = " ".join(sheets(summary(evaluation))[1].notes)
-    for said in ("p is of Wilcoxon's", "p runs is of their paired t-test", "Holm: the larger p"):
+    for said in ("p: Wilcoxon's", "p runs: their paired t-test", "Holm: the larger of the two p"):
         assert said in notes
 
 

@@ -278,7 +278,7 @@ def test_names_that_the_user_gives(tmp_path):
 
 def test_a_hint_where_one_folder_is_known(tmp_path):
     make(tmp_path, *many("pictures/#.png"), *many("masks/#.png"))
-    assert "say data.images=NAME" in error_of(tmp_path)
+    assert "set data.images=NAME" in error_of(tmp_path)
     assert len(find_cases(tmp_path, images="pictures").cases) == 3
 
 
@@ -454,7 +454,7 @@ def test_a_second_observers_masks_beside_images_are_left_out(tmp_path):
 
 def test_equal_names_of_two_lossless_kinds_are_asked_about(tmp_path):
     make(tmp_path, *many("#.bmp"), *many("#.png"))
-    assert "say which are the masks by data.masks, such as data.masks='*.png'" in error_of(tmp_path)
+    assert "name the masks by data.masks, such as data.masks='*.png'" in error_of(tmp_path)
     layout = find_cases(tmp_path, masks="*.png")
     assert [case.images[0].suffix for case in layout.cases] == [".bmp"] * 3
     assert [case.masks[0].suffix for case in layout.cases] == [".png"] * 3
@@ -465,7 +465,7 @@ def test_equal_names_of_two_lossless_kinds_are_asked_about(tmp_path):
 
 def test_masks_in_several_folders_are_asked_about_and_united(tmp_path):
     make(tmp_path, *many("images/#.png"), *many("masks/left/#.png"), *many("masks/right/#.png"))
-    assert "say data.masks=[masks/left, masks/right] to unite them, or =" in error_of(tmp_path)
+    assert "set data.masks=[masks/left, masks/right] to unite them, or =" in error_of(tmp_path)
     united = find_cases(tmp_path, masks=["masks/left", "masks/right"])
     assert [[mask.parent.name for mask in case.masks] for case in united.cases] == [
         ["left", "right"]

@@ -53,8 +53,8 @@ def test_other_values_are_named(values, shown):
     with pytest.raises(PolysegError) as caught:
         mask_of(values, np.float32)
     assert str(caught.value) == (
-        f"m.png: a mask of values {shown}; expected 0/1 or 0/255, or say by data.foreground "
-        "which values count"
+        f"m.png: a mask of values {shown}; expected 0/1 or 0/255, or set data.foreground to "
+        "the values that count"
     )
 
 

@@ -249,7 +249,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
         evaluate_runs(two, out=full)
     with pytest.raises(PolysegError, match="dice_s0: is given twice"):
         evaluate_runs([two[0], two[0]], out=tmp_path / "out")
-    with pytest.raises(PolysegError, match="nowhere: is neither a checkpoint nor a run"):
+    with pytest.raises(PolysegError, match="nowhere: there is no such file or folder"):
         evaluate_runs([two[0], tmp_path / "nowhere"], out=tmp_path / "out")
     monkeypatch.undo()
     other = run_of(tiny("other", "loss.name=dice", "data.split_seed=3")).path

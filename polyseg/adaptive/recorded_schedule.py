@@ -284,7 +284,7 @@ def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise PolysegError(f"--set {override}: give key.sub=value, such as control.delta=1e-6")
+            raise PolysegError(f"--set {override}: write KEY=VALUE, such as control.delta=1e-6")
         if key.strip() not in _CHANGEABLE:
             raise PolysegError(
                 f"--set {key}: schedule recompute changes control.*, uncertainty.metric and "

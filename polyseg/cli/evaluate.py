@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 def evaluate(
     sources: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="CHECKPOINT|RUN ...", help="Checkpoints, or run folders."),
+        typer.Argument(metavar="CHECKPOINT|RUN ...", help="Checkpoints or folders of runs."),
     ] = None,
     predictions: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of masks that any tool has written, named as the images; repeatable.",
+            help="Folder of masks from any tool, each named like its image; repeatable.",
             rich_help_panel=WHERE,
         ),
     ] = None,
@@ -93,8 +93,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="CASE",
-            help="patient (means, intervals and tests over patients, where the data or data.group "
-            "tell them) or image (every image is a case).",
+            help="patient (means, intervals and tests over patients, if the data or data.group "
+            "name them) or image (over images).",
             rich_help_panel=HOW,
         ),
     ] = "patient",
@@ -196,11 +196,11 @@ def _masks(
             raise PolysegError("--name and --set need --predictions")
         return None
     if not sources and data is None:
-        raise PolysegError("--predictions: give --data, the images with their true masks, or runs")
+        raise PolysegError("--predictions needs runs, or --data with images and true masks")
     if sources and overrides:
-        raise PolysegError("--set: the runs say how masks are read; leave it out")
+        raise PolysegError("--set: leave it out, because the runs define how masks are read")
     if names and len(set(names)) != len(folders):
-        raise PolysegError("--name: give a name of its own for each --predictions, or none")
+        raise PolysegError("--name: give each --predictions its own name, or none")
     # At data.size null nothing is resized, since no network sees these images.
     settings = ["data.size=null", *overrides, *([f"data.path={data}"] if data else [])]
     config = load_config(overrides=settings).data

@@ -113,7 +113,7 @@ def _tell(error: PolysegError | TyperException | OSError) -> int:
     else:
         # A mistyped command or option; without a message the help has been printed instead.
         message = error.format_message()
-        text = f"{_visible(message)} (--help lists what there is)" if message else ""
+        text = f"{_visible(message)} (see --help)" if message else ""
     if text:
         who = f"process {rank_here()}: " if rank_here() else ""
         print(f"{who}error: {text}", file=sys.stderr)

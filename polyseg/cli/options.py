@@ -58,7 +58,7 @@ def _without_types_of_flags(parameters: list[Any]) -> list[Any]:
     return parameters
 
 
-THE_PRODUCT, AROUND_IT = "The main job", "Around it"
+THE_PRODUCT, AROUND_IT = "Main commands", "Other commands"
 WHERE, HOW, TALK = "Input and output", "Settings", "What is printed"
 
 Quiet = Annotated[
@@ -66,7 +66,7 @@ Quiet = Annotated[
     typer.Option("--quiet", "-q", help="Print only results and warnings.", rich_help_panel=TALK),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print details as well.", rich_help_panel=TALK)
+    bool, typer.Option("--verbose", "-v", help="Print more details.", rich_help_panel=TALK)
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=TALK)
@@ -95,7 +95,7 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT|RUN",
-        help="A checkpoint, or the folder of a run, whose best weights are used.",
+        help="A checkpoint, or the folder of a run, of which the best checkpoint is used.",
     ),
 ]
 OtherData = Annotated[
@@ -130,7 +130,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace results of this command that are there already, the whole folder.",
+        help="Replace the folder of --out, if this command has written it.",
         rich_help_panel=WHERE,
     ),
 ]
@@ -159,7 +159,7 @@ PresetName = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        help=f"Settings that go over those of CONFIG.yaml, and --set over them: "
+        help=f"Named settings, which override CONFIG.yaml and are overridden by --set: "
         f"{help_of(PRESETS.choices())}",
         rich_help_panel=HOW,
     ),
@@ -169,8 +169,8 @@ Fold = Annotated[
     typer.Option(
         "--fold",
         metavar="K",
-        help="Fold to test on, from 0, of data.folds or of the file of --split (default: no "
-        "folds).",
+        help="Fold to test on, counted from 0: of data.folds, or of the file of --split "
+        "(default: no folds).",
         rich_help_panel=HOW,
     ),
 ]

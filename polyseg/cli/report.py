@@ -16,7 +16,8 @@ def report(
         typer.Option(
             "--evaluation",
             metavar="DIR",
-            help="Results of `polyseg evaluate` that compare the runs; repeatable (default: none).",
+            help="Folder that `polyseg evaluate` wrote; repeatable (default: the newest comparison "
+            "of exactly these runs, if it lies beside them).",
             rich_help_panel=WHERE,
         ),
     ] = None,

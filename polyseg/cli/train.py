@@ -39,7 +39,7 @@ def _refuse_data_set(config: Path | None) -> None:
     if (config / "config.yaml").is_file():
         option, what = ("--resume --out", "a run")
     raise PolysegError(
-        f"{config}: is {what}, not a file of settings; say polyseg train {option} {config}"
+        f"{config}: is {what}, not a file of settings; use polyseg train {option} {config}"
     )
 
 

@@ -134,7 +134,7 @@ def comparison_of(sources: Sequence[Path]) -> list[Path]:
     if not found:
         return []
     newest = max(found)[1]
-    log.info("the page holds the comparison in %s", newest)
+    log.info("the report includes the comparison in %s", newest)
     return [newest]
 
 

@@ -43,8 +43,8 @@ def read_record(path: str | Path) -> RunRecord:
     run = RunDirectory(path)
     if not run.last.is_file():
         owner = next((p for p in path.parents if RunDirectory(p).last.is_file()), None)
-        hint = "give the folder of one" if owner is None else f"give the run, {owner}"
-        raise PolysegError(f"{path}: is no run (no {run.last.relative_to(path)} in it); {hint}")
+        hint = "give the folder of a run" if owner is None else f"give the run, {owner}"
+        raise PolysegError(f"{path}: is not a run (it has no {run.last.relative_to(path)}); {hint}")
     # The checkpoint first: all that it names is there, whatever is written meanwhile.
     checkpoint = read_checkpoint(run.last, with_weights=False)
     if not checkpoint.assessments:
@@ -229,7 +229,7 @@ def _why_not_assessed(config: Config) -> str:
     if config.control.replay is not None:
         return "replayed the schedule of another run and assessed nothing; look at that one"
     if not config.adaptive:
-        return f"has no assessments: with loss.name {config.loss.name} no epsilon was adapted here"
+        return f"has no assessments, because its loss ({config.loss.name}) had no adaptive epsilon"
     first = config.control.assessment_epochs(config.training.epochs)[0]
     return f"has no assessment yet; the first follows epoch {first}"
 

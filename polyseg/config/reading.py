@@ -43,10 +43,11 @@ def load_config(
     tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
     # An empty file is one of defaults.
     tree = {} if tree is None else tree
+    _refuse_no_settings(tree, str(file))
     for override in (*preset_settings(preset), *overrides):
         key, equals, value = override.partition("=")
         if not equals:
-            raise PolysegError(f"--set {override}: give key.sub=value, such as loss.epsilon=0.5")
+            raise PolysegError(f"--set {override}: write KEY=VALUE, such as loss.epsilon=0.5")
         _lay(tree, key.strip(), _parse_override(value, f"--set {override}"))
     return build_config(tree, str(file) if file else "configuration")
 
@@ -75,10 +76,7 @@ def build_config(tree: Any, source: str) -> Config:
     Traceback (most recent call last):
     polyseg.errors.PolysegError: a.yaml: loss.epsilom: unknown key; did you mean loss.epsilon?
     """
-    if not isinstance(tree, dict):
-        raise PolysegError(
-            f"{source}: holds no settings; `polyseg config init` writes a file of all"
-        )
+    _refuse_no_settings(tree, source)
     try:
         # A section of which nothing is left is one of defaults.
         return Config.model_validate(
@@ -117,6 +115,13 @@ def _read(file: Path) -> str:
         raise PolysegError(f"{file}: cannot be read: {why}") from None
 
 
+def _refuse_no_settings(tree: Any, source: str) -> None:
+    if not isinstance(tree, dict):
+        raise PolysegError(
+            f"{source}: holds no settings; `polyseg config init` writes a file of all settings"
+        )
+
+
 def _lay(tree: Any, key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
@@ -124,7 +129,9 @@ def _lay(tree: Any, key: str, value: Any) -> None:
             break
         tree = tree.setdefault(section, {})
     if not isinstance(tree, dict):
-        raise PolysegError(f"--set {key}: the file holds no section there")
+        raise PolysegError(
+            f"--set {key}: {'.'.join(sections)} is not a section of settings in the file"
+        )
     tree[name] = value
 
 
@@ -148,7 +155,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif others:
             yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
         else:
-            message = first["msg"][:1].lower() + first["msg"][1:]
+            message = (first["msg"][:1].lower() + first["msg"][1:]).replace("input should", "must")
             yield f"{key}: {message}, got {first['input']!r:.60}"
 
 

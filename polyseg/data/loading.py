@@ -278,7 +278,7 @@ def _of_one_orientation(
         if not alike and (stored[0] == stored[1] or not fits):
             raise PolysegError(
                 f"{case.images[0]}: has the orientation tag {image.turned} (EXIF), its mask "
-                f"{path.name} {label.turned}; say data.orientation=stored if masks were drawn on "
+                f"{path.name} {label.turned}; set data.orientation=stored if masks were drawn on "
                 "the pixels as stored, or =tag if on the turned image"
             )
     return images, labels
@@ -445,7 +445,7 @@ def _tell(images: ImageSet, config: DataConfig) -> None:
         where = f"over data.memory ({config.memory} MB): read from {images.store.path}"
         log.info("%d images of %.0f MB are %s", count, size, where)
     else:
-        log.info("%d images in memory, %.0f MB", count, size)
+        log.info("%d images in memory, %.1f MB", count, size)
     if line := lost_foreground(images.items):
         log.warning("%s", line)
     for k, label in enumerate(images.labels if images.has_masks else ()):

@@ -53,7 +53,7 @@ def to_masks(
            [0, 0, 1, 0]], dtype=uint8)
     >>> to_masks(labels, Path("a.png"), None)
     Traceback (most recent call last):
-    polyseg.data.masks.UnclearValuesError: a.png: a mask of values 0, 1, 2, 4; expected 0/1 or 0/255, or say by data.foreground which values count
+    polyseg.data.masks.UnclearValuesError: a.png: a mask of values 0, 1, 2, 4; expected 0/1 or 0/255, or set data.foreground to the values that count
     """  # noqa: E501
     coloured = labels.dtype.kind in "iu" and bool((labels >= COLOUR).any())
     if foreground is None and not coloured:
@@ -86,14 +86,14 @@ class UnclearValuesError(PolysegError):
         more = ", ..." if len(values) > 8 else ""
         self.is_coloured = bool(what)
         what = what or f"a mask of values {shown}{more}; expected 0/1 or 0/255"
-        super().__init__(f"{path}: {what}, or say by data.foreground which values count")
+        super().__init__(f"{path}: {what}, or set data.foreground to the values that count")
 
 
 def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
     """Return a line for all masks of unclear values, and one for all of colours.
 
     >>> told_once([UnclearValuesError(Path("a.png"), np.array([0, 0, 0, 7]))])
-    ['a.png: masks hold the values 0 (75 %), 7 (25 %); say which are foreground, such as data.foreground=nonzero or data.foreground=7']
+    ['a.png: masks hold the values 0 (75 %), 7 (25 %); name those of the foreground, such as data.foreground=nonzero or data.foreground=7']
     """  # noqa: E501
     lines = []
     for coloured in (False, True):
@@ -111,8 +111,8 @@ def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
         example = next((value for value, _ in common if value not in (0, COLOUR)), common[0][0])
         names = f"{found[0].path}" + (f" and {len(found) - 1} more" if found[1:] else "")
         lines.append(
-            f"{names}: masks hold the {'colours' if coloured else 'values'} {shares}{more}; say "
-            f"which are foreground, such as data.foreground=nonzero or data.foreground="
+            f"{names}: masks hold the {'colours' if coloured else 'values'} {shares}{more}; name "
+            f"those of the foreground, such as data.foreground=nonzero or data.foreground="
             f"{_shown(example)}"
         )
     return lines

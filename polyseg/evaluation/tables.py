@@ -13,8 +13,8 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import stars
 
 RULE = (
-    "Mask and prediction both empty: the best value. Only one empty: the worst, distances the "
-    "image's diagonal. What the mask leaves undefined is left out."
+    "If mask and prediction are both empty, a metric has its best value; if only one is, its worst "
+    "(for distances the image's diagonal). Metrics that a mask leaves undefined are left out."
 )
 DASH = "–"
 """Text of a cell whose value is undefined."""
@@ -28,8 +28,8 @@ SIZES = {"original": "the images' own size", "network": "the size that the netwo
 """Size at which masks were compared, in words."""
 
 _OVER_RUNS = (
-    "Over runs: standard deviation of the differences of runs with equal seed and fold; p runs is "
-    "of their paired t-test, and is about other seeds or folds (which share training images)."
+    "Over runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
+    "their paired t-test, for other seeds or folds (which share training images)."
 )
 
 Record = Mapping[str, Any]
@@ -197,8 +197,9 @@ def metrics_sheet(summary: Record) -> Sheet:
             "deviations of the means over seeds and over folds"
         )
     marked = (
-        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm: about these "
-        "networks, and about other seeds only where arms of several runs are compared."
+        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. "
+        "This is about these trained networks; about other seeds only if arms of several runs "
+        "are compared."
     )
     marks = [marked] if records(summary, "comparisons") else []
     rule = summary.get("rule", RULE)
@@ -277,13 +278,14 @@ def _by_patient(summary: Record) -> bool:
 
 def _meaning(several: bool, by_patient: bool) -> list[str]:
     case = "patient" if by_patient else "image"
-    alone = "" if by_patient else ", which takes each image for an independent case"
+    alone = "" if by_patient else ", if each image is an independent case"
+    larger = "the larger of the two p" if several else "p"
     return [
-        f"+/-/=: {case}s that are better, worse, equal. The interval is by bootstrap over the "
-        f"{case}s (BCa). p is of Wilcoxon's signed-rank test over the {case}s, and is about these "
-        f"networks on other {case}s{alone}.",
+        f"+/-/=: number of {case}s that are better, worse, equal. Interval: bootstrap over the "
+        f"{case}s (BCa). p: Wilcoxon's signed-rank test over the {case}s, for these "
+        f"trained networks on other {case}s{alone}.",
         *([_OVER_RUNS] if several else []),
-        "Holm: the larger p, adjusted for the number of runs compared in a metric, not for the "
+        f"Holm: {larger}, adjusted for the number of runs compared in a metric, but not for the "
         "number of metrics.",
     ]
 
@@ -353,8 +355,8 @@ def _strata_sheets(summary: Record) -> Iterator[Sheet]:
             for title, parts in filled.items()
         ]
         first = found[0].record.get("name", "") if found else ""
-        what = "the mask's size" if by == "size" else f"difficulty to {first}"
-        note = f"Thirds of the images by {what}; in brackets their number."
+        what = "the size of the mask" if by == "size" else f"difficulty for {first}"
+        note = f"Thirds of the images by {what}, with the number of images in brackets."
         yield Sheet(f"Dice by {by}", ["run", *names], rows, [note])
 
 

@@ -76,15 +76,22 @@ def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Fi
         found |= _by_pattern(folder, list(wanted), there, test.images.labels)
     missing = [case for case, files in found.items() if not files]
     if missing:
+        unused = _unused(folder, there, found)
+        near = next((name for name in unused if missing[0] in name), next(iter(unused), None))
+        held = f" (not as {near})" if near else ""
         raise PolysegError(
-            f"{folder}: has no mask for {some('image', missing)}; name masks as the images, or "
-            "test fewer images by --split"
+            f"{folder}: has no mask for {some('image', missing)}; name each mask as its image, "
+            f"such as {missing[0]}.png{held}, or test fewer images by --split"
         )
-    used = {path for files in found.values() for path in files.values()}
-    extra = [path.relative_to(folder).as_posix() for path in there.values() if path not in used]
-    if extra:
-        log.warning("%s: %s of no tested image, left out", folder, some("file", extra))
+    if extra := _unused(folder, there, found):
+        log.warning("%s: left out %s, named like no tested image", folder, some("file", extra))
     return found
+
+
+def _unused(folder: Path, there: Files, found: Mapping[str, Files]) -> list[str]:
+    """Return the files of a folder that belong to none of the images."""
+    used = {path for files in found.values() for path in files.values()}
+    return [path.relative_to(folder).as_posix() for path in there.values() if path not in used]
 
 
 def _index(folder: Path) -> Files:

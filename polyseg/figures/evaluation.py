@@ -128,9 +128,7 @@ def _draw_differences(axes: Axes, found: Intervals, stars: Sequence[str]) -> Non
     for row, mean, low, high, mark in zip(axes.get_yticks(), *found, stars, strict=True):
         axes.plot([low, high], [row, row], color=BLACK)
         axes.plot(mean, row, "o", color=BLACK)
-        axes.annotate(
-            mark, (1, row), (2, -2), ("axes fraction", "data"), "offset points", va="center"
-        )
+        axes.annotate(mark, (mean, row), (0, 3), textcoords="offset points", ha="center")
 
 
 def _shade_better(axes: Axes, found: Intervals, higher_is_better: bool) -> None:

@@ -77,13 +77,13 @@ def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
     """Log the result of `difficulty_correlations`."""
     for row in rows:
         found = [
-            f"{name} {value:.2f}"
+            f"{value:.2f} {name}"
             for name, value in row.items()
             if isinstance(value, float) and math.isfinite(value)
         ]
         if found:
             name = " of ".join(filter(None, (row["metric"], row.get("label"))))
-            log.info("Spearman of the difficulty by %s: %s", name, ", ".join(found))
+            log.info("Spearman's correlation of D by %s: %s", name, ", ".join(found))
 
 
 def assessment_csv(assessment: Assessment) -> str:

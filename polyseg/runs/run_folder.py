@@ -250,8 +250,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if run.last.is_file():
         log.warning("%s: has no best checkpoint; using the last one", path)
         return run.last
+    if not path.exists():
+        raise PolysegError(f"{path}: there is no such file or folder")
     raise PolysegError(
-        f"{path}: is neither a checkpoint nor a run (no checkpoints/best.safetensors)"
+        f"{path}: is neither a checkpoint nor a run (it has no checkpoints/best.safetensors)"
     )
 
 

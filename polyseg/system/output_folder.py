@@ -108,7 +108,7 @@ def _refuse_occupied(path: Path, overwrite: bool, known_by: Sequence[str]) -> No
     if not overwrite:
         hint = ", or add --overwrite" if ours and kept is None else ""
         raise PolysegError(
-            f"{path}: is not empty and nothing is overwritten; choose another folder{hint}"
+            f"{path}: is not empty, and nothing is overwritten; choose another folder{hint}"
         )
     if not ours:
         raise PolysegError(

@@ -350,7 +350,7 @@ class Trainer:
         for line in (describe(assessment), *describe_order(assessment)):
             log.info("%s", line)
         if epoch == self.config.training.epochs:
-            log.info("this assessment is the record of the final weights: no epoch follows it")
+            log.info("this assessment only records the final weights, because no epoch follows it")
         # Bits that processes may compute otherwise must not lead them apart.
         assessment = self.processes.from_leader(assessment)
         self._adopt(assessment)
@@ -431,8 +431,8 @@ class Trainer:
         """Log why the training loss changes its scale, in the epoch in which it does."""
         if epoch > 1 and self._assessed_for(epoch) >= 0 > max(self.assessed):
             log.info(
-                "from epoch %d on each image has its own epsilon, so the training loss is on "
-                "another scale than before; history.csv has it at the constant epsilon %g too, as "
+                "from epoch %d on each image has its own epsilon, which changes the scale of the "
+                "training loss; history.csv also has the loss at the constant epsilon %g, as "
                 "train_loss_constant",
                 *(epoch, self.config.loss.epsilon),
             )

@@ -202,7 +202,7 @@ class Findings:
         count = f"{where}: {counted(len(cases), 'image')} without a mask"
         if self.unmasked == "refuse":
             self.problems.append(
-                f"{what}; add masks, or say data.unmasked=empty (no foreground) or =skip"
+                f"{what}; add masks, or set data.unmasked=empty (no foreground) or =skip"
             )
         elif self.unmasked == "skip":
             self.notes.append(f"{count}: left out")

@@ -123,7 +123,7 @@ def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[s
         if (kept := [file for file in files if file not in set(without)])
     }
     if not items:
-        raise PolysegError(f"{root}: no folder of {side} was found; say data.{side}=PATH")
+        raise PolysegError(f"{root}: no folder of {side} was found; set data.{side}=PATH")
     return {f"{place.name}/": items}
 
 
@@ -181,8 +181,8 @@ class _Search:
             return []
         other = "masks" if images else "images"
         return [
-            f"{(images or masks)[0]}: there is no folder of {other} beside it; if it is called "
-            f"otherwise, say data.{other}=NAME"
+            f"{(images or masks)[0]}: there is no folder of {other} beside it; if it has "
+            f"another name, set data.{other}=NAME"
         ]
 
     @property
@@ -277,7 +277,7 @@ class _Search:
         names = [str(each.relative_to(root)) for each in found]
         united = f"[{', '.join(names)}] to unite them, or =" if names[1:] else ""
         return PolysegError(
-            f"{masks}: holds no mask, but {some('folder', [each.name for each in found])}; say "
+            f"{masks}: holds no mask, but {some('folder', [each.name for each in found])}; set "
             f"data.masks={united}{names[0]}"
         )
 
@@ -377,7 +377,7 @@ def _refuse_two_kinds(folder: Path, items: Mapping[str, Sequence[Path]]) -> None
     kinds = {tuple(file.suffix for file in files) for files in items.values()}
     if len(items) > 1 and len(kinds) == 1 and len(pair := kinds.pop()) == 2:
         raise PolysegError(
-            f"{folder}: each name is of two files ({' and '.join(pair)}); say which are the masks "
+            f"{folder}: each name is of two files ({' and '.join(pair)}); name the masks "
             f"by data.masks, such as data.masks='*{pair[1]}'"
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from polyseg.choices import LAYOUTS
 from polyseg.data.layouts.cases import Layout, Unmasked, exists, left_out, plain, seen_in
 from polyseg.data.layouts.manifest import MANIFEST_SUFFIXES
+from polyseg.data.layouts.names import IMAGE_FOLDERS, MASK_FOLDERS
 from polyseg.data.layouts.source import Names, Source, as_names
 from polyseg.errors import PolysegError
 
@@ -106,6 +107,12 @@ def _unknown(source: Source) -> Sequence[str]:
     """Return what a folder of no known layout lacks and what to do, a line for each thing."""
     path, layout = source.path, source.layout
     lacks = "is of no known layout" if not source.chosen else f"does not fit data.layout={layout}"
+    folder = path.resolve()
+    if plain(folder.name) in IMAGE_FOLDERS and not source.chosen:
+        beside = (one.name for one in source.folders.list(folder.parent).folders)
+        if masks := next((name for name in beside if plain(name) in MASK_FOLDERS), None):
+            above = path.parent if path.name else folder.parent
+            return [f"{path}: holds images; their masks are in {masks}/ beside it: give {above}"]
     lines = [
         f"{path}: {lacks} (it holds {seen_in(path)}); name the folders by data.images and "
         f"data.masks, or list the files: `polyseg data manifest {path} --out set.csv` writes a "

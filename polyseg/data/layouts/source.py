@@ -75,6 +75,6 @@ def ask(folder: Path, side: str, found: Sequence[str], what: str = "folders") ->
     name = min(found, key=lambda one: (plain(one), one)) if what != "folders" else found[0]
     return PolysegError(
         f"{folder}: several {what} may hold the {side} "
-        f"({', '.join(f'{one}/' if what == 'folders' else one for one in found)}); say which by "
+        f"({', '.join(f'{one}/' if what == 'folders' else one for one in found)}); name one by "
         f"data.{side}=NAME, such as data.{side}={name!r}"
     )
