@@ -3,13 +3,18 @@
 # a run's training images (groups stay whole) with the run's own settings, and tested on the other
 # half; then the correlation of the run's D with the error of the donor that did not see the image.
 #
-#   bash examples/donors.sh RUN OUT [KEY.SUB=VALUE ...]
+#   bash examples/donors.sh RUN OUT [KEY=VALUE ...]
 #
-# RUN is a finished run, OUT a folder for the donors; settings are for both donors. Donors that are there
-# already are kept, so that the script can be started again.
+# RUN is a finished run, OUT a folder for the donors, and settings are those of both donors. Time: that of
+# two trainings, each on half of the images. Result: OUT/donor-a and OUT/donor-b, runs with their test
+# metrics, and the correlations, which are printed. Finished donors are kept.
 set -euo pipefail
-run=${1:?a run}
-out=${2:?a folder for the donors}
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+(($# >= 2)) || usage
+run=$1 out=$2
 settings=()
 for setting in "${@:3}"; do settings+=(--set "$setting"); done
 
