@@ -5,8 +5,9 @@
 #
 #   bash examples/donors.sh RUN OUT [KEY=VALUE ...]
 #
-# RUN is a finished run, OUT a folder for the donors; settings are for both donors. Time: that of two
-# trainings on half of the images. Result: the printed table. Finished donors are kept, and others resumed.
+# RUN is a finished run, OUT a folder for the donors, and settings are those of both donors. Time: that of
+# two trainings, each on half of the images. Result: OUT/donor-a and OUT/donor-b, runs with their test
+# metrics, and the correlations, which are printed. Finished donors are kept.
 set -euo pipefail
 usage() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
