@@ -89,7 +89,8 @@ def tiff(generator: Random) -> bytes:
     if compression in ("zlib", "lzw", "zstd") and generator.random() < 0.5:
         options["predictor"] = True
     style = generator.choice([{}, {}, {"bigtiff": True}, {"imagej": True}, {"ome": True}])
-    if "imagej" in style and (compression or options.get("tile") or kind in (np.int16, np.float32)):
+    odd = kind in (np.int16, np.float32) or (shape[-1] == 3 and pixels.dtype != np.uint8)
+    if "imagej" in style and (compression or options.get("tile") or odd):
         style = {}
     photometric = "rgb" if shape[-1] == 3 else "minisblack"
     tifffile.imwrite(stream, pixels, photometric=photometric, **options, **style)

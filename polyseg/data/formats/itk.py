@@ -1,7 +1,10 @@
 """Read and write NRRD and MetaImage volumes; alone in importing SimpleITK."""
 
+import contextlib
+import os
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -68,7 +71,8 @@ def read_itk(
         refuse_if_no_file(path)
         reader = _header(path, itk)
         try:
-            image = reader.Execute()
+            with _without_its_lines():
+                image = reader.Execute()
         except RuntimeError:
             raise PolysegError(
                 f"{path}: is damaged or cut short: its voxels cannot be read"
@@ -115,6 +119,19 @@ def write_itk(
     return target
 
 
+@contextlib.contextmanager
+def _without_its_lines() -> Iterator[None]:
+    """Drop the lines that MetaImage's reader prints about damaged files, past Python's streams."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _header(path: Path, itk: Any) -> Any:
     """Return a reader that has read the header, which is checked before anything is decoded."""
     voxels = _voxels(path)
@@ -122,7 +139,8 @@ def _header(path: Path, itk: Any) -> Any:
     reader.SetImageIO(_READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with _without_its_lines():
+            reader.ReadImageInformation()
     except RuntimeError:
         raise PolysegError(f"{path}: is damaged: its header cannot be read") from None
     sizes = [int(side) for side in reader.GetSize()]
