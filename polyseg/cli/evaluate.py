@@ -59,7 +59,8 @@ def evaluate(
         typer.Option(
             metavar="RUN",
             help="Run, or arm, with which the others are compared: paired differences, "
-            "bootstrap intervals, Wilcoxon's test with Holm's correction.",
+            "bootstrap intervals, Wilcoxon's test with Holm's correction; for an adaptive arm also "
+            "a sentence: did it beat Dice, and the permuted arm?",
             rich_help_panel=HOW,
         ),
     ] = None,
