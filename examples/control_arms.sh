@@ -60,6 +60,12 @@ train() {
 }
 
 mkdir -p "$out/logs"
+given="$data ${*:4}"
+if [ -e "$out/settings.txt" ] && [ "$(cat "$out/settings.txt")" != "$given" ]; then
+  echo "$out: its runs have other data or settings ($out/settings.txt); choose another OUT" >&2
+  exit 2
+fi
+echo "$given" >"$out/settings.txt"
 train adaptive dice fixed
 train shuffled permuted mean inverted size
 

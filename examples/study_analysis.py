@@ -158,8 +158,7 @@ def read(lines: Iterable[str], groups: Mapping[str, Groups] | None = None) -> St
     Raises:
         ValueError: names the line that is no row, or repeats a run.
     """
-    runs: dict[tuple[Any, ...], Run] = {}
-    measures: dict[tuple[Any, ...], Measures] = {}
+    runs, measures = dict[Any, Run](), dict[Any, Measures]()
     failed, known = [], {name: dict(one) for name, one in (groups or {}).items()}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -228,13 +227,19 @@ def validity(study: Study, *, resamples: int = RESAMPLES, seed: int = 0) -> list
 
 
 def out_of_fold(study: Study, row: Measures) -> dict[str, tuple[float, int]]:
-    """Return 1 - Dice and the size of each training image, by the donor that has not seen it."""
-    found = {}
-    for arm in DONORS:
-        donor = study.arm(row.set, arm).get((row.fold, row.seed))
-        for identity, dice in donor.dice.items() if donor else ():
-            found[identity] = (1 - dice, donor.pixels[identity] if donor else 0)
-    return found
+    """Return 1 - Dice and the size of each training image, by the donor that has not seen it.
+
+    It is empty where a donor of the same fold and seed is missing.
+    """
+    donors = [study.arm(row.set, arm).get((row.fold, row.seed)) for arm in DONORS]
+    there = [donor for donor in donors if donor is not None]
+    if len(there) < len(DONORS):
+        return {}
+    return {
+        identity: (1 - dice, donor.pixels[identity])
+        for donor in there
+        for identity, dice in donor.dice.items()
+    }
 
 
 def passes_needed(agreement: Mapping[int, float]) -> float:
@@ -506,7 +511,7 @@ def tables(study: Study) -> str:
     """Return all tables of a study as Markdown."""
     parts = [
         _section("Runs", _runs_table(study)),
-        _section("Gate A: measures of difficulty", _validity_table(validity(study))),
+        _section("Gate A: measures of difficulty", _validity_table(study)),
         _section("Gate B: the oracle", _oracle_table(oracles(study))),
         _section("Gate C: mean test Dice of the arms", _arms_table(study)),
         _section("Gate C: contrasts", _contrast_table(contrasts(study))),
@@ -560,9 +565,11 @@ def missing(study: Study, name: str) -> int:
     return len(wanted - there)
 
 
-def _validity_table(found: Sequence[Validity]) -> list[str]:
-    if not found:
+def _validity_table(study: Study) -> list[str]:
+    if not study.measures:
         return []
+    found = validity(study)
+    alone = [f"{row.set} seed {row.seed}" for row in study.measures if not out_of_fold(study, row)]
     rows = [
         [
             *(one.set, one.measure, f"{one.images}", f"{one.seeds}"),
@@ -579,6 +586,7 @@ def _validity_table(found: Sequence[Validity]) -> list[str]:
         "mask, and of D between two seeds: means over seeds with 95 % intervals of a bootstrap "
         f"over groups. Passes: needed for a rank correlation of {AGREEMENT} with 200 passes, "
         "median (least to most) of the seeds.",
+        *([f"Left out, without both donors: {', '.join(alone)}."] if alone else []),
     ]
 
 
@@ -687,6 +695,8 @@ def main() -> None:
     if given.trial is None and study is not None:
         print(tables(study))
         return
+    if study is not None and not contrasts(study, resamples=1):
+        sys.exit(f"error: {given.rows}: has no pairs of arms; leave it out to simulate them")
     claimed, shown = trial(given.trial, study)
     print(f"Of {given.trial} studies with shuffled arms, percent with 95 % interval:")
     print(f"- a claim: {rate(claimed, given.trial)}")

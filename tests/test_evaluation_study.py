@@ -144,6 +144,14 @@ def test_donors_of_other_seeds_are_not_used():
     assert [one.seeds for one in analysis.validity(alone, resamples=5)] == [1, 1]
 
 
+def test_measures_without_both_donors_are_left_out_and_named():
+    study, *_ = measured(seeds=2)
+    runs = [run for run in study.runs if (run.seed, run.arm) != (1, "donor-1")]
+    text = analysis.tables(replace(study, runs=runs))
+    assert "| a | entropy | 40 | 1 |" in text
+    assert "Left out, without both donors: a seed 1." in text
+
+
 # Gate B
 
 
@@ -331,13 +339,20 @@ def test_the_script_prints_all_tables(tmp_path):
         assert len(widths) <= 1
 
 
-def test_an_unreadable_file_is_one_line(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{\n")
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("{", [], "line 1: is no row of a study"),
+        (run_row("a", 0, 0, "dice", {"x": 0.5}), ["--trial", "5"], "has no pairs of arms"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_an_error_of_one_line(text, more, said, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(text + "\n")
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "rows.jsonl"],
+        [sys.executable, SCRIPT, tmp_path / "rows.jsonl", *more],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1 and done.stdout == "" and said in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

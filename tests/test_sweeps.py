@@ -247,6 +247,34 @@ def test_a_run_on_several_gpus_goes_on_when_started_again(tmp_path, script):
     ]
 
 
+def test_control_arms_refuse_other_settings_in_the_same_folder(tmp_path, script):
+    notes, out = tmp_path / "notes", tmp_path / "arms"
+    (out / "comparison").mkdir(parents=True)
+    (out / "comparison/table.md").write_text("## Dice against adaptive\n\na\n\n## bias\n")
+    variables = {"NOTES": str(notes), "FAILING": "nothing", "programs": {"polyseg": PRETENDING}}
+    asked = ("control_arms.sh", "demo", out)
+    first = script(*asked, "0 3", "data.size=32", **variables)
+    said, complaint = first.communicate(timeout=60)
+    assert (first.returncode, complaint) == (0, "")
+    assert said.endswith("## Dice against adaptive\n\na\n\n")
+    *trained, evaluated = notes.read_text().splitlines()
+    assert len(trained) == 2 * 8
+    shared = "--data demo --set loss.name=polydice1 --set data.size=32"
+    for seed in (0, 3):
+        run, adaptive = f" train --out {out}/dice-{seed}", f"{out}/adaptive-{seed}"
+        assert f"{run} {shared} --loss dice --set control.enabled=auto --seed {seed}" in trained
+        run = f" train --out {out}/permuted-{seed}"
+        assert f"{run} --replay {adaptive} --replay-arm permuted --trust" in trained
+    assert " --group --baseline adaptive " in evaluated
+    other = script(*asked, "0 3 4", "data.size=64", **variables)
+    said, complaint = other.communicate(timeout=60)
+    assert other.returncode == 2 and "choose another OUT" in complaint
+    assert len(notes.read_text().splitlines()) == 17
+    more = script(*asked, "0 3 4", "data.size=32", **variables)
+    assert more.communicate(timeout=60)[1] == ""
+    assert len(notes.read_text().splitlines()) == 17 + 8 + 1
+
+
 @pytest.mark.slow
 def test_control_arms_are_trained_resumed_and_concluded_in_a_sentence(tmp_path, script):
     out = tmp_path / "arms"

@@ -59,7 +59,8 @@ def evaluate(
         typer.Option(
             metavar="RUN",
             help="Run, or arm, to compare the others with: paired differences, bootstrap "
-            "intervals, Wilcoxon's test with Holm's correction (default: no comparison).",
+            "intervals, Wilcoxon's test with Holm's correction, and for an adaptive arm a sentence "
+            "that says whether it helped (default: no comparison).",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -156,13 +156,7 @@ def evaluate_runs(
     Raises:
         PolysegError: a checkpoint, the data or the folder is unusable, or the images differ.
     """
-    # Errors that can be found early are raised before the first test, which may take long.
-    settings.check()
-    folders = {} if masks is None else masks.folders
-    if folders and settings.at == "network":
-        raise PolysegError(
-            "--at network: masks of other tools have the original size; leave it out"
-        )
+    folders = _checked_folders(settings, masks)
     places = [*sources, *folders.values()]
     place = comparison.out or _place(sources, list(folders.values()))
     with contextlib.ExitStack() as stack:
@@ -178,6 +172,17 @@ def evaluate_runs(
         evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
         files = _written(evaluation, found, folder, figures=comparison.figures)
     return Outcome(place, moved(files, folder, place), evaluation)
+
+
+def _checked_folders(settings: EvaluationSettings, masks: OtherMasks | None) -> Mapping[str, Path]:
+    """Return the folders of masks by name, after a check that they fit the settings."""
+    settings.check()
+    folders = {} if masks is None else masks.folders
+    if folders and settings.at == "network":
+        raise PolysegError(
+            "--at network: masks of other tools have the original size; leave it out"
+        )
+    return folders
 
 
 def _written(evaluation: Evaluation, found: _Found, folder: Path, *, figures: bool) -> list[Path]:
