@@ -259,12 +259,12 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--threshold", "1.5"], "--threshold 1.5: above 0 and below 1, or val"),
-        (["--threshold", "best"], "--threshold best: a number above 0 and below 1, or val"),
+        (["--threshold", "1.5"], "--threshold 1.5: must be above 0 and below 1, or val"),
+        (["--threshold", "best"], "--threshold best: must be above 0 and below 1, or val"),
         (["--samples", "5"], "--samples: counts passes of MC Dropout; add --uncertainty"),
-        (["--uncertainty", "--samples", "1"], "--samples 1: from 2"),
-        (["--corrupt", "fog"], "fog: is no corruption; choose noise"),
-        (["--tolerance", "0"], "--tolerance 0: above 0"),
+        (["--uncertainty", "--samples", "1"], "--samples 1: must be from 2"),
+        (["--corrupt", "fog"], "fog: is not a corruption; choose noise"),
+        (["--tolerance", "0"], "--tolerance 0: must be above 0"),
         (["--failure", "2"], "--failure 2: a Dice above 0"),
         (["--baseline", "dice_s0"], "--baseline: there is one run"),
     ],
@@ -291,7 +291,7 @@ def test_the_command_prints_its_tables(polyseg, two, tmp_path):
         assert text in answer.out
     assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
     wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")
-    assert "error: --baseline x: is none of dice_s0, dice_s1" in wrong.err
+    assert "error: --baseline x: is not one of the arms; choose dice_s0, dice_s1" in wrong.err
 
 
 def test_arms_are_told_by_what_matters():

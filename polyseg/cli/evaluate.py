@@ -223,4 +223,4 @@ def _threshold(text: str) -> float | Literal["val"]:
     try:
         return float(text)
     except ValueError:
-        raise PolysegError(f"--threshold {text}: a number above 0 and below 1, or val") from None
+        raise PolysegError(f"--threshold {text}: must be above 0 and below 1, or val") from None

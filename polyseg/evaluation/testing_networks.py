@@ -106,13 +106,13 @@ class EvaluationSettings:
             PolysegError: names the option.
         """
         if self.threshold != "val" and not 0 < float(self.threshold) < 1:
-            raise PolysegError(f"--threshold {self.threshold}: above 0 and below 1, or val")
+            raise PolysegError(f"--threshold {self.threshold}: must be above 0 and below 1, or val")
         if self.samples is not None and not 2 <= self.samples <= MOST_SAMPLES:
-            raise PolysegError(f"--samples {self.samples}: from 2 to {MOST_SAMPLES:,} passes")
+            raise PolysegError(f"--samples {self.samples}: must be from 2 to {MOST_SAMPLES:,}")
         if self.samples is not None and not self.uncertainty:
             raise PolysegError("--samples: counts passes of MC Dropout; add --uncertainty")
         if not 0 < self.tolerance < 1000:
-            raise PolysegError(f"--tolerance {self.tolerance:g}: above 0 and below 1000")
+            raise PolysegError(f"--tolerance {self.tolerance:g}: must be above 0 and below 1000")
         if not 0 < self.failure <= 1:
             raise PolysegError(f"--failure {self.failure:g}: a Dice above 0, up to 1")
         for name in self.corruptions:
