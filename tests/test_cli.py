@@ -301,7 +301,7 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
     assert "choose train, val, test or all" in polyseg("evaluate", run, "--split", "tset").err
     assert "tested on other images" in polyseg("evaluate", run, other).err
     answer = polyseg("estimate-uncertainty", run, "--samples", "0")
-    assert answer.code == 2 and "--samples 0: from 2 to 10,000 passes" in answer.err
+    assert answer.code == 2 and "--samples 0: must be from 2 to 10,000" in answer.err
     answer = polyseg("train", "--data", images, "--out", run, *SET)
     assert answer.code == 2 and "is not empty" in answer.err
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(images / "images" / "phantom_0003.png")

@@ -150,7 +150,7 @@ def test_labels_are_compared_within_themselves():
     ]  # fmt: skip
     found = {one.label: one.differences["dice"].mean for one in compare(runs, "a")}
     assert found == pytest.approx({"x": 0.1, "y": -0.1})
-    with pytest.raises(PolysegError, match="--baseline c: is none of a, b"):
+    with pytest.raises(PolysegError, match="--baseline c: is not one of the runs; choose a, b"):
         compare(runs, "c")
 
 

@@ -673,9 +673,9 @@ class TestRealRuns:
             job.show(tmp_path / "not")
 
     def test_what_has_no_assessments_is_told_in_a_line(self, runs, tmp_path):
-        with pytest.raises(PolysegError, match=r"has no assessments: with loss\.name dice"):
+        with pytest.raises(PolysegError, match=r"has no assessments, because its loss \(dice\)"):
             job.read_record(runs / "dice")
-        with pytest.raises(PolysegError, match="is no run"):
+        with pytest.raises(PolysegError, match="is not a run"):
             job.read_record(tmp_path)
 
     def test_a_recomputed_schedule_can_be_replayed(self, runs, tmp_path):

@@ -265,7 +265,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
         (["--threshold", "best"], "--threshold best: choose a number above 0"),
         (["--samples", "5"], "--samples needs --uncertainty"),
         (["--uncertainty", "--samples", "1"], "--samples 1: choose 2 to 10,000 passes"),
-        (["--corrupt", "fog"], "fog: is no corruption; choose noise"),
+        (["--corrupt", "fog"], "fog: is not a corruption; choose noise"),
         (["--tolerance", "0"], "--tolerance 0: choose a number above 0"),
         (["--failure", "2"], "--failure 2: choose a Dice above 0 and at most 1"),
         (["--baseline", "dice_s0"], "--baseline: there is one run"),
@@ -293,7 +293,7 @@ def test_the_command_prints_its_tables(polyseg, two, tmp_path):
         assert text in answer.out
     assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
     wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")
-    assert "error: --baseline x: is none of dice_s0, dice_s1" in wrong.err
+    assert "error: --baseline x: is not one of the arms; choose dice_s0, dice_s1" in wrong.err
 
 
 def test_arms_are_told_by_what_matters():

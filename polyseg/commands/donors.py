@@ -55,7 +55,7 @@ def _seen(donor: Path, run: Path, own: Mapping[str, str], ids: Collection[str]) 
     """Return the images that a donor was trained or chosen on."""
     folder = RunDirectory(donor)
     if not folder.last.is_file():
-        raise PolysegError(f"--donors: {donor} is no run; {_HOW}")
+        raise PolysegError(f"--donors: {donor} is not a run; {_HOW}")
     split, hashes = folder.read_split(read_checkpoint(folder.last, with_weights=False).split)
     for identity in ids:
         if hashes.get(identity, own[identity]) != own[identity]:

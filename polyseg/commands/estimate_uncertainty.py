@@ -61,7 +61,7 @@ def estimate_uncertainty(
         PolysegError: checkpoint, data or folder are not in order.
     """
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
-        raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
+        raise PolysegError(f"--samples {samples}: must be from 2 to {MOST_SAMPLES:,}")
     for name in also:
         if name not in image_scores():
             wrong = not_among(name, image_scores(), "score of the whole image")

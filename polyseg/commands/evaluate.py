@@ -400,11 +400,11 @@ def _named(
     """
     if len(arms) < 2:
         what = "one arm" if len(sources) > 1 else "one run"
-        raise PolysegError(f"--baseline: there is {what}; give those to compare with it as well")
+        raise PolysegError(f"--baseline: there is {what}; also give what to compare with it")
     if baseline in arms:
         return baseline
     wanted = Path(baseline).resolve()
     for source, name in zip(sources, names, strict=True):
         if source.resolve() == wanted or name == baseline:
             return next(arm for arm, members in arms.items() if name in members)
-    raise PolysegError(f"--baseline {baseline}: is none of {', '.join(arms)}")
+    raise PolysegError(f"--baseline {baseline}: is not one of the arms; choose {', '.join(arms)}")

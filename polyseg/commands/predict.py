@@ -75,7 +75,7 @@ def predict_images(
         PolysegError: checkpoint or folder are not in order, or some images cannot be read.
     """
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
-        raise PolysegError(f"--samples {samples}: from 2 to {MOST_SAMPLES:,} passes")
+        raise PolysegError(f"--samples {samples}: must be from 2 to {MOST_SAMPLES:,}")
     with contextlib.ExitStack() as stack:
         with together(choose_device(device), PATIENCE) as processes:
             model = open_model(source, device, trust)

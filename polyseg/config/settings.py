@@ -307,7 +307,7 @@ class DataConfig(Section):
     def _check(self) -> Self:
         if self.fold is not None and self.fold >= self.folds and self.split_file is None:
             raise ValueError(
-                f"data.fold {self.fold}: data.folds {self.folds} end at fold {self.folds - 1}"
+                f"data.fold {self.fold}: the last of data.folds {self.folds} is {self.folds - 1}"
             )
         if self.window[0] >= self.window[1]:
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")

@@ -57,7 +57,8 @@ def check_corruption(name: str, strength: int) -> None:
     >>> check_corruption("blur", 5)
     """
     if name not in AMOUNTS:
-        raise PolysegError(f"{name}: is no corruption; choose {', '.join(CORRUPTIONS)}")
+        choices = ", ".join(CORRUPTIONS)
+        raise PolysegError(f"{name}: is not a corruption; choose {choices}")
     if strength not in STRENGTHS:
         raise PolysegError(f"{name}: has the strengths 0 (none) to 5 (severe), not {strength}")
 

@@ -380,7 +380,9 @@ def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     refuse_other_sizes(runs)
     titles = {run.name for run in runs}
     if baseline not in titles:
-        raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(titles))}")
+        raise PolysegError(
+            f"--baseline {baseline}: is not one of the runs; choose {', '.join(sorted(titles))}"
+        )
     found = []
     for kind in dict.fromkeys((run.label, run.prediction) for run in runs):
         of_kind = [run for run in runs if (run.label, run.prediction) == kind]
