@@ -79,6 +79,16 @@ def test_one_image_or_equal_runs_show_no_difference():
         runs = [scored(name, values, [None] * len(values)) for name in ("adaptive", "dice")]
         (sentence,) = conclusions(compare(runs, "adaptive"), {"dice": "dice"})
         assert sentence.startswith("No difference between the adaptive loss and the Dice loss was")
+        assert ("too few for an adjusted p below 0.05" in sentence) == (len(values) == 1)
+
+
+@pytest.mark.parametrize(("patients", "enough"), [(6, False), (7, True)])
+def test_too_few_patients_for_any_significance_are_said(patients, enough):
+    """Wilcoxon's smallest p is 2 / 2^n, and two arms are compared: 0.0625 or 0.031."""
+    (sentence,), _ = said(0.05, 0.05, groups=[f"p{i % patients}" for i in range(40)])
+    assert ("was better than the Dice loss" in sentence) == enough
+    few = "; 6 patients are too few for an adjusted p below 0.05 in 2 comparisons."
+    assert sentence.endswith(few) == (not enough)
 
 
 def test_each_label_has_a_sentence():

@@ -42,14 +42,16 @@ def conclusions(comparisons: Sequence[Comparison], roles: Mapping[str, str]) -> 
     """
     found = []
     for label in dict.fromkeys(one.label for one in comparisons):
-        differences = {
-            role: one.differences["dice"]
-            for role in _ANSWERS
-            for one in comparisons
-            if role in roles and one.run == RunScores(roles[role], [], label).title
+        titles = {
+            role: RunScores(roles[role], [], label).title for role in _ANSWERS if role in roles
         }
-        if differences:
-            found.append(_sentence(label, differences))
+        asked = {role: one for role in titles for one in comparisons if one.run == titles[role]}
+        if asked:
+            differences = {role: one.differences["dice"] for role, one in asked.items()}
+            # Means over passes of MC Dropout have a baseline, and a family of p, of their own.
+            baselines = {one.baseline for one in asked.values()}
+            family = sum(one.baseline in baselines for one in comparisons)
+            found.append(_sentence(label, differences, family))
     return found
 
 
@@ -66,14 +68,14 @@ def outcome(found: PairedDifference) -> str:
     return "worse" if found.mean > 0 and found.better > found.worse else "mixed"
 
 
-def _sentence(label: str, differences: Mapping[str, PairedDifference]) -> str:
+def _sentence(label: str, differences: Mapping[str, PairedDifference], comparisons: int) -> str:
     clauses = [
         f"{_ANSWERS[role][outcome(found)]} ({_numbers(found)})"
         for role, found in differences.items()
     ]
     text = ", and ".join(clauses)
     text = f"{label}: {text}" if label else text[0].upper() + text[1:]
-    return f"{text}; {_basis(list(differences.values()))}."
+    return f"{text}; {_basis(list(differences.values()), comparisons)}."
 
 
 def _numbers(found: PairedDifference) -> str:
@@ -84,11 +86,16 @@ def _numbers(found: PairedDifference) -> str:
     return f"difference in mean Dice {-found.mean:+.4f}{interval}, adjusted p {p}"
 
 
-def _basis(differences: Sequence[PairedDifference]) -> str:
-    """Return the numbers of cases and runs, and whether they say anything about other runs."""
+def _basis(differences: Sequence[PairedDifference], comparisons: int) -> str:
+    """Return the numbers of cases and runs, and whether they are too few to show anything."""
     cases = min(found.patients or found.images for found in differences)
     runs = min(found.runs for found in differences)
     what = "patients" if differences[0].patients else "images"
-    if runs > 1:
-        return f"{cases} {what}, {runs} pairs of runs"
-    return f"{cases} {what}, fewer than two pairs of runs, so that other seeds may differ"
+    text = f"{cases} {what}, {runs} pairs of runs"
+    if runs < 2:
+        text = f"{cases} {what}, fewer than two pairs of runs, so that other seeds may differ"
+    # Wilcoxon's smallest p, of differences with one sign, times Holm's largest factor.
+    if 2 * comparisons / 2**cases >= LEVEL:
+        text += f"; {cases} {what} are too few for an adjusted p below {LEVEL} in {comparisons} "
+        text += "comparisons" if comparisons > 1 else "comparison"
+    return text
