@@ -262,5 +262,5 @@ def test_training_on_tiles_and_images_of_many_sizes(polyseg, tmp_path):
 
 
 def test_a_tile_needs_a_size():
-    with pytest.raises(ValueError, match=r"tiles need a data\.size"):
+    with pytest.raises(ValueError, match=r"data.fit tile needs a data\.size"):
         DataConfig(fit="tile", size=None)
