@@ -84,7 +84,10 @@ def test_the_schema_is_json():
         ("los.name=dice", "los: unknown key; did you mean loss"),
         ("data.size=big", r"data\.size: 'big' is not valid: size of the network"),
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
-        ("control.start=2.5", r"control\.start 2\.5: give a whole number of epochs, or a share below 1"),
+        (
+            "control.start=2.5",
+            r"control\.start 2\.5: give a whole number of epochs, or a share below 1",
+        ),
         ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),
         ("loss.name=polydice", r"control\.epsilon_min -0\.4 would reward .* at least -0\.319"),
         ("control.epsilon_min=2", r"control\.epsilon_min 2\.0 is above epsilon_max 1\.0"),

@@ -355,7 +355,7 @@ def test_a_probability_that_is_not_floating_point_is_refused(dtype):
 def test_a_mask_of_other_values_than_0_and_1_is_refused(dtype, value):
     mask = torch.zeros(2, 1, 3, 3, dtype=dtype)
     mask[1, 0, 2, 2] = value
-    with pytest.raises(ValueError, match=r"mask \(2, 1, 3, 3\) must hold 0 and 1 only"):
+    with pytest.raises(ValueError, match=r"mask \(2, 1, 3, 3\) must contain only 0 and 1"):
         dice_loss(torch.rand(2, 1, 3, 3), mask)
 
 

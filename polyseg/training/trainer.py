@@ -186,7 +186,7 @@ class Trainer:
         if checkpoint.losses is not None:
             losses = checkpoint.losses.reshape(len(names), -1).tolist()
             self.losses = dict(zip(names, losses, strict=True))
-        self.recorder.take_up(schedule)
+        self.recorder.restore(schedule)
         self.assessed = schedule.assessed.tolist()
 
     def _start(self) -> None:
