@@ -668,7 +668,7 @@ def test_dropout_that_is_not_active_goes():
 
 def test_an_active_layer_that_is_never_run_cannot_be_steered():
     core = Flow(lambda s, x: s.a(x), a=conv(), d=drop())
-    with pytest.raises(UntraceableError, match="not in its graph"):
+    with pytest.raises(UntraceableError, match="graph lacks a dropout layer"):
         begin(core)
 
 

@@ -193,7 +193,7 @@ class TestRefusals:
 
     def test_folder_that_is_no_run(self, runs, polyseg, tmp_path):
         error = self.refused(polyseg, runs / "run", runs / "donor-a", tmp_path)
-        assert f"--donors: {tmp_path} is no run" in error
+        assert f"--donors: {tmp_path} is not a run" in error
 
     def test_donor_that_was_not_tested(self, runs, polyseg, tmp_path):
         copy = tmp_path / "untested"

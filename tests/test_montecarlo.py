@@ -49,7 +49,7 @@ def network():
 @pytest.fixture(params=[0, np.inf], ids=["program", "plain"])
 def _either_way(request, monkeypatch):
     """Take networks apart for the few small images here, or none."""
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", request.param)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", request.param)
 
 
 def thin(network, seed_of_pass, rate):
@@ -381,7 +381,7 @@ def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples,
 
 @pytest.mark.parametrize("save_maps", [False, True])
 def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_maps):
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
     batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
     expected = assess(network, [batch], UncertaintyConfig(**how))
     whole, sizes = passes.PreparedBatch, []

@@ -54,7 +54,7 @@ def summary_of(outcome):
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
 def test_a_list_of_no_damage_is_refused(text):
     assert job.kinds_of_damage(None) == ()
-    with pytest.raises(PolysegError, match=r"--corrupt: names no damage; choose .*noise"):
+    with pytest.raises(PolysegError, match=r"--corrupt: the list is empty; choose .*noise"):
         job.kinds_of_damage(text)
 
 
@@ -266,7 +266,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
         (["--corrupt", "fog"], "fog: is no corruption; choose noise"),
         (["--tolerance", "0"], "--tolerance 0: above 0"),
         (["--failure", "2"], "--failure 2: a Dice above 0"),
-        (["--baseline", "dice_s0"], "--baseline: there is one run"),
+        (["--baseline", "dice_s0"], "--baseline: there is only one run"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(polyseg, two, tmp_path, arguments, said):

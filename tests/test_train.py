@@ -899,7 +899,7 @@ def test_a_best_checkpoint_of_another_network_is_not_built(tiny, finished):
     network = best.config.network.model_copy(update={"name": "os:getcwd"})
     config = best.config.model_copy(update={"network": network})
     write_checkpoint(run.best, dataclasses.replace(best, config=config))
-    with pytest.raises(PolysegError, match="is of another network than this run"):
+    with pytest.raises(PolysegError, match="belongs to another network than this run"):
         train(tiny("run"), resume=True)
 
 

@@ -85,7 +85,7 @@ def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
     log.unlink()
     log.symlink_to(secret)
     said = polyseg("train", "--resume", "--out", tmp_path / "run", "--epochs", 4)
-    assert said.code == 2 and "is no file to log to" in said.err
+    assert said.code == 2 and "is not a regular file" in said.err
     assert secret.read_text() == "mine"
 
 

@@ -79,7 +79,7 @@ def samples_of(network, batch, count=N):
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("program", ["plain", "auto"])
 def test_scores_are_those_of_numpy(monkeypatch, labels, program):
-    monkeypatch.setattr(module, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(module, "_FEWEST_COMPILED", 0)
     network, batch = scene(labels)
     settings = UncertaintyConfig(samples=N, program=program)
     found = assess(network, [batch], settings, also=ALL)
@@ -151,7 +151,7 @@ def test_shapes_and_counts_that_have_no_score_are_refused():
 
 def test_a_score_against_the_mask_needs_one():
     network, batch = scene(1)
-    with pytest.raises(PolysegError, match="expected_error: is measured against the mask, and im"):
+    with pytest.raises(PolysegError, match="expected_error: needs masks, and im"):
         assess(network, [batch._replace(masks=None)], samples=N, also=["expected_error"])
     found = assess(network, [batch._replace(masks=None)], samples=N, also=["dispersion"])
     assert np.isfinite(found.scores["dispersion"]).all()
