@@ -192,7 +192,7 @@ def test_data_check_says_what_is_there(polyseg, images):
     answer = polyseg("data", "check", images)
     assert answer.code == 2
     assert "1 image (phantom_0000.png) without a mask" in answer.err
-    assert "phantom_0001.png: masks hold the values 7" in answer.err
+    assert "phantom_0001.png: masks contain the values 7" in answer.err
 
 
 def test_config_init_is_the_defaults(polyseg, tmp_path):

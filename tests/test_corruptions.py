@@ -218,7 +218,7 @@ def test_chance_is_the_same_at_every_strength(name):
 def test_unknown_corruptions_and_strengths_are_named():
     images = make_demo(DataConfig(demo_images=8, size=16))
     with pytest.raises(
-        PolysegError, match=r"^fog: is no corruption; choose noise, blur, contrast,"
+        PolysegError, match=r"^fog: unknown corruption; choose noise, blur, contrast,"
     ):
         corrupt(COLOURS, "fog", 1, seed=0)
     with pytest.raises(PolysegError, match=r"blur: has the strengths 0 .* to 5 .*, not 6"):

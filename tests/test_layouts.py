@@ -233,7 +233,7 @@ def test_images_without_a_mask(tmp_path):
 def test_no_mask_at_all(tmp_path):
     make(tmp_path, *many("images/#.png"), "masks/readme.txt")
     assert "3 images (1.png, 2.png, 3.png) without a mask" in error_of(tmp_path)
-    assert "holds no image with a mask" in error_of(tmp_path, unmasked="skip")
+    assert "has no image with a mask" in error_of(tmp_path, unmasked="skip")
 
 
 def test_names_that_never_fit_are_one_line(tmp_path):
@@ -671,7 +671,7 @@ def test_a_folder_of_images_may_have_any_dataset_json(tmp_path):
         ({"image": "imagesTr/no.nii.gz"}, "there is no such file"),
         ({"image": "x" * 5000}, "there is no such file"),
         ({"image": "a\0\ud800"}, "there is no such file"),
-        ({"image": "dataset.json"}, "is of no kind that is read"),
+        ({"image": "dataset.json"}, "is of no supported kind"),
         ({"image": 5}, "5 is no path"),
         ([[]], "a list is no path"),
         (LISTED["training"][0], "stand for two images"),
@@ -686,19 +686,19 @@ def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
     ("description", "expected"),
     [
         ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON: nested too deep"),
+        ("[" * 100_000, "is not JSON: nested too deep"),
         ("[]", "expected an object"),
         ('{"labels": {"a": 1' + "0" * 5000 + "}}", "is no JSON"),
         ({"labels": []}, "labels: expected values by name"),
         ({"labels": {"a": 1.5}}, "labels: a is 1.5; expected a whole number"),
         ({"labels": {"a": True}}, "expected a whole number"),
         ({"labels": {"a": -1}}, "give a value from 0"),
-        ({"labels": {"a\n": 1}}, "is no text"),
+        ({"labels": {"a\n": 1}}, "is not valid text"),
         ({"labels": {"1": "a", "2": "a"}}, "two values are called a"),
         ({"file_ending": ".svs"}, "file_ending is .svs; expected one of .png"),
         ({"file_ending": 7}, "file_ending is 7"),
         ({"channel_names": "CT"}, "channel_names: expected names by number"),
-        ({}, "holds no image with a mask"),
+        ({}, "has no image with a mask"),
     ],
 )
 def test_misfits_of_dataset_json(tmp_path, description, expected):
@@ -789,7 +789,7 @@ def test_problems_of_a_manifest_are_all_named(tmp_path):
     assert lines[0].endswith("m/9.png: there is no such file")
     assert "line 3: split is later; expected train, val, test or nothing" in lines[1]
     assert "line 4: names no image" in lines[2]
-    assert "is of no kind that is read" in lines[3]
+    assert "is of no supported kind" in lines[3]
     assert "is a folder, but holds no DICOM series" in lines[4]
     assert "line 5: id ../z cannot be used" in lines[5]
     assert "lines 2, 3 have the same id x" in lines[6]
@@ -812,9 +812,9 @@ def test_at_most_twenty_problems_are_shown(tmp_path):
         ("image,mask,mask\n", "two columns are called mask"),
         ("image;mask\n", "by commas (or tabs), not by semicolons"),
         ("image,mask\na,b,c\n", "line 2 has 3 cells, the header 2"),
-        ("image,mask\n", "holds no image with a mask"),
+        ("image,mask\n", "has no image with a mask"),
         ("image,mask\na/1.png," + "x" * 200_000, "line 2 is no CSV"),
-        ("image,mask\na/1\x07.png,m/1.png", "a path is no text"),
+        ("image,mask\na/1\x07.png,m/1.png", "a path is not valid text"),
     ],
 )
 def test_misfits_of_a_manifest(tmp_path, text, expected):
@@ -824,7 +824,7 @@ def test_misfits_of_a_manifest(tmp_path, text, expected):
 def test_a_manifest_that_is_no_text(tmp_path):
     path = listed(tmp_path, "")
     path.write_bytes("image,mask\n".encode("utf-16"))
-    assert "is no text; save it as CSV in UTF-8" in error_of(path)
+    assert "is not a text file; save it as CSV in UTF-8" in error_of(path)
     assert "data.masks: has no meaning for a CSV manifest" in error_of(path, masks="m")
 
 
@@ -907,7 +907,7 @@ def test_pipes_and_links_in_circles_are_left_alone(tmp_path):
 def test_names_that_are_no_text(tmp_path):
     make(tmp_path, "images/a\n.png", "masks/1.png")
     text = error_of(tmp_path)
-    assert "1 name ('a\\n.png') is no text; rename it" in text
+    assert "1 name ('a\\n.png') is not valid text; rename it" in text
     assert "\n" not in text
     (tmp_path / "images/a\n.png").rename(tmp_path / "images" / os.fsdecode(b"\xff.png"))
     assert "'\\udcff.png'" in error_of(tmp_path)
@@ -960,7 +960,7 @@ def test_all_that_cannot_be_predicted_is_named(tmp_path):
     with pytest.raises(PolysegError) as caught:
         find_unlabelled([tmp_path / "notes.txt", tmp_path / "empty", tmp_path / "nowhere"])
     lines = str(caught.value).split("\n")
-    assert "is of no kind that is read" in lines[0]
+    assert "is of no supported kind" in lines[0]
     assert "holds no image" in lines[1]
     assert "there is no such file" in lines[2]
     with pytest.raises(PolysegError, match="no image was named"):

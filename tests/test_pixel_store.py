@@ -92,7 +92,9 @@ def test_an_index_that_lies_is_one_line(path, change):
     rows = json.loads(index_of(path).read_text())
     change(rows)
     index_of(path).write_text(json.dumps(rows))
-    with pytest.raises(PolysegError, match=r"is no file of decoded images .*remove it") as caught:
+    with pytest.raises(
+        PolysegError, match=r"is not a file of decoded images .*remove it"
+    ) as caught:
         DiskStore(path)
     assert "\n" not in str(caught.value)
 

@@ -349,7 +349,7 @@ def test_tiff_that_holds_no_numbers_is_refused(tmp_path):
 
 def test_too_many_channels_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", noise((9, 9, 65)), planarconfig="contig")
-    with pytest.raises(PolysegError, match="has 65 channels; the most that is read is 64"):
+    with pytest.raises(PolysegError, match="has 65 channels; at most 64"):
         read_image_stack(tmp_path / "a.tif")
 
 
@@ -543,11 +543,11 @@ def test_headers_of_nifti_that_lie(tmp_path):
     refused(changed(280, "<12f", *[0.0] * 12), "mend its sform or qform")
     refused(whole[:-5], "is cut short")
     refused(whole[:200], "is cut short")
-    refused(b"no volume at all", "is no NIfTI file")
+    refused(b"no volume at all", "is not a NIfTI file")
     packed = gzip.compress(whole)
     refused(packed[: len(packed) // 2], "cannot be read|cut short", "a.nii.gz")
     refused(packed[:-8] + b"12345678", "CRC check failed", "a.nii.gz")
-    refused(gzip.compress(bytes(400)), "is no NIfTI file", "a.nii.gz")
+    refused(gzip.compress(bytes(400)), "is not a NIfTI file", "a.nii.gz")
 
 
 # DICOM.
@@ -726,7 +726,7 @@ def test_mixed_folders_are_refused(tmp_path):
     with pytest.raises(PolysegError, match="many frames"):
         read_image_stack(folder)
     (folder / "9.dcm").write_text("no DICOM")
-    with pytest.raises(PolysegError, match=r"9\.dcm: is no DICOM file"):
+    with pytest.raises(PolysegError, match=r"9\.dcm: is not a DICOM file"):
         read_image_stack(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(PolysegError, match="holds 0 DICOM files"):
@@ -899,7 +899,7 @@ def test_bounds_are_those_of_the_sides(tmp_path, monkeypatch):
     )
     dicom(tmp_path / "a.dcm", np.zeros((10, 10), np.uint8))
     for name in ("a.png", "a.tif", "a.nii", "a.dcm"):
-        with pytest.raises(PolysegError, match="has 10 x 10 pixels; the most that is read is 99"):
+        with pytest.raises(PolysegError, match="has 10 x 10 pixels; at most 99"):
             read_image_stack(tmp_path / name)
 
 

@@ -263,7 +263,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
         (["--threshold", "best"], "--threshold best: a number above 0 and below 1, or val"),
         (["--samples", "5"], "--samples: counts passes of MC Dropout; add --uncertainty"),
         (["--uncertainty", "--samples", "1"], "--samples 1: from 2"),
-        (["--corrupt", "fog"], "fog: is no corruption; choose noise"),
+        (["--corrupt", "fog"], "fog: unknown corruption; choose noise"),
         (["--tolerance", "0"], "--tolerance 0: above 0"),
         (["--failure", "2"], "--failure 2: a Dice above 0"),
         (["--baseline", "dice_s0"], "--baseline: there is only one run"),

@@ -120,7 +120,7 @@ def _header(path: Path, itk: Any) -> Any:
 
 
 def _refuse_other_files(path: Path) -> None:
-    """Raise where the voxels are not in the file itself: headers of strangers may name any file."""
+    """Raise if the voxels are in another file, because a header may name any file."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER).lower()
     if path.suffix.lower() == ".mha":
