@@ -131,7 +131,7 @@ def test_results_go_into_the_run_when_no_place_is_named(polyseg, finished, tmp_p
     assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
 
 
-def test_quiet_is_for_the_terminal_only(polyseg, tmp_path):
+def test_quiet_does_not_change_the_log_file(polyseg, tmp_path):
     answer = polyseg("train", "--out", tmp_path / "run", *SET, "--quiet")
     assert answer.code == 0 and answer.err == "" and "Dice" in answer.out
     assert "epoch 3/3" in (tmp_path / "run" / "log.txt").read_text()
@@ -182,7 +182,7 @@ def test_the_shaded_region_is_where_the_loss_rises_with_s(terms):
             assert loss[0] == pytest.approx(1)
 
 
-def test_data_check_says_what_is_there(polyseg, images):
+def test_data_check_summarises_the_data_set(polyseg, images):
     answer = polyseg("data", "check", images, "--json")
     found = json.loads(answer.out)
     assert found["images"] == 16 and found["sizes"] == ["32 x 32 (16)"]
@@ -248,7 +248,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, a
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_cannot_steer_the_terminal(polyseg):
+def test_control_characters_of_names_are_escaped_in_the_terminal(polyseg):
     answer = polyseg("evaluate", "\x1b[2Jgone")
     assert answer.code == 2 and "\x1b" not in answer.err and "[2Jgone" in answer.err
 
@@ -381,7 +381,7 @@ def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_names_of_files_are_no_formulas_in_any_table(polyseg, tmp_path, images):
+def test_file_names_are_escaped_as_formulas_in_all_tables(polyseg, tmp_path, images):
     """A spreadsheet shows them, polyseg and JSON keep them, a page shows them as they are."""
     for kind in ("images", "masks"):
         for number in range(16):
@@ -427,7 +427,7 @@ def test_a_manifest_may_name_images_by_what_looks_like_a_formula(polyseg, tmp_pa
 
 
 @pytest.mark.slow
-def test_images_that_were_trained_on_are_no_test(polyseg, tmp_path, images):
+def test_evaluate_warns_of_training_images(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     shutil.copytree(images, tmp_path / "moved")
     answer = polyseg("evaluate", tmp_path / "run", "--data", tmp_path / "moved", "--no-figures")
@@ -462,7 +462,7 @@ def test_ctrl_c_while_images_are_read_is_130(polyseg, monkeypatch):
     assert answer.code == 130 and "Traceback" not in answer.err
 
 
-def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+def test_closed_pipe_is_not_an_error(tmp_path):
     command = f"{sys.executable} -m polyseg config schema | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{\n" and done.stderr == ""

@@ -130,7 +130,7 @@ def test_control_with_a_loss_without_epsilon_is_an_error():
     assert load_config().adaptive
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(PolysegError, match=r"a: loss\.name.*; training\.epochs"):
         build_config({"training": {"epochs": 0}, "loss": {"name": "none"}}, "a")
 
@@ -232,7 +232,7 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
         load_config(path)
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
+def test_pipes_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         with pytest.raises(PolysegError, match="cannot be read: is not a file"):
@@ -267,7 +267,7 @@ def test_any_text_of_a_setting_comes_back_or_is_refused(text):
     assert build_config(parse_yaml(config.to_yaml(), "again"), "again") == config
 
 
-def test_many_mistakes_are_told_in_short():
+def test_many_problems_are_shortened():
     with pytest.raises(PolysegError, match="and 95 more") as error:
         build_config({f"key{i}": i for i in range(100)}, "a.yaml")
     assert len(str(error.value)) < 1000
@@ -317,7 +317,7 @@ def test_foreground_makes_tasks(given, tasks, labels):
         "[[1, 2], [2, 1]]",
     ],
 )
-def test_foregrounds_that_are_none_are_refused(given):
+def test_invalid_foregrounds_are_refused(given):
     with pytest.raises(PolysegError, match=r"data\.foreground: "):
         load_config(overrides=[f"data.foreground={given}"])
 

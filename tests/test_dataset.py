@@ -239,7 +239,7 @@ def test_a_bad_file_leaves_no_half_of_a_cache(folder, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_where_images_are_is_told(folder, polyseg, tmp_path):
+def test_location_of_images_is_logged(folder, polyseg, tmp_path):
     from tests.conftest import TINY
 
     settings = [part for one in (*TINY, "output.figures=false") for part in ("--set", one)]

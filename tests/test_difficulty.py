@@ -46,7 +46,7 @@ def test_normalise_against_numpy(values, percentile):
     np.testing.assert_allclose(normalise(values, percentile), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_one_image_alone_gets_the_middle():
+def test_single_image_gets_the_middle_epsilon():
     assert normalise(np.array([0.3])).tolist() == [0.0]
     assert epsilon_from_difficulty(np.array([0.0]), -0.4, 1.0, 1.0)[0] == pytest.approx(0.3)
 
@@ -123,7 +123,7 @@ def test_boundary_band_against_scipy(blob, width):
 
 
 @pytest.mark.parametrize("region", ["mask", "boundary"])
-def test_without_truth_the_prediction_stands_in_and_it_is_recorded(blob, region):
+def test_missing_mask_falls_back_to_the_prediction(blob, region):
     mask, mean = blob
     means = torch.cat([mean, mean, torch.zeros_like(mean)])
     masks = torch.cat([mask, torch.zeros_like(mask), torch.zeros_like(mask)])

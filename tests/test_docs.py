@@ -39,7 +39,7 @@ def test_the_plan_names_every_package_in_the_order_of_imports():
     assert [name.removesuffix(".py") for name in named] == list(PACKAGES[:-1])
 
 
-def test_the_plan_leads_to_modules_that_exist():
+def test_modules_named_in_the_plan_exist():
     page = (TOP / "docs" / "architecture.md").read_text()
     places = [one for row in table_of("## I want to", page) for one in row[1].split(", ")]
     places += re.findall(r"`([\w/]+\.py|[\w/]+/)`", page)
@@ -89,7 +89,7 @@ def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
         assert all(one.grad is not None for one in names["network"].parameters())
 
 
-def test_links_lead_somewhere():
+def test_links_of_the_docs_have_targets():
     for page in (TOP / "README.md", TOP / "CHANGELOG.md", *(TOP / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:

@@ -100,7 +100,7 @@ def test_copies_of_known_sets(copies, name):
 
 
 @pytest.mark.parametrize("name", [name for name in COPIES if name != "manifest"])
-def test_a_folder_around_it_changes_nothing(copies, name):
+def test_wrapping_folder_does_not_change_the_layout(copies, name):
     assert find_cases(copies[name].parent).cases == find_cases(copies[name]).cases
 
 
@@ -328,7 +328,7 @@ def test_ids_that_collide_have_the_class_before_them(tmp_path):
     assert ids(find_cases(tmp_path)) == ["benign/1", "benign/2", "malignant/1", "malignant/2"]
 
 
-def test_only_normal_images_are_empty_unasked(tmp_path):
+def test_only_normal_images_have_empty_masks_by_default(tmp_path):
     make(tmp_path, "benign/1.png", "benign/1_mask.png", "Normal/2.png", "Normal/3.png")
     layout = find_cases(tmp_path)
     assert [case.masks for case in layout.cases][1:] == [(), ()]
@@ -365,7 +365,7 @@ def test_parts_by_names_of_folders(tmp_path, train, val, test):
         ("ISIC-2017_{}_v2_Data", "ISIC-2017_{}_v2_Part1_GroundTruth"),
     ],
 )
-def test_parts_the_other_way_round(tmp_path, images, masks):
+def test_part_folders_inside_image_folders(tmp_path, images, masks):
     for part in ("train", "test"):
         make(tmp_path, *many(f"{images.format(part)}/#.png", 2))
         make(tmp_path, *many(f"{masks.format(part)}/#.png", 2))
@@ -849,7 +849,7 @@ def test_any_csv_is_a_layout_or_an_error(rows, with_header):
 # What is none of these.
 
 
-def test_anything_else_says_what_was_seen(tmp_path):
+def test_unknown_layout_error_lists_the_folder(tmp_path):
     make(tmp_path, "pictures/a.png", *many("file #.txt", 9))
     text = error_of(tmp_path)
     assert "it holds pictures/, file 1.txt, file 2.txt, file 3.txt, file 4.txt and 5 more" in text
@@ -879,7 +879,7 @@ def test_suffixes_do_not_fit_folders(tmp_path):
     assert len(find_cases(tmp_path, layout="folders").cases) == 3
 
 
-def test_paths_that_are_no_data(tmp_path):
+def test_paths_without_data_are_refused(tmp_path):
     assert "there is no such file or folder" in error_of(tmp_path / "nowhere")
     make(tmp_path, "a.png")
     assert "is a file; data.layout=auto takes a folder or a CSV" in error_of(tmp_path / "a.png")
@@ -913,7 +913,7 @@ def test_names_that_are_no_text(tmp_path):
     assert "'\\udcff.png'" in error_of(tmp_path)
 
 
-def test_too_much_is_no_data_set(tmp_path, monkeypatch):
+def test_too_many_files_are_refused(tmp_path, monkeypatch):
     make(tmp_path, *many("images/#.png", 9), *many("masks/#.png", 9))
     monkeypatch.setattr(cases_room, "LARGEST_SET", 15)
     assert "over 15 files and folders" in error_of(tmp_path)
@@ -967,7 +967,7 @@ def test_all_that_cannot_be_predicted_is_named(tmp_path):
         find_unlabelled([])
 
 
-def test_sets_are_told_from_images_alone(copies, tmp_path):
+def test_data_sets_are_distinguished_from_image_folders(copies, tmp_path):
     assert all(holds_masks(copies[name]) for name in COPIES)
     assert not holds_masks(copies["kvasir"] / "images")
     (tmp_path / "only/images").mkdir(parents=True)

@@ -521,7 +521,7 @@ def test_colours_of_nifti_are_refused(tmp_path):
         read_image_stack(tmp_path / "a.nii")
 
 
-def test_headers_of_nifti_that_lie(tmp_path):
+def test_wrong_nifti_headers_are_refused(tmp_path):
     whole = nibabel.Nifti1Image(noise((20, 20, 20)), np.eye(4)).to_bytes()
 
     def refused(content, match, name="a.nii"):
@@ -782,7 +782,7 @@ def test_a_mask_drawn_by_its_transparency_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.nii", "a.nii.gz", "a.dcm"])
-def test_what_is_no_file_is_not_waited_for(tmp_path, name):
+def test_pipes_are_refused_without_waiting(tmp_path, name):
     path = tmp_path / name
     os.mkfifo(path)
     with pytest.raises(PolysegError, match="is no file"):
@@ -879,7 +879,7 @@ def test_content_counts_more_than_the_suffix(tmp_path):
         np.testing.assert_array_equal(only(tmp_path / name)[..., 0], pixels)
 
 
-def test_postscript_in_disguise_is_not_run(tmp_path):
+def test_disguised_postscript_is_not_executed(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     with pytest.raises(PolysegError, match="cannot identify image file"):
         read_image_stack(tmp_path / "a.png")

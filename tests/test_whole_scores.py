@@ -197,7 +197,7 @@ def test_commands_measure_scores_of_the_whole_image(polyseg, finished, tmp_path)
 
 
 @pytest.mark.slow
-def test_evaluate_tells_whether_they_find_failures(polyseg, finished, tmp_path):
+def test_evaluate_reports_failure_detection_of_whole_scores(polyseg, finished, tmp_path):
     run = finished("run")
     answer = polyseg(
         *("evaluate", run.path, "--uncertainty", "--split", "all", "--no-figures"),
@@ -212,7 +212,7 @@ def test_evaluate_tells_whether_they_find_failures(polyseg, finished, tmp_path):
     assert "pairwise_dice" in json.dumps((tmp_path / "evaluation" / "summary.json").read_text())
 
 
-def test_nothing_but_a_network_is_needed():
+def test_assess_needs_only_a_network():
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout2d(0.5), nn.Conv2d(4, 1, 1))
     batch = Batch(["a"], torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
     assert assess(network, [batch], samples=3, metric="dispersion").difficulty.shape == (1,)
