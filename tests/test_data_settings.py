@@ -236,7 +236,7 @@ def test_an_image_is_turned_only_where_its_mask_agrees(tmp_path, turn, shape, se
     save_pair(tmp_path, "a", pixels.astype(np.uint8), mask, exif=exif, quality=100)
     config = load_config(overrides=[f"data.path={tmp_path}", "data.size=null", *settings]).data
     if expected == "error":
-        with pytest.raises(PolysegError, match=r"say data\.orientation=stored .* or =tag"):
+        with pytest.raises(PolysegError, match=r"set data\.orientation=stored .* or =tag"):
             load_images(config)
         return
     found = load_images(config).pixels("a")[..., 0].astype(int)

@@ -273,7 +273,7 @@ def test_names_that_the_user_gives(tmp_path):
     text = error_of(tmp_path, images="photos", masks="nowhere")
     assert "nothing was found by data.images='photos' and data.masks='nowhere'" in text
     assert "is the folder of images too" in error_of(tmp_path, images="a", masks="A")
-    assert "data.images: has no meaning" in error_of(tmp_path, images="a", layout="nnunet")
+    assert "data.images: has no effect" in error_of(tmp_path, images="a", layout="nnunet")
 
 
 def test_a_hint_where_one_folder_is_known(tmp_path):
@@ -685,10 +685,10 @@ def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
 @pytest.mark.parametrize(
     ("description", "expected"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON: nested too deep"),
         ("[]", "expected an object"),
-        ('{"labels": {"a": 1' + "0" * 5000 + "}}", "is no JSON"),
+        ('{"labels": {"a": 1' + "0" * 5000 + "}}", "is not JSON"),
         ({"labels": []}, "labels: expected values by name"),
         ({"labels": {"a": 1.5}}, "labels: a is 1.5; expected a whole number"),
         ({"labels": {"a": True}}, "expected a whole number"),
@@ -813,7 +813,7 @@ def test_at_most_twenty_problems_are_shown(tmp_path):
         ("image;mask\n", "by commas (or tabs), not by semicolons"),
         ("image,mask\na,b,c\n", "line 2 has 3 cells, the header 2"),
         ("image,mask\n", "has no image with a mask"),
-        ("image,mask\na/1.png," + "x" * 200_000, "line 2 is no CSV"),
+        ("image,mask\na/1.png," + "x" * 200_000, "line 2 is not CSV"),
         ("image,mask\na/1\x07.png,m/1.png", "a path is not valid text"),
     ],
 )
@@ -825,7 +825,7 @@ def test_a_manifest_that_is_no_text(tmp_path):
     path = listed(tmp_path, "")
     path.write_bytes("image,mask\n".encode("utf-16"))
     assert "is not a text file; save it as CSV in UTF-8" in error_of(path)
-    assert "data.masks: has no meaning for a CSV manifest" in error_of(path, masks="m")
+    assert "data.masks: has no effect for a CSV manifest" in error_of(path, masks="m")
 
 
 CELLS = st.sampled_from(["a/1.png", "m/1.png", "", ";", "train", "image", "mask", ".", "\0", '"'])

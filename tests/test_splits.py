@@ -185,7 +185,7 @@ def test_a_single_split_has_no_folds(tmp_path):
 
 def test_an_id_in_two_parts_of_a_file_is_refused(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"], "test": ["i000"]}))
-    with pytest.raises(PolysegError, match="i000 stands in it twice"):
+    with pytest.raises(PolysegError, match="i000 is in it twice"):
         split_by_settings(members(2), DataConfig(split_file=str(tmp_path / "s.json")))
 
 

@@ -1,4 +1,4 @@
-"""Arms of an experiment: runs that differ only by seed, fold or machine."""
+"""Combine runs that differ only by seed, fold or machine to arms."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _OF_ONE_ARM = {
     "control.replay_arm",
     "control.replay_seed",
 }
-"""Settings that may differ within an arm, besides where its results go."""
+"""Settings that may differ within an arm, besides those of the output."""
 
 
 def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
@@ -45,7 +45,7 @@ def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
 
 
 def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> list[RunScores]:
-    """Return one record an arm, label and kind of prediction, in place of its runs."""
+    """Return a record for each arm, label and kind of prediction, instead of its runs."""
     pooled = []
     for arm, names in arms.items():
         of_arm = [run for run in runs if run.name in names]
@@ -60,7 +60,7 @@ def pool_points(
     runs: Sequence[RunScores],
     arms: Mapping[str, Sequence[str]],
 ) -> list[RobustnessPoint]:
-    """Return the robustness points of arms, in place of those of their runs."""
+    """Return the robustness points of arms, instead of those of their runs."""
     titles = {
         run.title: RunScores(arm, [], run.label).title
         for arm, names in arms.items()
@@ -89,7 +89,7 @@ def _key(config: Config) -> str:
         for key, value in settings.items()
         if key not in _OF_ONE_ARM and not key.startswith("output.")
     }
-    # Machines keep a data set in different places, but under one name.
+    # On different machines a data set has different paths, but the same name.
     kept["data set"] = Path(config.data.path or "").name
     kept["replayed"] = config.control.replay and config.control.replay_arm
     return json.dumps(kept, sort_keys=True)
@@ -100,6 +100,6 @@ def _common_name(names: Sequence[str]) -> str:
     last = {name.rsplit("/", 1)[-1] for name in names}
     if len(last) == 1 < len(names):
         return last.pop()
-    # Sign by sign: "dice_s0" and "dice_s1" have "dice_s" in common.
+    # By characters: "dice_s0" and "dice_s1" have "dice_s" in common.
     common = os.path.commonprefix(list(names)).rsplit("/", 1)[-1]  # noqa: RUF071
     return re.sub(r"([-_. ]+(seed|fold|s|f)?[-_. ]*\d*)$", "", common, flags=re.IGNORECASE)
