@@ -44,21 +44,13 @@ LAYOUTS = Registry(
         "Medical Segmentation Decathlon: a dataset.json that lists the files",
         f"{_LAYOUTS}.nnunet:read_if_decathlon",
     ),
-    Row(
-        "bids",
-        "BIDS: images in sub-*/ and masks in derivatives/",
-        f"{_LAYOUTS}.bids:read_bids",
-    ),
+    Row("bids", "BIDS: images in sub-*/ and masks in derivatives/", f"{_LAYOUTS}.bids:read_bids"),
     Row(
         "case-folders",
         "a folder for each image or case, with its masks",
         f"{_LAYOUTS}.case_folders:read_case_folders",
     ),
-    Row(
-        "folders",
-        "folders of images and of masks",
-        f"{_LAYOUTS}.folders:read_folders",
-    ),
+    Row("folders", "folders of images and of masks", f"{_LAYOUTS}.folders:read_folders"),
     Row(
         "suffixes",
         "masks beside the images, recognised by their names",
@@ -247,11 +239,7 @@ _DIFFICULTY = "polyseg.difficulty"
 
 REDUCTIONS = Registry(
     "reduction",
-    Row(
-        "sigma",
-        "(D - D_pct) / (sigma_D + delta), eq. 11",
-        f"{_DIFFICULTY}:normalise_by",
-    ),
+    Row("sigma", "(D - D_pct) / (sigma_D + delta), eq. 11", f"{_DIFFICULTY}:normalise_by"),
     Row(
         "rank",
         "normal score of the rank, Phi^-1((rank - 1/2) / n), average ranks for ties",
@@ -497,9 +485,7 @@ REGIONS = Registry(
     "region",
     Region("mask", "foreground of the mask", f"{_REGIONS}:of_mask", of_mask=True),
     Region(
-        "prediction",
-        "pixels with a mean prediction of at least 0.5",
-        f"{_REGIONS}:of_prediction",
+        "prediction", "pixels with a mean prediction of at least 0.5", f"{_REGIONS}:of_prediction"
     ),
     Region("union", "pixels of mask or prediction", f"{_REGIONS}:of_union"),
     Region(

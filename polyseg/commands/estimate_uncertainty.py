@@ -25,13 +25,7 @@ from polyseg.runs.assessment_text import (
 )
 from polyseg.runs.record_files import write_assessment
 from polyseg.runs.run_folder import results_beside
-from polyseg.runs.trained_model import (
-    Inputs,
-    Model,
-    images_for,
-    open_model,
-    passes_of,
-)
+from polyseg.runs.trained_model import Inputs, Model, images_for, open_model, passes_of
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, together

@@ -31,13 +31,7 @@ from polyseg.figures import evaluation_files
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
 from polyseg.runs.run_folder import results_beside
-from polyseg.runs.trained_model import (
-    Inputs,
-    LastImages,
-    Trained,
-    images_for,
-    read_trained,
-)
+from polyseg.runs.trained_model import Inputs, LastImages, Trained, images_for, read_trained
 from polyseg.system.files import short_names
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, Processes, together
@@ -372,12 +366,7 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
         )
 
 
-def _named(
-    baseline: str,
-    sources: Sequence[Path],
-    names: Sequence[str],
-    arms: Arms,
-) -> str:
+def _named(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
     """Return the name in tables of the baseline that the user named.
 
     Raises:

@@ -139,9 +139,7 @@ def comparison_of(sources: Sequence[Path]) -> list[Path]:
 
 
 def page_of(
-    runs: Sequence[RunFiles],
-    evaluations: Sequence[EvaluationFiles] = (),
-    title: str | None = None,
+    runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles] = (), title: str | None = None
 ) -> Page:
     """Return the page about runs and evaluations, with results first.
 
@@ -262,11 +260,7 @@ def _differences(evaluation: EvaluationFiles) -> list[Block]:
 def _found(evaluation: EvaluationFiles) -> list[Block]:
     """Return the figures, and the tables besides metrics and differences."""
     numbers, images = evaluation_pictures(evaluation)
-    return [
-        *_gallery(numbers),
-        *further_tables(evaluation),
-        *_gallery(images),
-    ]
+    return [*_gallery(numbers), *further_tables(evaluation), *_gallery(images)]
 
 
 def _gallery(pictures: Sequence[Picture]) -> list[Block]:

@@ -24,19 +24,10 @@ from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, Schedule, no_progress
-from polyseg.runs.assessment_text import (
-    describe_order,
-    difficulty_correlations,
-    log_correlations,
-)
+from polyseg.runs.assessment_text import describe_order, difficulty_correlations, log_correlations
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
-from polyseg.runs.run_folder import (
-    RunDirectory,
-    environment,
-    new_run_path,
-    read_assessments,
-)
+from polyseg.runs.run_folder import RunDirectory, environment, new_run_path, read_assessments
 from polyseg.runs.trained_model import refuse_gone, split_of_run
 from polyseg.runs.weights import network_of
 from polyseg.system.memory import keep_freed_memory

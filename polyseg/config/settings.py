@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from unicodedata import category
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 from pydantic_core import core_schema
 
 from polyseg.choices import (
@@ -472,11 +465,7 @@ class LossConfig(Section):
     scale_gradient: Literal["guarded", "full", "detached"] = _setting(
         "guarded",
         "images for which s is constant in the backward pass",
-        choices={
-            "guarded": "those whose loss rises with s",
-            "full": "none",
-            "detached": "all",
-        },
+        choices={"guarded": "those whose loss rises with s", "full": "none", "detached": "all"},
     )
     smooth: float = _setting(
         1e-6, "smoothing, added to numerators and denominators", ge=1e-9, le=1e6
@@ -578,10 +567,7 @@ class ControlConfig(Section):
         "auto", "adapt epsilon to the difficulty; auto: if the loss has an epsilon"
     )
     start: float = _setting(
-        0.2,
-        "epoch E0 of the first assessment; below 1: a share of training.epochs",
-        "epochs",
-        ge=0,
+        0.2, "epoch E0 of the first assessment; below 1: a share of training.epochs", "epochs", ge=0
     )
     every: int = _setting(5, "number tau of epochs between assessments", "epochs", ge=1)
     reduction: Annotated[str, OneOf(REDUCTIONS)] = _setting(

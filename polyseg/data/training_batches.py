@@ -110,9 +110,7 @@ class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):
 _Samples = list[tuple[str, Tensor, Tensor]]
 
 
-def _collate(
-    samples: _Samples | PolysegError,
-) -> tuple[list[str], Tensor, Tensor] | PolysegError:
+def _collate(samples: _Samples | PolysegError) -> tuple[list[str], Tensor, Tensor] | PolysegError:
     if isinstance(samples, PolysegError):
         return samples
     ids, images, masks = zip(*samples, strict=True)

@@ -56,9 +56,7 @@ def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> l
 
 
 def pool_points(
-    points: Sequence[RobustnessPoint],
-    runs: Sequence[RunScores],
-    arms: Mapping[str, Sequence[str]],
+    points: Sequence[RobustnessPoint], runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]
 ) -> list[RobustnessPoint]:
     """Return the robustness points of arms, instead of those of their runs."""
     titles = {

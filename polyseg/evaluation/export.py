@@ -81,10 +81,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "tolerance": evaluation.tolerance,
         "failure_dice": evaluation.failure,
         "metrics": {
-            name: {
-                "title": evaluation.heading(metric),
-                "higher_is_better": metric.higher_is_better,
-            }
+            name: {"title": evaluation.heading(metric), "higher_is_better": metric.higher_is_better}
             for name, metric in METRICS.items()
         },
         "runs": [_run_record(run, evaluation) for run in evaluation.runs],

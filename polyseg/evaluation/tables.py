@@ -18,11 +18,7 @@ RULE = (
 )
 DASH = "–"
 """Text of a cell whose value is undefined."""
-PARTS = {
-    "val": "Validation metrics",
-    "train": "Training metrics",
-    "all": "Metrics of all images",
-}
+PARTS = {"val": "Validation metrics", "train": "Training metrics", "all": "Metrics of all images"}
 """Title of metrics that are not of test images alone, by the tested part."""
 SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
 """Size at which masks were compared, in words."""

@@ -270,8 +270,7 @@ def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
         else (images, part_of(split, "val", images, model))
     )
     found = choose_thresholds(
-        *(model.network, own, ids, test.batch_size, test.progress, test.processes),
-        test.settings.at,
+        *(model.network, own, ids, test.batch_size, test.progress, test.processes), test.settings.at
     )
     for label, threshold in found.items():
         what = f" of {label}" if label else ""

@@ -32,12 +32,7 @@ from polyseg.records import Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 
-__all__ = [
-    "assess",
-    "spread",
-    "stochastic_layers",
-    "stochastic_pass",
-]
+__all__ = ["assess", "spread", "stochastic_layers", "stochastic_pass"]
 
 log = logging.getLogger(__name__)
 

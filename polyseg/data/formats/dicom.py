@@ -344,10 +344,7 @@ def _rescaled_whole(pixels: NDArray[Any], factors: Sequence[tuple[float, float]]
 def _rescale_of(dataset: Any, frame: int) -> tuple[float, float]:
     group = _group(dataset, "PixelValueTransformationSequence", frame) or dataset
     slope, intercept = group.get("RescaleSlope"), group.get("RescaleIntercept")
-    return (
-        1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept),
-    )
+    return (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
 
 
 def _group(dataset: Any, name: str, frame: int) -> Any:

@@ -62,11 +62,7 @@ class WindowedEnd:
 
     @classmethod
     def of(
-        cls,
-        whole: Part,
-        width: int,
-        frame: Frame,
-        prepare: Callable[[Part], None],
+        cls, whole: Part, width: int, frame: Frame, prepare: Callable[[Part], None]
     ) -> "WindowedEnd | None":
         """Return a network with the end after its maps of at most this width; None without one.
 
