@@ -53,7 +53,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
         **({"labels": dict(layout.labels)} if layout.labels else {}),
         **_parts_and_groups(items, data),
         "split": {part: len(ids) for part, ids in split.items()},
-        "sizes": _most_common(f"{height} x {width}" for height, width in map(_size, items)),
+        "sizes": _most_common("{} x {}".format(*item.original_size) for item in items),
         "size that the network sees": _seen(images, data),
         "channels": sorted({item.channels for item in items}),
         "bits": sorted({item.bits for item in items}),
@@ -120,10 +120,6 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
 
     made = phantom_sets.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantom_sets.write_phantoms(path, made)
-
-
-def _size(item: Item) -> tuple[int, int]:
-    return item.original_size
 
 
 def _seen(images: ImageSet, config: DataConfig) -> str:

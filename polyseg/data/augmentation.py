@@ -59,7 +59,7 @@ _ELASTIC_NODES = 8
 
 
 def changes_of(config: DataConfig) -> Changes | None:
-    """Return the changes that the settings ask for: a preset, or what is said of single ones.
+    """Return the changes of the preset, with single strengths replaced by the settings.
 
     >>> changes_of(DataConfig(augmentation="none")) is None
     True

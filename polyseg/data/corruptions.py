@@ -49,7 +49,7 @@ CORRUPTIONS = tuple(AMOUNTS)
 
 
 def check_corruption(name: str, strength: int) -> None:
-    """Raise unless there is such a corruption, and such a strength.
+    """Raise if there is no such corruption or strength.
 
     Raises:
         PolysegError: names those that there are.

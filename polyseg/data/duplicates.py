@@ -101,7 +101,7 @@ def _cosines() -> NDArray[np.float64]:
 
 
 def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str) -> list[str]:
-    """Raise if an image stands on two sides of a split, as it is or nearly.
+    """Raise if equal or nearly equal images are in different parts of a split.
 
     Args:
         split: ids by part.

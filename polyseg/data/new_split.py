@@ -50,9 +50,9 @@ def new_split(config: Config, images: ImageSet) -> Split:
 def _warn_of_no_test(split: Split) -> None:
     if not split["test"]:
         log.warning(
-            "no image is for testing: training ends without test metrics; data.split_file, "
-            "data.fold or a folder test/ sets some apart, `polyseg evaluate --split val` tests on "
-            "validation images"
+            "there are no test images, so training ends without test metrics; give some by "
+            "data.split_file, data.fold or a folder test/; `polyseg evaluate --split val` tests "
+            "the validation images"
         )
 
 

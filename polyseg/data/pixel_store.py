@@ -73,7 +73,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Images held as they are.
+    """Images in memory.
 
     >>> MemoryStore([np.zeros((2, 2, 1))], [None]).get(0)[0].shape
     (2, 2, 1)

@@ -164,8 +164,9 @@ def work_in_place(part: Part, kind: torch.dtype = torch.float32) -> None:
             _add_product(node)
     network.graph.eliminate_dead_code()
     for node in calls_to(network, tuple(IN_PLACE)):
-        if node.target is ADD and not _is_spare(node.args[0], node):
-            _swap_summands(node)
+        swappable = node.target is ADD and arguments_of(node)["alpha"] == 1
+        if swappable and isinstance(node.args[1], Node) and not _is_spare(node.args[0], node):
+            node.args = node.args[::-1]
         if _is_spare(node.args[0], node):
             node.target = IN_PLACE[node.target]
     network.recompile()
@@ -182,11 +183,6 @@ def _add_product(node: Node) -> None:
             node.target = aten.addcmul.default
             node.args = (other, product.args[0], mask)
             return
-
-
-def _swap_summands(node: Node) -> None:
-    if arguments_of(node)["alpha"] == 1 and isinstance(node.args[1], Node):
-        node.args = node.args[::-1]
 
 
 def _is_spare(node: Any, user: Node) -> bool:

@@ -164,17 +164,15 @@ def _refuse_jumps(network: fx.GraphModule) -> None:
     """
     exact: set[Node] = set()
     for node in network.graph.nodes:
+        called = node.op == "call_function"
+        same_bits = called and (is_pointwise(node) or not node.all_input_nodes)
         given = node.op in ("placeholder", "get_attr")
-        if given or (exact.issuperset(node.all_input_nodes) and _same_bits(node)):
+        if given or (same_bits and exact.issuperset(node.all_input_nodes)):
             exact.add(node)
-        elif node.op == "call_function" and _jumps(node):
+        elif called and _jumps(node):
             raise UntraceableError(
                 f"it contains {node.target}, where rounding may change a decision"
             )
-
-
-def _same_bits(node: Node) -> bool:
-    return node.op == "call_function" and (is_pointwise(node) or not node.all_input_nodes)
 
 
 def _jumps(node: Node) -> bool:
