@@ -235,7 +235,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["plot-loss", "--out", "figure.docx"], "saved as .png, .pdf or .svg"),
         (["data", "check", "nowhere"], "there is no such file or folder"),
         (["data", "demo", "new", "--modality", "mri"], "choose ultrasound or endoscopy"),
-        (["data", "demo", "new", "--size", "3"], "--size: 32 to"),
+        (["data", "demo", "new", "--size", "3"], "--size from 32 to"),
         (["data", "demo", "new", "--seed", "-1"], "--seed -1: give 0 or more"),
     ],
 )

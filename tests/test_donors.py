@@ -205,7 +205,7 @@ class TestRefusals:
         tested = dict(zip(head.split(","), first.split(","), strict=True))
         assert f"{copy} was not tested on {tested['id']}" in error
         table.write_text("something\nelse\n")
-        assert "no table" in self.refused(polyseg, runs / "run", runs / "donor-a", copy)
+        assert "not a table" in self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         table.unlink()
         error = self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         assert "per_image.csv cannot be read: No such file" in error
