@@ -490,7 +490,7 @@ def test_what_is_no_evaluation_is_refused_in_one_line(make_run, evaluation, tmp_
         make_page([run], evaluations=[evaluation, evaluation], out=out)
     with pytest.raises(PolysegError, match="give an evaluation by --evaluation"):
         make_page([evaluation], out=out)
-    with pytest.raises(PolysegError, match="too many"):
+    with pytest.raises(PolysegError, match="more than the 50"):
         make_page([run], evaluations=[evaluation] * 50, out=out)
     assert not out.exists()
 
