@@ -624,7 +624,7 @@ def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
         ([tmp_path], "is not a run"),
         ([run, tmp_path / "nowhere"], "is not a run"),
         ([run, run / ".." / "a"], "given twice"),
-        ([run] * 51, "too many"),
+        ([run] * 51, "more than the 50"),
     ):
         with pytest.raises(PolysegError, match=said) as error:
             make_page(sources, out=out)
