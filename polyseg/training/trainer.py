@@ -69,12 +69,11 @@ class Trainer:
         replay: Schedule | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.processes = processes
+        self.processes, self.progress = processes, progress
         self.config, self.images, self.split, self.run = config, images, split, run
         self.replay = replay
         """Recorded epsilons in the order of the training images; None to assess images."""
         self.record_hashes(replay="", split="")
-        self.progress = progress
         self.device = choose_device(config.training.device)
         check_own_code(config)
         choose_algorithms(self.device, deterministic=config.training.deterministic)
