@@ -1,6 +1,6 @@
-"""What can be chosen by name: a row here is all that the settings, their help and docs need.
+"""Tables of what settings choose by name; settings, help and docs are made from their rows.
 
-Each row names its function as "module:name", so that this module imports none of them.
+Each row names its function as "module:name", so that this module does not import the functions.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ class Loss(Row):
     """
 
     parameters: tuple[str, ...] = ()
-    """The settings of `loss` that it uses, besides `epsilon`."""
+    """The settings of `loss` that the loss uses, besides `epsilon`."""
     has_epsilon: bool = False
-    """Whether it depends on epsilon, so that epsilon can be adapted."""
+    """Whether the loss depends on epsilon, so that epsilon can be adapted."""
 
 
 _LAYOUTS = "polyseg.data.layouts"
 
 LAYOUTS = Registry(
     "layout",
-    Row("auto", "the first of the following that fits what is there"),
+    Row("auto", "the first of the following layouts that fits the folder"),
     Row(
         "manifest",
         "a CSV file with the columns image and mask",
@@ -44,11 +44,7 @@ LAYOUTS = Registry(
         "Medical Segmentation Decathlon: a dataset.json that lists the files",
         f"{_LAYOUTS}.nnunet:read_if_decathlon",
     ),
-    Row(
-        "bids",
-        "BIDS: images in sub-*/ and masks in derivatives/",
-        f"{_LAYOUTS}.bids:read_bids",
-    ),
+    Row("bids", "BIDS: images in sub-*/ and masks in derivatives/", f"{_LAYOUTS}.bids:read_bids"),
     Row(
         "public-set",
         "a public data set that is told by the paths of its files, such as PH2",
@@ -59,18 +55,14 @@ LAYOUTS = Registry(
         "a folder for each image or case, with its masks",
         f"{_LAYOUTS}.case_folders:read_case_folders",
     ),
-    Row(
-        "folders",
-        "folders of images and of masks",
-        f"{_LAYOUTS}.folders:read_folders",
-    ),
+    Row("folders", "folders of images and of masks", f"{_LAYOUTS}.folders:read_folders"),
     Row(
         "suffixes",
-        "masks beside the images, told apart by their names",
+        "masks beside the images, recognised by their names",
         f"{_LAYOUTS}.folders:read_suffixes",
     ),
 )
-"""Each function takes a `Source` and returns a `Layout`, or None where the folder is not of it."""
+"""Each function takes a `Source` and returns its `Layout`, or None if it does not apply."""
 
 _LOSSES = "polyseg.training.losses_by_name"
 
@@ -85,7 +77,7 @@ LOSSES = Registry(
     ),
     Loss(
         "polydice",
-        "PolyDice of K terms, eq. 5",
+        "PolyDice with K terms, eq. 5",
         f"{_LOSSES}:polydice",
         ("terms", "scale", "scale_gradient", "smooth"),
         has_epsilon=True,
@@ -101,21 +93,20 @@ LOSSES = Registry(
 
 @dataclass(frozen=True)
 class Score(Row):
-    """A number that can be the difficulty D of an image.
+    """A score that can be the difficulty D of an image.
 
-    The function takes what `of` says and returns (B,) numbers, one for each image and label; with
-    "pixels" it returns a pixel map, (...), of what is given in the registry's description, and D is
-    the mean of the map over the region.
+    The function takes the arguments that `of` names and returns (B,) numbers, one for each image
+    and label. With "pixels" it returns a pixel map, (...), and D is the mean over the region.
     """
 
     unit: str = ""
     of: Literal["pixels", "moments", "pass", "passes", "mask"] = "pixels"
-    """"moments": `uncertainty.Moments`, (B, H, W) each, and the mask, (B, H, W) bool; "pass": the
-    probabilities of a pass, (B, H, W), and the mask, and D is the mean over the passes; "mask": the
-    numbers of foreground pixels, (B,). "passes": it is a class that takes in pass after pass by
-    `update`, and has `value`."""
+    """Arguments of the function. "pixels": see the registry; "moments": `uncertainty.Moments`,
+    (B, H, W) each, and the mask, (B, H, W) bool; "pass": the probabilities of a pass, (B, H, W),
+    and the mask, and D is the mean over the passes; "mask": the numbers of foreground pixels, (B,);
+    "passes": a class with the method `update`, for each pass, and the property `value`."""
     needs_mask: bool = False
-    """Whether there is no such number of an image without a mask."""
+    """Whether the score is undefined without a mask."""
 
 
 _UNCERTAINTY = "polyseg.uncertainty"
@@ -124,7 +115,7 @@ UNCERTAINTIES = Registry(
     "difficulty score",
     Score(
         "mutual_information",
-        "what the passes of MC Dropout disagree on, eq. 10",
+        "mutual information: disagreement of the passes of MC Dropout, eq. 10",
         f"{_UNCERTAINTY}:mutual_information_of",
         "nats",
     ),
@@ -146,7 +137,7 @@ WHOLE_SCORES = Registry(
     "difficulty score",
     Score(
         "dispersion",
-        "variance of the passes over the whole frame, divided by their mean square",
+        "variance of the passes over the whole image, divided by their mean square",
         f"{_UNCERTAINTY}:dispersion",
         of="moments",
     ),
@@ -158,7 +149,7 @@ WHOLE_SCORES = Registry(
         needs_mask=True,
     ),
 )
-"""Scores from the passes of MC Dropout over the whole frame, whatever the region."""
+"""Scores from the passes of MC Dropout over the whole image, whatever the region."""
 
 PAIR_SCORES = Registry(
     "score of pairs of passes",
@@ -169,28 +160,28 @@ PAIR_SCORES = Registry(
         of="passes",
     ),
 )
-"""Scores that evaluate and estimate-uncertainty measure, and training does not."""
+"""Scores that evaluate and estimate-uncertainty can compute, but training cannot use."""
 
 FREE_SCORES = Registry(
     "difficulty score",
     Score(
         "deterministic_entropy",
-        "entropy of the prediction without dropout; takes no passes",
+        "entropy of the prediction without dropout; needs no passes",
         f"{_UNCERTAINTY}:binary_entropy",
         "nats",
     ),
-    Score("training_loss", "loss of the image in the last epoch of training; takes no passes"),
+    Score("training_loss", "loss of the image in the last epoch of training; needs no passes"),
     Score(
         "size",
-        "-log(max(foreground pixels of the mask, 1)); takes no passes",
+        "-log(max(foreground pixels of the mask, 1)); needs no passes",
         "polyseg.difficulty:size_difficulty",
         of="mask",
         needs_mask=True,
     ),
 )
-"""Scores without MC Dropout: of the mask, or of the prediction without dropout, (...) in [0, 1].
+"""Scores without MC Dropout: functions of the mask, or of the prediction without dropout, (...).
 
-The training itself gives the one that has no function.
+The trainer computes the training loss, which has no function here.
 """
 
 
@@ -203,25 +194,25 @@ def score_of(name: str) -> Score:
     rows: dict[str, Score] = {**UNCERTAINTIES, **WHOLE_SCORES, **PAIR_SCORES, **FREE_SCORES}
     if name in rows or not is_own(name):
         return rows[name]
-    # Of a function (moments, mask), or (probability, mask), which is averaged over the passes.
+    # A user's function takes (moments, mask), or (probability, mask) of each pass.
     first = next(iter(signature(resolve(name)).parameters), "")
     of: Literal["pass", "moments"] = "pass" if first == "probability" else "moments"
-    return Score(name, "a function of one's own", name, of=of, needs_mask=of == "pass")
+    return Score(name, "your own function", name, of=of, needs_mask=of == "pass")
 
 
 def loss_of(name: str) -> Loss:
-    """Return the row of a loss; one of one's own is given epsilon.
+    """Return the row of a loss; a user's own loss is given epsilon.
 
     >>> loss_of("my_loss.py:loss").has_epsilon
     True
     """
-    own = Loss(name, "a function of one's own", name, has_epsilon=True)
+    own = Loss(name, "your own function", name, has_epsilon=True)
     return LOSSES.get(name, own) if is_own(name) else LOSSES[name]
 
 
 def map_of(name: str) -> Row:
     """Return the row of a map from normalised difficulties to epsilons."""
-    own = Row(name, "a function of one's own", name)
+    own = Row(name, "your own function", name)
     return MAPS.get(name, own) if is_own(name) else MAPS[name]
 
 
@@ -231,7 +222,7 @@ def score_names() -> tuple[str, ...]:
 
 
 def image_scores() -> dict[str, str]:
-    """Return what each score of the whole image means that can be measured besides others.
+    """Return the help of each score of the whole image that can be computed as an extra one.
 
     >>> list(image_scores())
     ['dispersion', 'expected_error', 'pairwise_dice', 'size']
@@ -253,21 +244,17 @@ _DIFFICULTY = "polyseg.difficulty"
 
 REDUCTIONS = Registry(
     "reduction",
-    Row(
-        "sigma",
-        "(D - D_pct) / (sigma_D + delta), eq. 11",
-        f"{_DIFFICULTY}:normalise_by",
-    ),
+    Row("sigma", "(D - D_pct) / (sigma_D + delta), eq. 11", f"{_DIFFICULTY}:normalise_by"),
     Row(
         "rank",
         "normal score of the rank, Phi^-1((rank - 1/2) / n), average ranks for ties",
         f"{_DIFFICULTY}:normalise_by_rank",
     ),
 )
-"""How difficulties are made comparable.
+"""Normalisations of difficulties.
 
-A function takes the (n,) difficulties of the images normalised together, D_pct, sigma_D and delta,
-and returns the (n,) normalised difficulties.
+Each function takes the (n,) difficulties of the images normalised together, D_pct, sigma_D and
+delta, and returns the (n,) normalised difficulties.
 """
 
 MAPS = Registry(
@@ -284,9 +271,9 @@ MAPS = Registry(
         f"{_DIFFICULTY}:epsilon_from_weight",
     ),
 )
-"""How normalised difficulties become epsilons.
+"""Maps from normalised difficulties to epsilons.
 
-A function takes the (n,) normalised difficulties of the images normalised together, epsilon_min,
+Each function takes the (n,) normalised difficulties of the images normalised together, epsilon_min,
 epsilon_max and the sensitivity, and returns (n,) epsilons.
 """
 
@@ -296,7 +283,7 @@ class Arm(Row):
     """A control arm of a recorded run."""
 
     of_difficulty: bool = False
-    """Whether it changes D, from which the epsilons are computed anew in the batches of the run."""
+    """Whether the arm changes D, from which epsilons are recomputed in the batches of the run."""
 
 
 _REPLAY = "polyseg.adaptive.replay"
@@ -306,49 +293,49 @@ REPLAY_ARMS = Registry(
     Arm("recorded", "the epsilons as recorded"),
     Arm(
         "shuffled",
-        "permuted over the images, by one permutation from each assessment to the next",
+        "the epsilons permuted over the images, by a new permutation after each assessment",
         f"{_REPLAY}:shuffled",
     ),
-    Arm("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
+    Arm("mean", "for all images the mean epsilon of the epoch", f"{_REPLAY}:mean"),
     Arm(
         "inverted",
-        "in each epoch the largest for the image that had the smallest",
+        "the epsilons of each epoch in reverse order: the largest for the image with the smallest",
         f"{_REPLAY}:inverted",
     ),
     Arm(
         "permuted",
-        "by the recorded D permuted over the images, by one permutation for the whole run",
+        "epsilons from D permuted over the images, by one permutation for the whole run",
         f"{_REPLAY}:permuted",
         of_difficulty=True,
     ),
     Arm(
         "size",
-        "by -log(max(foreground pixels, 1)) of the mask in place of D",
+        "epsilons from -log(max(foreground pixels of the mask, 1)) instead of D",
         f"{_REPLAY}:by_size",
         of_difficulty=True,
     ),
     Arm(
         "loss",
-        "by the recorded training loss in place of D",
+        "epsilons from the recorded training loss instead of D",
         f"{_REPLAY}:by_loss",
         of_difficulty=True,
     ),
 )
-"""What a replay gives to the images.
+"""Ways to assign epsilons to the images of a replay.
 
-A function of epsilons takes those of an epoch, (images, labels), and a generator of random numbers,
-which is the same for all epochs between two assessments, and returns epsilons of that shape. A
-function of D takes an assessment and a generator, which is the same for all assessments, and
-returns the (n,) difficulties to use in place of the recorded ones.
+A function of epsilons takes those of an epoch, (images, labels), and a random generator, the same
+for all epochs between two assessments, and returns epsilons of that shape. A function of D takes an
+assessment and a random generator, the same for all assessments, and returns the (n,) difficulties
+that replace the recorded ones.
 """
 
 
 @dataclass(frozen=True)
 class Preset(Row):
-    """Settings that go together."""
+    """A named group of settings."""
 
     settings: tuple[str, ...] = ()
-    """Each as "section.name=value"."""
+    """Settings, each as "section.name=value"."""
 
 
 PRESETS = Registry(
@@ -383,8 +370,8 @@ PRESETS = Registry(
 )
 
 DEVICES = {
-    "auto": "cuda, mps or cpu, the first that is there",
-    "cpu": "the processor",
+    "auto": "the first available of cuda, mps and cpu",
+    "cpu": "the CPU",
     "cuda": "an NVIDIA GPU",
     "mps": "an Apple GPU",
 }
@@ -406,7 +393,7 @@ NETWORKS = Registry(
 )
 """Functions of in_channels, out_channels, the dropout rate and further arguments.
 
-They return the network and what the sides of its images must be multiples of.
+They return the network and the number that the sides of its images must be multiples of.
 """
 
 
@@ -415,7 +402,7 @@ class Optimizer(Row):
     """An optimizer; its function makes it from a list of weights and the settings of `training`."""
 
     state: tuple[str, ...] = ()
-    """The names of what it keeps for each weight in a checkpoint."""
+    """Names of the tensors that it keeps for each weight, in a checkpoint."""
 
 
 _OPTIMIZERS = "polyseg.training.optimizers"
@@ -435,26 +422,26 @@ OPTIMIZERS = Registry(
 
 SCHEDULERS = Registry(
     "scheduler",
-    Row("cosine", "falls to 1 % as a cosine", f"{_OPTIMIZERS}:cosine"),
+    Row("cosine", "decreases to 1 % along a cosine", f"{_OPTIMIZERS}:cosine"),
     Row(
         "polynomial",
-        "falls to 0 as (1 - e/E)^0.9, e epochs of E done",
+        "decreases to 0 as (1 - e/E)^0.9 after e of E epochs",
         f"{_OPTIMIZERS}:polynomial",
     ),
-    Row("constant", "stays", f"{_OPTIMIZERS}:constant"),
+    Row("constant", "stays the same", f"{_OPTIMIZERS}:constant"),
 )
-"""Functions of the share of the epochs that is done, e/E, which return the share of the rate."""
+"""Functions of e/E after e of E epochs, which return the factor of the learning rate."""
 
 
 @dataclass(frozen=True)
 class Normalisation(Row):
-    """How gray values are normalised.
+    """A normalisation of the values of images.
 
     Its function takes an image, (H, W, C), and the settings of `data`, and returns its `Levels`.
     """
 
     pooled: bool = False
-    """Whether mean and deviation are then taken over all training images."""
+    """Whether mean and standard deviation are those of all training images together."""
 
 
 _PREPROCESSING = "polyseg.data.preprocessing"
@@ -463,22 +450,24 @@ NORMALISATIONS = Registry(
     "normalisation",
     Normalisation(
         "zscore",
-        "mean 0 and deviation 1 per image and channel",
+        "mean 0 and standard deviation 1 per image and channel",
         f"{_PREPROCESSING}:mean_and_deviation",
     ),
-    Normalisation("unit", "full range of the pixel type to [0, 1]", f"{_PREPROCESSING}:full_range"),
+    Normalisation(
+        "unit", "scale the range of the pixel type to [0, 1]", f"{_PREPROCESSING}:full_range"
+    ),
     Normalisation(
         "percentile",
-        "1st and 99th percentile of the image to [0, 1], clipped",
+        "scale the 1st and 99th percentile of the image to [0, 1], clipped",
         f"{_PREPROCESSING}:percentiles",
     ),
     Normalisation(
         "dataset",
-        "mean 0 and deviation 1 over the training images",
+        "mean 0 and standard deviation 1 over all training images",
         f"{_PREPROCESSING}:mean_and_deviation",
         pooled=True,
     ),
-    Normalisation("window", "data.window to [0, 1], clipped", f"{_PREPROCESSING}:window"),
+    Normalisation("window", "scale data.window to [0, 1], clipped", f"{_PREPROCESSING}:window"),
 )
 
 
@@ -487,12 +476,11 @@ class Region(Row):
     """The pixels of an image that its difficulty is averaged over.
 
     Its function takes mask and prediction, (B, H, W) bool, and the width of a band in pixels, and
-    returns regions of that shape: the one asked for, then those that take its place where it is
-    empty.
+    returns regions of that shape: the requested one, then those that replace an empty one.
     """
 
     of_mask: bool = False
-    """Whether the prediction matters only where the region of the mask is empty."""
+    """Whether the region follows from the mask alone, unless it is empty."""
 
 
 _REGIONS = "polyseg.montecarlo.regions"
@@ -501,14 +489,12 @@ REGIONS = Registry(
     "region",
     Region("mask", "foreground of the mask", f"{_REGIONS}:of_mask", of_mask=True),
     Region(
-        "prediction",
-        "pixels with a mean prediction of at least 0.5",
-        f"{_REGIONS}:of_prediction",
+        "prediction", "pixels with a mean prediction of at least 0.5", f"{_REGIONS}:of_prediction"
     ),
-    Region("union", "both", f"{_REGIONS}:of_union"),
+    Region("union", "pixels of mask or prediction", f"{_REGIONS}:of_union"),
     Region(
         "boundary",
-        "a band on either side of the edge of the mask",
+        "band on both sides of the edge of the mask",
         f"{_REGIONS}:of_boundary",
         of_mask=True,
     ),

@@ -1,4 +1,4 @@
-"""PolyDice over the angle, in arithmetic that serves tensors and NumPy arrays alike."""
+"""PolyDice as a function of the angle, for tensors and NumPy arrays."""
 
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,19 +15,19 @@ Array = TypeVar("Array", NDArray[np.float64], "Tensor")
 def polydice1_curve(
     theta: NDArray[np.float64], epsilon: float, s: float, *, terms: int = 1
 ) -> NDArray[np.float64]:
-    """Return PolyDice at given angles and constant s, of one term unless `terms` says otherwise.
+    """Return PolyDice at given angles and constant s.
 
     Args:
         theta: radians, any shape.
-        epsilon: steepness, a number.
-        s: scale, in [0, 1].
+        epsilon: a number.
+        s: the scale, in [0, 1].
         terms: K, at least 1.
 
     Returns:
         The loss, of theta's shape, float64.
 
     Raises:
-        ValueError: epsilon or s is no number.
+        ValueError: epsilon or s is not a number.
 
     >>> polydice1_curve(np.array([0.0, 1.0]), epsilon=0.5, s=0.1)
     array([0.9, 1. ])

@@ -1,7 +1,7 @@
-"""From pixels to one difficulty an image, and from difficulties to epsilons (section 3.4).
+"""Compute the difficulty of each image from its pixels, and epsilons from difficulties (3.4).
 
-The functions take NumPy arrays or torch tensors and return the same kind, in float64. Arrays of
-another shape than stated are a ValueError that prints the shapes.
+The functions take NumPy arrays or torch tensors and return the same kind, in float64. A wrong shape
+is a ValueError that prints the shapes.
 """
 
 import math
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", NDArray[np.float64], "Tensor")
 
 FALLBACKS = ("none", "prediction", "empty")
-"""Regions that `select_region` uses, by code: the one asked for; the prediction, because that one
-is empty; none, because the prediction is empty too."""
+"""Fallbacks of `select_region`, by code: the requested region was used; the prediction, because
+that region is empty; no pixels, because the prediction is empty too."""
 
 
 def foreground_mean(pixel_map: Array, region: Array) -> Array:
@@ -36,8 +36,8 @@ def foreground_mean(pixel_map: Array, region: Array) -> Array:
     """
     if len(pixel_map.shape) != 3 or pixel_map.shape != region.shape:
         raise ValueError(
-            f"pixel map {tuple(pixel_map.shape)} and region {tuple(region.shape)} must have one "
-            "shape (B, H, W)"
+            f"pixel map {tuple(pixel_map.shape)} and region {tuple(region.shape)} must have the "
+            "same shape (B, H, W)"
         )
     chosen = _numpy(region) > 0
     values = mean_by_image(_numpy(pixel_map)[chosen], chosen.nonzero()[0], len(chosen))
@@ -48,12 +48,12 @@ def foreground_mean(pixel_map: Array, region: Array) -> Array:
 def mean_by_image(
     values: NDArray[Any], image: NDArray[np.int64], images: int
 ) -> NDArray[np.float64]:
-    """Return the mean of the pixels of each image, 0 where it has none.
+    """Return the mean of the pixels of each image, 0 for images without any.
 
     Args:
-        values: (n,), of some pixels.
-        image: (n,), which image each belongs to.
-        images: B.
+        values: (n,) values of pixels.
+        image: (n,) index of the image of each pixel.
+        images: number B of images.
 
     Returns:
         (B,) float64.
@@ -62,16 +62,18 @@ def mean_by_image(
     array([0.3, 0. , 0.9])
     """
     if np.ndim(values) != 1 or values.shape != image.shape:
-        raise ValueError(f"values {values.shape} and image {image.shape} must have one shape (n,)")
+        raise ValueError(
+            f"values {values.shape} and image {image.shape} must have the same shape (n,)"
+        )
     total = np.bincount(image, weights=values, minlength=images)
     if len(total) != images:
-        raise ValueError(f"image {image.shape} holds {len(total) - 1}, of {images} images from 0")
+        raise ValueError(f"image {image.shape} contains {len(total) - 1}, not below {images}")
     mean: NDArray[np.float64] = total / np.bincount(image, minlength=images).clip(min=1)
     return mean
 
 
 def size_difficulty(mask_pixels: NDArray[Any]) -> NDArray[np.float64]:
-    """Return -log(max(foreground pixels, 1)), by which the smallest foreground is the hardest.
+    """Return -log(max(foreground pixels, 1)), which is largest for the smallest foreground.
 
     Args:
         mask_pixels: (n,) foreground pixels of each image's mask.
@@ -89,10 +91,10 @@ def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) 
     Args:
         difficulty: (n,), n at least 1.
         percentile: pct in [0, 100], by linear interpolation.
-        delta: keeps equal difficulties from dividing by zero.
+        delta: avoids a division by zero if all difficulties are equal.
 
     Returns:
-        (n,) float64, without bound; 0 for a single image. sigma has divisor n.
+        (n,) float64, unbounded; 0 for a single image. sigma has divisor n.
 
     >>> normalise(np.array([0.1, 0.2, 0.3])).round(3)
     array([-1.225,  0.   ,  1.225])
@@ -106,7 +108,7 @@ def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) 
 
 
 def percentile_and_sigma(difficulty: NDArray[np.float64], percentile: float) -> tuple[float, float]:
-    """Return D_pct and sigma_D of some images, by which `normalise` goes.
+    """Return D_pct and sigma_D of some images, which `normalise` uses.
 
     Args:
         difficulty: (n,), n at least 1.
@@ -119,7 +121,7 @@ def percentile_and_sigma(difficulty: NDArray[np.float64], percentile: float) -> 
 
 
 def normalise_by(difficulty: Any, center: Any, sigma: Any, delta: float) -> Any:
-    """Return the normalised difficulty by given statistics: D_pct, the center, and sigma_D.
+    """Return the difficulty normalised by given statistics, D_pct (`center`) and sigma_D.
 
     >>> normalise_by(0.75, center=0.5, sigma=0.25, delta=0.0)
     1.0
@@ -132,14 +134,14 @@ def normalise_by_rank(
 ) -> NDArray[np.float64]:
     """Return Phi^-1((rank_i - 1/2) / n) of some images, the normal scores of their ranks.
 
-    Only the order of the images matters, so that no outlier shrinks the differences of the others.
+    Only the order of the images matters, so outliers do not shrink the differences of the others.
 
     Args:
         difficulty: (n,), n at least 1; equal ones get the average of their ranks.
-        center, sigma, delta: ignored; in place so that this can stand for `normalise_by`.
+        center, sigma, delta: ignored; they are arguments of all normalisations.
 
     Returns:
-        (n,) float64, which add up to 0 where no two are equal.
+        (n,) float64, whose sum is 0 if no two are equal.
 
     >>> normalise_by_rank(np.array([0.1, 9.0, 0.2])).round(3)
     array([-0.967,  0.967,  0.   ])
@@ -162,9 +164,9 @@ def epsilon_from_difficulty(
 
     Args:
         normalised: (n,) normalised difficulties.
-        epsilon_min: what the easiest images tend to.
-        epsilon_max: what the hardest images tend to.
-        sensitivity: lambda, how sharply epsilon answers to difficulty.
+        epsilon_min: limit for the easiest images.
+        epsilon_max: limit for the hardest images.
+        sensitivity: lambda, how strongly epsilon depends on the difficulty.
 
     Returns:
         (n,) float64 in [epsilon_min, epsilon_max].
@@ -174,7 +176,7 @@ def epsilon_from_difficulty(
     """
     if len(normalised.shape) != 1:
         raise ValueError(f"normalised difficulties {tuple(normalised.shape)} must be (n,)")
-    # tanh never overflows, and the clip keeps rounding inside the range.
+    # tanh never overflows, and clip removes rounding beyond the range.
     x: Any = normalised
     half = 0.5 * sensitivity
     tanh = (x.double() * half).tanh() if _is_tensor(x) else np.tanh(np.asarray(x, float) * half)
@@ -188,8 +190,8 @@ def epsilon_from_weight(
 ) -> NDArray[np.float64]:
     """Return clip((c exp(lambda D_norm) - 1) / 2, eps_min, eps_max), c such that weights average 1.
 
-    The weight of an image's angle term is 1 + 2 epsilon. Its mean over the images given is 1, as
-    with epsilon 0 for all, so that only the share of each image changes. c is found by bisection.
+    The weight of an image's angle term is 1 + 2 epsilon. The mean weight of the images is 1, as
+    with epsilon 0 for all, so that only their shares change. c is found by bisection.
 
     Args:
         normalised: (n,) normalised difficulties of the images normalised together.
@@ -208,7 +210,7 @@ def epsilon_from_weight(
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"normalised difficulties {values.shape} must be (n,), n at least 1")
     if not -0.5 <= epsilon_min < 0 < epsilon_max:
-        raise ValueError(f"epsilon_min {epsilon_min} and epsilon_max {epsilon_max}: 0 lies between")
+        raise ValueError(f"epsilon_min {epsilon_min}, epsilon_max {epsilon_max}: 0 must be between")
     exponents = sensitivity * values
     least = math.log1p(2 * epsilon_min) if epsilon_min > -0.5 else -math.inf
     most = math.log1p(2 * epsilon_max)
@@ -217,7 +219,7 @@ def epsilon_from_weight(
         found: NDArray[np.float64] = np.exp((exponents + log_c).clip(least, most))
         return found
 
-    # At these ends no weight is above 1, and none below.
+    # With c at these bounds no weight is above 1, or none is below 1.
     low, high = -float(exponents.max()), -float(exponents.min())
     while low < (middle := low + (high - low) / 2) < high:
         low, high = (middle, high) if weights(middle).mean() < 1 else (low, middle)
@@ -238,5 +240,5 @@ def _like(result: Any, given: Any) -> Any:
 
 
 def _is_tensor(values: Any) -> bool:
-    """Return whether values are a tensor, which nothing is before torch has been imported."""
+    """Return whether values are a tensor, without an import of torch."""
     return "torch" in sys.modules and isinstance(values, sys.modules["torch"].Tensor)

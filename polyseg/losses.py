@@ -1,14 +1,14 @@
 """Dice, PolyDice and t-vMF Dice as functions of probability, mask and epsilon, image by image.
 
 Notation: p the probabilities and y the mask of one image, flattened; a = ||p||, b = ||y||,
-q = <p, y>. Everything follows from these three sums, so the gradient with respect to p is a
+q = <p, y>. The losses depend on these three sums only, so the gradient with respect to p is a
 combination of p and y, and the maps are read once forward and once backward.
 
-Shapes: probability and mask have one shape, (B, H, W), (B, C, H, W) or (B, C, D, H, W). Without
-`per_channel` C is 1, and results are (B,). With `per_channel=True` each of the C channels of an
-image is a binary task of its own, and results are (B, C). Any other shape is a ValueError that
-prints the shapes, and so is a mask that holds anything but 0 and 1. A mask of dtype bool holds
-nothing else and is not searched; of other masks the search makes CUDA synchronise.
+Shapes: probability and mask have the same shape, (B, H, W), (B, C, H, W) or (B, C, D, H, W).
+Without `per_channel` C is 1, and results are (B,). With `per_channel=True` each of the C channels
+of an image is a separate binary task, and results are (B, C). Any other shape is a ValueError that
+prints the shapes, and so is a mask with values other than 0 and 1. Masks of dtype bool need no
+check; the check of other masks makes CUDA synchronise.
 
 Smoothing turns cos(theta) = q / (ab) into (2q + smooth) / (2ab + smooth) and s = 2ab / (a^2 + b^2)
 into (2ab + smooth) / (a^2 + b^2 + smooth). Their product is Dice with the same smoothing, so the
@@ -78,13 +78,13 @@ def scale_and_angle(
     smooth: float = 1e-6,
     per_channel: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return s and theta, the geometry of the Dice loss, 1 - s cos(theta) (eq. 3).
+    """Return scale s and angle theta of the Dice loss, 1 - s cos(theta) (eq. 3).
 
     Args:
         probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
         mask: same shape, in {0, 1}, any dtype.
         scale: "norms", s = 2ab / (a^2 + b^2), for which the identity holds, or "printed",
-            s = 2q / (a^2 + b^2), as section 3.1.2 has it.
+            s = 2q / (a^2 + b^2), as printed in section 3.1.2.
         smooth: see the docstring of this module.
         per_channel: return (B, C), a value for each channel; without it C must be 1.
 
@@ -124,14 +124,14 @@ def polydice_loss(
     Args:
         probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
         mask: same shape, in {0, 1}, any dtype.
-        epsilon: one steepness for all, one for each image, (B,), or with `per_channel` one for each
+        epsilon: one number for all, one for each image, (B,), or with `per_channel` one for each
             channel of each image, (B, C). Below -1/2 (with one term) misalignment is rewarded.
         terms: K, at least 1.
         scale: see `scale_and_angle`.
         scale_gradient: where the sum exceeds 1 the loss rises with s, dL/ds = sum - 1 > 0, so it
-            rewards making s small, as predicting everything or nothing does. "guarded" holds the
-            factor s of the sum constant in the backward pass of those images, "detached" of all
-            images, "full" of none. The value is the same.
+            rewards making s small, as predicting everything or nothing does. "guarded" keeps the
+            factor s of the sum constant in the backward pass for those images, "detached" for all
+            images, "full" for none. The value is the same.
         smooth: see the docstring of this module.
         per_channel: return (B, C), a value for each channel; without it C must be 1.
 
@@ -236,7 +236,7 @@ class PolyDice1Loss(torch.nn.Module):
             ValueError: as `polydice_loss`.
         """
         if self.sigmoid:
-            # In float32 at least: of half precision the sigmoid would round to 1 too early.
+            # In float32 at least, because in half precision the sigmoid rounds to 1 too early.
             input = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
         losses = polydice1_loss(
             input,
@@ -251,7 +251,7 @@ class PolyDice1Loss(torch.nn.Module):
 
 
 def in_wrong_sign_region(theta: Tensor, epsilon: float | Tensor, *, terms: int = 1) -> Tensor:
-    """Return for each image whether the loss rises with s: sum_k alpha_k theta^(2k) > 1.
+    """Return whether the loss of each image rises with s: sum_k alpha_k theta^(2k) > 1.
 
     There the derivative of the loss with respect to s, that sum - 1, is positive, and the loss
     rewards making s small.
@@ -285,8 +285,8 @@ def tvmf_dice_loss(
 
     phi = (1 + cos(theta)) / (1 + concentration (1 - cos(theta))) - 1, after Kato and Hotta,
     "Adaptive t-vMF Dice Loss for Multi-class Medical Image Segmentation" (2022), with a fixed
-    concentration. Of an empty mask phi is 1 whatever is predicted; there the loss is 1 - s, as
-    that of all losses of this module.
+    concentration. For an empty mask phi is 1 whatever is predicted, so the loss is 1 - s there, as
+    for all losses of this module.
 
     Args:
         probability: (B, H, W), (B, C, H, W) or (B, C, D, H, W), floating point in [0, 1].
@@ -311,7 +311,7 @@ def tvmf_dice_loss(
 
 
 class _Sums(NamedTuple):
-    """The sums that all losses are made of, each (B,) or (B, C)."""
+    """The sums that all losses depend on, each (B,) or (B, C)."""
 
     q: Tensor
     a2: Tensor
@@ -319,7 +319,7 @@ class _Sums(NamedTuple):
 
 
 def _moments(probability: Tensor, mask: Tensor, per_channel: bool) -> _Sums:
-    """Return q, a^2 and b^2, (B,) or (B, C), in float32 or wider whatever the autocast."""
+    """Return q, a^2 and b^2, (B,) or (B, C), in float32 or wider, also under autocast."""
     _check_inputs(probability, mask, per_channel)
     dtype = torch.promote_types(probability.dtype, torch.float32)
     with torch.autocast(probability.device.type, enabled=False):
@@ -341,16 +341,14 @@ def _check_inputs(probability: Tensor, mask: Tensor, per_channel: bool) -> None:
         )
     if not probability.is_floating_point():
         raise ValueError(f"probability {shape} must be floating point, not {probability.dtype}")
-    # Of all numbers, of any dtype, only 0 and 1 are their own squares.
+    # In every dtype only 0 and 1 are equal to their squares.
     if mask.dtype != torch.bool and not torch.equal(mask * mask, mask):
-        raise ValueError(
-            f"mask {shape} must hold 0 and 1 only; give mask > 0 where it is 0 and 255"
-        )
+        raise ValueError(f"mask {shape} must contain only 0 and 1; for 0 and 255 give mask > 0")
 
 
 def _scale_and_cosine(moments: _Sums, *, scale: Scale, smooth: float) -> tuple[Tensor, Tensor]:
     q, a2, b2 = moments
-    # The floor keeps the root's derivative finite for a prediction of zeros only.
+    # The lower bound keeps the derivative of the root finite if the prediction is 0 everywhere.
     norms = a2.clamp_min(torch.finfo(a2.dtype).tiny).sqrt() * b2.sqrt()
     cosine = (2 * q + smooth) / (2 * norms + smooth)
     if scale == "norms":
@@ -363,10 +361,10 @@ def _scale_and_cosine(moments: _Sums, *, scale: Scale, smooth: float) -> tuple[T
 
 
 def _as_steepness(epsilon: float | Tensor, like: Tensor) -> Tensor:
-    """Return 1/2 + epsilon in the type and on the device of `like`, of a shape that goes with it.
+    """Return 1/2 + epsilon with dtype and device of `like`, in a shape that broadcasts to it.
 
     Raises:
-        ValueError: epsilon is no number, not of the shape of `like`, and not (B,).
+        ValueError: epsilon is not a number, nor of the shape of `like`, nor (B,).
     """
     steepness = 0.5 + torch.as_tensor(epsilon, dtype=like.dtype, device=like.device)
     if steepness.shape in ((), like.shape):
@@ -374,11 +372,11 @@ def _as_steepness(epsilon: float | Tensor, like: Tensor) -> Tensor:
     if like.ndim == 2 and steepness.shape == like.shape[:1]:
         return steepness[:, None]
     allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (like.shape[:1], like.shape)))
-    raise ValueError(f"epsilon {tuple(steepness.shape)} must be a number or {allowed} here")
+    raise ValueError(f"epsilon {tuple(steepness.shape)} must be a number or of shape {allowed}")
 
 
 def _guarded(s: Tensor, penalty: Tensor, scale_gradient: ScaleGradient) -> Tensor:
-    """Return s, cut off from the backward pass where `scale_gradient` asks for it."""
+    """Return s, detached for the images that `scale_gradient` names."""
     if scale_gradient == "full":
         return s
     if scale_gradient == "detached":
@@ -389,7 +387,7 @@ def _guarded(s: Tensor, penalty: Tensor, scale_gradient: ScaleGradient) -> Tenso
 
 
 class _Moments(torch.autograd.Function):
-    """(q, a^2, b^2) of each row, (..., n); nothing is kept for the backward pass but p and y."""
+    """(q, a^2, b^2) of each row, (..., n); the backward pass needs only p and y."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -401,7 +399,7 @@ class _Moments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, da2: Tensor, _: Tensor) -> tuple[Tensor, None]:
         p, y = ctx.saved_tensors
-        # In place: as one broadcast addcmul it takes nine times as long on a CPU.
+        # In place, because one broadcast addcmul takes nine times as long on a CPU.
         return (dq[..., None] * y).addcmul_(2 * da2[..., None], p), None
 
 
@@ -422,6 +420,6 @@ class _SquaredAngle(torch.autograd.Function):
         return gradient * (-2 / torch.sinc(theta / math.pi))
 
 
-# Function.apply carries no types of its own.
+# Function.apply has no type annotations.
 _moments_of_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = _Moments.apply
 _squared_angle: Callable[[Tensor], Tensor] = _SquaredAngle.apply

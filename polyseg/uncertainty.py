@@ -1,4 +1,4 @@
-"""What N stochastic predictions say of each pixel: functions of the samples, and a running record.
+"""Uncertainty of each pixel from N samples: functions of all samples, and a running record.
 
 Samples are foreground probabilities, so all entropies are binary and at most log 2.
 """
@@ -66,7 +66,7 @@ def predictive_entropy(samples: Tensor) -> Tensor:
 
 
 def mutual_information(samples: Tensor) -> Tensor:
-    """Return H(mean p) - mean H(p) in nats, what the passes disagree on, never below 0 (eq. 10).
+    """Return the mutual information H(mean p) - mean H(p), in nats, at least 0 (eq. 10).
 
     Args:
         samples: (N, ...) in [0, 1], N at least 1.
@@ -78,28 +78,28 @@ def mutual_information(samples: Tensor) -> Tensor:
     tensor([0.6931, 0.0000])
     """
     _check_samples(samples)
-    # In float64, because the two entropies may agree in six digits.
+    # In float64, because the two entropies may be equal in six digits.
     wide = samples.to(_widest(samples))
     shared = predictive_entropy(wide) - binary_entropy(wide).mean(dim=0)
     return shared.clamp_min(0).to(torch.promote_types(samples.dtype, torch.float32))
 
 
 class Moments(NamedTuple):
-    """What is kept of the samples at each pixel, from which every uncertainty is made; each (...).
+    """Statistics of the samples at each pixel, each (...), from which uncertainties are computed.
 
-    To add an uncertainty, write a function of this, and its row in `choices.UNCERTAINTIES`.
+    To add an uncertainty, write a function of them, and its row in `choices.UNCERTAINTIES`.
     """
 
     mean: Tensor
     """Mean prediction, in [0, 1]."""
     variance: Tensor
-    """As `prediction_variance`."""
+    """Result of `prediction_variance`."""
     entropy: Tensor
-    """As `predictive_entropy`."""
+    """Result of `predictive_entropy`."""
     mean_entropy: Tensor
-    """Mean over the samples of the entropy of each, in nats."""
+    """Mean entropy of the samples, in nats."""
     samples: int = 0
-    """N."""
+    """Number N of samples."""
 
 
 def variance_of(moments: Moments) -> Tensor:
@@ -113,18 +113,18 @@ def entropy_of(moments: Moments) -> Tensor:
 
 
 def mutual_information_of(moments: Moments) -> Tensor:
-    """Return the mutual information in nats, as the function of that name."""
+    """Return the mutual information in nats, as `mutual_information` does."""
     return (moments.entropy - moments.mean_entropy).clamp_min(0)
 
 
 def dispersion(moments: Moments, mask: Tensor | None = None) -> Tensor:
-    """Return N/(N-1) sum Var(p) / (sum mean_n p_n^2 + 1) of each image, over all its pixels.
+    """Return N/(N-1) sum Var(p) / (sum mean_n p_n^2 + 1) over all pixels of each image.
 
-    That is the mean soft Dice distance between two passes, with the denominators of all pairs
-    pooled and 1 added to the pooled one. The variance has divisor N, as in eq. 8.
+    This is the mean soft Dice distance between two passes, with the denominators of all pairs
+    pooled and 1 added. The variance has divisor N, as in eq. 8.
 
     Args:
-        moments: of N at least 2 samples, (B, H, W) each.
+        moments: (B, H, W) each, of at least 2 samples.
         mask: ignored.
 
     Returns:
@@ -158,9 +158,9 @@ def error_of_pass(probability: Tensor, mask: Tensor) -> Tensor:
 
 
 class PairwiseDice:
-    """1 - Dice of the masks of two samples at 0.5, averaged over all pairs; two empty ones have 0.
+    """Mean over all pairs of samples of 1 - Dice of their masks at 0.5; 0 for two empty masks.
 
-    It keeps the mask of every sample, eight pixels a byte: N H W / 8 bytes an image.
+    It stores the mask of every sample with eight pixels in a byte: N H W / 8 bytes per image.
 
     >>> pairs = PairwiseDice()
     >>> for sample in torch.tensor([[[[0.0, 0.9]]], [[[0.5, 0.9]]]]):
@@ -175,7 +175,7 @@ class PairwiseDice:
         self.total: NDArray[np.float64] = np.zeros(())
 
     def update(self, sample: Tensor) -> None:
-        """Take in one sample, (B, H, W) in [0, 1]; all samples have one shape."""
+        """Add one sample, (B, H, W) in [0, 1]; all samples have the same shape."""
         mask = np.packbits((sample >= 0.5).flatten(1).cpu().numpy(), axis=1)
         size = _ones(mask)
         for other, other_size in zip(self.masks, self.sizes, strict=True):
@@ -201,9 +201,9 @@ def _ones(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 @dataclass
 class UncertaintyAccumulator:
-    """The same maps from one sample at a time, in memory that does not grow with N.
+    """Uncertainty maps from one sample at a time, in memory that does not grow with N.
 
-    Sums are kept in float64 where the device has it, by Welford's update for the variance.
+    Sums are in float64 where the device has it; the variance follows by Welford's update.
 
     >>> record = UncertaintyAccumulator()
     >>> for sample in torch.tensor([[0.0], [1.0]]):
@@ -218,7 +218,7 @@ class UncertaintyAccumulator:
     _entropy: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
 
     def update(self, sample: Tensor) -> None:
-        """Take in one sample, (...) in [0, 1]; all samples have one shape."""
+        """Add one sample, (...) in [0, 1]; all samples have the same shape."""
         if self.count == 0:
             self._mean = torch.zeros_like(sample, dtype=_widest(sample))
             self._squares, self._entropy = self._mean.clone(), self._mean.clone()
@@ -252,7 +252,7 @@ class UncertaintyAccumulator:
         return cls(count, mean, squares, sum((one._entropy for one in records), torch.zeros(())))
 
     def without(self, part: "UncertaintyAccumulator") -> "UncertaintyAccumulator":
-        """Return the record of the samples that `part`, of some of them, did not take in."""
+        """Return the record without the samples of `part`, which holds some of them."""
         if self._mean.shape != part._mean.shape or not 0 < part.count < self.count:
             raise ValueError(
                 f"{part.count} samples {tuple(part._mean.shape)} are not some of {self.count} "
@@ -272,7 +272,7 @@ class UncertaintyAccumulator:
         return {name: row.resolve()(moments) for name, row in UNCERTAINTIES.items()}
 
     def at(self, chosen: Tensor) -> "UncertaintyAccumulator":
-        """Return the record of the pixels that are chosen, by a mask of the samples' shape."""
+        """Return the record of the chosen pixels, given by a bool map of the samples' shape."""
         if chosen.shape != self._mean.shape:
             raise ValueError(f"chosen {tuple(chosen.shape)} of samples {tuple(self._mean.shape)}")
         parts = (self._mean[chosen], self._squares[chosen], self._entropy[chosen])
@@ -280,7 +280,7 @@ class UncertaintyAccumulator:
 
     @property
     def moments(self) -> Moments:
-        """What uncertainties are made of."""
+        """The statistics from which uncertainties are computed."""
         mean_entropy = self._entropy / self.count
         return Moments(self.mean, self.variance, self.entropy, mean_entropy, self.count)
 
@@ -291,22 +291,22 @@ class UncertaintyAccumulator:
 
     @property
     def variance(self) -> Tensor:
-        """As `prediction_variance`."""
+        """The result of `prediction_variance`."""
         return self._filled(self._squares) / self.count
 
     @property
     def entropy(self) -> Tensor:
-        """As `predictive_entropy`."""
+        """The result of `predictive_entropy`."""
         return binary_entropy(self._filled(self._mean).clamp(0, 1))
 
     @property
     def mutual_information(self) -> Tensor:
-        """As the function of that name."""
+        """The result of the function `mutual_information`."""
         return mutual_information_of(self.moments)
 
     def _filled(self, total: Tensor) -> Tensor:
         if self.count == 0:
-            raise ValueError("no sample was taken in yet")
+            raise ValueError("no sample was added yet")
         return total
 
 

@@ -24,7 +24,7 @@ def bytes_kept(network, images):
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_far_less_is_kept_and_gradients_are_the_same(name):
+def test_recomputation_keeps_fewer_feature_maps_and_equal_gradients(name):
     images = torch.rand(2, 1, 64, 64)
     results = []
     for recomputes in (False, True):
@@ -43,7 +43,7 @@ def test_far_less_is_kept_and_gradients_are_the_same(name):
         assert one is None or torch.equal(one, other)
 
 
-def test_in_evaluation_mode_nothing_is_otherwise():
+def test_recomputation_does_not_change_evaluation_mode():
     network = build_network("unet", in_channels=1).eval()
     images = torch.rand(1, 1, 32, 32)
     wanted = network(images)

@@ -133,7 +133,7 @@ def test_every_public_function_has_a_docstring_of_one_sentence_first():
             assert re.search(r"[.:?]$", first), f"{module}.{node.name}: {first!r}"
 
 
-def test_the_start_is_light():
+def test_start_imports_no_heavy_library():
     """Neither the package nor the help of a command imports what takes seconds."""
     code = (
         "import sys, polyseg\nfrom polyseg.cli.main import main\n"
@@ -149,7 +149,7 @@ def test_the_start_is_light():
         assert done.returncode == 0, done.stderr
 
 
-def test_the_project_names_no_registry():
+def test_project_files_contain_no_registry_address():
     top = PACKAGE.parent
     files = [*top.glob("*.*"), *PACKAGE.rglob("*.py"), *top.glob("examples/*"), *top.glob("docs/*")]
     pattern = re.compile(r"index-url|find-links|pypi\.org|https?://[^ ]*(pypi|whl|simple)")
@@ -158,7 +158,7 @@ def test_the_project_names_no_registry():
             assert not pattern.search(path.read_text(errors="ignore")), path
 
 
-def test_the_public_names_are_there():
+def test_public_names_can_be_imported():
     import polyseg
 
     for name in polyseg.__all__:

@@ -78,7 +78,7 @@ def test_images_are_moved_along_both_axes():
     assert ((centers.std(dim=0) / expected - 1).abs() < 0.3).all()
 
 
-def test_it_hangs_on_the_seed_alone():
+def test_augmentation_depends_on_the_seed_only():
     image, masks = torch.rand(3, 16, 16), torch.ones(1, 16, 16, dtype=torch.uint8)
     stream = torch.random.get_rng_state()
     first = augment(image, masks, PRESETS["medium"], 5)
@@ -135,7 +135,7 @@ def test_epochs_and_images_differ(images):
     assert not torch.equal(sample(1, "i0"), sample(1, "i1"))
 
 
-def test_the_order_is_by_seed_and_epoch(images):
+def test_order_depends_on_seed_and_epoch(images):
     def order(seed, epoch):
         batches = training_batches(images, images.ids, batch_size=2, seed=seed, epoch=epoch)
         return [name for ids, _, _ in batches for name in ids]

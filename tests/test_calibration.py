@@ -85,7 +85,7 @@ class Nan:
 NAN = Nan()
 
 
-def test_certainties_that_prove_wrong_cost_a_finite_amount():
+def test_wrong_predictions_of_probability_one_have_finite_loss():
     least = 2.0**-52
     assert negative_log_likelihood([0.0], [1]) == pytest.approx(-math.log(least))
     assert negative_log_likelihood([1.0], [0]) == pytest.approx(-math.log(least))
@@ -184,7 +184,7 @@ def test_no_measure_depends_on_the_order(pairs, random, bins):
     assert excess_area(p, y) == pytest.approx(excess_area(q, z), abs=1e-12)
 
 
-def test_a_constant_probability_is_off_by_its_distance_from_the_frequency():
+def test_constant_probability_has_error_equal_to_distance_from_frequency():
     y = np.arange(100) < 30
     for constant in (0.0, 0.3, 0.9, 1.0):
         p = np.full(100, constant)
@@ -199,7 +199,7 @@ def test_one_bin_compares_the_means():
         assert measure(p, y, 1) == pytest.approx(abs(p.mean() - y.mean()))
 
 
-def test_the_perfectly_calibrated_are_nearly_without_error_and_the_overconfident_are_not():
+def test_calibrated_predictions_have_less_error_than_overconfident_ones():
     generator = np.random.default_rng(1)
     p = generator.random(200_000)
     y = generator.random(p.size) < p
@@ -211,13 +211,13 @@ def test_the_perfectly_calibrated_are_nearly_without_error_and_the_overconfident
     assert adaptive_calibration_error(p, shifted) == pytest.approx(0.125, abs=0.005)
 
 
-def test_the_background_is_the_mirror_image():
+def test_calibration_of_background_mirrors_foreground():
     p, y = overconfident(3)
     for measure in (brier, negative_log_likelihood, adaptive_calibration_error, area_under_roc):
         assert measure(1 - p, ~y) == pytest.approx(measure(p, y), rel=1e-9)
 
 
-def test_images_count_whatever_their_shape():
+def test_calibration_does_not_depend_on_image_shape():
     p, y = overconfident(2)
     for measure in (brier, negative_log_likelihood, calibration_error, adaptive_calibration_error):
         assert measure(p.reshape(20, 5, 6), y.reshape(20, 5, 6)) == pytest.approx(measure(p, y))
@@ -271,7 +271,7 @@ def test_risk_and_coverage_are_the_expectation_over_orders(pairs):
 
 
 @given(images)
-def test_no_order_beats_that_of_the_risk(pairs):
+def test_order_by_risk_has_the_smallest_area(pairs):
     risk, uncertainty = columns(pairs)
     areas = [
         np.mean(np.cumsum(order) / np.arange(1, len(risk) + 1))
@@ -296,7 +296,7 @@ def test_failures_have_closed_forms(n, failures):
 
 
 @given(images)
-def test_finding_failures_against_scikit_learn(pairs):
+def test_failure_auroc_equals_scikit_learn(pairs):
     risk, uncertainty = columns(pairs)
     failed = risk > 5
     value = failure_auroc(failed, uncertainty)
@@ -308,7 +308,7 @@ def test_finding_failures_against_scikit_learn(pairs):
         assert failure_auroc(failed, -uncertainty) == pytest.approx(1 - value)
 
 
-def test_without_images_nothing_is_known():
+def test_metrics_without_images_are_undefined():
     coverage, selective = risk_coverage([], [])
     assert coverage.size == selective.size == 0
     for measure in (area_under_risk_coverage, excess_area, failure_auroc):

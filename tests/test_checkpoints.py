@@ -196,7 +196,7 @@ def test_a_pickle_is_not_opened(tmp_path):
         read_checkpoint(tmp_path / "model.pt")
 
 
-def test_foreign_code_is_imported_only_with_trust(tmp_path, monkeypatch, checkpoint):
+def test_checkpoint_code_is_imported_only_with_trust(tmp_path, monkeypatch, checkpoint):
     (tmp_path / "foreign.py").write_text(
         "import pathlib, torch\n"
         "pathlib.Path('ran').touch()\n"
@@ -239,7 +239,9 @@ def test_weights_must_fit_exactly(checkpoint, change):
         "network={name: dynunet, kwargs: {filters: [4096, 4096, 4096, 4096, 4096]}}",
     ],
 )
-def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, monkeypatch):
+def test_network_larger_than_its_weights_is_refused_before_it_is_built(
+    checkpoint, setting, monkeypatch
+):
     """These would take many gigabytes."""
     made = []
     empty = torch.empty
@@ -257,7 +259,7 @@ def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, mo
 
 
 @pytest.mark.parametrize("name", ["unet", "basic-unet", "attention-unet", "dynunet", "segresnet"])
-def test_every_network_can_be_held_to_its_weights(name):
+def test_weights_of_every_network_are_checked(name):
     config = load_config(overrides=[f"network.name={name}"])
     network = new_network(config, 3)
     again = network_of(Checkpoint(config, 3, 1, network.state_dict()))

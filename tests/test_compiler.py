@@ -40,13 +40,13 @@ SCORES = ("mutual_information", "entropy", "variance")
 CLOSE = 1e-5
 CHANNELS, ELEMENTS = ("channel", "consistent"), ("element", "independent")
 """Two ways of dropping, in which each kind of dropout and of masks comes once."""
-AS_IT_IS = assessment._WORTH_TAKING_APART
+AS_IT_IS = assessment._FEWEST_COMPILED
 
 
 @pytest.fixture(autouse=True)
-def _worth_taking_apart(monkeypatch):
+def _is_worth_compiling(monkeypatch):
     """Take networks apart for the few small images here, too."""
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
 
 
 TRACED = {}
@@ -175,7 +175,7 @@ def check(network, batches, caplog, used=True, **how):
         ours.scores["deterministic_entropy"], plain.scores["deterministic_entropy"], rtol=CLOSE
     )
     assert ours.ids == plain.ids
-    told = "run whole each pass" in caplog.text or "run plainly" in caplog.text
+    told = "network is not compiled" in caplog.text or "compiled passes failed" in caplog.text
     assert told is not used, caplog.text
     return ours
 
@@ -358,7 +358,7 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
 @pytest.mark.parametrize("network", [Gated, Tokens, Placed, Writing, Branching])
-def test_networks_that_are_hardly_a_program_are_assessed_all_the_same(network, masks):
+def test_networks_without_a_common_part_are_assessed(network, masks):
     torch.manual_seed(3)
     network = network().eval()
     batches = [make_batch(n, (32, 48), prefix=f"of{n}-") for n in (1, 3)]
@@ -537,13 +537,13 @@ def broken_logits(self, masks, count):
     ],
     ids=["rewrite", "numbers", "sizes"],
 )
-def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, caplog, traced_anew):
+def test_wrong_program_is_detected(owner, name, wrong, monkeypatch, caplog, traced_anew):
     monkeypatch.setattr(PreparedBatch, "original", PreparedBatch.__call__, raising=False)
     monkeypatch.setattr(owner, name, wrong)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     ours = assess(network, batches, UncertaintyConfig(samples=4))
     warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
-    assert len(warnings) == 1 and "run plainly" in warnings[0].message
+    assert len(warnings) == 1 and "compiled passes failed" in warnings[0].message
     plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     for field in SCORES:
         np.testing.assert_allclose(ours.scores[field], plain.scores[field], rtol=1e-9)
@@ -552,7 +552,7 @@ def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, cap
 @pytest.mark.parametrize(
     ("samples", "error"), [(4, RuntimeError("sizes do not fit")), ("auto", LookupError("mask_0"))]
 )
-def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypatch, caplog):
+def test_failing_program_leaves_no_results(samples, error, monkeypatch, caplog):
     """It fails in the second batch, in the third of its passes; the first batch was filled."""
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     plain = assess(network, batches, UncertaintyConfig(samples=samples, program="plain"))
@@ -568,7 +568,9 @@ def test_nothing_is_kept_of_a_program_that_fails_later(samples, error, monkeypat
     ours = assess(network, batches, UncertaintyConfig(samples=samples))
     assert len(calls) == 9
     warnings = [one.message for one in caplog.records if one.levelno >= logging.WARNING]
-    assert len(warnings) == 1 and str(error) in warnings[0] and "run plainly" in warnings[0]
+    assert (
+        len(warnings) == 1 and str(error) in warnings[0] and "compiled passes failed" in warnings[0]
+    )
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
@@ -576,7 +578,7 @@ def test_batches_that_can_be_read_once_are_passed_plainly(caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     ours = assess(network, iter(batches), UncertaintyConfig(samples=4))
-    assert "can be read once" in caplog.text
+    assert "can be read only once" in caplog.text
     plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
@@ -592,17 +594,17 @@ def test_the_failure_of_a_program_in_another_process_ends_it_here():
         pass
 
 
-def test_windows_that_are_too_small_are_noticed(monkeypatch, caplog, traced_anew):
+def test_too_small_windows_are_detected(monkeypatch, caplog, traced_anew):
     caplog.set_level(logging.INFO, "polyseg")
     monkeypatch.setattr(window, "_strided", lambda *_: 0)
     network, batches = build("unet"), [make_batch(size=(96, 96))]
     ours = assess(network, batches, UncertaintyConfig(samples=4))
-    assert "run whole each pass" in caplog.text and "window" in caplog.text
+    assert "network is not compiled" in caplog.text and "window" in caplog.text
     plain = assess(network, batches, UncertaintyConfig(samples=4, program="plain"))
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_wrong_masks_without_dropout_are_noticed(monkeypatch, traced_anew):
+def test_wrong_masks_without_dropout_are_detected(monkeypatch, traced_anew):
     monkeypatch.setattr(Program, "all_kept", broken_masks)
     network, batches = build("unet"), [make_batch()]
     ours = assess(network, batches, UncertaintyConfig(samples=2))
@@ -621,7 +623,7 @@ def test_a_confident_network_keeps_its_program(caplog):
     check(network, [batch], caplog)
 
 
-def test_the_plain_way_can_be_asked_for(monkeypatch):
+def test_plain_passes_can_be_chosen(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("taken apart")
 
@@ -651,7 +653,7 @@ def tried(monkeypatch):
         raise UntraceableError("this is a test")
 
     monkeypatch.setattr(passes, "Program", refuse)
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", WORTH)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", WORTH)
     return made
 
 
@@ -668,8 +670,8 @@ def test_pixels_times_passes_decide_however_they_are_batched(sizes, images, samp
 
 
 @pytest.mark.parametrize(("bound", "worth"), [(WORTH * 50, 1), (WORTH * 50 + 1, 0)])
-def test_passes_that_are_not_known_are_taken_to_be_the_most(bound, worth, tried, monkeypatch):
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", bound)
+def test_unknown_number_of_passes_counts_as_the_largest(bound, worth, tried, monkeypatch):
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", bound)
     assess(build("unet"), [make_batch(3)], UncertaintyConfig(samples="auto", rank_target=0.51))
     assert len(tried) == worth
 
@@ -694,9 +696,9 @@ def test_no_more_is_read_ahead_than_decides(tried):
     assert result.ids == make_batch(9).ids
 
 
-def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplog):
+def test_few_small_images_use_plain_passes(monkeypatch, caplog):
     caplog.set_level(logging.DEBUG, "polyseg")
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", AS_IT_IS)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", AS_IT_IS)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     ours = assess(network, batches, UncertaintyConfig(samples=4))
     assert [one.levelname for one in caplog.records] == ["DEBUG"]
@@ -704,15 +706,15 @@ def test_a_few_small_images_are_run_the_plain_way_without_ado(monkeypatch, caplo
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_an_assessment_of_common_size_is_worth_it(monkeypatch):
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", AS_IT_IS)
+def test_assessment_of_common_size_is_compiled(monkeypatch):
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", AS_IT_IS)
     images = torch.zeros(1).expand(8, 3, 256, 256)
     batches = [Batch([str(i)] * 8, images, None) for i in range(3)]
-    worth, again = assessment._worth_taking_apart(batches, UncertaintyConfig())
+    worth, again = assessment._is_worth_compiling(batches, UncertaintyConfig())
     assert worth and [batch.ids[0] for batch in again] == ["0", "1", "2"]
 
 
-def test_without_passes_there_is_nothing_to_take_apart(tried):
+def test_scores_without_passes_are_not_compiled(tried):
     assess(
         build("unet"),
         [make_batch(9)],
@@ -774,7 +776,7 @@ def together(monkeypatch):
     ("region", "kind", "masks"),
     [("mask", *CHANNELS), ("prediction", *ELEMENTS), ("mask", "element", "consistent")],
 )
-def test_passes_that_run_together_are_those_that_run_alone(region, masks, kind, program, together):
+def test_passes_together_equal_single_passes(region, masks, kind, program, together):
     network, batch = (
         build("unet", labels=2, dropout_kind=kind),
         make_batch(labels=2, names=("a", "b")),
@@ -863,7 +865,7 @@ def test_window_by_window_passes_run_alone(together):
     ("name", "masks"),
     [("unet", "consistent"), ("attention-unet", "independent"), ("own", "consistent")],
 )
-def test_half_the_digits_rank_images_alike(name, masks, caplog):
+def test_bfloat16_ranks_images_alike(name, masks, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batch = build(name), make_batch(12)
     exact = assess(network, [batch], UncertaintyConfig(samples=6, masks=masks))
@@ -877,21 +879,19 @@ def test_half_the_digits_rank_images_alike(name, masks, caplog):
         assert not np.array_equal(found.difficulty, exact.difficulty)
         np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=0.1)
         np.testing.assert_allclose(found.dice, exact.dice, atol=0.05)
-    assert "run plainly" not in caplog.text and "run whole" not in caplog.text
+    assert "compiled passes failed" not in caplog.text and "not compiled" not in caplog.text
 
 
 @pytest.mark.parametrize("deviation", [3.0, 16.0])
-def test_a_wrong_program_is_noticed_with_half_the_digits(
-    deviation, monkeypatch, caplog, traced_anew
-):
+def test_wrong_program_is_detected_with_bfloat16(deviation, monkeypatch, caplog, traced_anew):
     network = build("unet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
     monkeypatch.setattr(rewrite, "fold_batch_norms", broken_fold)
     assess(network, [make_batch()], UncertaintyConfig(samples=2, precision="bf16"))
-    assert "run plainly" in caplog.text
+    assert "compiled passes failed" in caplog.text
 
 
-def test_weights_keep_all_their_digits():
+def test_network_weights_stay_float32():
     network = build("unet")
     before = {name: values.clone() for name, values in network.state_dict().items()}
     assess(network, [make_batch()], UncertaintyConfig(samples=2, precision="bf16"))
@@ -913,11 +913,11 @@ class Chooses(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_no_fraction_stays_so(precision, caplog):
+def test_integer_tensors_keep_their_type(precision, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batch = Chooses(1, 1), make_batch()
     exact = assess(network, [batch], UncertaintyConfig(samples=4, program="plain"))
     found = assess(network, [batch], UncertaintyConfig(samples=4, precision=precision))
     rtol = CLOSE if precision == "fp32" else 0.1
     np.testing.assert_allclose(found.difficulty, exact.difficulty, rtol=rtol)
-    assert "run plainly" not in caplog.text and "run whole" not in caplog.text
+    assert "compiled passes failed" not in caplog.text and "not compiled" not in caplog.text

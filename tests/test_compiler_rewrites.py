@@ -307,7 +307,7 @@ def joining(layer, flow=lambda s, x: torch.cat([s.d(s.a(x)), s.b(x)], 1), **more
     ids=["plain", "strided, dilated", "transposed", "transposed, no bias"],
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_hangs_on_no_mask_is_convolved_apart(layer, turned):
+def test_parts_without_masks_are_convolved_separately(layer, turned):
     def flow(s, x):
         parts = [s.d(s.a(x)), s.b(x)]
         return torch.cat(parts[::-1] if turned else parts, 1)
@@ -435,7 +435,7 @@ def check_in_place(core, **how):
         "convolved before",
     ],
 )
-def test_what_is_of_no_use_afterwards_is_overwritten(flow, expected):
+def test_unused_inputs_are_overwritten(flow, expected):
     core = Flow(flow, a=conv(), b=conv(), d=drop(nn.Dropout), p=nn.PReLU(init=-0.3))
     _, after = check_in_place(core)
     assert after == Counter(expected)
@@ -456,7 +456,7 @@ def test_what_is_of_no_use_afterwards_is_overwritten(flow, expected):
         "seen through a view",
     ],
 )
-def test_what_others_use_is_not_overwritten(flow):
+def test_inputs_with_later_users_are_not_overwritten(flow):
     check_in_place(Flow(flow, a=conv(), b=conv(), d=drop(), one=conv(4, 1)))
 
 
@@ -659,16 +659,16 @@ def test_functional_dropout_is_left_out_in_evaluation_mode():
     assert kinds(network) == Counter(["mul", "conv2d"])
 
 
-def test_dropout_that_is_not_active_goes():
+def test_inactive_dropout_is_removed():
     core = nn.Sequential(conv(), nn.Dropout(0.0), drop(), nn.Dropout2d(0.0))
     network, inputs = check_traced(core)
     assert [one.layer for one in inputs] == ["2"]
     assert kinds(network) == Counter(["conv2d", "mul"])
 
 
-def test_an_active_layer_that_is_never_run_cannot_be_steered():
+def test_active_layer_that_is_never_run_is_refused():
     core = Flow(lambda s, x: s.a(x), a=conv(), d=drop())
-    with pytest.raises(UntraceableError, match="not in its graph"):
+    with pytest.raises(UntraceableError, match="graph lacks a dropout layer"):
         begin(core)
 
 
@@ -683,7 +683,7 @@ def test_an_active_layer_that_is_never_run_cannot_be_steered():
     ],
     ids=["branch", "number", "by batch", "two results", "numpy"],
 )
-def test_what_is_no_graph_is_told(flow):
+def test_networks_without_a_graph_are_refused_with_the_reason(flow):
     core = Flow(flow, a=conv(), d=drop())
     with pytest.raises(UntraceableError, match=r"."):
         begin(core)
@@ -734,7 +734,7 @@ def test_a_traced_network_can_be_forgotten():
     ("layer", "expected"),
     [(nn.InstanceNorm2d(4), True), (nn.GroupNorm(2, 4), True), (nn.BatchNorm2d(4), False)],
 )
-def test_normalisation_over_space_is_told(layer, expected):
+def test_normalisation_over_space_is_detected(layer, expected):
     network, _ = begin(nn.Sequential(conv(), layer, drop()))
     assert trace.normalises_over_space(network) is expected
 

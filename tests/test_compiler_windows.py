@@ -24,7 +24,7 @@ NETWORKS = range(6)
 
 @pytest.fixture(autouse=True)
 def _always_made_a_program(monkeypatch):
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
 
 
 # Rule by rule, against what changing a pixel changes.
@@ -164,7 +164,7 @@ def test_networks_of_other_operations_are_assessed_as_by_plain_passes(seed):
 
 
 if __name__ == "__main__":
-    assessment._WORTH_TAKING_APART = 0
+    assessment._FEWEST_COMPILED = 0
     for number in range(int(sys.argv[1])):
         for strange in (0, 1 + number % 3):
             try:

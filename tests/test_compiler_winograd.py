@@ -13,7 +13,7 @@ WIDE = 64  # Enough for maps of 6 x 8.
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(16, 16), (5, 7), (1, 1), (2, 33), (4, 4)])
-def test_it_is_a_convolution(size, bias):
+def test_winograd_equals_convolution(size, bias):
     images = torch.randn(3, 5, *size, dtype=torch.float64)
     weight = torch.randn(4, 5, 3, 3, dtype=torch.float64)
     shift = torch.randn(4, dtype=torch.float64) if bias else None
@@ -41,7 +41,7 @@ def test_single_precision_keeps_five_digits(layout):
     ],
     ids=["channels", "single values", "on both sides"],
 )
-def test_a_wide_convolution_is_run_by_it(layers):
+def test_wide_convolutions_use_winograd(layers):
     core = nn.Sequential(conv(4, WIDE), nn.ReLU(), *layers(), conv(WIDE, 2))
     network, values = begin(core, shared=True)
     expected = run(network, values)

@@ -82,9 +82,12 @@ def test_the_schema_is_json():
         ("control.epsilon_min=-1", r"control\.epsilon_min: .* -0\.5, got -1"),
         ("loss.epsilom=1", r"loss\.epsilom: unknown key; did you mean loss\.epsilon\?"),
         ("los.name=dice", "los: unknown key; did you mean loss"),
-        ("data.size=big", r"data\.size: 'big' does not fit: size that the network sees"),
+        ("data.size=big", r"data\.size: 'big' is not valid: size of the network"),
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
-        ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
+        (
+            "control.start=2.5",
+            r"control\.start 2\.5: give a whole number of epochs, or a share below 1",
+        ),
         ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),
         ("loss.name=polydice", r"control\.epsilon_min -0\.4 would reward .* at least -0\.319"),
         ("control.epsilon_min=2", r"control\.epsilon_min 2\.0 is above epsilon_max 1\.0"),
@@ -108,10 +111,10 @@ def test_the_schema_is_json():
         ("output.figures=no", r"output\.figures: must be a valid boolean, got 'no'"),
         ("output.figures=1", r"output\.figures: must be a valid boolean, got 1"),
         ("training.learning_rate=1e400", "finite"),
-        ('data.path="a\\0b"', r"data\.path: 'a\\x00b' holds a control character"),
-        ('data.cache="a\\nb"', r"data\.cache: 'a\\nb' holds a control character"),
-        ('network.kwargs={"a\\0": 1}', r"network\.kwargs: 'a\\x00' holds a control character"),
-        ("data.masks=Masken #1", "what follows # is a comment"),
+        ('data.path="a\\0b"', r"data\.path: 'a\\x00b' contains a control character"),
+        ('data.cache="a\\nb"', r"data\.cache: 'a\\nb' contains a control character"),
+        ('network.kwargs={"a\\0": 1}', r"network\.kwargs: 'a\\x00' contains a control character"),
+        ("data.masks=Masken #1", "YAML ignores the text after #"),
     ],
 )
 def test_refusals_are_one_line_that_names_the_setting(override, expected):
@@ -127,7 +130,7 @@ def test_control_with_a_loss_without_epsilon_is_an_error():
     assert load_config().adaptive
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(PolysegError, match=r"a: loss\.name.*; training\.epochs"):
         build_config({"training": {"epochs": 0}, "loss": {"name": "none"}}, "a")
 
@@ -185,10 +188,10 @@ def test_several_terms_bound_every_epsilon_of_a_run():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ("{bias: .nan}", "numbers, words, lists"),
+        ("{bias: .nan}", "only numbers, text"),
         ("{bias: !!binary gIE=}", "tags"),
         ("{channels: [1000000]}", "1000000|1e\\+06 is above 4096"),
-        ("{a: {1: 2}}", "numbers, words, lists"),
+        ("{a: {1: 2}}", "only numbers, text"),
         ("{channels: [0, 8]}", r"\[0, 8\] has numbers below 1"),
         ("{strides: [-2]}", r"\[-2\] has numbers below 1"),
         ("{channels: [4, 20000]}", "20000 is above 4096"),
@@ -218,7 +221,7 @@ def test_what_holds_no_settings_is_refused(tree):
 def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
     for text in ("false", "0", "[]", "''"):
         (tmp_path / "a.yaml").write_text(text)
-        with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
+        with pytest.raises(PolysegError, match=r"a\.yaml: contains no settings"):
             load_config(tmp_path / "a.yaml")
         with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
             load_config(tmp_path / "a.yaml", overrides=["loss.epsilon=1"])
@@ -231,10 +234,10 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
         load_config(path)
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
+def test_pipes_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(PolysegError, match="cannot be read: is no file"):
+        with pytest.raises(PolysegError, match="cannot be read: is not a file"):
             load_config(path)
 
 
@@ -266,7 +269,7 @@ def test_any_text_of_a_setting_comes_back_or_is_refused(text):
     assert build_config(parse_yaml(config.to_yaml(), "again"), "again") == config
 
 
-def test_many_mistakes_are_told_in_short():
+def test_many_problems_are_shortened():
     with pytest.raises(PolysegError, match="and 95 more") as error:
         build_config({f"key{i}": i for i in range(100)}, "a.yaml")
     assert len(str(error.value)) < 1000
@@ -316,7 +319,7 @@ def test_foreground_makes_tasks(given, tasks, labels):
         "[[1, 2], [2, 1]]",
     ],
 )
-def test_foregrounds_that_are_none_are_refused(given):
+def test_invalid_foregrounds_are_refused(given):
     with pytest.raises(PolysegError, match=r"data\.foreground: "):
         load_config(overrides=[f"data.foreground={given}"])
 

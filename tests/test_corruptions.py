@@ -199,14 +199,14 @@ def test_jpeg_is_pillows(channels, tmp_path):
         assert np.array_equal(damaged if channels == 3 else damaged[..., k], expected)
 
 
-def test_what_lies_beyond_the_range_outlives_jpeg():
+def test_values_beyond_the_range_survive_jpeg():
     image = COLOURS[..., :1].astype(np.float32)
     image[5, 5] = 1e4
     assert corrupt(image, "jpeg", 5, seed=0)[5, 5, 0] > 9000
 
 
 @pytest.mark.parametrize("name", ["noise", "speckle", "bias"])
-def test_chance_is_the_same_at_every_strength(name):
+def test_noise_is_the_same_at_every_strength(name):
     image = flat(0.45)
     changes = [inside(corrupt(image, name, strength, seed=5)) / 0.45 for strength in (1, 2)]
     weak, strong = (np.log(change) if name == "bias" else change - 1 for change in changes)
@@ -248,7 +248,7 @@ def test_ids_hashes_and_masks_stay():
         assert not np.array_equal(damaged.pixels(identity), images.pixels(identity))
 
 
-def test_strength_zero_shows_what_was_there():
+def test_strength_zero_leaves_images_unchanged():
     images = twins(DataConfig())
     damaged = corrupted(images, "blur", 0, seed=0, config=DataConfig())
     for identity in images.ids:

@@ -105,7 +105,7 @@ def test_every_bad_file_of_a_set_is_named(folder):
     assert "case 3" in lines[0]
     assert "case 2.png: is 9 x 9, its image case 2.png 20 x 30" in lines[1]
     assert "case 4.png" in lines[2]
-    assert "case 0.png: masks hold the values 7 (100 %)" in lines[3]
+    assert "case 0.png: masks contain the values 7 (100 %)" in lines[3]
 
 
 def test_batches_keep_order_and_never_mix_sizes():
@@ -239,7 +239,7 @@ def test_a_bad_file_leaves_no_half_of_a_cache(folder, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_where_images_are_is_told(folder, polyseg, tmp_path):
+def test_location_of_images_is_logged(folder, polyseg, tmp_path):
     from tests.conftest import TINY
 
     settings = [part for one in (*TINY, "output.figures=false") for part in ("--set", one)]
@@ -247,7 +247,7 @@ def test_where_images_are_is_told(folder, polyseg, tmp_path):
     said = polyseg(
         "train", "--data", folder, "--out", tmp_path / "run", "--epochs", 1, *settings, *place
     )
-    assert said.code == 0 and "are over data.memory (0 MB): read from" in said.err
+    assert said.code == 0 and "are more than data.memory (0 MB): they are read from" in said.err
 
 
 def test_the_demo_has_one_label():
@@ -351,7 +351,7 @@ def test_a_damaged_file_ends_a_run_with_workers_in_one_line(folder, polyseg, tmp
     said = run("second")
     errors = [line for line in said.err.splitlines() if "error" in line]
     assert said.code == 2 and "Traceback" not in said.err
-    assert len(errors) == 1 and f"{path}: is no file of decoded images" in errors[0]
+    assert len(errors) == 1 and f"{path}: is not a file of decoded images" in errors[0]
 
 
 # ---- workers that the system fails

@@ -46,7 +46,7 @@ def test_normalise_against_numpy(values, percentile):
     np.testing.assert_allclose(normalise(values, percentile), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_one_image_alone_gets_the_middle():
+def test_single_image_gets_the_middle_epsilon():
     assert normalise(np.array([0.3])).tolist() == [0.0]
     assert epsilon_from_difficulty(np.array([0.0]), -0.4, 1.0, 1.0)[0] == pytest.approx(0.3)
 
@@ -123,7 +123,7 @@ def test_boundary_band_against_scipy(blob, width):
 
 
 @pytest.mark.parametrize("region", ["mask", "boundary"])
-def test_without_truth_the_prediction_stands_in_and_it_is_recorded(blob, region):
+def test_missing_mask_falls_back_to_the_prediction(blob, region):
     mask, mean = blob
     means = torch.cat([mean, mean, torch.zeros_like(mean)])
     masks = torch.cat([mask, torch.zeros_like(mask), torch.zeros_like(mask)])
@@ -201,5 +201,5 @@ def test_wrong_shapes_are_refused_with_the_shapes(function, shapes):
 def test_means_of_pixels_that_belong_to_no_image_are_refused():
     with pytest.raises(ValueError, match=r"values \(3,\) and image \(2,\)"):
         mean_by_image(np.zeros(3), np.zeros(2, dtype=np.int64), 2)
-    with pytest.raises(ValueError, match="holds 4, of 3 images"):
+    with pytest.raises(ValueError, match="contains 4, not below 3"):
         mean_by_image(np.zeros(2), np.array([0, 4]), 3)

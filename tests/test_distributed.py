@@ -95,7 +95,7 @@ def wait_for(path, seconds=60):
 
 
 @pytest.mark.slow
-def test_where_one_process_is_killed_all_end_and_the_run_goes_on(tmp_path):
+def test_killed_process_ends_all_and_the_run_can_be_resumed(tmp_path):
     run = RunDirectory(tmp_path / "run")
     settings = ("training.epochs=400", "training.scheduler=constant", "training.accumulate=3")
     command = training(run.path, *settings)
@@ -142,7 +142,7 @@ def test_rows_and_shares_are_all_and_each_once():
             assert sorted(one for part in shares for one in part) == list(range(total))
 
 
-def test_one_process_meets_nobody():
+def test_single_process_needs_no_communication():
     assert ALONE.leads and ALONE.gathered(3) == [3] and ALONE.from_leader(4) == 4
     assert ALONE.all(True) and not ALONE.all(False)
 

@@ -250,7 +250,7 @@ def test_an_error_waits_for_the_others_and_ends_all():
             raise KeyError("mine")
 
 
-def test_each_process_looks_at_its_share_alone(runs, tmp_path):
+def test_each_process_computes_only_its_share(runs, tmp_path):
     model = open_model(runs[0], "cpu", trust=False)
     images, ids = images_for(model, Inputs(), "all")
     several = [Processes(rank, 3) for rank in range(3)]
@@ -285,7 +285,7 @@ def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeyp
     assert list(room._parts(images, ids[:1], 0, Processes(1, 2))) == []
 
 
-def test_equality_to_rounding_sees_what_differs():
+def test_rounding_comparison_detects_differences():
     """The comparison itself, which would otherwise pass whatever it is given."""
     base = {"a": [1.0, "x", None, math.nan], "b": np.array([1.0, 2.0])}
     assert_equal_to_rounding(base, {"a": [1.0 + 1e-9, "x", None, math.nan], "b": base["b"]})

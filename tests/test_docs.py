@@ -40,7 +40,7 @@ def test_the_plan_names_every_package_in_the_order_of_imports():
     assert [name.removesuffix(".py") for name in named] == list(PACKAGES[:-1])
 
 
-def test_the_plan_leads_to_modules_that_exist():
+def test_modules_named_in_the_plan_exist():
     page = (TOP / "docs" / "architecture.md").read_text()
     places = [one for row in table_of("## I want to", page) for one in row[1].split(", ")]
     places += re.findall(r"`([\w/]+\.py|[\w/]+/)`", page)
@@ -109,7 +109,7 @@ def test_the_loss_runs_as_the_readme_shows_it():
     assert names["losses"].shape == (8,) and names["logits"].grad is not None
 
 
-def test_links_lead_somewhere():
+def test_links_of_the_docs_have_targets():
     for page in (TOP / "README.md", TOP / "CHANGELOG.md", *(TOP / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:

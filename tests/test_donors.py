@@ -202,9 +202,10 @@ class TestRefusals:
         head, first, *rest = table.read_text().splitlines()
         table.write_text("\n".join([head, *rest]) + "\n")
         error = self.refused(polyseg, runs / "run", runs / "donor-a", copy)
-        assert f"{copy} was not tested on {first.split(',')[1]}" in error
+        tested = dict(zip(head.split(","), first.split(","), strict=True))
+        assert f"{copy} was not tested on {tested['id']}" in error
         table.write_text("something\nelse\n")
-        assert "no table" in self.refused(polyseg, runs / "run", runs / "donor-a", copy)
+        assert "not a table" in self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         table.unlink()
         error = self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         assert "per_image.csv cannot be read: No such file" in error

@@ -146,7 +146,9 @@ def test_missing_extra_and_unfit_masks_are_named(exported, tmp_path, polyseg):
         (["--name", "a"], "Missing argument: give runs, or --predictions with --data"),
     ],
 )
-def test_what_masks_cannot_be_asked_is_one_line(polyseg, tmp_path, monkeypatch, arguments, said):
+def test_options_that_need_networks_are_refused_for_masks(
+    polyseg, tmp_path, monkeypatch, arguments, said
+):
     monkeypatch.chdir(tmp_path)
     answer = polyseg("evaluate", *arguments)
     assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")

@@ -35,7 +35,7 @@ def run_of(name, dices, ids=None, label="", seed=None, fold=None):
     return RunScores(name, scores, label, seed=seed, fold=fold)
 
 
-def test_half_is_foreground_unless_told_otherwise():
+def test_default_threshold_is_one_half():
     probability, mask = np.array([[0.5, 0.49999]]), np.array([[1, 0]])
     assert image_scores("a", probability, mask).values["dice"] == 1
     found = image_scores("a", probability, mask, threshold=0.4)
@@ -124,7 +124,7 @@ def test_arms_are_compared_over_images_and_over_seeds():
     assert found.p == found.adjusted == pytest.approx(max(images, found.p_over_runs))
 
 
-def test_equal_arms_seldom_seem_to_differ():
+def test_equal_arms_are_rarely_significant():
     """Over the images alone they would: each seed lifts all of an arm's images a little."""
     rng = np.random.default_rng(3)
     rejected, by_images = 0, 0
@@ -164,7 +164,7 @@ def test_thirds_by_size_leave_out_images_without_foreground():
     assert [one.means["dice"] for one in found] == pytest.approx([0.15, 0.4, 0.8])
 
 
-def test_thirds_by_difficulty_go_by_what_is_given():
+def test_thirds_by_difficulty_use_the_given_difficulties():
     run = run_of("run", [0.1, 0.2, 0.3, 0.4])
     found = [one for one in strata(run, [3.0, 2.0, math.nan, 1.0]) if one.by == "difficulty"]
     assert [(one.name, one.images) for one in found] == [("easy", 1), ("medium", 1), ("hard", 1)]

@@ -124,7 +124,7 @@ def test_the_best_is_bold_and_what_differs_is_marked(compared):
     )
 
 
-def test_equal_means_are_no_winners(runs):
+def test_equal_means_are_not_marked_best(runs):
     twice = [runs[0], RunScores("again", runs[0].scores)]
     for row in sheets(summary(Evaluation(twice)))[0].rows:
         assert not any(cell.best for cell in row)

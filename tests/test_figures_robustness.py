@@ -75,7 +75,7 @@ def test_one_strength_alone_is_drawn(tmp_path):
     assert figure.axes[0].lines[0].get_xdata().tolist() == [3]
 
 
-def test_many_runs_all_look_different():
+def test_curves_of_many_runs_differ_in_style():
     axes = robustness_curves(STRENGTHS, curves("noise", runs=20)).axes[0]
     assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 20
 

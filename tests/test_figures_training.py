@@ -381,7 +381,7 @@ def test_settings_of_the_user_neither_change_nor_matter(tmp_path):
         assert mpl.rcParams.copy() == before
 
 
-def test_pyplot_stays_out(tmp_path):
+def test_figures_do_not_import_pyplot(tmp_path):
     script = (
         "import sys, numpy; from pathlib import Path;"
         "from polyseg.figures.evaluation import comparison;"

@@ -249,7 +249,7 @@ def test_the_columns_say_which_way_is_better():
         ([[0.1, 0.5]], {"tolerance": math.inf}, "tolerance"),
     ],
 )
-def test_what_makes_no_sense_is_refused(probability, settings, words):
+def test_invalid_arguments_are_refused(probability, settings, words):
     with pytest.raises(PolysegError, match=words):
         image_metrics(probability, [[1, 0]], **settings)
 

@@ -65,7 +65,7 @@ def test_public_sets_train(polyseg, tmp_path, name):
     assert answer.code == 0, answer.err
 
 
-def test_all_faults_are_told_at_once(polyseg, tmp_path):
+def test_all_faults_are_reported_together(polyseg, tmp_path):
     folder = planted_faults(tmp_path / "data")
     answer = polyseg("data", "check", folder)
     assert answer.code == 2

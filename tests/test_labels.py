@@ -196,7 +196,7 @@ def network():
     return build_network("unet", in_channels=1, settings=settings)
 
 
-def test_windows_see_what_the_whole_would():
+def test_window_predictions_equal_whole_image_predictions():
     """Pixel by pixel there is no difference; with a neighbourhood, none away from the edges."""
     images = torch.rand(2, 1, 96, 112)
     for size, edge in ((1, 0), (3, 1)):
@@ -220,7 +220,7 @@ def test_windows_see_what_the_whole_would():
             torch.testing.assert_close(network(small), network.core(small))
 
 
-def test_all_windows_of_a_pass_meet_one_thinned_network(network):
+def test_windows_of_a_pass_share_dropout_masks(network):
     """An image that repeats itself gets an uncertainty that repeats itself."""
     generator = torch.Generator().manual_seed(0)
     patch = torch.rand(1, 1, 32, 32, generator=generator)
@@ -262,5 +262,5 @@ def test_training_on_tiles_and_images_of_many_sizes(polyseg, tmp_path):
 
 
 def test_a_tile_needs_a_size():
-    with pytest.raises(ValueError, match=r"tiles need a data\.size"):
+    with pytest.raises(ValueError, match=r"data.fit tile needs a data\.size"):
         DataConfig(fit="tile", size=None)

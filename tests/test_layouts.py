@@ -100,7 +100,7 @@ def test_copies_of_known_sets(copies, name):
 
 
 @pytest.mark.parametrize("name", [name for name in COPIES if name != "manifest"])
-def test_a_folder_around_it_changes_nothing(copies, name):
+def test_wrapping_folder_does_not_change_the_layout(copies, name):
     assert find_cases(copies[name].parent).cases == find_cases(copies[name]).cases
 
 
@@ -233,7 +233,7 @@ def test_images_without_a_mask(tmp_path):
 def test_no_mask_at_all(tmp_path):
     make(tmp_path, *many("images/#.png"), "masks/readme.txt")
     assert "3 images (1.png, 2.png, 3.png) without a mask" in error_of(tmp_path)
-    assert "holds no image with a mask" in error_of(tmp_path, unmasked="skip")
+    assert "has no image with a mask" in error_of(tmp_path, unmasked="skip")
 
 
 def test_names_that_never_fit_are_one_line(tmp_path):
@@ -273,7 +273,7 @@ def test_names_that_the_user_gives(tmp_path):
     text = error_of(tmp_path, images="photos", masks="nowhere")
     assert "nothing was found by data.images='photos' and data.masks='nowhere'" in text
     assert "is the folder of images too" in error_of(tmp_path, images="a", masks="A")
-    assert "data.images: has no meaning" in error_of(tmp_path, images="a", layout="nnunet")
+    assert "data.images: has no effect" in error_of(tmp_path, images="a", layout="nnunet")
 
 
 def test_a_hint_where_one_folder_is_known(tmp_path):
@@ -328,7 +328,7 @@ def test_ids_that_collide_have_the_class_before_them(tmp_path):
     assert ids(find_cases(tmp_path)) == ["benign/1", "benign/2", "malignant/1", "malignant/2"]
 
 
-def test_only_normal_images_are_empty_unasked(tmp_path):
+def test_only_normal_images_have_empty_masks_by_default(tmp_path):
     make(tmp_path, "benign/1.png", "benign/1_mask.png", "Normal/2.png", "Normal/3.png")
     layout = find_cases(tmp_path)
     assert [case.masks for case in layout.cases][1:] == [(), ()]
@@ -365,7 +365,7 @@ def test_parts_by_names_of_folders(tmp_path, train, val, test):
         ("ISIC-2017_{}_v2_Data", "ISIC-2017_{}_v2_Part1_GroundTruth"),
     ],
 )
-def test_parts_the_other_way_round(tmp_path, images, masks):
+def test_part_folders_inside_image_folders(tmp_path, images, masks):
     for part in ("train", "test"):
         make(tmp_path, *many(f"{images.format(part)}/#.png", 2))
         make(tmp_path, *many(f"{masks.format(part)}/#.png", 2))
@@ -671,7 +671,7 @@ def test_a_folder_of_images_may_have_any_dataset_json(tmp_path):
         ({"image": "imagesTr/no.nii.gz"}, "there is no such file"),
         ({"image": "x" * 5000}, "there is no such file"),
         ({"image": "a\0\ud800"}, "there is no such file"),
-        ({"image": "dataset.json"}, "is of no kind that is read"),
+        ({"image": "dataset.json"}, "is of no supported kind"),
         ({"image": 5}, "5 is no path"),
         ([[]], "a list is no path"),
         (LISTED["training"][0], "stand for two images"),
@@ -685,20 +685,20 @@ def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
 @pytest.mark.parametrize(
     ("description", "expected"),
     [
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON: nested too deep"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON: nested too deep"),
         ("[]", "expected an object"),
-        ('{"labels": {"a": 1' + "0" * 5000 + "}}", "is no JSON"),
+        ('{"labels": {"a": 1' + "0" * 5000 + "}}", "is not JSON"),
         ({"labels": []}, "labels: expected values by name"),
         ({"labels": {"a": 1.5}}, "labels: a is 1.5; expected a whole number"),
         ({"labels": {"a": True}}, "expected a whole number"),
         ({"labels": {"a": -1}}, "give a value from 0"),
-        ({"labels": {"a\n": 1}}, "is no text"),
+        ({"labels": {"a\n": 1}}, "is not valid text"),
         ({"labels": {"1": "a", "2": "a"}}, "two values are called a"),
         ({"file_ending": ".svs"}, "file_ending is .svs; expected one of .png"),
         ({"file_ending": 7}, "file_ending is 7"),
         ({"channel_names": "CT"}, "channel_names: expected names by number"),
-        ({}, "holds no image with a mask"),
+        ({}, "has no image with a mask"),
     ],
 )
 def test_misfits_of_dataset_json(tmp_path, description, expected):
@@ -789,7 +789,7 @@ def test_problems_of_a_manifest_are_all_named(tmp_path):
     assert lines[0].endswith("m/9.png: there is no such file")
     assert "line 3: split is later; expected train, val, test or nothing" in lines[1]
     assert "line 4: names no image" in lines[2]
-    assert "is of no kind that is read" in lines[3]
+    assert "is of no supported kind" in lines[3]
     assert "is a folder, but holds no DICOM series" in lines[4]
     assert "line 5: id ../z cannot be used" in lines[5]
     assert "lines 2, 3 have the same id x" in lines[6]
@@ -812,9 +812,9 @@ def test_at_most_twenty_problems_are_shown(tmp_path):
         ("image,mask,mask\n", "two columns are called mask"),
         ("image;mask\n", "by commas (or tabs), not by semicolons"),
         ("image,mask\na,b,c\n", "line 2 has 3 cells, the header 2"),
-        ("image,mask\n", "holds no image with a mask"),
-        ("image,mask\na/1.png," + "x" * 200_000, "line 2 is no CSV"),
-        ("image,mask\na/1\x07.png,m/1.png", "a path is no text"),
+        ("image,mask\n", "has no image with a mask"),
+        ("image,mask\na/1.png," + "x" * 200_000, "line 2 is not CSV"),
+        ("image,mask\na/1\x07.png,m/1.png", "a path is not valid text"),
     ],
 )
 def test_misfits_of_a_manifest(tmp_path, text, expected):
@@ -824,8 +824,8 @@ def test_misfits_of_a_manifest(tmp_path, text, expected):
 def test_a_manifest_that_is_no_text(tmp_path):
     path = listed(tmp_path, "")
     path.write_bytes("image,mask\n".encode("utf-16"))
-    assert "is no text; save it as CSV in UTF-8" in error_of(path)
-    assert "data.masks: has no meaning for a CSV manifest" in error_of(path, masks="m")
+    assert "is not a text file; save it as CSV in UTF-8" in error_of(path)
+    assert "data.masks: has no effect for a CSV manifest" in error_of(path, masks="m")
 
 
 CELLS = st.sampled_from(["a/1.png", "m/1.png", "", ";", "train", "image", "mask", ".", "\0", '"'])
@@ -849,7 +849,7 @@ def test_any_csv_is_a_layout_or_an_error(rows, with_header):
 # What is none of these.
 
 
-def test_anything_else_says_what_was_seen(tmp_path):
+def test_unknown_layout_error_lists_the_folder(tmp_path):
     make(tmp_path, "pictures/a.png", *many("file #.txt", 9))
     text = error_of(tmp_path)
     assert "it holds pictures/, file 1.txt, file 2.txt, file 3.txt, file 4.txt and 5 more" in text
@@ -879,7 +879,7 @@ def test_suffixes_do_not_fit_folders(tmp_path):
     assert len(find_cases(tmp_path, layout="folders").cases) == 3
 
 
-def test_paths_that_are_no_data(tmp_path):
+def test_paths_without_data_are_refused(tmp_path):
     assert "there is no such file or folder" in error_of(tmp_path / "nowhere")
     make(tmp_path, "a.png")
     assert "is a file; data.layout=auto takes a folder or a CSV" in error_of(tmp_path / "a.png")
@@ -907,13 +907,13 @@ def test_pipes_and_links_in_circles_are_left_alone(tmp_path):
 def test_names_that_are_no_text(tmp_path):
     make(tmp_path, "images/a\n.png", "masks/1.png")
     text = error_of(tmp_path)
-    assert "1 name ('a\\n.png') is no text; rename it" in text
+    assert "1 name ('a\\n.png') is not valid text; rename it" in text
     assert "\n" not in text
     (tmp_path / "images/a\n.png").rename(tmp_path / "images" / os.fsdecode(b"\xff.png"))
     assert "'\\udcff.png'" in error_of(tmp_path)
 
 
-def test_too_much_is_no_data_set(tmp_path, monkeypatch):
+def test_too_many_files_are_refused(tmp_path, monkeypatch):
     make(tmp_path, *many("images/#.png", 9), *many("masks/#.png", 9))
     monkeypatch.setattr(cases_room, "LARGEST_SET", 15)
     assert "over 15 files and folders" in error_of(tmp_path)
@@ -960,14 +960,14 @@ def test_all_that_cannot_be_predicted_is_named(tmp_path):
     with pytest.raises(PolysegError) as caught:
         find_unlabelled([tmp_path / "notes.txt", tmp_path / "empty", tmp_path / "nowhere"])
     lines = str(caught.value).split("\n")
-    assert "is of no kind that is read" in lines[0]
+    assert "is of no supported kind" in lines[0]
     assert "holds no image" in lines[1]
     assert "there is no such file" in lines[2]
     with pytest.raises(PolysegError, match="no image was named"):
         find_unlabelled([])
 
 
-def test_sets_are_told_from_images_alone(copies, tmp_path):
+def test_data_sets_are_distinguished_from_image_folders(copies, tmp_path):
     assert all(holds_masks(copies[name]) for name in COPIES)
     assert not holds_masks(copies["kvasir"] / "images")
     (tmp_path / "only/images").mkdir(parents=True)

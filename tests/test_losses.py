@@ -104,7 +104,7 @@ def test_the_angle_does_not_depend_on_the_length_of_the_prediction(seed, scaling
     torch.testing.assert_close(theta, scaled)
 
 
-def test_epsilon_is_an_images_own():
+def test_each_image_uses_its_own_epsilon():
     p, y = make_case(5)
     epsilon = torch.tensor([-0.4, 0.0, 0.5, 2.0], dtype=torch.float64)
     together = polydice1_loss(p, y, epsilon)
@@ -152,7 +152,7 @@ def test_detached_scale_is_the_gradient_with_s_held_constant():
     torch.testing.assert_close(gradient(p, y, 0.7, scale_gradient="detached"), x.grad)
 
 
-def test_guard_acts_where_the_sign_is_wrong_and_only_there():
+def test_guard_detaches_scale_only_in_the_wrong_sign_region():
     y = torch.zeros(2, 8, 8, dtype=torch.float64)
     y[:, 0] = 1
     p = torch.full((2, 8, 8), 0.3, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_guard_acts_where_the_sign_is_wrong_and_only_there():
     assert (guarded[1] - gradient(p, y, 1.0, scale_gradient="full")[1]).abs().max() > 1e-4
 
 
-def test_the_guard_leaves_the_value_alone():
+def test_guard_does_not_change_the_loss_value():
     p, y = make_case(9)
     values = [polydice1_loss(p, y, 3.0, scale_gradient=g) for g in ("guarded", "full", "detached")]
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
@@ -229,7 +229,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert gradient(half, y, 0.5).dtype == dtype
 
 
-def test_autocast_does_not_reach_inside():
+def test_losses_ignore_autocast():
     p, y = make_case(11, pixels=10_000)
     p, y = p.float(), y.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -327,7 +327,7 @@ def test_shapes_that_are_not_maps_of_images_are_refused(
 def test_an_epsilon_that_is_not_one_for_each_image_is_refused(function, epsilon_shape, per_channel):
     p, y = with_shape(4, 3 if per_channel else 1, 2, 5)
     found = re.escape(str(epsilon_shape))
-    with pytest.raises(ValueError, match=rf"epsilon {found} must be a number or \(4,\)"):
+    with pytest.raises(ValueError, match=rf"epsilon {found} must be a number or of shape \(4,\)"):
         function(p, y, torch.zeros(epsilon_shape), per_channel=per_channel)
 
 
@@ -355,12 +355,12 @@ def test_a_probability_that_is_not_floating_point_is_refused(dtype):
 def test_a_mask_of_other_values_than_0_and_1_is_refused(dtype, value):
     mask = torch.zeros(2, 1, 3, 3, dtype=dtype)
     mask[1, 0, 2, 2] = value
-    with pytest.raises(ValueError, match=r"mask \(2, 1, 3, 3\) must hold 0 and 1 only"):
+    with pytest.raises(ValueError, match=r"mask \(2, 1, 3, 3\) must contain only 0 and 1"):
         dice_loss(torch.rand(2, 1, 3, 3), mask)
 
 
 def test_a_mask_of_nan_is_refused():
-    with pytest.raises(ValueError, match="0 and 1 only"):
+    with pytest.raises(ValueError, match="only 0 and 1"):
         dice_loss(torch.rand(1, 2, 2), torch.full((1, 2, 2), math.nan))
 
 

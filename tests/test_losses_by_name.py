@@ -87,7 +87,7 @@ def note_of(config, logits, mask, epsilon):
     return take_note(config, build_objective(config)(logits, mask, epsilon), logits, mask, epsilon)
 
 
-def test_wrong_signs_are_told_for_the_losses_that_have_them():
+def test_wrong_signs_are_reported_for_polydice_losses():
     mask = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 1.0]]]])
     logits = torch.tensor([[[[9.0, -9.0]]], [[[-9.0, 9.0]]]])
     epsilon = torch.zeros(2)
@@ -110,7 +110,7 @@ def test_wrong_signs_are_told_for_the_losses_that_have_them():
         {"name": "tvmf"},
     ],
 )
-def test_a_step_tells_the_loss_at_the_constant_epsilon(case, settings):
+def test_step_reports_the_loss_at_the_constant_epsilon(case, settings):
     logits, mask = case
     logits.requires_grad_()
     config = LossConfig(epsilon=0.3, **settings)

@@ -235,7 +235,7 @@ def test_colours_that_are_not_named_are_refused_with_their_shares(tmp_path):
         with pytest.raises(UnclearValuesError) as caught:
             to_masks(labels, PATH, named)
         (line,) = told_once([caught.value] * 3)
-        assert "m.png and 2 more: masks hold the colours" in line
+        assert "m.png and 2 more: masks contain the colours" in line
         assert "'#000000' (50 %), '#FF0000' (50 %)" in line
         assert "data.foreground='#FF0000'" in line
 

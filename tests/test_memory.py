@@ -25,7 +25,7 @@ def error_of(action):
     return caught.value
 
 
-def test_the_end_of_memory_is_known_in_whatever_library_it_comes():
+def test_out_of_memory_errors_of_all_libraries_are_recognised():
     petabytes = 10**15
     for real in (
         lambda: torch.empty(petabytes),
@@ -153,7 +153,7 @@ def test_other_errors_of_work_pass():
         list(Portions("example", "less").run(4, work, "one"))
 
 
-def test_a_failed_attempt_holds_nothing(caplog):
+def test_failed_attempt_releases_memory(caplog):
     """What an attempt had made is gone before the next one begins."""
     made = []
 

@@ -49,7 +49,7 @@ def network():
 @pytest.fixture(params=[0, np.inf], ids=["program", "plain"])
 def _either_way(request, monkeypatch):
     """Take networks apart for the few small images here, or none."""
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", request.param)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", request.param)
 
 
 def thin(network, seed_of_pass, rate):
@@ -110,7 +110,7 @@ def test_scores_are_the_equations_of_the_passes(network):
 
 @pytest.mark.usefixtures("_either_way")
 @pytest.mark.parametrize("name", network_names())
-def test_nothing_of_the_network_or_the_random_stream_moves(name):
+def test_assessment_changes_neither_network_nor_random_state(name):
     network = build_network(name, in_channels=1).train()
     for i, module in enumerate(network.modules()):
         module.training = i % 3 != 0
@@ -260,7 +260,7 @@ def test_the_boundary_of_a_mask_that_fills_the_image_is_not_the_easiest(network)
 
 @pytest.mark.parametrize("save_maps", [False, True])
 @pytest.mark.parametrize("target", [0.51, 0.9, 0.999])
-def test_as_many_passes_as_rank_the_images_so_stably(network, target, save_maps):
+def test_automatic_samples_reach_the_rank_target(network, target, save_maps):
     batches = list(split(make_batch(9), [4, 5]))
     how = {"save_maps": save_maps, "metric": "entropy"}
     ours = assess(
@@ -278,7 +278,7 @@ def test_as_many_passes_as_rank_the_images_so_stably(network, target, save_maps)
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(same))
 
 
-def test_what_is_wished_of_the_ranking_takes_passes(network):
+def test_higher_rank_target_takes_more_passes(network):
     counts = [
         assess(
             network, [make_batch(9)], UncertaintyConfig(samples="auto", rank_target=target)
@@ -322,7 +322,7 @@ def test_weights_that_diverged_are_named_by_image(network):
         assess(network, [make_batch(2)], UncertaintyConfig(samples=2))
 
 
-def test_hooks_are_gone_after_an_error(network):
+def test_hooks_are_removed_after_an_error(network):
     class Stop(Exception):
         pass
 
@@ -381,7 +381,7 @@ def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples,
 
 @pytest.mark.parametrize("save_maps", [False, True])
 def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_maps):
-    monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
     batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
     expected = assess(network, [batch], UncertaintyConfig(**how))
     whole, sizes = passes.PreparedBatch, []

@@ -143,7 +143,7 @@ def test_choosing_layers_does_not_change_the_initial_weights():
     assert len(hashes) == 1
 
 
-def test_padding_is_not_seen_in_the_middle():
+def test_padding_does_not_change_the_centre():
     """Far from the border a padded image gets what the larger one gets that it was cut from."""
     core = nn.Conv2d(1, 1, 3, padding=1)
     image = torch.rand(1, 1, 20, 30)
@@ -290,7 +290,7 @@ def raising_factory(in_channels, out_channels):
         (".x:f", {}, "give package.module:factory"),
     ],
 )
-def test_whatever_a_user_sets_is_one_line(name, settings, match):
+def test_invalid_network_settings_give_one_line(name, settings, match):
     with pytest.raises(PolysegError, match=match) as error:
         build_network(name, in_channels=1, settings=settings)
     assert "\n" not in str(error.value)
@@ -402,7 +402,7 @@ def test_weights_that_diverged_are_not_called_random():
     refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
 
 
-def test_a_network_is_tried_for_randomness_once(monkeypatch):
+def test_network_is_checked_for_randomness_once(monkeypatch):
     network = RandomInTraining(lambda x: x)
     refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
     monkeypatch.setattr(dropout, "_pass_without_dropout", None)

@@ -349,7 +349,7 @@ def test_of_a_figure_without_suffix_both_files_count(tmp_path, there):
     refuse_existing_figure(tmp_path / "fig.svg", overwrite=False)
 
 
-def test_a_torn_set_of_phantoms_is_none(tmp_path, monkeypatch):
+def test_incomplete_phantom_set_is_removed(tmp_path, monkeypatch):
     phantoms = make_phantoms(3, size=(32, 32))
     monkeypatch.setattr("polyseg.data.phantoms.phantom_sets._save", full_after(2))
     with pytest.raises(PolysegError, match="set: cannot be written: No space left"):
@@ -414,7 +414,7 @@ class TestCommands:
         assert not (tmp_path / "out" / "stale").exists() and names(tmp_path) == ["out"]
         assert ".partial" not in third.out
 
-    def test_the_files_that_are_told_are_there(self, run, polyseg, tmp_path):
+    def test_reported_files_exist(self, run, polyseg, tmp_path):
         told = polyseg("evaluate", run, "--json", "--quiet", "--out", tmp_path / "out").out
         record = json.loads(told)
         assert record["folder"] == str(tmp_path / "out") and len(record["files"]) > 5

@@ -65,7 +65,7 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flipped_bit_is_found(path):
+def test_flipped_bit_is_detected(path):
     values = bytearray(path.read_bytes())
     values[3] ^= 1
     path.write_bytes(values)
@@ -88,11 +88,13 @@ def test_a_flipped_bit_is_found(path):
         lambda rows: rows.append(3),
     ],
 )
-def test_an_index_that_lies_is_one_line(path, change):
+def test_wrong_index_is_refused_in_one_line(path, change):
     rows = json.loads(index_of(path).read_text())
     change(rows)
     index_of(path).write_text(json.dumps(rows))
-    with pytest.raises(PolysegError, match=r"is no file of decoded images .*remove it") as caught:
+    with pytest.raises(
+        PolysegError, match=r"is not a file of decoded images .*remove it"
+    ) as caught:
         DiskStore(path)
     assert "\n" not in str(caught.value)
 

@@ -142,7 +142,7 @@ def test_uncertainty_maps_and_difficulties(run, phantoms, polyseg, tmp_path):
     assert 0 < float(row["mutual_information"]) < float(row["entropy"])
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_there(run, phantoms, polyseg, tmp_path):
+def test_unreadable_images_are_named_and_others_predicted(run, phantoms, polyseg, tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(phantoms[0].image).save(tmp_path / "in/good.png")
     (tmp_path / "in/bad.png").write_text("no image")

@@ -66,7 +66,7 @@ def test_pooled_levels_are_those_of_all_pixels():
     np.testing.assert_allclose(pooled.scale, pixels.std(axis=0))
 
 
-def test_a_flat_image_does_not_explode():
+def test_flat_image_is_normalised_to_finite_values():
     assert np.abs(reduced(np.full((4, 4, 1), 9, np.uint8))).max() == 0
 
 
@@ -139,7 +139,7 @@ def test_a_patch_larger_than_the_image_is_mirrored():
     np.testing.assert_array_equal(patch[10], patch[11])
 
 
-def test_levels_reduce_what_they_say():
+def test_levels_apply_offset_and_scale():
     pixels = np.full((1, 1, 2), 4, np.uint8)
     np.testing.assert_allclose(Levels((1.0, 2.0), (2.0, 4.0)).apply(pixels).ravel(), [1.5, 0.5])
 

@@ -195,7 +195,7 @@ def test_stability_of_a_few_images_is_right_on_average():
     assert predicted == pytest.approx(mean_correlation(truths, samples), abs=0.03)
 
 
-def test_passes_that_say_nothing_have_no_stability():
+def test_passes_without_information_have_zero_stability():
     generator = np.random.default_rng(2)
     found = [rank_stability(generator.normal(size=(5, 2, 100))) for _ in range(50)]
     assert np.mean(found) < 0.25

@@ -352,7 +352,7 @@ def test_tiff_that_holds_no_numbers_is_refused(tmp_path):
 
 def test_too_many_channels_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", noise((9, 9, 65)), planarconfig="contig")
-    with pytest.raises(PolysegError, match="has 65 channels; the most that is read is 64"):
+    with pytest.raises(PolysegError, match="has 65 channels; at most 64"):
         read_image_stack(tmp_path / "a.tif")
 
 
@@ -524,7 +524,7 @@ def test_colours_of_nifti_are_refused(tmp_path):
         read_image_stack(tmp_path / "a.nii")
 
 
-def test_headers_of_nifti_that_lie(tmp_path):
+def test_wrong_nifti_headers_are_refused(tmp_path):
     whole = nibabel.Nifti1Image(noise((20, 20, 20)), np.eye(4)).to_bytes()
 
     def refused(content, match, name="a.nii"):
@@ -538,7 +538,7 @@ def test_headers_of_nifti_that_lie(tmp_path):
         struct.pack_into(form, content, at, *values)
         return bytes(content)
 
-    refused(changed(42, "<3h", 32767, 32767, 32767), "the most that is read")
+    refused(changed(42, "<3h", 32767, 32767, 32767), "at most")
     refused(changed(42, "<3h", 400, 400, 400), "is cut short|would unpack")
     refused(changed(42, "<3h", 20, 0, 20), "voxels; expected 3 axes")
     refused(changed(42, "<3h", 20, -4, 20), "voxels; expected 3 axes")
@@ -546,11 +546,11 @@ def test_headers_of_nifti_that_lie(tmp_path):
     refused(changed(280, "<12f", *[0.0] * 12), "mend its sform or qform")
     refused(whole[:-5], "is cut short")
     refused(whole[:200], "is cut short")
-    refused(b"no volume at all", "is no NIfTI file")
+    refused(b"no volume at all", "is not a NIfTI file")
     packed = gzip.compress(whole)
     refused(packed[: len(packed) // 2], "cannot be read|cut short", "a.nii.gz")
     refused(packed[:-8] + b"12345678", "CRC check failed", "a.nii.gz")
-    refused(gzip.compress(bytes(400)), "is no NIfTI file", "a.nii.gz")
+    refused(gzip.compress(bytes(400)), "is not a NIfTI file", "a.nii.gz")
 
 
 # DICOM.
@@ -729,7 +729,7 @@ def test_mixed_folders_are_refused(tmp_path):
     with pytest.raises(PolysegError, match="many frames"):
         read_image_stack(folder)
     (folder / "9.dcm").write_text("no DICOM")
-    with pytest.raises(PolysegError, match=r"9\.dcm: is no DICOM file"):
+    with pytest.raises(PolysegError, match=r"9\.dcm: is not a DICOM file"):
         read_image_stack(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(PolysegError, match="holds 0 DICOM files"):
@@ -785,7 +785,7 @@ def test_a_mask_drawn_by_its_transparency_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.nii", "a.nii.gz", "a.dcm"])
-def test_what_is_no_file_is_not_waited_for(tmp_path, name):
+def test_pipes_are_refused_without_waiting(tmp_path, name):
     path = tmp_path / name
     os.mkfifo(path)
     with pytest.raises(PolysegError, match="is no file"):
@@ -971,7 +971,7 @@ def test_content_counts_more_than_the_suffix(tmp_path):
         np.testing.assert_array_equal(only(tmp_path / name)[..., 0], pixels)
 
 
-def test_postscript_in_disguise_is_not_run(tmp_path):
+def test_disguised_postscript_is_not_executed(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     with pytest.raises(PolysegError, match="cannot identify image file"):
         read_image_stack(tmp_path / "a.png")
@@ -991,7 +991,7 @@ def test_bounds_are_those_of_the_sides(tmp_path, monkeypatch):
     )
     dicom(tmp_path / "a.dcm", np.zeros((10, 10), np.uint8))
     for name in ("a.png", "a.tif", "a.nii", "a.dcm"):
-        with pytest.raises(PolysegError, match="has 10 x 10 pixels; the most that is read is 99"):
+        with pytest.raises(PolysegError, match="has 10 x 10 pixels; at most 99"):
             read_image_stack(tmp_path / name)
 
 

@@ -67,7 +67,7 @@ def test_assessment_round_trip(tmp_path, assessment):
     assert [entry.name for entry in tmp_path.iterdir()] == ["epoch_0008.h5"]
 
 
-def test_plain_h5py_reads_it(tmp_path, assessment):
+def test_assessment_file_is_readable_by_plain_h5py(tmp_path, assessment):
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     with h5py.File(path) as file:
@@ -287,7 +287,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_schedule(tmp_path / "none.h5")
 
 
-def test_a_shape_promises_no_more_than_the_file_holds(tmp_path):
+def test_shape_larger_than_the_file_is_refused(tmp_path):
     """Chunks that were never written take no room in the file, and terabytes when they are read."""
     path = tmp_path / "bomb.h5"
     write_schedule(path, SCHEDULE)
@@ -355,7 +355,7 @@ def test_any_flipped_bit_is_refused(tmp_path):
             read_schedule(path)
 
 
-def test_the_seal_is_the_hash_of_what_follows(tmp_path):
+def test_file_hash_covers_the_content(tmp_path):
     path = tmp_path / "schedule.h5"
     write_schedule(path, SCHEDULE)
     content = path.read_bytes()

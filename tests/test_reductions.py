@@ -65,7 +65,7 @@ def test_equal_difficulties_keep_the_weight_of_one():
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.4, 0.0), (-0.6, 1.0)])
 def test_a_range_without_zero_is_refused(low, high):
-    with pytest.raises(ValueError, match="0 lies between"):
+    with pytest.raises(ValueError, match="0 must be between"):
         epsilon_from_weight(np.zeros(2), low, high, 1.0)
 
 
@@ -150,7 +150,7 @@ class TestARunByRankAndWeight:
         rows = job.recompute(runs / name, ["control.reduction=sigma", "control.map=sigmoid"]).rows
         assert rows[-1]["largest_change"] > 0.01
 
-    def test_show_tells_the_rank_that_epsilon_follows_from(self, runs, name):
+    def test_show_prints_the_rank_behind_epsilon(self, runs, name):
         record = job.read_record(runs / name)
         found = job.show(runs / name, image=record.schedule.ids[0])
         notes = " ".join(found.notes)
@@ -166,7 +166,7 @@ class TestARunByRankAndWeight:
             assert row["normalised"] == pytest.approx(expected, abs=1e-9)
         assert len({row["normalised"] for row in shown}) > 1 or name == "dataset"
 
-    def test_validity_and_export_know_such_a_run(self, runs, name):
+    def test_validity_and_export_accept_rank_reduction(self, runs, name):
         assert job.validity(runs / name).rows
         assert "normalised" in job.export(runs / name)
 

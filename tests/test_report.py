@@ -201,7 +201,7 @@ def remarks(page):
     return Parser(page).text.partition("Summary")[0]
 
 
-def test_a_page_tells_all_that_a_run_holds(make_run):
+def test_report_shows_all_records_of_a_run(make_run):
     page = Parser(written(make_run()))
     assert "Trained 2026-01-02 polyseg 0.9" in page.text
     assert "a polydice1 3 2 0.700 30 0.500 ± 0.250" in page.text
@@ -376,7 +376,7 @@ def test_only_png_files_of_bounded_size_are_embedded(make_run, monkeypatch):
         assert f"figures/{name}.png could not be read" in found
 
 
-def test_names_of_a_stranger_are_text_and_nothing_else(make_run):
+def test_names_are_escaped_in_the_page(make_run):
     run = make_run("a", case=EVIL)
     (run / "config.yaml").write_text(json.dumps({EVIL: {"name": EVIL}}))
     (run / "environment.json").write_text(json.dumps({EVIL: EVIL, "command": [EVIL, "\ud800"]}))
@@ -490,13 +490,13 @@ def test_what_is_no_evaluation_is_refused_in_one_line(make_run, evaluation, tmp_
         make_page([run], evaluations=[evaluation, evaluation], out=out)
     with pytest.raises(PolysegError, match="give an evaluation by --evaluation"):
         make_page([evaluation], out=out)
-    with pytest.raises(PolysegError, match="too many"):
+    with pytest.raises(PolysegError, match="more than the 50"):
         make_page([run], evaluations=[evaluation] * 50, out=out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["p5.pdf", "page", "page.html.txt", ".html"])
-def test_a_page_is_called_html(make_run, tmp_path, name):
+def test_report_file_must_end_in_html(make_run, tmp_path, name):
     with pytest.raises(PolysegError, match=r"ends in \.html"):
         make_page([make_run()], out=tmp_path / name)
     assert not (tmp_path / name).exists()
@@ -526,7 +526,7 @@ def test_names_of_curves_are_where_no_curve_can_be():
         assert legend.y1 <= figure.bbox.y1 and legend.x1 <= figure.bbox.x1
 
 
-def test_ticks_are_spoken_of_where_there_are_some(make_run):
+def test_caption_explains_ticks_only_if_drawn(make_run):
     run = make_run()
     assert "Ticks at the bottom" in written(run)
     (run / "history.csv").write_text(HISTORY.replace("0.01,1", "0.01,0"))
@@ -564,7 +564,7 @@ def test_runs_are_drawn_together(make_run, monkeypatch):
     assert "Validation Dice of all runs" not in written(make_run("d"), name="one.html")
 
 
-def test_a_page_needs_and_allows_nothing_but_itself(make_run, drawn):
+def test_page_loads_no_external_resources(make_run, drawn):
     text = written(make_run())
     page = Parser(text)
     for attributes in (attributes for _, attributes in page.tags):
@@ -597,9 +597,7 @@ def test_a_page_is_accessible(make_run):
     assert all("scope" in one for one in page.all("th"))
 
 
-def test_equal_runs_give_equal_pages_wherever_they_and_we_are(
-    make_run, drawn, tmp_path, monkeypatch
-):
+def test_equal_runs_give_equal_pages_in_any_folder(make_run, drawn, tmp_path, monkeypatch):
     run = make_run()
     first = written(run)
     moved = tmp_path / "elsewhere" / "a"
@@ -626,7 +624,7 @@ def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
         ([tmp_path], "is not a run"),
         ([run, tmp_path / "nowhere"], "is not a run"),
         ([run, run / ".." / "a"], "given twice"),
-        ([run] * 51, "too many"),
+        ([run] * 51, "more than the 50"),
     ):
         with pytest.raises(PolysegError, match=said) as error:
             make_page(sources, out=out)

@@ -20,7 +20,7 @@ def checkpoint():
     return Checkpoint(load_config(), channels=1, epoch=7, weights=weights)
 
 
-def test_a_run_stands_for_its_best_checkpoint(tmp_path, checkpoint):
+def test_run_path_means_its_best_checkpoint(tmp_path, checkpoint):
     run = RunDirectory(tmp_path)
     with pytest.raises(PolysegError, match="neither a checkpoint nor a run"):
         find_checkpoint(tmp_path)
@@ -69,9 +69,7 @@ def test_one_older_checkpoint_is_kept(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("damage", [b"", None])
-def test_where_the_last_checkpoint_is_damaged_the_older_one_is_gone_on_from(
-    tmp_path, checkpoint, damage, caplog
-):
+def test_damaged_last_checkpoint_falls_back_to_the_older_one(tmp_path, checkpoint, damage, caplog):
     run = RunDirectory(tmp_path)
     for epoch in (7, 8):
         run.commit(dataclasses.replace(checkpoint, epoch=epoch))
@@ -143,14 +141,14 @@ def begun(run):
     return run
 
 
-def test_a_run_that_committed_nothing_may_begin_anew(tmp_path):
+def test_uncommitted_run_can_be_started_again(tmp_path):
     begun(RunDirectory(tmp_path)).refuse_occupied()
 
 
 @pytest.mark.parametrize(
     "more", ["notes.txt", "checkpoints/last.safetensors", "uncertainty", "history.csv", "foreign"]
 )
-def test_what_may_be_somebodys_is_not_begun_over(tmp_path, more):
+def test_foreign_folder_is_not_overwritten_by_a_run(tmp_path, more):
     run = begun(RunDirectory(tmp_path))
     if more == "foreign":
         run.environment.write_text("[]")

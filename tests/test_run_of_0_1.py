@@ -30,7 +30,7 @@ def epsilons(schedule):
         return file["epsilon"][:]
 
 
-def test_it_is_resumed(polyseg, run):
+def test_run_of_0_1_can_be_resumed(polyseg, run):
     answer = polyseg("train", "--resume", "--accept-changes", "--out", run, "--epochs", "6")
     assert answer.code == 0, answer.err
     before, after = (list(csv.DictReader((place / "history.csv").open())) for place in (HELD, run))
@@ -48,7 +48,7 @@ def test_it_is_resumed(polyseg, run):
     ]
 
 
-def test_it_is_evaluated(polyseg, run, tmp_path):
+def test_run_of_0_1_can_be_evaluated(polyseg, run, tmp_path):
     answer = polyseg("evaluate", run, "--no-figures", "--out", tmp_path / "evaluation")
     assert answer.code == 0, answer.err
     before, after = (
@@ -60,7 +60,7 @@ def test_it_is_evaluated(polyseg, run, tmp_path):
         assert float(new["dice"]) == pytest.approx(float(old["dice"]), abs=0.02)
 
 
-def test_its_uncertainty_is_measured_again(polyseg, run, tmp_path):
+def test_uncertainty_of_0_1_can_be_measured_again(polyseg, run, tmp_path):
     third = run / "checkpoints" / "previous.safetensors"
     answer = polyseg(
         *("estimate-uncertainty", third, "--split", "train", "--samples", "4"),
@@ -78,7 +78,7 @@ def test_its_uncertainty_is_measured_again(polyseg, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_replayed(polyseg, run, tmp_path):
+def test_run_of_0_1_can_be_replayed(polyseg, run, tmp_path):
     answer = polyseg("train", "--replay", run, "--out", tmp_path / "replayed")
     assert answer.code == 0, answer.err
     np.testing.assert_array_equal(
@@ -86,7 +86,7 @@ def test_it_is_replayed(polyseg, run, tmp_path):
     )
 
 
-def test_its_schedule_is_recomputed(polyseg, run):
+def test_schedule_of_0_1_can_be_recomputed(polyseg, run):
     answer = polyseg("schedule", "recompute", run, "--json")
     assert answer.code == 0, answer.err
     rows = json.loads(answer.out)
@@ -94,7 +94,7 @@ def test_its_schedule_is_recomputed(polyseg, run):
     assert max(row["largest_change"] for row in rows) < 1e-6
 
 
-def test_its_schedule_is_shown(polyseg, run):
+def test_schedule_of_0_1_can_be_shown(polyseg, run):
     answer = polyseg("schedule", "show", run, "--image", "phantom_0007", "--json")
     assert answer.code == 0, answer.err
     assert len(json.loads(answer.out)) == 2
@@ -114,7 +114,7 @@ def test_statistics_that_it_did_not_record_are_said_to_be_missing(polyseg, run):
         assert file.attrs["schema"] == 3
 
 
-def test_its_difficulty_is_validated(polyseg, run):
+def test_validity_of_0_1_can_be_computed(polyseg, run):
     answer = polyseg("schedule", "validity", run, "--json")
     assert answer.code == 0, answer.err
     rows = {(row["epoch"], row["score"]): row for row in json.loads(answer.out)}
@@ -122,7 +122,7 @@ def test_its_difficulty_is_validated(polyseg, run):
     assert rows[3, "entropy"]["with_error"] == pytest.approx(0.6905, abs=1e-3)
 
 
-def test_it_predicts(polyseg, run, tmp_path):
+def test_run_of_0_1_can_predict(polyseg, run, tmp_path):
     polyseg("data", "demo", tmp_path / "images", "--images", "8", "--size", "32")
     images = tmp_path / "images" / "images"
     answer = polyseg("predict", run, images, "--out", tmp_path / "masks")
@@ -130,7 +130,7 @@ def test_it_predicts(polyseg, run, tmp_path):
     assert len(list((tmp_path / "masks").rglob("*.png"))) >= 8
 
 
-def test_it_is_reported(polyseg, run, tmp_path):
+def test_run_of_0_1_can_be_reported(polyseg, run, tmp_path):
     answer = polyseg("report", run, "--out", tmp_path / "report.html")
     assert answer.code == 0, answer.err
     assert "run_of_0_1" in (tmp_path / "report.html").read_text()

@@ -204,7 +204,7 @@ class TestImageHistory:
     def test_an_unknown_image_is_refused_with_its_neighbour(self):
         with pytest.raises(PolysegError, match=r"did you mean i2\?"):
             recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "ii2")
-        with pytest.raises(PolysegError, match="no training image of made"):
+        with pytest.raises(PolysegError, match="not a training image of made"):
             recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "%%%")
 
     def test_there_is_a_row_a_label(self):
@@ -294,7 +294,7 @@ class TestValidity:
         assert rows[4]["with_previous"] == pytest.approx(stats.spearmanr(before, after).statistic)
 
     @pytest.mark.parametrize(("usable", "known"), [(3, False), (4, True)])
-    def test_few_images_tell_nothing(self, usable, known):
+    def test_correlations_of_few_images_are_undefined(self, usable, known):
         dice = np.r_[np.random.default_rng(1).random(usable), np.full(5 - usable, math.nan)]
         row = recorded_schedule.validity(make_record(random_difficulties((1,), 5), 2, dice=dice))[0]
         assert row["images"] == usable
@@ -353,7 +353,7 @@ class TestRecompute:
         config = recorded_schedule.changed_settings(record.config, overrides)
         return recorded_schedule.recompute(record, config)
 
-    def test_it_is_eq_11_and_12_of_the_assessment_before(self):
+    def test_epsilon_follows_eq_11_and_12_of_the_previous_assessment(self):
         record = make_record(random_difficulties((2, 4, 6), 7), 6, *self.settings)
         changes = ("control.sensitivity=2", "control.percentile=25", "control.epsilon_max=0.7")
         new = self.recomputed(record, *changes, "loss.epsilon=0.25")
@@ -367,7 +367,7 @@ class TestRecompute:
         assert new.ids == record.schedule.ids
 
     @given(st.integers(0, 1000), st.floats(0.1, 20), st.sampled_from(["batch", "dataset"]))
-    def test_a_sharper_answer_never_pulls_an_image_to_the_middle(self, seed, factor, statistics):
+    def test_higher_sensitivity_never_moves_epsilon_to_the_middle(self, seed, factor, statistics):
         record = make_record(
             random_difficulties((1,), 9, seed), 2, "control.start=1", "training.batch_size=4"
         )
@@ -378,7 +378,7 @@ class TestRecompute:
         )
         assert (before * after >= -1e-12).all() and (abs(after) >= abs(before) - 1e-6).all()
 
-    def test_no_sensitivity_is_the_middle(self):
+    def test_zero_sensitivity_gives_the_middle_epsilon(self):
         record = make_record(random_difficulties((1,), 5), 3, "control.start=1")
         new = self.recomputed(record, "control.sensitivity=0")
         np.testing.assert_allclose(new.epsilon[1:], 0.3, rtol=1e-6)
@@ -402,7 +402,7 @@ class TestRecompute:
             alone = make_record({2: difficulties[2][k::2]}, 3, *self.settings)
             assert np.array_equal(new.epsilon[:, k::2], self.recomputed(alone).epsilon)
 
-    def test_fewer_assessments_will_do_and_missing_ones_are_named(self):
+    def test_recompute_allows_fewer_assessments_and_names_missing_ones(self):
         record = make_record(random_difficulties((2, 4, 6), 8), 8, *self.settings)
         new = self.recomputed(record, "control.every=4")
         assert new.assessed.tolist() == [-1, -1, 2, 2, 2, 2, 6, 6]
@@ -423,7 +423,7 @@ class TestRecompute:
     )
     def test_other_settings_are_refused_by_name(self, override):
         key = override.partition("=")[0]
-        only = "schedule recompute changes control.*, uncertainty.metric and loss.epsilon only"
+        only = "schedule recompute can change only control.reduction"
         with pytest.raises(PolysegError) as error:
             recorded_schedule.changed_settings(load_config(), [override])
         assert f"--set {key}: {only}" in str(error.value)
@@ -436,7 +436,7 @@ class TestRecompute:
             "control.delta=[",
         ],
     )
-    def test_bounds_hold_here_too(self, override):
+    def test_recompute_checks_bounds_of_settings(self, override):
         with pytest.raises(PolysegError):
             recorded_schedule.changed_settings(load_config(), [override])
 
@@ -530,7 +530,7 @@ class TestStatistics:
         assert np.ptp(epsilon) > 0.1 and largest <= 1e-6
 
     @pytest.mark.parametrize("name", ["batch", "labels"])
-    def test_they_are_those_of_the_batch(self, runs, name):
+    def test_recorded_statistics_are_those_of_the_batch(self, runs, name):
         """Images of one number were a batch: D_pct and sigma are their median and deviation."""
         record = job.read_record(runs / name)
         difficulty = {one.epoch: one.difficulty for one in record.assessments}
@@ -566,7 +566,7 @@ class TestStatistics:
             np.testing.assert_array_equal(getattr(of_file, one), getattr(of_checkpoint, one))
         assert ((of_file.group >= 0).all(axis=1) == (of_file.assessed >= 0)).all()
 
-    def test_a_constant_epsilon_has_none(self, runs):
+    def test_constant_epsilon_has_no_statistics(self, runs):
         with h5py.File(runs / "dice/schedule.h5") as file:
             assert "group" not in file and "statistics" not in file
 
@@ -609,7 +609,7 @@ class TestRealRuns:
         assert np.array_equal(new.statistics, old.statistics)
         assert all(row["largest_change"] == 0 for row in found.rows) and not found.notes
 
-    def test_the_runs_are_what_they_are_meant_to_be(self, runs):
+    def test_fixture_runs_have_the_intended_settings(self, runs):
         assert len(read_schedule(runs / "batch/schedule.h5").epochs) == 6
         early = job.read_record(runs / "early")
         epochs = early.schedule.epochs.tolist()
@@ -621,7 +621,7 @@ class TestRealRuns:
             np.unique(job.read_record(runs / name).schedule.epsilon).size > 4 for name in ADAPTIVE
         )
 
-    def test_the_batches_matter(self, runs):
+    def test_recompute_uses_the_batches_of_the_run(self, runs):
         """Else the test of bits would not tell whether the right batches were found."""
         record = job.read_record(runs / "batch")
         training = record.config.training.model_copy(update={"seed": 5})
@@ -667,12 +667,12 @@ class TestRealRuns:
         (row,) = job.show(tmp_path / "assessed").rows
         assert row["epoch"] == 0 and math.isnan(row["epsilon_q50"])
         assert figures_job.plot([tmp_path / "assessed"], tmp_path / "figures").files
-        with pytest.raises(PolysegError, match="has trained no epoch yet"):
+        with pytest.raises(PolysegError, match="has no schedule before its first epoch"):
             job.recompute(tmp_path / "assessed")
         with pytest.raises(PolysegError, match="no assessment yet; the first follows epoch 2"):
             job.show(tmp_path / "not")
 
-    def test_what_has_no_assessments_is_told_in_a_line(self, runs, tmp_path):
+    def test_run_without_assessments_is_refused_in_one_line(self, runs, tmp_path):
         with pytest.raises(PolysegError, match=r"has no assessments, because its loss \(dice\)"):
             job.read_record(runs / "dice")
         with pytest.raises(PolysegError, match="is not a run"):
@@ -687,7 +687,7 @@ class TestRealRuns:
         train(recorded.model_copy(update={"control": control, "output": output}))
         replayed = read_schedule(place / "schedule.h5")
         assert np.array_equal(replayed.epsilon, read_schedule(new).epsilon)
-        with pytest.raises(PolysegError, match="replayed the schedule of another run"):
+        with pytest.raises(PolysegError, match="it replayed another run"):
             job.show(place)
 
     def test_a_replaced_assessment_is_refused(self, runs, tmp_path):
@@ -701,7 +701,7 @@ class TestRealRuns:
         copy = tmp_path / "copy"
         shutil.copytree(runs / "batch", copy)
         rewrite_schedule(copy, lambda schedule: replace(schedule, ids=schedule.ids[::-1]))
-        with pytest.raises(PolysegError, match="is not of the images that were assessed"):
+        with pytest.raises(PolysegError, match="are of different images"):
             job.show(copy)
 
     def test_a_schedule_that_does_not_follow_from_the_record_is_told(self, runs, tmp_path, caplog):
@@ -792,7 +792,7 @@ class TestCommands:
         refused = polyseg("schedule", "show", runs / "batch", "--image", "nobody")
         assert refused.code == 2 and refused.err.startswith("error: --image nobody")
 
-    def test_ids_are_whole_at_any_width(self, polyseg, monkeypatch):
+    def test_ids_are_not_cut_in_narrow_terminals(self, polyseg, monkeypatch):
         names = [f"{k}_" + "long" * 20 for k in range(2)]
         record = make_record({1: np.arange(2.0)}, 2)
         schedule_ = replace(record.schedule, ids=names)
@@ -826,7 +826,7 @@ class TestCommands:
         answer = polyseg(*asked, "--out", out)
         assert answer.code == 0, answer.err
         assert "2–3" in answer.out and str(out) in answer.out
-        assert "would meet another" in " ".join(answer.out.split())
+        assert "would have other difficulties" in " ".join(answer.out.split())
         new, old = read_schedule(out), read_schedule(runs / "batch/schedule.h5")
         assert np.ptp(new.epsilon) > np.ptp(old.epsilon)
         rows = json.loads(polyseg(*asked, "--json").out)
@@ -896,7 +896,7 @@ class TestCommands:
         assert mixed.code == 2 and "other labels" in mixed.err
 
     @pytest.mark.parametrize("command", ["show", "validity"])
-    def test_one_form_at_a_time(self, polyseg, runs, command):
+    def test_table_and_json_exclude_each_other(self, polyseg, runs, command):
         answer = polyseg("schedule", command, runs / "batch", "--json", "--csv")
         assert answer.code == 2 and "choose one" in answer.err
 
@@ -913,7 +913,7 @@ class TestCommands:
         assert name in "".join(polyseg("schedule", "show", place).out.split())
 
 
-def test_nothing_of_a_run_is_changed_by_looking_at_it(polyseg, runs):
+def test_schedule_commands_do_not_change_a_run(polyseg, runs):
     run = RunDirectory(Path(runs / "early"))
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     for command in (["show"], ["recompute", "--set", "control.delta=1e-6"], ["export"]):

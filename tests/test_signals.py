@@ -41,7 +41,7 @@ def test_first_signal_is_remembered_and_second_one_raises(number, caplog):
         pytest.fail("it went on")
 
 
-def test_what_is_forked_leaves_the_end_to_the_one_that_forked():
+def test_forked_process_leaves_signals_to_its_parent():
     with ending_at_once():
         child = os.fork()
         if child == 0:
@@ -65,13 +65,13 @@ def test_a_signal_is_not_lost_where_python_drops_what_is_raised(capsys):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_once_the_work_is_over_no_signal_ends_it():
+def test_signal_after_the_block_has_no_effect():
     with ending_at_once() as stop:
         stop.done = True
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_what_is_ignored_stays_ignored():
+def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with ending_at_once():

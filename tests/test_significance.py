@@ -114,7 +114,7 @@ def test_where_the_skew_underflows_percentiles_serve():
 
 @settings(deadline=None, max_examples=40)
 @given(METRICS, st.randoms(use_true_random=False))
-def test_the_interval_knows_no_order_and_mirrors(values, random):
+def test_interval_does_not_depend_on_order_and_mirrors(values, random):
     shuffled = random.sample(values, len(values))
     low, high = mean_interval(values, **FEW)
     assert mean_interval(shuffled, **FEW) == (low, high)
@@ -223,13 +223,13 @@ def test_only_images_that_both_define_are_compared():
     assert found.mean == pytest.approx(-0.1 / 3)
 
 
-def test_of_a_distance_less_is_better():
+def test_smaller_distances_count_as_better():
     found = paired_difference([9.0, 4.0, 5.0], [3.0, 2.0, 6.0], higher_is_better=False, **FEW)
     assert (found.better, found.worse) == (2, 1)
     assert found.mean == pytest.approx(-7 / 3)
 
 
-def test_networks_that_never_differ():
+def test_equal_networks_have_p_value_one():
     values = np.random.default_rng(0).random(20)
     found = paired_difference(values, values)
     assert (found.mean, found.interval, found.p_value, found.equal) == (0, (0, 0), 1, 20)
@@ -440,7 +440,7 @@ def test_one_seed_has_no_spread_over_seeds():
 
 @pytest.mark.parametrize("shape", [(0, 0), (2, 0), (2, 3)])
 @pytest.mark.filterwarnings("error")
-def test_without_anything_defined_nothing_is(shape):
+def test_undefined_inputs_give_undefined_results(shape):
     spread = seed_spread(np.full(shape, math.nan))
     assert (spread.seeds, spread.images) == (0, 0)
     assert math.isnan(spread.mean)

@@ -56,7 +56,7 @@ def test_importing_the_package_leaves_the_environment():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has the library of GNU on Linux only")
-def test_openmp_is_told_before_torch_is_imported(tmp_path):
+def test_openmp_settings_are_set_before_torch_is_imported(tmp_path):
     """The library itself prints what it goes by."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     environment["OMP_DISPLAY_ENV"] = "VERBOSE"
@@ -122,7 +122,7 @@ def test_training_ends_well_without_streams(tmp_path, gone):
     assert "epoch 1/1" in (tmp_path / "gone" / "log.txt").read_text()
 
 
-def test_a_signal_may_be_told_of_amid_a_line():
+def test_signal_message_starts_on_its_own_line():
     code = (
         "import signal, sys\n"
         "from polyseg import __main__ as start\n"

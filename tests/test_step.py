@@ -91,7 +91,7 @@ def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
 
 
 @pytest.mark.parametrize("override", [PLAIN, "training.deterministic=false"])
-def test_what_moves_digits_is_changed_only_when_told(tiny, finished, override):
+def test_settings_that_change_digits_need_accept_changes(tiny, finished, override):
     run = finished("run", "training.epochs=1")
     changed = tiny("run", "training.epochs=2", override)
     with pytest.raises(PolysegError, match=r"cannot change training\..*--accept-changes allows"):
@@ -109,7 +109,7 @@ def viewing(in_channels, out_channels):
     return nn.Sequential(Viewing(in_channels, 4, 3, padding=1), nn.Conv2d(4, out_channels, 1))
 
 
-def test_a_network_that_views_its_maps_is_told_what_to_set(tiny):
+def test_view_on_channels_last_names_the_setting(tiny):
     settings = (f"network.name={__name__}:viewing", "network.kwargs={}", "control.enabled=false")
     run_of(tiny("plain", *settings))
     with pytest.raises(PolysegError, match=r"^training\.channels_last: .*channels_last=false$"):
@@ -168,7 +168,7 @@ def choices():
 
 
 @pytest.mark.usefixtures("choices_restored")
-def test_a_gpu_is_asked_for_the_same_bits_or_for_speed():
+def test_deterministic_sets_gpu_algorithms():
     choose_algorithms(torch.device("cuda"), deterministic=True)
     everywhere = dict.fromkeys(("deterministic", "everywhere", "only warns"), True)
     same_bits = {"benchmark": False, "fills": False, "cuBLAS": ":4096:8", **everywhere}
@@ -179,7 +179,7 @@ def test_a_gpu_is_asked_for_the_same_bits_or_for_speed():
 
 
 @pytest.mark.usefixtures("choices_restored")
-def test_what_the_environment_says_of_cublas_stays(monkeypatch):
+def test_cublas_environment_variable_is_kept(monkeypatch):
     monkeypatch.setenv(WHERE, ":16:8")
     choose_algorithms(torch.device("cuda"), deterministic=True)
     assert choices()["cuBLAS"] == ":16:8"

@@ -13,6 +13,6 @@ FEW += [("faults", 9), ("disk_full", 2)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), FEW)
-def test_a_few_trials_all_end_well(name, count):
+def test_few_stress_trials_succeed(name, count):
     failures = importlib.import_module(f"tests.stress.{name}").check(count, SEED)
     assert failures == [], f"with seed {SEED}"

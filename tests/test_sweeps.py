@@ -225,7 +225,7 @@ def test_a_task_of_an_array_is_told_to_end_requeues_itself_and_goes_on(tmp_path,
     assert third.returncode == 0 and not number.exists()
 
 
-def test_an_array_with_too_many_tasks_says_so(tmp_path, script):
+def test_array_with_too_many_tasks_is_refused(tmp_path, script):
     task = script("slurm_array.sh", "demo", tmp_path, SLURM_ARRAY_TASK_ID="9")
     _, complaint = task.communicate(timeout=60)
     assert task.returncode == 2

@@ -56,7 +56,7 @@ def summary_of(outcome):
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
 def test_a_list_of_no_damage_is_refused(text):
     assert job.kinds_of_damage(None) == ()
-    with pytest.raises(PolysegError, match=r"--corrupt: names no damage; choose .*noise"):
+    with pytest.raises(PolysegError, match=r"--corrupt: the list is empty; choose .*noise"):
         job.kinds_of_damage(text)
 
 
@@ -94,7 +94,7 @@ def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     assert float(rows[0]["dice"]) == pytest.approx(means[0])
 
 
-def test_seeds_become_an_arm(two, finished, tmp_path):
+def test_runs_with_different_seeds_are_one_arm(two, finished, tmp_path):
     other = finished("plain", "control.enabled=false", "training.epochs=2").path
     record = summary_of(evaluate_runs([*two, other], group=True, out=tmp_path / "arms"))
     alone = summary_of(evaluate_runs([*two, other], out=tmp_path / "alone"))
@@ -237,7 +237,7 @@ def test_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_
         evaluate_runs(runs, out=tmp_path / "out")
 
 
-def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, monkeypatch):
+def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("tested")
 
@@ -271,7 +271,7 @@ def test_what_is_wrong_is_said_before_anything_is_tested(two, tiny, tmp_path, mo
         (["--baseline", "dice_s0"], "--baseline: there is one run"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(polyseg, two, tmp_path, arguments, said):
+def test_invalid_options_give_one_line(polyseg, two, tmp_path, arguments, said):
     answer = polyseg("evaluate", two[0], "--out", tmp_path / "out", *arguments)
     assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
@@ -296,7 +296,7 @@ def test_the_command_prints_its_tables(polyseg, two, tmp_path):
     assert "error: --baseline x: is not one of the arms; choose dice_s0, dice_s1" in wrong.err
 
 
-def test_arms_are_told_by_what_matters():
+def test_arms_differ_by_relevant_settings_only():
     def of(seed, **sections):
         training = {"seed": seed} | sections.pop("training", {})
         return Config.model_validate({"training": training, **sections})
@@ -325,14 +325,14 @@ def test_arms_are_told_by_what_matters():
     assert arms_of(alike) == {"x/run_0": ["x/run_0"], "x/run_1": ["x/run_1"]}
 
 
-def test_a_run_that_moved_is_still_itself(two, tmp_path):
+def test_moved_run_is_recognised(two, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(two[0], moved)
     record = summary_of(evaluate_runs([two[0], moved], out=tmp_path / "out"))
     assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]
 
 
-def test_runs_that_share_their_images_share_their_reading(two, tiny, tmp_path, monkeypatch):
+def test_runs_with_the_same_images_read_them_once(two, tiny, tmp_path, monkeypatch):
     read = []
 
     def counted(config, progress):

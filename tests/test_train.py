@@ -103,7 +103,7 @@ def test_a_pinned_epsilon_equals_the_plain_run(tiny, finished, statistics):
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(tiny, finished):
+def test_results_do_not_depend_on_workers(tiny, finished):
     assert_same_run(finished("none"), run_of(tiny("two", "training.workers=2")))
 
 
@@ -114,7 +114,7 @@ def expected_epsilon(difficulty):
 
 
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_an_assessment_feeds_the_epochs_after_it(tiny, statistics):
+def test_assessment_decides_epsilons_of_later_epochs(tiny, statistics):
     """With all images in one batch both statistics are those of all images."""
     run = run_of(
         tiny(
@@ -227,7 +227,7 @@ def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny, finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_that_can_go_on(tiny, finished, number):
+def test_run_ended_by_a_signal_can_be_resumed(tiny, finished, number):
     whole = finished("whole")
     config = tiny("stopped")
 
@@ -276,7 +276,7 @@ def test_a_run_without_its_record_is_refused_and_left_alone(tiny, finished, name
     assert before == files_of(run)
 
 
-def test_what_the_checkpoint_holds_as_well_is_made_anew(tiny, finished):
+def test_lost_files_are_restored_from_the_checkpoint(tiny, finished):
     run = finished()
     train(tiny("run"), resume=True)  # From now on it is where the copy is.
     before = files_of(run.path)
@@ -300,7 +300,7 @@ def test_a_run_goes_on_from_its_older_checkpoint_where_the_last_is_damaged(tiny,
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("damage", ["all", "name", "shape", "index", "dtype"])
-def test_an_optimizer_takes_up_only_what_fits(tiny, finished, optimizer, damage):
+def test_restore_optimizer_refuses_tensors_that_do_not_fit(tiny, finished, optimizer, damage):
     run = finished("run", f"training.optimizer={optimizer}", "training.epochs=1")
     checkpoint = read_checkpoint(run.last)
     tensors = dict(checkpoint.optimizer)
@@ -329,7 +329,7 @@ def test_a_folder_holds_one_run(tiny, finished):
         train(tiny("another"), resume=True)
 
 
-def test_two_writers_are_one_too_many(tiny):
+def test_second_writer_of_a_run_is_refused(tiny):
     config = tiny("run")
 
     def progress(task, *_):
@@ -371,7 +371,7 @@ def test_every_network_trains(tiny, name):
 
 
 @pytest.mark.slow
-def test_a_crash_between_the_two_checkpoints_is_mended(tiny, finished, monkeypatch):
+def test_crash_between_the_two_checkpoints_is_repaired(tiny, finished, monkeypatch):
     whole = finished("whole")
     config = tiny("stopped")
     write = run_room.write_checkpoint
@@ -435,7 +435,7 @@ def with_environment(run, **changes):
     run.environment.write_text(json.dumps({**record, **changes}))
 
 
-def test_what_gives_other_numbers_is_refused_unless_told_otherwise(tiny, finished, caplog):
+def test_changed_environment_needs_accept_changes(tiny, finished, caplog):
     run = finished()
     with_environment(run, torch="1.0", threads=64, python="2.7")
     more = tiny("run", "training.epochs=4")
@@ -449,14 +449,14 @@ def test_what_gives_other_numbers_is_refused_unless_told_otherwise(tiny, finishe
     train(tiny("run", "training.epochs=5"), resume=True)
 
 
-def test_what_does_not_move_a_digit_is_only_named(tiny, finished, caplog):
+def test_harmless_changes_are_only_logged(tiny, finished, caplog):
     run = finished()
     with_environment(run, platform="another", python="2.7")
     train(tiny("run", "training.epochs=4"), resume=True)
     assert "python 2.7 -> " in caplog.text
 
 
-def test_a_learning_rate_is_changed_only_when_told(tiny, finished):
+def test_learning_rate_change_needs_accept_changes(tiny, finished):
     run = finished()
     config = tiny("run", "training.epochs=4", "training.learning_rate=0.001")
     with pytest.raises(PolysegError, match=r"learning_rate .*--accept-changes allows it"):
@@ -484,7 +484,7 @@ def functional(in_channels, out_channels):
     )
 
 
-def test_dropout_that_cannot_be_steered_is_refused_before_anything_is_written(tiny):
+def test_unsupported_dropout_is_refused_before_files_are_written(tiny):
     config = tiny("run", f"network.name={__name__}:functional", "network.kwargs={}")
     with pytest.raises(PolysegError, match="calls of functional dropout"):
         train(config)
@@ -535,7 +535,7 @@ def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch, between_l
             shown.append(batch[0])
             yield batch
 
-    monkeypatch.setattr(nonfinite, "_STEPS_BETWEEN_LOOKS", between_looks)
+    monkeypatch.setattr(nonfinite, "_STEPS_BETWEEN_CHECKS", between_looks)
     monkeypatch.setattr(room, "training_batches", remembered)
     monkeypatch.setattr(steps_room, "build_objective", broken)
     with pytest.raises(PolysegError, match=f"epoch 1, step {bad_step}: the loss of") as error:
@@ -583,7 +583,7 @@ def test_gradients_that_are_not_finite_end_the_run(tiny, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SPOILS)
-def test_a_skipped_step_is_as_if_its_batch_had_not_been(tiny, monkeypatch, what, caplog):
+def test_skipped_step_leaves_weights_and_statistics_unchanged(tiny, monkeypatch, what, caplog):
     settings = (
         "training.on_nonfinite=skip",
         "control.enabled=false",
@@ -687,7 +687,7 @@ def test_each_optimizer_waits_for_weights_that_the_loss_reaches_late():
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.complex64, None)])
-def test_adam_takes_its_steps_at_once_where_it_can(dtype, fused):
+def test_adam_is_fused_where_supported(dtype, fused):
     network = torch.nn.Linear(2, 1, dtype=dtype)
     optimizer = optimizers.build_optimizer(TrainingConfig(), network)
     assert optimizer.defaults["fused"] is fused
@@ -701,7 +701,7 @@ def compiling_by(monkeypatch, backend):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_tells_once_what_it_took(tiny, finished, monkeypatch, caplog):
+def test_compilation_time_is_logged_once(tiny, finished, monkeypatch, caplog):
     plain = finished("plain")
     caplog.set_level("INFO")
     compiling_by(monkeypatch, "eager")
@@ -716,7 +716,7 @@ def no_compiler(*_):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_where_nothing_can_be_compiled_the_run_says_what_to_set(tiny, monkeypatch, at_once):
+def test_failed_compilation_names_the_setting(tiny, monkeypatch, at_once):
     if at_once:
         monkeypatch.setattr(torch, "compile", no_compiler)
     else:
@@ -884,7 +884,7 @@ def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
     assert_same_run(whole, RunDirectory(Path(config.output.path)))
 
 
-def test_an_epoch_that_only_looks_for_a_scale_is_no_end(tiny):
+def test_epoch_that_only_reduces_the_scale_does_not_end_training(tiny):
     config = tiny("run", "training.precision=fp16", "control.enabled=false", "training.epochs=2")
     trainer = room.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
@@ -900,7 +900,7 @@ def test_a_best_checkpoint_of_another_network_is_not_built(tiny, finished):
     network = best.config.network.model_copy(update={"name": "os:getcwd"})
     config = best.config.model_copy(update={"network": network})
     write_checkpoint(run.best, dataclasses.replace(best, config=config))
-    with pytest.raises(PolysegError, match="is of another network than this run"):
+    with pytest.raises(PolysegError, match="belongs to another network than this run"):
         train(tiny("run"), resume=True)
 
 
@@ -954,7 +954,7 @@ def test_the_longest_line_of_an_epoch_fits_a_terminal():
     assert line == expected and len(line) <= 74
 
 
-def test_a_run_says_what_the_data_became(tiny, tmp_path):
+def test_run_prints_a_summary_of_the_data(tiny, tmp_path):
     sizes = {"a": (40, 60), "b": (30, 30), "c": (64, 64), "d": (64, 64)}
     images = arrays_as_set(
         list(sizes),
@@ -983,7 +983,7 @@ def test_a_run_says_what_the_data_became(tiny, tmp_path):
         (("data.fit=tile",), "16 phantoms of 128 x 128 -> tiles of 32 x 32: 11 train"),
     ],
 )
-def test_a_log_begins_with_what_the_data_became(tiny, settings, told):
+def test_log_begins_with_a_summary_of_the_data(tiny, settings, told):
     log = run_of(tiny("run", "training.epochs=1", *settings)).log.read_text()
     assert log.count(told) == 1
 

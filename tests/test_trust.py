@@ -37,7 +37,7 @@ def strange_run(tiny, tmp_path, monkeypatch):
     return tmp_path / "run", canary
 
 
-def test_going_on_imports_code_only_with_trust(polyseg, strange_run):
+def test_resume_imports_code_only_with_trust(polyseg, strange_run):
     run, canary = strange_run
     arguments = ("train", "--resume", "--out", run, "--epochs", 4)
     said = polyseg(*arguments)
@@ -61,7 +61,7 @@ def test_a_replay_imports_code_only_with_trust(polyseg, strange_run, tmp_path):
     assert polyseg(*arguments, "--trust").code == 0 and canary.exists()
 
 
-def test_a_replay_takes_over_what_and_not_how(polyseg, tiny, tmp_path):
+def test_replay_copies_epsilons_but_not_settings(polyseg, tiny, tmp_path):
     train(tiny("run", "training.workers=1", "data.memory=17"))
     again = tmp_path / "again"
     assert polyseg("train", "--replay", tmp_path / "run", "--out", again).code == 0
@@ -70,14 +70,14 @@ def test_a_replay_takes_over_what_and_not_how(polyseg, tiny, tmp_path):
     assert settings["training"]["epochs"] == 3
 
 
-def test_a_run_without_settings_is_not_gone_on_with_by_other_ones(polyseg, finished, tmp_path):
+def test_run_without_config_is_not_resumed_with_other_settings(polyseg, finished, tmp_path):
     finished()
     (tmp_path / "run" / "config.yaml").unlink()
     said = polyseg("train", "--resume", "--out", tmp_path / "run")
     assert said.code == 2 and "config.yaml: cannot be read" in said.err
 
 
-def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
+def test_log_that_is_a_link_is_refused(polyseg, finished, tmp_path):
     finished()
     secret = tmp_path / "secret"
     secret.write_text("mine")
@@ -85,7 +85,7 @@ def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
     log.unlink()
     log.symlink_to(secret)
     said = polyseg("train", "--resume", "--out", tmp_path / "run", "--epochs", 4)
-    assert said.code == 2 and "is no file to log to" in said.err
+    assert said.code == 2 and "is not a regular file" in said.err
     assert secret.read_text() == "mine"
 
 
@@ -98,7 +98,7 @@ def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
         (["--resume", "--dry-run", "--out", "nowhere"], "nowhere: holds no run to resume"),
     ],
 )
-def test_what_does_not_go_together_is_a_line(polyseg, tmp_path, monkeypatch, arguments, match):
+def test_conflicting_options_give_one_line(polyseg, tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
     said = polyseg("train", *arguments)
     assert said.code == 2 and re.search(match, said.err)

@@ -179,7 +179,7 @@ def test_merged_without_and_at_go_together():
     check_record(whole.without(groups[2]), samples[rest][:, chosen])
 
 
-def test_what_is_left_where_cancellation_is_worst():
+def test_accumulator_is_accurate_under_cancellation():
     """Probabilities next to one, float32 as networks give them, and most passes taken out."""
     samples = torch.rand(100, 50) * 1e-3 + 0.999
     left = recorded(samples).without(recorded(samples[:90]))

@@ -79,7 +79,7 @@ def samples_of(network, batch, count=N):
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("program", ["plain", "auto"])
 def test_scores_are_those_of_numpy(monkeypatch, labels, program):
-    monkeypatch.setattr(module, "_WORTH_TAKING_APART", 0)
+    monkeypatch.setattr(module, "_FEWEST_COMPILED", 0)
     network, batch = scene(labels)
     settings = UncertaintyConfig(samples=N, program=program)
     found = assess(network, [batch], settings, also=ALL)
@@ -151,7 +151,7 @@ def test_shapes_and_counts_that_have_no_score_are_refused():
 
 def test_a_score_against_the_mask_needs_one():
     network, batch = scene(1)
-    with pytest.raises(PolysegError, match="expected_error: is measured against the mask, and im"):
+    with pytest.raises(PolysegError, match="expected_error: needs masks, and im"):
         assess(network, [batch._replace(masks=None)], samples=N, also=["expected_error"])
     found = assess(network, [batch._replace(masks=None)], samples=N, also=["dispersion"])
     assert np.isfinite(found.scores["dispersion"]).all()
@@ -197,7 +197,7 @@ def test_commands_measure_scores_of_the_whole_image(polyseg, finished, tmp_path)
 
 
 @pytest.mark.slow
-def test_evaluate_tells_whether_they_find_failures(polyseg, finished, tmp_path):
+def test_evaluate_reports_failure_detection_of_whole_scores(polyseg, finished, tmp_path):
     run = finished("run")
     answer = polyseg(
         *("evaluate", run.path, "--uncertainty", "--split", "all", "--no-figures"),
@@ -212,7 +212,7 @@ def test_evaluate_tells_whether_they_find_failures(polyseg, finished, tmp_path):
     assert "pairwise_dice" in json.dumps((tmp_path / "evaluation" / "summary.json").read_text())
 
 
-def test_nothing_but_a_network_is_needed():
+def test_assess_needs_only_a_network():
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout2d(0.5), nn.Conv2d(4, 1, 1))
     batch = Batch(["a"], torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
     assert assess(network, [batch], samples=3, metric="dispersion").difficulty.shape == (1,)

@@ -208,7 +208,7 @@ def test_other_shapes_are_refused(tmp_path):
         write_labels(tmp_path / "a.png", np.zeros((1, 20, 30)), tmp_path, name="b")
 
 
-def test_nothing_is_left_of_what_could_not_be_written(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     Image.fromarray(noise((20, 30))).save(tmp_path / "a.png")
     (tmp_path / "out").write_text("no folder")
     with pytest.raises(PolysegError, match="cannot be written"):

@@ -1,4 +1,4 @@
-"""Adaptive epsilons for a training loop that is not polyseg's."""
+"""Adaptive epsilons for your own training loop."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,19 +14,19 @@ from polyseg.records import Assessment, Batch, Difficulties
 
 
 class AdaptiveEpsilon:
-    """The epsilon of each training image, which follows from its difficulty (eq. 11 and 12).
+    """The epsilon of each training image, computed from its difficulty (eq. 11 and 12).
 
-    Until the first assessment each image has the constant, as in `polyseg train` before E0.
-    `control.assessment_epochs` says after which epochs `polyseg train` assesses.
+    Before the first assessment epsilon is a constant, as in `polyseg train` before E0. `polyseg
+    train` assesses after the epochs that `control.assessment_epochs` returns.
 
     Args:
-        control: how difficulties become epsilons.
-        uncertainty: how difficulties are measured.
-        constant: epsilon until the first assessment, `loss.epsilon` in a configuration.
-        seed: of the dropout masks, `training.seed` in a configuration.
+        control: settings of the computation of epsilon.
+        uncertainty: settings of the measurement of difficulties.
+        constant: epsilon before the first assessment, `loss.epsilon` in a configuration.
+        seed: random seed of the dropout masks, `training.seed` in a configuration.
 
     Raises:
-        ValueError: the difficulty is to be a score that `assess` cannot measure.
+        ValueError: the difficulty is the training loss, which `assess` cannot measure.
 
     >>> adaptive = AdaptiveEpsilon(uncertainty=UncertaintyConfig(samples=4))
     >>> adaptive.epsilon(["a", "b"])
@@ -47,18 +47,18 @@ class AdaptiveEpsilon:
         seed: int = 0,
     ) -> None:
         if uncertainty.metric == "training_loss":
-            raise ValueError("metric 'training_loss' is known to `polyseg train` only")
+            raise ValueError("only `polyseg train` can use the metric 'training_loss'")
         self.control, self.uncertainty, self.seed = control, uncertainty, seed
         self._rule = EpsilonControl(control, constant)
 
     def assess(self, network: nn.Module, batches: Iterable[Batch], epoch: int = 0) -> Assessment:
-        """Measure the difficulty of all training images; later epsilons follow from it.
+        """Measure the difficulty of all training images, which decides the epsilons from now on.
 
         Args:
             network: see `polyseg.assess`.
             batches: all training images, without augmentation, each image once; see
                 `polyseg.assess`.
-            epoch: the number of epochs that the network was trained for, which seeds the masks.
+            epoch: number of epochs that the network was trained for; the masks depend on it.
 
         Returns:
             The assessment, for the record.
@@ -67,16 +67,16 @@ class AdaptiveEpsilon:
             PolysegError: see `polyseg.assess`.
         """
         found = assess(network, batches, self.uncertainty, seed=self.seed, epoch=epoch)
-        self._adopt(Difficulties(epoch, found.ids, found.difficulty), len(found.label_names))
+        self._replace(Difficulties(epoch, found.ids, found.difficulty), len(found.label_names))
         return found
 
     def epsilon(self, ids: Sequence[str]) -> Tensor:
         """Return the epsilons of a batch.
 
-        With "batch" statistics they depend on which images the batch holds.
+        With "batch" statistics they depend on all images of the batch.
 
         Args:
-            ids: the images of the whole batch, in its order.
+            ids: ids of all images of the batch, in its order.
 
         Returns:
             (B,) float32 on the CPU; after an assessment with K > 1 labels, (B, K).
@@ -87,16 +87,13 @@ class AdaptiveEpsilon:
         rule, names = self._rule, [str(identity) for identity in ids]
         if rule.assessment is not None and (lacking := set(names) - set(rule.assessment.ids)):
             raise ValueError(
-                f"{sorted(lacking)[0]!r} was not assessed: `assess` needs all training images"
+                f"{sorted(lacking)[0]!r} was not assessed; give `assess` all training images"
             )
         epsilon = torch.from_numpy(rule.epsilon(names)).float()
         return epsilon if rule.labels == 1 else epsilon.reshape(-1, rule.labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the difficulties of the last assessment, which `torch.save` writes.
-
-        The settings are not in it: they are those of the object that loads it.
-        """
+        """Return the difficulties of the last assessment, for `torch.save`, without settings."""
         found, labels = self._rule.assessment, self._rule.labels
         if found is None:
             return {}
@@ -104,13 +101,13 @@ class AdaptiveEpsilon:
         return {"epoch": found.epoch, "ids": list(found.ids[::labels]), "difficulty": difficulty}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the difficulties that `state_dict` returned.
+        """Restore the difficulties that `state_dict` returned.
 
         Raises:
             ValueError: ids and difficulties differ in number.
         """
         if not state:
-            self._adopt(None, labels=1)
+            self._replace(None, labels=1)
             return
         ids, difficulty = state["ids"], state["difficulty"]
         if difficulty.ndim != 2 or len(difficulty) != len(ids):
@@ -120,7 +117,7 @@ class AdaptiveEpsilon:
         labels = difficulty.shape[1]
         rows = [identity for identity in ids for _ in range(labels)]
         values = difficulty.double().cpu().numpy().ravel()
-        self._adopt(Difficulties(state["epoch"], rows, values), labels)
+        self._replace(Difficulties(state["epoch"], rows, values), labels)
 
-    def _adopt(self, found: Difficulties | None, labels: int) -> None:
+    def _replace(self, found: Difficulties | None, labels: int) -> None:
         self._rule = replace(self._rule, assessment=found, labels=labels)

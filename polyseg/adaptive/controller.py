@@ -1,7 +1,7 @@
-"""Which epsilon an image meets: a constant until the first assessment, then by its difficulty.
+"""Compute the epsilon of each image: a constant before the first assessment, then by difficulty.
 
-With several labels each image has one epsilon a label, and eq. 11 compares difficulties within a
-label: they are binary tasks of their own, of which one may be harder throughout.
+With several labels each image has one epsilon for each label, and eq. 11 compares difficulties
+within a label, because labels are separate binary tasks and one may be harder in all images.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,17 +19,17 @@ from polyseg.records import Assessment, Difficulties, Schedule
 
 
 class Adapted(NamedTuple):
-    """The epsilons of a batch, and the statistics of eq. 11 that they follow from."""
+    """The epsilons of a batch, and the statistics of eq. 11 that they were computed with."""
 
     epsilon: NDArray[np.float64]
-    """(n,), or (n K,), the labels of an image one after another."""
+    """Epsilons, (n,), or (n K,) with the labels of an image next to each other."""
     statistics: NDArray[np.float64] | None
-    """(K, 2) D_pct and sigma_D of each label; None where epsilon is the constant."""
+    """D_pct and sigma_D of each label, (K, 2); None if epsilon is the constant."""
 
 
 @dataclass(frozen=True)
 class EpsilonControl:
-    """The rule in force between two assessments.
+    """The rule by which images get their epsilon between two assessments.
 
     >>> EpsilonControl(ControlConfig(), constant=0.0).epsilon(["a", "b"])
     array([0., 0.])
@@ -37,20 +37,19 @@ class EpsilonControl:
 
     config: ControlConfig
     constant: float
-    """epsilon while there is no assessment."""
+    """Epsilon before the first assessment."""
     assessment: Assessment | Difficulties | None = None
     labels: int = 1
-    """K, labels of each image."""
+    """Number K of labels."""
 
     def epsilon(self, ids: Sequence[str]) -> NDArray[np.float64]:
-        """Return epsilon for the images of a batch, as `adapt` does."""
+        """Return the epsilons of the images of a batch, as `adapt` does."""
         return self.adapt(ids).epsilon
 
     def adapt(self, ids: Sequence[str]) -> Adapted:
-        """Return epsilon for the images of a batch, and the statistics that it follows from.
+        """Return the epsilons of the images of a batch, and their statistics.
 
-        With "batch" statistics these images are normalised together, with "dataset" statistics
-        all that were assessed.
+        "batch" statistics normalise these images together, "dataset" statistics all assessed ones.
         """
         if self.assessment is None:
             return Adapted(np.full(len(ids) * self.labels, self.constant), None)
@@ -61,7 +60,7 @@ class EpsilonControl:
 
     @property
     def over_data_set(self) -> NDArray[np.float64]:
-        """Epsilon of every assessed image, with the statistics of all of them."""
+        """The epsilons of all assessed images, with the statistics of all of them."""
         return self._data_set.epsilon
 
     @cached_property
@@ -92,12 +91,12 @@ class EpsilonControl:
 def normalised_by(
     difficulty: NDArray[np.float64], statistics: NDArray[np.float64], config: ControlConfig
 ) -> NDArray[np.float64]:
-    """Return the normalised difficulties, (n,), of the images of a label normalised together.
+    """Return the normalised difficulties, (n,), of images of one label.
 
     Args:
-        difficulty: (n,).
-        statistics: (2,) their D_pct and sigma_D.
-        config: the settings, of which `reduction` says how.
+        difficulty: (n,), of the images that are normalised together.
+        statistics: their D_pct and sigma_D, (2,).
+        config: settings; `reduction` names the normalisation.
 
     >>> normalised_by(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0]), ControlConfig(delta=1e-12))
     array([-1.,  0.,  1.])
@@ -109,7 +108,7 @@ def normalised_by(
 
 
 def epsilon_of(normalised: NDArray[np.float64], config: ControlConfig) -> NDArray[np.float64]:
-    """Return the epsilons, (n,), of the images of a label normalised together.
+    """Return the epsilons, (n,), of images of one label that were normalised together.
 
     >>> epsilon_of(np.zeros(2), ControlConfig(map="weight"))
     array([0., 0.])
@@ -122,7 +121,7 @@ def epsilon_of(normalised: NDArray[np.float64], config: ControlConfig) -> NDArra
 
 @dataclass
 class Recorder:
-    """The columns of a schedule, epoch by epoch.
+    """The columns of a schedule, which grow by an epoch at a time.
 
     >>> recorder = Recorder(["a", "b"])
     >>> recorder.add([(["b", "a"], Adapted(np.array([0.5, 1.0]), np.array([[0.1, 0.2]])))])
@@ -131,18 +130,18 @@ class Recorder:
     """
 
     ids: Sequence[str]
-    """The n images, in the order of the columns."""
+    """Ids of the n images, in the order of the columns."""
     labels: int = 1
-    """K, labels of each image."""
+    """Number K of labels."""
     epsilon: list[NDArray[np.float32]] = field(default_factory=list)
-    """(n K,) each."""
+    """Epsilons of each epoch, (n K,)."""
     group: list[NDArray[np.int32]] = field(default_factory=list)
-    """(n K,) each."""
+    """Rows of `statistics` behind the epsilons of each epoch, (n K,)."""
     statistics: list[NDArray[np.float64]] = field(default_factory=list)
-    """(2,) each."""
+    """D_pct and sigma_D, (2,) each."""
 
-    def take_up(self, schedule: Schedule) -> None:
-        """Go on from a schedule with these columns, of which older files hold no statistics."""
+    def restore(self, schedule: Schedule) -> None:
+        """Continue a schedule with these columns; those of older files have no statistics."""
         none = np.full(schedule.epsilon.shape, -1, np.int32)
         self.epsilon = list(schedule.epsilon)
         self.group = list(none if schedule.group is None else schedule.group)
@@ -150,7 +149,7 @@ class Recorder:
             self.statistics = list(schedule.statistics)
 
     def add(self, batches: Iterable[tuple[Sequence[str], Adapted]]) -> None:
-        """Add an epoch: the images of its batches, and what they met."""
+        """Add an epoch: the images of its batches, with their epsilons and statistics."""
         places = {identity: i for i, identity in enumerate(self.ids)}
         epsilon = np.empty((len(self.ids), self.labels), np.float32)
         group = np.full(epsilon.shape, -1, np.int32)
@@ -165,7 +164,7 @@ class Recorder:
         self.group.append(group.ravel())
 
     def columns(self) -> dict[str, Any]:
-        """Return epsilon, group and statistics as a schedule has them."""
+        """Return epsilon, group and statistics as the arguments of a `Schedule`."""
         return {
             "epsilon": np.stack(self.epsilon),
             "group": np.stack(self.group) if self.statistics else None,
@@ -175,10 +174,10 @@ class Recorder:
     def _row_of(
         self, statistics: NDArray[np.float64], before: NDArray[np.float64] | None
     ) -> NDArray[np.int32]:
-        """Return the rows of the statistics, (K,); those of a data set are kept once.
+        """Return the rows of the statistics, (K,); those of the data set are stored once.
 
-        Within an epoch, equal statistics of two batches are two rows: a row tells which images
-        were normalised together.
+        Equal statistics of two batches of an epoch are two rows, because a row identifies the
+        images that were normalised together.
         """
         kept = np.array_equal(self.statistics[-self.labels :], statistics)
         if not kept or (before is not None and before is not statistics):

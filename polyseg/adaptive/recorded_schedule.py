@@ -1,7 +1,7 @@
-"""What a run's record says of difficulty and epsilon, and what other settings would have made.
+"""Analyse the difficulties and epsilons that a run recorded, and recompute them by other settings.
 
-Everything here is worked out from records; no network is needed. With several labels every row is
-one of an image and a label.
+Everything is computed from records, without a network. With several labels every row of a table
+belongs to an image and a label.
 """
 
 import difflib
@@ -28,15 +28,15 @@ from polyseg.system.yaml import parse_yaml
 
 Values = NDArray[np.float64]
 Row = dict[str, Any]
-"""A row of a table: words, whole numbers, and numbers that are NaN where they have no meaning."""
+"""A row of a table: text, integers, and floats that are NaN where they are undefined."""
 
 QUANTILES = (5, 50, 95)
 MEASURES = ("with_error", "with_size", "with_error_given_size", "with_previous")
-"""What `validity` tells of a score: Spearman's correlations."""
+"""Spearman's correlations that `validity` returns for each score."""
 
 _EXTREMES = 3
 _FEWEST = 4
-"""Images from which a correlation means anything."""
+"""Smallest number of images for which a correlation is computed."""
 _CHANGEABLE = (
     *(f"control.{name}" for name in ("reduction", "map", "percentile", "sensitivity")),
     *(f"control.{name}" for name in ("epsilon_min", "epsilon_max")),
@@ -49,23 +49,23 @@ _CHANGEABLE = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has committed of its schedule.
+    """The committed assessments and schedule of a run.
 
-    The rows of the assessments and the columns of the schedule are the same images, in one order.
+    The rows of the assessments and the columns of the schedule are in the same order.
     """
 
     name: str
     config: Config
     assessments: Sequence[Assessment]
-    """At least one, by epoch."""
+    """At least one assessment, in the order of epochs."""
     schedule: Schedule
-    """Of the epochs 1 to the last that was committed."""
+    """The epochs from 1 to the last committed one."""
     wrong_sign: Values
-    """(E,) the share of the losses of an epoch that fell as s grew; over all labels."""
+    """Share of the images of each epoch whose loss rose with s, over all labels, (E,)."""
 
     @property
     def labels(self) -> list[str]:
-        """The labels, "" for a single one."""
+        """The names of the labels, "" for a single one."""
         return self.assessments[0].label_names
 
     def of_label(self, label: str) -> "RunRecord":
@@ -77,7 +77,7 @@ class RunRecord:
         )
 
     def fed(self, k: int) -> NDArray[np.bool_]:
-        """Return which epochs of the schedule, (E,), go by assessment k."""
+        """Return which epochs of the schedule use assessment k, (E,)."""
         epochs = self.schedule.epochs
         after = self.assessments[k].epoch < epochs
         if k + 1 == len(self.assessments):
@@ -85,17 +85,17 @@ class RunRecord:
         return after & (epochs <= self.assessments[k + 1].epoch)
 
     def next_epsilon(self, k: int) -> Values:
-        """Return the epsilons of the epoch after assessment k, (n,), NaN where none followed."""
+        """Return the epsilons of the epoch after assessment k, (n,), NaN without such an epoch."""
         met = self.schedule.epsilon[self.fed(k)].astype(np.float64)
         return met[0] if len(met) else np.full(len(self.schedule.ids), math.nan)
 
     def next_statistics(self, k: int) -> Values:
-        """Return the D_pct and sigma_D that those epsilons follow from, (n, 2), or NaN."""
+        """Return D_pct and sigma_D behind the epsilons of `next_epsilon`, (n, 2), or NaN."""
         met = self.schedule.percentile_and_sigma()[self.fed(k)]
         return met[0] if len(met) else np.full((len(self.schedule.ids), 2), math.nan)
 
     def next_normalised(self, k: int) -> Values:
-        """Return the normalised difficulties that they follow from, (n,), or NaN; of one label."""
+        """Return D_norm behind the epsilons of `next_epsilon`, (n,), or NaN; for one label."""
         normalised = np.full(len(self.schedule.ids), math.nan)
         if self.fed(k).any() and self.schedule.group is not None:
             epoch = int(self.fed(k).argmax())
@@ -112,7 +112,7 @@ class RunRecord:
         return float(self._normalised(k, epoch, together)[together[:i].sum()])
 
     def _normalised(self, k: int, epoch: int, together: NDArray[np.bool_]) -> Values:
-        """Return those of the images that were normalised together."""
+        """Return the normalised difficulties of images that were normalised together."""
         difficulty = self.assessments[k].difficulty[together]
         statistics = self.schedule.percentile_and_sigma()[epoch, together][0]
         if not np.isfinite(statistics).all():
@@ -121,11 +121,11 @@ class RunRecord:
 
 
 def overview(record: RunRecord) -> list[Row]:
-    """Return a row for each assessment and label: how D and epsilon spread, and whether D stays.
+    """Return a row for each assessment and label: the distribution and stability of D and epsilon.
 
-    `difficulty_percentile` is D_pct and `sigma` sigma_D, of eq. 11 over all images. `epsilon_...`
-    are quantiles of the epoch after; `spearman_previous` is the correlation of D with that of the
-    assessment before; `wrong_sign_share` is of the epochs that went by the assessment.
+    `difficulty_percentile` is D_pct and `sigma` sigma_D of eq. 11 over all images. `epsilon_...`
+    are quantiles in the next epoch; `spearman_previous` is the correlation of D with D of the
+    previous assessment; `wrong_sign_share` is over the epochs that used the assessment.
     """
     parts = list(_by_label(record))
     return [
@@ -136,22 +136,22 @@ def overview(record: RunRecord) -> list[Row]:
 
 
 def image_history(record: RunRecord, identity: str) -> list[Row]:
-    """Return what each assessment said of one image, and how its epsilons follow from that.
+    """Return the D of one image in each assessment, and how its epsilons follow from it.
 
-    A row for each label and each stretch of epochs with the same statistics in eq. 11: with those
-    of the batch that is an epoch, with those of the data set all epochs until the next assessment.
-    An assessment that no epoch followed has a row without them. Where statistics were not recorded
-    they are NaN, and `epsilon` is that of the first epoch after the assessment.
-    `rank` is 1 for the largest D, and equal ones share the lowest of their ranks;
-    `percentile` is the share of the images, in percent, with smaller D, equal ones counted half.
+    There is a row for each label and each period of epochs with the same statistics in eq. 11: one
+    epoch with batch statistics, all epochs until the next assessment with data set statistics. An
+    assessment without a later epoch has a row without them. Statistics that were not recorded are
+    NaN, and `epsilon` is that of the first epoch after the assessment. `rank` is 1 for the largest
+    D, and equal ones share the lowest rank; `percentile` is the share of images, in percent, with
+    smaller D, where equal ones count half.
 
     Raises:
-        PolysegError: the run does not train on such an image.
+        PolysegError: the image is not a training image of the run.
     """
     if identity not in record.schedule.ids:
         near = difflib.get_close_matches(identity, dict.fromkeys(record.schedule.ids), n=1)
         hint = f"did you mean {near[0]}?" if near else "`polyseg schedule export` lists them"
-        raise PolysegError(f"--image {identity}: is no training image of {record.name}; {hint}")
+        raise PolysegError(f"--image {identity}: not a training image of {record.name}; {hint}")
     rows = []
     parts = list(_by_label(record))
     i = parts[0][1].schedule.ids.index(identity)
@@ -162,16 +162,16 @@ def image_history(record: RunRecord, identity: str) -> list[Row]:
             row["rank"] = int((difficulty > difficulty[i]).sum()) + 1
             smaller, equal = difficulty < difficulty[i], difficulty == difficulty[i]
             row["percentile"] = float((2 * smaller.sum() + equal.sum()) * (50 / len(difficulty)))
-            rows += [row | stretch for stretch in _stretches(part, k, i)]
+            rows += [row | period for period in _periods(part, k, i)]
     return rows
 
 
 def tidy(record: RunRecord) -> list[Row]:
     """Return a row for each assessment, image and label.
 
-    `epsilon` is what the image met in the epoch after; `difficulty_percentile` and `sigma` are the
-    D_pct and sigma_D that it follows from, and `normalised` is eq. 11 by them. They are NaN where
-    no epoch followed, and all but `epsilon` where they were not recorded.
+    `epsilon` is that of the next epoch; `difficulty_percentile` and `sigma` are the D_pct and
+    sigma_D behind it, and `normalised` is D_norm of eq. 11. They are NaN without a next epoch; all
+    but `epsilon` are also NaN if they were not recorded.
     """
     parts = list(_by_label(record))
     rows = []
@@ -183,18 +183,19 @@ def tidy(record: RunRecord) -> list[Row]:
 
 
 def validity(record: RunRecord, unseen: Mapping[tuple[str, str], float] | None = None) -> list[Row]:
-    """Return for each assessment, label and recorded score whether it means difficulty.
+    """Return correlations of each recorded score with error and size, by assessment and label.
 
-    `with_error` is Spearman's correlation with 1 - Dice, `with_size` that with the pixels of the
-    mask, `with_error_given_size` the partial one with 1 - Dice given the size, and `with_previous`
-    that with the same score at the assessment before. With fewer than 4 images they are NaN.
+    `with_error` is Spearman's correlation with 1 - Dice, `with_size` with the pixels of the mask,
+    `with_error_given_size` the partial correlation with 1 - Dice given the size, and
+    `with_previous` the correlation with the score of the previous assessment. They are NaN for
+    fewer than 4 images.
 
     Args:
-        record: of the run.
-        unseen: 1 - Dice by (id, label), of networks that had not seen the image. With it each row
-            has `with_unseen_error`, Spearman's correlation with these errors, the `_low` and
-            `_high` ends of its 95 % interval over the images, and `_given_size`, the partial
-            correlation given the size.
+        record: record of the run.
+        unseen: 1 - Dice by (id, label), from networks that were not trained on the image. It adds
+            `with_unseen_error`, Spearman's correlation with these errors, with suffix `_low` and
+            `_high` the ends of its 95 % interval over the images, and with `_given_size` the
+            partial correlation given the size.
     """
     parts = list(_by_label(record))
     return [
@@ -207,9 +208,9 @@ def validity(record: RunRecord, unseen: Mapping[tuple[str, str], float] | None =
 
 
 def validity_summary(rows: Sequence[Row]) -> list[Row]:
-    """Return a row for each score and label: each measure at the last assessment, and on average.
+    """Return a row for each score and label: each correlation at the last assessment, and its mean.
 
-    The average leaves out the assessments at which the measure is NaN.
+    The mean leaves out assessments where the correlation is NaN.
 
     >>> rows = [{"epoch": e, "score": "entropy", **dict.fromkeys(MEASURES, e / 4)} for e in (1, 2)]
     >>> summary = validity_summary(rows)[0]
@@ -232,7 +233,7 @@ def validity_summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def validity_curves(rows: Sequence[Row], label: str) -> dict[str, dict[str, Values]]:
-    """Return what `validity` found of a label as curves: measure to score to values, (epochs,).
+    """Return the rows of `validity` for a label as curves: measure to score to values, (epochs,).
 
     >>> rows = [{"epoch": e, "score": "entropy", **dict.fromkeys(MEASURES, e / 4)} for e in (1, 2)]
     >>> validity_curves(rows, "")["with_size"]["entropy"]
@@ -251,10 +252,10 @@ def validity_curves(rows: Sequence[Row], label: str) -> dict[str, dict[str, Valu
 
 
 def stability(record: RunRecord) -> dict[str, Values]:
-    """Return how the order of the images lasts, for a record of one label, (assessments,) each.
+    """Return how stable the order of the images is, (assessments,) each; for one label.
 
-    Spearman's correlation of D with the assessment before and with the last one, and the rank
-    stability that the passes of each assessment promise.
+    The values are Spearman's correlation of D with the previous and with the last assessment, and
+    the rank stability that follows from the passes of each assessment.
     """
     difficulties = [assessment.difficulty for assessment in record.assessments]
     last = [correlation(one, difficulties[-1]) for one in difficulties[:-1]]
@@ -268,14 +269,14 @@ def stability(record: RunRecord) -> dict[str, Values]:
 
 
 def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
-    """Return a run's settings with those changed that turn a recorded D into epsilon.
+    """Return a run's settings with changes to those that compute epsilon from a recorded D.
 
     Args:
-        config: the run's.
-        overrides: such as "control.sensitivity=2"; the value is YAML.
+        config: settings of the run.
+        overrides: changes such as "control.sensitivity=2"; the value is YAML.
 
     Raises:
-        PolysegError: another setting, or a value out of bounds.
+        PolysegError: a setting cannot be changed, or a value is out of bounds.
 
     >>> changed_settings(Config(), ["control.sensitivity=2"]).control.sensitivity
     2.0
@@ -287,8 +288,7 @@ def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
             raise PolysegError(f"--set {override}: write KEY=VALUE, such as control.delta=1e-6")
         if key.strip() not in _CHANGEABLE:
             raise PolysegError(
-                f"--set {key}: schedule recompute changes control.*, uncertainty.metric and "
-                f"loss.epsilon only: {', '.join(_CHANGEABLE)}"
+                f"--set {key}: schedule recompute can change only {', '.join(_CHANGEABLE)}"
             )
         section, _, name = key.strip().partition(".")
         tree[section][name] = parse_yaml(value, f"--set {override}")
@@ -296,14 +296,14 @@ def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def recompute(record: RunRecord, config: Config) -> Schedule:
-    """Return the schedule that other settings would have made of the recorded difficulties.
+    """Return the schedule that settings give for the recorded difficulties.
 
-    With the run's own settings that is its schedule, bit for bit on the machine that made it. With
-    others it is no forecast: training would have gone another way, and D with it.
+    The run's own settings give its own schedule, bit by bit on the same machine. Other settings
+    give no forecast, because training with them would lead to other difficulties.
 
     Args:
-        record: of the run, with all its labels.
-        config: as `changed_settings` returns it.
+        record: record of the run, with all its labels.
+        config: settings from `changed_settings`.
 
     Raises:
         PolysegError: a score or an assessment that the settings need was not recorded.
@@ -317,13 +317,13 @@ def recompute(record: RunRecord, config: Config) -> Schedule:
 def arm_schedule(
     record: RunRecord, config: Config, arm: str, ids: Sequence[str] | None = None
 ) -> Schedule:
-    """Return the schedule that follows from the recorded D, or from those of an arm.
+    """Return the schedule that follows from the recorded D, or from the D of an arm.
 
     Args:
-        record: of the run, with all its labels.
-        config: the settings that make D epsilon, and batches of images.
-        arm: of `choices.REPLAY_ARMS`; those of epsilons are as "recorded" here.
-        ids: the training images, if not all of the record, or in another order.
+        record: record of the run, with all its labels.
+        config: settings for the computation of epsilon and for the batches.
+        arm: name in `choices.REPLAY_ARMS`; arms that change epsilons are treated as "recorded".
+        ids: training images, if not all of the record or in another order.
 
     Raises:
         PolysegError: a score or an assessment that the settings need was not recorded.
@@ -353,26 +353,26 @@ def arm_schedule(
 
 
 def compare(record: RunRecord, recomputed: Schedule) -> list[Row]:
-    """Return how a recomputed schedule differs, a row for each stretch between assessments.
+    """Return how a recomputed schedule differs, with a row for each period between assessments.
 
-    `spearman` is taken over all images and epochs of the stretch; `raised_share` is the share of
-    them at which epsilon went up.
+    `spearman` is over all images and epochs of the period; `raised_share` is the share of them with
+    a larger epsilon.
     """
     moments = [assessment.epoch for assessment in record.assessments]
     epochs = record.schedule.epochs
-    stretches = np.split(np.arange(len(epochs)), np.searchsorted(epochs, moments, side="right"))
+    periods = np.split(np.arange(len(epochs)), np.searchsorted(epochs, moments, side="right"))
     parts = list(_by_label(record))
     rows = []
-    for stretch in filter(len, stretches):
-        ends = {"from_epoch": int(epochs[stretch[0]]), "to_epoch": int(epochs[stretch[-1]])}
+    for period in filter(len, periods):
+        ends = {"from_epoch": int(epochs[period[0]]), "to_epoch": int(epochs[period[-1]])}
         for own, part in parts:
-            after = _of_label(recomputed, own.get("label", "")).epsilon[stretch]
-            rows.append(ends | own | _change(part.schedule.epsilon[stretch], after))
+            after = _of_label(recomputed, own.get("label", "")).epsilon[period]
+            rows.append(ends | own | _change(part.schedule.epsilon[period], after))
     return rows
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows of equal keys as CSV: a header, decimal points, empty where a number is missing.
+    """Return rows with the same keys as CSV text with a header; NaN is an empty cell.
 
     >>> print(csv_text([{"id": "a,b", "dice": 0.5}, {"id": "c", "dice": math.nan}]), end="")
     id,dice
@@ -383,7 +383,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def correlation(first: Values, second: Values) -> float:
-    """Return Spearman's correlation where at least 4 images have both values, else NaN.
+    """Return Spearman's correlation if at least 4 images have both values, else NaN.
 
     >>> correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]))
     nan
@@ -393,7 +393,7 @@ def correlation(first: Values, second: Values) -> float:
 
 
 def replay_seed(config: Config) -> int:
-    """Return the seed of the arms that are random."""
+    """Return the random seed of replay arms."""
     own = config.control.replay_seed
     return config.training.seed if own is None else own
 
@@ -410,7 +410,7 @@ def _of_label(schedule: Schedule, label: str) -> Schedule:
 
 
 def _by_label(record: RunRecord) -> Iterator[tuple[Row, RunRecord]]:
-    """Yield each label's cell of a table, of which a single one has none, and its record."""
+    """Yield the label column of a table, empty for a single label, and the record of each label."""
     for label in record.labels:
         yield ({"label": label} if label else {}), record.of_label(label)
 
@@ -445,7 +445,7 @@ def _overview(part: RunRecord, k: int) -> Row:
 
 
 def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
-    """Return what assessment k and the epoch after say of each image, n values a column."""
+    """Return columns of n values: the images in assessment k and in the next epoch."""
     assessment = part.assessments[k]
     n = len(assessment.ids)
     errors = assessment.scores_se.get(assessment.metric, np.full(n, math.nan))
@@ -466,8 +466,8 @@ def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
     }
 
 
-def _stretches(part: RunRecord, k: int, i: int) -> list[Row]:
-    """Return a row for each stretch of epochs after assessment k with the same statistics."""
+def _periods(part: RunRecord, k: int, i: int) -> list[Row]:
+    """Return a row for each period of epochs after assessment k with the same statistics."""
     fed = part.fed(k)
     epochs, epsilon = part.schedule.epochs[fed].tolist(), part.schedule.epsilon[fed, i].tolist()
     if not epochs:
@@ -522,12 +522,12 @@ def _unseen_validity(
 
 
 def _needed_assessments(record: RunRecord, config: Config) -> Iterator[Assessment]:
-    """Yield the assessments that fed an epoch by the settings, each with the chosen score as D."""
+    """Yield the assessments that epochs use by the settings, with the chosen score as D."""
     recorded = {assessment.epoch: assessment for assessment in record.assessments}
     metric = config.uncertainty.metric
     for epoch in config.control.assessment_epochs(config.training.epochs):
         if epoch >= len(record.schedule.epochs):
-            return  # It feeds nothing.
+            return  # No epoch uses it.
         if epoch not in recorded:
             raise PolysegError(
                 f"control.start and control.every: {record.name} was not assessed after epoch "

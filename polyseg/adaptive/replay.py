@@ -1,7 +1,7 @@
-"""A recorded schedule in place of assessments, and the arms that tell whether it matters.
+"""Replay a recorded schedule instead of assessing images, as recorded or as a control arm.
 
-An arm gives the epsilons of each epoch, or the D that they are computed from, to other images: if
-training does as well with it, which image gets the steep loss did not matter.
+An arm assigns the epsilons of each epoch, or the D that they are computed from, to other images. If
+training is as good with it, the assignment of epsilons to images has no effect.
 """
 
 import math
@@ -21,22 +21,21 @@ from polyseg.system.seeds import derive_seed
 Epsilons = NDArray[np.float32]
 Values = NDArray[np.float64]
 
-_NAMED = 5
+_MOST_NAMED = 5
+"""Largest number of missing columns that an error names."""
 
 
 def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
-    """Return the schedule with its epsilons given to other images, epoch by epoch.
+    """Return the schedule with the epsilons of each epoch assigned to other images.
 
-    The statistics of eq. 11 explain the epsilons as recorded only, so the other arms have none.
+    The result has no statistics of eq. 11, because they explain the recorded epsilons only.
 
     Args:
         schedule: of n images, or n images with K labels each.
-        arm: "recorded", as it is; "shuffled", permuted over the images, all labels of an image
-            together, by one permutation from each assessment to the next (by one for all epochs
-            where the schedule does not tell its assessments); "mean", each epoch's mean
-            for all, label by label; "inverted", the order of each epoch reversed, label by label.
-            Arms that change D, as `arm_of_difficulty` does, leave the schedule as it is.
-        seed: of the permutations.
+        arm: a row of `choices.REPLAY_ARMS`; "recorded" and arms that change D (see
+            `arm_of_difficulty`) return the schedule unchanged. "shuffled" uses one permutation for
+            all epochs if the schedule does not record its assessments.
+        seed: random seed of the permutations.
 
     >>> epsilon = np.array([[0.0, 0.5, 1.0]], np.float32)
     >>> schedule = Schedule(["a", "b", "c"], np.array([1]), epsilon)
@@ -57,17 +56,15 @@ def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
 
 
 def arm_of_difficulty(assessment: Assessment, arm: str, seed: int) -> Assessment:
-    """Return an assessment with the D that an arm puts in place of the recorded one.
+    """Return an assessment with its D replaced as an arm says.
 
     Args:
         assessment: of n images, or n images with K labels each.
-        arm: "permuted", D permuted over the images, all labels of an image together, by the same
-            permutation for every assessment of these images; "size" and "loss", D by the size of
-            the mask and by the training loss. Arms of epsilons leave D as it is.
-        seed: of the permutation.
+        arm: a row of `choices.REPLAY_ARMS`; arms that change epsilons return D unchanged.
+        seed: random seed of the permutation.
 
     Raises:
-        PolysegError: what the arm needs was not recorded.
+        PolysegError: the values that the arm needs were not recorded.
     """
     row = REPLAY_ARMS[arm]
     if not row.of_difficulty:
@@ -85,15 +82,15 @@ def fit_schedule(
     terms: int,
     source: str,
 ) -> Schedule:
-    """Return a schedule with the columns that a run needs, in the run's order.
+    """Return a schedule with the columns of a run's training images, in the run's order.
 
     Args:
-        schedule: what was recorded; images that the run does not train on are left out.
-        ids: the training images.
-        labels: of each image.
-        epochs: that the schedule must have.
-        terms: K, of the loss, which bounds epsilon from below.
-        source: where the schedule is from, for messages.
+        schedule: the recorded schedule; it may have further images.
+        ids: ids of the training images.
+        labels: names of the labels of each image.
+        epochs: number of epochs that the schedule must have.
+        terms: number K of terms of the loss, which bounds epsilon from below.
+        source: origin of the schedule, for messages.
 
     Raises:
         PolysegError: an image, a label or an epoch is missing, or an epsilon would reward
@@ -111,8 +108,8 @@ def fit_schedule(
     least = least_epsilon(terms)
     if not ((chosen >= least) & (chosen <= LARGEST_EPSILON)).all():
         raise PolysegError(
-            f"{source}: has epsilons out of {least:.4g} to {LARGEST_EPSILON} ({chosen.min():g} to "
-            f"{chosen.max():g}); below, they would reward misalignment"
+            f"{source}: has epsilons from {chosen.min():g} to {chosen.max():g}; they must be from "
+            f"{least:.4g}, below which misalignment is rewarded, to {LARGEST_EPSILON}"
         )
     several = len(labels) > 1
     return Schedule(
@@ -127,7 +124,7 @@ def fit_schedule(
 
 
 def epsilon_of_batch(schedule: Schedule, ids: Sequence[str], epoch: int, labels: int) -> Epsilons:
-    """Return what the images of a batch meet in an epoch, (n,), or (n K,), an image's together.
+    """Return the epsilons of a batch in an epoch, (n,), or (n K,) image by image.
 
     >>> schedule = Schedule(["a", "b"], np.array([1]), np.array([[0.5, 1.0]], np.float32))
     >>> epsilon_of_batch(schedule, ["b", "a"], epoch=1, labels=1).tolist()
@@ -140,14 +137,15 @@ def epsilon_of_batch(schedule: Schedule, ids: Sequence[str], epoch: int, labels:
 
 
 def _refuse_missing(places: Sequence[tuple[str, str]], source: str) -> None:
-    """Raise if there are (id, label) that a schedule lacks."""
+    """Raise PolysegError if there are (id, label) without a column in the schedule."""
     if not places:
         return
-    named = [" of ".join(filter(None, (label, identity))) for identity, label in places[:_NAMED]]
-    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    some = places[:_MOST_NAMED]
+    named = [" of ".join(filter(None, (label, identity))) for identity, label in some]
+    more = f" and {len(places) - _MOST_NAMED} more" if len(places) > _MOST_NAMED else ""
     raise PolysegError(
-        f"{source}: has no epsilon for {', '.join(named)}{more}; replay it on the images of its "
-        "own run (data.path, and split.json by --split)"
+        f"{source}: has no epsilon for {', '.join(named)}{more}; replay it with the images of the "
+        "recorded run (data.path, and its split.json by --split)"
     )
 
 
@@ -178,9 +176,9 @@ def mean(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
 def inverted(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
     """Return the epsilons of each label with their order over the images reversed."""
     order = np.argsort(epsilon, axis=0, kind="stable")
-    turned = np.empty_like(epsilon)
-    np.put_along_axis(turned, order, np.take_along_axis(epsilon, order[::-1], axis=0), axis=0)
-    return turned
+    result = np.empty_like(epsilon)
+    np.put_along_axis(result, order, np.take_along_axis(epsilon, order[::-1], axis=0), axis=0)
+    return result
 
 
 def permuted(assessment: Assessment, generator: np.random.Generator) -> Values:
@@ -219,12 +217,12 @@ def mask_sizes(assessment: Assessment) -> Values:
         return assessment.mask_pixels.astype(np.float64)
     if assessment.region != "mask":
         return np.full(len(assessment.ids), math.nan)
-    # Of an empty mask the pixels are those of what was taken in its place.
+    # For an empty mask the pixels are those of the region that replaced it.
     pixels: Values = np.where(assessment.fallback == 0, assessment.foreground_pixels, 0.0)
     return pixels
 
 
 def _generator(schedule: Schedule, row: int, seed: int) -> np.random.Generator:
-    """Return random numbers for an epoch, the same from an assessment to the next."""
+    """Return a random generator for an epoch, the same for all epochs between two assessments."""
     moment = 0 if schedule.assessed is None else int(schedule.assessed[row])
     return np.random.default_rng(derive_seed(seed, "replay", moment))

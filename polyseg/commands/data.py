@@ -32,13 +32,13 @@ _SHOWN = 5
 
 
 def check_data(config: Config, progress: Progress = no_progress) -> dict[str, Any]:
-    """Read a data set whole, as training would, and return what was found; no image is kept.
+    """Read a whole data set as training would, and return a summary.
 
     Raises:
-        PolysegError: all that is wrong with it and would keep it from training, a line a problem.
+        PolysegError: there are problems that prevent training; one line for each.
     """
     if config.data.path == "demo":
-        raise PolysegError("data check: the demo is made, not read; give a folder or a manifest")
+        raise PolysegError("data check: the demo has no files; give a folder or a manifest")
     layout = found_cases(config.data)
     data = settled(config.data, layout)
     cases, groups = grouped(layout.cases, data)
@@ -53,7 +53,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
         **({"labels": dict(layout.labels)} if layout.labels else {}),
         **_parts_and_groups(items, data),
         "split": {part: len(ids) for part, ids in split.items()},
-        "sizes": _most_common(f"{height} x {width}" for height, width in map(_size, items)),
+        "sizes": _most_common("{} x {}".format(*item.original_size) for item in items),
         "size that the network sees": _seen(images, data),
         "channels": sorted({item.channels for item in items}),
         "bits": sorted({item.bits for item in items}),
@@ -67,10 +67,10 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
 def make_split(
     config: Config, out: Path, progress: Progress = no_progress, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Divide a data set as its settings say, write the split for runs to come, return the counts.
+    """Split a data set by its settings, write the split to a file, and return the counts.
 
     Raises:
-        PolysegError: the data are not in order, or there is such a file already.
+        PolysegError: there is a problem with the data, or the file exists.
     """
     refuse_existing(out, overwrite=overwrite)
     images = load_images(config.data, progress)
@@ -89,13 +89,13 @@ def make_split(
 
 
 def write_manifest(path: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write a draft of a CSV manifest of a folder, and return what it lists.
+    """Write a draft of a CSV manifest of a folder, and return its counts.
 
     Raises:
-        PolysegError: the folder holds no image, or there is such a file already.
+        PolysegError: the folder has no image, or the file exists.
     """
     if not path.is_dir():
-        raise PolysegError(f"{path}: is no folder; give the folder of a data set")
+        raise PolysegError(f"{path}: not a folder; give the folder of a data set")
     refuse_existing(out, overwrite=overwrite)
     text, images, bare = draft_of(path, out.parent)
     write_text(out, text)
@@ -111,23 +111,19 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
     if modality not in MODALITIES:
         raise PolysegError(f"--modality {modality}: choose {' or '.join(MODALITIES)}")
     if seed < 0:
-        raise PolysegError(f"--seed {seed}: 0 or more")
+        raise PolysegError(f"--seed {seed}: give 0 or more")
     if not (1 <= count <= 100_000 and 32 <= size <= 1024):
-        raise PolysegError("--images: 1 to 100000; --size: 32 to 1024")
+        raise PolysegError("--images must be from 1 to 100000, and --size from 32 to 1024")
     if count * size**2 > 2**30:
-        raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
+        raise PolysegError(f"--images {count} of --size {size} do not fit into memory; make fewer")
     from polyseg.data.phantoms import phantom_sets
 
     made = phantom_sets.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantom_sets.write_phantoms(path, made)
 
 
-def _size(item: Item) -> tuple[int, int]:
-    return item.original_size
-
-
 def _seen(images: ImageSet, config: DataConfig) -> str:
-    """Return the size of what the network is trained on."""
+    """Return the size of the network's input in training, as text."""
     if config.size is None:
         return "as they are"
     size = [config.size] * 2 if isinstance(config.size, int) else config.size
@@ -165,7 +161,7 @@ def _spacing(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _foreground(items: Sequence[Item], labels: Sequence[str]) -> dict[str, Any]:
-    """Return shares and empty masks, by label where there are several."""
+    """Return shares of foreground and numbers of empty masks for each label."""
     found: dict[str, Any] = {}
     for k, label in enumerate(labels):
         shares = np.array([item.shares[k] for item in items if item.shares is not None])

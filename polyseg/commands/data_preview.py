@@ -1,4 +1,4 @@
-"""`polyseg data preview`: training images as they are and as augmentation changes them."""
+"""`polyseg data preview`: draw training images before and after augmentation."""
 
 import dataclasses
 from collections import Counter
@@ -29,25 +29,25 @@ def preview(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """Draw some training images as they are and as training would change them, with their masks.
+    """Draw some training images with their masks, before and after augmentation.
 
     Raises:
-        PolysegError: the data are not in order, or there is such a file already.
+        PolysegError: there is a problem with the data, or the file exists.
     """
     if not (1 <= count <= 50 and 1 <= samples <= 20):
-        raise PolysegError("--images: 1 to 50; --samples: 1 to 20")
+        raise PolysegError("--images must be from 1 to 50, and --samples from 1 to 20")
     refuse_existing_figure(out, overwrite=overwrite)
     images = load_images(config.data, progress)
     ids = new_split(config, images)["train"]
     if NORMALISATIONS[config.data.normalise].pooled:
         images = dataclasses.replace(images, levels=images.pooled_over(ids))
-    rows = [_preview_row(config, images, one, samples) for one in _telling(images, ids, count)]
+    rows = [_preview_row(config, images, one, samples) for one in _varied(images, ids, count)]
     name = f"{config.data.augmentation} augmentation"
     return save_figure(samples_sheet(rows, title=name), out)
 
 
-def _telling(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
-    """Return images to look at: with foreground first, and of as many groups as there are."""
+def _varied(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
+    """Return images to look at: with foreground first, and from as many groups as possible."""
     seen: Counter[str] = Counter()
     turn = {}
     for identity in sorted(ids, key=lambda one: not images.item(one).foreground):
@@ -58,7 +58,7 @@ def _telling(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
 
 
 def _preview_row(config: Config, images: ImageSet, identity: str, samples: int) -> list[Sample]:
-    """Return an image as it is, and as the first epochs would see it."""
+    """Return an image, and its augmented versions in the first epochs."""
     changes, seed = changes_of(config.data), config.training.seed
     masks = images.sample(identity)[1]
     row = [Sample(identity, displayed(images.pixels(identity)), masks.numpy())]

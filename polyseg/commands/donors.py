@@ -1,4 +1,4 @@
-"""Errors of networks that had not seen the image: two runs, each trained on half of the images."""
+"""Compute errors of images from donors: two runs, each trained on half of the images."""
 
 import csv
 import math
@@ -16,10 +16,10 @@ _HOW = "make the donors by examples/donors.sh"
 def unseen_errors(
     run: Path, donors: Sequence[Path], ids: Collection[str], labels: Sequence[str]
 ) -> dict[tuple[str, str], float]:
-    """Return 1 - Dice of each image by the donor that had not seen it, by (id, label).
+    """Return 1 - Dice of each image by the donor that has not seen it, by (id, label).
 
-    An image was seen if it is in the training or the validation part, which chooses the checkpoint.
-    The Dice is the one in the evaluation that ends the donor's training; NaN where it has none.
+    A donor has seen the images of its training part and of its validation part, which chooses the
+    checkpoint. The Dice is from the evaluation at the end of its training; NaN if undefined.
 
     Args:
         run: the run whose training images these are.
@@ -28,8 +28,8 @@ def unseen_errors(
         labels: of each image, "" for a single one.
 
     Raises:
-        PolysegError: a donor is no tested run, has other images under the same ids, or an image was
-            seen by both donors or by neither.
+        PolysegError: a donor is not a tested run, or has other images with the same ids; or both
+            or neither of the donors have seen an image.
     """
     _, own = RunDirectory(run).read_split()
     seen = {donor: _seen(donor, run, own, ids) for donor in donors}
@@ -76,4 +76,4 @@ def _tested(donor: Path) -> dict[tuple[str, str], float]:
     except OSError as error:
         raise PolysegError(f"--donors: {path} cannot be read: {reason(error)}; {_HOW}") from None
     except (ValueError, KeyError, csv.Error):
-        raise PolysegError(f"--donors: {path} is no table of an evaluation; {_HOW}") from None
+        raise PolysegError(f"--donors: {path} is not a table of an evaluation; {_HOW}") from None

@@ -1,4 +1,4 @@
-"""`polyseg estimate-uncertainty`: what a trained network is unsure about."""
+"""`polyseg estimate-uncertainty`: measure the uncertainty of a trained network about images."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,7 @@ from polyseg.runs.assessment_text import (
 )
 from polyseg.runs.record_files import write_assessment
 from polyseg.runs.run_folder import results_beside
-from polyseg.runs.trained_model import (
-    Inputs,
-    Model,
-    images_for,
-    open_model,
-    passes_of,
-)
+from polyseg.runs.trained_model import Inputs, Model, images_for, open_model, passes_of
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, together
@@ -54,18 +48,12 @@ def estimate_uncertainty(
 ) -> Outcome:
     """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
 
-    Several processes share the images; the leading one writes. `also` are scores to measure
-    besides.
+    Several processes share the images; the leading one writes. `also` names further scores.
 
     Raises:
-        PolysegError: checkpoint, data or folder are not in order.
+        PolysegError: there is a problem with checkpoint, data or folder.
     """
-    if samples is not None and not 2 <= samples <= MOST_SAMPLES:
-        raise PolysegError(f"--samples {samples}: must be from 2 to {MOST_SAMPLES:,}")
-    for name in also:
-        if name not in image_scores():
-            wrong = not_among(name, image_scores(), "score of the whole image")
-            raise PolysegError(f"--score {wrong}")
+    _check_options(samples, also)
     place = out or results_beside(source, "uncertainty-estimate")
     with contextlib.ExitStack() as stack:
         with together(choose_device(inputs.device), PATIENCE) as processes:
@@ -94,8 +82,17 @@ def estimate_uncertainty(
     return Outcome(place, moved(files, folder, place), correlations=correlations, notes=notes)
 
 
+def _check_options(samples: int | None, also: Sequence[str]) -> None:
+    if samples is not None and not 2 <= samples <= MOST_SAMPLES:
+        raise PolysegError(f"--samples {samples}: must be from 2 to {MOST_SAMPLES:,}")
+    for name in also:
+        if name not in image_scores():
+            wrong = not_among(name, image_scores(), "score of the whole image")
+            raise PolysegError(f"--score {wrong}")
+
+
 def _write(assessment: Assessment, model: Model, images: ImageSet, folder: Path) -> list[Path]:
-    """Write an assessment and what there is to see of it; return the files."""
+    """Write an assessment with its table and figures, and return the files."""
     log.info("%s", describe(assessment))
     assessment = dataclasses.replace(assessment, config_yaml=model.config.to_yaml())
     write_assessment(folder / "assessment.h5", assessment)

@@ -32,13 +32,7 @@ from polyseg.figures import evaluation_files
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
 from polyseg.runs.run_folder import results_beside
-from polyseg.runs.trained_model import (
-    Inputs,
-    LastImages,
-    Trained,
-    images_for,
-    read_trained,
-)
+from polyseg.runs.trained_model import Inputs, LastImages, Trained, images_for, read_trained
 from polyseg.system.files import short_names
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, Processes, together
@@ -67,20 +61,20 @@ class _Found:
     """The results of all networks and folders of masks, before they are compared."""
 
     tested: Mapping[str, NetworkResults]
-    """By their names."""
+    """Results by name."""
     compared: _Compared
     images: ImageSet
     """The images of the first network."""
     part: str
-    """The part of them that was tested."""
+    """Name of the tested part."""
 
     @property
     def masks(self) -> list[PredictedMasks]:
-        """Predicted masks of all of them."""
+        """The predicted masks of all networks and folders."""
         return [one for test in self.tested.values() for one in test.masks]
 
     def evaluation(self, settings: EvaluationSettings) -> Evaluation:
-        """Return the results arm by arm, and their comparison with the baseline."""
+        """Return the results of each arm, and their comparison with the baseline."""
         runs: list[RunScores] = []
         arms, reference = self.compared.arms, self.compared.reference
         for name, test in self.tested.items():
@@ -100,10 +94,10 @@ class _Found:
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
-    """Return the kinds that a list separated by commas names; "all" are all, None is none.
+    """Return the corruptions in a list separated by commas, all for "all", none for None.
 
     Raises:
-        PolysegError: the list names none, such as a variable of a script that was never set.
+        PolysegError: the list is empty, as from an unset variable of a script.
 
     >>> kinds_of_damage("noise, blur")
     ('noise', 'blur')
@@ -112,7 +106,7 @@ def kinds_of_damage(text: str | None) -> tuple[str, ...]:
         return CORRUPTIONS
     names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
     if text is not None and not names:
-        raise PolysegError(f"--corrupt: names no damage; choose {', '.join(CORRUPTIONS)}, or all")
+        raise PolysegError(f"--corrupt: the list is empty; choose {', '.join(CORRUPTIONS)}, or all")
     return names
 
 
@@ -202,7 +196,7 @@ def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
         return results_beside(sources[0], "evaluation")
     shared = Path(os.path.commonpath([one.resolve().parent for one in (*sources, *folders)]))
     if shared == Path(shared.anchor):
-        raise PolysegError("evaluate: the runs share no folder for the comparison; give --out")
+        raise PolysegError("evaluate: the runs have no folder in common; give --out")
     return results_beside(shared, "comparison")
 
 
@@ -221,9 +215,9 @@ def _compared(
     comparison: ComparisonSettings,
     folders: Mapping[str, Path],
 ) -> _Compared:
-    """Read the networks, and raise for what can be found wrong before the first is tested."""
+    """Read the networks, and raise errors that can be found before the first one is tested."""
     names = short_names(sources) if sources else []
-    # Each file is read once; what a test does not need, such as the optimizer, is not kept.
+    # Read each file once, and keep only what a test needs.
     trained = [read_trained(source).weights_only() for source in sources]
     networks = dict(zip(names, trained, strict=True))
     configs = {name: one.config for name, one in networks.items()}
@@ -256,7 +250,10 @@ def _test(compared: _Compared, how: _How, masks: OtherMasks | None) -> _Found:
         _refuse_other_images(compared.arms, hashes)
         if part in ("train", "val") or (how.inputs.data is None and part == "all"):
             log.warning(
-                "%s: --split %s has images that it was trained or chosen on: no test", name, part
+                "%s: --split %s includes images used for training or validation, so that this is "
+                "not a test",
+                name,
+                part,
             )
         images = images or found
         tested[name] = measure_network(
@@ -319,7 +316,7 @@ def _ids_without_run(images: ImageSet, config: DataConfig, part: str | None) -> 
 
 
 def _promised(network: Trained, part: str | None) -> Hashes | None:
-    """Return which images a run says that it tests on, if it is around its checkpoint."""
+    """Return the images that a run tests on by its split; None for a checkpoint without run."""
     if network.run is None:
         return None
     split, hashes = network.run.read_split()
@@ -329,22 +326,22 @@ def _promised(network: Trained, part: str | None) -> Hashes | None:
 
 
 def _refuse_other_tasks(configs: Mapping[str, Config]) -> None:
-    """Raise unless all networks were trained to find the same."""
+    """Raise PolysegError unless all networks were trained for the same labels."""
     (first, wanted), *others = configs.items()
     for name, config in others:
         if config.data.tasks != wanted.data.tasks:
             raise PolysegError(
                 f"{name}: was trained on other labels than {first} (data.foreground "
-                f"{config.data.foreground} and {wanted.data.foreground}); evaluate them apart"
+                f"{config.data.foreground} and {wanted.data.foreground}); evaluate them separately"
             )
 
 
 def _refuse_other_images(arms: Arms, hashes: Mapping[str, Hashes]) -> None:
-    """Raise unless all arms, or runs, are tested on the same images with the same masks.
+    """Raise PolysegError unless all arms, or runs, are tested on the same images and masks.
 
     Args:
-        arms: names of the runs of each.
-        hashes: of each run whose images are known so far, by id.
+        arms: names of the runs of each arm.
+        hashes: hashes of images by id, for each run whose images are known already.
     """
     seen = {
         arm: _merged([(name, hashes[name]) for name in names if name in hashes])
@@ -387,13 +384,8 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
         )
 
 
-def _named(
-    baseline: str,
-    sources: Sequence[Path],
-    names: Sequence[str],
-    arms: Arms,
-) -> str:
-    """Return the name in the tables of what the user calls the baseline.
+def _named(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
+    """Return the name in tables of the baseline that the user named.
 
     Raises:
         PolysegError: there is no such run, or nothing to compare it with.

@@ -1,4 +1,4 @@
-"""`polyseg plot-loss`: the loss over the angle, Fig. 2 of the thesis."""
+"""`polyseg plot-loss`: draw the loss over the angle, as in Fig. 2 of the thesis."""
 
 import math
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def plot_loss(
     """Draw the loss, or its derivative, over the angle, and return the files.
 
     Raises:
-        PolysegError: s, an epsilon, the terms or the file's suffix are not in order, or there is
-            such a file already.
+        PolysegError: s, an epsilon, the terms or the file's suffix are not allowed, or the file
+            exists.
     """
     refuse_existing_figure(out, overwrite=overwrite)
     if not 0 < s <= 1:
@@ -37,13 +37,11 @@ def plot_loss(
     if not all(math.isfinite(epsilon) and epsilon >= -0.5 for epsilon in epsilons):
         raise PolysegError("--epsilon: give numbers of at least -0.5, separated by commas")
     if len(set(epsilons)) > 12:
-        raise PolysegError(
-            f"--epsilon: {len(set(epsilons))} curves cannot be told apart; at most 12"
-        )
+        raise PolysegError(f"--epsilon: {len(set(epsilons))} curves are too many; give at most 12")
     theta = np.linspace(0, math.pi / 2, 1001)
     curves = {e: polydice1_curve(theta, e, s, terms=terms) for e in epsilons}
     dice = 1 - s * np.cos(theta)
-    # The loss rises with s where the sum of eq. 5 exceeds 1, and so the loss does, whatever s is.
+    # The loss rises with s where the sum of eq. 5 exceeds 1; there the loss exceeds 1 for every s.
     wrong_above = np.ones_like(theta)
     if gradient:
         curves = {e: np.gradient(curve, theta, edge_order=2) for e, curve in curves.items()}

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _OF_VOLUMES = (".nii", ".gz", ".dcm", ".ima", ".nrrd", ".mha", ".nhdr", ".mhd", "")
 _UNBOUNDED = 10**9
-"""MB."""
+"""Value of data.memory, in MB, that keeps all images in memory."""
 _KNOWN_BY = ("predictions.csv",)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -55,24 +55,24 @@ def predict_images(
     trust: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Segment images, and write a mask for each, of its size, kind and geometry.
+    """Segment images, and write a mask of the same size, format and geometry for each.
 
-    What can be read is segmented; what cannot is named at the end. Several processes share the
-    images, and each writes the masks of its own, so that all have to see one file system.
+    An error at the end names the images that cannot be read; all others are segmented. Several
+    processes share the images and write to the same folder, which all of them must see.
 
     Args:
         source: a checkpoint or a run.
-        paths: images, folders of images or of a DICOM series.
-        out: a folder, new or empty.
-        overwrite: or one that holds former predictions, which are replaced.
-        uncertainty: write maps of the uncertainty and the images' difficulties too.
-        samples: passes of MC Dropout; those of the training where left out.
-        device: where to compute.
+        paths: images, and folders of images or of a DICOM series.
+        out: new or empty folder for the masks.
+        overwrite: whether to replace earlier predictions in that folder.
+        uncertainty: whether to write uncertainty maps and difficulties too.
+        samples: number of passes of MC Dropout; None for that of the training.
+        device: device for the computation.
         trust: whether a checkpoint's own network code may run.
         progress: called with the number of finished files.
 
     Raises:
-        PolysegError: checkpoint or folder are not in order, or some images cannot be read.
+        PolysegError: there is a problem with checkpoint or folder, or images cannot be read.
     """
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
         raise PolysegError(f"--samples {samples}: must be from 2 to {MOST_SAMPLES:,}")
@@ -90,14 +90,10 @@ def predict_images(
             found = processes.joined(done)
         if not processes.leads:
             return Outcome(out, [])
-        files = [path for one in found for path in one.files]
-        rows = [row for one in found for row in one.rows]
         problems = [one.problem for one in found if one.problem]
-        if not rows:
+        files = _write_table(found, folder)
+        if not files:
             raise _refusal(problems, len(cases), out)
-        files.append(folder / "predictions.csv")
-        table = [[*row.values(), INTENDED_USE] for row in rows]
-        write_text(files[-1], csv_table([*rows[0], "intended_use"], table))
     if problems:
         raise _refusal(problems, len(cases), out)
     return Outcome(out, moved(files, folder, out))
@@ -110,6 +106,18 @@ class _Predicted(NamedTuple):
     rows: Rows
     problem: str = ""
     """Reason why the case could not be segmented; empty where it was."""
+
+
+def _write_table(found: Sequence[_Predicted], folder: Path) -> list[Path]:
+    """Write predictions.csv, and return it with all masks; nothing if no image was segmented."""
+    files = [path for one in found for path in one.files]
+    rows = [row for one in found for row in one.rows]
+    if not rows:
+        return []
+    table = [[*row.values(), INTENDED_USE] for row in rows]
+    path = folder / "predictions.csv"
+    write_text(path, csv_table([*rows[0], "intended_use"], table))
+    return [*files, path]
 
 
 def _predict_share(
@@ -129,10 +137,10 @@ def _predict_share(
         try:
             yield _Predicted(*_predict_case(model, case, folder, passes))
         except PolysegError as error:
-            told = str(error).replace(str(folder), str(out))
+            message = str(error).replace(str(folder), str(out))
             if _is_full_disk(error):
-                raise PolysegError(told) from error
-            yield _Predicted([], [], told)
+                raise PolysegError(message) from error
+            yield _Predicted([], [], message)
         progress("predicting", min(len(cases), processes.count * done), len(cases))
 
 
@@ -152,7 +160,7 @@ def _predict_case(
     model: Model, case: Case, folder: Path, passes: UncertaintyConfig | None
 ) -> tuple[list[Path], Rows]:
     config = model.config
-    # One file at a time stays in memory, however large it is.
+    # Keep the images of one file in memory, however large it is.
     settings = config.data.model_copy(update={"memory": _UNBOUNDED})
     images = read_cases([case], settings, channels=model.checkpoint.channels)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
@@ -180,8 +188,8 @@ def _predict_case(
 def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str, NDArray[Any]]:
     """Return the label maps to write, (N, H, W), by the suffix of their file's name.
 
-    Tasks of distinct values share one map, where the most probable label wins among those that
-    reach 0.5; tasks that share values may overlap, and have a map each.
+    Labels with distinct values share one map, where the most probable label of at least 0.5 wins.
+    Labels that share values may overlap, and have a map each.
     """
     values = [value for task in config.tasks.values() for value in task]
     if len(values) == len(set(values)):
@@ -194,16 +202,16 @@ def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str
 
 
 def _foreground_of(source: Path) -> int:
-    """Return the value of written foreground: 255 in pictures, so that it is seen, 1 in volumes."""
+    """Return the value of written foreground: 255 (visible as white) in 2D files, 1 in volumes."""
     return 1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255
 
 
 def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
-    """Return the value of the most probable label, or 0 where none reaches 0.5.
+    """Return the value of the most probable label at each pixel, or 0 if none reaches 0.5.
 
     Args:
         probability: (N, K, H, W).
-        values: of the K labels.
+        values: values of the K labels.
 
     >>> label_map(np.array([[[[0.9, 0.6, 0.1]], [[0.2, 0.7, 0.2]]]], np.float32), [1, 300])
     array([[[  1, 300,   0]]], dtype=uint16)
@@ -231,7 +239,7 @@ def _rows(
     config: DataConfig,
     assessment: Assessment | None,
 ) -> Rows:
-    """Return the rows of predictions.csv, one for each slice and label, as the files have it."""
+    """Return the rows of predictions.csv, one for each slice and label."""
     rows = []
     firsts = config.written(1)
     for n, identity in enumerate(images.ids):

@@ -1,4 +1,4 @@
-"""`polyseg report`: what runs and evaluations left behind, bound into one page."""
+"""`polyseg report`: write one HTML page about runs and evaluations."""
 
 import logging
 import math
@@ -64,11 +64,11 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", RunFiles, EvaluationFiles)
 
 MOST_RUNS = 50
-"""Of a page."""
+"""Largest number of runs and evaluations of a page."""
 
 _WORST = 20
-_WORDS = ("id", "at", "group", "label", "arm", "run", "prediction", "seed", "fold")
-"""Columns of per_image.csv that are no numbers, or names all the same."""
+_TEXT_COLUMNS = ("id", "at", "group", "label", "arm", "run", "prediction", "seed", "fold")
+"""Columns of per_image.csv that are text, or numbers that serve as names."""
 _MOST_ROWS = 2000
 _MOST_FACTS = 100
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -87,22 +87,22 @@ def make_page(
 
     Args:
         sources: folders of runs.
-        evaluations: folders of `polyseg evaluate`, in which runs are compared; without any, the
-            newest comparison of all these runs in a folder that they share.
-        out: the file, new.
-        overwrite: or one to replace.
-        title: of the page.
-        progress: of reading the runs.
+        evaluations: folders of `polyseg evaluate` that compare runs; without any, the newest
+            comparison of exactly these runs in a folder that contains all of them.
+        out: the new file.
+        overwrite: whether to replace that file.
+        title: title of the page.
+        progress: called with the number of runs that were read.
 
     Raises:
-        PolysegError: `out` is there already or no HTML file, a source is no run, an evaluation is
-            none, or one is given twice.
+        PolysegError: `out` exists or does not end in .html, a source is not a run, an evaluation
+            is not an evaluation, or one is given twice.
     """
     _check_place(out, overwrite)
     if len(sources) + len(evaluations) > MOST_RUNS:
         raise PolysegError(
-            f"report: {len(sources)} runs and {len(evaluations)} evaluations are too many for a "
-            f"page of {MOST_RUNS}"
+            f"report: {len(sources)} runs and {len(evaluations)} evaluations are more than the "
+            f"{MOST_RUNS} that a page can have; give fewer"
         )
     evaluations = evaluations or comparison_of(sources)
     compared = [read_evaluation(*one) for one in _named(evaluations)]
@@ -118,7 +118,7 @@ def make_page(
 
 
 def comparison_of(sources: Sequence[Path]) -> list[Path]:
-    """Return the newest comparison of exactly these runs, in a folder that all share, if any."""
+    """Return the newest comparison of exactly these runs, in a folder that contains them all."""
     if len(sources) < 2:
         return []
     wanted = {one.resolve() for one in sources}
@@ -139,11 +139,9 @@ def comparison_of(sources: Sequence[Path]) -> list[Path]:
 
 
 def page_of(
-    runs: Sequence[RunFiles],
-    evaluations: Sequence[EvaluationFiles] = (),
-    title: str | None = None,
+    runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles] = (), title: str | None = None
 ) -> Page:
-    """Return what there is to show of runs, in the order of a paper: results first.
+    """Return the page about runs and evaluations, with results first.
 
     >>> [section.title for section in page_of([RunFiles("a")]).sections]
     ['Summary']
@@ -185,7 +183,7 @@ def _named(sources: Sequence[Path]) -> list[tuple[Path, str]]:
 
 
 def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
-    """Return the blocks of every source that has some, below its name where there are several."""
+    """Return the blocks of all sources, each under its name if there are several."""
     found: list[Block] = []
     for source in sources:
         if blocks := blocks_of(source):
@@ -229,7 +227,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
     if not evaluations:
         refuse_other_sizes(own)
     kept = [one for one in own if one.summary]
-    # Runs' own tests at different sizes are no table; a comparison was made at one size.
+    # Tests at different sizes cannot share a table; a comparison has one size.
     mixed = len({size_of(one.summary) for one in kept}) > 1
     metrics: list[Block] = [] if mixed else list(metric_tables(own))
     if metrics and evaluations:
@@ -252,7 +250,7 @@ def _tests(run: RunFiles) -> list[Block]:
 
 
 def _differences(evaluation: EvaluationFiles) -> list[Block]:
-    """Return the paired comparisons; of several Dice alone, and the others on demand."""
+    """Return the paired comparisons; if there are several, in Dice, with the others folded."""
     overview = list(dice_comparison(evaluation))
     single: list[Block] = list(comparison_tables(evaluation))
     folded = Folded("All metrics, comparison by comparison", single)
@@ -260,13 +258,9 @@ def _differences(evaluation: EvaluationFiles) -> list[Block]:
 
 
 def _found(evaluation: EvaluationFiles) -> list[Block]:
-    """Return the figures, and what was found beside metrics and differences."""
+    """Return the figures, and the tables besides metrics and differences."""
     numbers, images = evaluation_pictures(evaluation)
-    return [
-        *_gallery(numbers),
-        *further_tables(evaluation),
-        *_gallery(images),
-    ]
+    return [*_gallery(numbers), *further_tables(evaluation), *_gallery(images)]
 
 
 def _gallery(pictures: Sequence[Picture]) -> list[Block]:
@@ -274,7 +268,7 @@ def _gallery(pictures: Sequence[Picture]) -> list[Block]:
 
 
 def _best(run: RunFiles) -> Mapping[str, float]:
-    """Return the row of the first epoch of the highest validation Dice; without any, none."""
+    """Return the row of the first epoch with the highest validation Dice, {} without any."""
     known = [row for row in run.history if math.isfinite(row.get("validation_dice", math.nan))]
     return max(known, key=lambda row: row["validation_dice"], default={})
 
@@ -290,7 +284,7 @@ def _settings(runs: Sequence[RunFiles]) -> list[Block]:
 
 
 def _differing(runs: Sequence[RunFiles]) -> Block:
-    """Return the settings in which runs differ, other than where they are kept."""
+    """Return the settings in which runs differ, without output.path."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key != "output.path")
     values = {key: [_value(run, key) for run in runs] for key in keys}
     rows = [[key, *map(_without_folder, row)] for key, row in values.items() if len(set(row)) > 1]
@@ -307,7 +301,7 @@ def _value(run: RunFiles, key: str) -> str:
 
 
 def _without_folder(value: str) -> str:
-    """Return the last two parts of an absolute path, since the others tell of a machine only.
+    """Return the last two parts of an absolute path; the others depend on the machine.
 
     >>> _without_folder("/home/me/runs/first/schedule.h5"), _without_folder("polydice1")
     ('…/first/schedule.h5', 'polydice1')
@@ -333,7 +327,7 @@ def _difficulty(run: RunFiles) -> list[Block]:
 
 
 def _assessments(run: RunFiles) -> Table:
-    """Return a row for each assessment, and for each label where there are several."""
+    """Return a table with a row for each assessment and label."""
     labelled = any(one.labels is not None for one in run.assessments)
     metric = run.assessments[-1].metric.replace("_", " ")
     rows = [
@@ -346,8 +340,8 @@ def _assessments(run: RunFiles) -> Table:
     return Table(
         f"Assessments of {run.name}: percentiles of the difficulty D ({metric}) over the training "
         "images and of the ε of the epoch that followed, Spearman's correlation ρ of D with "
-        "1 − Dice and its 95 % interval, and the rank correlation that D is expected to have with "
-        "endless passes.",
+        "1 − Dice and its 95 % interval, and the expected rank correlation of D with D of "
+        "infinitely many passes.",
         [*head, "ρ with 1 − Dice", "rank stability"],
         rows,
     )
@@ -388,7 +382,7 @@ def _extremes(run: RunFiles) -> list[Block]:
 
 
 def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
-    """Return the worst images, and all of them on demand."""
+    """Return the worst images, with all images folded."""
     head, cells, order = _image_rows(evaluation)
     if not cells:
         return []
@@ -407,7 +401,7 @@ def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
 
 
 def _each_image(evaluation: EvaluationFiles) -> list[Block]:
-    """Return every image of every network that was compared, on demand."""
+    """Return all images of all compared networks, folded."""
     head, cells, order = _image_rows(evaluation)
     if not cells:
         return []
@@ -420,7 +414,7 @@ def _each_image(evaluation: EvaluationFiles) -> list[Block]:
 
 
 def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]], str]:
-    """Return per_image.csv as head and cells, as many as a page takes, and their order."""
+    """Return the heads and the first rows of per_image.csv, and their order in words."""
     keys, *rows = _shown_columns(evaluation.per_image) or [[]]
     order = "in the file's order"
     if "dice" in keys:
@@ -431,7 +425,7 @@ def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]]
 
 
 def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return per_image.csv with the id first, and run and size only where there are several."""
+    """Return per_image.csv with the id first, and without run and size if there is only one."""
     columns = list(zip(*table, strict=True))
     kept = [one for one in columns if one[0] not in ("run", "at") or len(set(one[1:])) > 1]
     kept.sort(key=lambda one: one[0] != "id")
@@ -439,7 +433,7 @@ def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _sort_key(cell: str) -> float:
-    """Return a cell's number; what is none comes last."""
+    """Return a cell's number, or infinity for other text, which is sorted last."""
     try:
         value = float(cell)
     except ValueError:
@@ -448,7 +442,7 @@ def _sort_key(cell: str) -> float:
 
 
 def _cell(cell: str, key: str) -> str:
-    if key in _WORDS:
+    if key in _TEXT_COLUMNS:
         return brief(cell)
     return number(_sort_key(cell), 0 if key.endswith("_pixels") else decimals_of(key))
 
@@ -465,14 +459,14 @@ def _machines(runs: Sequence[RunFiles]) -> list[Block]:
     return [
         Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
         Text(
-            "The command that began a run, with its settings above, makes it again: equal on the "
+            "The command of a run, with its settings above, repeats it: with equal results on the "
             "same CPU with the same versions and number of threads."
         ),
     ]
 
 
 def _command(run: RunFiles) -> list[Block]:
-    """Return the command that began a run, as a shell takes it, with the program by its name."""
+    """Return the command that started a run, quoted for a shell, with the name of the program."""
     words = run.environment.get("command")
     if not isinstance(words, list) or not words:
         return []

@@ -1,4 +1,4 @@
-"""`polyseg schedule`: what a run recorded of difficulty and epsilon, shown and recomputed."""
+"""`polyseg schedule`: show, export and recompute the difficulties and epsilons of a run."""
 
 import difflib
 import logging
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Findings:
-    """The rows of a table, and what is to be said below it."""
+    """The rows of a table, and the notes below it."""
 
     rows: list[Row]
     notes: Sequence[str] = ()
 
 
 def read_record(path: str | Path) -> RunRecord:
-    """Return what a run has committed, also while it trains on.
+    """Return the committed record of a run, which may still be training.
 
     Raises:
-        PolysegError: it is no run, has no assessments, or a file of it is damaged.
+        PolysegError: it is not a run, has no assessments, or a file is damaged.
     """
     path = Path(path)
     run = RunDirectory(path)
@@ -54,25 +54,21 @@ def read_record(path: str | Path) -> RunRecord:
     schedule = _committed_schedule(run, checkpoint, ids, labels)
     found = [(one.ids, one.labels) for one in assessments] + [(schedule.ids, schedule.labels)]
     if any(rows != (ids, labels) for rows in found):
-        raise PolysegError(f"{run.last}: its schedule is not of the images that were assessed")
+        raise PolysegError(f"{run.last}: schedule and assessments are of different images")
     history = checkpoint.history
     wrong_sign = np.array([row.get("wrong_sign_images", np.nan) for row in history]) / len(ids)
     return RunRecord(str(path), checkpoint.config, assessments, schedule, wrong_sign)
 
 
 def show(path: Path, image: str | None = None) -> Findings:
-    """Return a row for each assessment, or how the epsilons of one image followed from its D.
+    """Return a row for each assessment, or the history of D and epsilon of one image.
 
     Raises:
         PolysegError: there is no such run or image.
     """
     record = read_record(path)
-    rows = (
-        recorded_schedule.overview(record)
-        if image is None
-        else recorded_schedule.image_history(record, image)
-    )
     if image is not None:
+        rows = recorded_schedule.image_history(record, image)
         return Findings(rows, _notes_on_equations(record))
     notes = []
     if record.config.control.statistics == "batch":
@@ -82,11 +78,11 @@ def show(path: Path, image: str | None = None) -> Findings:
         )
     if len(record.labels) > 1:
         notes.append("wrong sign: over all labels together")
-    return Findings(rows, notes)
+    return Findings(recorded_schedule.overview(record), notes)
 
 
 def export(path: Path, out: Path | None = None, *, overwrite: bool = False) -> str:
-    """Return a row for each assessment and image as CSV, and write it where a file is given.
+    """Return a row for each assessment and image as CSV, and write it to `out` if given.
 
     Raises:
         PolysegError: there is no such run, or the file exists.
@@ -107,22 +103,22 @@ def recompute(
     overwrite: bool = False,
     trust: bool = False,
 ) -> Findings:
-    """Return how the schedule would differ by other settings, and write it where a file is given.
+    """Return how other settings would change the schedule, and write it to `out` if given.
 
     Raises:
-        PolysegError: run or settings are not in order, the record does not suffice for them, or
-            the file exists.
+        PolysegError: there is a problem with run or settings, the record lacks values that they
+            need, or the file exists.
     """
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
     _refuse_unknown(overrides)
     record = read_record(path)
     if len(record.schedule.epochs) == 0:
-        raise PolysegError(f"{path}: has trained no epoch yet, so there is no schedule")
+        raise PolysegError(f"{path}: has no schedule before its first epoch")
     if is_own(record.config.control.map) and not trust:
         raise PolysegError(
-            f"{path}: its control.map {record.config.control.map} is code outside polyseg; --trust "
-            "imports and runs it, if you know where it is from"
+            f"{path}: its control.map {record.config.control.map} is code outside polyseg; give "
+            "--trust to import and run it, if you know its origin"
         )
     recomputed = recorded_schedule.recompute(
         record, recorded_schedule.changed_settings(record.config, overrides)
@@ -133,18 +129,18 @@ def recompute(
     notes = []
     if overrides:
         notes.append(
-            "from the D that was recorded: a training with these settings would meet another"
+            "from the recorded D: a training with these settings would have other difficulties"
         )
     return Findings(recorded_schedule.compare(record, recomputed), notes)
 
 
 def validity(path: Path, donors: Sequence[Path] = ()) -> Findings:
-    """Return for each assessment and score whether it means difficulty.
+    """Return the correlations of each score with error and size, for each assessment.
 
     Args:
         path: the run.
-        donors: two runs, each trained on half of the run's training images, for the errors of
-            networks that had not seen the image.
+        donors: two runs, each trained on half of the run's training images, which give errors of
+            networks that were not trained on the image.
 
     Raises:
         PolysegError: there is no such run, a file of it is damaged, or the donors do not fit.
@@ -160,12 +156,12 @@ def validity(path: Path, donors: Sequence[Path] = ()) -> Findings:
 def _committed_schedule(
     run: RunDirectory, checkpoint: Checkpoint, ids: list[str], labels: list[str] | None
 ) -> Schedule:
-    """Return the schedule of the epochs that count; the run's file may be an epoch ahead."""
+    """Return the schedule of the committed epochs; the run's file may be an epoch ahead."""
     n, epoch = len(ids), checkpoint.epoch
     if epoch == 0:
         return Schedule(ids, np.empty(0, np.int64), np.empty((0, n), np.float32), labels)
     if checkpoint.schedule is None:
-        raise PolysegError(f"{run.last}: holds no schedule of its {epoch} epochs")
+        raise PolysegError(f"{run.last}: has no schedule for its {epoch} epochs")
     return checkpoint.schedule
 
 
@@ -193,7 +189,7 @@ def _notes_on_equations(record: RunRecord) -> list[str]:
 
 
 def _reduction_note(control: ControlConfig) -> str:
-    """Return how D was made D_norm."""
+    """Return a sentence about the normalisation of D."""
     if control.reduction == "sigma":
         return (
             f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), "
@@ -203,7 +199,7 @@ def _reduction_note(control: ControlConfig) -> str:
 
 
 def _map_note(control: ControlConfig) -> str:
-    """Return how D_norm was made epsilon."""
+    """Return a sentence about the map from D_norm to epsilon."""
     low, high, rate = control.epsilon_min, control.epsilon_max, control.sensitivity
     if control.map == "sigmoid":
         return f"eq. 12: epsilon = {low:g} + {high - low:g} / (1 + exp(-{rate:g} D_norm))"
@@ -214,12 +210,12 @@ def _map_note(control: ControlConfig) -> str:
 
 
 def _warn_of_another_origin(record: RunRecord) -> None:
-    """Say so where a run's own settings do not give what it recorded."""
+    """Log a warning if a run's own settings do not reproduce its recorded epsilons."""
     own = recorded_schedule.recompute(record, record.config).epsilon
     if not np.array_equal(own, record.schedule.epsilon):
         log.warning(
             "%s: its own settings give epsilons that differ from the recorded ones by up to %.2g; "
-            "it was made by another version of polyseg or on another machine",
+            "it was recorded by another version of polyseg or on another machine",
             record.name,
             np.abs(own - record.schedule.epsilon).max(),
         )
@@ -227,7 +223,7 @@ def _warn_of_another_origin(record: RunRecord) -> None:
 
 def _why_not_assessed(config: Config) -> str:
     if config.control.replay is not None:
-        return "replayed the schedule of another run and assessed nothing; look at that one"
+        return "has no assessments, because it replayed another run; give that run"
     if not config.adaptive:
         return f"has no assessments, because its loss ({config.loss.name}) had no adaptive epsilon"
     first = config.control.assessment_epochs(config.training.epochs)[0]
@@ -235,7 +231,7 @@ def _why_not_assessed(config: Config) -> str:
 
 
 def _refuse_unknown(overrides: Sequence[str]) -> None:
-    """Raise on settings that no run has, which are typing errors, and name the nearest."""
+    """Raise PolysegError for unknown settings, with the nearest known one."""
     known = [setting["key"] for setting in settings_of()]
     for key in (override.partition("=")[0].strip() for override in overrides):
         if key not in known:

@@ -1,4 +1,4 @@
-"""`polyseg schedule plot` and `validity --out`: what a run recorded of difficulty, as figures."""
+"""`polyseg schedule plot` and `validity --out`: draw the recorded difficulties and epsilons."""
 
 import re
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ _PANELS = {
 
 
 def plot(paths: Sequence[Path], out: Path | None = None, *, overwrite: bool = False) -> Outcome:
-    """Draw the schedules of runs, of several ones on top of one another as well.
+    """Draw the schedules of runs, and of several runs also in one figure.
 
     Raises:
-        PolysegError: a run is not in order, labels differ, or the folder is not empty.
+        PolysegError: there is a problem with a run, labels differ, or the folder is not empty.
     """
     records = [read_record(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         if record.labels != records[0].labels:
-            raise PolysegError(f"{path}: has other labels than {paths[0]}; plot them apart")
+            raise PolysegError(f"{path}: has other labels than {paths[0]}; plot them separately")
     names = short_names(paths)
     several = len(records) > 1
     files = []
@@ -69,7 +69,7 @@ def plot(paths: Sequence[Path], out: Path | None = None, *, overwrite: bool = Fa
 def draw_validity(
     rows: Sequence[Row], path: Path, out: Path | None = None, *, overwrite: bool = False
 ) -> Outcome:
-    """Draw the correlations that `validity` returned, a figure a label.
+    """Draw the correlations that `validity` returned, with a figure for each label.
 
     Raises:
         PolysegError: the folder is not empty.
@@ -98,7 +98,7 @@ def _plain(name: str) -> str:
 
 
 def _labelled(record: RunRecord, folder: Path) -> list[tuple[str, RunRecord, Path]]:
-    """Return each label with its record and its folder; a single one needs none of its own."""
+    """Return each label with its record and its folder; a single label has no extra folder."""
     return [
         (label, record.of_label(label), folder / _plain(f"{k}_{label}" if label else ""))
         for k, label in enumerate(record.labels, start=1)
@@ -139,5 +139,5 @@ def _panel(part: RunRecord, k: int) -> Panel:
 
 
 def _evenly(count: int) -> list[int]:
-    """Return which of so many assessments are shown, the first and the last among them."""
+    """Return the indices of assessments to show, including the first and the last."""
     return [round(place) for place in np.linspace(0, count - 1, min(count, _MOST_PANELS))]

@@ -1,4 +1,4 @@
-"""`polyseg train`: data, split and run folder put together, and what a run ends with."""
+"""`polyseg train`: prepare data, split and run folder, train, test and draw figures."""
 
 import contextlib
 import logging
@@ -26,19 +26,10 @@ from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, Schedule, no_progress
-from polyseg.runs.assessment_text import (
-    describe_order,
-    difficulty_correlations,
-    log_correlations,
-)
+from polyseg.runs.assessment_text import describe_order, difficulty_correlations, log_correlations
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
-from polyseg.runs.run_folder import (
-    RunDirectory,
-    environment,
-    new_run_path,
-    read_assessments,
-)
+from polyseg.runs.run_folder import RunDirectory, environment, new_run_path, read_assessments
 from polyseg.runs.trained_model import refuse_gone, split_of_run
 from polyseg.runs.weights import network_of
 from polyseg.system.memory import keep_freed_memory
@@ -49,7 +40,7 @@ from polyseg.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 _LIKELY_SAMPLES = 20
-"""What a plan takes for N where the passes are to choose it."""
+"""Number N of passes that a plan assumes for uncertainty.samples auto."""
 _FREE_TO_CHANGE = (
     "training.epochs",
     "training.device",
@@ -60,8 +51,8 @@ _FREE_TO_CHANGE = (
     "data.cache",
     "output.",
 )
-"""Settings that say where and how long; that the images are the same is checked one by one."""
-_CHANGED_WHEN_TOLD = (
+"""Settings that --resume may change; a check ensures that the images are the same."""
+_CHANGED_IF_ACCEPTED = (
     "training.learning_rate",
     "training.weight_decay",
     "training.scheduler",
@@ -71,7 +62,7 @@ _CHANGED_WHEN_TOLD = (
     "training.channels_last",
     "training.deterministic",
 )
-"""What a run can be given anew without its record telling something untrue of earlier epochs."""
+"""Settings that --accept-changes may change, because the record of earlier epochs stays true."""
 _DECISIVE = (
     "polyseg",
     "torch",
@@ -83,7 +74,7 @@ _DECISIVE = (
     "threads",
     "own_code",
 )
-"""What moves at least the last digits of all that follows."""
+"""Facts about the environment that change at least the last digits of all later results."""
 
 
 def train(
@@ -93,26 +84,26 @@ def train(
     accept_changes: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Train, test the best checkpoint, draw the figures.
+    """Train, test the best checkpoint, and draw the figures.
 
     Args:
         config: the settings.
-        resume: go on with the run that is in the folder.
-        accept_changes: go on although versions, machine or some settings are others, so that the
-            result is not the one that the run would have had.
-        progress: of all this.
+        resume: continue the run in the folder.
+        accept_changes: resume although versions, device or some settings differ, so that the result
+            may differ from an uninterrupted run.
+        progress: called with the progress of each task.
 
     Raises:
-        PolysegError: data, settings or folder are not in order.
+        PolysegError: there is a problem with data, settings or folder.
         Interrupted: a signal ended the training; its last epoch is committed.
     """
     keep_freed_memory()
     with contextlib.ExitStack() as stack:
         with together(choose_device(config.training.device), PATIENCE) as processes:
-            # A name made of the time is that of one moment.
+            # All processes use the leader's name, which may contain the time.
             name = processes.from_leader(config.output.path or str(new_run_path()))
             how = _How(RunDirectory(Path(name)), processes, accept_changes, progress)
-            trainer = (_resume if resume else _begin)(config, how, stack)
+            trainer = (_resume if resume else _start)(config, how, stack)
             trainer.fit()
         if not processes.leads:
             return Outcome(trainer.run.path, [])
@@ -120,7 +111,7 @@ def train(
 
 
 class _How(NamedTuple):
-    """How a run is begun or gone on with."""
+    """The surroundings in which a run is started or resumed."""
 
     run: RunDirectory
     processes: Processes
@@ -128,8 +119,8 @@ class _How(NamedTuple):
     progress: Progress
 
 
-def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
-    """Return what trains a new run, whose folder is held and begun by the leading process."""
+def _start(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
+    """Return the trainer of a new run; the leading process locks and writes its folder."""
     run = how.run
     config = _settled(config, config.training.epochs)
     config = config.model_copy(update={"data": settled(config.data)})
@@ -137,7 +128,7 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
         run.refuse_occupied()
     images = load_images(config.data, how.progress)
     split = new_split(config, images)
-    # Before anything is written: what is wrong with the settings leaves no folder behind.
+    # Check everything before the first file is written, so that an error leaves no folder.
     replay = _schedule_to_replay(config, images, split)
     trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
     if how.processes.leads:
@@ -146,39 +137,39 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
         recorded = run.begin(config, split_json(split, images.hashes), now)
         stack.enter_context(_LogFile(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
-        trainer.relies_on(replay=copied, split=recorded)
+        trainer.record_hashes(replay=copied, split=recorded)
         _log_start(trainer)
     return trainer
 
 
 def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
-    """Return what goes on with a run, whose folder is held by the leading process."""
+    """Return the trainer of a resumed run; the leading process locks its folder."""
     run = how.run
     if how.processes.leads:
         run.refuse_missing()
-        # From the start, so that what is read here is not written meanwhile.
+        # Lock the folder first, so that no other process writes while it is read.
         stack.enter_context(run.writing(resume=True))
         stack.enter_context(_LogFile(run.log))
-    trainer, checkpoint, changes = _taken_up(config, how)
+    trainer, checkpoint, changes = _restored(config, how)
     trainer.resume(checkpoint)
     if how.processes.leads:
         run.write_config(trainer.config)
         log.info("resumed after epoch %d", trainer.epoch)
         place, former = trainer.config.data.path, checkpoint.config.data.path
         if place != former:
-            log.info("the images are read from %s, in place of %s", place, former)
+            log.info("images are read from %s instead of %s", place, former)
         if changes:
-            log.warning("not as it was before: %s", "; ".join(changes))
+            log.warning("changed since the run was started: %s", "; ".join(changes))
             now = environment(trainer.device, how.processes.count) | recorded_code(trainer.config)
             run.note_resumption(trainer.epoch, now)
         _log_start(trainer)
     return trainer
 
 
-def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]]:
-    """Return what goes on with a run, from where, and what has changed, which does not matter.
+def _restored(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]]:
+    """Return trainer, checkpoint and changes of the environment for a run to resume.
 
-    All processes see the run's folder, and only the leading one changes it.
+    All processes read the run's folder, and only the leading one writes to it.
     """
     run, processes = how.run, how.processes
     checkpoint = processes.from_leader(run.checkpoint_to_resume() if processes.leads else None)
@@ -198,20 +189,16 @@ def _test_and_draw(trainer: Trainer, progress: Progress) -> Outcome:
     try:
         return _report(trainer, progress)
     except Interrupted as end:
-        how = f"`polyseg train --resume --out {trainer.run.path}` tests and draws"
+        how = f"`polyseg train --resume --out {trainer.run.path}` tests and draws figures"
         raise Interrupted(end.number, f"{end} after the last epoch; {how}") from None
 
 
 def _refuse_changes(
     run: RunDirectory, changes: Sequence[str], training: TrainingConfig, accepted: bool
 ) -> None:
-    """Raise where a run would go on with what gives other numbers.
-
-    Raises:
-        PolysegError: names what has changed.
-    """
+    """Raise PolysegError if the environment has changed so that results would differ."""
     names = {change.partition(" ")[0]: change for change in changes}
-    # With another number of processes results are equal to rounding only, as with other threads.
+    # Another number of processes or threads changes results by rounding only.
     exact = training.sync_batch_norm and training.accumulate == 1
     decide = {*_DECISIVE, "processes"}
     if "processes" in names and exact:
@@ -220,8 +207,8 @@ def _refuse_changes(
     if decisive and not accepted:
         threads = " (OMP_NUM_THREADS sets the threads)" if "threads" in decisive[-1] else ""
         raise PolysegError(
-            f"{run.path}: would not go on as it began, because something has changed: "
-            f"{'; '.join(decisive)}{threads}; --accept-changes goes on nevertheless"
+            f"{run.path}: results would differ, because the environment has changed: "
+            f"{'; '.join(decisive)}{threads}; --accept-changes resumes nevertheless"
         )
 
 
@@ -232,32 +219,36 @@ def plan(
     accept_changes: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Return what a training run would cost, without training: counts and the share of MC Dropout.
+    """Return the amount of work of a training run, or of the rest of a run to resume.
 
-    Of a run to be resumed that is what is left of it.
-
-    A training image is counted as three passes, one forward and two for the gradients, and each of
-    MC Dropout as a whole one, which it is where the network cannot be taken apart.
+    A training image counts as three passes, one forward and two for the gradients, and each pass of
+    MC Dropout as one, as without compilation.
 
     Raises:
-        PolysegError: data, settings or folder are not in order.
+        PolysegError: there is a problem with data, settings or folder.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
     done, asked = -1, config.data
     if resume:
         run.refuse_missing()
-        trainer, checkpoint, _ = _taken_up(config, _How(run, ALONE, accept_changes, progress))
-        config, images, split, done = (
-            *(trainer.config, trainer.images, trainer.split),
-            checkpoint.epoch,
-        )
+        trainer, checkpoint, _ = _restored(config, _How(run, ALONE, accept_changes, progress))
+        config, images, split = trainer.config, trainer.images, trainer.split
+        done = checkpoint.epoch
     else:
         run.refuse_occupied()
         config = config.model_copy(update={"data": settled(config.data)})
         images = load_images(config.data, progress)
         split = new_split(config, images)
         _schedule_to_replay(config, images, split)
-        Trainer(config, images, split, run)  # which checks the network
+        Trainer(config, images, split, run)  # It checks the network.
+    size = _cost_of_size(asked, config.data, images, split)
+    return _amount_of_work(config, images, split, done, size)
+
+
+def _amount_of_work(
+    config: Config, images: ImageSet, split: Split, done: int, size: str
+) -> dict[str, Any]:
+    """Return the work that is left after `done` epochs; -1 for a new run."""
     epochs = config.training.epochs - max(done, 0)
     moments = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
     moments = [epoch for epoch in moments if epoch > done]
@@ -268,9 +259,9 @@ def plan(
     plain = epochs * (3 * len(split["train"]) + len(split["val"]))
     return {
         "images": {part: len(ids) for part, ids in split.items()},
-        "size that the network sees": _cost_of_size(asked, config.data, images, split),
+        "size that the network sees": size,
         "channels": images.channels,
-        **({"epochs done": done} if resume else {}),
+        **({"epochs done": done} if done >= 0 else {}),
         "epochs": epochs,
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
         "assessed after epochs": moments,
@@ -305,7 +296,7 @@ def _schedule_to_replay(
     run: RunDirectory | None = None,
     sha256: str | None = None,
 ) -> Schedule | None:
-    """Return the epsilons that the settings ask for, or the copy of them that `run` goes on with.
+    """Return the schedule of control.replay, or its copy in a resumed run; None without replay.
 
     Raises:
         PolysegError: there is no such schedule, or it does not fit.
@@ -316,7 +307,7 @@ def _schedule_to_replay(
     path = Path(control.replay) if run is None else run.replay
     schedule = _recorded(path) if path.is_dir() else read_schedule(path, sha256=sha256)
     terms = config.loss.polydice_terms or 1
-    # A run that is to stop early was perhaps recorded by one that did.
+    # With early stopping, the recorded run may have fewer epochs.
     epochs = 1 if config.training.early_stopping else config.training.epochs
     fitted = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
     if run is not None:
@@ -328,10 +319,10 @@ def _schedule_to_replay(
 
 
 def _arm_of_difficulty(config: Config, images: ImageSet, split: Split, path: Path) -> Schedule:
-    """Return the schedule by the D of an arm, with the settings and batches of the new run.
+    """Return the schedule from the D of an arm, with the settings and batches of the new run.
 
     Raises:
-        PolysegError: the recorded run has no assessments, or others than the settings need.
+        PolysegError: the recorded run lacks assessments that the settings need.
     """
     arm = config.control.replay_arm
     if not path.is_dir():
@@ -341,14 +332,14 @@ def _arm_of_difficulty(config: Config, images: ImageSet, split: Split, path: Pat
     record = read_record(path)
     if len(record.labels) > 1 and record.labels != list(images.labels):
         raise PolysegError(
-            f"{path}: control.replay_arm {arm} needs the labels of that run in its order, "
-            f"{', '.join(record.labels)} (data.foreground)"
+            f"{path}: control.replay_arm {arm} needs the labels of the recorded run in the same "
+            f"order, {', '.join(record.labels)} (data.foreground)"
         )
     return arm_schedule(record, config, arm, split["train"])
 
 
 def _recorded(run: Path) -> Schedule:
-    """Return the schedule of a run: what it has committed, or the file if that is all there is."""
+    """Return the committed schedule of a run, or its file if there is no checkpoint."""
     folder = RunDirectory(run)
     schedule = read_checkpoint(folder.last).schedule if folder.last.is_file() else None
     return read_schedule(folder.schedule) if schedule is None else schedule
@@ -357,13 +348,13 @@ def _recorded(run: Path) -> Schedule:
 def resumed_config(
     config: Config, run: RunDirectory, checkpoint: Checkpoint, accept_changes: bool = False
 ) -> Config:
-    """Return the configuration to go on with: the run's, with what may change from `config`.
+    """Return the configuration of a resumed run: its own, with allowed changes from `config`.
 
     Raises:
-        PolysegError: settings differ that would change the result, by name.
+        PolysegError: names changed settings that would change the result.
     """
     recorded = checkpoint.config
-    free = _FREE_TO_CHANGE + (_CHANGED_WHEN_TOLD if accept_changes else ())
+    free = _FREE_TO_CHANGE + (_CHANGED_IF_ACCEPTED if accept_changes else ())
     config = _settled(config, recorded.training.epochs)
     refuse_gone(config.data, run.path)
     config = config.model_copy(update={"data": settled(config.data)})
@@ -371,23 +362,23 @@ def resumed_config(
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
         for key in wanted
-        # By how they are written, because mappings that differ in order alone are equal.
+        # As text, because mappings with another order are equal.
         if repr(wanted[key]) != repr(kept.get(key)) and not key.startswith(free)
     ]
     if differing:
-        told = all(change.startswith(_CHANGED_WHEN_TOLD) for change in differing)
+        acceptable = all(change.startswith(_CHANGED_IF_ACCEPTED) for change in differing)
         raise PolysegError(
             f"{run.path}: --resume cannot change {'; '.join(differing)}; "
-            + ("--accept-changes allows it" if told else "start a new run instead")
+            + ("--accept-changes allows it" if acceptable else "start a new run instead")
         )
     return config
 
 
 def _settled(config: Config, epochs: int) -> Config:
-    """Return the settings as a run keeps them: what hangs on where and how long is settled.
+    """Return the settings that a run records.
 
-    That is a data path that holds from anywhere, and the first assessment in whole epochs, so that
-    a run which is resumed for longer keeps it.
+    Paths become absolute, and the first assessment is given in whole epochs, so that it stays the
+    same when the run is resumed for more epochs.
     """
     changes: dict[str, Any] = {}
     given = {"path": config.data.path, "split_file": config.data.split_file}
@@ -423,19 +414,21 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _LogHandler(logging.FileHandler):
-    """Leaves a full disk to be told by what must be written; a log is only nice to have."""
+    """Ignores errors of writing; a full disk is reported when a necessary file is written."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
-        """Do without the line."""
+        """Drop the line."""
 
 
 class _LogFile:
-    """Everything that the package logs, also into the run's log.txt."""
+    """Context in which the messages of the package also go to the run's log.txt."""
 
     def __init__(self, path: Path) -> None:
-        # A link may lead anywhere, if the folder is somebody else's.
+        # In a folder of somebody else a link may point to any file.
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise PolysegError(f"{path}: is no file to log to; remove it")
+            raise PolysegError(
+                f"{path}: is not a regular file, so no log can be written; remove it"
+            )
         self.handler = _LogHandler(path, encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
@@ -458,8 +451,8 @@ def _log_start(trainer: Trainer) -> None:
             arm += f", seed {replay_seed(config)}"
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
     empty = sum(not images.item(identity).foreground for identity in split["train"])
-    pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
-    if empty and "smooth" in loss_of(config.loss.name).parameters and not pushes:
+    learns_empty = config.loss.bce_weight > 0 or config.loss.smooth >= 1
+    if empty and "smooth" in loss_of(config.loss.name).parameters and not learns_empty:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
             "set loss.smooth=1, loss.bce_weight above 0, or data.training_slices=foreground",
@@ -471,7 +464,7 @@ def _log_start(trainer: Trainer) -> None:
 
 
 def _describe_data(images: ImageSet, split: Split, config: DataConfig) -> str:
-    """Return in a line what became of the data: sizes, images of each part, groups."""
+    """Return one line about the data: number and sizes of images, parts of the split, groups."""
     items = [images.item(identity) for part in PARTS for identity in split[part]]
     what = counted(len(items), "phantom" if config.path == "demo" else "image")
     size = _range_of([item.original_size for item in items])
@@ -495,24 +488,20 @@ def _range_of(sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _best_of(trainer: Trainer) -> Checkpoint:
-    """Return the best checkpoint, if it is one of this run.
-
-    Raises:
-        PolysegError: it is of another network.
-    """
+    """Return the best checkpoint; PolysegError if it belongs to another network."""
     best = read_checkpoint(trainer.run.best)
     if best.config.network != trainer.config.network:
-        raise PolysegError(f"{trainer.run.best}: is of another network than this run")
+        raise PolysegError(f"{trainer.run.best}: belongs to another network than this run")
     if best.epoch != trainer.best_epoch:
         log.warning(
-            "%s is of epoch %d, and the best was %d: that one is lost",
+            "%s is from epoch %d; the checkpoint of the best epoch %d is lost",
             *(trainer.run.best, best.epoch, trainer.best_epoch),
         )
     return best
 
 
 def _report(trainer: Trainer, progress: Progress) -> Outcome:
-    """Test the best checkpoint and draw what there is to see."""
+    """Test the best checkpoint and draw the figures."""
     run, config, images = trainer.run, trainer.config, trainer.images
     files = [run.history]
     evaluation: Evaluation | None = None
@@ -520,8 +509,8 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     if part is not None:
         if part == "val":
             log.warning(
-                "there is no test set: the metrics are of the validation images, by which the "
-                "best epoch was chosen"
+                "there is no test set: the metrics are those of the validation images, on which "
+                "the best epoch was chosen"
             )
         best = network_of(_best_of(trainer), trust=True).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size

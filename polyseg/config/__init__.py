@@ -1,4 +1,4 @@
-"""The one configuration: its settings, how it is read, and what describes it."""
+"""The configuration: settings, reading, descriptions."""
 
 from polyseg.config.descriptions import settings_of, template
 from polyseg.config.reading import build_config, load_config

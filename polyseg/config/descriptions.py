@@ -1,11 +1,9 @@
-"""List the settings with what they mean, for the help, the docs and the file of all defaults."""
+"""List the settings with their meaning, for the docs and the file of all defaults."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 
 from polyseg.config.settings import Config, OneOf, Section
 from polyseg.system.yaml import dump_yaml

@@ -1,11 +1,11 @@
-"""Label values of data.foreground: numbers, ranges, colours, and everything but 0."""
+"""Read label values of data.foreground: numbers, ranges, colours, and "nonzero"."""
 
 import re
 
 NONZERO = -1
-"""Stands for every value but 0."""
+"""Code of "nonzero", every value but 0."""
 COLOUR = 2**24
-"""Added to 65536 R + 256 G + B for the label value of a colour."""
+"""Offset of the label values of colours, which are this + 65536 R + 256 G + B."""
 LARGEST_LABEL = 65_535
 
 Values = tuple[int, ...]
@@ -20,7 +20,7 @@ def parse_values(said: int | str) -> Values:
         said: a number, "nonzero", a range such as "1-300", or a colour such as "#FF0000".
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is something else.
 
     >>> parse_values(2), parse_values("1-3"), parse_values("nonzero")
     ((2,), (1, 2, 3), (-1,))
@@ -38,13 +38,13 @@ def parse_values(said: int | str) -> Values:
         if first < last:
             return tuple(range(first, last + 1))
     raise ValueError(
-        f"data.foreground: {said!r:.40} is no label value; give a number, nonzero, a range such as "
-        "1-300, or a colour such as '#FF0000'"
+        f"data.foreground: {said!r:.40} is not a label value; give a number, nonzero, a range such "
+        "as 1-300, or a colour such as '#FF0000'"
     )
 
 
 def name_of(entries: tuple[int | str, ...]) -> str:
-    """Return the name of a task that has none, made of its values.
+    """Return a name for a label that has none, made of its values.
 
     >>> name_of((1, 2)), name_of(("#00ff00",)), name_of(tuple(range(1, 99)))
     ('1+2', '00FF00', '1+...+98')
@@ -55,7 +55,7 @@ def name_of(entries: tuple[int | str, ...]) -> str:
 
 
 def shown_value(value: int) -> str:
-    """Return a label value as data.foreground takes it.
+    """Return a label value as it is written in data.foreground.
 
     >>> shown_value(3), shown_value(COLOUR + 255), shown_value(NONZERO)
     ('3', "'#0000FF'", 'nonzero')

@@ -1,6 +1,6 @@
-"""Read a configuration: flags and --set go over the file, and the file over the defaults.
+"""Read a configuration: flags and --set override the file, and the file overrides the defaults.
 
-Unknown keys are errors, which name the nearest known one.
+An unknown key is an error that names the nearest known one.
 """
 
 import difflib
@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from polyseg.choices import PRESETS
 from polyseg.config.descriptions import settings_of
@@ -27,7 +25,7 @@ _MOST_PROBLEMS = 5
 def load_config(
     file: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
 ) -> Config:
-    """Read a configuration file, lay a preset over it and dotted overrides over both.
+    """Read a configuration file, which a preset overrides, and dotted overrides override both.
 
     Args:
         file: YAML, or None for the defaults.
@@ -35,7 +33,7 @@ def load_config(
         preset: a name of `choices.PRESETS`.
 
     Raises:
-        PolysegError: names the file or override, the key and what was expected.
+        PolysegError: a setting is wrong; the message names the file or override and the key.
 
     >>> load_config(overrides=["training.epochs=3"]).training.epochs
     3
@@ -48,16 +46,12 @@ def load_config(
         key, equals, value = override.partition("=")
         if not equals:
             raise PolysegError(f"--set {override}: write KEY=VALUE, such as loss.epsilon=0.5")
-        _lay(tree, key.strip(), _parse_override(value, f"--set {override}"))
+        _set_key(tree, key.strip(), _parse_override(value, f"--set {override}"))
     return build_config(tree, str(file) if file else "configuration")
 
 
 def preset_settings(preset: str | None) -> tuple[str, ...]:
-    """Return the settings of a preset, none without one.
-
-    Raises:
-        PolysegError: there is no such preset.
-    """
+    """Return the settings of a preset, () for None; an unknown name is a PolysegError."""
     if preset is None:
         return ()
     try:
@@ -70,7 +64,7 @@ def build_config(tree: Any, source: str) -> Config:
     """Check a tree of settings.
 
     Raises:
-        PolysegError: all that is wrong with it, in one line that starts with `source`.
+        PolysegError: settings are wrong; one line, which starts with `source`, names them all.
 
     >>> build_config({"loss": {"epsilom": 1}}, "a.yaml")
     Traceback (most recent call last):
@@ -78,7 +72,7 @@ def build_config(tree: Any, source: str) -> Config:
     """
     _refuse_no_settings(tree, source)
     try:
-        # A section of which nothing is left is one of defaults.
+        # An empty section stands for its defaults.
         return Config.model_validate(
             {key: {} if value is None else value for key, value in tree.items()}
         )
@@ -93,13 +87,13 @@ def build_config(tree: Any, source: str) -> Config:
 
 def _parse_override(value: str, source: str) -> Any:
     if "foreground" in source:
-        # An unquoted # begins a comment, and a colour is no comment.
+        # Quote colours, because an unquoted # begins a comment.
         value = re.sub(r"(?<![\w'\"])#[0-9A-Fa-f]{6}\b(?!['\"])", r'"\g<0>"', value)
     parsed = parse_yaml(value, source)
     if " #" in value and parsed == value.partition(" #")[0].strip():
         raise PolysegError(
-            f"{source}: what follows # is a comment in YAML; put the value in double quotes inside "
-            "the shell's"
+            f"{source}: YAML ignores the text after #; put the value in double quotes inside "
+            "the shell's quotes"
         )
     return parsed
 
@@ -107,7 +101,7 @@ def _parse_override(value: str, source: str) -> Any:
 def _read(file: Path) -> str:
     try:
         if file.exists() and not file.is_file():
-            raise OSError(errno.EINVAL, "is no file")
+            raise OSError(errno.EINVAL, "is not a file")
         with file.open(encoding="utf-8") as stream:
             return stream.read(LONGEST_YAML + 1)
     except (OSError, UnicodeDecodeError) as error:
@@ -122,7 +116,7 @@ def _refuse_no_settings(tree: Any, source: str) -> None:
         )
 
 
-def _lay(tree: Any, key: str, value: Any) -> None:
+def _set_key(tree: Any, key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(tree, dict):
@@ -136,7 +130,7 @@ def _lay(tree: Any, key: str, value: Any) -> None:
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
-    """Yield one problem a setting; pydantic has one for each branch of a union."""
+    """Yield one problem for each setting; pydantic has one for each branch of a union."""
     settings = {setting["key"]: setting for setting in settings_of()}
     problems: dict[str, list[Any]] = {}
     for problem in error.errors():
@@ -153,7 +147,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
             yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
         elif others:
-            yield f"{key}: {first['input']!r:.60} does not fit: {settings[key]['description']}"
+            yield f"{key}: {first['input']!r:.60} is not valid: {settings[key]['description']}"
         else:
             message = (first["msg"][:1].lower() + first["msg"][1:]).replace("input should", "must")
             yield f"{key}: {message}, got {first['input']!r:.60}"

@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from unicodedata import category
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 from pydantic_core import core_schema
 
 from polyseg.choices import (
@@ -45,11 +38,11 @@ _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
 _LONGEST_PATTERN = 200
 _MOST_LABELS = 32
-_NO_TEXT = {"Cc", "Cs"}
-"""Unicode's control characters and surrogates."""
+_CONTROL_CATEGORIES = {"Cc", "Cs"}
+"""Unicode categories of control characters and surrogates, which no setting may contain."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
 
-_OR_OWN = "or a function of one's own, package.module:function or file.py:function"
+_OR_OWN = "or your own function, as package.module:function or file.py:function"
 
 MOST_SAMPLES = 10_000
 LARGEST_EPSILON = 100
@@ -62,32 +55,32 @@ def _setting(
     choices: Mapping[str, str] | None = None,
     **bounds: Any,
 ) -> Any:
-    """Return a field that knows its meaning, its unit, its bounds, and what each choice means."""
+    """Return a field with its description, unit, bounds and the meaning of each choice."""
     extra: Any = {"unit": unit, "choices": dict(choices or {})}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 class OneOf:
-    """The values of a setting that are the names of registries, as they are when it is checked.
+    """Validator of a setting whose value is a name in one of some registries.
 
-    With `own`, code of one's own is allowed too, "package.module:function" or "file.py:function".
+    With `own`, a user's function is allowed too: "package.module:function" or "file.py:function".
     """
 
     def __init__(self, *registries: Registry[Any], own: bool = False) -> None:
         self.registries, self.own = registries, own
 
     def choices(self) -> dict[str, str]:
-        """Return what each allowed name means."""
+        """Return the meaning of each allowed name."""
         return {name: text for one in self.registries for name, text in one.choices().items()}
 
     def check(self, value: str) -> str:
-        """Return a name that is allowed.
+        """Return the name if it is allowed.
 
         Raises:
-            ValueError: it is not, with the nearest one that is.
+            ValueError: it is not; the message names the nearest allowed one.
         """
         if value not in self.choices() and not (self.own and is_own(value)):
-            also = "; one of your own is package.module:function" if self.own else ""
+            also = "; your own function is package.module:function" if self.own else ""
             raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + also)
         return value
 
@@ -100,26 +93,26 @@ class OneOf:
 
 
 class Section(BaseModel):
-    """A part of the configuration; it is frozen and strict."""
+    """A section of the configuration, frozen and strict."""
 
-    # Strict: neither true nor "10" is a number, and neither 1 nor "yes" is true.
+    # Strict: neither true nor "10" is accepted as a number, nor 1 or "yes" as true.
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, strict=True
     )
 
     @field_validator("*")
     @classmethod
-    def _texts_are_of_a_line(cls, value: Any) -> Any:
-        """What stands in names and paths goes to the system, to YAML and to error messages."""
+    def _refuse_control_characters(cls, value: Any) -> Any:
+        """Refuse control characters: names and paths reach the system, YAML and error messages."""
         for part in parts(value):
-            if isinstance(part, str) and any(category(sign) in _NO_TEXT for sign in part):
-                raise ValueError(f"{part!a:.60} holds a control character or what is no text")
+            if isinstance(part, str) and any(category(one) in _CONTROL_CATEGORIES for one in part):
+                raise ValueError(f"{part!a:.60} contains a control character or invalid Unicode")
         return value
 
 
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
 _FROM_A_LIST = Strict(False)
-"""Of the tuple itself; what is in it stays strict."""
+"""Permission to write a tuple as a list; its elements stay strict."""
 Names = str | Annotated[tuple[str, ...], _FROM_A_LIST] | None
 LabelValue = int | str
 LabelValues = LabelValue | Annotated[tuple[LabelValue, ...], _FROM_A_LIST]
@@ -129,55 +122,65 @@ Foreground = (
 
 
 class AugmentConfig(Section):
-    """Strengths of single changes; null is what the preset `data.augmentation` says."""
+    """Strength of each augmentation; null takes it from the preset `data.augmentation`."""
 
-    flip: float | None = _setting(None, "chance of a flip along each axis", ge=0, le=1)
-    rotation: float | None = _setting(None, "rotated by up to this", "degrees", ge=0, le=180)
-    scale: float | None = _setting(None, "scaled by up to this share", ge=0, le=0.9)
-    shift: float | None = _setting(None, "moved by up to this share of a side", ge=0, le=0.5)
+    flip: float | None = _setting(None, "probability of a flip along each axis", ge=0, le=1)
+    rotation: float | None = _setting(None, "largest rotation", "degrees", ge=0, le=180)
+    scale: float | None = _setting(None, "largest relative change of size", ge=0, le=0.9)
+    shift: float | None = _setting(None, "largest shift, as a share of a side", ge=0, le=0.5)
     elastic: float | None = _setting(
         None,
-        "bent: nodes 1/8 of a side apart move by a Gaussian of up to this share of their distance",
+        "largest standard deviation of elastic deformation: nodes 1/8 of a side apart move by a "
+        "Gaussian of this share of their distance",
         ge=0,
         le=0.5,
     )
     intensity: float | None = _setting(
-        None, "gain and offset changed by up to this, in units of the normalised image", ge=0, le=2
+        None, "largest change of gain and offset, in units of the normalised image", ge=0, le=2
     )
-    gamma: float | None = _setting(None, "gamma within 1 / (1 + this) and 1 + this", ge=0, le=4)
-    blur: float | None = _setting(None, "Gaussian of up to this sigma", "pixels", ge=0, le=20)
+    gamma: float | None = _setting(
+        None, "g of the range of gamma, from 1 / (1 + g) to 1 + g", ge=0, le=4
+    )
+    blur: float | None = _setting(None, "largest sigma of Gaussian blur", "pixels", ge=0, le=20)
     noise: float | None = _setting(
-        None, "Gaussian noise of up to this deviation, in units of the normalised image", ge=0, le=2
+        None,
+        "largest standard deviation of Gaussian noise, in units of the normalised image",
+        ge=0,
+        le=2,
     )
 
 
 class DataConfig(Section):
-    """Which images, and what they go through before the network."""
+    """Images and masks, their split and their preprocessing."""
 
     path: str = _setting(
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
-    layout: Annotated[str, OneOf(LAYOUTS)] = _setting("auto", "how images and masks lie")
+    layout: Annotated[str, OneOf(LAYOUTS)] = _setting(
+        "auto", "arrangement of image and mask files in the folder"
+    )
     images: Names = _setting(
         None,
-        "folder of the images: its name, or its path in the data set; a pattern such as *.png; or "
-        "a list of these",
+        "folder of the images (its name, or its path in the data set), a pattern such as *.png, or "
+        "a list of these; null: found by the layout",
     )
     masks: Names = _setting(
-        None, "the same for the masks; of a list, masks of one image are united"
+        None,
+        "folder or pattern of the masks, as for data.images; with a list, the masks of one image "
+        "are united",
     )
     unmasked: Literal["refuse", "empty", "skip"] = _setting(
         "refuse",
-        "what happens to an image without a mask",
+        "treatment of images without a mask",
         choices={
-            "refuse": "it is an error",
-            "empty": "it has an empty mask",
-            "skip": "it is left out",
+            "refuse": "stop with an error",
+            "empty": "use an empty mask",
+            "skip": "leave the image out",
         },
     )
     plane: Literal["axial", "coronal", "sagittal"] = _setting(
         "axial",
-        "plane that NIfTI volumes are sliced in",
+        "plane in which NIfTI volumes are sliced",
         choices={
             "axial": "slices across the axis from foot to head",
             "coronal": "slices across the axis from back to front",
@@ -186,102 +189,110 @@ class DataConfig(Section):
     )
     orientation: Literal["auto", "tag", "stored"] = _setting(
         "auto",
-        "whether pictures are turned as their orientation tag (EXIF, TIFF) says",
+        "whether images are rotated as their orientation tag (EXIF, TIFF) says",
         choices={
-            "auto": "they are turned; an error where image and mask have different tags and their "
-            "sizes do not tell which is right",
-            "tag": "images and masks are turned by their own tags",
-            "stored": "images and masks are taken as stored",
+            "auto": "rotate; stop with an error where image and mask have different tags and their "
+            "sizes do not show which is right",
+            "tag": "rotate images and masks by their own tags",
+            "stored": "use images and masks as stored",
         },
     )
     channels: Literal["auto", "gray"] = _setting(
         "auto",
         "channels of the images",
         choices={
-            "auto": "those of the files; gray images among RGB ones become RGB",
-            "gray": "one: RGB becomes gray by the luma weights 0.299, 0.587, 0.114, other channels "
-            "their mean",
+            "auto": "as in the files; gray images among RGB ones become RGB",
+            "gray": "one channel: RGB is converted by the luma weights 0.299, 0.587, 0.114, other "
+            "channels are averaged",
         },
     )
     training_slices: Literal["all", "foreground"] = _setting(
         "all",
-        "images and slices that are trained on",
+        "images and slices used for training",
         choices={"all": "all of them", "foreground": "only those with foreground"},
     )
     size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | Literal["auto"] | None = _setting(
         "auto",
-        "size that the network sees: this square, or [height, width]; auto: the images' median "
-        "size, sides in proportion, at most 256 and multiples of 16 (128 for the demo), which a "
-        "run records; null keeps images as they are",
+        "size of the network's input: one number for a square, or [height, width]; auto: the "
+        "median size of the images in proportion, sides at most 256 and multiples of 16 (128 for "
+        "the demo), as recorded by the run; null: the size of each image",
         "pixels",
     )
     fit: Literal["resize", "tile"] = _setting(
         "resize",
-        "how images come to data.size",
+        "how images are fitted to data.size",
         choices={
-            "resize": "images are resized to it",
-            "tile": "training is on patches cut from the images as they are, prediction window by "
-            "window",
+            "resize": "resize each image",
+            "tile": "train on patches cut from the images, and predict in overlapping windows",
         },
     )
     tile_overlap: float = _setting(
-        0.25, "share of a window that its neighbour sees too", ge=0, le=0.75
+        0.25, "overlap of neighbouring windows, as a share", ge=0, le=0.75
     )
     tile_foreground: float = _setting(
-        0.5, "share of the patches that are centred on foreground", ge=0, le=1
+        0.5, "share of the training patches that are centred on foreground", ge=0, le=1
     )
     split: Annotated[tuple[float, float, float], _FROM_A_LIST] = _setting(
-        (0.7, 0.15, 0.15), "shares of training, validation and test images, where none are given"
+        (0.7, 0.15, 0.15), "shares of training, validation and test images, unless a split is given"
     )
-    split_seed: int = _setting(0, "seed of the split, apart from training.seed", ge=0)
-    stratify: bool = _setting(True, "each part gets its share of small and of large foregrounds")
-    folds: int = _setting(5, "number of folds of a cross-validation", ge=2, le=1000)
+    split_seed: int = _setting(0, "random seed of the split, independent of training.seed", ge=0)
+    stratify: bool = _setting(
+        True, "distribute small and large foregrounds evenly over the parts of the split"
+    )
+    folds: int = _setting(5, "number of cross-validation folds", ge=2, le=1000)
     fold: int | None = _setting(
-        None, "the fold, from 0, that is tested on (validated on where a test set is given)", ge=0
+        None,
+        "fold used for testing, from 0 (for validation where the data set has a test set); null: "
+        "no cross-validation",
+        ge=0,
     )
     split_file: str | None = _setting(
-        None, "split.json of a run or of `polyseg data split`, or splits_final.json of nnU-Net"
+        None,
+        "split to use: split.json of a run or of `polyseg data split`, or nnU-Net's "
+        "splits_final.json; null: a new split",
     )
     group: str | None = _setting(
         "auto",
-        "images that stay together in a split: auto: those of one patient, by a folder for each or "
-        "the first number in their names that further numbers follow; none: each by itself; or a "
-        "regular expression: those in whose id it finds the same text",
+        "images that stay together in a split; auto: those of one patient, recognised by a folder "
+        "per patient or by the first number in names with several numbers; none: every image by "
+        "itself; or a regular expression: images in whose id it finds the same text",
     )
     duplicates: Literal["refuse", "allow-near", "allow"] = _setting(
         "refuse",
-        "what happens to an image that is in two parts of a split, as it is or nearly so",
+        "treatment of equal or nearly equal images in different parts of a split",
         choices={
-            "refuse": "it is an error",
-            "allow-near": "it is an error only if the copies are equal",
-            "allow": "it is allowed",
+            "refuse": "stop with an error",
+            "allow-near": "stop with an error only if they are equal",
+            "allow": "allow them",
         },
     )
     foreground: Foreground = _setting(
         None,
-        "label values that count: a number, a range such as 1-300, nonzero, or a colour such as "
-        "'#FF0000'; a list of several tasks, a list of lists that unites values, or a mapping of "
-        "names to them; null: masks are 0/1 or 0/255",
+        "label values of the foreground: a number, a range such as 1-300, nonzero, or a colour "
+        "such as '#FF0000'; for several labels a list or a mapping of names to values, where an "
+        "inner list unites values; null: masks are 0/1 or 0/255",
     )
     normalise: Annotated[str, OneOf(NORMALISATIONS)] = _setting(
         "zscore", "how the values of an image are normalised"
     )
     window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
-        (-160.0, 240.0), "lowest and highest value of normalise=window, such as Hounsfield units"
+        (-160.0, 240.0),
+        "lowest and highest value for data.normalise window, in units of the image, such as "
+        "Hounsfield units",
     )
     augmentation: Literal["none", "light", "medium", "strong"] = _setting(
         "light",
         "preset of random changes to the training images",
         choices={
             "none": "no changes",
-            "light": "flips and small rotation, scale, shift, intensity, gamma and noise",
-            "medium": "larger ones, and elastic deformation and blur",
-            "strong": "the same kinds, larger still",
+            "light": "flips; small changes of rotation, scale, shift, intensity, gamma and noise",
+            "medium": "larger changes, and elastic deformation and blur",
+            "strong": "the changes of medium, larger",
         },
     )
     memory: int = _setting(
         2048,
-        "decoded images are kept in memory up to this, else in a file of data.cache",
+        "largest size of decoded images kept in memory; larger sets go to a file in data.cache",
         "MB",
         ge=0,
         le=10_000_000,
@@ -289,22 +300,18 @@ class DataConfig(Section):
     cache: str | None = _setting(
         None, "folder for decoded images; null: .cache/polyseg in the home folder"
     )
-    demo_images: int = _setting(160, "number of phantoms of the demo data", ge=8, le=100_000)
+    demo_images: int = _setting(160, "number of phantoms in the demo data", ge=8, le=100_000)
     demo_modality: Literal["ultrasound", "endoscopy"] = _setting(
-        "ultrasound", "what the phantoms look like", choices=MODALITIES
+        "ultrasound", "imaging modality of the phantoms", choices=MODALITIES
     )
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
-    def _shares_make_a_whole(self) -> Self:
+    def _check(self) -> Self:
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6 or self.split[0] == 0:
             raise ValueError(
-                f"data.split {list(self.split)}: three shares, the first above 0, sum 1"
+                f"data.split {list(self.split)}: give three shares with sum 1, the first above 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
         if self.fold is not None and self.fold >= self.folds and self.split_file is None:
             raise ValueError(
                 f"data.fold {self.fold}: the last of data.folds {self.folds} is {self.folds - 1}"
@@ -312,41 +319,41 @@ class DataConfig(Section):
         if self.window[0] >= self.window[1]:
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
         if self.fit == "tile" and self.size is None:
-            raise ValueError("data.fit: tiles need a data.size")
+            raise ValueError("data.fit tile needs a data.size")
         if self.group_pattern is not None:
             _check_pattern(self.group_pattern)
         return self
 
     @model_validator(mode="after")
-    def _labels_are_told_apart(self) -> Self:
+    def _check_labels(self) -> Self:
         if self.foreground is None:
             return self
         given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
         if not all(self.tasks.values()) or not self.tasks:
-            raise ValueError("data.foreground: a task without a label value")
+            raise ValueError("data.foreground: a label has no value; give it at least one")
         if len({frozenset(task) for task in self.tasks.values()}) != len(given):
-            raise ValueError("data.foreground: two tasks are the same")
+            raise ValueError("data.foreground: two labels have the same values")
         if len(self.tasks) > _MOST_LABELS:
             raise ValueError(
-                f"data.foreground: {len(self.tasks)} tasks; at most {_MOST_LABELS}. For one task "
+                f"data.foreground: {len(self.tasks)} labels; at most {_MOST_LABELS}. For one label "
                 "of many values give a range such as 1-300, or nonzero"
             )
-        # Names become parts of the names of files.
+        # File names contain these names.
         if not all(_TASK_NAME.fullmatch(name) for name in self.tasks):
             raise ValueError(
-                "data.foreground: names are letters, digits, spaces and _ + - ( ) . up to 64, the "
-                "first no dot"
+                "data.foreground: a name has at most 64 letters, digits, spaces and _ + - ( ) . "
+                "and does not begin with a dot or a space"
             )
         return self
 
     @property
     def group_pattern(self) -> str | None:
-        """Regular expression that finds an image's group in its id; None where none is given."""
+        """The regular expression of `group`, or None if it is "auto" or "none"."""
         return None if self.group in (None, "auto", "none") else self.group
 
     @property
     def tasks(self) -> dict[str, tuple[int, ...]]:
-        """Label values by the name of the task; empty where masks are 0/1 or 0/255.
+        """The values of each label by its name; empty where masks are 0/1 or 0/255.
 
         >>> DataConfig(foreground=(1, (2, 3))).tasks
         {'1': (1,), '2+3': (2, 3)}
@@ -363,11 +370,11 @@ class DataConfig(Section):
         }
 
     def written(self, binary: int) -> dict[str, int]:
-        """Return the value that predictions hold for each task, which is its first.
+        """Return the value that each label has in predicted masks: the first of its values.
 
         Args:
-            binary: the value for a single task whose first value is 0, nonzero or a colour; the
-                values of several such tasks are 1, 2, ...
+            binary: the value of a single label whose first value is 0, nonzero or a colour; the
+                values of several such labels are 1, 2, ...
 
         >>> [DataConfig(foreground=one).written(255) for one in ((2, 7), "nonzero")]
         [{'2': 2, '7': 7}, {'nonzero': 255}]
@@ -380,7 +387,7 @@ class DataConfig(Section):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the network's output channels; a single one has none.
+        """The names of the network's output channels; "" for a single one.
 
         >>> DataConfig(foreground=3).labels, DataConfig(foreground={"liver": 1, "tumour": 2}).labels
         (('',), ('liver', 'tumour'))
@@ -392,40 +399,46 @@ class NetworkConfig(Section):
     """The network and its dropout."""
 
     name: Annotated[str, OneOf(NETWORKS, own=True)] = _setting(
-        "unet", "the network, or a factory of your own as package.module:factory"
+        "unet", "network by name, or your own factory as package.module:factory"
     )
-    dropout: float = _setting(0.2, "dropout rate; 0 leaves none", ge=0, lt=1)
+    dropout: float = _setting(0.2, "dropout rate; 0: no dropout", ge=0, lt=1)
     dropout_kind: Literal["channel", "element"] = _setting(
         "channel",
-        "what is dropped",
+        "what dropout sets to zero",
         choices={"channel": "whole feature maps", "element": "single values"},
     )
     dropout_layers: str | Annotated[tuple[str, ...], _FROM_A_LIST] = _setting(
         "auto",
         "active dropout layers: decoder (from the bottleneck on), bottleneck, all, or patterns of "
-        "layer names; auto is decoder, and all for a factory's network",
+        "layer names; auto: decoder, or all for your own network",
     )
     multiple_of: int = _setting(
-        32, "a factory's network gets images padded to a multiple of this", "pixels", ge=1, le=512
+        32,
+        "pad images to a multiple of this for your own network (the others know theirs)",
+        "pixels",
+        ge=1,
+        le=512,
     )
-    kwargs: dict[str, Any] = _setting({}, "further arguments of the network")
+    kwargs: dict[str, Any] = _setting({}, "further arguments of the network, by name")
 
     @model_validator(mode="after")
-    def _arguments_are_plain_and_small(self) -> Self:
-        """A checkpoint brings these along, and may be from anyone."""
+    def _check_arguments(self) -> Self:
+        """Refuse unusual arguments, because a checkpoint contains them and may be from anyone."""
         try:
             plain = json.loads(json.dumps(self.kwargs, allow_nan=False)) == self.kwargs
         except (TypeError, ValueError, OverflowError, RecursionError):
             plain = False
         if not plain:
-            raise ValueError("network.kwargs: numbers, words, lists and mappings of them only")
+            raise ValueError("network.kwargs: only numbers, text, and lists and mappings of them")
         for value in parts(self.kwargs):
-            if isinstance(value, list) and len(value) > _LONGEST_ARGUMENT:
-                raise ValueError(f"network.kwargs: a list of over {_LONGEST_ARGUMENT} entries")
             if isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
                 raise ValueError(f"network.kwargs: {value:g} is above {_LARGEST_ARGUMENT}")
-            # Of a factory's own lists nothing is known.
-            if isinstance(value, list) and ":" not in self.name and _has_none_of_something(value):
+            if not isinstance(value, list):
+                continue
+            if len(value) > _LONGEST_ARGUMENT:
+                raise ValueError(f"network.kwargs: a list of over {_LONGEST_ARGUMENT} entries")
+            # Lists such as channels or strides; those of a user's factory can mean anything.
+            if ":" not in self.name and any(type(one) is int and one < 1 for one in value):
                 raise ValueError(f"network.kwargs: {value!r:.60} has numbers below 1")
         return self
 
@@ -434,27 +447,29 @@ class LossConfig(Section):
     """The loss."""
 
     name: Annotated[str, OneOf(LOSSES, own=True)] = _setting(
-        "polydice1", f"loss of each image; {_OR_OWN}, of (logits, mask, epsilon)"
+        "polydice1", f"loss by name, {_OR_OWN}, of (logits, mask, epsilon)"
     )
     epsilon: float = _setting(
-        0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
+        0.0,
+        "epsilon of all images before the first assessment, or in the whole training if epsilon is "
+        "not adapted",
+        ge=-0.5,
+        le=100,
     )
-    terms: int = _setting(3, "K of polydice", ge=1, le=10)
+    terms: int = _setting(3, "number K of terms of the loss polydice", ge=1, le=10)
     scale: Literal["norms", "printed"] = _setting(
         "norms",
-        "the scale s of eq. 3",
-        choices={"norms": "2ab/(a^2+b^2)", "printed": "2q/(a^2+b^2), as the thesis prints it"},
+        "formula of the scale s in eq. 3",
+        choices={"norms": "2ab/(a^2+b^2)", "printed": "2q/(a^2+b^2), as printed in the thesis"},
     )
     scale_gradient: Literal["guarded", "full", "detached"] = _setting(
         "guarded",
-        "where s is held constant in the backward pass",
-        choices={
-            "guarded": "for images where the loss rises with s",
-            "full": "nowhere",
-            "detached": "everywhere",
-        },
+        "images for which s is constant in the backward pass",
+        choices={"guarded": "those whose loss rises with s", "full": "none", "detached": "all"},
     )
-    smooth: float = _setting(1e-6, "added to numerators and denominators", ge=1e-9, le=1e6)
+    smooth: float = _setting(
+        1e-6, "smoothing, added to numerators and denominators", ge=1e-9, le=1e6
+    )
     bce_weight: float = _setting(
         0.0, "weight of binary cross-entropy added to the loss", ge=0, le=1000
     )
@@ -475,65 +490,67 @@ class LossConfig(Section):
 
 
 class UncertaintyConfig(Section):
-    """MC Dropout and what is read off it."""
+    """MC Dropout and the difficulty D."""
 
     samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] | Literal["auto"] = _setting(
         20,
-        f"N, passes an assessment, 2 to {MOST_SAMPLES:,}; auto: as few as reach rank_target",
+        f"number N of passes in an assessment, 2 to {MOST_SAMPLES:,}; auto: the fewest that reach "
+        "uncertainty.rank_target",
         "passes",
     )
     rank_target: float = _setting(
         0.95,
-        "with samples auto: rank correlation that D should have with endless passes",
+        "with uncertainty.samples auto: rank correlation that D should have with D of infinitely "
+        "many passes",
         gt=0.5,
         lt=1,
     )
     metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES, own=True)] = _setting(
         "mutual_information",
-        "the difficulty D: a pixel map, whose mean over the region it is, or a score of the whole "
-        f"image; {_OR_OWN}, of (moments, mask), or of (probability, mask) of each pass",
+        "difficulty D: the mean of a pixel map over uncertainty.region, or a score of the whole "
+        f"image, {_OR_OWN}, of (moments, mask), or of (probability, mask) for each pass",
     )
     region: Annotated[str, OneOf(REGIONS)] = _setting(
-        "mask", "pixels that D is averaged over; where there are none, those of the prediction"
+        "mask", "pixels over which D is averaged; if there are none, those of the prediction"
     )
     boundary_width: int = _setting(
-        3, "half width of the band of region boundary", "pixels", ge=1, le=64
+        3, "half width of the band of uncertainty.region boundary", "pixels", ge=1, le=64
     )
     masks: Literal["consistent", "independent"] = _setting(
         "consistent",
-        "dropout masks of a pass",
+        "dropout masks of the images in a pass",
         choices={
-            "consistent": "pass n drops the same for every image",
-            "independent": "each image has masks of its own",
+            "consistent": "the same for all images",
+            "independent": "different for each image",
         },
     )
     program: Literal["auto", "plain"] = _setting(
         "auto",
-        "how the passes are run",
+        "how the passes are computed",
         choices={
-            "auto": "they share what they have in common, where that repays taking the network "
-            "apart",
-            "plain": "each runs the whole network",
+            "auto": "compute parts that do not depend on dropout once for all passes, where that "
+            "saves time",
+            "plain": "run the whole network in each pass",
         },
     )
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32",
-        "precision of the network in the passes; scores are float32 or wider in either",
+        "precision of the network in the passes; scores are always float32 or wider",
         choices={
             "fp32": "float32",
-            "bf16": "bfloat16, faster on GPUs and processors that have it; its rounding moves D by "
+            "bf16": "bfloat16, faster on GPUs and CPUs that support it; its rounding changes D by "
             "about a thousandth",
         },
     )
-    save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
+    save_maps: bool = _setting(False, "save the pixel maps in the assessment files")
 
     @field_validator("metric", mode="before")
     @classmethod
     def _refuse_pairs(cls, value: Any) -> Any:
         if isinstance(value, str) and value in PAIR_SCORES:
             raise ValueError(
-                f"{value} compares all pairs of passes and is no difficulty to train by; "
-                f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` measure it"
+                f"{value} compares all pairs of passes and cannot be the difficulty in training; "
+                f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` compute it"
             )
         return value
 
@@ -544,51 +561,58 @@ class UncertaintyConfig(Section):
 
 
 class ControlConfig(Section):
-    """How difficulty sets epsilon."""
+    """How the difficulty of an image determines its epsilon."""
 
     enabled: bool | Literal["auto"] = _setting(
-        "auto", "adapt epsilon; auto: where the loss has one"
+        "auto", "adapt epsilon to the difficulty; auto: if the loss has an epsilon"
     )
     start: float = _setting(
-        0.2, "E0, first assessment: whole epochs, or a share of them below 1", "epochs", ge=0
+        0.2, "epoch E0 of the first assessment; below 1: a share of training.epochs", "epochs", ge=0
     )
-    every: int = _setting(5, "tau, epochs between assessments", "epochs", ge=1)
+    every: int = _setting(5, "number tau of epochs between assessments", "epochs", ge=1)
     reduction: Annotated[str, OneOf(REDUCTIONS)] = _setting(
-        "sigma", "how the difficulties of images are made comparable: D_norm"
+        "sigma", "how difficulties are normalised, D to D_norm"
     )
-    percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
+    percentile: float = _setting(
+        50.0, "pct of eq. 11: percentile of D that is subtracted", "percent", ge=0, le=100
+    )
     map: Annotated[str, OneOf(MAPS, own=True)] = _setting(
         "sigmoid",
-        f"how D_norm becomes epsilon; {_OR_OWN}, of (normalised, epsilon_min, epsilon_max, "
-        "sensitivity)",
+        f"how epsilon is computed from D_norm: by name, {_OR_OWN}, of (normalised, epsilon_min, "
+        "epsilon_max, sensitivity)",
     )
     sensitivity: float = _setting(
-        1.0, "lambda of eq. 12: how strongly epsilon follows D_norm", ge=0, le=1000
+        1.0, "lambda of eq. 12: how strongly epsilon depends on D_norm", ge=0, le=1000
     )
     epsilon_min: float = _setting(
-        -0.4, "epsilon that the easiest images tend to", ge=-0.5, le=LARGEST_EPSILON
+        -0.4, "smallest epsilon, approached by the easiest images", ge=-0.5, le=LARGEST_EPSILON
     )
     epsilon_max: float = _setting(
-        1.0, "epsilon that the hardest images tend to", ge=-0.5, le=LARGEST_EPSILON
+        1.0, "largest epsilon, approached by the hardest images", ge=-0.5, le=LARGEST_EPSILON
     )
     statistics: Literal["batch", "dataset"] = _setting(
         "batch",
-        "images that are normalised together: percentile, sigma or ranks, and the mean weight, "
-        "are over these",
+        "images that are normalised together, which percentile, sigma, ranks and mean weight refer "
+        "to",
         choices={
             "batch": "those of the batch",
             "dataset": "all training images, at the assessment",
         },
     )
-    delta: float = _setting(1e-9, "delta of eq. 11", gt=0, le=1)
+    delta: float = _setting(1e-9, "delta of eq. 11, which avoids a division by zero", gt=0, le=1)
     replay: str | None = _setting(
-        None, "run or schedule file whose epsilons are used instead, without MC Dropout"
+        None,
+        "run or schedule file whose recorded epsilons are used, without MC Dropout; null: adapt "
+        "epsilon in this training",
     )
     replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
-        "recorded", "which image gets which of the replayed epsilons"
+        "recorded", "how the replayed epsilons are assigned to the images"
     )
     replay_seed: int | None = _setting(
-        None, "random seed of replay_arm shuffled and permuted; null: training.seed", ge=0, le=2**31
+        None,
+        "random seed of control.replay_arm shuffled and permuted; null: training.seed",
+        ge=0,
+        le=2**31,
     )
 
     @model_validator(mode="after")
@@ -604,11 +628,13 @@ class ControlConfig(Section):
                 "1 + 2 epsilon is 1"
             )
         if self.start >= 1 and self.start != int(self.start):
-            raise ValueError(f"control.start {self.start}: whole epochs, or a share below 1")
+            raise ValueError(
+                f"control.start {self.start}: give a whole number of epochs, or a share below 1"
+            )
         return self
 
     def assessment_epochs(self, epochs: int) -> list[int]:
-        """Return E0, E0 + tau, ... up to the last epoch.
+        """Return the epochs after which images are assessed: E0, E0 + tau, ..., from 1.
 
         >>> ControlConfig(start=0.2, every=5).assessment_epochs(20)
         [4, 9, 14, 19]
@@ -619,70 +645,78 @@ class ControlConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, how fast, on what."""
+    """The optimisation of the network's weights."""
 
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
-    batch_size: int = _setting(8, "images a step", "images", ge=1, le=4096)
-    learning_rate: float = _setting(3e-3, "at the start", gt=0, le=10)
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = _setting("adamw", "optimizer")
-    weight_decay: float = _setting(1e-2, "of the optimizer", ge=0, le=1)
+    batch_size: int = _setting(8, "images in each training step", "images", ge=1, le=4096)
+    learning_rate: float = _setting(3e-3, "learning rate of the first epoch", gt=0, le=10)
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = _setting("adamw", "optimizer of the weights")
+    weight_decay: float = _setting(1e-2, "weight decay of the optimizer", ge=0, le=1)
     scheduler: Annotated[str, OneOf(SCHEDULERS)] = _setting(
-        "cosine", "learning rate over the epochs"
+        "cosine", "how the learning rate changes over the epochs"
     )
     early_stopping: int = _setting(
-        0, "end after so many epochs without a better validation Dice; 0: never", "epochs", ge=0
+        0,
+        "stop after this many epochs without a better validation Dice; 0: train all epochs",
+        "epochs",
+        ge=0,
     )
     precision: Literal["fp32", "bf16", "fp16"] = _setting(
         "fp32",
         "precision of the network's forward pass in training; losses and D are float32 or wider",
         choices={
             "fp32": "float32",
-            "bf16": "bfloat16, in mixed precision",
-            "fp16": "float16, in mixed precision; gradients are scaled, and steps in which they "
-            "overflow left out",
+            "bf16": "bfloat16 mixed precision",
+            "fp16": "float16 mixed precision; gradients are scaled, and steps whose gradients "
+            "overflow are skipped",
         },
     )
     accumulate: int = _setting(
         1,
-        "parts that each batch goes through the network in, one after another, which takes less "
-        "memory; batch normalisation sees a part at a time",
+        "number of parts in which each batch goes through the network: more parts need less "
+        "memory, but batch normalisation uses the statistics of one part",
         "parts",
         ge=1,
         le=4096,
     )
     recompute: bool = _setting(
         False,
-        "keep few feature maps for the way back and compute the others anew: less memory, more "
-        "time, the same result",
+        "recompute feature maps in the backward pass: less memory, more time, the same result",
     )
-    compile: bool = _setting(False, "torch.compile the network")
+    compile: bool = _setting(False, "compile the network with torch.compile")
     channels_last: bool | Literal["auto"] = _setting(
         "auto",
-        "train with the channels of a pixel side by side in memory: on one CPU thread a step with "
-        "images of 256 x 256 takes 0.76 times as long, GPUs are not measured; equal to rounding "
-        "where dropout is by channels, by elements it may draw other masks; auto: on a CPU, but "
-        "for networks of one's own and those with instance normalisation",
+        "store the channels of a pixel next to each other in memory: on one CPU thread a step with "
+        "images of 256 x 256 takes 0.76 times as long (GPUs are not measured); results differ by "
+        "rounding only with channel dropout, while element dropout may draw other masks; auto: on "
+        "CPUs, except for your own networks and those with instance normalisation",
     )
     deterministic: bool = _setting(
         True,
-        "on a GPU: algorithms that give the same bits each time, as far as torch has them, so that "
-        "a resumed run equals one that was not stopped; false: the fastest by trial, and runs may "
-        "differ from each other from the first step on. On a CPU it changes nothing",
+        "on a GPU: use algorithms that give the same bits each time, where torch has them, so that "
+        "a resumed run equals an uninterrupted one; false: use the fastest, and runs may differ "
+        "from the first step on; no effect on a CPU",
     )
     sync_batch_norm: bool = _setting(
         True,
-        "with several processes: batch normalisation over the whole batch, as one process has it; "
-        "false is faster and normalises each process's part by itself",
+        "with several processes: batch normalisation over the whole batch, as in one process; "
+        "false: over the part of each process, which is faster",
     )
     on_nonfinite: Literal["stop", "skip"] = _setting(
         "stop",
-        "what happens where the loss or the gradients of a step are not finite",
+        "reaction to a step whose loss or gradients are not finite",
         choices={
-            "stop": "the run ends; its last good epoch is kept",
-            "skip": "the step is left out, counted and logged, which a GPU waits for",
+            "stop": "end the run and keep its last good epoch",
+            "skip": "skip the step, count it and log it; a GPU must wait for the check",
         },
     )
-    workers: int = _setting(0, "processes that read and augment", "processes", ge=0, le=64)
+    workers: int = _setting(
+        0,
+        "processes that read and augment images; 0: the training process itself",
+        "processes",
+        ge=0,
+        le=64,
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = _setting(
         "auto", "device of training and MC Dropout", choices=DEVICES
     )
@@ -692,11 +726,13 @@ class TrainingConfig(Section):
 
 
 class OutputConfig(Section):
-    """What a run leaves."""
+    """The folder and the figures of a run."""
 
-    path: str | None = _setting(None, "the run's folder; null: runs/ and the time")
-    overlays: int = _setting(6, "images in each overlay figure", "images", ge=0, le=50)
-    figures: bool = _setting(True, "draw the figures")
+    path: str | None = _setting(
+        None, "new folder of the run; null: a folder in runs/ named by the time"
+    )
+    overlays: int = _setting(6, "number of images in each overlay figure", "images", ge=0, le=50)
+    figures: bool = _setting(True, "draw figures at the end of the run")
 
 
 class Config(Section):
@@ -715,7 +751,7 @@ class Config(Section):
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
-    def _no_epsilon_rewards_misalignment(self) -> Self:
+    def _check_epsilon(self) -> Self:
         if self.loss.name != "polydice":
             return self  # The bounds of the fields are those of a single term.
         least = least_epsilon(self.loss.terms)
@@ -740,28 +776,30 @@ class Config(Section):
             )
         if self.control.replay is not None and not self.adaptive:
             raise ValueError(
-                f"control.replay: epsilon is not adapted here; choose loss.name {adaptable}, and "
-                "control.enabled auto"
+                f"control.replay needs an adapted epsilon; set loss.name to {adaptable}, and "
+                "control.enabled to auto"
             )
         if not self.assesses:
             return self
         passes = self.uncertainty.takes_passes
         if passes and ":" not in self.network.name and self.network.dropout == 0:
             raise ValueError(
-                "network.dropout is 0, so MC Dropout has nothing to sample; "
+                "network.dropout is 0, so that all passes of MC Dropout would be equal; "
                 "set it above 0, or control.enabled=false"
             )
         if not self.control.assessment_epochs(self.training.epochs):
             raise ValueError(
                 f"control.start {self.control.start:g} is beyond training.epochs "
-                f"{self.training.epochs}: nothing would ever be assessed"
+                f"{self.training.epochs}, so that no image would be assessed; lower it"
             )
         return self
 
     @model_validator(mode="after")
-    def _compiles_or_recomputes(self) -> Self:
+    def _check_compile(self) -> Self:
         if self.training.compile and self.training.recompute:
-            raise ValueError("training.recompute: torch cannot compile it; set compile to false")
+            raise ValueError(
+                "training.recompute does not work with training.compile; set one of them to false"
+            )
         return self
 
     @property
@@ -773,7 +811,7 @@ class Config(Section):
 
     @property
     def own_code(self) -> dict[str, str]:
-        """The settings that name code outside polyseg, and what they name."""
+        """The code outside polyseg that settings name, by setting."""
         named = {
             "network.name": self.network.name,
             "loss.name": self.loss.name,
@@ -784,17 +822,12 @@ class Config(Section):
 
     @property
     def assesses(self) -> bool:
-        """Whether epsilon is adapted by assessments of the run's own."""
+        """Whether the run itself assesses images in order to adapt epsilon."""
         return self.adaptive and self.control.replay is None
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""
         return dump_yaml(self.model_dump(mode="json"))
-
-
-def _has_none_of_something(values: list[Any]) -> bool:
-    """Tell whether a list, such as of channels or strides, has a whole number below 1."""
-    return any(type(value) is int and value < 1 for value in values)
 
 
 def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
@@ -803,18 +836,19 @@ def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
 
 def _check_pattern(pattern: str) -> None:
     if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(f"data.group: a pattern of over {_LONGEST_PATTERN} characters")
+        raise ValueError(f"data.group: a pattern may have at most {_LONGEST_PATTERN} characters")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"data.group {pattern!r}: is no regular expression: {error}") from None
+        raise ValueError(f"data.group {pattern!r}: not a regular expression: {error}") from None
 
 
 def least_epsilon(terms: int) -> float:
-    """Return the least epsilon for which PolyDice of so many terms never falls as theta grows.
+    """Return the least epsilon for which PolyDice of this many terms never falls as theta grows.
 
-    The sum's derivative, 2 (1/2 + epsilon) theta + sum_{k>1} 2k alpha_k theta^(2k-1), first
-    meets 0 at theta = pi/2. It is -1/2 for one term and tends to -1/pi.
+    For that epsilon the derivative of the sum, 2 (1/2 + epsilon) theta +
+    sum_{k>1} 2k alpha_k theta^(2k-1), is 0 at theta = pi/2. It is -1/2 for one term and tends to
+    -1/pi.
 
     >>> [round(least_epsilon(terms), 4) for terms in (1, 2, 3, 10)]
     [-0.5, -0.2944, -0.3198, -0.3183]

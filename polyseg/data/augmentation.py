@@ -1,4 +1,4 @@
-"""Random changes to training images, MONAI's, each sample with a seed of its own."""
+"""Augment training images by MONAI's random changes, with a separate seed for each sample."""
 
 import functools
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from polyseg.config import DataConfig
 
 @dataclass(frozen=True)
 class Changes:
-    """How strong each kind of change may be; 0 is none of it. Units are in `AugmentConfig`."""
+    """The largest strength of each kind of change, 0 for none; `AugmentConfig` has the units."""
 
     flip: float = 0.0
     rotation: float = 0.0
@@ -59,7 +59,7 @@ _ELASTIC_NODES = 8
 
 
 def changes_of(config: DataConfig) -> Changes | None:
-    """Return the changes that the settings ask for: a preset, or what is said of single ones.
+    """Return the changes of the preset, with single strengths replaced by the settings.
 
     >>> changes_of(DataConfig(augmentation="none")) is None
     True
@@ -70,13 +70,13 @@ def changes_of(config: DataConfig) -> Changes | None:
 
 
 def augment(image: Tensor, masks: Tensor, changes: Changes, seed: int) -> tuple[Tensor, Tensor]:
-    """Change an image and its masks alike, by nothing but the seed.
+    """Return an image and its masks with the same random change, which depends on the seed only.
 
     Args:
         image: (C, H, W) float32, normalised.
         masks: (K, H, W) uint8 in {0, 1}.
-        changes: which, and how strong.
-        seed: equal seeds give equal changes, in any process.
+        changes: kinds of change and their largest strengths.
+        seed: random seed.
 
     Returns:
         An image and masks of the same shapes and types.
@@ -94,11 +94,11 @@ def augment(image: Tensor, masks: Tensor, changes: Changes, seed: int) -> tuple[
 
 @functools.lru_cache(maxsize=16)
 def _transform(changes: Changes, size: tuple[int, int]) -> Any:
-    """Return flips, one rotation-scale-shift, bending, and changes of gray values."""
+    """Return flips, a combined rotation, scale and shift, elastic deformation, and gray values."""
     from monai import transforms
     from monai.data import set_track_meta
 
-    # Plain tensors: nobody here reads the history that MONAI would attach to them.
+    # Plain tensors, because the history that MONAI attaches to its own is not used.
     set_track_meta(False)
     both = ["image", "mask"]
     steps: list[Any] = []

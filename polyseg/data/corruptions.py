@@ -1,4 +1,4 @@
-"""Damage to images at graded strengths, to test how robust a network is.
+"""Corrupt images at graded strengths, to test the robustness of networks.
 
 The idea, and its five grades, are from D. Hendrycks and T. Dietterich, "Benchmarking neural network
 robustness to common corruptions and perturbations" (ICLR 2019). Gray values are damaged in units of
@@ -49,7 +49,7 @@ CORRUPTIONS = tuple(AMOUNTS)
 
 
 def check_corruption(name: str, strength: int) -> None:
-    """Raise unless there is such a corruption, and such a strength.
+    """Raise if there is no such corruption or strength.
 
     Raises:
         PolysegError: names those that there are.
@@ -64,7 +64,7 @@ def check_corruption(name: str, strength: int) -> None:
 
 
 def corrupt(image: Image, name: str, strength: int, *, seed: int, side: int | None = None) -> Image:
-    """Return an image damaged: of the same shape and type, within its lowest and highest value.
+    """Return a corrupted image of the same shape and type, between its lowest and highest value.
 
     Args:
         image: (H, W, C), of any type, finite.
@@ -102,21 +102,21 @@ def corrupted(
     config: DataConfig,
     ids: Sequence[str] | None = None,
 ) -> ImageSet:
-    """Return images as a network would meet them had they been damaged before they were read in.
+    """Return images as if they had been corrupted before they were read.
 
-    Pixels are damaged whenever they are asked for, none are kept. Each image has noise of its own,
-    the same at every strength. Gray values are normalised by the damaged image's own levels, or by
-    those of the training images where these are used. So normalisation undoes all of "contrast"
-    but the rounding, unless `data.normalise` is unit, window or dataset. Ids, hashes and masks
-    stay as they are. Lengths are shares of the patches' side where images are tiled.
+    Pixels are corrupted at each access and not stored. Each image has different noise, which is the
+    same at every strength. Gray values are normalised by the levels of the corrupted image, or by
+    those of the training images if these are used. So normalisation undoes "contrast" except for
+    rounding, unless `data.normalise` is unit, window or dataset. Ids, hashes and masks do not
+    change. Lengths are shares of a patch's side if images are tiled.
 
     Args:
-        images: at the size that the network sees.
+        images: images at the size of the network's input.
         name: one of `CORRUPTIONS`.
         strength: 0 to 5.
-        seed: of the noise, together with name and id.
-        config: how images are normalised.
-        ids: the images that are wanted, in this order; by default all.
+        seed: random seed of the noise, together with name and id.
+        config: settings of the normalisation.
+        ids: ids of the images to return, in this order; None for all.
 
     Raises:
         PolysegError: there is no such corruption or strength.
@@ -144,7 +144,7 @@ def corrupted(
 
 @dataclass(frozen=True)
 class _DamagedStore:
-    """Some images of another store, each damaged when it is asked for."""
+    """Some images of another store, each corrupted at access."""
 
     store: Store
     places: Sequence[int]
@@ -155,14 +155,14 @@ class _DamagedStore:
     side: int | None
 
     def get(self, i: int) -> tuple[Image, Masks | None]:
-        """Return image i, (H, W, C), damaged, and its masks as they are."""
+        """Return the corrupted image i, (H, W, C), and its unchanged masks."""
         image, masks = self.store.get(self.places[i])
         damaged = corrupt(image, self.name, self.strength, seed=self.seeds[i], side=self.side)
         return damaged, masks
 
 
 def _range_of(image: Image) -> tuple[float, float]:
-    """Return percentiles, because of single hot pixels, or extremes where nearly all are equal."""
+    """Return the 1st and 99th percentile, or the extremes if these are equal."""
     low, high = np.percentile(image, (1, 99))
     return (low, high) if low < high else (float(image.min()), float(image.max()))
 
@@ -180,7 +180,7 @@ def _blur(gray: Gray, share: float, _: Generator, side: int) -> Gray:
 
 
 def _motion(gray: Gray, share: float, generator: Generator, side: int) -> Gray:
-    """Return the mean along a straight path, in a direction by chance."""
+    """Return the mean along a straight path in a random direction."""
     length, angle = share * side, generator.uniform(0, math.pi)
     reach = math.ceil(length / 2) + 1
     still = np.zeros((2 * reach + 1, 2 * reach + 1))

@@ -1,4 +1,4 @@
-"""Hold the images of a run, decoded once, and make batches of them."""
+"""Store the decoded images of a run, and make batches of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _BYTES_OF_PHANTOMS = {"ultrasound": 2, "endoscopy": 4}
 
 @dataclass(frozen=True)
 class Repeatable:
-    """Batches that are made anew each time they are iterated."""
+    """Batches that can be iterated several times."""
 
     make: Callable[[], Iterator[Batch]]
 
@@ -45,22 +45,22 @@ class Item:
     """Hashes of the pixels before resizing."""
     levels: Levels
     shares: tuple[float, ...] | None
-    """Share of the pixels, before resizing, that have each label; None without masks."""
+    """Share of the pixels of each label, before resizing; None without masks."""
     original_size: tuple[int, int]
-    """Before it was resized."""
+    """Height and width before resizing."""
     bits: int = 8
     spacing: tuple[float, float] | None = None
     """Millimetres between rows and between columns, after resizing."""
     part: str | None = None
     group: str | None = None
     known_difficulty: float | None = None
-    """For phantoms."""
+    """Difficulty of a phantom."""
     kept: Kept | None = None
-    """What resizing keeps of the foreground, where it makes the image smaller."""
+    """Foreground after resizing to a smaller size."""
 
     @property
     def foreground(self) -> float | None:
-        """Share of the pixels of the label that has most; None without masks."""
+        """Largest share of pixels of a label; None without masks."""
         return None if self.shares is None else max(self.shares)
 
     @property
@@ -76,12 +76,12 @@ class Tiling:
 
     size: tuple[int, int]
     foreground_share: float
-    """Chance that a patch is centred on foreground."""
+    """Probability that a patch is centred on foreground."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images decoded and resized once, kept as they were stored."""
+    """Images that were decoded and resized once, with their original pixel types."""
 
     items: Sequence[Item]
     store: Store
@@ -91,9 +91,9 @@ class ImageSet:
     """Names of the K channels of the masks."""
     tiling: Tiling | None = None
     levels: Levels | None = None
-    """Levels of all images, where each does not have its own."""
+    """Common levels of all images; None if each image has its own."""
     read_original: Callable[[str], tuple[Image, Masks | None]] | None = None
-    """Function that reads an image, by id, as its file holds it; None where all are kept so."""
+    """Function that reads an image by id at the size of its file; None if all have that size."""
 
     @cached_property
     def ids(self) -> list[str]:
@@ -125,15 +125,15 @@ class ImageSet:
         return all(item.shares is not None for item in self.items)
 
     def item(self, identity: str) -> Item:
-        """Return what is known of an image."""
+        """Return the facts about an image."""
         return self.items[self.index[identity]]
 
     def members(self) -> list[Member]:
-        """Return what a split has to know of each image."""
+        """Return the facts about each image that a split needs."""
         return [member_of(item) for item in self.items]
 
     def sizes(self) -> set[tuple[int, int]]:
-        """Return the heights and widths that occur."""
+        """Return the sizes of the images, each once."""
         return {item.size for item in self.items}
 
     def pixels(self, identity: str) -> Image:
@@ -141,7 +141,7 @@ class ImageSet:
         return self._with_channels(self.store.get(self.index[identity])[0])
 
     def masks(self, identity: str) -> Masks | None:
-        """Return the masks of an image, (K, H, W), or None where it has none."""
+        """Return the masks of an image, (K, H, W), or None if it has none."""
         return self.store.get(self.index[identity])[1]
 
     def original(self, identity: str) -> tuple[Image, Masks | None]:
@@ -166,15 +166,15 @@ class ImageSet:
         return rows, columns
 
     def sample(self, identity: str) -> "tuple[Tensor, Tensor]":
-        """Return an image, (C, H, W) float32 normalised, and its masks, (K, H, W) uint8.
+        """Return a normalised image, (C, H, W) float32, and its masks, (K, H, W) uint8.
 
-        Without masks they are of zeros.
+        Without masks they are 0.
         """
         i = self.index[identity]
         return self._tensors(i, *self.store.get(i))
 
     def patch(self, identity: str, seed: int) -> "tuple[Tensor, Tensor]":
-        """Return what an image gives to train on: a patch of it, or all."""
+        """Return the training sample of an image: a patch, or the whole image."""
         i = self.index[identity]
         image, masks = self.store.get(i)
         if self.tiling is not None:
@@ -183,10 +183,10 @@ class ImageSet:
         return self._tensors(i, image, masks)
 
     def batches(self, ids: Sequence[str], batch_size: int) -> Iterable[Batch]:
-        """Return whole images in this order, un-augmented, neighbours of one size together.
+        """Return batches of whole images in this order, without augmentation.
 
-        Images that are read window by window come one by one: their windows make the batch. The
-        result can be iterated more than once.
+        The images of a batch have the same size; images that are read window by window come one by
+        one. The result can be iterated more than once.
         """
         return Repeatable(partial(self._batches, ids, batch_size))
 
@@ -236,7 +236,7 @@ class ImageSet:
 
 
 def member_of(item: Item) -> Member:
-    """Return what a split has to know of an image."""
+    """Return the facts about an image that a split needs."""
     return Member(item.id, item.foreground or 0.0, item.group, item.part)
 
 
@@ -250,14 +250,14 @@ def item_of(
     sliced: bool = False,
     **more: Any,
 ) -> Item:
-    """Return what is known of an image.
+    """Return the facts about an image.
 
     Args:
-        identity: its id.
-        pixels: (H, W, C), as read.
-        image: (h, w, C), as it is kept.
-        masks: (K, H, W), as read, or None.
-        config: how it is normalised.
+        identity: id of the image.
+        pixels: image as read, (H, W, C).
+        image: image as stored, (h, w, C).
+        masks: masks as read, (K, H, W), or None.
+        config: settings of the normalisation.
         sliced: whether it is a slice of a volume.
         more: further fields of the item.
     """
@@ -277,10 +277,10 @@ def item_of(
 def image_set(
     items: Sequence[Item], store: Store, config: DataConfig, channels: int | None = None
 ) -> ImageSet:
-    """Return a set of images; without a number of channels, all become RGB if some are.
+    """Return a set of images; if `channels` is None and some images are RGB, all become RGB.
 
     Raises:
-        PolysegError: there are no images, or their channels do not go together.
+        PolysegError: there are no images, or their numbers of channels do not match.
     """
     if not items:
         raise PolysegError("data: there are no images")
@@ -306,14 +306,14 @@ def arrays_as_set(
     config: DataConfig,
     known_difficulty: Sequence[float | None] | None = None,
 ) -> ImageSet:
-    """Return images that are in memory already as a set.
+    """Return a set of images from arrays in memory.
 
     Args:
-        ids: of the images.
-        images: each (H, W, C) or (H, W).
-        masks: each (K, H, W) or (H, W) in {0, 1}, or None.
-        config: how they are normalised.
-        known_difficulty: of phantoms.
+        ids: ids of the images.
+        images: images, each (H, W, C) or (H, W).
+        masks: masks, each (K, H, W) or (H, W) in {0, 1}, or None.
+        config: settings of the normalisation.
+        known_difficulty: difficulties of phantoms.
 
     >>> images = arrays_as_set(["a"], [np.eye(4, dtype=np.uint8)], [None], DataConfig())
     >>> images.sample("a")[0].shape
@@ -330,11 +330,10 @@ def arrays_as_set(
 
 
 def make_demo(config: DataConfig) -> ImageSet:
-    """Return the demo's phantoms as if they had been read.
+    """Return the demo's phantoms as a set of images.
 
     Raises:
-        PolysegError: several labels are asked for, of which phantoms have one, or more phantoms
-            than memory holds.
+        PolysegError: the settings have several labels, or more phantoms than fit into memory.
     """
     from polyseg.data.phantoms.phantom_sets import make_phantoms
 

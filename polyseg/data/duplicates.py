@@ -1,4 +1,4 @@
-"""Find images that are the same: pixel by pixel, or nearly, by a perceptual hash."""
+"""Find equal images by a hash of their pixels, and nearly equal ones by a perceptual hash."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _SIDE, _KEPT = 64, 16
 _SHOWN = 5
 _ROWS_AT_ONCE = 512
 MOST_PAIRS = 1000
-"""Pairs that are looked for; who has so many has more."""
+"""Largest number of nearly equal pairs to find."""
 
 
 def likeness_of(pixels: NDArray[Any], *, sliced: bool = False) -> "Likeness":
@@ -101,7 +101,7 @@ def _cosines() -> NDArray[np.float64]:
 
 
 def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str) -> list[str]:
-    """Raise if an image stands on two sides of a split, as it is or nearly.
+    """Raise if equal or nearly equal images are in different parts of a split.
 
     Args:
         split: ids by part.
@@ -142,7 +142,7 @@ def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str
 
 
 def _exact_pairs(split: Split, likeness: Mapping[str, Likeness]) -> list[tuple[str, str]]:
-    """Return pairs on two sides with equal pixels, flat images left out: they show nothing."""
+    """Return pairs in different parts with equal pixels, without images of a single value."""
     seen: dict[str, tuple[str, str]] = {}
     pairs = []
     for part, ids in split.items():
@@ -157,7 +157,7 @@ def _exact_pairs(split: Split, likeness: Mapping[str, Likeness]) -> list[tuple[s
 
 
 def near_pairs(likeness: Mapping[str, Likeness]) -> list[tuple[str, str]]:
-    """Return the pairs of images that are nearly the same, exact copies among them, at most 1000.
+    """Return the pairs of nearly equal images, including exact copies, at most 1000.
 
     >>> near_pairs({"a": Likeness("1", 64 * "0"), "b": Likeness("2", 63 * "0" + "1")})
     [('b', 'a')]
@@ -183,7 +183,7 @@ def _close(
     *,
     below_diagonal: bool = False,
 ) -> list[tuple[str, str]]:
-    """Return the pairs of one of `ids` and one of `others` that differ in few bits."""
+    """Return the pairs of an id of `ids` and one of `others` whose hashes differ in few bits."""
     columns = _bits([likeness[identity].near for identity in others])
     pairs = []
     for start in range(0, len(ids), _ROWS_AT_ONCE):

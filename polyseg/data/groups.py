@@ -1,4 +1,4 @@
-"""Find images of one patient by their folders and names (data.group=auto)."""
+"""Find the images of each patient by folders and names (data.group=auto)."""
 
 import re
 from collections import Counter
@@ -23,14 +23,14 @@ _DATE = re.compile(r"(19|20)\d\d((0[1-9]|1[0-2])([0-2]\d|3[01]))?")
 
 @dataclass(frozen=True)
 class Guess:
-    """A group for each case, by what it was found, and whether that is sure."""
+    """A group for each case, its source, and whether it is certain."""
 
     groups: list[str]
     by: str
     sure: bool
 
     def line(self, images: int) -> str:
-        """Return what is found and which setting changes it.
+        """Return a line about the groups and the setting that changes them.
 
         >>> Guess(["a1", "a2", "a3"] * 2, "the first number in their names", True).line(6)
         '6 images form 3 groups by the first number in their names (a1, a2, a3), each kept in one part of the split; data.group=none turns this off'
@@ -51,14 +51,14 @@ class Guess:
 
 
 def with_groups(cases: Sequence[Case], split_given: bool) -> tuple[list[Case], Guess | None]:
-    """Return cases with the groups that their folders and names tell surely, and the guess.
+    """Return cases with the groups that are certain from folders and names, and the guess.
 
-    Cases keep the groups that the data bring along. Where parts of a split are given, and a group
-    would lie in two of them, nothing is changed.
+    Groups in the data are kept. If the data give the parts of a split, and a group would be in two
+    of them, no group is added.
 
     Args:
-        cases: of a data set.
-        split_given: whether a file gives the split, which is then left as it is.
+        cases: cases of a data set.
+        split_given: whether a file gives the split; then no group is added.
     """
     if any(case.group for case in cases) or not cases:
         return list(cases), None

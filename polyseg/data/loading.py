@@ -57,19 +57,19 @@ from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
 log = logging.getLogger(__name__)
 
 _MOST_PROBLEMS = 50
-_ALIKE = 4
-"""Files with the same mistake from which on they are told in one line."""
+_FEWEST_MERGED = 4
+"""Smallest number of files with the same problem that share one line."""
 _SAMPLED = 101
 _SMALL_LOSS = 0.03
 _DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom", "SimpleITK")
-# What the kept pixels follow from, besides the files.
 _DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "window")
+"""Settings that the stored pixels depend on."""
 _SCHEMA = 2
-"""Raised when the same files and settings give another content."""
+"""Version of decoded images, raised when the same files and settings give another content."""
 _STALE_SECONDS = 24 * 3600
 _NAME = re.compile(r"[0-9a-f]{64}\.images")
 _UNUSED_DAYS = 30
-"""After which decoded images that no run has taken up are removed; they can be made anew."""
+"""Age after which unused decoded images are removed, in days; they can be made again."""
 LAYOUT_SETTINGS = ("layout", "images", "masks", "unmasked")
 MEGABYTE = 10**6
 
@@ -87,7 +87,7 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
     """Read the images and masks that the settings name, or make the demo's phantoms.
 
     Raises:
-        PolysegError: all that is wrong with them, a line a problem.
+        PolysegError: there are problems with them; one line for each.
     """
     if config.path == "demo":
         return make_demo(config)
@@ -98,12 +98,12 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
         log.info("%s", note)
     if len(layout.labels) > 1 and config.foreground is None:
         named = ", ".join(f"{name}: {value}" for name, value in layout.labels.items())
-        log.info("labels of %s; data.foreground={%s} makes a task of each", config.path, named)
+        log.info("labels of %s; data.foreground={%s} segments each of them", config.path, named)
     cases, line = grouped(layout.cases, config)
     if line:
         log.warning("%s", line)
     images = read_cases(cases, config, progress, problems=layout.problems)
-    _tell(images, config)
+    _log_images(images, config)
     return images
 
 
@@ -111,7 +111,7 @@ def found_cases(config: DataConfig) -> Layout:
     """Return the cases that the settings name.
 
     Raises:
-        PolysegError: the folder is of no known layout, or could be of several.
+        PolysegError: the folder has no known layout, or its layout is ambiguous.
     """
     return find_cases(
         Path(config.path), **{name: getattr(config, name) for name in LAYOUT_SETTINGS}
@@ -119,7 +119,7 @@ def found_cases(config: DataConfig) -> Layout:
 
 
 def grouped(cases: Sequence[Case], config: DataConfig) -> tuple[list[Case], str]:
-    """Return cases with the groups that data.group=auto finds, and a line about them or none."""
+    """Return cases with the groups that data.group=auto finds, and a line about them or ""."""
     if config.group != "auto":
         return list(cases), ""
     found, guess = with_groups(cases, config.split_file is not None)
@@ -127,12 +127,12 @@ def grouped(cases: Sequence[Case], config: DataConfig) -> tuple[list[Case], str]
 
 
 def settled(config: DataConfig, layout: Layout | None = None) -> DataConfig:
-    """Return the settings with what follows from the data: the size of auto, and regions as tasks.
+    """Return the settings with values from the data: data.size of auto, and regions as labels.
 
-    A run records these, so that predictions, which see other images, use the same.
+    A run records them, so that predictions of other images use the same.
 
     Raises:
-        PolysegError: the folder is of no known layout, or could be of several.
+        PolysegError: the folder has no known layout, or its layout is ambiguous.
     """
     auto = config.size == "auto"
     if config.path == "demo":
@@ -141,17 +141,17 @@ def settled(config: DataConfig, layout: Layout | None = None) -> DataConfig:
     changes: dict[str, Any] = {}
     if layout.regions and config.foreground is None:
         changes["foreground"] = dict(layout.regions)
-        log.info("%s: the regions of dataset.json are tasks: %s", config.path, layout.regions)
+        log.info("%s: labels are the regions of dataset.json: %s", config.path, layout.regions)
     if auto:
         changes["size"] = _auto_size(layout.cases, config)
     return config.model_copy(update=changes)
 
 
 def _auto_size(cases: Sequence[Case], config: DataConfig) -> tuple[int, int]:
-    """Return the median size of the images, of at most 101 cases at even distances."""
+    """Return the median image size of at most 101 cases at even distances."""
     sizes = []
     for case in cases[:: -(-len(cases) // _SAMPLED)] if cases else ():
-        with contextlib.suppress(PolysegError):  # It is told when all are read.
+        with contextlib.suppress(PolysegError):  # It is reported when all images are read.
             sizes.append(read_image_stack(case.images[0], config.plane).pixels.shape[1:3])
     return auto_size(sizes) if sizes else (128, 128)
 
@@ -159,10 +159,10 @@ def _auto_size(cases: Sequence[Case], config: DataConfig) -> tuple[int, int]:
 def load_others(
     path: Path, config: DataConfig, channels: int, progress: Progress = no_progress
 ) -> ImageSet:
-    """Read other images for a network of so many channels; with masks, where they have them.
+    """Read other images, with masks if they have them, for a network with `channels` channels.
 
     Raises:
-        PolysegError: all that is wrong with them, a line a problem.
+        PolysegError: there are problems with them; one line for each.
     """
     config = config.model_copy(
         update={"path": str(path), "layout": "auto", "images": None, "masks": None}
@@ -172,7 +172,7 @@ def load_others(
         images = read_cases(layout.cases, config, progress, channels, layout.problems)
     else:
         images = read_cases(find_unlabelled([path]), config, progress, channels)
-    _tell(images, config)
+    _log_images(images, config)
     return images
 
 
@@ -183,12 +183,12 @@ def read_cases(
     channels: int | None = None,
     problems: Sequence[str] = (),
 ) -> ImageSet:
-    """Read cases; without a wish for channels all become RGB if some are.
+    """Read cases; if `channels` is None and some images are RGB, all become RGB.
 
-    Images stay in memory up to `data.memory`, beyond it they go to a file in `data.cache`.
+    Images stay in memory up to `data.memory`; larger sets go to a file in `data.cache`.
 
     Raises:
-        PolysegError: all the problems of the files, joined, after those found before.
+        PolysegError: there are problems; one line for each, after the given `problems`.
     """
     found = list(problems)
     if config.size == "auto":
@@ -199,7 +199,7 @@ def read_cases(
 
 
 class _OriginalReader:
-    """Reads an image and its masks from their files again; slices of one volume together."""
+    """Function that reads an image and its masks from their files again, volume by volume."""
 
     def __init__(self, cases: Sequence[Case], config: DataConfig) -> None:
         self.cases, self.config = {case.id: case for case in cases}, config
@@ -209,7 +209,7 @@ class _OriginalReader:
         """Return (H, W, C) and (K, H, W), by the id of the image."""
         if identity not in self.last:
             case = self.cases.get(identity) or self.cases[identity.rpartition("#")[0]]
-            self.last = {}  # Before others are read, so that memory holds one volume.
+            self.last = {}  # Free memory first, so that it never holds two volumes.
             self.last = {
                 name: (pixels, masks) for name, pixels, masks, _ in read_case(case, self.config)
             }
@@ -222,10 +222,10 @@ def scan_cases(
     progress: Progress = no_progress,
     problems: Sequence[str] = (),
 ) -> list[Item]:
-    """Read cases and return what is known of the images, keeping none of them.
+    """Read cases and return facts about the images, without keeping pixels.
 
     Raises:
-        PolysegError: all the problems of the files, joined, after those found before.
+        PolysegError: there are problems; one line for each, after the given `problems`.
     """
     found = list(problems)
     items = [sample.item for sample in _samples(cases, config, found, progress)]
@@ -237,7 +237,7 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
     """Yield id, pixels (H, W, C), masks (K, H, W) and spacing of each slice of a case, as read.
 
     Raises:
-        PolysegError: a file cannot be read, or files of the case do not fit one another.
+        PolysegError: a file cannot be read, or the sizes of the case's files differ.
     """
     stacks = [read_image_stack(path, config.plane) for path in case.images]
     labels = [read_label_stack(path, config.plane) for path in case.masks or ()]
@@ -247,7 +247,7 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
         if stack.pixels.shape[:3] != first[:3]:
             raise PolysegError(
                 f"{path}: is {_sides(stack.pixels.shape[:3])}, {case.images[0]} "
-                f"{_sides(first[:3])}; channels of an image must be of one size"
+                f"{_sides(first[:3])}; the channels of an image must have the same size"
             )
     pixels = np.concatenate([stack.pixels for stack in stacks], axis=3)
     if pixels.dtype.name not in DTYPES:
@@ -263,10 +263,11 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
 def _of_one_orientation(
     case: Case, images: list[Stack], labels: list[Stack], config: DataConfig
 ) -> tuple[list[Stack], list[Stack]]:
-    """Return images and labels, turned as their orientation tags (EXIF) say or as stored.
+    """Return images and labels, rotated by their orientation tags (EXIF) or as stored.
 
     Raises:
-        PolysegError: image and mask have different tags, and their sizes do not tell which is so.
+        PolysegError: image and mask have different tags, and their sizes do not show which is
+            right.
     """
     if config.orientation == "stored":
         return list(map(as_stored, images)), list(map(as_stored, labels))
@@ -279,7 +280,7 @@ def _of_one_orientation(
             raise PolysegError(
                 f"{case.images[0]}: has the orientation tag {image.turned} (EXIF), its mask "
                 f"{path.name} {label.turned}; set data.orientation=stored if masks were drawn on "
-                "the pixels as stored, or =tag if on the turned image"
+                "the pixels as stored, or =tag if they were drawn on the rotated image"
             )
     return images, labels
 
@@ -299,7 +300,7 @@ def _masks_of(
         if label.pixels.shape != shape:
             raise PolysegError(
                 f"{path}: is {_sides(label.pixels.shape)}, its image {case.images[0].name} "
-                f"{_sides(shape)}; they must be of one size"
+                f"{_sides(shape)}; they must have the same size"
             )
         masks.append(to_masks(label.pixels, path, foreground))
     return masks[0] if len(masks) == 1 else unite(masks)
@@ -308,7 +309,7 @@ def _masks_of(
 def _samples(
     cases: Sequence[Case], config: DataConfig, problems: list[str], progress: Progress
 ) -> Iterator[Sample]:
-    """Yield what can be read, and note what cannot."""
+    """Yield the samples of all cases that can be read, and add the others to `problems`."""
     unclear: list[UnclearValuesError] = []
     for done, case in enumerate(cases, start=1):
         try:
@@ -332,7 +333,7 @@ def _prepare(
     config: DataConfig,
     sliced: bool,
 ) -> Sample:
-    """Return a slice as it is kept."""
+    """Return a slice in the form in which it is stored."""
     image, kept_masks, kept = pixels, masks, None
     height, width = pixels.shape[:2]
     if config.size is not None and config.fit == "resize":
@@ -356,7 +357,7 @@ def _prepare(
         group=case.group or (case.id if sliced else None),
         kept=kept,
     )
-    # Copies, so that a slice does not hold the whole volume in memory.
+    # Copies, because a view would keep the whole volume in memory.
     if sliced:
         image = image.copy()
         kept_masks = None if kept_masks is None else kept_masks.copy()
@@ -366,7 +367,7 @@ def _prepare(
 def _keep(
     cases: Sequence[Case], config: DataConfig, samples: Iterator[Sample], problems: list[str]
 ) -> tuple[list[Item], Store]:
-    """Take in samples up to the bound, then go over to a file, or to one that is there already."""
+    """Keep samples in memory up to data.memory; more are written to, or read from, a file."""
     bound = config.memory * MEGABYTE
     held: list[Sample] = []
     size = 0
@@ -401,13 +402,13 @@ def _on_disk(
                 file.add(sample.image, sample.masks, _to_plain(sample.item))
             _refuse(problems)
     store = DiskStore(path)
-    with contextlib.suppress(OSError):  # Somebody else's, perhaps.
+    with contextlib.suppress(OSError):  # The file may belong to another user.
         os.utime(index_of(path))
     return [_from_plain(row, path) for row in zip(store.about, store.shapes, strict=True)], store
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what runs that were killed have left half written: nobody has touched it for a day."""
+    """Remove incomplete files of killed runs, which have not been changed for a day."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -415,9 +416,9 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _remove_unused(folder: Path, *, keep: Path) -> None:
-    """Remove files of images that no run has taken up for long, and nothing else that lies there.
+    """Remove only files of decoded images that no run has used for 30 days.
 
-    What still reads one of them has it open, and goes on.
+    A process that still reads one has it open, and can continue.
     """
     freed = 0
     for path in folder.glob("*.images"):
@@ -431,14 +432,14 @@ def _remove_unused(folder: Path, *, keep: Path) -> None:
                 path.unlink()
     if freed:
         log.info(
-            "%s: removed %.0f MB of decoded images that nothing had used for %d days",
+            "%s: removed %.0f MB of decoded images that were not used for %d days",
             folder,
             freed / MEGABYTE,
             _UNUSED_DAYS,
         )
 
 
-def _tell(images: ImageSet, config: DataConfig) -> None:
+def _log_images(images: ImageSet, config: DataConfig) -> None:
     """Log where the images are, and which tasks none of them has."""
     count, size = len(images.items), sum(item.bytes for item in images.items) / MEGABYTE
     if isinstance(images.store, DiskStore):
@@ -455,7 +456,7 @@ def _tell(images: ImageSet, config: DataConfig) -> None:
 
 
 def lost_foreground(items: Sequence[Item]) -> str:
-    """Return a line where resizing loses more than a few per cent of the foreground, else none."""
+    """Return a line if resizing loses more than 3 % of the foreground, else ""."""
     found = [(item, item.kept) for item in items if item.kept is not None and item.foreground]
     weights = [sum(item.shares or ()) * math.prod(item.original_size) for item, _ in found]
     if not found:
@@ -478,14 +479,14 @@ def _cache_folder(config: DataConfig) -> Path:
         return Path(config.cache or "~/.cache/polyseg").expanduser()
     except RuntimeError:
         raise PolysegError(
-            "data.cache: this machine knows of no home folder; name a folder for decoded images"
+            "data.cache: there is no home folder; set data.cache to a folder for decoded images"
         ) from None
 
 
 def _key(cases: Sequence[Case], config: DataConfig) -> str:
-    """Return the sha256 of all that the kept pixels follow from."""
+    """Return the sha256 of everything that the stored pixels depend on."""
     settings = [getattr(config, name) for name in _DECISIVE]
-    # As a list, because the order of the tasks is that of the channels.
+    # As a list, because the order of the labels is that of the channels.
     tasks = list(config.tasks.items())
     versions = [(name, _version(name)) for name in _DECODERS]
     about = [_SCHEMA, settings, tasks, versions, __version__]
@@ -521,7 +522,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _merged(lines: Sequence[str]) -> list[str]:
-    """Return lines in which the same mistake of many files is told once.
+    """Return lines in which the same problem of many files has one line.
 
     >>> _merged([f"images/{k}.png: is cut short at {k} bytes" for k in range(9)])
     ['images/0.png: is cut short at 0 bytes (so are 8 more files: 1.png, 2.png, 3.png, ...)']
@@ -533,7 +534,7 @@ def _merged(lines: Sequence[str]) -> list[str]:
         alike.setdefault(key, []).append(line)
     merged = []
     for found in alike.values():
-        if len(found) < _ALIKE:
+        if len(found) < _FEWEST_MERGED:
             merged += found
             continue
         names = [Path(line.partition(": ")[0]).name for line in found[1:4]]
@@ -570,11 +571,11 @@ def _from_plain(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
         if described != (shape.height, shape.width, shape.channels, shape.masks):
             raise ValueError("sizes differ")
         if len(bytes.fromhex(likeness.near)) not in (0, 32):
-            raise ValueError("a hash is none")
+            raise ValueError("a hash has another length")
         return item
     except (KeyError, TypeError, ValueError) as error:
         raise PolysegError(
-            f"{index_of(path)}: is damaged ({error}); remove it, it will be made anew"
+            f"{index_of(path)}: is damaged ({error}); remove it, and it will be made again"
         ) from None
 
 

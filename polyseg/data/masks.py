@@ -34,7 +34,7 @@ _BLOCK = 2**20
 def to_masks(
     labels: NDArray[Any], path: Path, foreground: Sequence[tuple[int, ...]] | None
 ) -> NDArray[np.uint8]:
-    """Return masks, (N, K, H, W) of 0 and 1, of raw labels, (N, H, W).
+    """Return masks, (N, K, H, W) in {0, 1}, from the values of a label file, (N, H, W).
 
     Args:
         labels: as read, integers or floats; colours are COLOUR + 65536 R + 256 G + B.
@@ -76,7 +76,7 @@ def to_masks(
 
 
 class UnclearValuesError(PolysegError):
-    """The error of a mask whose values can be read in several ways, with their counts."""
+    """The error of a mask with ambiguous values, with their counts."""
 
     def __init__(self, path: Path, labels: NDArray[Any], what: str = "") -> None:
         values, counts = np.unique(labels, return_counts=True)
@@ -90,10 +90,10 @@ class UnclearValuesError(PolysegError):
 
 
 def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
-    """Return a line for all masks of unclear values, and one for all of colours.
+    """Return a line about all masks with unclear values, and one about all with colours.
 
     >>> told_once([UnclearValuesError(Path("a.png"), np.array([0, 0, 0, 7]))])
-    ['a.png: masks hold the values 0 (75 %), 7 (25 %); name those of the foreground, such as data.foreground=nonzero or data.foreground=7']
+    ['a.png: masks contain the values 0 (75 %), 7 (25 %); set the foreground, such as data.foreground=nonzero or data.foreground=7']
     """  # noqa: E501
     lines = []
     for coloured in (False, True):
@@ -111,8 +111,8 @@ def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
         example = next((value for value, _ in common if value not in (0, COLOUR)), common[0][0])
         names = f"{found[0].path}" + (f" and {len(found) - 1} more" if found[1:] else "")
         lines.append(
-            f"{names}: masks hold the {'colours' if coloured else 'values'} {shares}{more}; name "
-            f"those of the foreground, such as data.foreground=nonzero or data.foreground="
+            f"{names}: masks contain the {'colours' if coloured else 'values'} {shares}{more}; say "
+            f"which are foreground, such as data.foreground=nonzero or data.foreground="
             f"{_shown(example)}"
         )
     return lines
@@ -142,7 +142,7 @@ def _shown(value: float) -> str:
 
 
 def _as_in(labels: NDArray[Any], value: int, coloured: bool) -> int:
-    """Return what a colour is in a gray mask, which has no colours: its gray, or no value."""
+    """Return the gray value of a colour in a gray mask, if it has one."""
     if coloured or value < COLOUR:
         return value
     red, green, blue = (value - COLOUR).to_bytes(3)
@@ -150,7 +150,7 @@ def _as_in(labels: NDArray[Any], value: int, coloured: bool) -> int:
 
 
 def unite(masks: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return 1 where any mask of an image is; all have one shape.
+    """Return the union of the masks of an image, which have the same shape.
 
     Raises:
         PolysegError: the shapes differ.
@@ -192,7 +192,7 @@ def _where_equal(
 
 
 def _distinct(labels: NDArray[Any]) -> NDArray[Any]:
-    """Return the values that occur, in order: all, or the first many where there are too many."""
+    """Return the values that occur, in order, up to a number of them."""
     flat = labels.reshape(-1)
     found = flat[:1]
     for start in range(0, flat.size, _BLOCK):
@@ -211,7 +211,7 @@ def _distinct_of_block(block: NDArray[Any]) -> NDArray[Any]:
 
 
 def _full_scale(values: NDArray[Any]) -> float | None:
-    """Return what full foreground is in a mask with soft edges, if it can be one."""
+    """Return the foreground value of a mask with soft edges, or None if it is another mask."""
     low, high = float(values[0]), float(values[-1])
     scale = 255.0 if high <= 255 else 65535.0
     if values.dtype.kind == "f" and high <= 1:
@@ -220,7 +220,7 @@ def _full_scale(values: NDArray[Any]) -> float | None:
 
 
 def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
-    """Return whether all that is neither 0 nor full is the edge of something, or noise at one."""
+    """Return whether all values except 0 and full are edges, or noise near edges."""
     edges = values[(values > _NOISE * scale) & (values < (1 - _NOISE) * scale)]
     between = values[(values > 0) & (values < scale)]
     # Labels 1, 2 with 255 for "ignore" are on one side only; JPEG's noise is on both.
@@ -236,7 +236,7 @@ def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
 
 
 def _strays(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
-    """Count the edge pixels of a slice, (H, W), and say whether any value is where none may be."""
+    """Return the number of edge pixels of a slice, (H, W), and whether a value is misplaced."""
     count = 0
     rows = max(4 * _NOISE_REACH, _BLOCK // labels.shape[1])
     for start in range(0, len(labels), rows):
@@ -258,7 +258,7 @@ def _strays(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
 def _near_outline(
     half: NDArray[np.bool_], rows: NDArray[np.intp], columns: NDArray[np.intp], reach: int
 ) -> NDArray[np.bool_]:
-    """Return for each pixel whether both kinds lie within so many rows and columns of it."""
+    """Return whether both foreground and background are within some rows and columns of a pixel."""
     # sums[i, j] counts the foreground above row i and before column j.
     sums = np.zeros((half.shape[0] + 1, half.shape[1] + 1), np.int32)
     sums[1:, 1:] = half.cumsum(0, np.int32).cumsum(1)

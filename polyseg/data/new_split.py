@@ -1,4 +1,4 @@
-"""Make a new split of a set of images, and check that training can use it."""
+"""Make a new split of a set of images, and check that it is usable for training."""
 
 import logging
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ _MANY_WINDOWS = 100
 
 
 def new_split(config: Config, images: ImageSet) -> Split:
-    """Divide the images as the settings say, and make sure that no image is on two sides.
+    """Split the images by the settings, and check that the parts have no image in common.
 
     Raises:
-        PolysegError: too few images, sizes that no batch can hold, or one image on two sides.
+        PolysegError: there are too few images, a batch would have several sizes, or an image is in
+            two parts.
     """
     if not images.has_masks:
         raise PolysegError("data: some images have no masks; training needs one for each")
@@ -49,14 +50,14 @@ def new_split(config: Config, images: ImageSet) -> Split:
 def _warn_of_no_test(split: Split) -> None:
     if not split["test"]:
         log.warning(
-            "no image is for testing: training ends without test metrics; data.split_file, "
-            "data.fold or a folder test/ sets some apart, `polyseg evaluate --split val` tests on "
-            "validation images"
+            "there are no test images, so training ends without test metrics; give some by "
+            "data.split_file, data.fold or a folder test/; `polyseg evaluate --split val` tests "
+            "the validation images"
         )
 
 
 def _refuse_without_foreground(training: Sequence[str], images: ImageSet) -> None:
-    """Raise if no training mask has foreground of a label, or none after resizing."""
+    """Raise if no training mask has foreground of a label, also after resizing."""
     kept = [images.item(one).kept for one in training]
     resized = [one for one in kept if one is not None and one.objects]
     if resized and None not in kept and not any(one.area for one in resized):
@@ -69,16 +70,12 @@ def _refuse_without_foreground(training: Sequence[str], images: ImageSet) -> Non
         if not any(share[k] for share in shares):
             what = f"foreground of {label}" if label else "foreground"
             raise PolysegError(
-                f"data: no training mask has any {what}; data.foreground says which values count"
+                f"data: no training mask has any {what}; data.foreground names the values"
             )
 
 
 def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
-    """Raise if an image, or images of one group, stand on two sides of a split.
-
-    Raises:
-        PolysegError: names them, and how to allow it.
-    """
+    """Raise PolysegError if equal images, or images of one group, are in two parts of a split."""
     likeness = {item.id: item.likeness for item in items}
     for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:
         log.warning("%s, which data.duplicates allows", sentence)
@@ -86,12 +83,12 @@ def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> Non
         more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
         what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
         if config.duplicates != "allow":
-            raise PolysegError(f"{what}; mend the split, or allow it by data.duplicates=allow")
+            raise PolysegError(f"{what}; correct the split, or allow it by data.duplicates=allow")
         log.warning("%s, which data.duplicates allows", what)
 
 
 def _warn_of_many_windows(images: ImageSet) -> None:
-    """Warn where small patches make whole images slow."""
+    """Warn if small patches make the prediction of whole images slow."""
     if images.tiling is None:
         return
     height, width = images.tiling.size

@@ -6,7 +6,7 @@ from polyseg.system.seeds import derive_seed, permutation
 
 
 def epoch_order(ids: Sequence[str], *, batch_size: int, seed: int, epoch: int) -> list[list[str]]:
-    """Return the images of each batch of an epoch, which follow from the arguments alone.
+    """Return the images of each batch of an epoch, which depend on the arguments only.
 
     >>> epoch_order(["a", "b", "c"], batch_size=2, seed=0, epoch=1)
     [['b', 'c'], ['a']]

@@ -1,9 +1,9 @@
-"""Keep decoded images in memory while they fit, else in a file on disk.
+"""Store decoded images in memory if they fit, else in a file.
 
-The file is named by the sha256 of all that its content follows from, so it is never stale. It is
-written aside and renamed, its index after it, so that runs side by side may share it and none ever
-sees half of one. Each image carries a checksum. Runs that use a file keep it open, so that both may
-be removed at any time.
+The name of the file is the sha256 of everything that its content depends on, so it is never
+outdated. The file and then its index are written under temporary names and renamed, so that
+parallel runs can share them and never read an incomplete file. Each image has a checksum. Runs keep
+the file open, so that it may be removed at any time.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Shape:
     channels: int
     dtype: str
     masks: int
-    """K, or 0 where there are none."""
+    """Number K of masks, 0 without masks."""
 
     @property
     def image_bytes(self) -> int:
@@ -59,7 +59,7 @@ class Shape:
 
 
 def shape_of(image: Image, masks: Masks | None) -> Shape:
-    """Return what an image, (H, W, C), and its masks, (K, H, W), are like."""
+    """Return the shape and type of an image, (H, W, C), and its masks, (K, H, W)."""
     height, width, channels = image.shape
     return Shape(height, width, channels, image.dtype.name, 0 if masks is None else len(masks))
 
@@ -73,7 +73,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Images held as they are.
+    """Images in memory.
 
     >>> MemoryStore([np.zeros((2, 2, 1))], [None]).get(0)[0].shape
     (2, 2, 1)
@@ -88,11 +88,11 @@ class MemoryStore:
 
 
 class DiskStore:
-    """Images in a file, read one by one as they are asked for.
+    """Images in a file, read one by one at access.
 
-    What was read belongs to the system's page cache, not to this process. The file stays open, so
-    that it may be removed meanwhile. Processes that were forked from this one read from it too;
-    those that got the store sent open the file by its name when they first read.
+    Pixels stay in the system's page cache, not in this process. The file stays open, so that it may
+    be removed. Forked processes read the same open file; processes that receive a pickled store
+    open the file when they first read.
 
     Raises:
         PolysegError: a file is missing or damaged.
@@ -106,7 +106,7 @@ class DiskStore:
             self.about: list[dict[str, Any]] = [dict(row["about"]) for row in rows]
             self._checksums = [int(row["checksum"]) for row in rows]
             if not all(_plausible(shape) for shape in self.shapes):
-                raise ValueError("an image of such a shape is none")
+                raise ValueError("the shape of an image is not valid")
             # By whole numbers of any size, which a lie cannot overflow.
             self._offsets = list(
                 itertools.accumulate((one.bytes for one in self.shapes), initial=0)
@@ -121,7 +121,7 @@ class DiskStore:
 
     @property
     def size(self) -> int:
-        """Bytes of all images and masks."""
+        """Size of all images and masks, in bytes."""
         return self._offsets[-1]
 
     @cached_property
@@ -132,7 +132,7 @@ class DiskStore:
         """Return image i, (H, W, C), and its masks, (K, H, W), or None where there are none.
 
         Raises:
-            PolysegError: its bytes are not those that were written, or cannot be read.
+            PolysegError: it cannot be read, or its checksum is wrong.
         """
         shape = self.shapes[i]
         try:
@@ -156,7 +156,7 @@ class DiskStore:
 
     def _damaged(self, why: str) -> PolysegError:
         return PolysegError(
-            f"{self.path}: is no file of decoded images ({why}); remove it and "
+            f"{self.path}: is not a file of decoded images ({why}); remove it and "
             f"{index_of(self.path).name}, they will be made anew"
         )
 
@@ -181,7 +181,7 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def writing_store(path: Path) -> Iterator[StoreWriter]:
-    """Write a file of decoded images, which is there, whole, when the block has ended well.
+    """Write a file of decoded images, which appears complete at the end of the block.
 
     Raises:
         PolysegError: the disk is full, or the folder cannot be written.
@@ -201,7 +201,7 @@ def writing_store(path: Path) -> Iterator[StoreWriter]:
 
 
 def index_of(path: Path) -> Path:
-    """Return the path of the index of a file of images, without which that one is not whole."""
+    """Return the path of the index of a file of images, which is written after the images."""
     return path.with_suffix(".json")
 
 

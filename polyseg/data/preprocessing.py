@@ -13,7 +13,7 @@ from polyseg.errors import PolysegError
 
 _LARGEST_AUTO, _MULTIPLE = 256, 16
 _LEAST_DEVIATION = 1e-3
-"""Smallest deviation by which an image is divided, in units of its pixels."""
+"""Smallest standard deviation by which an image is divided, in units of its pixels."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Levels:
 def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:
     """Return the levels of an image, (H, W, C), by `data.normalise`.
 
-    Those of "dataset" are the image's own mean and deviation, which `pooled_levels` pools.
+    With "dataset" they are the image's own mean and deviation, which `pooled_levels` pools.
 
     Raises:
         PolysegError: "unit" of pixels without a full range.
@@ -94,8 +94,8 @@ def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
     """Return mean and deviation over all pixels of several images, from those of each.
 
     Args:
-        levels: of each image.
-        pixels: how many each has.
+        levels: levels of each image.
+        pixels: number of pixels of each image.
 
     >>> pooled_levels([Levels((0.0,), (1.0,)), Levels((2.0,), (1.0,))], [1, 1])
     Levels(offset=(1.0,), scale=(1.4142135623730951,), clipped=False)
@@ -112,7 +112,7 @@ def levels_from(record: Any, channels: int) -> Levels | None:
     """Return the levels that a checkpoint recorded, or None where it recorded none.
 
     Raises:
-        ValueError: they are no levels of so many channels.
+        ValueError: they are not levels of that number of channels.
 
     >>> levels_from({"offset": [1.0], "scale": [2.0], "clipped": False}, 1)
     Levels(offset=(1.0,), scale=(2.0,), clipped=False)
@@ -161,18 +161,18 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of an image's foreground resizing keeps."""
+    """The foreground of an image after resizing."""
 
     objects: int
     """Number of connected objects, of all labels."""
     lost: int
-    """Number of objects of which no pixel is left."""
+    """Number of objects without a remaining pixel."""
     area: float
     """Area after resizing as a share of the area before."""
 
 
 def kept_foreground(masks: NDArray[np.uint8], resized: NDArray[np.uint8]) -> Kept:
-    """Return what resizing keeps of masks, (K, H, W), that became (K, h, w).
+    """Return the foreground that resizing masks, (K, H, W), to (K, h, w) keeps.
 
     >>> masks = np.zeros((1, 8, 8), np.uint8)
     >>> masks[0, 0, 0] = masks[0, 4:, 4:] = 1
@@ -195,7 +195,7 @@ def kept_foreground(masks: NDArray[np.uint8], resized: NDArray[np.uint8]) -> Kep
 
 
 def auto_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size that data.size=auto stands for, of the heights and widths of images.
+    """Return the size of data.size=auto from the heights and widths of images.
 
     >>> auto_size([(600, 800)]), auto_size([(100, 130), (96, 128), (90, 128)])
     ((192, 256), (96, 128))
@@ -238,7 +238,7 @@ def cut_patch(
     foreground_share: float,
     seed: int,
 ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
-    """Cut a patch at random; where it is over the edge, the image is mirrored and the mask is 0.
+    """Cut a random patch; beyond the edge, the image is mirrored and the mask is 0.
 
     Args:
         image: (H, W, C).
@@ -267,7 +267,7 @@ def cut_patch(
 
 
 def _pixel_of(masks: NDArray[np.uint8], generator: "np.random.Generator") -> tuple[int, int]:
-    """Return row and column of a pixel of the foreground, each as likely as any other."""
+    """Return row and column of a random foreground pixel."""
     inside = masks[0] if len(masks) == 1 else np.asarray(masks.any(axis=0))
     # By rows first, because a list of all pixels takes long to make of a large mask.
     ends = np.count_nonzero(inside, axis=1).cumsum()

@@ -44,7 +44,7 @@ class Member:
 
 
 def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
-    """Divide images as the settings say: by a file, as the data themselves do, by folds, by shares.
+    """Split images by a file, by the parts in the data, by folds, or by shares.
 
     Where the data name test images but none for validation, those are drawn from the others. A
     fold is the test part, unless the data bring one of their own: then it is the validation part.
@@ -89,7 +89,7 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
 
 
 def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> list[str]:
-    """Return the groups of which a split has images on two sides.
+    """Return the groups with images in two parts of a split.
 
     >>> members = [Member("a", group="x"), Member("b", group="x")]
     >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
@@ -106,7 +106,7 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
 
 
 def volume_of(identity: str) -> str:
-    """Return the id of the volume that a slice is of, or the id of an image as it is.
+    """Return the id of a slice's volume, or the id of an image unchanged.
 
     >>> volume_of("scan#012"), volume_of("photo")
     ('scan', 'photo')
@@ -137,7 +137,7 @@ def group_names(members: Sequence[Member], config: DataConfig) -> list[str]:
 def divide(
     members: Sequence[Member], shares: Sequence[float], config: DataConfig
 ) -> list[list[str]]:
-    """Divide images at random into parts of these shares, groups kept whole, strata alike.
+    """Split images at random by shares, with whole groups and similar parts.
 
     Groups are put in order of their share of foreground and shuffled in runs of about one a part
     and a half, then each is dealt to the part that lacks most of its share: so every part gets
@@ -213,11 +213,11 @@ def read_split_file(path: Path, fold: int | None = None) -> Split:
         split = {part: [_id_of(row) for row in rows] for part, rows in lists.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise PolysegError(
-            f"{path}: is no split; expected lists of ids under train, val and test, or a list of "
-            "such folds"
+            f"{path}: is not a split; expected lists of ids under train, val and test, or a "
+            "list of such folds"
         ) from None
     if not split["train"]:
-        raise PolysegError(f"{path}: names no training images")
+        raise PolysegError(f"{path}: has no training images")
     return split
 
 
@@ -235,33 +235,31 @@ def split_json(split: Split, hashes: Mapping[str, str]) -> str:
 
 
 def refuse_overlap(split: Split, source: str) -> None:
-    """Raise if an id stands in a split twice.
+    """Raise if a split contains an id twice.
 
     Raises:
         PolysegError: starts with `source` and names the id.
 
     >>> refuse_overlap({"train": ["a"], "val": ["a"], "test": []}, "split.json")
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: split.json: a stands in it twice; an image belongs to one part
+    polyseg.errors.PolysegError: split.json: a is in it twice; an image belongs to one part
     """
     seen: set[str] = set()
     for identity in (identity for ids in split.values() for identity in ids):
         if identity in seen:
-            raise PolysegError(
-                f"{source}: {identity} stands in it twice; an image belongs to one part"
-            )
+            raise PolysegError(f"{source}: {identity} is in it twice; an image belongs to one part")
         seen.add(identity)
 
 
 def _id_of(row: Any) -> str:
     identity = row["id"] if isinstance(row, dict) else row
     if not isinstance(identity, str) or not identity.isprintable():
-        raise ValueError("is no id")
+        raise ValueError("is not an id")
     return identity
 
 
 def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split:
-    """Return a file's split; what it says of a volume goes for each of its slices."""
+    """Return a file's split; the part of a volume is that of each of its slices."""
     named = read_split_file(path, fold)
     refuse_overlap(named, str(path))
     slices: dict[str, list[str]] = {}
@@ -282,7 +280,7 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     refuse_overlap(split, str(path))
     unused = len(members) - sum(map(len, split.values()))
     if not split["test"]:
-        # Folds say nothing of a test set; the data may.
+        # Folds have no test set, but the data may have one.
         known = {one for ids in split.values() for one in ids}
         split["test"] = [
             member.id for member in members if member.part == "test" and member.id not in known

@@ -1,4 +1,4 @@
-"""Make the batches of an epoch: shuffled, cut, augmented, and read by workers."""
+"""Make the batches of an epoch, with shuffling, patches, augmentation and worker processes."""
 
 import contextlib
 import resource
@@ -19,10 +19,10 @@ from polyseg.system.process_group import ALONE, Processes
 from polyseg.system.seeds import derive_seed
 
 _FILES_OF_A_WORKER, _FILES_BESIDES = 16, 32
-"""Open at once: of pipes and of the batches on their way, and what else may be opened meanwhile."""
+"""Numbers of open files for pipes and batches of a worker, and for everything else."""
 _OPEN_FILES = Path("/dev/fd")
 _SIGNS_OF_WORKERS = ("DataLoader worker (pid", "Too many open files", "ancdata")
-"""In what torch says where the system has ended a worker, or not let it work."""
+"""Phrases in torch's errors about workers that the system has ended or limited."""
 
 
 def training_batches(
@@ -56,7 +56,7 @@ def training_batches(
         batch_sampler=[
             [places[one] for one in _rows(names, processes) or names[:1]] for names in order
         ],
-        # Of its own, because workers' seeds would else be drawn from torch's global stream.
+        # Separate, because workers' seeds would otherwise use torch's global generator.
         generator=torch.Generator().manual_seed(derive_seed(seed, epoch, "workers")),
         num_workers=workers,
         collate_fn=_collate,
@@ -72,7 +72,7 @@ def training_batches(
 
 
 def _rows(names: list[str], processes: Processes) -> list[str]:
-    """Return which images of a batch are this process's."""
+    """Return the images of a batch that belong to this process."""
     return names[processes.rows(len(names))]
 
 
@@ -96,7 +96,7 @@ class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):
         return identity, image, masks
 
     def __getitems__(self, places: list[int]) -> "_Samples | PolysegError":
-        """Return the samples of a batch, or what a user is to know of why there are none.
+        """Return the samples of a batch, or the error for the user.
 
         What is raised in a worker arrives with the whole way that it came; what is returned, not.
         """
@@ -110,9 +110,7 @@ class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):
 _Samples = list[tuple[str, Tensor, Tensor]]
 
 
-def _collate(
-    samples: _Samples | PolysegError,
-) -> tuple[list[str], Tensor, Tensor] | PolysegError:
+def _collate(samples: _Samples | PolysegError) -> tuple[list[str], Tensor, Tensor] | PolysegError:
     if isinstance(samples, PolysegError):
         return samples
     ids, images, masks = zip(*samples, strict=True)
@@ -141,7 +139,7 @@ def _make_room_for_files(workers: int) -> None:
 
 @contextlib.contextmanager
 def _explaining_workers() -> Iterator[None]:
-    """Make one line of what the system refuses to workers, or does to them."""
+    """Turn errors of the system about workers into PolysegError."""
     try:
         yield
     except OSError as error:

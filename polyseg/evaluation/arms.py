@@ -1,4 +1,4 @@
-"""Arms of an experiment: runs that differ only by seed, fold or machine."""
+"""Combine runs that differ only by seed, fold or machine to arms."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _OF_ONE_ARM = {
     "control.replay_arm",
     "control.replay_seed",
 }
-"""Settings that may differ within an arm, besides where its results go."""
+"""Settings that may differ within an arm, besides those of the output."""
 
 _OF_THE_LOSS = ("loss.name", "loss.epsilon", "loss.terms", "loss.scale", "uncertainty.", "control.")
 """Beginnings of the settings that a Dice arm may have other than the adaptive arm beside it."""
@@ -72,7 +72,7 @@ def roles_of(
 
 
 def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> list[RunScores]:
-    """Return one record an arm, label and kind of prediction, in place of its runs."""
+    """Return a record for each arm, label and kind of prediction, instead of its runs."""
     pooled = []
     for arm, names in arms.items():
         of_arm = [run for run in runs if run.name in names]
@@ -83,11 +83,9 @@ def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> l
 
 
 def pool_points(
-    points: Sequence[RobustnessPoint],
-    runs: Sequence[RunScores],
-    arms: Mapping[str, Sequence[str]],
+    points: Sequence[RobustnessPoint], runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]
 ) -> list[RobustnessPoint]:
-    """Return the robustness points of arms, in place of those of their runs."""
+    """Return the robustness points of arms, instead of those of their runs."""
     titles = {
         run.title: RunScores(arm, [], run.label).title
         for arm, names in arms.items()
@@ -123,7 +121,7 @@ def _settings(config: Config, without: tuple[str, ...] = ()) -> dict[str, Any]:
         for key, value in settings.items()
         if key not in _OF_ONE_ARM and not key.startswith(("output.", *without))
     }
-    # Machines keep a data set in different places, but under one name.
+    # On different machines a data set has different paths, but the same name.
     kept["data set"] = Path(config.data.path or "").name
     return kept
 
@@ -133,6 +131,6 @@ def _common_name(names: Sequence[str]) -> str:
     last = {name.rsplit("/", 1)[-1] for name in names}
     if len(last) == 1 < len(names):
         return last.pop()
-    # Sign by sign: "dice_s0" and "dice_s1" have "dice_s" in common.
+    # By characters: "dice_s0" and "dice_s1" have "dice_s" in common.
     common = os.path.commonprefix(list(names)).rsplit("/", 1)[-1]  # noqa: RUF071
     return re.sub(r"([-_. ]+(seed|fold|s|f)?[-_. ]*\d*)$", "", common, flags=re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Export of an evaluation: tables as Markdown and LaTeX, numbers as CSV and JSON."""
+"""Export an evaluation: tables as Markdown and LaTeX, numbers as CSV and JSON."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.system.files import csv_table, without_nan
 
 SCHEMA = 1
-"""Version of summary.json, raised when a key changes its meaning or goes; new keys may come."""
+"""Version of summary.json, raised if a key is removed or changes its meaning."""
 
 
 def markdown(summary: Record) -> str:
@@ -59,7 +59,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
 
 
 def robustness_csv(evaluation: Evaluation) -> str:
-    """Return the means of all metrics at each strength of each damage as CSV."""
+    """Return the means of all metrics at each strength of each corruption as CSV."""
     metrics = list(METRICS)
     rows = [
         [point.run, point.corruption, point.strength, *(_plain(point.mean(key)) for key in metrics)]
@@ -69,7 +69,7 @@ def robustness_csv(evaluation: Evaluation) -> str:
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values, None for what is undefined."""
+    """Return an evaluation as plain values, with None for undefined ones."""
     record = {
         "schema": SCHEMA,
         "rule": RULE,
@@ -81,10 +81,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "tolerance": evaluation.tolerance,
         "failure_dice": evaluation.failure,
         "metrics": {
-            name: {
-                "title": evaluation.heading(metric),
-                "higher_is_better": metric.higher_is_better,
-            }
+            name: {"title": evaluation.heading(metric), "higher_is_better": metric.higher_is_better}
             for name, metric in METRICS.items()
         },
         "runs": [_run_record(run, evaluation) for run in evaluation.runs],
@@ -160,7 +157,7 @@ def _comparison_record(one: Comparison) -> dict[str, Any]:
 
 def _markdown(sheet: Sheet) -> str:
     def shown(cell: Cell) -> str:
-        # What names hold may be anything; brackets of intervals stay as they are.
+        # Names may contain any characters; brackets of intervals are not escaped.
         text = re.sub(r"([\\|*_`<>&]|(?<=\])\()", r"\\\1", _plain_line(cell.text))
         return (f"**{text}**" if cell.best else text) + cell.marks.replace("*", "\\*")
 
@@ -181,7 +178,7 @@ def _latex(sheet: Sheet) -> str:
         text = rf"\textbf{{{text}}}" if cell.best else text
         return text + (f"$^{{{cell.marks}}}$" if cell.marks else "")
 
-    # An empty group, because a bracket or a star at first would be read as an argument of \\.
+    # An empty group, because LaTeX takes a bracket or star at the start as an argument of \\.
     rows = ["{}" + " & ".join(shown(cell) for cell in row) + r" \\" for row in sheet.rows]
     return "\n".join(
         [
@@ -211,7 +208,7 @@ def _escape(text: str) -> str:
 
 
 def _plain_line(text: str) -> str:
-    """Return a text as one line: names may hold what would end it."""
+    """Return a text as one line without control characters, which names may contain."""
     return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 

@@ -1,4 +1,4 @@
-"""The probabilities that a network predicts, at an image's own size or at the network's size."""
+"""Predict probabilities at the original size of images or at the size of the network's input."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -42,8 +42,8 @@ def at_size(
 ) -> NDArray[np.floating]:
     """Return probabilities of an image, (K, h, w), as float32 at the size of its file.
 
-    With "network" they are returned as they are. Resizing is bilinear, so that values stay between
-    those of their neighbours.
+    With "network" they are not changed. Resizing is bilinear, so that values stay between those of
+    their neighbours.
     """
     if at == "network":
         return maps
@@ -52,5 +52,5 @@ def at_size(
 
 
 def masks_at(images: ImageSet, identity: str, at: At) -> NDArray[np.uint8] | None:
-    """Return the masks of an image, (K, H, W) in {0, 1}, at that size; None where it has none."""
+    """Return the masks of an image, (K, H, W) in {0, 1}, at that size, or None without masks."""
     return images.masks(identity) if at == "network" else images.original(identity)[1]

@@ -45,13 +45,13 @@ class ImageScores:
 
     id: str
     values: Mapping[str, float]
-    """By the name in `METRICS`; NaN where the mask leaves it undefined."""
+    """Metrics by name in `METRICS`; NaN if undefined for the mask."""
     mask_pixels: float
     predicted_pixels: float
     uncertainty: Mapping[str, float] = field(default_factory=dict)
-    """Uncertainty of the network about the image, by name, where it was measured."""
+    """Uncertainties of the network about the image by name, if they were measured."""
     group: str | None = None
-    """Group of the image, such as its patient; None where none is known."""
+    """Group of the image, such as its patient, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,20 @@ class RunScores:
     name: str
     scores: Sequence[ImageScores]
     label: str = ""
-    """Which of the network's labels, where it has several."""
+    """Name of the label, "" for a single one."""
     prediction: Prediction = "plain"
-    """Of one pass without dropout, or the mean over the passes of MC Dropout."""
+    """"plain": pass without dropout; "mc_mean": mean over the passes of MC Dropout."""
     threshold: float = 0.5
-    """From which probability on a pixel is foreground; NaN where an arm's runs differ."""
+    """Smallest probability of foreground; NaN if an arm's runs have different thresholds."""
     unit: str = "px"
     """Unit of distances, "px" or "mm"."""
     at: str = "original"
     """Size of the compared masks: "original", that of the files, or "network"."""
     seed: int | None = None
     fold: int | None = None
-    """Of the training, by which runs of two arms are paired."""
+    """Fold of the training; runs of two arms are paired by seed and fold."""
     reliability: ReliabilityCurve | None = None
-    """Over the pixels of all images."""
+    """Reliability curve over the pixels of all images."""
     members: Sequence["RunScores"] = ()
     """The runs of an arm."""
 
@@ -151,14 +151,14 @@ class RunScores:
         return np.array([image.uncertainty.get(name, math.nan) for image in self.scores])
 
     def counts(self) -> dict[str, int]:
-        """Return how many images were empty in which way, for an arm by any of its runs."""
+        """Return the numbers of empty masks and predictions; for an arm in any of its runs."""
         if self.members:
             each = [run.cases() for run in self.members]
             return {name: len(set().union(*(one[name] for one in each))) for name in each[0]}
         return {name: len(ids) for name, ids in self.cases().items()}
 
     def cases(self) -> dict[str, set[str]]:
-        """Return which images were empty in which way."""
+        """Return the ids of images with empty masks or predictions."""
         masks = np.array([image.mask_pixels > 0 for image in self.scores], dtype=bool)
         predictions = np.array([image.predicted_pixels > 0 for image in self.scores], dtype=bool)
         chosen = {
@@ -173,36 +173,36 @@ class RunScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run against the baseline: differences image by image, for each metric."""
+    """Paired differences between a run and the baseline for each metric."""
 
     baseline: str
     run: str
     label: str
     differences: Mapping[str, PairedDifference]
-    """By the name in `METRICS`."""
+    """Differences by name in `METRICS`."""
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """Some of a run's images: a third by size or by difficulty."""
+    """A third of a run's images, by size or by difficulty."""
 
     by: str
     """"size" or "difficulty"."""
     name: str
     images: int
     means: Mapping[str, float]
-    """By the name in `METRICS`, NaN where no image defines it."""
+    """Means by name in `METRICS`; NaN if undefined for all images."""
 
 
 @dataclass(frozen=True)
 class FailureDetection:
-    """Whether an uncertainty tells the images that a network segments badly; risk is 1 - Dice."""
+    """How well an uncertainty finds badly segmented images; risk is 1 - Dice."""
 
     uncertainty: str
     failed: int
-    """Images whose Dice is below the limit."""
+    """Number of images with a Dice below the limit."""
     auroc: float
-    """Of telling them by the uncertainty; NaN if all or none failed."""
+    """Area under the ROC curve for these images; NaN if all or none failed."""
     aurc: float
     excess_aurc: float
     spearman: float
@@ -211,13 +211,13 @@ class FailureDetection:
 
 @dataclass(frozen=True)
 class RobustnessPoint:
-    """A metric of a run on images that were damaged in one way and to one degree."""
+    """The metrics of a run on images with one corruption at one strength."""
 
     run: str
-    """Its title."""
+    """Title of the run."""
     corruption: str
     strength: int
-    """0: not at all."""
+    """Strength from 0, none, to 5."""
     scores: Sequence[ImageScores]
 
     def column(self, key: str) -> Values:
@@ -237,7 +237,7 @@ class Evaluation:
     comparisons: Sequence[Comparison] = ()
     robustness: Sequence[RobustnessPoint] = ()
     tolerance: float = 2.0
-    """Of NSD, in the unit of the distances."""
+    """Tolerance of NSD, in the unit of the distances."""
     failure: float = 0.7
     """Dice below which an image counts as failed."""
     part: str = "test"
@@ -266,9 +266,10 @@ class Evaluation:
         return metric.heading(self.unit, self.tolerance)
 
     def difficulty(self, run: RunScores) -> Values | None:
-        """Return the difficulty of a run's images to the first run, so that thirds are the same.
+        """Return the first run's difficulty of a run's images, so that thirds are the same.
 
-        It is the first uncertainty that was measured, (n,), NaN for an image without; or None.
+        It is the first uncertainty that was measured, (n,), with NaN for images without it, or
+        None.
         """
         first = next((one for one in self.runs if one.label == run.label), run)
         names = [name for image in first.scores for name in image.uncertainty]
@@ -290,17 +291,17 @@ def image_scores(
     uncertainty: Mapping[str, float] | None = None,
     group: str | None = None,
 ) -> ImageScores:
-    """Return the metrics of one image, the prediction being probability >= threshold.
+    """Return the metrics of one image; the predicted mask is probability >= threshold.
 
     Args:
-        identity: the image's id.
+        identity: id of the image.
         probability: (H, W) in [0, 1].
         mask: (H, W) in {0, 1}.
         threshold: in (0, 1).
-        spacing: of rows and of columns, in mm; without it distances are in pixels.
-        tolerance: of NSD, in the same unit.
-        uncertainty: about the image, by name.
-        group: of the image, such as its patient.
+        spacing: distance of rows and of columns, in mm; None for distances in pixels.
+        tolerance: tolerance of NSD, in the same unit.
+        uncertainty: uncertainties about the image, by name.
+        group: group of the image, such as its patient.
 
     >>> mask = np.array([[1, 1], [0, 0]])
     >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
@@ -319,12 +320,12 @@ def image_scores(
 
 
 def pool(name: str, members: Sequence[RunScores]) -> RunScores:
-    """Return runs that differ by seed or fold as one arm: each image its mean over them.
+    """Combine runs that differ by seed or fold to an arm, with the mean of each image.
 
-    An image that one run did not test, being of another fold, has the mean of those that did.
+    The mean is over the runs that tested the image, because folds test different images.
 
     Raises:
-        PolysegError: their distances have different units, or their masks other sizes.
+        PolysegError: the runs have distances in different units, or masks of different sizes.
 
     >>> scores = [ImageScores("a", {"dice": dice}, 4, 4) for dice in (0.5, 0.7)]
     >>> arm = pool("arm", [RunScores(f"s{i}", [one], seed=i) for i, one in enumerate(scores)])
@@ -347,11 +348,7 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
 
 
 def refuse_other_sizes(runs: Sequence[RunScores]) -> None:
-    """Raise unless the masks of all runs were compared at the same kind of size.
-
-    Raises:
-        PolysegError: names a run of each.
-    """
+    """Raise PolysegError unless the masks of all runs were compared at the same size."""
     names = {run.at: run.name for run in runs}
     if len(names) > 1:
         listed = ", ".join(f"{name} at {at} size" for at, name in names.items())
@@ -359,7 +356,7 @@ def refuse_other_sizes(runs: Sequence[RunScores]) -> None:
 
 
 def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
-    """Return each image's mean over the runs that have tested it, in order of appearance."""
+    """Return the mean of each image over the runs that tested it, in order of appearance."""
     found: dict[str, list[ImageScores]] = {}
     for scores in runs:
         for image in scores:
@@ -368,11 +365,11 @@ def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
 
 
 def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
-    """Compare all runs with the one of that name, label by label, on the same images.
+    """Compare all runs with the baseline on the same images, for each label.
 
-    Means over the passes of MC Dropout are compared with such means. Of arms the runs with equal
-    seed and fold are compared, or all if there are none. p-values of a metric are adjusted by
-    Holm's method over the runs that are compared in it.
+    Means over passes of MC Dropout are compared with such means. For arms, runs with equal seed and
+    fold are compared, or all runs if there are none. The p-values of a metric are adjusted by
+    Holm's method over the compared runs.
 
     Raises:
         PolysegError: there is no such run, or masks were compared at different sizes.
@@ -388,18 +385,17 @@ def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
         of_kind = [run for run in runs if (run.label, run.prediction) == kind]
         reference = next((run for run in of_kind if run.name == baseline), None)
         if reference is None:
-            raise PolysegError(f"--baseline {baseline}: has nothing of {kind[0] or kind[1]}")
+            raise PolysegError(f"--baseline {baseline}: has no results for {kind[0] or kind[1]}")
         found += _compared(reference, [run for run in of_kind if run is not reference])
     return found
 
 
 def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stratum]:
-    """Yield the thirds of a run's images by size of the mask, and by difficulty where it is known.
+    """Yield the thirds of a run's images by size of the mask, and by difficulty if it is known.
 
     Args:
-        run: its images without foreground are in no third by size.
-        difficulty: (n,) of its images; of one run for all that are compared, so that their thirds
-            are of the same images.
+        run: the run; images without foreground are in no third by size.
+        difficulty: (n,), from one of the compared runs, so that all have the same thirds.
     """
     sizes = np.array([image.mask_pixels or math.nan for image in run.scores])
     ways = [("size", SIZES, sizes)]
@@ -415,10 +411,10 @@ def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stra
 
 
 def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
-    """Return how well each uncertainty that was measured tells the images that failed.
+    """Return how well each measured uncertainty finds the images that failed.
 
     Args:
-        run: of its images those count that have a Dice and an uncertainty.
+        run: the run; images without a Dice or an uncertainty are ignored.
         limit: Dice below which an image has failed.
 
     >>> found = [(0.9, 0.1), (0.5, 0.3), (0.8, 0.2)]
@@ -463,7 +459,7 @@ def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Compari
 
 
 def _difference(reference: RunScores, run: RunScores, metric: Metric) -> PairedDifference:
-    """Compare two runs, or of two arms the runs with equal seed and fold."""
+    """Compare two runs, or the runs of two arms with equal seed and fold."""
     pairs = _pairs(reference, run)
     if pairs:
         reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
@@ -501,13 +497,13 @@ def _deviation(values: Values) -> float:
 
 
 def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
-    """Return a metric of some images, NaN where the run has not tested one."""
+    """Return a metric of some images, NaN for images that the run has not tested."""
     values = {image.id: image.values[key] for image in run.scores}
     return np.array([values.get(identity, math.nan) for identity in ids])
 
 
 def _mean_of_image(images: Sequence[ImageScores]) -> ImageScores:
-    """Return the mean over several runs' scores of one image, of what is defined in any."""
+    """Return the mean over several runs' scores of one image, without undefined values."""
     first = images[0]
 
     def mean(values: Sequence[float]) -> float:

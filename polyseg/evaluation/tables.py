@@ -1,7 +1,7 @@
-"""The tables of an evaluation as rows of cells, from the values of its summary.json.
+"""Make the tables of an evaluation, as rows of cells, from its summary.json.
 
-The summary may come from a file of another version or of somebody else: a value that is missing,
-or not of the expected kind, becomes a dash or is left out.
+The summary may come from another version or be damaged: a missing value, or one of another type,
+becomes a dash or is left out.
 """
 
 import math
@@ -18,11 +18,7 @@ RULE = (
 )
 DASH = "–"
 """Text of a cell whose value is undefined."""
-PARTS = {
-    "val": "Validation metrics",
-    "train": "Training metrics",
-    "all": "Metrics of all images",
-}
+PARTS = {"val": "Validation metrics", "train": "Training metrics", "all": "Metrics of all images"}
 """Title of metrics that are not of test images alone, by the tested part."""
 SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
 """Size at which masks were compared, in words."""
@@ -101,7 +97,7 @@ class Network:
 
 @dataclass(frozen=True)
 class _Metric:
-    """A metric of a summary, which may be one that this version does not know."""
+    """A metric of a summary, which may be unknown to this version."""
 
     key: str
     title: str
@@ -118,8 +114,8 @@ def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
     """Return the tables of an evaluation that are not empty.
 
     Args:
-        summary: of the evaluation.
-        brief: of several comparisons the differences in Dice alone.
+        summary: summary of the evaluation.
+        brief: whether several comparisons are shown in Dice only.
 
     >>> [sheet.title for sheet in sheets({"runs": []})]
     []
@@ -139,13 +135,13 @@ def p_text(value: float) -> str:
 
 
 def mapping(record: Record, key: str) -> Record:
-    """Return the mapping under a key, an empty one where there is none."""
+    """Return the mapping under a key, or an empty one."""
     found = record.get(key)
     return found if isinstance(found, dict) else {}
 
 
 def size_of(summary: Record) -> str:
-    """Return the size at which masks were compared; version 0.1 did so at the network's.
+    """Return the size at which masks were compared; "network" for version 0.1.
 
     >>> size_of({})
     'network'
@@ -155,7 +151,7 @@ def size_of(summary: Record) -> str:
 
 
 def metrics_title(summary: Record) -> str:
-    """Return the title of the metrics, which says which images they are of.
+    """Return the title of the metrics, which names the tested images.
 
     >>> metrics_title({"part": "val"}), metrics_title({})
     ('Validation metrics', 'Test metrics')
@@ -164,13 +160,13 @@ def metrics_title(summary: Record) -> str:
 
 
 def records(record: Record, key: str) -> list[Record]:
-    """Return the mappings of the list under a key, none where there is no list."""
+    """Return the mappings of the list under a key, or an empty list."""
     found = record.get(key)
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def metrics_sheet(summary: Record) -> Sheet:
-    """Return the means of all metrics, a row a metric and a column a network and label."""
+    """Return the means of all metrics: a row per metric, a column per network and label."""
     found = networks(summary)
     keys = dict.fromkeys(key for one in found for key in mapping(one.record, "metrics"))
     metrics = _metrics(summary, list(keys))
@@ -209,7 +205,7 @@ def metrics_sheet(summary: Record) -> Sheet:
 
 
 def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
-    """Return the differences in Dice of several comparisons, and those of each in all metrics."""
+    """Return a table of several comparisons in Dice, and one of each comparison in all metrics."""
     compared = [
         (one, _metrics(summary, list(mapping(one, "metrics"))))
         for one in records(summary, "comparisons")
@@ -235,7 +231,7 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
 
 
 def further_sheets(summary: Record) -> list[Sheet]:
-    """Return the tables beside metrics and differences: thirds, failures, robustness."""
+    """Return the other tables: thirds, failures, robustness."""
     found = [*_strata_sheets(summary), _failure_sheet(summary), _robustness_sheet(summary)]
     return [sheet for sheet in found if sheet.rows]
 
@@ -399,7 +395,7 @@ def _of_images(stratum: Record) -> str:
 
 
 def _best(found: Sequence[Network], metric: _Metric) -> set[str]:
-    """Return the networks of each label whose mean, as shown, is best; none where one is alone."""
+    """Return the networks of each label with the best mean as shown; none for a single network."""
     best: set[str] = set()
     for label in dict.fromkeys(one.label for one in found):
         means = {one.title: one.mean(metric.key) for one in found if one.label == label}
@@ -421,7 +417,7 @@ def _marks(summary: Record, title: str, key: str) -> str:
 
 
 def _spread(one: Network, metric: _Metric) -> str:
-    """Return "mean ± deviation (seeds s, folds f)"; what is undefined is left out."""
+    """Return "mean ± deviation (seeds s, folds f)" without undefined values."""
     found, digits = one.statistics(metric.key), metric.decimals
     deviation, *spreads = (
         _number(found.get(name), digits)
@@ -435,7 +431,7 @@ def _spread(one: Network, metric: _Metric) -> str:
 
 
 def _details(one: Network, metric: _Metric) -> str:
-    """Return the interval of a mean, and the number of images where it is not that of all."""
+    """Return the interval of a mean, and the number of images if it is not that of all."""
     found = one.statistics(metric.key)
     low, high = (_number(found.get(end), metric.decimals) for end in ("low", "high"))
     interval = [] if DASH in (low, high) else [f"{low} to {high}"]
@@ -455,7 +451,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _real(value: Any) -> float:
-    """Return a value as a number, NaN if it is none that a table can show."""
+    """Return a value as a float, NaN if a table cannot show it."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and abs(value) < 1e300 else math.nan
 

@@ -1,4 +1,4 @@
-"""Testing masks that any tool has written, by the rules that networks are tested by."""
+"""Test masks that other tools have written, by the rules for networks."""
 
 import dataclasses
 import logging
@@ -30,19 +30,19 @@ from polyseg.metrics.image_metrics import METRICS
 log = logging.getLogger(__name__)
 
 _OF_PROBABILITIES = [name for name, one in METRICS.items() if one.of_probability]
-"""Metrics that masks leave undefined."""
+"""Metrics that need probabilities, and are undefined for masks."""
 
 Stack = NDArray[np.uint8]
 Files = dict[str, Path]
-"""The files of an image, by label; "" is a label map of all."""
+"""Files of an image by label; "" is a label map of all labels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OtherMasks:
-    """Folders of masks to test, and how the true masks are read where no run tells."""
+    """Folders of masks to test, and the settings for true masks if there are no runs."""
 
     folders: Mapping[str, Path]
-    """By the name that tables show."""
+    """Folders by their names in tables."""
     config: DataConfig
 
 
@@ -63,7 +63,7 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
     predictions = (keeper(one) for one in _predictions(test, files, config))
     scores = [_without_probabilities(run) for run in judge(test, predictions, keeper.thresholds)]
     if not any(image.predicted_pixels for run in scores for image in run.scores):
-        log.warning("%s: none of its masks has any foreground; see data.foreground", folder)
+        log.warning("%s: no mask has foreground; see data.foreground", folder)
     return NetworkResults(scores, [], keeper.masks(test.processes))
 
 

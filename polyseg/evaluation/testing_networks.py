@@ -1,4 +1,4 @@
-"""Testing one network: plain predictions, means over passes of MC Dropout, damaged images.
+"""Test one network: plain predictions, means over passes of MC Dropout, corrupted images.
 
 Several processes share the images of each test, and all of them get the metrics of all images.
 """
@@ -53,7 +53,7 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 _PIXELS_AT_ONCE = 2**24
 """Largest number of pixels whose MC-Dropout maps are kept in memory at once."""
 _CHOOSING = 48
-"""Least number of images, up to a batch, by which the number of passes is chosen."""
+"""Smallest number of images, up to a batch, that choose the number of passes."""
 
 Groups = Mapping[str, str | None]
 """The group of each image, such as its patient, by the image's id."""
@@ -80,20 +80,20 @@ class PredictedMasks:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured of each network, and how."""
+    """The settings of the tests of networks."""
 
     threshold: Threshold = 0.5
-    """Least probability of a foreground pixel; "val": the best one on the validation images."""
+    """Smallest probability of foreground; "val": the best one on the validation images."""
     uncertainty: bool = False
-    """Whether to test the mean over passes of MC Dropout too, and whether D finds failures."""
+    """Whether to test the mean over passes of MC Dropout, and whether D finds failures."""
     samples: int | None = None
-    """N, the number of passes; None for the run's own."""
+    """Number N of passes; None for that of the run."""
     corruptions: Sequence[str] = ()
-    """Kinds of damage to test under."""
+    """Names of corruptions to test."""
     at: At = "original"
     """Size at which predictions and masks are compared."""
     by: Literal["patient", "image"] = "patient"
-    """Case of means, intervals and tests; patients count where they are known."""
+    """Unit of means, intervals and tests; "patient" is "image" if no patients are known."""
     tolerance: float = 2.0
     """Tolerance of NSD, in pixels, or in mm where spacings are known."""
     failure: float = 0.7
@@ -134,7 +134,7 @@ class NetworkResults:
 
 @dataclass(frozen=True)
 class ImageTest:
-    """The images that a network, or a folder of masks, is tested on, and how."""
+    """A test of a network, or of a folder of masks."""
 
     name: str
     images: ImageSet
@@ -151,11 +151,11 @@ class ImagePrediction(NamedTuple):
 
     id: str
     probability: NDArray[np.floating]
-    """(K, H, W) in [0, 1]."""
+    """Predicted probabilities, (K, H, W) in [0, 1]."""
     masks: NDArray[np.uint8]
-    """(K, H, W) in {0, 1}, the true masks."""
+    """True masks, (K, H, W) in {0, 1}."""
     uncertainty: Mapping[str, Sequence[float]]
-    """Values by name, one for each label."""
+    """Uncertainties by name, with a value for each label."""
 
 
 def score(
@@ -168,7 +168,7 @@ def score(
     groups: Groups | None = None,
     progress: Progress = no_progress,
 ) -> list[RunScores]:
-    """Return the metrics of a network on some images, image by image, a record a label.
+    """Return the metrics of a network on some images, with a record for each label.
 
     Raises:
         PolysegError: the images have no masks.
@@ -186,9 +186,9 @@ def choose_thresholds(
     processes: Processes = ALONE,
     at: At = "original",
 ) -> dict[str, float]:
-    """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
+    """Return the threshold of each label, of `THRESHOLDS`, with the highest mean Dice.
 
-    Of several that are equally good it is the one nearest to 0.5.
+    If several are equally good, it is the one nearest to 0.5.
     """
     how = EvaluationSettings(at=at)
     test = ImageTest("", images, ids, batch_size, how, progress, processes)
@@ -214,20 +214,20 @@ def measure_network(
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> NetworkResults:
-    """Measure all that the settings ask for of one network.
+    """Test one network as the settings say.
 
     Args:
         model: the network.
         name: name of the network in tables.
         images: images that include the tested ones.
         ids: ids of the tested images.
-        settings: what is measured.
+        settings: settings of the test.
         load: function that reads the network's own data.
-        progress: of all tests.
+        progress: called with the progress of each test.
         processes: processes that share the images; all get all results.
 
     Raises:
-        PolysegError: the images have no masks, or there are none to choose a threshold on.
+        PolysegError: the images have no masks, or there are no images to choose a threshold.
     """
     size = model.config.training.batch_size
     groups = {} if settings.by == "image" else patients_of(images, model.config.data)
@@ -257,7 +257,7 @@ def patients_of(images: ImageSet, config: DataConfig) -> Groups:
 
 
 def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
-    """Return the uncertainties about each image, by name, one a label."""
+    """Return the uncertainties of each image by name, with a value for each label."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in scores:
         for image in run.scores:
@@ -278,8 +278,7 @@ def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
         else (images, part_of(split, "val", images, model))
     )
     found = choose_thresholds(
-        *(model.network, own, ids, test.batch_size, test.progress, test.processes),
-        test.settings.at,
+        *(model.network, own, ids, test.batch_size, test.progress, test.processes), test.settings.at
     )
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
@@ -290,7 +289,7 @@ def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
 def _plain(
     network: SegmentationNetwork, test: ImageTest, task: str = ""
 ) -> Iterator[ImagePrediction]:
-    """Yield what one pass without dropout predicts for each image of this process's share."""
+    """Yield the prediction without dropout for each image of this process's share."""
     images, at, total = test.images, test.settings.at, len(test.ids)
     task = task or f"testing {test.name}"
     mine = test.processes.share(test.ids)
@@ -313,9 +312,9 @@ def true_masks(test: ImageTest, identity: str) -> NDArray[np.uint8]:
 
 
 def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
-    """Yield the mean over the passes of MC Dropout, and the uncertainty, of each image of a share.
+    """Yield the mean over passes of MC Dropout, and uncertainties, for each image of a share.
 
-    Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
+    Uncertainties are averaged over the predicted foreground, because new images have no masks.
     """
     images, samples, at = test.images, test.settings.samples, test.settings.at
     settings = passes_of(model.config, region="prediction", save_maps=True, samples=samples)
@@ -335,7 +334,7 @@ def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
             total=len(part),
             also=also,
         ).in_order(part)
-        # Where the passes choose N, the first part does so for all.
+        # With samples "auto", the first part chooses N for all.
         settings = settings.model_copy(update={"samples": found.samples})
         for i, identity in enumerate(part):
             if identity not in mine:
@@ -355,8 +354,8 @@ def _parts(
 ) -> Iterator[list[str]]:
     """Yield a process's share of the images in parts whose maps fit into memory.
 
-    So many of the first choose N: where there are several processes, all of them see all of those
-    before anything else, so that they choose the same.
+    The first `choosing` images choose N. If there are several processes, all of them see these
+    images first, so that they choose the same N.
     """
     first = next(_chunks(images, ids))[:choosing] if processes.count > 1 else []
     rest = [identity for identity in processes.share(ids) if identity not in first]
@@ -386,7 +385,7 @@ def judge(
     thresholds: Mapping[str, float],
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
-    """Return the metrics of all images, a record a label, where each process judges its share."""
+    """Return the metrics of all images by label; each process computes those of its share."""
     labels, at = test.images.labels, test.settings.at
     spacings = {one: _spacing(test.images, one, at) for one in test.ids}
     in_mm = None not in spacings.values()
@@ -444,12 +443,12 @@ def _spacing(images: ImageSet, identity: str, at: At) -> tuple[float, float] | N
 def _under_damage(
     model: Model, test: ImageTest, clean: Sequence[RunScores]
 ) -> Iterator[RobustnessPoint]:
-    """Yield the metrics of a network on images damaged in each way, to each degree."""
+    """Yield the metrics of a network on images with each corruption and strength."""
     thresholds, mine = {run.label: run.threshold for run in clean}, test.processes.share(test.ids)
     for corruption in test.settings.corruptions:
         yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
         for strength in STRENGTHS[1:]:
-            # One seed for all networks, so that all see the same damage.
+            # The same seed for all networks, so that all get the same corrupted images.
             images = corrupted(
                 test.images, corruption, strength, seed=0, config=model.config.data, ids=mine
             )
@@ -460,7 +459,7 @@ def _under_damage(
 
 
 class MaskKeeper:
-    """Keeps the predicted masks, compressed, for the figures at the end."""
+    """Stores the predicted masks, compressed, for the figures."""
 
     def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
         self.name, self.labels, self.thresholds = name, labels, thresholds
@@ -468,7 +467,7 @@ class MaskKeeper:
         self.shapes: dict[str, tuple[int, int]] = {}
 
     def __call__(self, one: ImagePrediction) -> ImagePrediction:
-        """Keep the masks of a prediction, and return it."""
+        """Store the masks of a prediction, and return the prediction."""
         for k, label in enumerate(self.labels):
             predicted = one.probability[k] >= self.thresholds[label]
             self.packed[label][one.id] = zlib.compress(np.packbits(predicted).tobytes(), 1)
@@ -476,7 +475,7 @@ class MaskKeeper:
         return one
 
     def masks(self, processes: Processes) -> list[PredictedMasks]:
-        """Return the masks that all processes kept, a record for each label."""
+        """Return the masks of all processes, with a record for each label."""
         packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
         shapes = _united(processes.gathered(self.shapes))
         return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]

@@ -1,15 +1,15 @@
-"""Measure uncertainty by MC Dropout: N passes with only the active dropout layers on.
+"""Measure uncertainty by MC Dropout: N passes in which only the active dropout layers are random.
 
-Layers stay in evaluation mode and each active one multiplies by its mask, drawn from a generator of
-its own, so normalisation statistics do not move and torch's random stream is not advanced. Where
-there is enough to compute, the network is made a program, which computes once what the passes have
-in common. The plain pass is the reference that a program is checked against, and what is run where
-none can be made, or where it fails.
+All layers stay in evaluation mode, and the output of each active one is multiplied by a mask from a
+separate generator, so normalisation statistics and torch's random state do not change. For larger
+assessments the network is compiled to a program that computes the common part of all passes once.
+Programs are checked against plain passes, which are also used if no program can be made or it
+fails.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -32,18 +32,13 @@ from polyseg.records import Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 
-__all__ = [
-    "assess",
-    "spread",
-    "stochastic_layers",
-    "stochastic_pass",
-]
+__all__ = ["assess", "spread", "stochastic_layers", "stochastic_pass"]
 
 log = logging.getLogger(__name__)
 
 _KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_WORTH_TAKING_APART = 2_000_000
-"""Pixels of all images times passes from which a program repays the second that making it takes."""
+_FEWEST_COMPILED = 2_000_000
+"""Smallest number of pixels times passes for which compiling, about a second, saves time."""
 
 
 def assess(
@@ -61,33 +56,33 @@ def assess(
 ) -> Assessment:
     """Measure by MC Dropout how uncertain the network is about each image.
 
-    The network, its modes and torch's random stream are afterwards as they were before. With
-    "consistent" masks pass n drops the same for every image, so the result does not depend on
-    batch size or order; "independent" masks differ from image to image, by its id.
+    The network, its modes and torch's random state are not changed. "consistent" masks are equal
+    for all images of a pass, so results do not depend on batch size or order; "independent" masks
+    depend on the id of the image.
 
     Args:
         network: maps (B, C, H, W) to logits (B, K, H, W); has active dropout layers.
-        batches: images, on any device, of one size within a batch. A list, or anything else that
-            can be read twice: should the fast passes fail, all is measured anew by plain ones. An
-            iterator is read once, by plain passes.
+        batches: images, on any device, of the same size within a batch. With a list, or another
+            iterable that can be read twice, passes may be compiled, and are repeated as plain ones
+            if that fails. An iterator is read once, by plain passes.
         settings: number of passes, metric, region and so on. Standard errors and rank stability
             are NaN below 4 passes. Samples "auto" is the least N, from 6 to 100, whose rank
-            stability reaches `rank_target`, judged from the first images. All scores are kept,
-            and `metric` names the one that is the difficulty; without passes for a metric that
-            takes none. The training loss is known to the training alone, which adds it.
-        seed: of the masks, together with epoch, pass and layer.
-        epoch: the epochs the network was trained for.
-        progress: told before each pass and after each batch how many images are done.
-        total: the number of images, for progress.
-        processes: that share the images; all give the same batches, and all get the whole.
-        also: scores of the whole image to measure besides, of `choices.WHOLE_SCORES`,
-            `choices.PAIR_SCORES`, or "size".
+            stability reaches `rank_target`, judged from the first images. The result has all
+            scores, and `metric` names the difficulty among them; if it needs no passes, none are
+            run. The training loss is not computed here.
+        seed: random seed of the masks, together with epoch, pass and layer.
+        epoch: number of epochs that the network was trained for.
+        progress: called with the number of finished images before each pass and after each batch.
+        total: number of images, for progress.
+        processes: processes that share the images; all give the same batches and get all results.
+        also: further scores of the whole image, of `choices.WHOLE_SCORES`, `choices.PAIR_SCORES`,
+            or "size".
         changes: settings by name that replace those of `settings`, such as samples=3.
 
     Raises:
-        PolysegError: no active dropout, dropout that cannot be steered, no images, a result that
-            is not finite, or too little memory for one image. Where it is too little for a batch
-            only, the batch is divided.
+        PolysegError: there are no active dropout layers, no images, or dropout that polyseg cannot
+            control; a result is not finite; or memory is too small for one image (if it is too
+            small for a batch, the batch is divided).
 
     >>> batch = Batch(["a", "b"], torch.rand(2, 1, 8, 8), torch.ones(2, 1, 8, 8))
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
@@ -98,27 +93,17 @@ def assess(
         settings = UncertaintyConfig(**settings.model_dump() | changes)
     layers = active_layers(network) if settings.takes_passes else {}
     streams = MaskStreams(settings.masks, seed, epoch)
-    wanted = wanted_of(settings, also)
+    kind, plain_pass = _KINDS[settings.precision], partial(stochastic_pass, network, layers)
 
-    def attempt(batches: Iterable[Batch], *, take_apart: bool) -> _Attempt:
-        kind, plain_pass = _KINDS[settings.precision], partial(stochastic_pass, network, layers)
-        passes = Passes(network, layers, streams, plain_pass, take_apart=take_apart, kind=kind)
-        found = _Attempt(passes, settings, wanted, processes, progress, total)
+    def attempt(batches: Iterable[Batch], *, compiled: bool) -> _Attempt:
+        passes = Passes(network, layers, streams, plain_pass, compiled=compiled, kind=kind)
+        found = _Attempt(passes, settings, wanted_of(settings, also), processes, progress, total)
         found.measure(batches)
         return found
 
-    whole = explaining_memory("MC Dropout", LESS_MEMORY)
-    with held_in_mode(network, training=False), torch.inference_mode(), whole:
-        take_apart, first = _worth_taking_apart(batches, settings)
-        try:
-            found = attempt(first, take_apart=take_apart)
-        except ProgramFailedError as error:
-            log.warning(
-                "MC Dropout: the fast passes failed (%s); all passes are run plainly, "
-                "which is slower",
-                str(error)[:200],
-            )
-            found = attempt(batches, take_apart=False)
+    memory = explaining_memory("MC Dropout", LESS_MEMORY)
+    with held_in_mode(network, training=False), torch.inference_mode(), memory:
+        found = _with_fallback(attempt, batches, settings)
     if not found.table.images:
         raise PolysegError("MC Dropout: there are no images to assess")
     return Assessment(
@@ -134,15 +119,31 @@ def assess(
     ).in_order(found.given)
 
 
+def _with_fallback(
+    attempt: Callable[..., "_Attempt"], batches: Iterable[Batch], settings: UncertaintyConfig
+) -> "_Attempt":
+    """Return the attempt with compiled passes, or if these fail that with plain passes."""
+    compiled, first = _is_worth_compiling(batches, settings)
+    try:
+        return attempt(first, compiled=compiled)
+    except ProgramFailedError as error:
+        log.warning(
+            "MC Dropout: the compiled passes failed (%s); all passes are repeated without "
+            "compilation, which is slower",
+            str(error)[:200],
+        )
+        return attempt(batches, compiled=False)
+
+
 def wanted_of(settings: UncertaintyConfig, also: Sequence[str] = ()) -> Wanted:
-    """Return what is measured by some settings, and scores besides."""
+    """Return the scores to compute: those of the settings and further ones."""
     own = [settings.metric] if score_of(settings.metric).of != "pixels" else []
     names = tuple(dict.fromkeys([*own, *also]))
     return Wanted(settings.region, settings.boundary_width, settings.save_maps, names)
 
 
 class _Attempt:
-    """The measuring of all images by fast or by plain passes."""
+    """The measurement of all images by compiled or plain passes."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class _Attempt:
         self.progress, self.total = progress, total
         self.table = Table(wanted)
         self.given = list[str]()
-        """Ids in the order of the batches."""
+        """Ids of the images in the order of the batches."""
         self.samples = 0
         """Number of passes."""
 
@@ -166,12 +167,14 @@ class _Attempt:
         """Fill the table with all images of all processes.
 
         Raises:
-            ProgramFailedError: in all processes, if the program fails in one of them.
+            ProgramFailedError: the program failed in one of the processes; raised in all of them.
         """
-        extend = partial(extended, portions=Portions("MC Dropout", LESS_MEMORY), tell=self._tell)
+        extend = partial(
+            extended, portions=Portions("MC Dropout", LESS_MEMORY), report=self._report
+        )
         settings = self.settings
         wanted = settings.samples if settings.takes_passes else 0
-        # Images that choose N are measured by all processes, which must agree.
+        # All processes measure the images that choose N, in order to choose the same.
         self.divided = ALONE if wanted == "auto" else self.processes
         each, pilot = self._measurements(batches), list[Measurement]()
         if wanted == "auto":
@@ -186,11 +189,11 @@ class _Attempt:
         with _failing_in_all(self.processes):
             for measurement in extend(chain(pilot, each), self.samples):
                 self.table.add(measurement)
-                self._tell()
+                self._report()
         self.table = Table.merged(self.processes.gathered(self.table))
 
     def _measurements(self, batches: Iterable[Batch]) -> Iterator[Measurement]:
-        """Yield what is to be measured of the images of this process."""
+        """Yield a measurement, without passes yet, for each batch of this process's images."""
         for batch in batches:
             places = range(len(self.given), len(self.given) + len(batch.ids))
             self.given.extend(batch.ids)
@@ -201,18 +204,14 @@ class _Attempt:
                 for part in self.passes.parts(batch if alone else images_of(batch, mine)):
                     yield Measurement(self.passes, part, self.wanted)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         done = self.processes.count * len(self.table.images)
         self.progress("MC Dropout", min(self.total, done), self.total)
 
 
 @contextlib.contextmanager
 def _failing_in_all(processes: Processes) -> Iterator[None]:
-    """Let the failure of a program in one process end the block in all of them.
-
-    Raises:
-        ProgramFailedError: the program failed here, or in another process.
-    """
+    """Raise ProgramFailedError in all processes if one of them raises it in the block."""
     error: ProgramFailedError | None = None
     try:
         yield
@@ -225,23 +224,23 @@ def _failing_in_all(processes: Processes) -> Iterator[None]:
 def stochastic_pass(
     network: nn.Module, layers: dict[str, Any], images: Tensor, streams: MaskStreams, passes: range
 ) -> Tensor:
-    """Return the probabilities of thinned networks, p_n = f(x; z_n) (eq. 7).
+    """Return the probabilities of passes with dropout masks, p_n = f(x; z_n) (eq. 7).
 
-    z_n is Bernoulli(1 - rate) and what is kept is divided by 1 - rate, so means are preserved. The
-    result is (passes B K, H, W), pass after pass, the K labels of an image one after another.
+    z_n is Bernoulli(1 - rate), and kept values are divided by 1 - rate, so means are preserved. The
+    result is (passes B K, H, W): pass after pass, with the K labels of an image next to each other.
     """
     calls = dict.fromkeys(layers, 0)
 
     def begin(*_: Any) -> None:
-        # Window by window, a large image meets one thinned network, not one a window.
+        # A network that works window by window uses the same masks in all windows.
         calls.update(dict.fromkeys(layers, 0))
 
     def drop(name: str, layer: Any, features: Tensor) -> Tensor:
         calls[name] += 1
         shape = streams.shape_of(name, calls[name], layer, features)
         mask = streams.mask(passes, name, calls[name], shape, layer.p)
-        thinned: Tensor = features * mask.to(features)
-        return thinned
+        dropped: Tensor = features * mask.to(features)
+        return dropped
 
     hooks = [
         layer.register_forward_hook(
@@ -259,36 +258,36 @@ def stochastic_pass(
 
 
 def spread(ids: Sequence[str]) -> list[str]:
-    """Return ids in an order whose beginning stands for all, whatever order they come in.
+    """Return ids in an order whose first ones are spread evenly over the given order.
 
     >>> spread(["a", "b", "c", "d", "e"])
     ['a', 'c', 'e', 'b', 'd']
     """
-    # Steps of the golden ratio leave no large gap.
+    # Multiples of the golden ratio leave no large gaps.
     return [ids[i] for i in np.argsort(np.arange(len(ids)) * 0.6180339887 % 1, kind="stable")]
 
 
-def _worth_taking_apart(
+def _is_worth_compiling(
     batches: Iterable[Batch], settings: UncertaintyConfig
 ) -> tuple[bool, Iterable[Batch]]:
-    """Return whether a program is worth being made, and the batches, of which the first are read.
+    """Return whether compiling saves time, and the batches, including those read for the answer.
 
-    Only the images decide, so that the same assessment always runs the same way.
+    The answer depends on the images only, so that an assessment is always computed the same way.
     """
     if settings.program == "plain" or not settings.takes_passes:
         return False, batches
     following = iter(batches)
     if following is batches:
-        log.info("MC Dropout: the batches can be read once only, so that all passes are plain")
+        log.info("MC Dropout: passes are not compiled, because the batches can be read only once")
         return False, batches
-    # Of two ways to be wrong about N, the one that costs no more than making a program.
+    # An N that is not known yet counts as the largest: compiling in vain costs about a second.
     passes = MOST if settings.samples == "auto" else settings.samples
     read: list[Batch] = []
     work = 0
     for batch in following:
         read.append(batch)
         work += batch.images[:, 0].numel() * passes
-        if work >= _WORTH_TAKING_APART:
+        if work >= _FEWEST_COMPILED:
             return True, chain(read, following)
-    log.debug("MC Dropout: so few pixels that the network is run whole each pass")
+    log.debug("MC Dropout: passes are not compiled, because there are few pixels")
     return False, read

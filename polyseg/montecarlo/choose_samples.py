@@ -1,4 +1,4 @@
-"""How many passes: N where it is chosen by the passes themselves, over the first images."""
+"""Choose the number N of passes from the rank stability of the first images."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -8,11 +8,10 @@ from polyseg.montecarlo.scores import Measurement, join_halves, stability_of
 FEWEST, MOST = 6, 100
 """Bounds of N."""
 _IMAGES, _BYTES = 48, 2**28
-"""So many images judge the ranking of all; fewer, where their records would be larger."""
-
+"""Number of images that choose N, and the size of their records, in bytes, that ends earlier."""
 
 Extend = Callable[[Iterable[Measurement], int], Iterable[Measurement]]
-"""Runs the passes of measurements up to so many; perhaps of fewer images each."""
+"""Function that returns measurements with that number of passes, perhaps in smaller parts."""
 
 
 def choose_samples(
@@ -21,13 +20,13 @@ def choose_samples(
     """Return the least N whose expected rank stability reaches the target.
 
     Args:
-        measurements: of which the first are taken and extended to N passes.
-        target: the rank stability, in (0, 1).
-        metric: which of `Wanted.streamed` ranks them.
-        extend: runs their passes.
+        measurements: measurements; the first ones are consumed and get N passes.
+        target: rank stability to reach, in (0, 1).
+        metric: index in `Wanted.streamed` of the score that ranks the images.
+        extend: function that runs the passes.
 
     Returns:
-        N, and the measurements that were taken.
+        N, and the consumed measurements.
     """
     pilot = _first_of(measurements)
     samples = FEWEST
@@ -36,7 +35,7 @@ def choose_samples(
         parts = [measurement.results().halves() for measurement in pilot]
         labels = len(pilot[0].batch.labels)
         stability = stability_of(join_halves(parts)[:, :, metric], labels)
-        if not stability < target or samples >= MOST:  # No number is not below either.
+        if not stability < target or samples >= MOST:  # NaN ends the search too.
             break
         more = passes_needed(stability, samples, target) if stability > 0 else 2 * samples
         samples = min(max(samples + 1, more), 2 * samples, MOST)
@@ -44,7 +43,7 @@ def choose_samples(
 
 
 def _first_of(measurements: Iterator[Measurement]) -> list[Measurement]:
-    """Take the first of the measurements, as many as judge the ranking of all."""
+    """Return the first measurements, which choose N for all."""
     taken: list[Measurement] = []
     for measurement in measurements:
         taken.append(measurement)

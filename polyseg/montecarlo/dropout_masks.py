@@ -1,4 +1,4 @@
-"""The masks of MC Dropout: a random stream for each layer and pass, none of which has a state."""
+"""Draw the masks of MC Dropout from a separate random generator for each layer and pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +15,9 @@ Sharing = Literal["consistent", "independent"]
 
 @dataclass(frozen=True)
 class MaskStreams:
-    """Masks that belong to (seed, epoch, pass, layer), and to the image if independent.
+    """Masks that depend on (seed, epoch, pass, layer), and on the image if independent.
 
-    They are drawn on the CPU, so every device sees the same masks.
+    They are drawn on the CPU, so they are equal on all devices.
 
     >>> streams = MaskStreams("independent", seed=0, epoch=1).of(["a", "b"], (8, 8))
     >>> streams.mask(range(3, 4), "dropout", call=1, shape=torch.Size([4, 1, 1]), rate=0.5).shape
@@ -29,27 +29,27 @@ class MaskStreams:
     epoch: int
     ids: list[str] = field(default_factory=list)
     shapes: dict[tuple[Any, ...], torch.Size] = field(default_factory=dict)
-    """What `shape_of` was asked for, by size of the images, layer and call."""
+    """Results of `shape_of`, by image size, layer and call."""
     size: tuple[int, ...] = ()
 
     def of(self, ids: list[str], size: Sequence[int]) -> "MaskStreams":
-        """Return the masks of these images of one size."""
+        """Return the masks of these images, which have the same size."""
         return replace(self, ids=ids, size=tuple(size))
 
     def known_shape(self, name: str, call: int) -> torch.Size:
-        """Return what `shape_of` returned for a layer and images of this size."""
+        """Return the last result of `shape_of` for a layer and images of this size."""
         return self.shapes[(*self.size, name, call)]
 
     def shape_of(self, name: str, call: int, layer: Any, features: Tensor) -> torch.Size:
-        """Return the shape of the mask of an image of (B, C, H, W) features."""
+        """Return, and store, the shape of the mask of one image of features, (B, C, H, W)."""
         shape = mask_shape(layer, features.shape[1:])
         self.shapes[(*self.size, name, call)] = shape
         return shape
 
     def mask(self, passes: range, name: str, call: int, shape: torch.Size, rate: float) -> Tensor:
-        """Return 0 or 1 / (1 - rate): (1, *shape) for all images alike, or (B, *shape).
+        """Return masks of 0 and 1 / (1 - rate), (1, *shape) for all images, or (B, *shape).
 
-        Of several passes it is (passes B, *shape), the images of one after those of another.
+        For several passes they are (passes B, *shape), pass after pass.
         """
         alike = self.masks == "consistent"
         owners: list[tuple[str, ...]] = [()] if alike else [(identity,) for identity in self.ids]

@@ -1,8 +1,8 @@
-"""Run the passes of MC Dropout over batches: by a network's program, or plainly.
+"""Run the passes of MC Dropout over batches, by a network's program or as plain passes.
 
-A program computes once what the passes have in common. For every size of image and every way to
-compute it, its first batch is compared with the plain pass, which is the reference, and which all
-networks run of which no program can be made.
+A program computes the common part of all passes once. Its first batch is compared with plain
+passes, for each image size and each way of computation. Networks without a program use plain
+passes.
 """
 
 import contextlib
@@ -27,26 +27,28 @@ from polyseg.system.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 PlainPass = Callable[[Tensor, MaskStreams, range], Tensor]
-"""From (B, C, H, W) images, masks and numbers of passes to probabilities, (passes B K, H, W)."""
+"""Function of (B, C, H, W) images, masks and pass numbers that returns probabilities,
+(passes B K, H, W)."""
 
 _TRIAL_SIDE = 512
+"""Largest height and width of the image by which a network is checked, in pixels."""
 _TOLERANCE = 1e-4
-"""Largest difference of a probability between a program and the plain pass, far above rounding."""
+"""Largest difference of a probability between a program and plain passes, far above rounding."""
 _TIMES_ROUNDING = 4
-"""Largest difference between two ways to compute, in multiples of what a lower precision moves
-pixels by, at most and in the mean."""
+"""Largest difference in a lower precision, as a multiple of the maximum and the mean difference
+between that precision and float32."""
 _BYTES_AT_ONCE = 2**24
-"""Size of feature maps that stay in a processor's caches, in bytes."""
+"""Size of feature maps that stay in a CPU's caches, in bytes."""
 _PIXELS_AT_ONCE = 2**22
-"""Number of pixels that passes run over together on an accelerator, which fewer do not fill."""
+"""Number of pixels that passes on a GPU process together, enough to keep it busy."""
 
 
 class ProgramFailedError(Exception):
-    """The program of a network failed, or gave something else than the network."""
+    """The program of a network failed, or its result differs from the network's."""
 
 
 class Passes:
-    """The passes of one network over batches, by its program where it has one."""
+    """The passes of one network over batches, by its program if it has one."""
 
     def __init__(
         self,
@@ -55,39 +57,39 @@ class Passes:
         streams: MaskStreams,
         plain_pass: PlainPass,
         *,
-        take_apart: bool,
+        compiled: bool,
         kind: torch.dtype = torch.float32,
     ) -> None:
-        """Prepare the passes, which run nothing yet.
+        """Prepare the passes without running any.
 
         Args:
-            network: in evaluation mode.
+            network: a network in evaluation mode.
             layers: its active dropout layers by name.
-            streams: their masks.
-            plain_pass: of the whole network.
-            take_apart: whether to try and make a program of it.
-            kind: of numbers that it computes with, as far as it may.
+            streams: masks of these layers.
+            plain_pass: function that runs the whole network.
+            compiled: whether to try to make a program of the network.
+            kind: precision of the computation.
         """
         self.network, self.layers, self.streams = network, layers, streams
-        self.plain_pass, self.take_apart, self.kind = plain_pass, take_apart, kind
+        self.plain_pass, self.compiled, self.kind = plain_pass, compiled, kind
         self.program: Program | None = None
         self.device = device_of(network)
-        # Window by window, a network would take passes for windows.
+        # A network that works window by window would mistake passes for windows.
         windows = getattr(network, "window", None) is not None
         self.most_pixels = 0 if windows else _most_pixels_together(self.device)
-        """That passes run together over; 0 where each runs alone."""
+        """Largest number of pixels of passes that run together; 0 to run each pass alone."""
         self.checked: set[tuple[Any, ...]] = set()
         self.joinable: dict[tuple[Any, ...], bool] = {}
-        """Of which ways of looking passes give together what they give one by one."""
+        """Whether passes that run together give the same results, by way of computation."""
         self.tried = False
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
-        """Divide a batch as it is fastest."""
+        """Divide a batch into parts that are computed fastest."""
         for part in _by_emptiness(batch):
             self._prepare(part.images[:1].to(self.device))
-            yield from self._in_reach_of_caches(part)
+            yield from self._cache_sized(part)
 
-    def _in_reach_of_caches(self, batch: Batch) -> Iterator[Batch]:
+    def _cache_sized(self, batch: Batch) -> Iterator[Batch]:
         at_once = len(batch.ids)
         if self.program is not None and self.device.type == "cpu":
             pixels = batch.images.shape[2] * batch.images.shape[3]
@@ -97,16 +99,16 @@ class Passes:
 
     def plainly(self, images: Tensor, ids: list[str], passes: range) -> Tensor:
         """Return the probabilities of passes of the whole network, (passes B K, H, W)."""
-        with self._as_precise():
+        with self._autocast():
             return self.plain_pass(images, self.streams.of(ids, images.shape[2:]), passes)
 
     def without_dropout(self, images: Tensor) -> Tensor:
-        """Return the probabilities of the network as it is, (B K, H, W)."""
-        with self._as_precise():
+        """Return the probabilities of the network without dropout, (B K, H, W)."""
+        with self._autocast():
             logits: Tensor = self.network(images)
         return logits.float().sigmoid().flatten(0, 1)
 
-    def _as_precise(self) -> torch.autocast:
+    def _autocast(self) -> torch.autocast:
         reduced = self.kind != torch.float32
         return torch.autocast(self.device.type, self.kind if reduced else None, enabled=reduced)
 
@@ -115,11 +117,11 @@ class Passes:
 
         Args:
             images: (B, C, H, W).
-            ids: of the images.
-            chosen: (B, K, H, W), the only pixels that are wanted; None for all.
+            ids: ids of the images.
+            chosen: the pixels to compute, (B, K, H, W); None for all.
 
         Raises:
-            ProgramFailedError: the program fails, or gives something else than the network.
+            ProgramFailedError: the program failed, or its result differs from the network's.
         """
         images = images.to(self.device)
         if self.program is None:
@@ -127,7 +129,7 @@ class Passes:
         with _program_failing():
             ours = BatchPasses(self, images, ids, chosen, self.program)
             if ours.way not in self.checked and not self._is_sound(ours):
-                raise ProgramFailedError("it gives something else than the network")
+                raise ProgramFailedError("its result differs from the network's")
         self.checked.add(ours.way)
         return ours
 
@@ -143,7 +145,7 @@ class Passes:
         return masks
 
     def _prepare(self, images: Tensor) -> None:
-        """Try the network, and take it apart, when the first image comes."""
+        """Check the network for hidden dropout and compile it, when the first image comes."""
         if self.tried:
             return
         self.tried = True
@@ -152,32 +154,29 @@ class Passes:
         part = images[..., :height, :width]
         if self.layers:
             refuse_hidden_dropout(self.network, part.repeat(2, 1, 1, 1))
-        if not self.take_apart:
+        if not self.compiled:
             return
         try:
             if window is not None:
                 raise UntraceableError("it reads images window by window")
-            self.program = self._taken_apart(images)
-        except Exception as error:  # A network may be anything, and anything is run the plain way.
+            example, _, _ = _padded(self.network, images)
+            core = getattr(self.network, "core", self.network)
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.program = Program(core, self.layers, example.clone(), kind=self.kind)
+        except Exception as error:  # A user's network may fail in any way; plain passes remain.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.info("MC Dropout: the network is run whole each pass, because %s", reason[:200])
-
-    def _taken_apart(self, images: Tensor) -> Program:
-        example, _, _ = _padded(self.network, images)
-        core = getattr(self.network, "core", self.network)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            return Program(core, self.layers, example.clone(), kind=self.kind)
+            log.info("MC Dropout: the network is not compiled, because %s", reason[:200])
 
     def _is_sound(self, ours: "BatchPasses") -> bool:
         """Compare a program with the whole network, in a pass and without dropout.
 
-        On the first and the last image of the batch, which tell a wrong program as all would.
+        The first and the last image of the batch are enough to find a wrong program.
         """
         rows = sorted({0, len(ours.ids) - 1})
         ids = [ours.ids[i] for i in rows]
         chosen = None if ours.chosen is None else ours.chosen[rows]
         whole = BatchPasses(self, ours.images[rows], ids, chosen, None)
-        # Which first of all tells the masks' shapes.
+        # The plain pass comes first, because it determines the shapes of the masks.
         plain = whole.sample(0)
         pairs = (
             (ours.part_of(ours.sample(0), rows), plain),
@@ -189,13 +188,13 @@ class Passes:
         )
 
     def may_join(self, ours: "BatchPasses") -> bool:
-        """Whether passes over a batch may run together: each must give what it gives alone."""
+        """Return whether passes over a batch give the same results together as one by one."""
         if ours.way not in self.joinable:
             try:
                 together, alone = ours.together(range(2)), [ours.sample(0), ours.sample(1)]
             except (RuntimeError, ProgramFailedError) as error:
                 if is_out_of_memory(error):
-                    self.most_pixels = 1  # Not to be tried again and again.
+                    self.most_pixels = 1  # Do not try it again.
                     return False
                 log.debug("MC Dropout: passes cannot run together: %s", error)
                 together, alone = (), []
@@ -206,7 +205,7 @@ class Passes:
         return self.joinable[ours.way]
 
     def _rounding(self, ours: "BatchPasses") -> tuple[Tensor, Tensor]:
-        """Return how far a precision below single moves what is looked at, and all pixels."""
+        """Return the changes of probabilities by a lower precision, at chosen and all pixels."""
         if self.kind == torch.float32:
             return torch.zeros(1), torch.zeros(1)
         single: Tensor = self.network(ours.images).float().sigmoid().flatten(0, 1)
@@ -216,12 +215,12 @@ class Passes:
 
 @contextlib.contextmanager
 def _program_failing() -> Iterator[None]:
-    """Turn the errors of a program into one; that memory ran out says nothing against it."""
+    """Turn errors of a program into ProgramFailedError, except for lack of memory."""
     try:
         yield
     except (ProgramFailedError, PolysegError):
         raise
-    except Exception as error:  # A network may be anything.
+    except Exception as error:  # A user's network may fail in any way.
         if is_out_of_memory(error):
             raise
         raise ProgramFailedError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -242,7 +241,7 @@ class BatchPasses:
         self.inside: PreparedBatch | None = None
         if program is not None:
             padded, self.top, self.left = _padded(passes.network, images)
-            # Windows go image by image, which suits a processor; accelerators want all at once.
+            # Windows are computed image by image, which is fast on CPUs only.
             self.inside = PreparedBatch(
                 program, padded, self._placed(chosen, padded), crop=not passes.most_pixels
             )
@@ -258,17 +257,17 @@ class BatchPasses:
 
     @property
     def way(self) -> tuple[Any, ...]:
-        """What decides how it is computed: the size, whether at points, by which windowed end."""
+        """The way of computation: image size, chosen pixels, program, windowed end."""
         end = None if self.inside is None else self.inside.end_number
         return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, end)
 
     def sample(self, index: int) -> Tensor:
-        """Return the probabilities of a pass, on the CPU: (n,) where pixels are chosen."""
+        """Return the probabilities of a pass, on the CPU; (n,) if pixels are chosen."""
         (found,) = self.together(range(index, index + 1))
         return found
 
     def samples(self, passes: range) -> Iterator[Tensor]:
-        """Yield the probabilities of one pass after another, of which several may run together."""
+        """Yield the probabilities of one pass after another; several may run together."""
         pixels, first = self.images[:, 0].numel(), passes.start
         while first < passes.stop:
             count = max(1, min(self.passes.most_pixels // pixels, passes.stop - first))
@@ -285,7 +284,7 @@ class BatchPasses:
             first += count
 
     def together(self, passes: range) -> tuple[Tensor, ...]:
-        """Return the probabilities of passes that run at once, each as `sample` does."""
+        """Return the probabilities of passes that run together, each as `sample` does."""
         if self.inside is None:
             whole = self.passes.plainly(self.images, self.ids, passes).cpu()
             each = whole.chunk(len(passes))
@@ -301,7 +300,7 @@ class BatchPasses:
         return logits.float().sigmoid().cpu().chunk(len(passes))
 
     def part_of(self, sample: Tensor, rows: list[int]) -> Tensor:
-        """Return what `sample` says of some of the images."""
+        """Return the part of a result of `sample` that belongs to some of the images."""
         if self.chosen is None:
             return _of_images(sample, len(self.ids), rows)
         ours = torch.zeros_like(self.chosen)
@@ -309,7 +308,7 @@ class BatchPasses:
         return sample[ours[self.chosen]]
 
     def without_dropout(self) -> Tensor:
-        """Return the probabilities of the network as it is, (B K, H, W) on the CPU."""
+        """Return the probabilities of the network without dropout, (B K, H, W) on the CPU."""
         return self._without_dropout
 
     @cached_property
@@ -321,21 +320,21 @@ class BatchPasses:
         return self._cut(logits).float().sigmoid().cpu()
 
     def _cut(self, logits: Tensor) -> Tensor:
-        """Return the logits without what the network was padded by, (B K, H, W)."""
+        """Return the logits without padding, (B K, H, W)."""
         height, width = self.images.shape[2:]
         rows = slice(self.top, self.top + height)
         return logits[..., rows, self.left : self.left + width].flatten(0, 1)
 
 
 def _most_pixels_together(device: torch.device) -> int:
-    # A processor is faster with few feature maps, which stay near.
+    # CPUs are faster with few feature maps, which stay in their caches.
     return 0 if device.type == "cpu" else _PIXELS_AT_ONCE
 
 
 def _by_emptiness(batch: Batch) -> list[Batch]:
-    """Divide a batch into images with foreground of every label, and others.
+    """Divide a batch into images with foreground of every label, and other images.
 
-    The others' foreground is known when all passes are done, which takes all pixels of each.
+    The region of the other images depends on the passes, which therefore need all pixels.
     """
     if batch.masks is None:
         return [batch]
@@ -345,10 +344,10 @@ def _by_emptiness(batch: Batch) -> list[Batch]:
 
 
 def _are_alike(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
-    """Return whether probabilities are equal up to rounding, of a lower precision too."""
+    """Return whether probabilities are equal up to rounding, also in a lower precision."""
     if found.shape != wanted.shape:
         return False
-    # Values that are not finite come from weights that diverged, not from the program.
+    # Values that are not finite come from diverged weights, not from the program.
     apart = (found - wanted).abs()[wanted.isfinite()]
     if apart.numel() == 0:
         return True
@@ -359,7 +358,7 @@ def _are_alike(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
 
 
 def _of_images(values: Tensor, count: int, rows: list[int]) -> Tensor:
-    """Return of (B K, H, W) the part of some of the B images."""
+    """Return the rows of some of the images from values of `count` images, (B K, H, W)."""
     return values.reshape(count, -1, *values.shape[1:])[rows].flatten(0, 1)
 
 

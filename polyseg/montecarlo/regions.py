@@ -1,4 +1,4 @@
-"""The pixels of each image that its difficulty is averaged over."""
+"""Select the pixels of each image over which its difficulty is averaged."""
 
 import torch
 from torch import Tensor
@@ -11,23 +11,23 @@ from polyseg.difficulty import FALLBACKS
 def select_region(
     region: str, mask: Tensor | None, mean: Tensor, *, boundary_width: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Return the pixels that D is averaged over, and which images needed a fallback to have some.
+    """Return the pixels over which D is averaged, and the fallback that each image needed.
 
-    Where the region of an image is empty, as "mask" of an empty mask and "boundary" of a mask that
-    fills the image are, the prediction takes its place: its region of that name, or if that is
-    empty too all of it. Where nothing is predicted either, nothing is chosen and D is 0.
+    An empty region ("mask" of an empty mask, "boundary" of a mask that fills the image) is replaced
+    by the same region of the prediction, or if that is empty too by the whole prediction. If
+    nothing is predicted, no pixel is chosen and D is 0.
 
     Args:
-        region: its name in `REGIONS`.
+        region: name in `REGIONS`.
         mask: (B, H, W) in {0, 1}, or None, which counts as empty.
-        mean: (B, H, W) mean prediction in [0, 1].
-        boundary_width: pixels on either side of the edge that "boundary" takes.
+        mean: mean prediction, (B, H, W) in [0, 1].
+        boundary_width: width of "boundary" on each side of the edge, in pixels.
 
     Returns:
         (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`.
 
     Raises:
-        ValueError: an unknown region, or other shapes.
+        ValueError: the region is unknown, or the shapes differ.
 
     >>> mean = torch.tensor([[[0.9, 0.1]]])
     >>> select_region("mask", torch.zeros(1, 1, 2), mean)
@@ -35,7 +35,9 @@ def select_region(
     """
     if mean.ndim != 3 or (mask is not None and mask.shape != mean.shape):
         given = None if mask is None else tuple(mask.shape)
-        raise ValueError(f"mask {given} and mean {tuple(mean.shape)} must have one shape (B, H, W)")
+        raise ValueError(
+            f"mask {given} and mean {tuple(mean.shape)} must have the same shape (B, H, W)"
+        )
     predicted = mean >= 0.5
     truth = torch.zeros_like(predicted) if mask is None else mask > 0
     tried = REGIONS.find(region).resolve()(truth, predicted, boundary_width)
@@ -60,12 +62,12 @@ def of_prediction(_mask: Tensor, predicted: Tensor, _: int) -> list[Tensor]:
 
 
 def of_union(mask: Tensor, predicted: Tensor, _: int) -> list[Tensor]:
-    """Return the pixels of either."""
+    """Return the pixels of mask or prediction."""
     return [mask | predicted]
 
 
 def of_boundary(mask: Tensor, predicted: Tensor, width: int) -> list[Tensor]:
-    """Return the band at the edge of the mask, then that of the prediction, then all of it."""
+    """Return the bands at the edges of mask and prediction, then the prediction."""
     return [_edge_band(mask, width), _edge_band(predicted, width), predicted]
 
 

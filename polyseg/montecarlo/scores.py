@@ -1,4 +1,4 @@
-"""What the passes say of each image: scores over its region, and how sure those are."""
+"""Compute the scores of each image from passes, their standard errors and rank stability."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,32 +24,32 @@ from polyseg.system.memory import Portions
 from polyseg.uncertainty import UncertaintyAccumulator
 
 _GROUPS, _GROUPS_OF_MAPS = 10, 4
-"""Passes are recorded in so many groups, from which errors and stability are judged."""
+"""Numbers of groups of passes, for errors and stability, with a known region and without."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is measured of the images."""
+    """The scores to compute."""
 
     region: str
     boundary_width: int = 3
     save_maps: bool = False
     also: tuple[str, ...] = ()
-    """Names of scores to measure besides `UNCERTAINTIES` and the free ones of the prediction."""
+    """Names of scores to compute in addition to `UNCERTAINTIES` and those without passes."""
 
     @property
     def streamed(self) -> tuple[Metric, ...]:
-        """The scores that are judged from parts of the passes."""
+        """The scores that have standard errors, computed from parts of the passes."""
         whole = (name for name in self.also if score_of(name).of in ("moments", "pass"))
         return (*UNCERTAINTIES, *whole)
 
     def also_of(self, kind: str) -> dict[Metric, Score]:
-        """Return the rows of a kind among those to measure besides."""
+        """Return the rows of the additional scores that are functions of `kind`."""
         return {name: score_of(name) for name in self.also if score_of(name).of == kind}
 
     @property
     def whole_frame(self) -> bool:
-        """Whether every pixel counts, whatever the region."""
+        """Whether all pixels are needed, whatever the region."""
         return self.save_maps or any(score_of(name).of != "mask" for name in self.also)
 
 
@@ -58,9 +58,9 @@ class Group:
     """The record of some of the passes over a batch."""
 
     pixels: UncertaintyAccumulator = field(default_factory=UncertaintyAccumulator)
-    """At the pixels that scores are averaged over."""
+    """Record of the pixels over which scores are averaged."""
     frame: UncertaintyAccumulator | None = None
-    """At all pixels, where a score needs them."""
+    """Record of all pixels, if a score needs them."""
     sums: dict[Metric, Tensor] = field(default_factory=dict)
     """Sums over the passes of scores of a pass, (rows,) each."""
 
@@ -83,7 +83,7 @@ class Group:
         )
 
     def without(self, part: "Group") -> "Group":
-        """Return the record of the passes that `part`, of some of them, did not take in."""
+        """Return the record without the passes of `part`, which holds some of them."""
         frame = None
         if self.frame is not None and part.frame is not None:
             frame = self.frame.without(part.frame)
@@ -95,7 +95,7 @@ class Group:
 
 
 class Measurement:
-    """What is known of a batch after so many passes."""
+    """The record of a batch after some passes."""
 
     def __init__(self, passes: Passes, batch: Batch, wanted: Wanted) -> None:
         self.passes, self.batch, self.wanted = passes, batch, wanted
@@ -109,8 +109,8 @@ class Measurement:
         self.done = 0
         self.plain: Tensor | None = None
 
-    def extend(self, samples: int, tell: Callable[[], None]) -> None:
-        """Run the passes up to so many."""
+    def extend(self, samples: int, report: Callable[[], None]) -> None:
+        """Run further passes, up to `samples` in all, and call `report` before each."""
         if self.plain is not None and samples <= self.done:
             return
         chosen = None
@@ -121,11 +121,11 @@ class Measurement:
             self.plain = passes.without_dropout()
         each = passes.samples(range(self.done, samples))
         for index in range(self.done, samples):
-            tell()  # Before each pass, so that who listens can end it between those that run apart.
-            self._take_in(next(each), index % len(self.groups))
+            report()
+            self._add(next(each), index % len(self.groups))
         self.done = samples
 
-    def _take_in(self, sample: Tensor, group: int) -> None:
+    def _add(self, sample: Tensor, group: int) -> None:
         self.groups[group].update(sample)
         for name, row in self.wanted.also_of("pass").items():
             found = row.resolve()(sample, self.mask).double()
@@ -142,12 +142,12 @@ class Measurement:
         needing = [name for name in self.wanted.also if score_of(name).needs_mask]
         if self.truth is None and needing:
             raise PolysegError(
-                f"{needing[0]}: is measured against the mask, and image {self.batch.ids[0]} has "
-                "none; choose another score"
+                f"{needing[0]}: needs masks, and image {self.batch.ids[0]} has none; choose "
+                "another score"
             )
 
     def of(self, rows: slice) -> "Measurement":
-        """Return this, or where fewer images are wanted a new one of those, without a pass yet."""
+        """Return this record if it has just these images, else a new one without passes."""
         if rows == slice(0, len(self.batch.ids)):
             return self
         part = images_of(self.batch, rows)
@@ -155,7 +155,7 @@ class Measurement:
 
     @property
     def held(self) -> int:
-        """About how many bytes its records take."""
+        """Approximate size of the record, in bytes."""
         pixels = self.batch.images[:, 0].numel()
         if self.known is not None:
             pixels = int(self.known.sum())
@@ -163,7 +163,7 @@ class Measurement:
         return 24 * pixels * len(self.groups) + pairs
 
     def results(self) -> "Results":
-        """Return the scores of each row, and what tells how sure they are."""
+        """Return the scores of each row, with their errors and halves."""
         assert self.plain is not None
         records = [record for record in self.groups if record.count]
         whole = UncertaintyAccumulator.merged(records) if records else None
@@ -183,7 +183,7 @@ class Measurement:
         return Results(self, whole, groups, chosen, fallback, owner)
 
     def _known_region(self) -> Tensor | None:
-        """Return the region, if no pass is needed to know it."""
+        """Return the region, or None if it depends on the passes."""
         region, width = self.wanted.region, self.wanted.boundary_width
         if self.truth is None or not REGIONS[region].of_mask:
             return None
@@ -193,26 +193,28 @@ class Measurement:
 
 
 def extended(
-    measurements: Iterable[Measurement], samples: int, portions: Portions, tell: Callable[[], None]
+    measurements: Iterable[Measurement],
+    samples: int,
+    portions: Portions,
+    report: Callable[[], None],
 ) -> Iterator[Measurement]:
-    """Yield measurements with their passes run up to so many, of as many images as memory allows.
+    """Yield measurements with `samples` passes, of as many images at once as memory allows.
 
-    Those that do not fit are begun anew in parts, which see the same masks.
+    Those that do not fit are started again in parts, with the same masks.
     """
+
+    def extend(whole: Measurement, rows: slice) -> Measurement:
+        part = whole.of(rows)
+        part.extend(samples, report)
+        return part
+
     for one in measurements:
-        extend = partial(_extend, one, samples, tell)
-        yield from portions.run(len(one.batch.ids), extend, shown(one.batch))
-
-
-def _extend(whole: Measurement, samples: int, tell: Callable[[], None], rows: slice) -> Measurement:
-    part = whole.of(rows)
-    part.extend(samples, tell)
-    return part
+        yield from portions.run(len(one.batch.ids), partial(extend, one), shown(one.batch))
 
 
 @dataclass(frozen=True)
 class Results:
-    """The passes over a batch, pixel by pixel of the region, and in groups."""
+    """The results of all passes over a batch."""
 
     measurement: Measurement
     whole: UncertaintyAccumulator | None
@@ -222,7 +224,7 @@ class Results:
     owner: NDArray[np.int64]
 
     def scores(self, record: Group | None = None) -> NDArray[np.float64]:
-        """Return the scores from the passes of a record, or from all: (metrics, rows)."""
+        """Return the scores from the passes of a group, or from all passes, (metrics, rows)."""
         record = record or self.everything
         maps = (one.numpy() for one in record.pixels.maps().values())
         found = [mean_by_image(one, self.owner, len(self.chosen)) for one in maps]
@@ -236,20 +238,20 @@ class Results:
 
     @cached_property
     def everything(self) -> Group:
-        """All passes."""
+        """The group of all passes."""
         return Group.merged(self.groups)
 
     def errors(self) -> NDArray[np.float64]:
-        """Return the standard errors of the scores, (metrics, rows); NaN from too few passes."""
+        """Return the standard errors of the scores, (metrics, rows); NaN for too few passes."""
         if self.everything.count < FEWEST_JUDGED:
             return np.full_like(self.scores(), np.nan)
         left_out = [self.scores(self.everything.without(group)) for group in self.groups]
         return jackknife_error(np.stack(left_out))
 
     def halves(self) -> NDArray[np.float64]:
-        """Return the scores of either half of the passes, (ways of halving, 2, metrics, rows).
+        """Return the scores of both halves of the passes, (ways of halving, 2, metrics, rows).
 
-        NaN from too few passes.
+        They are NaN for too few passes.
         """
         if self.everything.count < FEWEST_JUDGED:
             return np.full((1, 2, *self.scores().shape), np.nan)
@@ -261,7 +263,7 @@ class Results:
         return np.stack(ways)
 
     def deterministic(self) -> dict[str, Tensor]:
-        """Return what the pass without dropout, and the masks, say of each row."""
+        """Return the scores of each row that need no samples, with its Dice and mask size."""
         plain, truth = self.measurement.plain, self.measurement.truth
         assert plain is not None
         found = {
@@ -292,7 +294,7 @@ class Table:
     maps: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
 
     def add(self, measurement: Measurement) -> None:
-        """Take in what was measured of a batch."""
+        """Add the results of a batch."""
         results = measurement.results()
         self.images.extend(measurement.batch.ids)
         self.labels = measurement.batch.labels
@@ -310,14 +312,14 @@ class Table:
                 self._append(name, values)
                 self._append(f"{name}_se", errors)
             self.halves.append(results.halves())
-        self._refuse_what_is_not_finite(measurement.batch)
+        self._refuse_nonfinite(measurement.batch)
         if self.wanted.save_maps and results.whole is not None:
             for name, values in {"mean": results.whole.mean, **results.whole.maps()}.items():
                 self.maps.setdefault(name, []).extend(values.numpy().astype(np.float32))
 
     @classmethod
     def merged(cls, tables: Sequence["Table"]) -> "Table":
-        """Return what several tables hold; of an image that is in several, the first one's row."""
+        """Return a table of all images; one that is in several has the row of the first."""
         merged = cls(tables[0].wanted)
         seen: set[str] = set()
         for table in tables:
@@ -339,7 +341,7 @@ class Table:
         return merged
 
     def columns(self) -> dict[str, Any]:
-        """Return the fields of the assessment that are one value a row."""
+        """Return the columns as arguments of an `Assessment`."""
         found: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         if len(found.get("mask_pixels", ())) < len(found["dice"]):
             found["mask_pixels"] = None  # Some images have no mask.
@@ -367,13 +369,13 @@ class Table:
 
     @property
     def _names(self) -> list[Metric]:
-        """The scores that may be measured."""
+        """The names of all scores that may have been computed."""
         return list(dict.fromkeys([*score_names(), *self.wanted.also]))
 
     def _append(self, name: str, values: NDArray[Any]) -> None:
         self.parts.setdefault(name, []).append(values)
 
-    def _refuse_what_is_not_finite(self, batch: Batch) -> None:
+    def _refuse_nonfinite(self, batch: Batch) -> None:
         for name in self._names:
             finite = np.isfinite(self.parts[name][-1]) if name in self.parts else np.ones(1)
             if not finite.all():
@@ -381,18 +383,18 @@ class Table:
                 if is_own(name):
                     raise PolysegError(f"image {bad}: {name} returned a number that is not finite")
                 raise PolysegError(
-                    f"image {bad}: its {name} is not finite; the weights have probably diverged, "
-                    "train with a lower training.learning_rate"
+                    f"image {bad}: its {name} is not finite, probably because the weights have "
+                    "diverged; train with a lower training.learning_rate"
                 )
 
 
 def join_halves(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Join the halves of several batches, as many ways of halving as all have."""
+    """Join the halves of several batches, with the ways of halving that all have."""
     ways = min(len(part) for part in parts)
     return np.concatenate([part[:ways] for part in parts], axis=-1)
 
 
 def stability_of(halves: NDArray[np.float64], labels: int) -> float:
-    """Return the rank stability within the label that has least of it."""
+    """Return the smallest rank stability of a label."""
     several = [rank_stability(halves[..., k::labels]) for k in range(labels)]
     return float(np.min(several))

@@ -1,4 +1,4 @@
-"""Feature maps that are computed anew on the way back, in place of being kept: time for memory."""
+"""Recompute feature maps in the backward pass instead of storing them, to save memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,15 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-_CONVOLUTIONS_A_BLOCK = 4
+_MOST_CONVOLUTIONS = 4
+"""Largest number of convolutions in a block."""
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def recompute_blocks(network: nn.Module) -> int:
-    """Let the blocks of a network forget, in training, all but what goes in; return how many.
+    """Let the blocks of a network store only their inputs in training; return their number.
 
-    On the way back each block runs once more, with the same random numbers, and moves no statistics
-    of batch normalisation a second time. In evaluation mode nothing is otherwise.
+    In the backward pass each block runs again with the same random numbers, without a second update
+    of batch normalisation statistics. Evaluation mode is not changed.
 
     >>> recompute_blocks(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 3)))
     1
@@ -31,9 +32,9 @@ def recompute_blocks(network: nn.Module) -> int:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the largest parts with few convolutions."""
+    """Yield the largest modules with few convolutions."""
     convolutions = sum(isinstance(one, _ConvNd) for one in module.modules())
-    if 0 < convolutions <= _CONVOLUTIONS_A_BLOCK and not isinstance(module, _NEVER_CALLED):
+    if 0 < convolutions <= _MOST_CONVOLUTIONS and not isinstance(module, _NEVER_CALLED):
         yield module
     elif convolutions:
         for child in module.children():
@@ -43,13 +44,13 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _run(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs, **named)
-    contexts = partial(_contexts, block)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
-
-
-def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    """Return what surrounds the way there, and the second run."""
-    return contextlib.nullcontext(), _statistics_kept(block)
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(block)),
+        **named,
+    )
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
     layers = [one for one in block.modules() if isinstance(one, _BatchNorm)]
     before = [(one.momentum, one.num_batches_tracked) for one in layers]
     for one in layers:
-        # The layer does all that it does, so that autograd meets the same; it moves by nothing.
+        # Autograd needs the same operations, so the update stays, but changes nothing.
         one.momentum = 0.0
         one.num_batches_tracked = None if (n := one.num_batches_tracked) is None else n.clone()
     try:

@@ -1,7 +1,7 @@
-"""One network in several processes, each with rows of a batch, as if it saw the whole batch.
+"""Batch normalisation and dropout of several processes that share a batch, as in one process.
 
-Batch normalisation takes its statistics over all rows, and dropout draws its masks for all rows and
-uses its own.
+Batch normalisation uses the statistics of all rows, and dropout draws masks for all rows and uses
+those of the process's own rows.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from polyseg.system.process_group import Processes
 
 
 class BatchNormTogether(_BatchNorm):
-    """Batch normalisation by the mean and variance of the rows of all processes.
+    """Batch normalisation with the mean and variance of the rows of all processes.
 
-    In evaluation mode it is that of torch; so are its weights and statistics.
+    Evaluation mode, weights and running statistics are torch's.
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return features (B, C, ...) normalised, where B may be 0 in some of the processes."""
+        """Return normalised features, (B, C, ...); B may be 0 in some of the processes."""
         if not (self.training and torch.is_grad_enabled()):
-            # A process may try the network by itself; steps are taken by all together.
+            # Without gradients it is no step, and this process may be the only one to call it.
             return super().forward(features)
         wide = features.float()
         dims = [i for i in range(wide.dim()) if i != 1]
@@ -35,14 +35,14 @@ class BatchNormTogether(_BatchNorm):
         mean = _over_processes(wide.sum(dims)) / count
         centred = wide - mean.reshape(shape)
         variance = _over_processes(centred.square().sum(dims)) / count
-        self._note(mean.detach(), variance.detach(), count)
+        self._update_statistics(mean.detach(), variance.detach(), count)
         normalised: Tensor = centred * (variance + self.eps).rsqrt().reshape(shape)
         if self.affine:
             normalised = normalised * self.weight.reshape(shape) + self.bias.reshape(shape)
         return normalised.to(features.dtype)
 
-    def _note(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics, as torch does, by the unbiased variance."""
+    def _update_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Update the running statistics as torch does, with the unbiased variance."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
@@ -54,11 +54,11 @@ class BatchNormTogether(_BatchNorm):
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
 
     def _check_input_dim(self, features: Tensor) -> None:
-        """Take features of any number of dimensions."""
+        """Accept features of any number of dimensions."""
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, of the values and, on the way back, of their gradients."""
+    """The sum over all processes: of values in the forward pass, of gradients in the backward."""
 
     @staticmethod
     def forward(_context: Any, mine: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _over_processes(mine: Tensor) -> Tensor:
 
 
 def normalise_together(network: nn.Module) -> None:
-    """Let the batch normalisation layers of a network go by the rows of all processes."""
+    """Replace the batch normalisation layers of a network by `BatchNormTogether`."""
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm) and not isinstance(child, BatchNormTogether):
@@ -92,7 +92,7 @@ def _together(layer: _BatchNorm) -> BatchNormTogether:
     made = BatchNormTogether(
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
     )
-    # The same tensors, so that an optimizer may know them already.
+    # The same tensors, which an optimizer may already refer to.
     for name, weights in layer.named_parameters(recurse=False):
         setattr(made, name, weights)
     for name, values in layer.named_buffers(recurse=False):
@@ -102,18 +102,18 @@ def _together(layer: _BatchNorm) -> BatchNormTogether:
 
 
 class DropoutTogether:
-    """The masks of a network's dropout layers for a whole batch, of which this process has rows."""
+    """Draws the dropout masks of a whole batch, and applies those of this process's rows."""
 
     def __init__(self, layers: Mapping[str, Any], processes: Processes) -> None:
         self.layers, self.processes = layers, processes
         self.total, self.rows = 0, slice(None)
-        """Images in the batch of all processes, and which of them are looked at."""
+        """Number of images in the whole batch, and the rows of those in the next forward pass."""
 
     @contextlib.contextmanager
     def taking_over(self) -> Iterator[None]:
-        """Draw in place of the layers, by torch's global stream, which all processes have alike.
+        """Replace the layers' own dropout; torch's global generator is equal in all processes.
 
-        For one process alone the layers draw for themselves, the same.
+        In a single process the layers draw the same masks themselves.
         """
         if self.processes.count == 1:
             yield
@@ -141,6 +141,6 @@ class DropoutTogether:
 
 
 def _order_in_memory(features: Tensor) -> torch.memory_format:
-    """Return the order of features, in which torch's own layers draw masks for them."""
+    """Return the memory order of features, which is the order of masks in torch's layers."""
     last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last and not features.is_contiguous() else torch.contiguous_format

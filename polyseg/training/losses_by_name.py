@@ -1,4 +1,4 @@
-"""The losses by name, as functions of (logits, mask, epsilon): ours, MONAI's and torch's.
+"""Make the losses by name, as functions of (logits, mask, epsilon).
 
 To add one, write a function here that makes it from the settings, and its row in `choices.LOSSES`.
 """
@@ -16,22 +16,20 @@ from polyseg.config import LossConfig
 from polyseg.registry import is_own
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(B, 1, H, W) logits and mask, (B,) epsilon -> (B,) losses."""
+"""Function of (B, 1, H, W) logits and mask and (B,) epsilon that returns (B,) losses."""
 
 
 class Note(NamedTuple):
-    """What a step tells of its images besides their losses: without gradient, each (B,)."""
+    """Further results of a step, each (B,) without gradient."""
 
     at_constant: Tensor
-    """Losses at the constant epsilon, to the bit those of the step where that is its epsilon."""
+    """Losses at the constant epsilon; equal to the losses of the step where epsilon is constant."""
     wrong_sign: Tensor
-    """Whether the image is where a PolyDice loss rises with s."""
+    """Whether the PolyDice loss of the image rises with s."""
 
 
 def build_objective(config: LossConfig) -> Objective:
-    """Return the loss that the settings name; each image's is weighted by its own epsilon.
-
-    Losses without an epsilon ignore it.
+    """Return the loss that the settings name; losses without an epsilon ignore it.
 
     >>> objective = build_objective(LossConfig(name="dice"))
     >>> objective(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4), torch.zeros(2))
@@ -48,13 +46,7 @@ def build_objective(config: LossConfig) -> Objective:
 
 
 def as_tasks(values: Tensor) -> Tensor:
-    """Return logits or masks with each label of each image as a binary task of its own.
-
-    Args:
-        values: (B, K, H, W).
-
-    Returns:
-        (B K, 1, H, W), the labels of an image one after another.
+    """Return logits or masks, (B, K, H, W), as separate binary tasks, (B K, 1, H, W).
 
     >>> as_tasks(torch.zeros(2, 3, 4, 4)).shape
     torch.Size([6, 1, 4, 4])
@@ -65,7 +57,7 @@ def as_tasks(values: Tensor) -> Tensor:
 def take_note(
     config: LossConfig, values: Tensor, logits: Tensor, mask: Tensor, epsilon: Tensor
 ) -> Note:
-    """Return what a step records of its images beside their losses, from the losses it had.
+    """Return the further results of a step with these losses (`values`).
 
     Losses without an epsilon are the same at any epsilon; only PolyDice losses can rise with s.
 
@@ -85,16 +77,16 @@ def take_note(
         s, theta = losses.scale_and_angle(
             logits.sigmoid(), mask.bool(), scale=config.scale, smooth=config.smooth
         )
-        # Of all that is added up epsilon is in one term only, epsilon s theta^2.
+        # Only one term depends on epsilon, epsilon s theta^2.
         at_constant = values - (epsilon - config.epsilon) * s * theta.square()
         wrong_sign = losses.in_wrong_sign_region(theta, epsilon, terms=config.polydice_terms)
         return Note(at_constant, wrong_sign)
 
 
 def polydice(config: LossConfig) -> Objective:
-    """Return the PolyDice loss of as many terms as the settings say."""
-    # Masks were checked when they were read: a bool mask is not searched for other values again,
-    # which on CUDA would wait for the device in every step.
+    """Return the PolyDice loss with the number of terms in the settings."""
+    # Masks were checked when they were read. A bool mask avoids another check, which would make
+    # CUDA synchronise in every step.
     return lambda logits, mask, epsilon: losses.polydice_loss(
         logits.sigmoid(),
         mask.bool(),

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients were not finite: which they are, and what is to be done of it."""
+"""Find steps whose loss or gradients are not finite, and stop training or report them."""
 
 import logging
 from collections.abc import Sequence
@@ -12,38 +12,32 @@ from polyseg.training.step import Step, Steps
 
 log = logging.getLogger(__name__)
 
-_STEPS_BETWEEN_LOOKS = 16
-"""A look at the losses waits for the GPU, which has nothing to do until the next step is sent."""
+_STEPS_BETWEEN_CHECKS = 16
+"""Number of steps between two checks, each of which waits for the GPU and leaves it idle."""
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Looks at the steps of an epoch, of which more and more are taken."""
+class FiniteCheck:
+    """Checks the steps of an epoch while it goes on."""
 
     steps: Steps
     kept: Path
-    """Where the last good epoch is."""
+    """Checkpoint of the last good epoch."""
 
-    def glance(self, taken: Sequence[Step], epoch: int) -> None:
-        """Look as `look` does, but only once in a while.
+    def check_sometimes(self, taken: Sequence[Step], epoch: int) -> None:
+        """Call `check` after every 16th step."""
+        if len(taken) % _STEPS_BETWEEN_CHECKS == 0:
+            self.check(taken, epoch)
 
-        Raises:
-            PolysegError: a step was not finite.
-        """
-        if len(taken) % _STEPS_BETWEEN_LOOKS == 0:
-            self.look(taken, epoch)
-
-    def look(self, taken: Sequence[Step], epoch: int) -> None:
-        """Refuse to go on from the first step that was not finite: all after it are not either.
-
-        Where such steps are skipped there is none.
+    def check(self, taken: Sequence[Step], epoch: int) -> None:
+        """Raise if a step was not finite, unless such steps are skipped.
 
         Raises:
-            PolysegError: names it and its images.
+            PolysegError: names the first such step and its images; later ones follow from it.
         """
         if self.steps.config.training.on_nonfinite == "skip":
             return
-        first = self._first_unsound(taken)
+        first = self._first_nonfinite(taken)
         found = [one for one in self.steps.processes.gathered(first) if one]
         if found:
             number, _, what = min(found)
@@ -56,35 +50,35 @@ class Watch:
         """Return the steps that changed the weights, and log those that were skipped.
 
         Raises:
-            PolysegError: all were.
+            PolysegError: all steps were skipped.
         """
         for number, step in enumerate(taken, start=1):
             if not step.finite:
                 what = _what_is_not_finite(step)
                 log.warning("epoch %d, step %d is skipped: %s", epoch, number, what)
         changing = [step for step in taken if step.finite]
-        if not all(changing or self._is_sound(step) for step in taken):
+        if not all(changing or self._is_valid(step) for step in taken):
             raise PolysegError(
                 f"epoch {epoch}: no step had finite loss and gradients; the last good epoch is "
                 f"kept in {self.kept}; try a lower training.learning_rate"
             )
         return changing
 
-    def _first_unsound(self, taken: Sequence[Step]) -> tuple[int, bool, str] | None:
-        """Return the first such step, whether only its gradients are, and a sentence."""
-        recent = taken[-_STEPS_BETWEEN_LOOKS:]
+    def _first_nonfinite(self, taken: Sequence[Step]) -> tuple[int, bool, str] | None:
+        """Return the number of the first such step, whether its losses are finite, and a text."""
+        recent = taken[-_STEPS_BETWEEN_CHECKS:]
         if not recent or bool(torch.stack([step.finite for step in recent]).all()):
             return None
         for number, step in enumerate(taken, start=1):
-            if not self._is_sound(step):
+            if not self._is_valid(step):
                 return number, bool(step.losses.isfinite().all()), _what_is_not_finite(step)
         return None
 
-    def _is_sound(self, step: Step) -> bool:
-        """Return whether a step was taken, or only looked for a scale that float16 can hold."""
+    def _is_valid(self, step: Step) -> bool:
+        """Return whether a step was finite, or only reduced the float16 scale of gradients."""
         if step.finite:
             return True
-        return self.steps.seek_a_scale and bool(step.losses.isfinite().all())
+        return self.steps.is_finding_scale and bool(step.losses.isfinite().all())
 
 
 def _what_is_not_finite(step: Step) -> str:

@@ -1,4 +1,4 @@
-"""The optimizer of a training: made by the settings, laid down in a checkpoint, taken up again."""
+"""Build optimizers, and save them in checkpoints and restore them."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -13,7 +13,7 @@ from polyseg.errors import PolysegError
 
 
 def learning_rate(config: TrainingConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch, 1 to E, which depends on nothing else.
+    """Return the learning rate of an epoch, from 1 to E.
 
     >>> learning_rate(TrainingConfig(scheduler="constant", learning_rate=0.5), 7)
     0.5
@@ -23,12 +23,12 @@ def learning_rate(config: TrainingConfig, epoch: int) -> float:
 
 
 def cosine(done: float) -> float:
-    """Return a share that falls from 1 to 0.01 as a cosine."""
+    """Return a factor that decreases from 1 to 0.01 along a cosine."""
     return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 
 def polynomial(done: float) -> float:
-    """Return a share that falls from 1 to 0 as the power 0.9 of the rest."""
+    """Return (1 - done)^0.9, which decreases from 1 to 0."""
     return math.pow(1 - done, 0.9)
 
 
@@ -65,21 +65,21 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _fused(weights: list[nn.Parameter]) -> bool | None:
-    """Return whether Adam may take a step in one pass over all weights: it knows no complex ones.
+    """Return True if Adam can use torch's fused step, which does not support complex weights.
 
-    SGD has it too, but fails where a weight gets its first gradient later than others.
+    The fused SGD fails if a weight gets its first gradient later than others.
     """
     return all(one.is_floating_point() for one in weights) or None
 
 
 def norm_of_gradients(network: nn.Module) -> Tensor:
-    """Return the norm of all gradients, (); not finite if any is not."""
+    """Return the norm of all gradients, (), which is not finite if one of them is not."""
     gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors by "parameter/name"."""
+    """Return the optimizer's tensors by "parameter number/name"."""
     return {
         f"{parameter}/{name}": value
         for parameter, values in optimizer.state_dict()["state"].items()
@@ -89,21 +89,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any, kind: str) -> None:
-    """Give an optimizer, by its name in `OPTIMIZERS`, the tensors that one of its kind has kept.
+    """Restore the tensors of an optimizer; `kind` is its name in `OPTIMIZERS`.
 
     Raises:
-        PolysegError: they are missing or do not fit.
+        PolysegError: tensors are missing or do not fit.
     """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         parameter, _, name = key.partition("/")
         if not parameter.isdecimal():
-            raise PolysegError(f"checkpoint: optimizer tensor {key!r:.60} is none of polyseg's")
+            raise PolysegError(f"checkpoint: unknown optimizer tensor {key!r:.60}")
         state.setdefault(int(parameter), {})[name] = value
     _refuse_misfits(optimizer, state, OPTIMIZERS[kind].state)
     weights = _weights_of(optimizer)
     for i, held in state.items():
-        state[i] = {name: _laid_out_as(weights[i], value) for name, value in held.items()}
+        state[i] = {name: _in_order_of(weights[i], value) for name, value in held.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -113,24 +113,24 @@ def _refuse_misfits(
     state: Mapping[int, Mapping[str, Tensor]],
     names: Collection[str],
 ) -> None:
-    """Raise unless what an optimizer is to take up is what one of its kind has laid down."""
+    """Raise PolysegError if restored tensors differ from those that the optimizer has."""
     parameters = _weights_of(optimizer)
     fits = bool(state) and max(state) < len(parameters)
-    # What the loss does not reach has no state.
+    # Weights without a gradient have no state.
     for i, held in state.items() if fits else ():
         shapes = {name: () if name == "step" else parameters[i].shape for name in names}
         fits &= {name: value.shape for name, value in held.items()} == shapes
         fits &= all(value.dtype == torch.float32 for value in held.values())
     if not fits:
-        raise PolysegError("checkpoint: its optimizer's tensors are missing or do not fit")
+        raise PolysegError("checkpoint: optimizer tensors are missing or do not fit")
 
 
 def _weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [one for group in optimizer.param_groups for one in group["params"]]
 
 
-def _laid_out_as(weights: Tensor, value: Tensor) -> Tensor:
-    """Return what belongs to weights in the order of memory that those have, by which Adam goes."""
+def _in_order_of(weights: Tensor, value: Tensor) -> Tensor:
+    """Return a tensor in the memory order of its weights, which Adam requires."""
     if value.shape != weights.shape:
         return value
     return torch.empty_like(weights, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -1,4 +1,4 @@
-"""Code of one's own: tried on a small input before a run begins, and recorded with its sha256."""
+"""Check a user's own functions on a small input before a run, and record their sha256."""
 
 import inspect
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from polyseg.uncertainty import UncertaintyAccumulator
 
 
 def check_own_code(config: Config) -> None:
-    """Try the loss, the difficulty and the map that a user wrote on two images of 8 x 8.
+    """Call a user's own loss, difficulty and map with two images of 8 x 8.
 
     Raises:
-        PolysegError: one of them cannot be imported, fails, or returns what cannot be used.
+        PolysegError: one of them cannot be imported, fails, or returns unusable values.
     """
     checks: dict[str, Callable[[Config], None]] = {
         "loss.name": _check_loss,
@@ -36,13 +36,13 @@ def check_own_code(config: Config) -> None:
             checks[setting](config)
         except PolysegError as error:
             raise PolysegError(f"{setting} = {name}: {error}") from None
-        except Exception as error:  # Somebody's code may fail in any way.
+        except Exception as error:  # A user's code may fail in any way.
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise PolysegError(f"{setting} = {name}: fails on a small input: {why}") from error
 
 
 def recorded_code(config: Config) -> dict[str, Any]:
-    """Return the name and the sha256 of the source file of all code of one's own, if any."""
+    """Return the name and the sha256 of the source file of each of the user's own functions."""
     found = {
         setting: {"name": name, "sha256": _sha256(name)}
         for setting, name in config.own_code.items()
@@ -59,7 +59,7 @@ def _sha256(name: str) -> str:
 
 
 def _small_input() -> tuple[Tensor, Tensor]:
-    """Return (2, 1, 8, 8) logits and masks; the generator is its own."""
+    """Return (2, 1, 8, 8) logits and masks, without use of torch's global generator."""
     logits = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., 2:5, 2:6] = 1
@@ -102,7 +102,7 @@ def _check_map(config: Config) -> None:
 
 
 def _refuse(found: Any, shape: tuple[int, ...], what: str) -> None:
-    """Raise where code returned another shape, or what is not finite."""
+    """Raise PolysegError if a result has another shape, or is not finite."""
     given = (
         tuple(getattr(found, "shape", ())) if isinstance(found, Tensor) else type(found).__name__
     )

@@ -1,4 +1,4 @@
-"""Steps: what a batch does to the weights, by one process or by several that share it."""
+"""Training steps of one process, or of several processes that share each batch."""
 
 import contextlib
 import logging
@@ -28,23 +28,23 @@ _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step(NamedTuple):
-    """What a step came to, on the device until the epoch's end: to ask sooner holds a GPU up."""
+    """The results of a step, on the device until the end of the epoch, to keep a GPU busy."""
 
     names: list[str]
     losses: Tensor
-    """(B K,), the labels of an image one after another."""
+    """Losses, (B K,), with the labels of an image next to each other."""
     note: Note
     finite: Tensor
-    """Whether losses and gradients are, (), bool."""
+    """Whether losses and gradients are finite, () bool."""
 
     def on_cpu(self) -> "Step":
-        """Return the same where processes can exchange it."""
+        """Return the results in CPU memory, where processes can exchange them."""
         note = Note(*(values.cpu() for values in self.note))
         return Step(self.names, self.losses.cpu(), note, self.finite.cpu())
 
     @classmethod
     def joined(cls, parts: "Sequence[Step]") -> "Step":
-        """Return a step of which processes have taken a part each."""
+        """Return a step from the parts that processes have taken."""
         names = [name for part in parts for name in part.names]
         finite = torch.stack([part.finite for part in parts]).all()
         losses = torch.cat([part.losses for part in parts])
@@ -60,9 +60,9 @@ def of_all_processes(steps: list[Step], processes: Processes) -> list[Step]:
 
 
 class Steps:
-    """What takes steps: a network as it is called, its optimizer, the scale of gradients, the loss.
+    """Takes steps with a network, its optimizer, gradient scaler and loss.
 
-    Each of several processes goes by its rows of a batch, and all step alike.
+    Each of several processes uses its rows of a batch, and all make the same change of weights.
     """
 
     def __init__(self, network: nn.Module, config: Config, processes: Processes = ALONE) -> None:
@@ -81,16 +81,12 @@ class Steps:
         self.objective = build_objective(config.loss)
 
     @property
-    def seek_a_scale(self) -> bool:
-        """Whether gradients may be infinite only because float16 holds no larger ones."""
+    def is_finding_scale(self) -> bool:
+        """Whether gradients may be infinite because the float16 scale is still too large."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
-    def take_up(self, checkpoint: Checkpoint) -> None:
-        """Go on from what a checkpoint holds of weights, optimizer and scale.
-
-        Raises:
-            PolysegError: it does not fit.
-        """
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore weights, optimizer and gradient scale; PolysegError if they do not fit."""
         fit_weights(self.network, checkpoint.weights)
         if checkpoint.epoch:
             kind = self.config.training.optimizer
@@ -100,7 +96,7 @@ class Steps:
 
     @contextlib.contextmanager
     def at_rate(self, rate: float) -> Iterator[None]:
-        """Have network and optimizer ready for the steps of the block, at a learning rate."""
+        """Prepare network and optimizer for the steps of the block, at a learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
@@ -108,19 +104,19 @@ class Steps:
             yield
 
     def take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
-        """Take a step; the first one compiles the network, if it is to be.
+        """Take a step; the first one compiles the network with training.compile.
 
         Args:
-            names: of all images of the batch.
-            images: (B, C, H, W), those that are this process's rows of it.
-            masks: (B, K, H, W), theirs.
-            epsilon: of all images, a row each, a column a label.
+            names: ids of all images of the batch.
+            images: images of this process's rows of the batch, (B, C, H, W).
+            masks: their masks, (B, K, H, W).
+            epsilon: epsilons of all images of the batch, with a column for each label.
 
         Raises:
-            PolysegError: the network cannot be compiled, or not have channels last.
+            PolysegError: the network does not work with training.compile or channels_last.
         """
         start = time.perf_counter()
-        with self._explaining():
+        with self._explaining_errors():
             taken = self._take(names, images, masks, epsilon)
         if self.config.training.compile and not self.has_compiled:
             log.info("compiled the network in %.0f s", time.perf_counter() - start)
@@ -128,23 +124,23 @@ class Steps:
         return taken
 
     @contextlib.contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Let errors of a network that cannot be as the settings want it say what to set."""
+    def _explaining_errors(self) -> Iterator[None]:
+        """Name the setting in errors of networks that do not work with compile or channels_last."""
         try:
             yield
         except RuntimeError as error:
             if self.channels_last and "view size is not compatible" in str(error):
                 raise PolysegError(
-                    "training.channels_last: the network views its feature maps in another order; "
-                    "let it reshape them instead, or set training.channels_last=false"
+                    "training.channels_last: the network uses view() on feature maps; "
+                    "use reshape() instead, or set training.channels_last=false"
                 ) from None
-            if self.config.training.compile and _is_of_the_compiler(error):
+            if self.config.training.compile and _is_compiler_error(error):
                 raise _cannot_compile(error) from None
             raise
 
     def _take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
         skips = self.config.training.on_nonfinite == "skip"
-        # A forward pass moves the statistics of batch normalisation, also by what is not finite.
+        # A forward pass updates batch normalisation statistics, also by values that are not finite.
         buffers = [one.clone() for one in self.network.buffers()] if skips else []
         self.optimizer.zero_grad(set_to_none=True)
         losses, note = self._add_gradients(images, masks, epsilon)
@@ -162,27 +158,27 @@ class Steps:
         """Add the gradients of this process's rows, part by part; return losses and notes."""
         total = len(epsilon)
         start = self.processes.rows(total).start
-        # As many parts in each process, none of which is empty in all.
-        fullest = -(-total // self.processes.count)
-        count = min(self.config.training.accumulate, fullest)
+        # All processes need the same number of parts, and no part may be empty in all of them.
+        most_rows = -(-total // self.processes.count)
+        count = min(self.config.training.accumulate, most_rows)
         parts = []
         for part in range(count):
             rows = slice(len(images) * part // count, len(images) * (part + 1) // count)
             self.dropout.total = total
             self.dropout.rows = slice(start + rows.start, start + rows.stop)
             mine = epsilon[self.dropout.rows].flatten()
-            with self._together_at_last(part + 1 == count):
-                parts.append(self._descend(images[rows], masks[rows], mine, epsilon.numel()))
+            with self._exchange_only_if(last=part + 1 == count):
+                parts.append(self._backward(images[rows], masks[rows], mine, epsilon.numel()))
         losses, notes = zip(*parts, strict=True)
         return torch.cat(losses), _joined_notes(notes)
 
-    def _descend(
+    def _backward(
         self, images: Tensor, masks: Tensor, epsilon: Tensor, whole: int
     ) -> tuple[Tensor, Note]:
-        """Add the gradients of some rows of a batch with so many losses; return losses and note."""
+        """Add the gradients of some rows of a batch of `whole` losses; return losses and note."""
         images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
         if self.channels_last:
-            # A copy, because one channel is in both orders, and layers go by its strides.
+            # A copy, because layers use the strides, and one channel counts as either order.
             images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
         target = as_tasks(masks).float()
         kind = _REDUCED.get(self.config.training.precision)
@@ -193,20 +189,20 @@ class Steps:
         self.scaler.scale(self._mean(losses, whole)).backward()  # type: ignore[no-untyped-call]
         return losses.detach(), take_note(self.config.loss, losses, logits, target, epsilon)
 
-    def _together_at_last(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Let processes exchange gradients with the last part of a batch only."""
+    def _exchange_only_if(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let processes exchange gradients only for the last part of a batch."""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.forward.no_sync()
 
     def _mean(self, losses: Tensor, whole: int) -> Tensor:
-        """Return this part's share of the mean over the batch, once processes have averaged."""
+        """Return this part's share of the batch mean, before processes average gradients."""
         if self.processes.count == 1 and len(losses) == whole:
             return losses.mean()
         return losses.sum() * self.processes.count / whole
 
     def _send(self, values: Tensor) -> Tensor:
-        # A copy to CUDA that blocks would wait for all steps before it.
+        # A blocking copy to CUDA would wait for all earlier steps.
         return values.to(self.device, non_blocking=self.device.type == "cuda")
 
 
@@ -215,7 +211,7 @@ def _joined_notes(notes: Sequence[Note]) -> Note:
 
 
 def _as_called(network: nn.Module, config: Config, processes: Processes) -> nn.Module:
-    """Return the network as steps call it: compiled, and one with the other processes'."""
+    """Return the network as steps call it: compiled, and connected with the other processes."""
     together = processes.count > 1
     if together and config.training.sync_batch_norm:
         normalise_together(network)
@@ -224,7 +220,7 @@ def _as_called(network: nn.Module, config: Config, processes: Processes) -> nn.M
     forward = _compiled(network) if config.training.compile else network
     if not together:
         return forward
-    own = ":" in config.network.name  # Whose weights may not all be reached by the loss.
+    own = ":" in config.network.name  # The loss may not depend on all weights of a user's network.
     return DistributedDataParallel(forward, find_unused_parameters=own)
 
 
@@ -232,7 +228,7 @@ def _has_channels_last(network: nn.Module, config: Config) -> bool:
     asked = config.training.channels_last
     if asked != "auto":
         return asked
-    # What somebody wrote may rely on the plain order.
+    # A user's network may depend on the default order.
     return (
         device_of(network).type == "cpu"
         and ":" not in config.network.name
@@ -241,21 +237,21 @@ def _has_channels_last(network: nn.Module, config: Config) -> bool:
 
 
 def _has_instance_norm(network: nn.Module) -> bool:
-    # Which torch copies feature maps for, into the plain order and back.
+    # For these layers torch copies feature maps into the default order and back.
     kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     return any(isinstance(layer, kinds) for layer in network.modules())
 
 
 def _put_channels_last(network: nn.Module) -> None:
-    """Lay out the kernels of a network, from which its feature maps take over the layout."""
+    """Store the kernels of a network with channels last; its feature maps follow."""
     for weights in network.parameters():
         if weights.dim() == 4:
-            # A copy, because kernels of one channel are in both orders, and gradients in this one.
+            # A copy, so that kernels of one channel get the strides that their gradients have.
             ordered = torch.empty_like(weights.data, memory_format=torch.channels_last)
             weights.data = ordered.copy_(weights.data)
 
 
-def _is_of_the_compiler(error: RuntimeError) -> bool:
+def _is_compiler_error(error: RuntimeError) -> bool:
     from torch._dynamo.exc import TorchDynamoException
 
     return isinstance(error, TorchDynamoException)
@@ -269,7 +265,7 @@ def _compiled(network: nn.Module) -> nn.Module:
 
 
 def _cannot_compile(error: RuntimeError) -> PolysegError:
-    # What follows a blank line is advice on how to see more of torch's inside.
+    # The text after a blank line is about debugging torch.
     reason = " ".join(str(error).strip().partition("\n\n")[0].split())
     return PolysegError(
         f"training.compile: torch cannot compile the network here ({reason:.160}); "

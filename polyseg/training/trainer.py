@@ -1,4 +1,4 @@
-"""Training: epochs, validation, assessments, and the commit that ends each epoch."""
+"""Train a network: epochs, validation, assessments, and a commit after each epoch."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ from polyseg.system.process_group import ALONE, Processes
 from polyseg.system.seeds import derive_seed
 from polyseg.system.signals import StopRequest, ending_when_asked, interruption
 from polyseg.training.losses_by_name import as_tasks
-from polyseg.training.nonfinite import Watch
+from polyseg.training.nonfinite import FiniteCheck
 from polyseg.training.optimizers import learning_rate, optimizer_tensors
 from polyseg.training.own_code import check_own_code
 from polyseg.training.step import Step, Steps, of_all_processes
@@ -48,15 +48,15 @@ log = logging.getLogger(__name__)
 
 _LESS_MEMORY = (
     "lower training.batch_size or data.size, or set training.precision=bf16; the last epoch is "
-    "kept, and --resume goes on from it where the batch size is the same"
+    "kept, and --resume continues it with the same batch size"
 )
 
 
 class Trainer:
-    """The state of a training run: weights, optimizer, the last assessment, and the record so far.
+    """The state of a training run: weights, optimizer, last assessment and history.
 
-    What an epoch does follows from (config, images, split, the state before it) alone, so a run
-    that was resumed equals one that was not.
+    An epoch depends only on config, images, split and the state before it, so a resumed run equals
+    an uninterrupted one.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class Trainer:
         replay: Schedule | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.processes = processes
+        self.processes, self.progress = processes, progress
         self.config, self.images, self.split, self.run = config, images, split, run
         self.replay = replay
-        """The epsilons to use in place of assessments, in the order of the training images."""
-        self.relies_on(replay="", split="")
-        self.progress = progress
+        """Recorded epsilons in the order of the training images; None to assess images."""
+        self.record_hashes(replay="", split="")
         self.device = choose_device(config.training.device)
         check_own_code(config)
         choose_algorithms(self.device, deterministic=config.training.deterministic)
@@ -84,7 +83,7 @@ class Trainer:
             self.images = images
         self._refuse_unfit_dropout()
         self.steps = Steps(self.network, config, processes)
-        self.watch = Watch(self.steps, run.last)
+        self.finite_check = FiniteCheck(self.steps, run.last)
         self.changes = changes_of(config.data)
         self.control = EpsilonControl(
             config.control, config.loss.epsilon, labels=len(images.labels)
@@ -94,18 +93,15 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.recorder = Recorder(split["train"], len(images.labels))
         self.assessed: list[int] = []
-        """Of each epoch trained, after which epoch was assessed what it went by; -1: none."""
+        """The epoch of the assessment that each trained epoch used; -1 for none."""
         self.assessments: dict[str, str] = {}
+        """The sha256 of each assessment file by its name."""
         self.losses: dict[str, list[float]] = {}
-        """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
+        """Losses of each image in its last trained epoch, at the constant epsilon, by label."""
         self.stop = StopRequest()
 
     def _refuse_unfit_dropout(self) -> None:
-        """Raise now, not at the first assessment hours later, where MC Dropout cannot work.
-
-        Raises:
-            PolysegError: no dropout layer is active, or there is other randomness.
-        """
+        """Raise PolysegError at once, not hours later, if MC Dropout cannot assess the network."""
         passes = self.config.assesses and self.config.uncertainty.takes_passes
         if passes:
             active_layers(self.network)
@@ -115,11 +111,7 @@ class Trainer:
                 refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
 
     def _new_network(self, channels: int) -> SegmentationNetwork:
-        """Return the network with its first weights.
-
-        Raises:
-            PolysegError: this machine cannot hold it.
-        """
+        """Return the network with initial weights; PolysegError if it does not fit into memory."""
         if ":" not in self.config.network.name:
             with torch.device("meta"):
                 planned = new_network(self.config, channels)
@@ -136,57 +128,57 @@ class Trainer:
             PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
         """
         epochs = self.config.training.epochs
-        with ending_when_asked(self._progress_text) as self.stop, self._explaining_the_end():
+        with ending_when_asked(self._progress_text) as self.stop, self._prefer_own_signal():
             if self.epoch == 0:
                 self._start()
             while self.epoch < epochs and not self._stopped_early():
                 self._run_epoch(self.epoch + 1)
                 self.progress("training", self.epoch, epochs)
-                self._leave_on_signal()
+                self._raise_on_signal()
         log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
-        self._warn_of_an_early_best()
+        self._warn_if_best_is_early()
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Take up the state of a committed epoch, and make the folder that of it.
+        """Restore the state and the folder of a committed epoch.
 
         Raises:
-            PolysegError: a file that the checkpoint relies on is damaged or missing.
+            PolysegError: a file that the checkpoint refers to is damaged or missing.
         """
-        self.steps.take_up(checkpoint)
+        self.steps.restore(checkpoint)
         self.epoch = checkpoint.epoch
         self.best_epoch, self.best_dice = checkpoint.best_epoch, checkpoint.best_dice
         self.assessments = dict(checkpoint.assessments)
-        self.relies_on(replay=checkpoint.replay, split=checkpoint.split)
+        self.record_hashes(replay=checkpoint.replay, split=checkpoint.split)
         if self.epoch:
-            self._take_up_record(checkpoint)
+            self._restore_record(checkpoint)
         for name in in_order(self.assessments):
-            # All of them, since the figures at the end want them all; the last one stays.
+            # Check all of them, because the figures at the end need them; keep the last one.
             path = self.run.path / "uncertainty" / name
-            self._adopt(read_assessment(path, sha256=self.assessments[name]))
+            self._use_assessment(read_assessment(path, sha256=self.assessments[name]))
         if self.processes.leads:
             self.run.recover(checkpoint)
 
-    def relies_on(self, *, replay: str, split: str) -> None:
-        """Take note of the sha256 of the run's files that stay as they are."""
+    def record_hashes(self, *, replay: str, split: str) -> None:
+        """Store the sha256 of the replayed schedule and of the split for the checkpoints."""
         self.replay_sha256, self.split_sha256 = replay, split
 
-    def _take_up_record(self, checkpoint: Checkpoint) -> None:
-        """Take up history and schedule."""
+    def _restore_record(self, checkpoint: Checkpoint) -> None:
+        """Restore history and schedule."""
         try:
             self.history = [completed(row) for row in checkpoint.history]
         except ValueError as error:
-            raise PolysegError(f"checkpoint: its record is not that of this run: {error}") from None
+            raise PolysegError(f"checkpoint: its record is of another run: {error}") from None
         schedule = checkpoint.schedule
         columns = columns_of(self.split["train"], self.images.labels)
         if schedule is None or schedule.assessed is None or not self.history:
-            raise PolysegError("checkpoint: holds no record of its training to go on from")
+            raise PolysegError("checkpoint: has no record of its training, so it cannot be resumed")
         if (schedule.ids, schedule.labels) != columns:
-            raise PolysegError("checkpoint: its record is not that of this run")
+            raise PolysegError("checkpoint: its record is of other training images or labels")
         names = dict.fromkeys(schedule.ids)
         if checkpoint.losses is not None:
             losses = checkpoint.losses.reshape(len(names), -1).tolist()
             self.losses = dict(zip(names, losses, strict=True))
-        self.recorder.take_up(schedule)
+        self.recorder.restore(schedule)
         self.assessed = schedule.assessed.tolist()
 
     def _start(self) -> None:
@@ -215,33 +207,33 @@ class Trainer:
         log.info("%s", _epoch_line(row, self))
 
     def _train(self, epoch: int) -> Epoch:
-        """Return what is known of an epoch after its steps."""
+        """Take the steps of an epoch, and return its record without validation."""
         ids, epochs = self.split["train"], self.config.training.epochs
         self._explain_first_adaptive_epoch(epoch)
         labels = len(self.images.labels)
-        met: list[tuple[list[str], Adapted]] = []
+        used: list[tuple[list[str], Adapted]] = []
         done = 0
         steps: list[Step] = []
         torch.manual_seed(derive_seed(self.config.training.seed, epoch, "dropout"))
         with self.steps.at_rate(learning_rate(self.config.training, epoch)):
             for names, images, masks in self._batches(epoch):
-                self._leave_on_signal()
+                self._raise_on_signal()
                 adapted = self._adapted(names, epoch)
-                met.append((names, adapted))
+                used.append((names, adapted))
                 epsilon = torch.from_numpy(adapted.epsilon.astype(np.float32)).reshape(-1, labels)
                 steps.append(self.steps.take(names, images, masks, epsilon))
-                self.watch.glance(steps, epoch)
+                self.finite_check.check_sometimes(steps, epoch)
                 done += len(names)
                 self.progress(f"epoch {epoch}/{epochs}", done, len(ids))
-        self.watch.look(steps, epoch)
-        # Where statistics are a process's own, the leading process's are those that count.
+        self.finite_check.check(steps, epoch)
+        # Batch statistics may differ between processes; those of the leader are kept.
         self.processes.take_from_leader(self.network.buffers())
         self.assessed.append(self._assessed_for(epoch))
-        self.recorder.add(met)
-        return self._account(of_all_processes(steps, self.processes), epoch)
+        self.recorder.add(used)
+        return self._record_of(of_all_processes(steps, self.processes), epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """Return what yields the names of each batch, and this process's images and masks."""
+        """Yield the names of each batch, and this process's images and masks."""
         settings = self.config.training
         return training_batches(
             self.images,
@@ -256,7 +248,7 @@ class Trainer:
         )
 
     def _adapted(self, names: Sequence[str], epoch: int) -> Adapted:
-        """Return the epsilons of a batch; a replayed schedule keeps its own statistics."""
+        """Return the epsilons of a batch, without statistics if they are replayed."""
         if self.replay is None:
             adapted = self.control.adapt(names)
             self._refuse_epsilons(adapted, names, epoch)
@@ -265,49 +257,48 @@ class Trainer:
         return Adapted(epsilon.astype(np.float64), None)
 
     def _refuse_epsilons(self, adapted: Adapted, names: Sequence[str], epoch: int) -> None:
-        """Raise where a map gives no epsilon, or one that rewards misalignment."""
+        """Raise PolysegError if a map returns epsilons that are not allowed."""
         least = least_epsilon(self.config.loss.polydice_terms or 1)
         good = (adapted.epsilon >= least) & (adapted.epsilon <= LARGEST_EPSILON)
         if not good.all():
             bad = int(good.argmin())
             raise PolysegError(
                 f"control.map {self.config.control.map}: epsilon {adapted.epsilon[bad]:g} of image "
-                f"{names[bad // len(self.images.labels)]} in epoch {epoch}; it must lie in "
+                f"{names[bad // len(self.images.labels)]} in epoch {epoch}; it must be from "
                 f"{least:.4g} to {LARGEST_EPSILON}"
             )
 
-    def _account(self, steps: Sequence[Step], epoch: int) -> Epoch:
-        """Keep the losses of the images in an epoch's steps, and return what is known of it."""
-        skipped = len(steps) - len(self.watch.without_skipped(steps, epoch))
-        told = [step for step in steps if step.losses.isfinite().all()]
-        self._keep_losses(told)
+    def _record_of(self, steps: Sequence[Step], epoch: int) -> Epoch:
+        """Store the losses of the images in an epoch's steps, and return its record."""
+        skipped = len(steps) - len(self.finite_check.without_skipped(steps, epoch))
+        finite = [step for step in steps if step.losses.isfinite().all()]
+        self._store_losses(finite)
         return Epoch(
             number=epoch,
             learning_rate=learning_rate(self.config.training, epoch),
-            losses=torch.cat([step.losses for step in told]),
-            losses_at_constant=torch.cat([step.note.at_constant for step in told]),
+            losses=torch.cat([step.losses for step in finite]),
+            losses_at_constant=torch.cat([step.note.at_constant for step in finite]),
             epsilon=self.recorder.epsilon[-1],
-            wrong_sign=sum(int(step.note.wrong_sign.sum()) for step in told),
+            wrong_sign=sum(int(step.note.wrong_sign.sum()) for step in finite),
             skipped=skipped,
         )
 
-    def _keep_losses(self, steps: Sequence[Step]) -> None:
-        """Keep what each image lost in these steps; those of no step keep what they lost before."""
+    def _store_losses(self, steps: Sequence[Step]) -> None:
+        """Store the losses of the images in these steps; other images keep their last losses."""
         labels = len(self.images.labels)
-        fresh = {
+        new = {
             name: losses
             for step in steps
             for name, losses in zip(
                 step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
             )
         }
-        skipped = self.losses.keys() - fresh.keys()
-        self.losses = fresh | {name: self.losses[name] for name in skipped}
+        self.losses = self.losses | new
 
     def _validate(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return losses (at the constant epsilon) and Dice of the validation images.
+        """Return losses at the constant epsilon and Dice of the validation images.
 
-        Both (images, labels), or None without validation images.
+        Each is (images, labels), or None without validation images.
         """
         ids = self.split["val"]
         found: list[tuple[str, list[float], list[float]]] = []
@@ -328,9 +319,9 @@ class Trainer:
         return loss, dice
 
     def _assess(self, epoch: int) -> None:
-        """Measure the difficulty of the training images, keep the file, and adapt epsilon to it."""
+        """Assess the training images, write the assessment, and use it for epsilon."""
         ids = self.split["train"]
-        with _naming_the_epoch(epoch, self.config.uncertainty.metric):
+        with _name_epoch_in_errors(epoch, self.config.uncertainty.metric):
             assessment = assess(
                 self.network,
                 self.images.batches(spread(ids), self.config.training.batch_size),
@@ -340,7 +331,7 @@ class Trainer:
                 progress=lambda _, done, total: self._report_assessment(epoch, done, total),
                 total=len(ids),
                 processes=self.processes,
-                also=_also_measured(self.config.uncertainty),
+                also=_extra_scores(self.config.uncertainty),
             ).in_order(ids)
         assessment = dataclasses.replace(
             assessment,
@@ -353,7 +344,7 @@ class Trainer:
             log.info("this assessment only records the final weights, because no epoch follows it")
         # Bits that processes may compute otherwise must not lead them apart.
         assessment = self.processes.from_leader(assessment)
-        self._adopt(assessment)
+        self._use_assessment(assessment)
         if self.config.control.statistics == "dataset":
             assessment = dataclasses.replace(assessment, epsilon=self.control.over_data_set)
         path = self.run.assessment(epoch)
@@ -361,19 +352,19 @@ class Trainer:
         self.assessments[path.name] = written
 
     def _training_losses(self) -> NDArray[np.float64]:
-        """Return each image's loss of the last epoch, a row a label; before the first, zeros."""
+        """Return the losses of the last epoch, image by image; 0 before the first."""
         labels = len(self.images.labels)
         losses = [self.losses.get(name, [0.0] * labels) for name in self.split["train"]]
         return np.array(losses, np.float64).ravel()
 
-    def _adopt(self, assessment: Assessment) -> None:
-        # What feeds the next epochs needs no maps, which may be large.
+    def _use_assessment(self, assessment: Assessment) -> None:
+        # Epsilons do not need the maps, which may be large.
         self.control = dataclasses.replace(
             self.control, assessment=dataclasses.replace(assessment, maps={})
         )
 
     def _report_assessment(self, epoch: int, done: int, total: int) -> None:
-        self._leave_on_signal()
+        self._raise_on_signal()
         self.progress(f"MC Dropout after epoch {epoch}", done, total)
 
     def _commit(self) -> None:
@@ -404,8 +395,8 @@ class Trainer:
         epochs, assessed = np.arange(1, self.epoch + 1), np.array(self.assessed, np.int64)
         columns = self.recorder.columns()
         if self.replay is not None and self.replay.group is not None:
-            own = {"group": self.replay.group[: self.epoch], "statistics": self.replay.statistics}
-            columns |= own
+            columns["group"] = self.replay.group[: self.epoch]
+            columns["statistics"] = self.replay.statistics
         return Schedule(ids, epochs, labels=labels, assessed=assessed, **columns)
 
     def _assessment_epochs(self) -> list[int]:
@@ -413,12 +404,12 @@ class Trainer:
             return []
         return self.config.control.assessment_epochs(self.config.training.epochs)
 
-    def _warn_of_an_early_best(self) -> None:
+    def _warn_if_best_is_early(self) -> None:
         adapted = [epoch for epoch, after in enumerate(self.assessed, start=1) if after >= 0]
         if adapted and self.best_epoch < adapted[0]:
             log.warning(
-                "the best checkpoint is from before epoch %d, the first with adapted epsilons, and "
-                "tests of it say nothing of them: train for longer, or lower control.start",
+                "the best checkpoint is from before epoch %d, the first with adapted epsilons, so "
+                "its test does not show their effect: train for longer, or lower control.start",
                 adapted[0],
             )
 
@@ -428,7 +419,7 @@ class Trainer:
         return -1 if self.control.assessment is None else self.control.assessment.epoch
 
     def _explain_first_adaptive_epoch(self, epoch: int) -> None:
-        """Log why the training loss changes its scale, in the epoch in which it does."""
+        """Log why the training loss changes its scale, in the first adaptive epoch."""
         if epoch > 1 and self._assessed_for(epoch) >= 0 > max(self.assessed):
             log.info(
                 "from epoch %d on each image has its own epsilon, which changes the scale of the "
@@ -441,36 +432,35 @@ class Trainer:
         patience = self.config.training.early_stopping
         stopped = patience > 0 and self.epoch - self.best_epoch >= patience
         if stopped:
-            log.info("no better validation Dice for %d epochs: training ends here", patience)
+            log.info("early stopping: no better validation Dice for %d epochs", patience)
         if not stopped and self.replay is not None and self.epoch >= len(self.replay.epochs):
-            log.info("the replayed run stopped early after epoch %d: so does this one", self.epoch)
+            log.info("early stopping after epoch %d, like the replayed run", self.epoch)
             return True
         return stopped
 
-    def _leave_on_signal(self) -> None:
+    def _raise_on_signal(self) -> None:
         if self.stop.number:
             raise interruption(self.stop.number, self._progress_text())
 
     @contextlib.contextmanager
-    def _explaining_the_end(self) -> Iterator[None]:
-        """Let a signal be why the others left, where all processes got one."""
+    def _prefer_own_signal(self) -> Iterator[None]:
+        """Report a signal that all processes got, not the error that the others have left."""
         try:
             yield
         except RuntimeError:
             if self.processes.count > 1:
-                self._leave_on_signal()
+                self._raise_on_signal()
             raise
 
     def _progress_text(self) -> str:
         return (
-            f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` goes "
-            "on from there"
+            f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` continues it"
         )
 
 
 @contextlib.contextmanager
-def _naming_the_epoch(epoch: int, metric: str) -> Iterator[None]:
-    """Let errors of a difficulty of one's own say when."""
+def _name_epoch_in_errors(epoch: int, metric: str) -> Iterator[None]:
+    """Add the epoch to errors of a user's own difficulty score."""
     try:
         yield
     except PolysegError as error:
@@ -479,8 +469,8 @@ def _naming_the_epoch(epoch: int, metric: str) -> Iterator[None]:
         raise
 
 
-def _also_measured(settings: UncertaintyConfig) -> list[str]:
-    """Return the scores of the whole image that come at no cost where the passes see all of it."""
+def _extra_scores(settings: UncertaintyConfig) -> list[str]:
+    """Return scores that cost nothing more if the passes already use the whole image."""
     return [*WHOLE_SCORES, "size"] if settings.metric in WHOLE_SCORES else []
 
 
@@ -492,9 +482,9 @@ def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
-    """Return what the log says of an epoch, in 74 columns: a terminal shows the time before it.
+    """Return the log line of an epoch in 74 columns, because a terminal puts the time before it.
 
-    Of epsilon the 5th and 95th percentiles, unless it is the constant.
+    If epsilon is adapted, the line shows its 5th and 95th percentiles.
     """
     best = " best" if trainer.best_epoch == row["epoch"] else ""
     low, high = row["epsilon_q05"], row["epsilon_q95"]

@@ -58,7 +58,7 @@ def trained(settings, images, split):
         trainer = Trainer(config, images, split, run)
         with run.writing(resume=False):
             now = environment(trainer.device)
-            trainer.relies_on(split=run.begin(config, split_json(split, {}), now), replay="")
+            trainer.record_hashes(split=run.begin(config, split_json(split, {}), now), replay="")
             trainer.fit()
         return trainer, time.process_time() - start
 

@@ -27,7 +27,7 @@ from polyseg.data.formats.stacks import (
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
-# What it would say of a damaged file is said once, in the error.
+# The error already reports problems of damaged files.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
@@ -153,7 +153,7 @@ def _dicom_header(path: Path) -> Any:
 
     if not is_dicom(path):
         path.open("rb").close()
-        raise PolysegError(f"{path}: is no DICOM file; expected DICM at its byte 128")
+        raise PolysegError(f"{path}: is not a DICOM file; expected DICM at its byte 128")
     syntax = read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
         raise PolysegError(f"{path}: is deflated DICOM; save it as explicit little endian")
@@ -168,7 +168,7 @@ def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
     if len(series) > 1:
         shown = ", ".join(series[:4]) + (", ..." if len(series) > 4 else "")
         raise PolysegError(
-            f"{path}: holds {len(series)} DICOM series ({shown}); keep each in a folder of its own"
+            f"{path}: holds {len(series)} DICOM series ({shown}); put each in a separate folder"
         )
     sizes = sorted({f"{part.header.Rows} x {part.header.Columns}" for part in parts})
     if len(sizes) > 1:
@@ -176,7 +176,7 @@ def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
             f"{path}: its slices differ in size ({', '.join(sizes[:4])}); keep one size a folder"
         )
     if len(parts) > 1 and any(_frames_of(part.header) > 1 for part in parts):
-        raise PolysegError(f"{path}: holds files of many frames; keep each in a folder of its own")
+        raise PolysegError(f"{path}: holds files of many frames; put each in a separate folder")
 
 
 def _in_order(parts: list[_Part]) -> list[_Part]:
@@ -254,7 +254,7 @@ def _refuse_undecodable(part: _Part) -> None:
         size = int(header.Rows) * int(header.Columns) * _frames_of(header) * bits // 8
         # Chroma of half the width is the least that is stored uncompressed.
         if part.path.stat().st_size < size * 2 // 3:
-            raise PolysegError(f"{part.path}: is cut short: it says to hold {size:,} bytes")
+            raise PolysegError(f"{part.path}: is cut short: its header announces {size:,} bytes")
         return
     try:
         usable = get_decoder(syntax).is_available
@@ -277,7 +277,7 @@ def _whole(part: _Part) -> Any:
 
 
 def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
-    """Raise where a frame would decode to more than its rows and columns."""
+    """Raise if a frame would decode to more than its rows and columns."""
     from pydicom.encaps import generate_frames
 
     rows, columns = int(dataset.Rows), int(dataset.Columns)
@@ -321,7 +321,7 @@ def _rescaled(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
     if all(one == (1.0, 0.0) for one in factors):
         return pixels
     if not np.isfinite(factors).all():
-        raise ValueError("its rescale slope or intercept is no number")
+        raise ValueError("its rescale slope or intercept is not a number")
     if all(one.is_integer() for pair in factors for one in pair) and pixels.dtype.kind in "iu":
         return _rescaled_whole(pixels, factors)
     scaled = np.empty(pixels.shape, np.float32)
@@ -344,10 +344,7 @@ def _rescaled_whole(pixels: NDArray[Any], factors: Sequence[tuple[float, float]]
 def _rescale_of(dataset: Any, frame: int) -> tuple[float, float]:
     group = _group(dataset, "PixelValueTransformationSequence", frame) or dataset
     slope, intercept = group.get("RescaleSlope"), group.get("RescaleIntercept")
-    return (
-        1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept),
-    )
+    return (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
 
 
 def _group(dataset: Any, name: str, frame: int) -> Any:
@@ -430,7 +427,7 @@ def _geometry_of(groups: Any) -> Iterator[Any]:
 
 
 def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
-    """Return an identifier that hangs on the source's, the labels and their purpose alone."""
+    """Return an identifier that depends on the source's, the labels and their purpose only."""
     from pydicom.uid import generate_uid
 
     digest = hashlib.sha256(labels.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Read PNG, JPEG, BMP, GIF and WebP, guarded against files that are not what they seem."""
+"""Read PNG, JPEG, BMP, GIF and WebP, with protection against malicious files."""
 
 import struct
 from pathlib import Path
@@ -30,7 +30,7 @@ ORIENTATION_TAG = 0x0112
 def read_picture(path: Path, *, labels: bool = False) -> Stack:
     """Read PNG, JPEG, BMP, GIF or WebP as a stack of one slice; alpha is dropped.
 
-    A picture that a camera stored on its side, and says so (EXIF), is turned, masks too. For
+    Images and masks are rotated by their orientation tag (EXIF). For
     labels the numbers of a palette count (of a gray GIF the grays), for images its colours. No
     spacing is taken from dots per inch.
 
@@ -66,7 +66,7 @@ def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
 
 
 def encoded_sides(data: bytes) -> tuple[int, int] | None:
-    """Return the height and width that a JPEG or JPEG 2000 stream will be decoded to.
+    """Return the height and width of a JPEG or JPEG 2000 stream.
 
     >>> encoded_sides(imagecodecs.jpeg_encode(np.zeros((20, 30), np.uint8)))
     (20, 30)
@@ -97,7 +97,7 @@ def _sides_of_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], int]:
-    """Return pixels as they are stored, (H, W) or (H, W, C), and how they lie (EXIF, 1 to 8)."""
+    """Return stored pixels, (H, W) or (H, W, C), and their orientation tag (EXIF, 1 to 8)."""
     try:
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
             if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
@@ -117,7 +117,7 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
 
 
 def _bytes_per_pixel(image: Image.Image, *, deep: bool, keep_palette: bool) -> int:
-    """Return what a pixel takes while a picture is decoded, of which nothing is decoded yet."""
+    """Return the bytes that a pixel takes during decoding."""
     if deep:
         return 8
     # Runs of a BMP are decoded to two copies besides, before any of them is looked at.
@@ -155,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _copied(image: Image.Image, mode: str) -> NDArray[Any]:
-    """Copy strip by strip: at once, Pillow would hold everything two more times."""
+    """Copy strip by strip, because Pillow would otherwise need twice the memory."""
     rows = max(1, _STRIP // image.width)
     strips = (
         image.crop((0, top, image.width, min(image.height, top + rows)))

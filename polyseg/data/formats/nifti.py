@@ -33,7 +33,7 @@ from polyseg.data.formats.stacks import (
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
-# What it would say of a damaged file is said once, in the error.
+# The error already reports problems of damaged files.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 _CHUNK = 2**18
@@ -146,7 +146,7 @@ def _nifti_header(path: Path, stream: IO[bytes], nibabel: Any) -> Any:
             header = kind(block, check=False)
             if header["magic"].item()[:3] == magic:
                 return header
-    raise PolysegError(f"{path}: is no NIfTI file; expected a header and voxels in one file")
+    raise PolysegError(f"{path}: is not a NIfTI file; expected a header and voxels in one file")
 
 
 def _nifti_shape(path: Path, header: Any) -> tuple[int, int, int, int]:
@@ -163,8 +163,7 @@ def _nifti_shape(path: Path, header: Any) -> tuple[int, int, int, int]:
     width, height, depth, channels = (*sides, 1, 1)[:4] if len(sides) < 4 else sides
     if channels > MOST_CHANNELS:
         raise PolysegError(
-            f"{path}: has {channels} channels (its fourth axis); the most that is read is "
-            f"{MOST_CHANNELS}"
+            f"{path}: has {channels} channels (its fourth axis); at most {MOST_CHANNELS}"
         )
     return width, height, depth, channels
 
@@ -215,7 +214,9 @@ def _fill(path: Path, stream: IO[bytes], target: NDArray[np.uint8]) -> None:
 def _affine_of(path: Path, header: Any) -> NDArray[Any]:
     affine = np.asarray(header.get_best_affine(), np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise PolysegError(f"{path}: says not where its axes point; mend its sform or qform")
+        raise PolysegError(
+            f"{path}: does not define the directions of its axes; correct its sform or qform"
+        )
     return affine
 
 

@@ -19,7 +19,7 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
 
     >>> read_image_stack(Path("notes.txt"))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: notes.txt: is of no kind that is read: .png, .jpg, ...
+    polyseg.errors.PolysegError: notes.txt: is of no supported kind: .png, .jpg, ...
     """
     return _read(Path(path), plane, labels=False)
 
@@ -52,6 +52,6 @@ def _read(path: Path, plane: Plane, *, labels: bool, stored: bool = False) -> St
     with guarded(path):
         kind = format_of(path)
     if kind is None:
-        raise PolysegError(f"{path}: is of no kind that is read: {', '.join(readable_suffixes())}")
+        raise PolysegError(f"{path}: is of no supported kind: {', '.join(readable_suffixes())}")
     stack: Stack = kind.read(path, plane, labels=labels, stored=stored)
     return stack

@@ -1,4 +1,4 @@
-"""Define the stack that every file of pixels becomes, and the limits of its size."""
+"""Define the stack of slices that readers return, and the limits of its size."""
 
 import contextlib
 import warnings
@@ -15,13 +15,13 @@ from polyseg.errors import PolysegError, reason
 Plane = Literal["axial", "coronal", "sagittal"]
 
 LARGEST_IMAGE = 2**26
-"""Pixels of a slice; a larger one is refused before it is decoded."""
+"""Largest number of pixels of a slice; a larger one is refused before it is decoded."""
 LONGEST_SIDE = 2**16
-"""Pixels along a side of a slice."""
+"""Largest side of a slice, in pixels."""
 LARGEST_VOLUME = 2**29
-"""Pixels of all slices of a file."""
+"""Largest number of pixels of all slices of a file."""
 LARGEST_DECODED = 2**31
-"""Bytes of all pixels of a file, or of a series of files."""
+"""Largest size of all pixels of a file, or of a series of files, in bytes."""
 MOST_SLICES = 2**14
 MOST_CHANNELS = 64
 
@@ -40,7 +40,7 @@ _IMAGE_TYPES = (np.uint8, np.uint16, np.int16, np.float32)
 
 @dataclass(frozen=True)
 class Stack:
-    """The slices of a file; one, where it is a picture.
+    """The slices of a file; a 2D file has one.
 
     >>> Stack(np.zeros((1, 20, 30, 3), np.uint8)).spacing is None
     True
@@ -56,7 +56,7 @@ class Stack:
 
 @contextlib.contextmanager
 def guarded(path: Path) -> Iterator[None]:
-    """Make whatever a decoder says of a damaged file one line, and keep it quiet otherwise.
+    """Turn errors of a decoder into one PolysegError, and suppress its other messages.
 
     Raises:
         PolysegError: the block raised; the line names the file.
@@ -122,15 +122,13 @@ def refuse_if_large(
 
     >>> refuse_if_large(Path("a.png"), (10**5, 10**5), held=100)
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: a.png: has 100000 x 100000 pixels; the most that is read is 67,108,864
-    """  # noqa: E501
+    polyseg.errors.PolysegError: a.png: has 100000 x 100000 pixels; at most 67,108,864
+    """
     height, width = sides
     if min(height, width, slices) < 1:
         raise PolysegError(f"{path}: declares {slices} slices of {height} x {width} pixels")
     if height * width > LARGEST_IMAGE:
-        raise PolysegError(
-            f"{path}: has {height} x {width} pixels; the most that is read is {LARGEST_IMAGE:,}"
-        )
+        raise PolysegError(f"{path}: has {height} x {width} pixels; at most {LARGEST_IMAGE:,}")
     if max(sides) > LONGEST_SIDE:
         raise PolysegError(
             f"{path}: has {height} x {width} pixels; the longest side that is read is "
@@ -138,7 +136,7 @@ def refuse_if_large(
         )
     if slices > MOST_SLICES or slices * height * width > LARGEST_VOLUME:
         raise PolysegError(
-            f"{path}: has {slices} slices of {height} x {width} pixels; the most that is read is "
+            f"{path}: has {slices} slices of {height} x {width} pixels; at most "
             f"{MOST_SLICES:,} slices and {LARGEST_VOLUME:,} pixels; cut it into parts"
         )
     held = path.stat().st_size if held is None else held
@@ -150,7 +148,7 @@ def refuse_if_large(
 def _refuse_if_blown_up(path: Path, decoded: int, held: int, most: int) -> None:
     if decoded > LARGEST_DECODED:
         raise PolysegError(
-            f"{path}: takes {decoded:,} bytes in memory; the most that is read is "
+            f"{path}: takes {decoded:,} bytes in memory; at most "
             f"{LARGEST_DECODED:,}; cut it into parts"
         )
     if decoded > most:
@@ -185,9 +183,7 @@ def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     dtype('int16')
     """
     if pixels.shape[-1] > MOST_CHANNELS:
-        raise PolysegError(
-            f"{path}: has {pixels.shape[-1]} channels; the most that is read is {MOST_CHANNELS}"
-        )
+        raise PolysegError(f"{path}: has {pixels.shape[-1]} channels; at most {MOST_CHANNELS}")
     pixels = _native(path, pixels)
     if pixels.dtype == bool:
         return pixels.view(np.uint8) * np.uint8(255)

@@ -24,7 +24,7 @@ from polyseg.data.formats.stacks import (
 )
 from polyseg.errors import PolysegError
 
-# What it would say of a damaged file is said once, in the error.
+# The error already reports problems of damaged files.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _COMPRESSIONS = (

@@ -63,12 +63,7 @@ def write_labels(
 
 
 def write_map(
-    source: Path,
-    values: NDArray[np.float32],
-    folder: Path,
-    *,
-    name: str,
-    plane: Plane = "axial",
+    source: Path, values: NDArray[np.float32], folder: Path, *, name: str, plane: Plane = "axial"
 ) -> Path:
     """Write maps, (N, H, W) of float32, as their source where that can hold them, else as TIFF.
 

@@ -13,7 +13,7 @@ from polyseg.data.formats.file_formats import suffix_of
 from polyseg.errors import PolysegError, reason
 
 LARGEST_SET = 1_000_000
-"""Files and folders that are looked at before a folder is held to be no data set."""
+"""Largest number of files and folders of a data set."""
 
 Unmasked = Literal["refuse", "empty", "skip"]
 """Treatment of images without a mask: an error, a case without foreground, or no case."""
@@ -41,20 +41,20 @@ _DEEPEST_SERIES = 3
 
 @dataclass(frozen=True)
 class Case:
-    """An image, or a stack of slices, and where it and its masks are."""
+    """The files of an image, or of a stack of slices, and of its masks."""
 
     id: str
     images: tuple[Path, ...]
     """One file, or several of one channel each; a folder holds the slices of one DICOM series."""
 
     masks: tuple[Path, ...] | None
-    """United by the reader; () is known to be empty, and None says that there is no mask."""
+    """Mask files, which the reader unites; () for an empty mask, None without a mask."""
 
     part: str | None = None
-    """train, val or test where the data say; None is not given, so a split may put it anywhere."""
+    """"train", "val" or "test" if the data set assigns a part, else None."""
 
     group: str | None = None
-    """Name of the patient, where the data give it."""
+    """Name of the patient, if the data set gives it."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Layout:
     """The cases of a data set, and how they were found."""
 
     name: str
-    """Name of the layout for messages."""
+    """Name of the layout, for messages."""
 
     cases: list[Case]
-    """In order of their ids, which are unique and printable."""
+    """Cases in order of their ids, which are unique and printable."""
 
     labels: Mapping[str, int]
     """Names of label values where a dataset.json gives them, without the background."""
@@ -87,7 +87,7 @@ class Listing:
     files: tuple[Path, ...]
     folders: tuple[Path, ...]
     broken: tuple[str, ...] = ()
-    """Links to files that are not there."""
+    """Links to missing files."""
     unread: tuple[str, ...] = ()
     """Files of kinds that are not read, without texts and tables."""
 
@@ -105,7 +105,7 @@ class Folders:
         A link to a folder that it lies in is left out, so no way through the folders is endless.
 
         Raises:
-            PolysegError: it cannot be listed, a name is no text, or there is too much.
+            PolysegError: it cannot be listed, a name is not valid text, or there are too many.
 
         >>> Folders().list(Path(__file__).parent).files
         ()
@@ -231,7 +231,7 @@ class Findings:
         cases = self._with_unique_ids(source)
         if not cases:
             raise_problems(self.problems)
-            raise PolysegError(f"{source}: holds no image with a mask ({name})")
+            raise PolysegError(f"{source}: has no image with a mask ({name})")
         return Layout(name, cases, labels or {}, tuple(self.notes), tuple(self.problems))
 
     def _with_unique_ids(self, source: str) -> list[Case]:
@@ -251,7 +251,7 @@ def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[
     """Return notes on what folders hold and cannot be read, and problems where that is most.
 
     Args:
-        folders: what lists folders.
+        folders: lister of folders.
         places: where the images and masks of a data set are.
     """
     notes: list[str] = []
@@ -273,7 +273,7 @@ def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[
 
 
 def stem_of(path: Path) -> str:
-    """Return a file's name without the suffix that says its kind, letters in composed form.
+    """Return a file's name without the suffix of its format, with letters in composed form.
 
     >>> [stem_of(Path(name)) for name in ("a.nii.gz", "b.c.PNG", "1.2.840")]
     ['a', 'b.c', '1.2.840']
@@ -283,7 +283,7 @@ def stem_of(path: Path) -> str:
 
 
 def is_readable(path: Path) -> bool:
-    """Return whether a file is of a kind that is read, by its name, or else by its start.
+    """Return whether a file can be read, by its name or else by its first bytes.
 
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
@@ -292,7 +292,7 @@ def is_readable(path: Path) -> bool:
 
 
 def is_junk(name: str) -> bool:
-    """Return whether an entry is hidden or a trace of an operating system.
+    """Return whether an entry is hidden or created by an operating system.
 
     >>> is_junk("._1.png"), is_junk("__MACOSX"), is_junk("1.png")
     (True, True, False)
@@ -301,7 +301,7 @@ def is_junk(name: str) -> bool:
 
 
 def exists(path: Path, kind: Literal["file", "folder"]) -> bool:
-    """Return whether there is such a file or folder; a path that is too long is none.
+    """Return whether a file or folder exists; False for a path that is too long.
 
     >>> exists(Path("x" * 5000), "file")
     False
@@ -313,7 +313,7 @@ def exists(path: Path, kind: Literal["file", "folder"]) -> bool:
 
 
 def plain(name: str) -> str:
-    """Return a name in small letters without spaces, hyphens and underscores.
+    """Return a name in lower case without spaces, hyphens and underscores.
 
     >>> plain("Ground_Truth")
     'groundtruth'
@@ -322,7 +322,7 @@ def plain(name: str) -> str:
 
 
 def part_of(name: str) -> str | None:
-    """Return which part of the data a name stands for.
+    """Return the part of the data that a name stands for.
 
     >>> [part_of(name) for name in ("Training", "valid", "TestDataset", "images")]
     ['train', 'val', 'test', None]
@@ -341,7 +341,7 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 def shown(name: object) -> str:
-    """Return a name as it may stand in a line: short, and without what is no text.
+    """Return a name for a message: short, with only printable characters.
 
     >>> shown("a" + chr(10))
     "'a\\\\n'"
@@ -353,7 +353,7 @@ def shown(name: object) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number of things.
+    """Return a number with its noun.
 
     >>> counted(1, "image"), counted(2, "image")
     ('1 image', '2 images')
@@ -362,7 +362,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def some(noun: str, names: Sequence[str]) -> str:
-    """Return how many there are, and the first few names.
+    """Return the number of names, and the first few of them.
 
     >>> some("mask", list("abcdefg"))
     '7 masks (a, b, c, d, e and 2 more)'
@@ -372,10 +372,10 @@ def some(noun: str, names: Sequence[str]) -> str:
 
 
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one error of all problems, a line each, if there are any.
+    """Raise one error with a line for each problem, if there are any.
 
     Raises:
-        PolysegError: there are.
+        PolysegError: there are problems.
 
     >>> raise_problems(["a: is no image", "b: is no mask"])
     Traceback (most recent call last):
@@ -388,7 +388,7 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def seen_in(folder: Path) -> str:
-    """Return a few names of what a folder holds, folders with a slash.
+    """Return the names of a few entries of a folder, with a slash after folders.
 
     >>> seen_in(Path(__file__).parent / "nowhere")
     'nothing'
@@ -401,7 +401,7 @@ def seen_in(folder: Path) -> str:
                     names.append(f"{entry.name}/" if _is_kind(entry, "folder") else entry.name)
     except (OSError, ValueError):
         return "nothing"
-    # Folders say more about a layout than files do.
+    # Folders identify a layout better than files.
     names.sort(key=lambda name: (not name.endswith("/"), name))
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"

@@ -158,7 +158,7 @@ class _Search:
     def units(
         self, folder: Path, part: str | None = None, prefix: str = "", depth: int = 0
     ) -> list[_Unit]:
-        """Return what belongs together in `folder` or, if nothing does, below it."""
+        """Return pairs of folders in `folder` or, if there are none, below it."""
         if depth > DEEPEST:
             return []
         own = self._pairs(folder, part, prefix)
@@ -175,7 +175,7 @@ class _Search:
         return [each for each in images if each not in masks], masks
 
     def hints(self, folder: Path) -> list[str]:
-        """Return what to say where a folder holds images or masks by its names, and not both."""
+        """Return a message if the names in a folder show images or masks, but not both."""
         images, masks = self.candidates(folder)
         if bool(images) == bool(masks) or self.source.layout == "suffixes":
             return []

@@ -30,7 +30,7 @@ def find_cases(
         layout: the name of a row of `LAYOUTS`; auto takes the first row that fits.
         images: names or paths of folders or files of images (data.images).
         masks: names or paths of folders or files of masks (data.masks).
-        unmasked: what becomes of images without a mask (data.unmasked).
+        unmasked: treatment of images without a mask (data.unmasked).
 
     Returns:
         The cases in order of their ids, and the problems: images and masks that do not match, so
@@ -38,7 +38,7 @@ def find_cases(
         where two are the same in different parts or classes, each has its folder's name before it.
 
     Raises:
-        PolysegError: it is none of the layouts, or could be several.
+        PolysegError: it has none of the layouts, or its layout is ambiguous.
 
     >>> find_cases(Path("nowhere"))
     Traceback (most recent call last):
@@ -67,7 +67,7 @@ def holds_masks(path: Path) -> bool:
 
 
 def _first(source: Source) -> Layout | None:
-    """Return what the layout that was chosen finds, or the first of all that finds something."""
+    """Return the result of the chosen layout, or of the first one that applies."""
     rows = [LAYOUTS[source.layout]] if source.chosen else LAYOUTS.values()
     for row in rows:
         if row.function and (found := row.resolve()(source)) is not None:
@@ -90,7 +90,7 @@ def _check_settings(source: Source) -> None:
         raise PolysegError(f"{path}: {what}")
     if (said := source.settings()) and (is_file or layout not in _TAKE_NAMES):
         what = "a CSV manifest" if is_file else f"data.layout={layout}"
-        raise PolysegError(f"{said[0].partition('=')[0]}: has no meaning for {what}; leave it out")
+        raise PolysegError(f"{said[0].partition('=')[0]}: has no effect for {what}; leave it out")
     shared = {plain(name) for name in source.images} & {plain(name) for name in source.masks}
     if shared:
         raise PolysegError(
@@ -104,7 +104,7 @@ def _check_settings(source: Source) -> None:
 
 
 def _unknown(source: Source) -> Sequence[str]:
-    """Return what a folder of no known layout lacks and what to do, a line for each thing."""
+    """Return lines about what a folder without known layout lacks, and what to do."""
     path, layout = source.path, source.layout
     lacks = "is of no known layout" if not source.chosen else f"does not fit data.layout={layout}"
     folder = path.resolve()

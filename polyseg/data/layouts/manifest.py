@@ -52,10 +52,10 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
 
     Args:
         path: the file.
-        unmasked: what becomes of images whose mask cell is empty.
+        unmasked: treatment of images whose mask cell is empty.
 
     Raises:
-        PolysegError: all that is wrong with it, a line each.
+        PolysegError: there are problems; one line for each.
 
     >>> read_manifest(Path("nowhere.csv"))
     Traceback (most recent call last):
@@ -107,7 +107,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except OSError as error:
         raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
     except ValueError:
-        raise PolysegError(f"{path}: is no text; save it as CSV in UTF-8") from None
+        raise PolysegError(f"{path}: is not a text file; save it as CSV in UTF-8") from None
     first = text[: text.find("\n")] if "\n" in text else text
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter="\t" if "\t" in first and "," not in first else ","
@@ -116,7 +116,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         for cells in reader:
             yield reader.line_num, cells
     except csv.Error as error:
-        raise PolysegError(f"{path}: line {reader.line_num} is no CSV: {error}") from None
+        raise PolysegError(f"{path}: line {reader.line_num} is not CSV: {error}") from None
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
@@ -124,7 +124,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     for name in columns:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name[:50], COLUMNS, n=1, cutoff=0.78)
-            # Others are what people keep in their tables: age, site, scanner.
+            # Other columns are additional data, such as age, site, scanner.
             if near:
                 problems.append(f"{path}: unknown column {shown(name)!r}; did you mean {near[0]}?")
     if len(columns) == 1 and ";" in columns[0]:
@@ -149,7 +149,7 @@ def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
     if not images:
         problem("names no image")
     if not (row.cells["image"] + row.cells["mask"]).isprintable():
-        problem("a path is no text")
+        problem("a path is not valid text")
     for file in (*images, *masks):
         if what := _misfit(file, folders):
             problem(f"{shown(file)}: {what}")
@@ -158,7 +158,7 @@ def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
     if split and part is None:
         problem(f"split is {shown(split)}; expected train, val, test or nothing")
     if not group.isprintable():
-        problem(f"group {shown(group)} is no text")
+        problem(f"group {shown(group)} is not valid text")
     if own_id and not _is_id(own_id):
         problem(
             f"id {shown(own_id)} cannot be used; give printable text of up to {_LONGEST_ID} "
@@ -176,12 +176,12 @@ def _misfit(path: Path, folders: Folders) -> str | None:
     if not exists(path, "file"):
         return "there is no such file"
     if not is_readable(path):
-        return f"is of no kind that is read ({' '.join(readable_suffixes())})"
+        return f"is of no supported kind ({' '.join(readable_suffixes())})"
     return None
 
 
 def _is_id(text: str) -> bool:
-    """Ids become names of files, which must stay where they are put."""
+    """Refuse ids that as file names would leave their folder."""
     parts = text.split("/")
     return (
         len(text) <= _LONGEST_ID

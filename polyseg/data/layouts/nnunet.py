@@ -102,12 +102,12 @@ def read_nnunet(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> 
     those of imagesTs are the test part if labelsTs is there, else left out.
 
     Args:
-        folders: what lists folders.
+        folders: lister of folders.
         root: the folder of dataset.json.
-        unmasked: what becomes of images without labels.
+        unmasked: treatment of images without labels.
 
     Raises:
-        PolysegError: all that is wrong with it, a line each.
+        PolysegError: there are problems; one line for each.
 
     >>> read_nnunet(Folders(), Path("nowhere"))
     Traceback (most recent call last):
@@ -134,12 +134,12 @@ def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") 
     """Read a task of the Medical Segmentation Decathlon: the images that dataset.json lists.
 
     Args:
-        folders: what lists folders.
+        folders: lister of folders.
         root: the folder of dataset.json.
-        unmasked: what becomes of images without labels.
+        unmasked: treatment of images without labels.
 
     Raises:
-        PolysegError: all that is wrong with it, a line each.
+        PolysegError: there are problems; one line for each.
 
     >>> read_decathlon(Folders(), Path("nowhere"))
     Traceback (most recent call last):
@@ -168,7 +168,7 @@ def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") 
 
 
 def by_channels(files: Sequence[Path]) -> dict[str, dict[int, Path]] | None:
-    """Group files of one channel each by their case, or return None if a name has no channel.
+    """Return files with one channel by case, or None if a name has no channel.
 
     >>> sorted(by_channels([Path("a_0000.png"), Path("a_0001.png")])["a"])
     [0, 1]
@@ -183,7 +183,7 @@ def by_channels(files: Sequence[Path]) -> dict[str, dict[int, Path]] | None:
 
 @dataclass(frozen=True)
 class _Side:
-    """Images and labels that belong together, and what is expected of the files."""
+    """Images and labels of a part, and the expected properties of the files."""
 
     images: Path
     masks: Path
@@ -259,7 +259,7 @@ def _read_description(root: Path) -> _Json:
         raise PolysegError(f"{path}: cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:
         why = "nested too deep" if isinstance(error, RecursionError) else shown(error)
-        raise PolysegError(f"{path}: is no JSON: {why}") from None
+        raise PolysegError(f"{path}: is not JSON: {why}") from None
     if not isinstance(description, dict):
         raise PolysegError(f"{path}: expected an object with channel_names and labels")
     return description
@@ -334,7 +334,7 @@ def _label(where: str, key: str, value: object) -> tuple[str, int]:
     if not 0 <= number <= _LARGEST_LABEL:
         raise PolysegError(f"{where}: {shown(key)}: give a value from 0 to {_LARGEST_LABEL}")
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        raise PolysegError(f"{where}: the name {shown(name)} is no text")
+        raise PolysegError(f"{where}: the name {shown(name)} is not valid text")
     return name, number
 
 
@@ -350,7 +350,7 @@ def _listed_case(root: Path, where: str, entry: object, findings: Findings) -> C
 
 
 def _listed_file(root: Path, said: object) -> Path | str:
-    """Return the file that is meant, or what is wrong with it."""
+    """Return the named file, or a problem with it."""
     if not isinstance(said, str) or not said.strip():
         return f"{shown(said)} is no path; expected a path such as ./imagesTr/a.nii.gz"
     relative = PurePosixPath(said)
@@ -360,5 +360,5 @@ def _listed_file(root: Path, said: object) -> Path | str:
     if not exists(path, "file"):
         return f"{shown(said)}: there is no such file"
     if not path.name.isprintable() or not is_readable(path):
-        return f"{shown(said)} is of no kind that is read ({' '.join(readable_suffixes())})"
+        return f"{shown(said)} is of no supported kind ({' '.join(readable_suffixes())})"
     return path

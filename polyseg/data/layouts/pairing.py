@@ -1,4 +1,4 @@
-"""Rules by which the name of a mask tells its image; a row here is all that a new rule needs."""
+"""Rules that find the image of a mask by its name; a new rule needs only a row here."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ def as_it_is(stem: str) -> str:
 
 
 def in_small_letters(stem: str) -> str:
-    """Return a stem in small letters.
+    """Return a stem in lower case.
 
     >>> in_small_letters("A1")
     'a1'
@@ -63,7 +63,7 @@ def without_prefix(stem: str) -> str:
 
 
 def loosely(stem: str) -> str:
-    """Return a stem in small letters, without prefix and zeros.
+    """Return a stem in lower case, without prefix and zeros.
 
     >>> loosely("Mask_01") == loosely("img_1")
     True

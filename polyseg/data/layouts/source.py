@@ -1,4 +1,4 @@
-"""Define what each layout reads: a path, the settings, and folders that are listed once."""
+"""Define the input of layouts: a path, the settings, and folders that are listed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ Names = str | Sequence[str] | None
 """Value of data.images or data.masks: a name or path, several, or none."""
 
 DEEPEST = 4
-"""Folders that a data set may lie deep in the path that is given."""
+"""Largest depth of a data set below the given path, in folders."""
 
 
 @dataclass
 class Source:
-    """A path in which a layout is looked for."""
+    """A path that may have a layout."""
 
     path: Path
     layout: str = "auto"
@@ -31,11 +31,11 @@ class Source:
 
     @property
     def chosen(self) -> bool:
-        """Whether this layout was asked for by name."""
+        """Whether the user chose this layout by name."""
         return self.layout != "auto"
 
     def settings(self) -> list[str]:
-        """Return what data.images and data.masks say, as a user writes it.
+        """Return the values of data.images and data.masks as a user writes them.
 
         >>> Source(Path("."), masks=("a", "b")).settings()
         ['data.masks=[a, b]']

@@ -1,4 +1,4 @@
-"""Find images without asking for masks, such as those to predict."""
+"""Find images without masks, such as those to predict."""
 
 import logging
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def find_unlabelled(paths: Sequence[Path]) -> list[Case]:
-    """Find images without asking for masks.
+    """Find images without masks.
 
     Of a folder they are what its images/ holds (imagesTs/ too), else what it holds itself; masks
     beside images are left out. A folder of DICOM files alone is one series, unless it is called
@@ -71,7 +71,7 @@ def _unlabelled(folders: Folders, path: Path) -> list[Case]:
     if exists(path, "file"):
         if not is_readable(path) or not path.name.isprintable():
             suffixes = " ".join(readable_suffixes())
-            raise PolysegError(f"{path}: is of no kind that is read ({suffixes})")
+            raise PolysegError(f"{path}: is of no supported kind ({suffixes})")
         return [Case(stem_of(path), (path,), None)]
     if not exists(path, "folder"):
         what = "is neither file nor folder" if path.exists() else "there is no such file or folder"

@@ -50,7 +50,7 @@ def paint(rng: np.random.Generator, size: Size, factors: Factors) -> tuple[NDArr
 
 
 def _draw_lumen(rng: np.random.Generator, polyp: Place) -> Place:
-    """Return where the bowel leads on: away from the polyp, often out of sight."""
+    """Return the place of the lumen, away from the polyp and often outside the image."""
     row, column = far_center(rng, [polyp])
     reach = rng.uniform(0.9, 1.7)
     return 0.5 + reach * (row - 0.5), 0.5 + reach * (column - 0.5)
@@ -118,7 +118,7 @@ def _dome(blob: Blob, factors: Factors) -> Field:
 
 
 def _light(height: Field, lumen: Place, warp: Field) -> Field:
-    """Return the light that the wall sends back: less where it turns away, or is far away."""
+    """Return the light reflected by the wall, less where it is tilted or far away."""
     size = (height.shape[0], height.shape[1])
     down, across = np.gradient(height)
     distance, direction = _polar(size, lumen)
@@ -130,7 +130,7 @@ def _light(height: Field, lumen: Place, warp: Field) -> Field:
 
 
 def _draw_glints(rng: np.random.Generator, height: Field, light: Field) -> Field:
-    """Return white glints where the wet wall happens to mirror the lamp."""
+    """Return white highlights where the wet wall reflects the lamp."""
     size = (height.shape[0], height.shape[1])
     wet = smooth_noise(rng, size, 30, 24) + 0.6 * smooth_noise(rng, size, 8, 8)
     mirror = np.clip((wet + 3 * light - 5.3) * 3, 0, 1)

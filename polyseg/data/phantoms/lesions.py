@@ -1,4 +1,4 @@
-"""What phantoms of every modality share: how hard each is, the shape of lesions, soft noise."""
+"""Common parts of phantoms: factors of difficulty, shapes of lesions, smooth noise."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ _WIDEST = 0.3  # half axis of a lesion at most, as a share of the image's side
 
 @dataclass(frozen=True)
 class Factors:
-    """What makes a lesion hard to segment.
+    """The properties that make a lesion hard to segment.
 
     Contrast and noise are shares of ultrasound's grey range; a polyp's colour and relief, and the
     grain of an endoscope's sensor, are in proportion to them.
@@ -31,7 +31,7 @@ class Factors:
 
 
 def draw_factors(rng: np.random.Generator, difficulty: float) -> Factors:
-    """Draw factors that follow the difficulty, each with a little luck of its own."""
+    """Draw factors that follow the difficulty, each with separate random variation."""
     own = np.clip(difficulty + _JITTER * rng.standard_normal(6), 0, 1)
     return Factors(
         contrast=float(_between(0.36, 0.15, own[0])),
@@ -87,7 +87,7 @@ def draw_blob(
 
 
 def far_center(rng: np.random.Generator, taken: list[Place]) -> Place:
-    """Return the one of some random places that is farthest from those taken."""
+    """Return the random place that is farthest from the occupied ones."""
     places = rng.uniform(0.1, 0.9, (12, 2))
     distances = np.linalg.norm(places[:, None] - np.array(taken)[None], axis=2).min(axis=1)
     row, column = places[distances.argmax()]
@@ -120,7 +120,7 @@ def soften(field: NDArray[np.generic], sigma: float | tuple[float, ...]) -> Fiel
 
 
 def pixel_unit(size: Size) -> float:
-    """Return how many pixels make what is one pixel in an image with a shorter side of 128."""
+    """Return the number of pixels per pixel of an image with a shorter side of 128."""
     return min(size) / 128
 
 
@@ -129,7 +129,7 @@ def _between(easy: float, hard: float, share: float) -> float:
 
 
 def _keep_inside(center: Place, tall: float, wide: float) -> Place:
-    """Move a center away from the border, given the areas of circles as tall and as wide."""
+    """Move a center away from the border, given the areas of circles of its height and width."""
     reach = np.minimum(1.5 * np.sqrt(np.array([tall, wide]) / np.pi), 0.5)
     row, column = np.clip(center, reach, 1 - reach)
     return float(row), float(column)

@@ -1,4 +1,4 @@
-"""Made-up images of lesions whose true masks and difficulties are known, for demonstrations.
+"""Generated images of lesions with known masks and difficulties, for demonstrations.
 
 Everything about a phantom follows from a seed, its index and its difficulty.
 """
@@ -110,7 +110,7 @@ def make_phantoms(
 def write_phantoms(directory: str | Path, phantoms: Sequence[Phantom]) -> None:
     """Write images/ID.png, masks/ID.png (0 and 255) and phantoms.csv into a new directory.
 
-    All of it is there in the end, or nothing.
+    Either all files are written, or none.
 
     Args:
         directory: must not exist, or be empty.

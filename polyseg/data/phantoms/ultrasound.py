@@ -90,11 +90,7 @@ def _add_distractors(rng: np.random.Generator, echo: Field, lesion: Blob, factor
 
 
 def _add_lobule(
-    rng: np.random.Generator,
-    echo: Field,
-    center: Place,
-    drop: float,
-    factors: Factors,
+    rng: np.random.Generator, echo: Field, center: Place, drop: float, factors: Factors
 ) -> None:
     """Paint a flat dark lobule in a bright capsule, which tells it from a lesion."""
     lobule = draw_blob(
@@ -112,11 +108,7 @@ def _add_lobule(
 
 
 def _add_shadow(
-    rng: np.random.Generator,
-    echo: Field,
-    center: Place,
-    drop: float,
-    factors: Factors,
+    rng: np.random.Generator, echo: Field, center: Place, drop: float, factors: Factors
 ) -> None:
     """Darken everything below a place, as a ligament or bad contact does."""
     height, width = echo.shape

@@ -1,5 +1,5 @@
 """Read single operations of a torch.fx graph, and replace them by others."""
-# torch.fx types what a node is called with as all that it could be.
+# The types of arguments of nodes in torch.fx are very general.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value"
 
@@ -32,7 +32,7 @@ def arguments_of(node: Node) -> dict[str, Any]:
 
 
 def tensor_of(network: fx.GraphModule, node: Node | None) -> Any:
-    """Return the tensor that a node stands for; None where it stands for none, or is computed."""
+    """Return the tensor of a node that is a weight or constant; None for other nodes."""
     if node is None or node.op != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
@@ -40,7 +40,7 @@ def tensor_of(network: fx.GraphModule, node: Node | None) -> Any:
 
 
 def mask_of(node: Any) -> Node | None:
-    """Return the mask if a node is the product of something with it."""
+    """Return the mask if a node is a product with a mask, else None."""
     if not isinstance(node, Node) or node.target is not MULTIPLY or len(node.args) != 2:
         return None
     mask = node.args[1]
@@ -49,36 +49,36 @@ def mask_of(node: Any) -> Node | None:
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
-    """Return the shape of what a node gives; the number of images is a symbol."""
+    """Return the shape of a node's result, where the number of images is a symbol."""
     return tuple(node.meta["val"].shape)
 
 
 def channels_of(node: Node) -> int:
-    """Return the size of the second dimension of what a node gives."""
+    """Return the second dimension of a node's result."""
     return int(shape_of(node)[1])
 
 
 def sides_of(node: Node) -> tuple[int, int] | None:
-    """Return the height and width of a feature map, None for what is none."""
+    """Return the height and width of a feature map, None for other results."""
     shape = getattr(node.meta.get("val"), "shape", ())
     is_map = node.op in ("call_function", "placeholder") and len(shape) == 4
     return (int(shape[2]), int(shape[3])) if is_map and shape[3] > 1 else None
 
 
 def is_pointwise(node: Node) -> bool:
-    """Return whether an operation computes each value from the values at the same place alone."""
+    """Return whether each value of the result depends only on input values at the same place."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
 def keep_shape(old: Node, *new: Node) -> None:
-    """Note that nodes give what is shaped as what another gives."""
+    """Give nodes the recorded result shape of another."""
     for node in new:
         node.meta["val"] = old.meta["val"]
 
 
 def replace_call(node: Node, target: Any, *arguments: Any) -> Node:
-    """Put another call in the place of a node."""
+    """Replace a node by another call, and return the new node."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, arguments)
     keep_shape(node, new)
@@ -87,8 +87,8 @@ def replace_call(node: Node, target: Any, *arguments: Any) -> Node:
 
 
 def add_constant(network: fx.GraphModule, before: Node, value: Tensor) -> Node:
-    """Return a node that holds a tensor."""
-    # A part of a graph holds some of its constants, under any numbers.
+    """Add a constant tensor to the graph, and return its node."""
+    # Some numbers may be in use, because a part of a graph has some of its constants.
     name = next(name for i in count() if not hasattr(network, name := f"folded_{i}"))
     network.register_buffer(name, value)
     with network.graph.inserting_before(before):
@@ -98,7 +98,7 @@ def add_constant(network: fx.GraphModule, before: Node, value: Tensor) -> Node:
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """Return a setting of a convolution for height and width, of which one may stand for both."""
+    """Return a setting of a convolution as (height, width), also from a single number."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return (values[0], values[-1])
 
@@ -115,7 +115,7 @@ class Convolution:
 
     @classmethod
     def of(cls, node: Any) -> "Convolution | None":
-        """Return a node as a convolution; None if it is none."""
+        """Return a node as a convolution, or None if it is another operation."""
         if not isinstance(node, Node) or node.target not in CONVOLUTIONS:
             return None
         given = arguments_of(node)
@@ -123,7 +123,7 @@ class Convolution:
 
     @property
     def transposed(self) -> bool:
-        """Whether it goes the other way, from a small map to a large one."""
+        """Whether it is a transposed convolution."""
         return self.node.target is aten.conv_transpose2d.input
 
     @property
@@ -132,21 +132,21 @@ class Convolution:
         return tuple(self.weight.meta["val"].shape)
 
     def has_constant_weight(self, network: fx.GraphModule) -> bool:
-        """Whether its kernel is a tensor of the network's, not computed."""
+        """Return whether its kernel is a weight, not a computed tensor."""
         return tensor_of(network, self.weight) is not None
 
     def is_own(self, network: fx.GraphModule) -> bool:
-        """Whether it may be changed for the sake of the one node that uses it."""
+        """Return whether it may be changed, because a single node uses it."""
         simple = not self.transposed or self.settings["groups"] == 1
         return len(self.node.users) == 1 and simple and self.has_constant_weight(network)
 
     def keeps_shape(self, network: fx.GraphModule) -> bool:
-        """Whether its output has the shape of its input, channels included."""
+        """Return whether its output has the shape of its input, including channels."""
         weight = tensor_of(network, self.weight)
         return self.is_centred(network) and weight.shape[0] == weight.shape[1]
 
     def is_centred(self, network: fx.GraphModule) -> bool:
-        """Whether each output depends on as many inputs on either side."""
+        """Return whether its kernel is centred, with stride 1, so that sides keep their size."""
         given = self.settings
         if self.transposed or given["groups"] != 1:
             return False
@@ -160,7 +160,7 @@ class Convolution:
         return centred and pair(given["stride"]) == (1, 1)
 
     def is_pointwise(self, network: fx.GraphModule) -> bool:
-        """Whether each output depends on the input at its own place alone."""
+        """Return whether it is a 1 x 1 convolution."""
         if self.transposed or not self.has_constant_weight(network):
             return False
         still = pair(self.settings["stride"]) == (1, 1) and self.settings["groups"] == 1
@@ -170,12 +170,12 @@ class Convolution:
     def with_weight(
         self, network: fx.GraphModule, weight: Tensor, bias: Tensor | None = None
     ) -> Node:
-        """Return it with another kernel, and another bias where one is given."""
+        """Return the convolution with another kernel, and with another bias if one is given."""
         kept = self.bias if bias is None else add_constant(network, self.node, bias)
         return self.rebuilt(network, self.input, add_constant(network, self.node, weight), kept)
 
     def with_batch_norm(self, network: fx.GraphModule, *statistics: Any) -> Node:
-        """Return it with mean, variance, eps, scale and shift of the batch norm behind it."""
+        """Return it combined with the mean, variance, eps, scale and shift of a batch norm."""
         weight, bias = fuse_conv_bn_weights(
             tensor_of(network, self.weight),
             tensor_of(network, self.bias),
@@ -192,7 +192,7 @@ class Convolution:
         chosen: list[bool],
         bias: Node | None,
     ) -> Node:
-        """Return the convolution of some of the parts that make its input."""
+        """Return the convolution of some parts of its concatenated input."""
         inputs = [part for part, one in zip(parts, chosen, strict=True) if one]
         slices = [weight for weight, one in zip(weights, chosen, strict=True) if one]
         joined = inputs[0]
@@ -205,7 +205,7 @@ class Convolution:
     def rebuilt(
         self, network: fx.GraphModule, source: Node, weight: Node, bias: Node | None
     ) -> Node:
-        """Return a convolution of the same settings, put before it."""
+        """Return a convolution with the same settings, inserted before this one."""
         given = {"input": source, "weight": weight, "bias": bias} | self.settings
         with network.graph.inserting_before(self.node):
             node = network.graph.call_function(self.node.target, tuple(given.values()))

@@ -1,9 +1,9 @@
-"""Exact rewrites of a network's graph, which change only what it costs.
+"""Exact rewrites of a network's graph that make it faster.
 
-Each takes a traced network and leaves one that computes the same, up to the rounding of
-floating-point sums.
+Each changes a traced network to one with the same results, up to the rounding of floating-point
+sums.
 """
-# torch.fx types what a node is called with as all that it could be.
+# The types of arguments of nodes in torch.fx are very general.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value"
 
@@ -70,7 +70,7 @@ def fold_batch_norms(network: fx.GraphModule) -> None:
 
 
 def fold_identities(network: fx.GraphModule) -> None:
-    """Add a one to the kernel instead of the input to the output, conv(u) + u = conv'(u)."""
+    """Add 1 to the kernel instead of the input to the output, conv(u) + u = conv'(u)."""
     for node in calls_to(network, (ADD,)):
         if arguments_of(node)["alpha"] != 1:
             continue
@@ -86,7 +86,7 @@ def fold_identities(network: fx.GraphModule) -> None:
 
 
 def merge_pointwise(network: fx.GraphModule) -> None:
-    """Make one of a convolution and the 1 x 1 convolution right behind it, if that costs less."""
+    """Merge a convolution with a 1 x 1 convolution after it, if the result costs less."""
     for node in calls_to(network, (aten.conv2d.default,)):
         outer = Convolution.of(node)
         inner = outer and Convolution.of(outer.input)
@@ -108,7 +108,7 @@ def merge_pointwise(network: fx.GraphModule) -> None:
 
 
 def split_concatenations(network: fx.GraphModule) -> None:
-    """Convolve what no mask reaches apart, conv(cat(a, b)) = conv(a) + conv(b)."""
+    """Convolve parts that depend on no mask separately, conv(cat(a, b)) = conv(a) + conv(b)."""
     stochastic = stochastic_nodes(network)
     for node in calls_to(network, CONVOLUTIONS):
         conv = Convolution.of(node)
@@ -131,7 +131,7 @@ def split_concatenations(network: fx.GraphModule) -> None:
 
 
 def use_winograd(network: fx.GraphModule) -> None:
-    """Run wide 3 x 3 convolutions by Winograd's algorithm, which are run once a pass."""
+    """Use Winograd's algorithm for wide 3 x 3 convolutions that run in each pass."""
     stochastic = stochastic_nodes(network)
     for node in calls_to(network, (aten.conv2d.default,)):
         conv = Convolution.of(node)
@@ -146,33 +146,34 @@ def use_winograd(network: fx.GraphModule) -> None:
 
 
 def _reads_before(reader: Node, node: Node) -> bool:
-    """Whether an operation comes before another and makes a tensor of its own of what it reads."""
-    # Not a transposed one, from which on the graph may be cut, and what reads no map comes first.
+    """Return whether an operation comes before another and writes its result to a new tensor."""
+    # Transposed convolutions are excluded, because the graph may be cut after them.
     return reader.target in (winograd.convolve, aten.conv2d.default) and reader < node
 
 
 def work_in_place(part: Part, kind: torch.dtype = torch.float32) -> None:
-    """Let activations, products and sums of this kind overwrite what is of no use afterwards."""
+    """Let activations, products and sums overwrite inputs that are not used afterwards."""
     network = part.function
     for node in calls_to(network, (aten.prelu.default,)):
         slope = tensor_of(network, node.args[1])
         if slope is not None and slope.numel() == 1:
             node.target = aten.leaky_relu.default
             node.args = (node.args[0], float(slope))
-    if kind == torch.float32:  # For others processors have no such operation, and take longer.
+    if kind == torch.float32:  # CPUs have no such operation for other types, and are slower.
         for node in calls_to(network, (ADD,)):
             _add_product(node)
     network.graph.eliminate_dead_code()
     for node in calls_to(network, tuple(IN_PLACE)):
-        if node.target is ADD and not _is_spare(node.args[0], node):
-            _swap_summands(node)
+        swappable = node.target is ADD and arguments_of(node)["alpha"] == 1
+        if swappable and isinstance(node.args[1], Node) and not _is_spare(node.args[0], node):
+            node.args = node.args[::-1]
         if _is_spare(node.args[0], node):
             node.target = IN_PLACE[node.target]
     network.recompile()
 
 
 def _add_product(node: Node) -> None:
-    """Make x + y m one operation, if the product is used nowhere else."""
+    """Replace x + y m by one operation, if the product is not used elsewhere."""
     if arguments_of(node)["alpha"] != 1:
         return
     for product, other in (node.args, node.args[::-1]):
@@ -184,19 +185,14 @@ def _add_product(node: Node) -> None:
             return
 
 
-def _swap_summands(node: Node) -> None:
-    if arguments_of(node)["alpha"] == 1 and isinstance(node.args[1], Node):
-        node.args = node.args[::-1]
-
-
 def _is_spare(node: Any, user: Node) -> bool:
-    """Whether a tensor is newly made, of no use after this user, and of its result's shape."""
+    """Return whether a tensor is new, has the shape of the user's result, and no later user."""
     return (
         isinstance(node, Node)
         and node.target in _MAKES_A_TENSOR
         and all(one is user or _reads_before(one, user) for one in node.users)
         and user.args.count(node) == 1
         and sides_of(node) is not None
-        # By their names, for the number of images is one.
+        # As text, because the number of images is a symbol.
         and str(shape_of(node)) == str(shape_of(user))
     )

@@ -1,7 +1,7 @@
-"""Run the passes of MC Dropout as a program, which computes once what all passes share.
+"""Run the passes of MC Dropout as a program that computes their common part once.
 
-The network's graph is split in two: the prefix, which depends on no dropout mask and runs once for
-a batch, and the suffix, which runs once a pass. Where the wanted pixels are known beforehand, the
+The network's graph is split into the prefix, which does not depend on dropout masks and runs once
+for a batch, and the suffix, which runs in each pass. If the wanted pixels are known beforehand, the
 last operations run on windows around them.
 """
 
@@ -17,14 +17,14 @@ from polyseg.montecarlo.compiler.trace import MaskInput, UntraceableError
 from polyseg.montecarlo.compiler.window import Window, WindowedEnd
 
 _WORTHWHILE = 0.85
-"""Share of the cost of a pass below which a longer windowed end is preferred to the shortest."""
+"""Share of the cost of the shortest windowed end below which a longer one is used."""
 
 Masks = Mapping[str, Tensor]
-"""Dropout masks by name of the graph's inputs."""
+"""Dropout masks by the names of the graph's inputs."""
 
 
 class Program:
-    """A network as prefix and suffix, with the weights that it has now."""
+    """A network as prefix and suffix, with its current weights."""
 
     def __init__(
         self,
@@ -40,23 +40,23 @@ class Program:
             core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
             layers: its active dropout layers by name.
             images: an example.
-            kind: of the numbers that the passes compute with; the prefix computes in float32.
+            kind: precision of the suffix; the prefix is computed in float32.
 
         Raises:
-            UntraceableError: the network cannot be made a program.
+            UntraceableError: the network cannot be converted to a program.
         """
         network = trace.trace(core, images[:1].repeat(2, 1, 1, 1))
         self.masks: list[MaskInput] = trace.insert_masks(network, core, layers)
         rewrite.apply_all(network, wide=images.device.type == "cpu" and kind == torch.float32)
         self.input = trace.input_names(network)[0]
         self.kind = kind
-        # With batch norm folded, convolutions need no copies in this layout; layers that normalise
-        # over space are slower in it.
+        # Convolutions are fastest with channels last, but layers that normalise over the image are
+        # slower.
         over_space = trace.normalises_over_space(network)
         self.layout = torch.contiguous_format if over_space else torch.channels_last
         self.prefix, self.suffix = self._split(network)
         self.of_images = self.suffix.of_images()
-        """Names of inputs that have a row for each image."""
+        """Names of the suffix's inputs that have a row for each image."""
         self.frame = (int(images.shape[2]), int(images.shape[3]))
         self.ends = self._find_ends(self.begin(images[:1]))
 
@@ -82,18 +82,18 @@ class Program:
             if end is None or (ends and end.end.cost >= ends[-1].end.cost):
                 continue
             if not end.is_exact(values, self.kind):
-                raise UntraceableError("a window gives something else than the whole frame")
+                raise UntraceableError("the result in a window differs from that in a whole image")
             ends.append(end)
         return ends
 
     @property
     def bytes_a_pixel(self) -> float:
-        """Bytes of the largest feature map that a whole batch has, for a pixel of the images."""
+        """Size of the largest feature map of a batch in bytes per pixel of the images."""
         whole = self.ends[-1].head if self.ends else self.suffix
         return 4 * whole.most_values() / (self.frame[0] * self.frame[1])
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what all passes over (B, C, H, W) images have in common, by name."""
+        """Return the common results of all passes over (B, C, H, W) images, by name."""
         features = {self.input: images.contiguous(memory_format=self.layout)}
         self.prefix.run(features)
         wanted = {self.input, *self.suffix.inputs}
@@ -105,7 +105,7 @@ class Program:
     def inputs(
         self, features: Mapping[str, Tensor], masks: Masks, count: int = 1
     ) -> dict[str, Tensor]:
-        """Return the inputs of so many passes: the features, repeated, and the masks."""
+        """Return the inputs of `count` passes: the repeated features, and the masks."""
         if count > 1:
             features = {
                 name: torch.cat([one] * count) if name in self.of_images else one
@@ -119,21 +119,21 @@ class Program:
 
 
 class PreparedBatch:
-    """A batch ready for its passes: what they have in common is computed.
+    """A batch with the common results of its passes.
 
-    For chosen pixels the last operations run image by image, each on its window, so that their
-    large feature maps stay in a processor's caches.
+    For chosen pixels the last operations run on a window of each image, one image at a time, so
+    that their large feature maps stay in a CPU's caches.
     """
 
     def __init__(
         self, program: Program, images: Tensor, chosen: Tensor | None, *, crop: bool = True
     ) -> None:
-        """Compute what all passes over (B, C, H, W) images have in common.
+        """Compute the common results of all passes over (B, C, H, W) images.
 
         Args:
-            program: of the network.
-            images: padded as the core wants them.
-            chosen: (B, K, H, W), true at the wanted pixels of these images; None for all.
+            program: program of the network.
+            images: images with padding.
+            chosen: the wanted pixels of these images, (B, K, H, W) bool; None for all.
             crop: whether the last operations may run on windows.
         """
         self.program, self.chosen = program, chosen
@@ -155,14 +155,14 @@ class PreparedBatch:
 
     @property
     def end_number(self) -> int | None:
-        """Which of the program's windowed ends is used; None without windows."""
+        """Index of the windowed end of the program that is used; None without windows."""
         return None if self.end is None else self.program.ends.index(self.end)
 
     def __call__(self, masks: Masks, count: int = 1) -> Tensor:
         """Return the logits of passes: (passes n,) at the n chosen pixels, or (passes B, K, H, W).
 
         Args:
-            masks: of one pass, or of several as those of images, pass after pass.
+            masks: masks of one pass, or of several with their rows pass after pass.
             count: number of passes; more than one only without windows.
         """
         values = self.program.inputs(self.features, masks, count)
@@ -185,8 +185,8 @@ class PreparedBatch:
         return self.program.suffix.result(self.program.inputs(self.features, masks))
 
     def _choose_end(self, wanted: Tensor) -> None:
-        """Choose the cheapest end for (B, H, W) pixels; without much of a gain, the shortest."""
-        # An image without a wanted pixel would have an empty window.
+        """Choose the cheapest end for (B, H, W) pixels, or the shortest one if it costs as much."""
+        # An image without wanted pixels would have an empty window.
         wanted[:, 0, 0] |= ~wanted.flatten(1).any(dim=1)
         ends = self.program.ends
         shares = [end.share(wanted) for end in ends]

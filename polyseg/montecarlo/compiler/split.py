@@ -1,5 +1,5 @@
-"""Split a graph in two: what all passes have in common, and what each pass computes anew."""
-# torch.fx types what a node is called with as all that it could be.
+"""Split a graph into the part that all passes have in common, and the part of each pass."""
+# The types of arguments of nodes in torch.fx are very general.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value"
 
@@ -26,14 +26,14 @@ def stochastic_nodes(network: fx.GraphModule) -> set[Node]:
 
 @dataclass(frozen=True)
 class Part:
-    """Some operations of a graph as a function that reads and gives tensors by name."""
+    """Some operations of a graph, as a function of named tensors that returns named tensors."""
 
     function: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
     def run(self, values: dict[str, Tensor]) -> None:
-        """Take the inputs from `values` and add the outputs to it."""
+        """Read the inputs from `values` and add the outputs to it."""
         results = self.function(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, results, strict=True))
 
@@ -43,7 +43,7 @@ class Part:
         return output
 
     def lay_out(self, layout: torch.memory_format, kind: torch.dtype) -> None:
-        """Copy the weights to this memory layout and type, so that the network keeps its own."""
+        """Copy the weights to this memory layout and type; the network's own do not change."""
         for node in self.function.graph.find_nodes(op="get_attr"):
             path, _, name = str(node.target).rpartition(".")
             owner = self.function.get_submodule(path)
@@ -59,7 +59,7 @@ class Part:
         """Return the names of the inputs that have a row for each image."""
         nodes = self.function.graph.find_nodes(op="placeholder")
         shapes = [getattr(node.meta.get("val"), "shape", ()) for node in nodes]
-        # How many images there are is a symbol, and other lengths are numbers.
+        # The number of images is a symbol; other sizes are integers.
         return {
             name
             for name, shape in zip(self.inputs, shapes, strict=True)
@@ -68,7 +68,7 @@ class Part:
 
     @cached_property
     def cost(self) -> float:
-        """The number of multiplications an image takes, roughly."""
+        """Approximate number of multiplications for an image."""
         return float(sum(_cost(node) for node in self.function.graph.nodes))
 
     def most_values(self) -> int:
@@ -82,7 +82,7 @@ class Part:
         return sorted({sides_of(node)[1] for node in self.function.graph.nodes if sides_of(node)})
 
     def up_to_width(self, width: int) -> set[Node]:
-        """Return the operations on maps up to the last that is at most this wide."""
+        """Return the operations on feature maps up to the last one of at most this width."""
         nodes = list(self.function.graph.nodes)
         small = [i for i, node in enumerate(nodes) if sides_of(node) and sides_of(node)[1] <= width]
         small = [i for i in small if nodes[i].op == "call_function"]
@@ -93,7 +93,7 @@ class Part:
 
 
 def cut(network: fx.GraphModule, early: Collection[Node]) -> tuple[Part, Part]:
-    """Split a graph in two parts, of which the first holds the early operations."""
+    """Split a graph into two parts: the early operations and the others."""
     calls = [node for node in network.graph.nodes if node.op == "call_function"]
     output = next(node for node in network.graph.nodes if node.op == "output")
     results = list(output.args[0])

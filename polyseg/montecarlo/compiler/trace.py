@@ -1,9 +1,9 @@
-"""Make a network a graph of tensor operations, with its dropout masks as inputs.
+"""Convert a network to a graph of tensor operations, with its dropout masks as inputs.
 
-A dropout layer becomes a multiplication by a mask. Operations that depend on no mask give the same
-in all passes of MC Dropout.
+A dropout layer becomes a multiplication by a mask. Operations that do not depend on a mask have the
+same result in all passes of MC Dropout.
 """
-# torch.fx types what a node is called with as all that it could be.
+# The types of arguments of nodes in torch.fx are very general.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value"
 
@@ -29,29 +29,29 @@ from polyseg.montecarlo.compiler.operations import (
 from polyseg.networks.dropout import dropout_types
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
-_STEPS = (
+_DISCONTINUOUS = (
     *(aten.sign, aten.sgn, aten.round, aten.floor, aten.ceil, aten.trunc, aten.fix, aten.frac),
     *(aten.fmod, aten.remainder, aten.floor_divide, aten.heaviside, aten.hardshrink),
     aten.threshold,
 )
-"""Functions with jumps, at which two ways of computing may part by more than rounding."""
+"""Functions with jumps, where two ways of computation may differ by more than rounding."""
 _COPIES = (aten.clone.default, aten.detach.default, aten.contiguous.default, aten.alias.default)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 class UntraceableError(Exception):
-    """The network cannot be made a graph of operations; the message says why."""
+    """The network cannot be converted to a graph; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class MaskInput:
-    """An input of the graph: what a dropout layer multiplies by."""
+    """An input of the graph: the mask that a dropout layer multiplies by."""
 
     node: str
-    """Its name; of shape (1 or B, C, 1, 1) or (1 or B, C, H, W)."""
+    """Name of the input, of shape (1 or B, C, 1, 1) or (1 or B, C, H, W)."""
     layer: str
     call: int
-    """Which call of the layer in a pass, from 1."""
+    """Number of the call of the layer in a pass, from 1."""
     channels: int
 
 
@@ -59,16 +59,16 @@ _traced: "WeakKeyDictionary[nn.Module, tuple[Any, fx.GraphModule | str]]" = Weak
 
 
 def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Return a network as a graph of functions without side effects, with its weights of now.
+    """Return a network as a graph of functions without side effects, with its current weights.
 
-    The graph is made once, and again where a setting of one of the network's modules has changed.
+    The graph is made once, and again if a setting of one of the network's modules has changed.
 
     Args:
         core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
-        images: an example, of two images at least.
+        images: an example with at least two images.
 
     Raises:
-        UntraceableError: what it does depends on values, or it is not such a network.
+        UntraceableError: its operations depend on values, or it has other inputs or outputs.
     """
     settings = _settings_of(core)
     known, traced = _traced.get(core, (None, ""))
@@ -88,7 +88,7 @@ def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def _settings_of(core: nn.Module) -> list[Any]:
-    """Return what a module's behaviour may depend on besides its input and its tensors."""
+    """Return the attributes of a network's modules that its operations may depend on."""
     plain = (bool, int, float, str, tuple, list, type(None))
     return [
         (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
@@ -97,28 +97,28 @@ def _settings_of(core: nn.Module) -> list[Any]:
 
 
 def _take_weights(network: fx.GraphModule, core: nn.Module) -> None:
-    """Let a graph use the tensors that the network has now."""
+    """Replace the weights of a graph by the current tensors of the network."""
     for node in network.graph.find_nodes(op="get_attr"):
         owner, _, name = str(node.target).rpartition(".")
         try:
             value = getattr(core.get_submodule(owner), name)
         except AttributeError:
-            continue  # A constant of the graph's own.
+            continue  # The graph's own constant.
         setattr(network.get_submodule(owner), name, value)
 
 
 def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Return what torch's exporter makes of a network, without copies and side effects."""
+    """Return the graph from torch's exporter, without copies and side effects."""
     network = _exported(core, images)
     for node in list(network.graph.nodes):
         if node.op == "call_module" and not node.users:
-            network.graph.erase_node(node)  # Guards that torch puts in.
+            network.graph.erase_node(node)  # Guards that torch inserts.
     odd = {node.op for node in network.graph.nodes}
     odd -= {"placeholder", "get_attr", "call_function", "output"}
     results = next(node for node in network.graph.nodes if node.op == "output").args[0]
     if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
-        raise UntraceableError("it is more than operations on tensors")
-    _refuse_what_is_no_operation(network)
+        raise UntraceableError("it is not a graph of tensor operations with one output")
+    _refuse_unknown_operations(network)
     _refuse_jumps(network)
     _without_side_effects(network)
     for node in calls_to(network, (*_COPIES, *_PADS)):
@@ -129,8 +129,8 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
-    # In evaluation mode a layer may return its very input, which the exporter would then take, also
-    # where others read it, for the output.
+    # In evaluation mode a layer may return its input itself, which the exporter would then replace
+    # by the output everywhere. A copy prevents this.
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
         for layer in core.modules()
@@ -141,7 +141,7 @@ def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
         with torch.no_grad():
             exported = torch.export.export(core, (images,), dynamic_shapes=(batch,), strict=False)
         return exported.module()
-    except Exception as error:  # Somebody's code, read by torch's exporter.
+    except Exception as error:  # A user's network may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UntraceableError(reason[:200]) from error
     finally:
@@ -149,41 +149,41 @@ def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
             hook.remove()
 
 
-def _refuse_what_is_no_operation(network: fx.GraphModule) -> None:
+def _refuse_unknown_operations(network: fx.GraphModule) -> None:
     for node in network.graph.nodes:
         known = node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload)
         if not known and getattr(node.target, "__module__", "") != "_operator":
-            raise UntraceableError(f"it holds {node.target}, which is no plain operation")
+            raise UntraceableError(f"it contains {node.target}, which is not a tensor operation")
 
 
 def _refuse_jumps(network: fx.GraphModule) -> None:
-    """Raise where rounding of a computed value could change a result by more than rounding.
+    """Raise if rounding of a computed value could change a result by more than rounding.
 
-    Such as a comparison, whose result is no floating-point number. What is compared may be the
-    images themselves, or what only single values of these are computed from.
+    An example is a comparison, whose result is not floating point. Comparisons of the images, or of
+    values that follow from single pixels, are allowed.
     """
     exact: set[Node] = set()
     for node in network.graph.nodes:
+        called = node.op == "call_function"
+        same_bits = called and (is_pointwise(node) or not node.all_input_nodes)
         given = node.op in ("placeholder", "get_attr")
-        if given or (exact.issuperset(node.all_input_nodes) and _same_bits(node)):
+        if given or (same_bits and exact.issuperset(node.all_input_nodes)):
             exact.add(node)
-        elif node.op == "call_function" and _jumps(node):
-            raise UntraceableError(f"it holds {node.target}, where rounding may change a decision")
-
-
-def _same_bits(node: Node) -> bool:
-    return node.op == "call_function" and (is_pointwise(node) or not node.all_input_nodes)
+        elif called and _jumps(node):
+            raise UntraceableError(
+                f"it contains {node.target}, where rounding may change a decision"
+            )
 
 
 def _jumps(node: Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not value.is_floating_point():
         return True
-    return getattr(node.target, "overloadpacket", None) in _STEPS
+    return getattr(node.target, "overloadpacket", None) in _DISCONTINUOUS
 
 
 def _without_side_effects(network: fx.GraphModule) -> None:
-    """Replace operations that overwrite their input by those that do not."""
+    """Replace in-place operations by those with a new output."""
     order = {node: i for i, node in enumerate(network.graph.nodes)}
     for node in list(network.graph.nodes):
         schema = getattr(node.target, "_schema", None)
@@ -191,10 +191,10 @@ def _without_side_effects(network: fx.GraphModule) -> None:
             continue
         packet, overload = schema.name.split("::")[1], schema.overload_name or "default"
         if packet == "batch_norm":
-            continue  # In evaluation mode it changes nothing.
+            continue  # It changes nothing in evaluation mode.
         pure = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
         if not packet.endswith("_") or pure is None:
-            raise UntraceableError(f"it holds {node.target}, which overwrites its input")
+            raise UntraceableError(f"it contains {node.target}, which overwrites its input")
         node.target = pure
         node.args[0].replace_all_uses_with(
             node, delete_user_cb=lambda user, node=node: order[user] > order[node]
@@ -204,8 +204,8 @@ def _without_side_effects(network: fx.GraphModule) -> None:
 def insert_masks(
     network: fx.GraphModule, core: nn.Module, layers: Mapping[str, nn.Module]
 ) -> list[MaskInput]:
-    """Replace the dropout of these layers of `core` by products with inputs; other dropout goes."""
-    # By module, because one may be registered under several names.
+    """Replace these dropout layers of `core` by products with inputs, and remove the others."""
+    # By module, because a module may have several names.
     active, calls = {layer: name for name, layer in layers.items()}, Counter[str]()
     inputs: list[MaskInput] = []
     first = next(node for node in network.graph.nodes if node.op == "placeholder")
@@ -222,10 +222,10 @@ def insert_masks(
             mask = network.graph.placeholder(f"mask_{len(inputs)}")
         mask.meta["channelwise"] = node.target is aten.feature_dropout.default
         replace_call(node, MULTIPLY, source, mask)
-        network.graph.erase_node(node)  # Dead, but as random as that is to torch, not removed.
+        network.graph.erase_node(node)  # Torch does not remove dead nodes that are random.
         inputs.append(MaskInput(mask.name, layer, calls[layer], channels_of(source)))
     if {one.layer for one in inputs} != set(layers):
-        raise UntraceableError("a dropout layer is not in its graph")
+        raise UntraceableError("its graph lacks a dropout layer")
     network.graph.eliminate_dead_code()
     return inputs
 
@@ -236,6 +236,6 @@ def input_names(network: fx.GraphModule) -> list[str]:
 
 
 def normalises_over_space(network: fx.GraphModule) -> bool:
-    """Return whether there is a layer of which each output depends on all of its input."""
+    """Return whether a layer normalises by statistics over the whole image."""
     kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
     return any(True for _ in calls_to(network, kinds))

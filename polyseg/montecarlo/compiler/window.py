@@ -1,10 +1,10 @@
-"""Run the last operations of a network on windows: the parts of the images that matter.
+"""Run the last operations of a network on windows around the pixels that are needed.
 
-A window is exact where every operation between it and the output commutes with cropping. `_RULES`
+A window is exact if every operation between it and the output commutes with cropping. `_RULES`
 lists the operations that do, and how many pixels at the edge of a window each of them makes wrong.
 All other operations run on whole images before the window is cut out.
 """
-# torch.fx types what a node is called with as all that it could be.
+# The types of arguments of nodes in torch.fx are very general.
 # mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
 # mypy: disable-error-code="no-any-return, return-value, type-var, call-arg"
 
@@ -30,14 +30,14 @@ from polyseg.montecarlo.compiler.operations import (
 from polyseg.montecarlo.compiler.split import Part, cut
 
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-"""Largest difference between a window and the whole frame, relative to the largest value."""
+"""Largest difference between a window and the whole image, relative to the largest value."""
 
 Frame = tuple[int, int]
 """Height and width of the output."""
 
 
 class Window(NamedTuple):
-    """The part of an image that is run, in pixels of the output."""
+    """The part of an image to compute, in pixels of the output."""
 
     top: int
     left: int
@@ -47,34 +47,30 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class WindowedEnd:
-    """The last operations of a network, which may run on windows, image by image.
+    """The last operations of a network, `end`, which may run on windows, image by image.
 
-    Before a pass, `head` computes for the whole batch what the end reads.
+    `head` computes the inputs of `end` for the whole batch.
     """
 
     head: Part
     end: Part
     frame: Frame
     cell: int
-    """Windows begin and end at multiples of so many pixels."""
+    """Number of pixels whose multiples are the edges of windows."""
     margin: int
-    """Pixels at a window's edge that may differ from the whole frame."""
+    """Number of pixels at the edge of a window that may be wrong."""
 
     @classmethod
     def of(
-        cls,
-        whole: Part,
-        width: int,
-        frame: Frame,
-        prepare: Callable[[Part], None],
+        cls, whole: Part, width: int, frame: Frame, prepare: Callable[[Part], None]
     ) -> "WindowedEnd | None":
-        """Return the end of a network behind its maps of at most this width; None without one.
+        """Return a network with the end after its maps of at most this width; None without one.
 
         Args:
             whole: the network.
-            width: pixels; maps that are no wider, and all they are computed from, are in the head.
+            width: largest width, in pixels, of maps that belong to the head.
             frame: height and width of the output.
-            prepare: is applied to both parts.
+            prepare: function that is applied to both parts.
         """
         network = whole.function
         output = next(node for node in network.graph.nodes if node.op == "output").args[0][0]
@@ -96,9 +92,9 @@ class WindowedEnd:
         return cls(head, end, frame, lcm(*steps), margins[output])
 
     def windows(self, wanted: Tensor) -> list[Window]:
-        """Return for each image the least window that gives the pixels wanted, (B, H, W).
+        """Return the smallest window of each image that gives the wanted pixels, (B, H, W).
 
-        At least one pixel of each image is wanted.
+        Each image has at least one wanted pixel.
         """
         edges = []
         for axis, size in zip((2, 1), self.frame, strict=True):
@@ -120,7 +116,7 @@ class WindowedEnd:
         return (self.head.cost + self.end.cost * area) / (self.head.cost + self.end.cost)
 
     def crop(self, values: Mapping[str, Tensor], image: int, window: Window) -> dict[str, Tensor]:
-        """Return what the end reads of these values for one image: maps are cropped."""
+        """Return the inputs of the end for one image, with maps cropped to the window."""
         return {name: self._crop(one, image, window) for name, one in values.items()}
 
     def _crop(self, values: Tensor, image: int, window: Window) -> Tensor:
@@ -137,11 +133,11 @@ class WindowedEnd:
         return part[..., top : top + height, left : left + width].contiguous(memory_format=layout)
 
     def is_exact(self, values: Mapping[str, Tensor], kind: torch.dtype) -> bool:
-        """Compare small windows at each border, each corner and off centre with the whole frame.
+        """Return whether small windows at borders, corners and off centre equal the whole image.
 
         Args:
-            values: what a pass over one image begins with, by name.
-            kind: of the numbers computed with.
+            values: the inputs of a pass over one image, by name.
+            kind: precision of the computation.
         """
         reached = dict(values)
         self.head.run(reached)
@@ -161,7 +157,7 @@ class WindowedEnd:
         return True
 
     def _inside(self, values: Tensor, window: Window) -> Tensor:
-        """Return the part of a window that its edges leave right."""
+        """Return a window without the edges that may be wrong."""
         for axis, first, size in ((2, window.top, window.height), (3, window.left, window.width)):
             start = self.margin if first else 0
             end = self.margin if first + size < self.frame[axis - 2] else 0
@@ -170,7 +166,7 @@ class WindowedEnd:
 
 
 def _closed(nodes: set[Node]) -> set[Node]:
-    """Return operations with all operations that they are computed from."""
+    """Return operations together with all operations that they depend on."""
     found, waiting = set(nodes), list(nodes)
     while waiting:
         for source in waiting.pop().all_input_nodes:
@@ -181,17 +177,17 @@ def _closed(nodes: set[Node]) -> set[Node]:
 
 
 def _step(node: Node, frame: Frame) -> int | None:
-    """Return how many pixels of the output one pixel of a map stands for; None if not a whole."""
+    """Return the number of output pixels per pixel of a map; None if it is not an integer."""
     height, width = sides_of(node)
     step = frame[0] // height
     return step if (height * step, width * step) == frame else None
 
 
 def _margins(network: fx.GraphModule, late: set[Node], frame: Frame) -> dict[Node, int | None]:
-    """Return how many pixels at a window's edge are wrong in each map of the late operations.
+    """Return the number of wrong pixels at a window's edge in each map of the late operations.
 
-    The maps that the late operations read are right everywhere. None marks an operation that does
-    not commute with cropping.
+    The inputs of the late operations are right everywhere. None marks an operation that does not
+    commute with cropping.
     """
     margins: dict[Node, int | None] = {}
     constants = {node for node in network.graph.nodes if node.op == "get_attr"}
@@ -218,8 +214,8 @@ def _margin(node: Node, margins: Mapping[Node, int | None], frame: Frame) -> int
     return rule(node, max(margins[one] or 0 for one in maps))
 
 
-# Each rule takes an operation, and the number of wrong pixels at the edges of the maps it reads; it
-# returns the number in the map it gives, or None where it does not commute with cropping.
+# Each rule takes an operation and the number of wrong pixels at the edges of its inputs. It returns
+# the number for its output, or None if the operation does not commute with cropping.
 
 
 def _unknown(node: Node, margin: int) -> None:
@@ -227,7 +223,7 @@ def _unknown(node: Node, margin: int) -> None:
 
 
 def _pointwise(node: Node, margin: int) -> int | None:
-    """Activations, sums and products: of maps of one size, and of one value for all pixels."""
+    """Activations, sums and products of maps of the same size, or with one value for all pixels."""
     for one in node.all_input_nodes:
         shape = tuple(one.meta["val"].shape) if hasattr(one.meta.get("val"), "shape") else ()
         alike = sides_of(one) == sides_of(node) and one.op != "get_attr"
@@ -237,7 +233,7 @@ def _pointwise(node: Node, margin: int) -> int | None:
 
 
 def _prelu(node: Node, margin: int) -> int | None:
-    """Parametric ReLU, whose slopes are those of the channels."""
+    """Parametric ReLU, with a slope for each channel."""
     return margin
 
 
@@ -251,7 +247,7 @@ def _concatenate(node: Node, margin: int) -> int | None:
 
 
 def _strided(size: int, stride: int, padding: int, dilation: int, margin: int) -> int | None:
-    """Return the wrong outputs at an edge of a convolution, or a pooling, along one axis.
+    """Return the number of wrong outputs at an edge of a convolution or pooling along one axis.
 
     Output o reads inputs o stride - padding to o stride - padding + span.
     """
@@ -266,7 +262,7 @@ def _strided(size: int, stride: int, padding: int, dilation: int, margin: int) -
 def _transposed(
     size: int, stride: int, padding: int, dilation: int, more: int, margin: int
 ) -> int | None:
-    """Return the wrong outputs at an edge of a transposed convolution along one axis.
+    """Return the number of wrong outputs at an edge of a transposed convolution along one axis.
 
     Input i adds to outputs i stride - padding to i stride - padding + span.
     """
@@ -303,7 +299,7 @@ def _pooling(node: Node, margin: int) -> int | None:
 
 
 def _upsampling(node: Node, margin: int) -> int | None:
-    """Nearest or bilinear, by a whole factor."""
+    """Nearest or bilinear upsampling by an integer factor."""
     given = arguments_of(node)
     if given.get("align_corners") or not given["scale_factors"]:
         return None

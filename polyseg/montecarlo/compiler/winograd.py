@@ -1,7 +1,8 @@
 """Convolutions with 3 x 3 kernels by a quarter of the multiplications (Winograd, 1980).
 
-F(4 x 4, 3 x 3) as Lavin and Gray (2016, arXiv:1509.09308) have it: tiles of 6 x 6 inputs become as
-many sums, each sum of all channels goes through a matrix of its own, and 4 x 4 outputs come back.
+F(4 x 4, 3 x 3) of Lavin and Gray (2016, arXiv:1509.09308): tiles of 6 x 6 inputs are transformed to
+36 sums, the channels of each sum are multiplied by a matrix, and the results are transformed to 4 x
+4 outputs.
 """
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 _OUTPUTS, _SUMS = 4, 6
-"""A side of a tile: what comes out of it, and what is multiplied."""
+"""Side of a tile of outputs, and of its sums."""
 
 _MOST_TRANSFORMS = 1 / 32
-"""Of a channel that comes in and one that goes out, up to which products save what they cost."""
+"""Largest 1 / inputs + 1 / outputs, in channels, for which the transforms are worth their time."""
 
 _INTO_SUMS = (
     (4, 0, -5, 0, 1, 0),
@@ -22,12 +23,7 @@ _INTO_SUMS = (
     (0, 2, -1, -2, 1, 0),
     (0, 4, 0, -5, 0, 1),
 )
-_OUT_OF_SUMS = (
-    (1, 1, 1, 1, 1, 0),
-    (0, 1, -1, 2, -2, 0),
-    (0, 1, 1, 4, 4, 0),
-    (0, 1, -1, 8, -8, 1),
-)
+_OUT_OF_SUMS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 _OF_KERNEL = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -39,7 +35,7 @@ _OF_KERNEL = (
 
 
 def is_worthwhile(weight: Tensor) -> bool:
-    """Whether `convolve` is faster on a processor: transforms are dear where channels are few.
+    """Return whether `convolve` is faster on a CPU, which needs many channels.
 
     Args:
         weight: (K, C, h, w)
@@ -53,13 +49,13 @@ def is_worthwhile(weight: Tensor) -> bool:
 
 
 def transform_kernel(weight: Tensor) -> Tensor:
-    """Return a kernel as `convolve` takes it.
+    """Return the kernel for `convolve`.
 
     Args:
-        weight: (K, C, 3, 3), as `torch.nn.functional.conv2d` takes it.
+        weight: the kernel for `torch.nn.functional.conv2d`, (K, C, 3, 3).
 
     Returns:
-        (36, C, K), computed in float64 and of the kernel's type.
+        (36, C, K) in the type of the kernel, computed in float64.
 
     >>> transform_kernel(torch.zeros(5, 7, 3, 3)).shape
     torch.Size([36, 7, 5])
@@ -70,16 +66,16 @@ def transform_kernel(weight: Tensor) -> Tensor:
 
 
 def convolve(images: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the convolution with a 3 x 3 kernel, of stride 1 and with zeros around.
+    """Return the convolution with a 3 x 3 kernel, stride 1 and zero padding of 1.
 
     Args:
-        images: (B, C, H, W), fastest where channels are last in memory.
-        kernel: of `transform_kernel`.
+        images: (B, C, H, W), fastest with channels last in memory.
+        kernel: result of `transform_kernel`.
         bias: (K,)
 
     Returns:
-        (B, K, H, W), channels last in memory. It is `torch.nn.functional.conv2d` but for rounding,
-        of which a single precision makes about three times as much.
+        (B, K, H, W), channels last in memory. It equals `torch.nn.functional.conv2d` up to
+        rounding, which is about three times as large in single precision.
 
     >>> images, weight = torch.rand(1, 2, 5, 6), torch.rand(3, 2, 3, 3)
     >>> expected = torch.nn.functional.conv2d(images, weight, padding=1)
@@ -103,7 +99,7 @@ def convolve(images: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def products(kernel: Tensor) -> float:
-    """Return how many multiplications `convolve` takes for a pixel, its transforms left aside.
+    """Return the number of multiplications of `convolve` for a pixel, without transforms.
 
     >>> products(transform_kernel(torch.zeros(5, 7, 3, 3))) / (5 * 7)
     2.25
@@ -112,7 +108,7 @@ def products(kernel: Tensor) -> float:
 
 
 def _along_both(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """Apply a matrix to the rows and to the columns of tiles, (n, n, ...), flat."""
+    """Apply a matrix to the rows and the columns of tiles, (n, n, ...); return them flat."""
     size = matrix.shape[1]
     rows = matrix @ tiles.reshape(size, -1)
     return matrix @ rows.view(len(matrix), size, -1)
