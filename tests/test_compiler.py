@@ -19,7 +19,7 @@ from polyseg.montecarlo.compiler import operations, rewrite, window, winograd
 from polyseg.montecarlo.compiler.run import PreparedBatch, Program
 from polyseg.montecarlo.compiler.trace import UntraceableError
 from polyseg.networks.dropout import active_layers
-from polyseg.networks.networks_by_name import Window, build_network, network_names
+from polyseg.networks.networks_by_name import SlidingWindow, build_network, network_names
 from polyseg.records import Batch
 from polyseg.system.process_group import Processes
 
@@ -848,7 +848,7 @@ def test_passes_run_together_only_where_that_changes_nothing(kind, joins, progra
 
 def test_window_by_window_passes_run_alone(together):
     network = build("unet")
-    network.window = Window((32, 32), 0.5)
+    network.window = SlidingWindow((32, 32), 0.5)
     batch = make_batch(size=(64, 64))
     alone = assess(network, [batch], UncertaintyConfig(samples=7))
     counts = together()

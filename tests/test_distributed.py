@@ -11,7 +11,7 @@ import torch
 from torch import distributed, nn
 from torch.multiprocessing import start_processes
 
-from polyseg.montecarlo.scores import Table
+from polyseg.montecarlo.scores import ScoreTable, Wanted
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import read_assessment
 from polyseg.runs.run_folder import RunDirectory
@@ -149,14 +149,14 @@ def test_single_process_needs_no_communication():
 
 def test_a_table_of_tables_has_each_image_once():
     def table(*names):
-        made = Table(save_maps=False)
+        made = ScoreTable(Wanted("mask"))
         made.images, made.labels = list(names), ("x", "y")
         values = np.array([[ord(name), -ord(name)] for name in names], float).ravel()
         made.parts = {"entropy": [values[:2], values[2:]], "mask_pixels": [values[:1]]}
         made.halves = [np.stack([values, values])[None, :, None]]
         return made
 
-    merged = Table.merged([table("a", "b"), Table(save_maps=False), table("b", "c")])
+    merged = ScoreTable.merged([table("a", "b"), ScoreTable(Wanted("mask")), table("b", "c")])
     assert merged.images == ["a", "b", "c"] and merged.labels == ("x", "y")
     wanted = [97, -97, 98, -98, 99, -99]
     np.testing.assert_array_equal(np.concatenate(merged.parts["entropy"]), wanted)

@@ -257,8 +257,8 @@ def test_each_process_computes_only_its_share(runs, tmp_path):
     settings = EvaluationSettings(uncertainty=True, samples=2)
     cases = find_unlabelled([write_images(tmp_path / "in")])
     for one in several:
-        test = room._Test("", model.network, images, ids, 4, settings, processes=one)
-        plain, passes = room._plain(test), room._passes(model, test)
+        test = room.ImageTest("", images, ids, 4, settings, processes=one)
+        plain, passes = room._plain(model.network, test), room._passes(model, test)
         assert [found.id for found in plain] == one.share(ids)
         assert [found.id for found in passes] == one.share(ids)
         folder = tmp_path / f"of{one.rank}"

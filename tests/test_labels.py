@@ -16,7 +16,7 @@ from polyseg.config import ControlConfig, DataConfig, LossConfig, UncertaintyCon
 from polyseg.difficulty import epsilon_from_difficulty, normalise
 from polyseg.losses import polydice1_loss
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.networks_by_name import SegmentationNetwork, Window, build_network
+from polyseg.networks.networks_by_name import SegmentationNetwork, SlidingWindow, build_network
 from polyseg.records import Assessment, Batch
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import read_assessment, read_schedule
@@ -203,7 +203,7 @@ def test_window_predictions_equal_whole_image_predictions():
         network = SegmentationNetwork(nn.Conv2d(1, 2, size, padding=edge), 1).eval()
         with torch.no_grad():
             whole = network(images)
-            network.window = Window((64, 64), 0.5)
+            network.window = SlidingWindow((64, 64), 0.5)
             tiled = network(images)
             assert tiled.shape == whole.shape == (2, 2, 96, 112)
             # Windows begin at 0 and 32 along the rows, at 0, 32 and 48 along the columns.
@@ -225,7 +225,7 @@ def test_windows_of_a_pass_share_dropout_masks(network):
     generator = torch.Generator().manual_seed(0)
     patch = torch.rand(1, 1, 32, 32, generator=generator)
     images = patch.repeat(1, 1, 3, 3)
-    network.window = Window((32, 32), 0.0)
+    network.window = SlidingWindow((32, 32), 0.0)
     masks = torch.ones(1, 1, 96, 96, dtype=torch.uint8)
     for kind in ("consistent", "independent"):
         maps = assess(

@@ -25,7 +25,7 @@ from polyseg.errors import PolysegError
 from polyseg.figures.training import training_curves, validation_curves
 from polyseg.records import Assessment, Schedule
 from polyseg.report import figures, run_files
-from polyseg.report.document import Folded, Gallery, Page, Picture, Section, Table, Text, render
+from polyseg.report.document import Folded, Gallery, Page, PageSection, Picture, Table, Text, render
 from polyseg.report.run_files import EvaluationFiles, RunFiles, read_run
 from polyseg.report.tables import (
     comparison_tables,
@@ -404,7 +404,7 @@ def test_any_text_is_shown_or_marked(words):
     block = Table(words, [words, words], [[words, words]])
     picture = Picture(b"", "png", words, words)
     blocks = [block, Gallery([picture]), Folded(words, [Text(words)])]
-    page = Parser(render(Page(words, [(words, words)], [words], [Section(words, blocks)])))
+    page = Parser(render(Page(words, [(words, words)], [words], [PageSection(words, blocks)])))
     assert all(c.isprintable() or c.isspace() for c in "".join(page.words))
     for part in "".join(c if c.isprintable() else " " for c in words).split():
         assert part in "".join(page.words)
@@ -760,7 +760,7 @@ def test_arms_tell_their_runs_and_the_spread_of_their_seeds():
 def test_numbers_are_right_aligned_and_words_are_not():
     numbers = ["0.5 ± 0.1 (0.02)***", "−1e−05", "−0.01 [−0.02, +0.03]", "– –", "3/–/1", "± 0.01"]
     table = Table("", ["a", "b", "c"], [[str(k), one, "x"] for k, one in enumerate(numbers)])
-    text = render(Page("", [], [], [Section("", [table])]))
+    text = render(Page("", [], [], [PageSection("", [table])]))
     assert re.findall(r"<th scope=\"col\"([^>]*)>", text) == ["", ' class="number"', ""]
     with pytest.raises(ValueError):
         Table("", ["a"], [["1", "2"]])

@@ -19,7 +19,7 @@ from polyseg.errors import PolysegError
 from polyseg.system.files import without_nan
 
 if TYPE_CHECKING:
-    from polyseg.commands.schedule import Findings
+    from polyseg.commands.schedule import TableWithNotes
 
 schedule_app = App(help="Show, draw, export and recompute the difficulty and epsilon of a run.")
 
@@ -246,7 +246,7 @@ def _interval_of_unseen(row: Row) -> str:
     return f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "-"
 
 
-def _print_overview(run: Path, found: "Findings") -> None:
+def _print_overview(run: Path, found: "TableWithNotes") -> None:
     """Print several tables, because one would be wider than a terminal."""
     spread = [
         _whole("epoch"),
@@ -279,7 +279,7 @@ def _print_overview(run: Path, found: "Findings") -> None:
     _print_table(title, extreme, found.rows, found.notes, whole=True)
 
 
-def _print_image(title: str, found: "Findings") -> None:
+def _print_image(title: str, found: "TableWithNotes") -> None:
     """Print what each assessment said of an image, and the numbers of eq. 11 and 12."""
     assessed = [
         _whole("epoch"),

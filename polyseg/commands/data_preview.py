@@ -12,7 +12,7 @@ from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
 from polyseg.data.new_split import new_split
 from polyseg.errors import PolysegError
-from polyseg.figures.pictures import Sample, samples_sheet
+from polyseg.figures.pictures import OutlinedImage, samples_sheet
 from polyseg.figures.run_figures import displayed
 from polyseg.figures.style import save_figure
 from polyseg.records import Progress, no_progress
@@ -57,16 +57,18 @@ def _varied(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
     return sorted(turn, key=lambda one: (not images.item(one).foreground, turn[one], one))[:count]
 
 
-def _preview_row(config: Config, images: ImageSet, identity: str, samples: int) -> list[Sample]:
+def _preview_row(
+    config: Config, images: ImageSet, identity: str, samples: int
+) -> list[OutlinedImage]:
     """Return an image, and its augmented versions in the first epochs."""
     changes, seed = changes_of(config.data), config.training.seed
     masks = images.sample(identity)[1]
-    row = [Sample(identity, displayed(images.pixels(identity)), masks.numpy())]
+    row = [OutlinedImage(identity, displayed(images.pixels(identity)), masks.numpy())]
     for epoch in range(1, samples + 1):
         image, masks = images.patch(identity, derive_seed(seed, epoch, "patch", identity))
         if changes is not None:
             key = derive_seed(seed, epoch, "augmentation", identity)
             image, masks = augment(image, masks, changes, key)
         shown = displayed(image.movedim(0, 2).numpy())
-        row.append(Sample(f"epoch {epoch}", shown, masks.numpy()))
+        row.append(OutlinedImage(f"epoch {epoch}", shown, masks.numpy()))
     return row

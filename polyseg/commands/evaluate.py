@@ -158,7 +158,7 @@ def evaluate_runs(
             held = whole_folder(place, overwrite=comparison.overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
             compared = _compared(sources, inputs, comparison, folders)
-            how = _How(settings, inputs, progress, processes)
+            how = _TestContext(settings, inputs, progress, processes)
             found = _test(compared, how, masks)
         if not processes.leads:
             return Outcome(place, [])
@@ -200,7 +200,7 @@ def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
     return results_beside(shared, "comparison")
 
 
-class _How(NamedTuple):
+class _TestContext(NamedTuple):
     """Settings and surroundings of all tests."""
 
     settings: EvaluationSettings
@@ -237,7 +237,7 @@ def _compared(
     return _Compared(networks, configs, arms, reference)
 
 
-def _test(compared: _Compared, how: _How, masks: OtherMasks | None) -> _Found:
+def _test(compared: _Compared, how: _TestContext, masks: OtherMasks | None) -> _Found:
     """Return the results of all networks and folders of masks."""
     load, part = LastImages(how.inputs.cache), how.inputs.part
     hashes: dict[str, Hashes] = {}
@@ -279,7 +279,7 @@ def _test_masks(
     masks: OtherMasks,
     config: DataConfig | None,
     known: tuple[ImageSet, list[str]] | None,
-    how: _How,
+    how: _TestContext,
 ) -> tuple[ImageSet, dict[str, NetworkResults]]:
     """Return the images, and the results of each folder of masks.
 

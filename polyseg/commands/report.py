@@ -21,10 +21,10 @@ from polyseg.report.document import (
     Folded,
     Gallery,
     Heading,
-    Listing,
     Page,
+    PageSection,
     Picture,
-    Section,
+    Preformatted,
     Table,
     Text,
     render,
@@ -166,7 +166,7 @@ def page_of(
             *(remark for one in evaluations for remark in one.remarks),
             *(remark for run in runs for remark in run.remarks),
         ],
-        sections=[Section(name, blocks) for name, blocks in parts.items() if blocks],
+        sections=[PageSection(name, blocks) for name, blocks in parts.items() if blocks],
     )
 
 
@@ -277,7 +277,7 @@ def _settings(runs: Sequence[RunFiles]) -> list[Block]:
     known = [run for run in runs if run.settings]
     blocks: list[Block] = [_differing(known)] if len(known) > 1 else []
     return blocks + [
-        Folded(f"All settings of {run.name}", [Listing(run.config_text)])
+        Folded(f"All settings of {run.name}", [Preformatted(run.config_text)])
         for run in runs
         if run.config_text
     ]
@@ -472,4 +472,4 @@ def _command(run: RunFiles) -> list[Block]:
         return []
     first, *others = map(str, words)
     program = "polyseg" if Path(first).name in ("polyseg", "__main__.py") else first
-    return [Listing(shlex.join([program, *others]))]
+    return [Preformatted(shlex.join([program, *others]))]

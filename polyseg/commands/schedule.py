@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Findings:
+class TableWithNotes:
     """The rows of a table, and the notes below it."""
 
     rows: list[Row]
@@ -60,7 +60,7 @@ def read_record(path: str | Path) -> RunRecord:
     return RunRecord(str(path), checkpoint.config, assessments, schedule, wrong_sign)
 
 
-def show(path: Path, image: str | None = None) -> Findings:
+def show(path: Path, image: str | None = None) -> TableWithNotes:
     """Return a row for each assessment, or the history of D and epsilon of one image.
 
     Raises:
@@ -69,7 +69,7 @@ def show(path: Path, image: str | None = None) -> Findings:
     record = read_record(path)
     if image is not None:
         rows = recorded_schedule.image_history(record, image)
-        return Findings(rows, _notes_on_equations(record))
+        return TableWithNotes(rows, _notes_on_equations(record))
     notes = []
     if record.config.control.statistics == "batch":
         notes.append(
@@ -78,7 +78,7 @@ def show(path: Path, image: str | None = None) -> Findings:
         )
     if len(record.labels) > 1:
         notes.append("wrong sign: over all labels together")
-    return Findings(recorded_schedule.overview(record), notes)
+    return TableWithNotes(recorded_schedule.overview(record), notes)
 
 
 def export(path: Path, out: Path | None = None, *, overwrite: bool = False) -> str:
@@ -102,7 +102,7 @@ def recompute(
     *,
     overwrite: bool = False,
     trust: bool = False,
-) -> Findings:
+) -> TableWithNotes:
     """Return how other settings would change the schedule, and write it to `out` if given.
 
     Raises:
@@ -131,10 +131,10 @@ def recompute(
         notes.append(
             "from the recorded D: a training with these settings would have other difficulties"
         )
-    return Findings(recorded_schedule.compare(record, recomputed), notes)
+    return TableWithNotes(recorded_schedule.compare(record, recomputed), notes)
 
 
-def validity(path: Path, donors: Sequence[Path] = ()) -> Findings:
+def validity(path: Path, donors: Sequence[Path] = ()) -> TableWithNotes:
     """Return the correlations of each score with error and size, for each assessment.
 
     Args:
@@ -150,7 +150,7 @@ def validity(path: Path, donors: Sequence[Path] = ()) -> Findings:
     note = f"last assessment: after epoch {last.epoch}; mean over {len(record.assessments)}"
     ids = list(dict.fromkeys(last.ids))
     unseen = unseen_errors(path, donors, ids, record.labels) if donors else None
-    return Findings(recorded_schedule.validity(record, unseen), [note])
+    return TableWithNotes(recorded_schedule.validity(record, unseen), [note])
 
 
 def _committed_schedule(

@@ -102,7 +102,7 @@ def train(
         with together(choose_device(config.training.device), PATIENCE) as processes:
             # All processes use the leader's name, which may contain the time.
             name = processes.from_leader(config.output.path or str(new_run_path()))
-            how = _How(RunDirectory(Path(name)), processes, accept_changes, progress)
+            how = _RunContext(RunDirectory(Path(name)), processes, accept_changes, progress)
             trainer = (_resume if resume else _start)(config, how, stack)
             trainer.fit()
         if not processes.leads:
@@ -110,7 +110,7 @@ def train(
         return _test_and_draw(trainer, progress)
 
 
-class _How(NamedTuple):
+class _RunContext(NamedTuple):
     """The surroundings in which a run is started or resumed."""
 
     run: RunDirectory
@@ -119,7 +119,7 @@ class _How(NamedTuple):
     progress: Progress
 
 
-def _start(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
+def _start(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
     """Return the trainer of a new run; the leading process locks and writes its folder."""
     run = how.run
     config = _settled(config, config.training.epochs)
@@ -142,7 +142,7 @@ def _start(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     return trainer
 
 
-def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
+def _resume(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
     """Return the trainer of a resumed run; the leading process locks its folder."""
     run = how.run
     if how.processes.leads:
@@ -166,7 +166,7 @@ def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     return trainer
 
 
-def _restored(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]]:
+def _restored(config: Config, how: _RunContext) -> tuple[Trainer, Checkpoint, list[str]]:
     """Return trainer, checkpoint and changes of the environment for a run to resume.
 
     All processes read the run's folder, and only the leading one writes to it.
@@ -231,7 +231,9 @@ def plan(
     done, asked = -1, config.data
     if resume:
         run.refuse_missing()
-        trainer, checkpoint, _ = _restored(config, _How(run, ALONE, accept_changes, progress))
+        trainer, checkpoint, _ = _restored(
+            config, _RunContext(run, ALONE, accept_changes, progress)
+        )
         config, images, split = trainer.config, trainer.images, trainer.split
         done = checkpoint.epoch
     else:

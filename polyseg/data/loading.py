@@ -75,7 +75,7 @@ MEGABYTE = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class ReadImage:
     """An image that was read and resized."""
 
     item: Item
@@ -308,7 +308,7 @@ def _masks_of(
 
 def _samples(
     cases: Sequence[Case], config: DataConfig, problems: list[str], progress: Progress
-) -> Iterator[Sample]:
+) -> Iterator[ReadImage]:
     """Yield the samples of all cases that can be read, and add the others to `problems`."""
     unclear: list[UnclearValuesError] = []
     for done, case in enumerate(cases, start=1):
@@ -332,7 +332,7 @@ def _prepare(
     case: Case,
     config: DataConfig,
     sliced: bool,
-) -> Sample:
+) -> ReadImage:
     """Return a slice in the form in which it is stored."""
     image, kept_masks, kept = pixels, masks, None
     height, width = pixels.shape[:2]
@@ -361,15 +361,15 @@ def _prepare(
     if sliced:
         image = image.copy()
         kept_masks = None if kept_masks is None else kept_masks.copy()
-    return Sample(item, image, kept_masks)
+    return ReadImage(item, image, kept_masks)
 
 
 def _keep(
-    cases: Sequence[Case], config: DataConfig, samples: Iterator[Sample], problems: list[str]
+    cases: Sequence[Case], config: DataConfig, samples: Iterator[ReadImage], problems: list[str]
 ) -> tuple[list[Item], Store]:
     """Keep samples in memory up to data.memory; more are written to, or read from, a file."""
     bound = config.memory * MEGABYTE
-    held: list[Sample] = []
+    held: list[ReadImage] = []
     size = 0
     for sample in samples:
         held.append(sample)
@@ -385,8 +385,8 @@ def _keep(
 def _on_disk(
     cases: Sequence[Case],
     config: DataConfig,
-    held: list[Sample],
-    rest: Iterator[Sample],
+    held: list[ReadImage],
+    rest: Iterator[ReadImage],
     problems: list[str],
 ) -> tuple[list[Item], Store]:
     folder = _cache_folder(config)

@@ -43,7 +43,7 @@ _LINES: dict[str, tuple[str, float, withStroke]] = {
 
 
 @dataclass(frozen=True)
-class Sample:
+class OutlinedImage:
     """An image with its masks in `samples_sheet`."""
 
     title: str
@@ -54,7 +54,7 @@ class Sample:
 
 
 @styled
-def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
+def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Figure:
     """Draw rows of images, at least one and of equal length, with the outlines of their masks."""
     columns = len(rows[0])
     cell = max(TWO_COLUMNS / columns, 0.9)

@@ -24,7 +24,7 @@ from polyseg.errors import PolysegError
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import Passes, ProgramFailedError
-from polyseg.montecarlo.scores import Measurement, Table, Wanted, extended
+from polyseg.montecarlo.scores import Measurement, ScoreTable, Wanted, extended
 from polyseg.networks.dropout import active_layers, stochastic_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
@@ -157,7 +157,7 @@ class _Attempt:
         self.passes, self.settings, self.processes = passes, settings, processes
         self.wanted = wanted
         self.progress, self.total = progress, total
-        self.table = Table(wanted)
+        self.table = ScoreTable(wanted)
         self.given = list[str]()
         """Ids of the images in the order of the batches."""
         self.samples = 0
@@ -190,7 +190,7 @@ class _Attempt:
             for measurement in extend(chain(pilot, each), self.samples):
                 self.table.add(measurement)
                 self._report()
-        self.table = Table.merged(self.processes.gathered(self.table))
+        self.table = ScoreTable.merged(self.processes.gathered(self.table))
 
     def _measurements(self, batches: Iterable[Batch]) -> Iterator[Measurement]:
         """Yield a measurement, without passes yet, for each batch of this process's images."""

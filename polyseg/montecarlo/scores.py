@@ -283,7 +283,7 @@ class Results:
 
 
 @dataclass
-class Table:
+class ScoreTable:
     """The columns of an assessment, filled batch by batch."""
 
     wanted: Wanted
@@ -318,7 +318,7 @@ class Table:
                 self.maps.setdefault(name, []).extend(values.numpy().astype(np.float32))
 
     @classmethod
-    def merged(cls, tables: Sequence["Table"]) -> "Table":
+    def merged(cls, tables: Sequence["ScoreTable"]) -> "ScoreTable":
         """Return a table of all images; one that is in several has the row of the first."""
         merged = cls(tables[0].wanted)
         seen: set[str] = set()

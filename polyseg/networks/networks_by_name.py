@@ -39,7 +39,7 @@ _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "dee
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """The sliding window of a network that was trained on patches."""
 
     size: tuple[int, int]
@@ -62,7 +62,7 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.core = core
         self.multiple = multiple
-        self.window: Window | None = None
+        self.window: SlidingWindow | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (B, out, H, W), of images (B, C, H, W)."""
@@ -86,7 +86,7 @@ class SegmentationNetwork(nn.Module):
         return torch.cat(parts)
 
     @staticmethod
-    def _is_larger(images: Tensor, window: Window) -> bool:
+    def _is_larger(images: Tensor, window: SlidingWindow) -> bool:
         return any(
             side > wanted for side, wanted in zip(images.shape[-2:], window.size, strict=True)
         )

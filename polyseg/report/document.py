@@ -78,7 +78,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Listing:
+class Preformatted:
     """Preformatted text, such as a command or a file."""
 
     words: str
@@ -92,11 +92,11 @@ class Folded:
     blocks: "Sequence[Block]"
 
 
-Block: TypeAlias = Text | Heading | Gallery | Table | Listing | Folded
+Block: TypeAlias = Text | Heading | Gallery | Table | Preformatted | Folded
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page with an entry in the table of contents."""
 
     title: str
@@ -112,13 +112,13 @@ class Page:
     """Names and values below the title."""
     warnings: Sequence[str]
     """Remarks such as files that could not be read."""
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
 
 
 def render(page: Page) -> str:
     """Return a page as the text of an HTML file.
 
-    >>> text = render(Page("<b>", [("runs", "a & b")], [], [Section("One", [Text("1 < 2")])]))
+    >>> text = render(Page("<b>", [("runs", "a & b")], [], [PageSection("One", [Text("1 < 2")])]))
     >>> "<h1>&lt;b&gt;</h1>" in text, "a &amp; b" in text, "<p>1 &lt; 2</p>" in text
     (True, True, True)
     """
@@ -201,7 +201,7 @@ def _warnings(sentences: Sequence[str]) -> str:
     return f'<aside aria-label="Remarks">\n<ul>\n{items}\n</ul>\n</aside>\n' if items else ""
 
 
-def _contents(sections: Sequence[Section]) -> str:
+def _contents(sections: Sequence[PageSection]) -> str:
     links = (
         f'<li><a href="#part-{k}">{_text(section.title)}</a></li>'
         for k, section in enumerate(sections, start=1)
@@ -215,7 +215,7 @@ def _block(block: Block, numbers: _Numbers) -> str:
             return f"<p>{_text(block.words)}</p>"
         case Heading():
             return f"<h3>{_text(block.words)}</h3>"
-        case Listing():
+        case Preformatted():
             return f"<pre>{_text(block.words)}</pre>"
         case Table():
             return _table(block, next(numbers.table))

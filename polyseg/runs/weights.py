@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from polyseg.config import Config
 from polyseg.errors import PolysegError
-from polyseg.networks.networks_by_name import SegmentationNetwork, Window, build_network
+from polyseg.networks.networks_by_name import SegmentationNetwork, SlidingWindow, build_network
 from polyseg.runs.checkpoints import Checkpoint
 
 
@@ -49,7 +49,7 @@ def new_network(config: Config, channels: int) -> SegmentationNetwork:
     size = config.data.size
     if config.data.fit == "tile" and size is not None and size != "auto":
         square = (size, size) if isinstance(size, int) else size
-        network.window = Window(square, config.data.tile_overlap)
+        network.window = SlidingWindow(square, config.data.tile_overlap)
     return network
 
 
