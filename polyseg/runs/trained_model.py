@@ -248,7 +248,7 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
     seen = sum(images.hashes[identity] in known for identity in images.ids)
     if seen:
         log.warning(
-            "%d of these %d images are training or validation images of %s: this is no test",
+            "%d of these %d images are training or validation images of %s: this is not a test",
             seen,
             len(images.ids),
             model.source,
