@@ -1,4 +1,4 @@
-"""`python -m polyseg`, and what the command `polyseg` starts."""
+"""Entry point of `polyseg` and `python -m polyseg`."""
 
 import contextlib
 import io
@@ -8,12 +8,12 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
-_SHORT_WAIT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
-"""How long a thread of OpenMP may spin: iterations for GNU's library, ms for LLVM's and Intel's."""
+_SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+"""Longest spinning of an idle OpenMP thread: iterations (GNU), milliseconds (LLVM and Intel)."""
 
 
 def main() -> None:
-    """Run the command line; no signal makes a traceback before it is there, or after it."""
+    """Run the command line, without a traceback if a signal comes before or after it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     shorten_waiting(os.environ)
@@ -26,33 +26,28 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        # All is written and said; libraries take up to a second to fold, some of them for ever.
+        # Skip the cleanup of libraries, which takes up to a second and may hang.
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def shorten_waiting(environment: MutableMapping[str, str]) -> None:
-    """Let waiting threads of OpenMP sleep sooner, unless the user has set how they wait.
+    """Make idle OpenMP threads sleep soon, unless the user has set how they wait.
 
-    By default they spin for some milliseconds, and where other programs need the cores, they take
-    them from the threads that they wait for. OpenMP reads this once, when torch is imported.
-
-    >>> environment = {}
-    >>> shorten_waiting(environment)
-    >>> environment["GOMP_SPINCOUNT"]
-    '1000'
+    By default they spin for some milliseconds, which on a busy machine takes cores from the threads
+    that they wait for. OpenMP reads the settings once, when torch is imported.
     """
-    if not environment.keys() & {*_SHORT_WAIT, "OMP_WAIT_POLICY"}:
-        environment.update(_SHORT_WAIT)
+    if not environment.keys() & {*_SHORT_SPIN, "OMP_WAIT_POLICY"}:
+        environment.update(_SHORT_SPIN)
 
 
 class _Output(io.FileIO):
-    """A standard stream whose reader may leave early, as `head` does; the work goes on without it.
+    """A standard stream that drops what it cannot write.
 
-    Messages on stderr are also dropped where they cannot be written for another reason.
+    stdout does so only when its reader has left, as `head` does; other errors are raised.
     """
 
     def write(self, data: Any, /) -> int:
-        """Write all bytes, or drop them."""
+        """Write or drop all bytes, and return their number."""
         rest = memoryview(data).cast("B")
         size = rest.nbytes
         try:
@@ -65,14 +60,14 @@ class _Output(io.FileIO):
 
 
 def _open_streams() -> None:
-    """Replace the standard streams, of which the caller may have closed some, by ones that last."""
+    """Replace the standard streams by ones that work without a reader, also if they are closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            # This takes the free number, which a file of the work would get otherwise.
+            # Takes the free descriptor, which the next opened file would get otherwise.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         elif mode == "w":
-            # Without a buffer of bytes, which refuses a handler of signals that prints amid a line.
+            # Unbuffered, because a buffer refuses a signal handler that prints during a write.
             text = io.TextIOWrapper(
                 _Output(stream.fileno(), "w", closefd=False),
                 encoding=stream.encoding,

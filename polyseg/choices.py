@@ -4,8 +4,10 @@ Each row names its function as "module:name", so that this module imports none o
 """
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Literal
 
-from polyseg.registry import Registry, Row
+from polyseg.registry import Registry, Row, is_own, resolve
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,49 @@ class Loss(Row):
     has_epsilon: bool = False
     """Whether it depends on epsilon, so that epsilon can be adapted."""
 
+
+_LAYOUTS = "polyseg.data.layouts"
+
+LAYOUTS = Registry(
+    "layout",
+    Row("auto", "the first of the following that fits what is there"),
+    Row(
+        "manifest",
+        "a CSV file with the columns image and mask",
+        f"{_LAYOUTS}.manifest:read_manifest_file",
+    ),
+    Row(
+        "nnunet",
+        "nnU-Net: imagesTr/, labelsTr/ and dataset.json",
+        f"{_LAYOUTS}.nnunet:read_if_nnunet",
+    ),
+    Row(
+        "decathlon",
+        "Medical Segmentation Decathlon: a dataset.json that lists the files",
+        f"{_LAYOUTS}.nnunet:read_if_decathlon",
+    ),
+    Row(
+        "bids",
+        "BIDS: images in sub-*/ and masks in derivatives/",
+        f"{_LAYOUTS}.bids:read_bids",
+    ),
+    Row(
+        "case-folders",
+        "a folder for each image or case, with its masks",
+        f"{_LAYOUTS}.case_folders:read_case_folders",
+    ),
+    Row(
+        "folders",
+        "folders of images and of masks",
+        f"{_LAYOUTS}.folders:read_folders",
+    ),
+    Row(
+        "suffixes",
+        "masks beside the images, told apart by their names",
+        f"{_LAYOUTS}.folders:read_suffixes",
+    ),
+)
+"""Each function takes a `Source` and returns a `Layout`, or None where the folder is not of it."""
 
 _LOSSES = "polyseg.training.losses_by_name"
 
@@ -51,12 +96,21 @@ LOSSES = Registry(
 
 @dataclass(frozen=True)
 class Score(Row):
-    """A number that can be the difficulty D of an image: the mean of a pixel map over its region.
+    """A number that can be the difficulty D of an image.
 
-    The function makes the pixel map, (...), of what is given in the registry's description.
+    The function takes what `of` says and returns (B,) numbers, one for each image and label; with
+    "pixels" it returns a pixel map, (...), of what is given in the registry's description, and D is
+    the mean of the map over the region.
     """
 
     unit: str = ""
+    of: Literal["pixels", "moments", "pass", "passes", "mask"] = "pixels"
+    """"moments": `uncertainty.Moments`, (B, H, W) each, and the mask, (B, H, W) bool; "pass": the
+    probabilities of a pass, (B, H, W), and the mask, and D is the mean over the passes; "mask": the
+    numbers of foreground pixels, (B,). "passes": it is a class that takes in pass after pass by
+    `update`, and has `value`."""
+    needs_mask: bool = False
+    """Whether there is no such number of an image without a mask."""
 
 
 _UNCERTAINTY = "polyseg.uncertainty"
@@ -83,6 +137,35 @@ UNCERTAINTIES = Registry(
 )
 """Pixel-wise uncertainties from the passes of MC Dropout: functions of `uncertainty.Moments`."""
 
+WHOLE_SCORES = Registry(
+    "difficulty score",
+    Score(
+        "dispersion",
+        "variance of the passes over the whole frame, divided by their mean square",
+        f"{_UNCERTAINTY}:dispersion",
+        of="moments",
+    ),
+    Score(
+        "expected_error",
+        "1 - Dice of each pass against the mask, eq. 2 with smooth 1, averaged over the passes",
+        f"{_UNCERTAINTY}:error_of_pass",
+        of="pass",
+        needs_mask=True,
+    ),
+)
+"""Scores from the passes of MC Dropout over the whole frame, whatever the region."""
+
+PAIR_SCORES = Registry(
+    "score of pairs of passes",
+    Score(
+        "pairwise_dice",
+        "1 - Dice of the masks of two passes at 0.5, averaged over all pairs of passes",
+        f"{_UNCERTAINTY}:PairwiseDice",
+        of="passes",
+    ),
+)
+"""Scores that evaluate and estimate-uncertainty measure, and training does not."""
+
 FREE_SCORES = Registry(
     "difficulty score",
     Score(
@@ -92,11 +175,64 @@ FREE_SCORES = Registry(
         "nats",
     ),
     Score("training_loss", "loss of the image in the last epoch of training; takes no passes"),
+    Score(
+        "size",
+        "-log(max(foreground pixels of the mask, 1)); takes no passes",
+        "polyseg.difficulty:size_difficulty",
+        of="mask",
+        needs_mask=True,
+    ),
 )
-"""Scores without MC Dropout: functions of the prediction without dropout, (...) in [0, 1].
+"""Scores without MC Dropout: of the mask, or of the prediction without dropout, (...) in [0, 1].
 
 The training itself gives the one that has no function.
 """
+
+
+def score_of(name: str) -> Score:
+    """Return the row of a score.
+
+    >>> score_of("dispersion").of
+    'moments'
+    """
+    rows: dict[str, Score] = {**UNCERTAINTIES, **WHOLE_SCORES, **PAIR_SCORES, **FREE_SCORES}
+    if name in rows or not is_own(name):
+        return rows[name]
+    # Of a function (moments, mask), or (probability, mask), which is averaged over the passes.
+    first = next(iter(signature(resolve(name)).parameters), "")
+    of: Literal["pass", "moments"] = "pass" if first == "probability" else "moments"
+    return Score(name, "a function of one's own", name, of=of, needs_mask=of == "pass")
+
+
+def loss_of(name: str) -> Loss:
+    """Return the row of a loss; one of one's own is given epsilon.
+
+    >>> loss_of("my_loss.py:loss").has_epsilon
+    True
+    """
+    own = Loss(name, "a function of one's own", name, has_epsilon=True)
+    return LOSSES.get(name, own) if is_own(name) else LOSSES[name]
+
+
+def map_of(name: str) -> Row:
+    """Return the row of a map from normalised difficulties to epsilons."""
+    own = Row(name, "a function of one's own", name)
+    return MAPS.get(name, own) if is_own(name) else MAPS[name]
+
+
+def score_names() -> tuple[str, ...]:
+    """Return the names of all scores, in the order in which they are listed."""
+    return (*UNCERTAINTIES, *WHOLE_SCORES, *PAIR_SCORES, *FREE_SCORES)
+
+
+def image_scores() -> dict[str, str]:
+    """Return what each score of the whole image means that can be measured besides others.
+
+    >>> list(image_scores())
+    ['dispersion', 'expected_error', 'pairwise_dice', 'size']
+    """
+    rows = (*WHOLE_SCORES.values(), *PAIR_SCORES.values(), *FREE_SCORES.values())
+    return {row.name: row.help for row in rows if row.of != "pixels"}
 
 
 def map_names() -> tuple[str, ...]:
@@ -108,28 +244,139 @@ def map_names() -> tuple[str, ...]:
     return ("mean", *UNCERTAINTIES)
 
 
+_DIFFICULTY = "polyseg.difficulty"
+
+REDUCTIONS = Registry(
+    "reduction",
+    Row(
+        "sigma",
+        "(D - D_pct) / (sigma_D + delta), eq. 11",
+        f"{_DIFFICULTY}:normalise_by",
+    ),
+    Row(
+        "rank",
+        "normal score of the rank, Phi^-1((rank - 1/2) / n), average ranks for ties",
+        f"{_DIFFICULTY}:normalise_by_rank",
+    ),
+)
+"""How difficulties are made comparable.
+
+A function takes the (n,) difficulties of the images normalised together, D_pct, sigma_D and delta,
+and returns the (n,) normalised difficulties.
+"""
+
+MAPS = Registry(
+    "map",
+    Row(
+        "sigmoid",
+        "epsilon_min + (epsilon_max - epsilon_min) sigmoid(lambda D_norm), eq. 12",
+        f"{_DIFFICULTY}:epsilon_from_difficulty",
+    ),
+    Row(
+        "weight",
+        "(c exp(lambda D_norm) - 1) / 2, clipped to the range, c such that the weights "
+        "1 + 2 epsilon of the images normalised together average 1",
+        f"{_DIFFICULTY}:epsilon_from_weight",
+    ),
+)
+"""How normalised difficulties become epsilons.
+
+A function takes the (n,) normalised difficulties of the images normalised together, epsilon_min,
+epsilon_max and the sensitivity, and returns (n,) epsilons.
+"""
+
+
+@dataclass(frozen=True)
+class Arm(Row):
+    """A control arm of a recorded run."""
+
+    of_difficulty: bool = False
+    """Whether it changes D, from which the epsilons are computed anew in the batches of the run."""
+
+
 _REPLAY = "polyseg.adaptive.replay"
 
 REPLAY_ARMS = Registry(
     "replay arm",
-    Row("recorded", "the epsilons as recorded"),
-    Row(
+    Arm("recorded", "the epsilons as recorded"),
+    Arm(
         "shuffled",
         "permuted over the images, by one permutation from each assessment to the next",
         f"{_REPLAY}:shuffled",
     ),
-    Row("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
-    Row(
+    Arm("mean", "the mean of each epoch for all images", f"{_REPLAY}:mean"),
+    Arm(
         "inverted",
         "in each epoch the largest for the image that had the smallest",
         f"{_REPLAY}:inverted",
     ),
+    Arm(
+        "permuted",
+        "by the recorded D permuted over the images, by one permutation for the whole run",
+        f"{_REPLAY}:permuted",
+        of_difficulty=True,
+    ),
+    Arm(
+        "size",
+        "by -log(max(foreground pixels, 1)) of the mask in place of D",
+        f"{_REPLAY}:by_size",
+        of_difficulty=True,
+    ),
+    Arm(
+        "loss",
+        "by the recorded training loss in place of D",
+        f"{_REPLAY}:by_loss",
+        of_difficulty=True,
+    ),
 )
-"""What a replay does with the epsilons of an epoch.
+"""What a replay gives to the images.
 
-A function takes (images, labels) epsilons and a generator of random numbers, which is the same for
-all epochs between two assessments, and returns epsilons of that shape.
+A function of epsilons takes those of an epoch, (images, labels), and a generator of random numbers,
+which is the same for all epochs between two assessments, and returns epsilons of that shape. A
+function of D takes an assessment and a generator, which is the same for all assessments, and
+returns the (n,) difficulties to use in place of the recorded ones.
 """
+
+
+@dataclass(frozen=True)
+class Preset(Row):
+    """Settings that go together."""
+
+    settings: tuple[str, ...] = ()
+    """Each as "section.name=value"."""
+
+
+PRESETS = Registry(
+    "preset",
+    Preset(
+        "thesis",
+        "the method as the thesis has it, with the readings of docs/method.md, whatever the "
+        "defaults are",
+        settings=(
+            "loss.name=polydice1",
+            "loss.epsilon=0.0",
+            "loss.scale=norms",
+            "loss.scale_gradient=guarded",
+            "loss.smooth=1.0e-6",
+            "loss.bce_weight=0.0",
+            "uncertainty.samples=20",
+            "uncertainty.metric=mutual_information",
+            "uncertainty.region=mask",
+            "uncertainty.masks=consistent",
+            "control.enabled=auto",
+            "control.start=0.2",
+            "control.every=5",
+            "control.statistics=batch",
+            "control.reduction=sigma",
+            "control.percentile=50.0",
+            "control.delta=1.0e-9",
+            "control.map=sigmoid",
+            "control.sensitivity=1.0",
+            "control.epsilon_min=-0.4",
+            "control.epsilon_max=1.0",
+        ),
+    ),
+)
 
 DEVICES = {
     "auto": "cuda, mps or cpu, the first that is there",
@@ -142,3 +389,124 @@ MODALITIES = {
     "ultrasound": "gray images of a lesion with speckle",
     "endoscopy": "colour images of a lesion with highlights",
 }
+
+_NETWORKS = "polyseg.networks.networks_by_name"
+
+NETWORKS = Registry(
+    "network",
+    Row("unet", "MONAI's UNet with residual units", f"{_NETWORKS}:UNET"),
+    Row("basic-unet", "MONAI's BasicUNet", f"{_NETWORKS}:BASIC_UNET"),
+    Row("attention-unet", "MONAI's AttentionUnet", f"{_NETWORKS}:ATTENTION_UNET"),
+    Row("dynunet", "MONAI's DynUNet, as in nnU-Net", f"{_NETWORKS}:DYNUNET"),
+    Row("segresnet", "MONAI's SegResNet", f"{_NETWORKS}:SEGRESNET"),
+)
+"""Functions of in_channels, out_channels, the dropout rate and further arguments.
+
+They return the network and what the sides of its images must be multiples of.
+"""
+
+
+@dataclass(frozen=True)
+class Optimizer(Row):
+    """An optimizer; its function makes it from a list of weights and the settings of `training`."""
+
+    state: tuple[str, ...] = ()
+    """The names of what it keeps for each weight in a checkpoint."""
+
+
+_OPTIMIZERS = "polyseg.training.optimizers"
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    Optimizer("adamw", "Adam with decoupled weight decay", f"{_OPTIMIZERS}:adamw", _OF_ADAM),
+    Optimizer("adam", "Adam, with weight decay in the gradient", f"{_OPTIMIZERS}:adam", _OF_ADAM),
+    Optimizer(
+        "sgd",
+        "gradient descent with Nesterov momentum 0.9",
+        f"{_OPTIMIZERS}:sgd",
+        ("momentum_buffer",),
+    ),
+)
+
+SCHEDULERS = Registry(
+    "scheduler",
+    Row("cosine", "falls to 1 % as a cosine", f"{_OPTIMIZERS}:cosine"),
+    Row(
+        "polynomial",
+        "falls to 0 as (1 - e/E)^0.9, e epochs of E done",
+        f"{_OPTIMIZERS}:polynomial",
+    ),
+    Row("constant", "stays", f"{_OPTIMIZERS}:constant"),
+)
+"""Functions of the share of the epochs that is done, e/E, which return the share of the rate."""
+
+
+@dataclass(frozen=True)
+class Normalisation(Row):
+    """How gray values are normalised.
+
+    Its function takes an image, (H, W, C), and the settings of `data`, and returns its `Levels`.
+    """
+
+    pooled: bool = False
+    """Whether mean and deviation are then taken over all training images."""
+
+
+_PREPROCESSING = "polyseg.data.preprocessing"
+
+NORMALISATIONS = Registry(
+    "normalisation",
+    Normalisation(
+        "zscore",
+        "mean 0 and deviation 1 per image and channel",
+        f"{_PREPROCESSING}:mean_and_deviation",
+    ),
+    Normalisation("unit", "full range of the pixel type to [0, 1]", f"{_PREPROCESSING}:full_range"),
+    Normalisation(
+        "percentile",
+        "1st and 99th percentile of the image to [0, 1], clipped",
+        f"{_PREPROCESSING}:percentiles",
+    ),
+    Normalisation(
+        "dataset",
+        "mean 0 and deviation 1 over the training images",
+        f"{_PREPROCESSING}:mean_and_deviation",
+        pooled=True,
+    ),
+    Normalisation("window", "data.window to [0, 1], clipped", f"{_PREPROCESSING}:window"),
+)
+
+
+@dataclass(frozen=True)
+class Region(Row):
+    """The pixels of an image that its difficulty is averaged over.
+
+    Its function takes mask and prediction, (B, H, W) bool, and the width of a band in pixels, and
+    returns regions of that shape: the one asked for, then those that take its place where it is
+    empty.
+    """
+
+    of_mask: bool = False
+    """Whether the prediction matters only where the region of the mask is empty."""
+
+
+_REGIONS = "polyseg.montecarlo.regions"
+
+REGIONS = Registry(
+    "region",
+    Region("mask", "foreground of the mask", f"{_REGIONS}:of_mask", of_mask=True),
+    Region(
+        "prediction",
+        "pixels with a mean prediction of at least 0.5",
+        f"{_REGIONS}:of_prediction",
+    ),
+    Region("union", "both", f"{_REGIONS}:of_union"),
+    Region(
+        "boundary",
+        "a band on either side of the edge of the mask",
+        f"{_REGIONS}:of_boundary",
+        of_mask=True,
+    ),
+    Region("image", "all pixels", f"{_REGIONS}:of_image"),
+)

@@ -4,6 +4,7 @@ The functions take NumPy arrays or torch tensors and return the same kind, in fl
 another shape than stated are a ValueError that prints the shapes.
 """
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,6 +70,19 @@ def mean_by_image(
     return mean
 
 
+def size_difficulty(mask_pixels: NDArray[Any]) -> NDArray[np.float64]:
+    """Return -log(max(foreground pixels, 1)), by which the smallest foreground is the hardest.
+
+    Args:
+        mask_pixels: (n,) foreground pixels of each image's mask.
+
+    >>> size_difficulty(np.array([0, 1, 100])).round(3)
+    array([-0.   , -0.   , -4.605])
+    """
+    difficulty: NDArray[np.float64] = -np.log(np.maximum(mask_pixels, 1).astype(np.float64))
+    return difficulty
+
+
 def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) -> Array:
     """Return (D - D_pct) / (sigma_D + delta) over the images given (eq. 11).
 
@@ -113,6 +127,34 @@ def normalise_by(difficulty: Any, center: Any, sigma: Any, delta: float) -> Any:
     return (difficulty - center) / (sigma + delta)
 
 
+def normalise_by_rank(
+    difficulty: NDArray[np.float64], center: float = 0.0, sigma: float = 0.0, delta: float = 0.0
+) -> NDArray[np.float64]:
+    """Return Phi^-1((rank_i - 1/2) / n) of some images, the normal scores of their ranks.
+
+    Only the order of the images matters, so that no outlier shrinks the differences of the others.
+
+    Args:
+        difficulty: (n,), n at least 1; equal ones get the average of their ranks.
+        center, sigma, delta: ignored; in place so that this can stand for `normalise_by`.
+
+    Returns:
+        (n,) float64, which add up to 0 where no two are equal.
+
+    >>> normalise_by_rank(np.array([0.1, 9.0, 0.2])).round(3)
+    array([-0.967,  0.967,  0.   ])
+    """
+    from scipy.special import ndtri
+
+    values = np.asarray(difficulty, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"difficulty {values.shape} must be (n,) with n at least 1")
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(count) - (count - 1) / 2)[place]
+    scores: NDArray[np.float64] = ndtri((ranks - 0.5) / len(values))
+    return scores
+
+
 def epsilon_from_difficulty(
     normalised: Array, epsilon_min: float, epsilon_max: float, sensitivity: float
 ) -> Array:
@@ -139,6 +181,48 @@ def epsilon_from_difficulty(
     epsilon: Any = epsilon_min + (epsilon_max - epsilon_min) * (0.5 * (1 + tanh))
     clipped: Array = epsilon.clip(epsilon_min, epsilon_max)
     return clipped
+
+
+def epsilon_from_weight(
+    normalised: NDArray[np.float64], epsilon_min: float, epsilon_max: float, sensitivity: float
+) -> NDArray[np.float64]:
+    """Return clip((c exp(lambda D_norm) - 1) / 2, eps_min, eps_max), c such that weights average 1.
+
+    The weight of an image's angle term is 1 + 2 epsilon. Its mean over the images given is 1, as
+    with epsilon 0 for all, so that only the share of each image changes. c is found by bisection.
+
+    Args:
+        normalised: (n,) normalised difficulties of the images normalised together.
+        epsilon_min: smallest epsilon, from -1/2 to below 0.
+        epsilon_max: largest epsilon, above 0.
+        sensitivity: lambda, how strongly weights differ; with 0 every epsilon is 0.
+
+    Returns:
+        (n,) float64 in [epsilon_min, epsilon_max].
+
+    >>> epsilon = epsilon_from_weight(np.array([-1.0, 0.0, 1.0]), -0.4, 1.0, 1.0)
+    >>> epsilon.round(3), (1 + 2 * epsilon).mean().round(6)
+    (array([-0.365, -0.133,  0.498]), np.float64(1.0))
+    """
+    values = np.asarray(normalised, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"normalised difficulties {values.shape} must be (n,), n at least 1")
+    if not -0.5 <= epsilon_min < 0 < epsilon_max:
+        raise ValueError(f"epsilon_min {epsilon_min} and epsilon_max {epsilon_max}: 0 lies between")
+    exponents = sensitivity * values
+    least = math.log1p(2 * epsilon_min) if epsilon_min > -0.5 else -math.inf
+    most = math.log1p(2 * epsilon_max)
+
+    def weights(log_c: float) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.exp((exponents + log_c).clip(least, most))
+        return found
+
+    # At these ends no weight is above 1, and none below.
+    low, high = -float(exponents.max()), -float(exponents.min())
+    while low < (middle := low + (high - low) / 2) < high:
+        low, high = (middle, high) if weights(middle).mean() < 1 else (low, middle)
+    epsilon: NDArray[np.float64] = ((weights(high) - 1) / 2).clip(epsilon_min, epsilon_max)
+    return epsilon
 
 
 def _numpy(values: Any) -> NDArray[Any]:

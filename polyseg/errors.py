@@ -1,23 +1,22 @@
-"""How work ends early: by the one error that a user is expected to meet, or by a signal."""
+"""The exceptions that end a command: a mistake of the user, or a signal."""
 
 import errno
 
 _ADVICE = {
     errno.EMFILE: "raise `ulimit -n`, or lower training.workers",
     errno.ENFILE: "close other programs, or lower training.workers",
-    errno.ENOSPC: "make room there, or choose another place",
-    errno.EDQUOT: "make room there, or choose another place",
-    errno.EACCES: "change its permissions, or choose another place",
-    errno.EROFS: "choose another place",
+    errno.ENOSPC: "free some space there, or choose another folder",
+    errno.EDQUOT: "free some space there, or choose another folder",
+    errno.EACCES: "change its permissions, or choose another folder",
+    errno.EROFS: "choose another folder",
 }
 
 
 class PolysegError(Exception):
-    """A mistake that the user can mend: one line that names the file or setting and the remedy.
+    """A mistake that the user can correct; the message names the file or setting and the remedy.
 
-    Several arguments are several problems, a line each; within an argument, which may hold a name
-    of anyone's, there are no lines. The command line prints them without a traceback and exits with
-    code 2.
+    Each argument is one problem and is printed as one line. The command line prints them without a
+    traceback and exits with code 2.
 
     >>> raise PolysegError("data.size: 0 is too small; give at least 16")
     Traceback (most recent call last):
@@ -29,10 +28,7 @@ class PolysegError(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end; what was committed is whole, and the message says how to go on.
-
-    The command line exits with 128 + the signal's number.
-    """
+    """A signal ended the work; the command line exits with 128 + the number of the signal."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -40,13 +36,13 @@ class Interrupted(BaseException):
 
 
 def reason(error: OSError) -> str:
-    """Return what the system says of a failure, and what can be done about it where that is known.
+    """Return the message of an OSError, with advice where there is some.
 
     >>> reason(OSError(errno.EMFILE, "Too many open files"))
     'Too many open files; raise `ulimit -n`, or lower training.workers'
-    >>> reason(OSError("is no file"))
-    'is no file'
+    >>> reason(OSError("is not a file"))
+    'is not a file'
     """
-    said = error.strerror or str(error) or type(error).__name__
+    message = error.strerror or str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0)
-    return said if advice is None else f"{said}; {advice}"
+    return message if advice is None else f"{message}; {advice}"

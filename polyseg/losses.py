@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from polyseg.curves import angle_penalty, polydice1_curve
 
 __all__ = [
+    "PolyDice1Loss",
     "dice_loss",
     "in_wrong_sign_region",
     "polydice1_curve",
@@ -41,6 +42,7 @@ __all__ = [
 
 Scale = Literal["norms", "printed"]
 ScaleGradient = Literal["guarded", "full", "detached"]
+Reduction = Literal["mean", "none"]
 
 
 def dice_loss(
@@ -184,6 +186,68 @@ def polydice1_loss(
         smooth=smooth,
         per_channel=per_channel,
     )
+
+
+class PolyDice1Loss(torch.nn.Module):
+    """PolyDice-1 as a module, for training loops that expect one.
+
+    Args:
+        sigmoid: the input is logits, and the loss applies a sigmoid; without it, probabilities.
+        per_channel: see `polydice_loss`, as for scale, scale_gradient and smooth.
+        reduction: "mean" over all images (and channels), or "none": (B,), or (B, C) with
+            `per_channel`.
+
+    Raises:
+        ValueError: an unknown reduction.
+
+    >>> logits = torch.tensor([[[99.0, -99.0]], [[-99.0, 99.0]]])
+    >>> mask = torch.tensor([[[1, 0]], [[1, 0]]])
+    >>> PolyDice1Loss(sigmoid=True, reduction="none")(logits, mask, torch.tensor([0.0, 0.5]))
+    tensor([0.0000, 2.4674])
+    """
+
+    def __init__(
+        self,
+        *,
+        sigmoid: bool = False,
+        per_channel: bool = False,
+        scale: Scale = "norms",
+        scale_gradient: ScaleGradient = "guarded",
+        smooth: float = 1e-6,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction = {reduction!r}: choose 'mean' or 'none'")
+        self.sigmoid, self.reduction = sigmoid, reduction
+        self.per_channel, self.smooth = per_channel, smooth
+        self.scale: Scale = scale
+        self.scale_gradient: ScaleGradient = scale_gradient
+
+    def forward(self, input: Tensor, target: Tensor, epsilon: float | Tensor = 0.0) -> Tensor:
+        """Return the loss of logits or probabilities against a mask.
+
+        Args:
+            input: as the probability of `polydice_loss`, or logits of that shape.
+            target: the mask, in {0, 1}, any dtype.
+            epsilon: a number, (B,), or with `per_channel` also (B, C), on any device.
+
+        Raises:
+            ValueError: as `polydice_loss`.
+        """
+        if self.sigmoid:
+            # In float32 at least: of half precision the sigmoid would round to 1 too early.
+            input = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
+        losses = polydice1_loss(
+            input,
+            target,
+            epsilon,
+            scale=self.scale,
+            scale_gradient=self.scale_gradient,
+            smooth=self.smooth,
+            per_channel=self.per_channel,
+        )
+        return losses.mean() if self.reduction == "mean" else losses
 
 
 def in_wrong_sign_region(theta: Tensor, epsilon: float | Tensor, *, terms: int = 1) -> Tensor:

@@ -1,46 +1,69 @@
-"""The table in which each kind of thing that can be chosen by name, or listed, has its rows."""
+"""Registries: tables of the things that can be chosen by name."""
 
 import difflib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that can be chosen by its name."""
+    """One entry of a registry."""
 
     name: str
     help: str
-    """What it is, in a sentence without a full stop."""
+    """One sentence without a full stop."""
     function: str = ""
-    """Where its code is, as "module:name"; it is imported when it is first used."""
+    """Its function as "module:name", imported at first use."""
 
     def resolve(self) -> Any:
-        """Return the function.
-
-        >>> Row("root", "square root", "math:sqrt").resolve()(9.0)
-        3.0
-        """
+        """Return the function."""
         return resolve(self.function)
 
 
 def resolve(place: str) -> Any:
-    """Return what "module:name" names.
+    """Return the object named "package.module:name" or "path/to/file.py:name".
 
     >>> resolve("math:sqrt")(9.0)
     3.0
     """
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    module, _, name = place.rpartition(":")
+    return getattr(_of_file(module) if module.endswith(".py") else import_module(module), name)
+
+
+@cache
+def _of_file(path: str) -> ModuleType:
+    """Return a Python file as a module, which is run once."""
+    name = f"polyseg_own_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ImportError(f"there is no file {path}")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_own(name: str) -> bool:
+    """Return whether a name is that of a user's own code, "module:name" or "file.py:name".
+
+    >>> is_own("my_loss.py:loss"), is_own("dice")
+    (True, False)
+    """
+    module, colon, attribute = name.rpartition(":")
+    return bool(module and colon) and attribute.isidentifier()
 
 
 R = TypeVar("R", bound=Row)
 
 
 class Registry(dict[str, R]):
-    """Rows by name, in the order in which they are listed.
+    """Rows by name, in the order of listings.
 
     >>> roots = Registry("root", Row("square", "x^(1/2)", "math:sqrt"))
     >>> list(roots), roots.choices()
@@ -53,25 +76,21 @@ class Registry(dict[str, R]):
     def __init__(self, kind: str, *rows: R) -> None:
         super().__init__({row.name: row for row in rows})
         self.kind = kind
-        """What a row is, as a noun."""
+        """Noun for a row, used in messages."""
 
     def find(self, name: str) -> R:
-        """Return the row of a name.
-
-        Raises:
-            ValueError: there is none; the message lists the names.
-        """
+        """Return the row of a name, or raise ValueError with all names."""
         if name not in self:
             raise ValueError(not_among(name, self, self.kind))
         return self[name]
 
     def choices(self) -> dict[str, str]:
-        """Return what each name means."""
+        """Return the help of each name."""
         return {name: row.help for name, row in self.items()}
 
 
 def not_among(value: object, names: Iterable[str], kind: str) -> str:
-    """Return the message for a value that is none of some names, with the one that is nearest.
+    """Return the message for an unknown name, with the known names and the closest one.
 
     >>> not_among("dise", ["dice", "bce"], "loss")
     "'dise' is not a loss: choose dice or bce; did you mean dice?"
@@ -84,7 +103,7 @@ def not_among(value: object, names: Iterable[str], kind: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as part of a sentence.
+    """Return names joined by commas and "or".
 
     >>> listed(["a", "b", "c"])
     'a, b or c'

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polyseg.choices import UNCERTAINTIES
+from polyseg.losses import dice_loss
 
 
 def binary_entropy(probability: Tensor) -> Tensor:
@@ -95,6 +98,8 @@ class Moments(NamedTuple):
     """As `predictive_entropy`."""
     mean_entropy: Tensor
     """Mean over the samples of the entropy of each, in nats."""
+    samples: int = 0
+    """N."""
 
 
 def variance_of(moments: Moments) -> Tensor:
@@ -110,6 +115,88 @@ def entropy_of(moments: Moments) -> Tensor:
 def mutual_information_of(moments: Moments) -> Tensor:
     """Return the mutual information in nats, as the function of that name."""
     return (moments.entropy - moments.mean_entropy).clamp_min(0)
+
+
+def dispersion(moments: Moments, mask: Tensor | None = None) -> Tensor:
+    """Return N/(N-1) sum Var(p) / (sum mean_n p_n^2 + 1) of each image, over all its pixels.
+
+    That is the mean soft Dice distance between two passes, with the denominators of all pairs
+    pooled and 1 added to the pooled one. The variance has divisor N, as in eq. 8.
+
+    Args:
+        moments: of N at least 2 samples, (B, H, W) each.
+        mask: ignored.
+
+    Returns:
+        (B,), at least 0.
+
+    >>> record = UncertaintyAccumulator()
+    >>> for sample in torch.tensor([[[[0.0, 1.0]]], [[[1.0, 1.0]]]]):
+    ...     record.update(sample)
+    >>> dispersion(record.moments)  # 2 * 0.25 / (0.5 + 1 + 1)
+    tensor([0.2000], dtype=torch.float64)
+    """
+    if moments.samples < 2 or moments.mean.ndim != 3:
+        shape = tuple(moments.mean.shape)
+        raise ValueError(f"moments {shape} of {moments.samples} samples: (B, H, W) of at least 2")
+    squares = (moments.variance + moments.mean.square()).flatten(1).sum(dim=1)
+    spread = moments.variance.flatten(1).sum(dim=1)
+    return moments.samples / (moments.samples - 1) * spread / (squares + 1)
+
+
+def error_of_pass(probability: Tensor, mask: Tensor) -> Tensor:
+    """Return 1 - Dice of the probabilities of a pass against the mask, by eq. 2 with smooth = 1.
+
+    Args:
+        probability: (B, H, W).
+        mask: (B, H, W) in {0, 1}.
+
+    Returns:
+        (B,) float64 in [0, 1].
+    """
+    return dice_loss(probability.double(), mask, smooth=1.0)
+
+
+class PairwiseDice:
+    """1 - Dice of the masks of two samples at 0.5, averaged over all pairs; two empty ones have 0.
+
+    It keeps the mask of every sample, eight pixels a byte: N H W / 8 bytes an image.
+
+    >>> pairs = PairwiseDice()
+    >>> for sample in torch.tensor([[[[0.0, 0.9]]], [[[0.5, 0.9]]]]):
+    ...     pairs.update(sample)
+    >>> pairs.value.round(decimals=4)  # 1 - 2 * 1 / (1 + 2)
+    tensor([0.3333], dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self.masks: list[NDArray[np.uint8]] = []
+        self.sizes: list[NDArray[np.int64]] = []
+        self.total: NDArray[np.float64] = np.zeros(())
+
+    def update(self, sample: Tensor) -> None:
+        """Take in one sample, (B, H, W) in [0, 1]; all samples have one shape."""
+        mask = np.packbits((sample >= 0.5).flatten(1).cpu().numpy(), axis=1)
+        size = _ones(mask)
+        for other, other_size in zip(self.masks, self.sizes, strict=True):
+            both = size + other_size
+            dice = 2 * _ones(mask & other) / both.clip(min=1)
+            self.total = self.total + np.where(both > 0, 1 - dice, 0.0)
+        self.masks.append(mask)
+        self.sizes.append(size)
+
+    @property
+    def value(self) -> Tensor:
+        """The mean over the pairs, (B,) float64."""
+        count = len(self.masks)
+        if count < 2:
+            raise ValueError(f"{count} samples have no pairs")
+        return torch.from_numpy(self.total / (count * (count - 1) / 2))
+
+
+def _ones(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
+    ones: NDArray[np.int64] = np.bitwise_count(packed).sum(axis=1, dtype=np.int64)
+    return ones
 
 
 @dataclass
@@ -194,7 +281,8 @@ class UncertaintyAccumulator:
     @property
     def moments(self) -> Moments:
         """What uncertainties are made of."""
-        return Moments(self.mean, self.variance, self.entropy, self._entropy / self.count)
+        mean_entropy = self._entropy / self.count
+        return Moments(self.mean, self.variance, self.entropy, mean_entropy, self.count)
 
     @property
     def mean(self) -> Tensor:

@@ -373,40 +373,32 @@ def dicom_nested(generator: Random) -> bytes:
     return start + meta + item * depth
 
 
-def dicom_j2k_bomb(generator: Random) -> bytes:
-    """A frame of 16 x 16 that holds a JPEG of 12000 x 12000."""
-    from pydicom import dcmread
+def dicom_of_frame(generator: Random, frame: bytes, syntax: str) -> bytes:
+    """Return a DICOM file of one compressed frame, by the name of its transfer syntax."""
+    from pydicom import dcmread, uid
     from pydicom.encaps import encapsulate
-    from pydicom.uid import JPEGBaseline8Bit
 
-    stream = io.BytesIO()
-    Image.new("L", (12000, 12000)).save(stream, "JPEG")
-    dataset = dcmread(io.BytesIO(dicom(generator, BitsAllocated=8, BitsStored=8, HighBit=7)))
-    dataset.NumberOfFrames = 1
-    dataset.PixelData = encapsulate([stream.getvalue()])
-    dataset["PixelData"].VR = "OB"
-    dataset["PixelData"].is_undefined_length = True
-    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    result = io.BytesIO()
-    dataset.save_as(result, enforce_file_format=True)
-    return result.getvalue()
-
-
-def dicom_rle_bomb(generator: Random) -> bytes:
-    from pydicom import dcmread
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import RLELossless
-
-    frame = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * (2 * 10**6)
     dataset = dcmread(io.BytesIO(dicom(generator, BitsAllocated=8, BitsStored=8, HighBit=7)))
     dataset.NumberOfFrames = 1
     dataset.PixelData = encapsulate([frame])
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
-    dataset.file_meta.TransferSyntaxUID = RLELossless
+    dataset.file_meta.TransferSyntaxUID = getattr(uid, syntax)
     result = io.BytesIO()
     dataset.save_as(result, enforce_file_format=True)
     return result.getvalue()
+
+
+def dicom_jpeg_bomb(generator: Random) -> bytes:
+    """A frame of 16 x 16 that holds a JPEG of 12000 x 12000."""
+    stream = io.BytesIO()
+    Image.new("L", (12000, 12000)).save(stream, "JPEG")
+    return dicom_of_frame(generator, stream.getvalue(), "JPEGBaseline8Bit")
+
+
+def dicom_rle_bomb(generator: Random) -> bytes:
+    frame = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * (2 * 10**6)
+    return dicom_of_frame(generator, frame, "RLELossless")
 
 
 def dicom_deflated(generator: Random) -> bytes:
@@ -478,7 +470,7 @@ BY_HAND: dict[str, tuple[str, Callable[[Random], bytes]]] = {
     "dicom_long": (".dcm", lambda g: dicom(g, NumberOfFrames=10**6)),
     "dicom_bits": (".dcm", lambda g: dicom(g, BitsAllocated=g.choice([0, 1, 7, 64, 65528]))),
     "dicom_nested": (".dcm", dicom_nested),
-    "dicom_jpeg": (".dcm", dicom_j2k_bomb),
+    "dicom_jpeg": (".dcm", dicom_jpeg_bomb),
     "dicom_runs": (".dcm", dicom_rle_bomb),
     "dicom_deflated": (".dcm", dicom_deflated),
 }

@@ -302,6 +302,110 @@ COPIES: dict[str, Callable[[Path], Path]] = {
 """Each writes a set below a folder and returns what to pass as --data."""
 
 
+def dsb2018(folder: Path) -> Path:
+    """2018 Data Science Bowl: a folder for each image, with a mask for each nucleus."""
+    root = folder / "data-science-bowl-2018"
+    for index in range(8):
+        pixels, mask = scene(1200 + index)
+        name = hashlib.sha256(bytes([index, 1])).hexdigest()
+        place = root / "stage1_train" / name
+        _save(place / "images" / f"{name}.png", _colour(pixels))
+        for k, part in enumerate((mask, np.roll(mask, 14, 1))):
+            own = hashlib.sha256(bytes([index, k])).hexdigest()
+            _save(place / "masks" / f"{own}.png", 255 * part)
+    return root
+
+
+def kaggle_3m(folder: Path) -> Path:
+    """LGG MRI segmentation: a folder for each patient, masks beside the slices."""
+    root = folder / "kaggle_3m"
+    for patient in ("TCGA_CS_4941_19960909", "TCGA_DU_5849_19950405", "TCGA_HT_7473_19970826"):
+        for index in range(1, 4):
+            pixels, mask = scene(1300 + index + 10 * ord(patient[6]))
+            _save(root / patient / f"{patient}_{index}.tif", _colour(pixels))
+            _save(root / patient / f"{patient}_{index}_mask.tif", 255 * mask)
+    (root / "data.csv").write_text("Patient,age\n")
+    return root
+
+
+def kits19(folder: Path) -> Path:
+    """KiTS19: a folder for each case, with the same two names."""
+    root = folder / "kits19" / "data"
+    for index in range(4):
+        pixels, mask = volume(60 + index)
+        _save_nifti(root / f"case_{index:05}" / "imaging.nii.gz", _hounsfield(pixels))
+        _save_nifti(root / f"case_{index:05}" / "segmentation.nii.gz", mask * (1 + index % 2))
+    (root / "kits.json").write_text("[]")
+    return root.parent
+
+
+def chase_db1(folder: Path) -> Path:
+    """CHASE_DB1: masks of two observers beside the photographs of both eyes."""
+    root = folder / "CHASEDB1"
+    for number in range(1, 5):
+        for side in "LR":
+            pixels, mask = scene(1400 + number + ord(side))
+            name = f"Image_{number:02}{side}"
+            _save(root / f"{name}.jpg", _colour(pixels), quality=95)
+            _save(root / f"{name}_1stHO.png", 255 * mask)
+            _save(root / f"{name}_2ndHO.png", 255 * np.roll(mask, 1))
+    return root
+
+
+def glas(folder: Path) -> Path:
+    """GlaS: numbered glands beside the images, in files named _anno."""
+    root = folder / "Warwick QU Dataset (Released 2016_07_08)"
+    for part, count in (("train", 5), ("testA", 3), ("testB", 2)):
+        for index in range(1, count + 1):
+            pixels, mask = scene(2500 + index + 10 * ord(part[-1]))
+            _save(root / f"{part}_{index}.bmp", _colour(pixels))
+            _save(root / f"{part}_{index}_anno.bmp", mask + np.roll(mask, 13, 1) * (mask == 0) * 2)
+    (root / "Grade.csv").write_text("name\n")
+    return root
+
+
+def montgomery(folder: Path) -> Path:
+    """Montgomery County chest X-rays: the left and the right lung in a folder each."""
+    root = folder / "MontgomerySet"
+    for index in range(1, 9):
+        pixels, mask = scene(1600 + index)
+        name = f"MCUCXR_{index:04}_0.png"
+        _save(root / "CXR_png" / name, pixels)
+        _save(root / "ManualMask/leftMask" / name, 255 * mask)
+        _save(root / "ManualMask/rightMask" / name, 255 * np.roll(mask, 13, 1))
+    return root
+
+
+def bids_lesions(folder: Path) -> Path:
+    """BIDS: volumes of subjects, and lesion masks among the derivatives."""
+    root = folder / "ds004199"
+    for index in range(1, 5):
+        pixels, mask = volume(70 + index)
+        stem = f"sub-{index:05}"
+        _save_nifti(root / stem / "anat" / f"{stem}_T1w.nii.gz", _hounsfield(pixels))
+        place = root / "derivatives/manual" / stem / "anat"
+        _save_nifti(place / f"{stem}_label-lesion_mask.nii.gz", mask)
+    (root / "dataset_description.json").write_text("{}")
+    return root
+
+
+PUBLIC: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    **{copy.__name__: (copy, ()) for copy in (kvasir, cvc_clinicdb, isic2018, busi, drive)},
+    "decathlon": (decathlon, ()),
+    "dsb2018": (dsb2018, ()),
+    "kaggle_3m": (kaggle_3m, ()),
+    "kits19": (kits19, ("data.foreground=nonzero",)),
+    "chase_db1": (chase_db1, ()),
+    "glas": (glas, ("data.foreground=nonzero",)),
+    "montgomery": (
+        montgomery,
+        ("data.images=CXR_png", "data.masks=[ManualMask/leftMask, ManualMask/rightMask]"),
+    ),
+    "bids_lesions": (bids_lesions, ()),
+}
+"""Copies of public sets by name, and the settings that they need, which their error names."""
+
+
 def planted_faults(folder: Path) -> Path:
     """Write 16 pairs with ten faults, each of another kind: FAULTY_FILES."""
     root = folder / "faults"

@@ -6,6 +6,7 @@ from typer.main import get_command
 
 from polyseg.cli.main import app
 from polyseg.config import Config, settings_of
+from polyseg.metrics.image_metrics import METRICS
 from polyseg.runs.history import COLUMNS
 from tests.test_architecture import PACKAGES, imports, modules
 
@@ -78,6 +79,17 @@ def files_page():
     return with_part("files.md", "columns", "\n".join(lines))
 
 
+def evaluation_page():
+    """Return docs/evaluation.md with its table of the metrics made anew."""
+    lines = ["| metric | column | best | of the | meaning |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {one.title} | `{name}` | {'high' if one.higher_is_better else 'low'} "
+        f"| {'probabilities' if one.of_probability else 'predicted mask'} | {one.help} |"
+        for name, one in METRICS.items()
+    ]
+    return with_part("evaluation.md", "metrics", "\n".join(lines))
+
+
 def configuration_page():
     """Return docs/configuration.md."""
     lines = [
@@ -125,6 +137,7 @@ def main():
     (DOCS / "configuration.md").write_text(configuration_page())
     (DOCS / "architecture.md").write_text(architecture_page())
     (DOCS / "files.md").write_text(files_page())
+    (DOCS / "evaluation.md").write_text(evaluation_page())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PACKAGES = (
 
 ONLY_IN = {"h5py": "runs.record_files", "matplotlib": "figures", "typer": "cli", "rich": "cli"}
 ONLY_IN |= {"nibabel": "data.formats.nifti", "pydicom": "data.formats.dicom"}
+ONLY_IN |= {"SimpleITK": "data.formats.itk"}
 """The one module or package that may import a library."""
 
 EQUATIONS = {

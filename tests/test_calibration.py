@@ -226,9 +226,9 @@ def test_images_count_whatever_their_shape():
 @pytest.mark.parametrize(
     "measure", [brier, negative_log_likelihood, calibration_error, adaptive_calibration_error]
 )
-def test_what_is_no_probability_is_refused(measure):
+def test_invalid_probabilities_are_refused(measure):
     for wrong in (math.nan, -0.01, 1.01, math.inf):
-        with pytest.raises(PolysegError, match="NaN or a value outside"):
+        with pytest.raises(PolysegError, match="NaN or values outside"):
             measure([0.5, wrong], [1, 0])
     assert measure([1 + 1e-9, -1e-9], [1, 0]) == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="shapes differ"):

@@ -114,7 +114,7 @@ def test_a_record_is_read_without_its_weights(tmp_path, checkpoint):
     content = bytearray((tmp_path / "a").read_bytes())
     content[-1] ^= 1  # A byte of a tensor.
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(PolysegError, match="content is not what was written"):
+    with pytest.raises(PolysegError, match="its sha256 differs"):
         read_checkpoint(tmp_path / "a", with_weights=False)
 
 
@@ -129,11 +129,11 @@ def with_header(path, header):
 @pytest.mark.parametrize(
     ("header", "match"),
     [
-        ("{}", "is no polyseg checkpoint"),
-        ("[]", "is no polyseg checkpoint"),
+        ("{}", "is not a polyseg checkpoint"),
+        ("[]", "is not a polyseg checkpoint"),
         ("{", "cannot be read as a checkpoint"),
         ("[" * 100_000, "cannot be read as a checkpoint"),
-        ('{"kind": "polyseg checkpoint", "schema": 99}', "another polyseg"),
+        ('{"kind": "polyseg checkpoint", "schema": 99}', "has schema 99"),
         ('{"kind": "polyseg checkpoint", "schema": 2}', "cannot be read as a checkpoint"),
         (
             '{"kind": "polyseg checkpoint", "schema": 2, "epoch": 0, "best_epoch": 0, '
@@ -142,7 +142,7 @@ def with_header(path, header):
         ),
     ],
 )
-def test_headers_that_are_not_ours_are_one_line(tmp_path, header, match):
+def test_foreign_headers_are_refused_in_one_line(tmp_path, header, match):
     path = tmp_path / "a.safetensors"
     with_header(path, header)
     with pytest.raises(PolysegError, match=match) as error:
@@ -186,13 +186,13 @@ def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
     header = json.dumps({"weights/a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 16]}})
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(16)
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(PolysegError, match="is damaged or no checkpoint"):
+    with pytest.raises(PolysegError, match="is damaged or not a checkpoint"):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_a_pickle_is_not_opened(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
-    with pytest.raises(PolysegError, match="is damaged or no checkpoint"):
+    with pytest.raises(PolysegError, match="is damaged or not a checkpoint"):
         read_checkpoint(tmp_path / "model.pt")
 
 
@@ -251,7 +251,7 @@ def test_a_network_larger_than_its_weights_is_never_made(checkpoint, setting, mo
 
     monkeypatch.setattr(torch, "empty", watched)
     huge = dataclasses.replace(checkpoint, config=load_config(overrides=[setting]))
-    with pytest.raises(PolysegError, match="weights do not fit its own configuration"):
+    with pytest.raises(PolysegError, match="weights do not fit its configuration"):
         network_of(huge)
     assert made and max(made) < 1e6
 
@@ -281,11 +281,11 @@ def test_tensors_of_any_type_come_back_by_the_librarys_reader(tmp_path, dtype):
     "scaler",
     [{"x": 1}, {"scale": 0}, {"growth_factor": 1}, {"backoff_factor": 2}, {"scale": "1"}],
 )
-def test_a_scale_of_gradients_that_is_none_is_refused(tmp_path, checkpoint, scaler):
+def test_invalid_gradient_scaler_state_is_refused(tmp_path, checkpoint, scaler):
     good = torch.amp.GradScaler("cpu").state_dict()
     path = tmp_path / "a"
     write_checkpoint(path, dataclasses.replace(checkpoint, scaler=good))
     assert read_checkpoint(path).scaler == good
     write_checkpoint(path, dataclasses.replace(checkpoint, scaler=good | scaler))
-    with pytest.raises(PolysegError, match="scale of gradients"):
+    with pytest.raises(PolysegError, match="state of the gradient scaler"):
         read_checkpoint(path)

@@ -101,9 +101,9 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
     assert [row["id"] for row in rows] == 2 * tested
     for one in printed["evaluation"]["runs"]:
         own = [row for row in rows if row["run"] == one["name"]]
-        for metric in METRICS:
-            values = [float(row[metric.key]) for row in own if row[metric.key]]
-            assert one["metrics"][metric.key]["mean"] == pytest.approx(np.mean(values))
+        for metric in METRICS.values():
+            values = [float(row[metric.name]) for row in own if row[metric.name]]
+            assert one["metrics"][metric.name]["mean"] == pytest.approx(np.mean(values))
     # The table that the training ended with is of the same images and the same checkpoint.
     alone = json.loads((run / "evaluation" / "summary.json").read_text())["runs"][0]
     assert alone["metrics"] == printed["evaluation"]["runs"][0]["metrics"]
@@ -158,7 +158,10 @@ def test_plot_loss_writes_what_was_asked_for(polyseg, tmp_path, arguments):
     assert answer.code == 0, answer.err
     assert answer.out.strip() == str(tmp_path / "fig2.pdf")
     assert (tmp_path / "fig2.pdf").read_bytes().startswith(b"%PDF")
-    assert polyseg("plot-loss", *arguments, "--out", tmp_path / "both").code == 0
+
+
+def test_plot_loss_writes_png_and_pdf_where_the_name_has_no_suffix(polyseg, tmp_path):
+    assert polyseg("plot-loss", "--out", tmp_path / "both").code == 0
     assert (tmp_path / "both.png").is_file() and (tmp_path / "both.pdf").is_file()
 
 
@@ -189,7 +192,7 @@ def test_data_check_says_what_is_there(polyseg, images):
     answer = polyseg("data", "check", images)
     assert answer.code == 2
     assert "1 image (phantom_0000.png) without a mask" in answer.err
-    assert "phantom_0001.png: a mask of values 7" in answer.err
+    assert "phantom_0001.png: masks hold the values 7" in answer.err
 
 
 def test_config_init_is_the_defaults(polyseg, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import hashlib
 import logging
 from itertools import pairwise
 
@@ -46,6 +47,32 @@ AS_IT_IS = assessment._WORTH_TAKING_APART
 def _worth_taking_apart(monkeypatch):
     """Take networks apart for the few small images here, too."""
     monkeypatch.setattr(assessment, "_WORTH_TAKING_APART", 0)
+
+
+TRACED = {}
+"""Programs made so far, by all that they are made of: tracing takes most of an assessment."""
+
+
+def program_of(core, layers, images, *, kind=torch.float32):
+    """Return the program of a network, made only if none of equal layers and weights was."""
+    weights = hashlib.sha256()
+    for name, values in core.state_dict().items():
+        weights.update(name.encode() + values.numpy().tobytes())
+    key = (type(core), repr(core), weights.digest(), *layers, images.shape[1:], kind)
+    if key not in TRACED:
+        TRACED[key] = Program(core, layers, images, kind=kind)
+    return TRACED[key]
+
+
+@pytest.fixture(autouse=True)
+def _trace_each_network_once(request, monkeypatch):
+    if "traced_anew" not in request.fixturenames:
+        monkeypatch.setattr(passes, "Program", program_of)
+
+
+@pytest.fixture
+def traced_anew():
+    """Let each assessment make a program of its own, as it does outside these tests."""
 
 
 class OwnNet(nn.Module):
@@ -233,7 +260,7 @@ def test_saved_maps_are_those_of_the_plain_passes(caplog):
         np.testing.assert_allclose(ours.maps[name], maps, atol=1e-3)
 
 
-def test_weights_that_changed_since_are_seen(caplog):
+def test_weights_that_changed_since_are_seen(caplog, traced_anew):
     network, batch = build("unet"), make_batch()
     check(network, [batch], caplog)
     with torch.no_grad():
@@ -364,7 +391,7 @@ PLACES = {
 
 def make_program(network, images):
     with torch.no_grad():
-        return Program(network.core, active_layers(network.core), images)
+        return program_of(network.core, active_layers(network.core), images)
 
 
 def masks_of(program, network, images, kind, shared):
@@ -510,7 +537,7 @@ def broken_logits(self, masks, count):
     ],
     ids=["rewrite", "numbers", "sizes"],
 )
-def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, caplog):
+def test_a_program_that_is_wrong_is_noticed(owner, name, wrong, monkeypatch, caplog, traced_anew):
     monkeypatch.setattr(PreparedBatch, "original", PreparedBatch.__call__, raising=False)
     monkeypatch.setattr(owner, name, wrong)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
@@ -565,7 +592,7 @@ def test_the_failure_of_a_program_in_another_process_ends_it_here():
         pass
 
 
-def test_windows_that_are_too_small_are_noticed(monkeypatch, caplog):
+def test_windows_that_are_too_small_are_noticed(monkeypatch, caplog, traced_anew):
     caplog.set_level(logging.INFO, "polyseg")
     monkeypatch.setattr(window, "_strided", lambda *_: 0)
     network, batches = build("unet"), [make_batch(size=(96, 96))]
@@ -575,7 +602,7 @@ def test_windows_that_are_too_small_are_noticed(monkeypatch, caplog):
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_wrong_masks_without_dropout_are_noticed(monkeypatch):
+def test_wrong_masks_without_dropout_are_noticed(monkeypatch, traced_anew):
     monkeypatch.setattr(Program, "all_kept", broken_masks)
     network, batches = build("unet"), [make_batch()]
     ours = assess(network, batches, UncertaintyConfig(samples=2))
@@ -854,7 +881,9 @@ def test_half_the_digits_rank_images_alike(name, masks, caplog):
 
 
 @pytest.mark.parametrize("deviation", [3.0, 16.0])
-def test_a_wrong_program_is_noticed_with_half_the_digits(deviation, monkeypatch, caplog):
+def test_a_wrong_program_is_noticed_with_half_the_digits(
+    deviation, monkeypatch, caplog, traced_anew
+):
     network = build("unet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
     monkeypatch.setattr(rewrite, "fold_batch_norms", broken_fold)

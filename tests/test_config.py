@@ -82,7 +82,7 @@ def test_the_schema_is_json():
         ("control.epsilon_min=-1", r"control\.epsilon_min: .* -0\.5, got -1"),
         ("loss.epsilom=1", r"loss\.epsilom: unknown key; did you mean loss\.epsilon\?"),
         ("los.name=dice", "los: unknown key; did you mean loss"),
-        ("data.size=big", r"data\.size: 'big' does not fit: this square"),
+        ("data.size=big", r"data\.size: 'big' does not fit: size that the network sees"),
         ("data.split=[1, 2, 3]", r"data\.split .* three shares"),
         ("control.start=2.5", r"control\.start 2\.5: whole epochs, or a share below 1"),
         ("control.start=31", r"control\.start 31 is beyond training\.epochs 30"),
@@ -94,9 +94,9 @@ def test_the_schema_is_json():
         ("loss", "give key.sub=value"),
         ("loss.name.x=1", r"loss\.name: input should be .*, got {'x': 1}"),
         ("training.epochs=!!python/object/apply:os.getcwd []", "tags"),
-        ("training.epochs=" + "[" * 40_000, "is nested over 30 deep"),
+        ("training.epochs=" + "[" * 40_000, "is nested over 30 levels"),
         ("network.kwargs={a: &x 1, b: *x}", "aliases"),
-        ("network.kwargs={a: 1, b: 2, a: 3}", "a stands twice, again in line 1"),
+        ("network.kwargs={a: 1, b: 2, a: 3}", "a is repeated in line 1"),
         ("control.start=true", r"control\.start: input should be a valid number, got True"),
         ("training.epochs=true", r"training\.epochs: input should be a valid integer, got True"),
         ("training.epochs=1_0", r"training\.epochs: .* integer, got '1_0'"),
@@ -225,7 +225,7 @@ def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
 def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("training:\n  epochs: 3\nloss: {name: dice}\ntraining:\n  epochs: 9\n")
-    with pytest.raises(PolysegError, match=r"a\.yaml: .*training stands twice, again in line 4"):
+    with pytest.raises(PolysegError, match=r"a\.yaml: .*training is repeated in line 4"):
         load_config(path)
 
 
@@ -302,7 +302,7 @@ def test_foreground_makes_tasks(given, tasks, labels):
         "[]",
         "[[]]",
         "[1, 1]",
-        "0",
+        "[0, 0]",
         "-1",
         "70000",
         "{a: 1, b: 1}",

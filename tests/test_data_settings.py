@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from polyseg.commands.train import train
+from polyseg.config import load_config
+from polyseg.data.loading import load_images
+from polyseg.errors import PolysegError
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.run_folder import RunDirectory
 from tests.test_train import Stop, assert_same_run, run_of, stop_after
@@ -144,7 +147,7 @@ def test_a_checkpoint_that_left_its_run_shows_all_images(config, polyseg, tmp_pa
     assert answer.code == 0, answer.err
     assert len((tmp_path / "u/per_image.csv").read_text().splitlines()) == 1 + len(names)
     answer = polyseg("evaluate", moved, "--out", tmp_path / "e", "--no-figures")
-    assert answer.code == 2 and "which its run folder keeps" in answer.err
+    assert answer.code == 2 and "give the folder of the run" in answer.err
 
 
 def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_path):
@@ -193,3 +196,137 @@ def test_small_patches_of_large_images_are_warned_of(tmp_path, polyseg, folder):
     answer = polyseg("train", "--data", tmp_path / "d", "--dry-run", *flags)
     assert answer.code == 0, answer.err
     assert "an image of 440 x 520 takes over 238 windows of 32 x 32" in answer.err
+
+
+def save_pair(root, name, pixels, mask, **options):
+    for side, values, end in (("images", pixels, "jpg"), ("masks", mask, "png")):
+        (root / side).mkdir(parents=True, exist_ok=True)
+        more = options if end == "jpg" else {}
+        Image.fromarray(values).save(root / side / f"{name}.{end}", **more)
+
+
+def lesions(root, side, radius, count=12, size=(64, 64)):
+    generator = np.random.default_rng(3)
+    for k in range(count):
+        pixels = generator.integers(0, 255, size).astype(np.uint8)
+        mask = np.zeros(size, np.uint8)
+        for row, column in generator.integers(radius, min(size) - radius, (6, 2)):
+            mask[row : row + radius, column : column + radius] = 255
+        save_pair(root, f"{side}{k}", pixels, mask)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("turn", "shape", "settings", "expected"),
+    [
+        (6, (48, 64), ("data.orientation=stored",), "stored"),
+        (6, (48, 64), (), "error"),
+        (6, (64, 64), (), "error"),
+        (3, (48, 64), (), "error"),
+        (6, (64, 64), ("data.orientation=tag",), "turned"),
+        (1, (64, 64), (), "stored"),
+    ],
+)
+def test_an_image_is_turned_only_where_its_mask_agrees(tmp_path, turn, shape, settings, expected):
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = np.repeat(np.repeat(generator.integers(0, 255, (8, 8)), 8, 0), 8, 1)[: shape[0]]
+    mask = (pixels > 128).astype(np.uint8) * 255
+    save_pair(tmp_path, "a", pixels.astype(np.uint8), mask, exif=exif, quality=100)
+    config = load_config(overrides=[f"data.path={tmp_path}", "data.size=null", *settings]).data
+    if expected == "error":
+        with pytest.raises(PolysegError, match=r"say data\.orientation=stored .* or =tag"):
+            load_images(config)
+        return
+    found = load_images(config).pixels("a")[..., 0].astype(int)
+    true = np.rot90(pixels, -1) if expected == "turned" else pixels
+    assert np.abs(found - true).mean() < 3
+
+
+def test_an_image_is_turned_where_its_mask_has_the_turned_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(48 * 64, dtype=np.int64).reshape(48, 64) % 200
+    mask = np.rot90(pixels > 100, -1).astype(np.uint8) * 255
+    save_pair(tmp_path, "a", pixels.astype(np.uint8), mask, exif=exif)
+    config = load_config(overrides=[f"data.path={tmp_path}", "data.size=null"]).data
+    assert load_images(config).pixels("a").shape == (64, 48, 1)
+
+
+def test_foreground_lost_by_resizing_is_told(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "s", 3, size=(256, 256))
+    plain = polyseg("data", "check", data, "--json")
+    assert plain.code == 0 and "notes" not in json.loads(plain.out)
+    small = polyseg("data", "check", data, "--json", "--set", "data.size=96")
+    (note,) = json.loads(small.out)["notes"]
+    assert note.startswith("resizing to 96 x 96 loses ") and "data.fit=tile" in note
+    gone = ("--set", "data.size=16")
+    for command in (("data", "check", data), ("train", "--dry-run", "--data", data)):
+        answer = polyseg(*command, *gone)
+        assert answer.code == 2
+        assert "resizing leaves no foreground in any training mask" in answer.err
+
+
+def test_a_run_records_the_size_and_the_regions_that_follow_from_the_data(tmp_path, tiny):
+    for k in range(12):
+        labels = np.zeros((40, 48), np.uint8)
+        labels[8 : 20 + k, 8:30] = 1
+        labels[10:14, 10 : 16 + k] = 2
+        for side, values, end in (("imagesTr", 60 * labels + k, "_0000"), ("labelsTr", labels, "")):
+            (tmp_path / "d" / side).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(tmp_path / "d" / side / f"c{k}{end}.png")
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    description = {"channel_names": {"0": "US"}, "labels": labels, "file_ending": ".png"}
+    (tmp_path / "d/dataset.json").write_text(json.dumps(description))
+    settings = (f"data.path={tmp_path / 'd'}", "data.size=auto", "data.duplicates=allow")
+    run = run_of(tiny("run", *settings, "training.epochs=1"))
+    config = read_checkpoint(run.last).config.data
+    assert config.size == (48, 48)
+    assert config.tasks == {"whole": (1, 2), "core": (2,)}
+
+
+def test_check_refuses_what_training_refuses(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "s", 12, count=2)
+    for command in (("data", "check", data), ("train", "--dry-run", "--data", data)):
+        answer = polyseg(*command)
+        assert answer.code == 2
+        assert "2 images are too few for 3 parts" in answer.err
+
+
+def test_the_groups_of_a_setting_are_shown(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "p1_s", 12)
+    lesions(tmp_path / "d", "p2_s", 11)
+    lesions(tmp_path / "d", "p3_s", 10)
+    answer = polyseg("data", "check", data, "--json", "--set", "data.duplicates=allow")
+    found = json.loads(answer.out)
+    assert found["groups"] == "3 (p1, p2, p3)"
+    assert "36 images form 3 groups by the first number in their names" in found["notes"][0]
+    flags = ("--json", "--set", "data.duplicates=allow", "--set")
+    none = json.loads(polyseg("data", "check", data, *flags, "data.group=none").out)
+    assert "groups" not in none and "notes" not in none
+    given = json.loads(polyseg("data", "check", data, *flags, "data.group=s\\d+$").out)
+    assert given["groups"].startswith("12 (s0, s1, s10,")
+
+
+def test_a_draft_of_a_manifest_can_be_edited_and_read(tmp_path, polyseg):
+    lesions(tmp_path / "d" / "x", "a", 12)
+    (tmp_path / "d/x/images").rename(tmp_path / "d/x/photos")
+    (tmp_path / "d/x/masks").rename(tmp_path / "d/x/drawn masks")
+    refused = polyseg("data", "check", tmp_path / "d")
+    assert refused.code == 2
+    assert f"polyseg data manifest {tmp_path / 'd'} --out set.csv" in refused.err
+    out = tmp_path / "set.csv"
+    answer = polyseg("data", "manifest", tmp_path / "d", "--out", out, "--json")
+    assert json.loads(answer.out) == {"file": str(out), "images": 12, "images without a mask": 0}
+    assert polyseg("data", "check", out).code == 0
+    assert polyseg("data", "manifest", tmp_path / "d", "--out", out).code == 2
+
+
+def test_gray_is_made_of_colours(tmp_path, polyseg):
+    data = lesions(tmp_path / "d", "s", 12)
+    colour = np.zeros((64, 64, 4), np.uint8)
+    colour[..., 0], colour[..., 3] = np.arange(64) * 4, 255
+    Image.fromarray(colour[..., :3]).save(data / "images/s0.jpg")
+    found = json.loads(polyseg("data", "check", data, "--json", "--set", "data.channels=gray").out)
+    assert found["channels"] == [1]

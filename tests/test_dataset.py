@@ -103,9 +103,9 @@ def test_every_bad_file_of_a_set_is_named(folder):
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     assert "case 3" in lines[0]
-    assert "case 0.png: a mask of values 7" in lines[1]
-    assert "case 2.png: is 9 x 9, its image case 2.png 20 x 30" in lines[2]
-    assert "case 4.png" in lines[3]
+    assert "case 2.png: is 9 x 9, its image case 2.png 20 x 30" in lines[1]
+    assert "case 4.png" in lines[2]
+    assert "case 0.png: masks hold the values 7 (100 %)" in lines[3]
 
 
 def test_batches_keep_order_and_never_mix_sizes():

@@ -13,7 +13,7 @@ from PIL import Image
 from polyseg.commands.predict import _predict_share
 from polyseg.config import load_config
 from polyseg.data.dataset import make_demo
-from polyseg.data.layouts.folders import find_unlabelled
+from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.errors import PolysegError
 from polyseg.evaluation import testing_networks as room

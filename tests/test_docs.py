@@ -23,6 +23,7 @@ def test_the_reference_pages_are_those_of_the_code():
     assert (TOP / "docs" / "configuration.md").read_text() == reference.configuration_page()
     assert (TOP / "docs" / "architecture.md").read_text() == reference.architecture_page()
     assert (TOP / "docs" / "files.md").read_text() == reference.files_page()
+    assert (TOP / "docs" / "evaluation.md").read_text() == reference.evaluation_page()
 
 
 def table_of(heading, page):
@@ -80,7 +81,7 @@ def code_blocks(page):
 
 
 def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
-    binary, channels = code_blocks(TOP / "docs" / "library.md")
+    binary, channels, _ = code_blocks(TOP / "docs" / "library.md")
     for code, shape in ((binary, (8,)), (channels, (8, 3))):
         names = {}
         exec(code, names)

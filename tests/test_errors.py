@@ -13,10 +13,10 @@ from polyseg.errors import reason
     [
         (errno.EMFILE, "ulimit -n"),
         (errno.ENFILE, "close other programs"),
-        (errno.ENOSPC, "make room"),
-        (errno.EDQUOT, "make room"),
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
         (errno.EACCES, "permissions"),
-        (errno.EROFS, "another place"),
+        (errno.EROFS, "another folder"),
     ],
 )
 def test_a_failure_that_can_be_mended_comes_with_advice(number, advice):

@@ -25,7 +25,7 @@ EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
 
 
 def scored(identity, dice, *, size=10, **uncertainty):
-    values = {metric.key: math.nan for metric in METRICS}
+    values = dict.fromkeys(METRICS, math.nan)
     return ImageScores(identity, values | {"dice": dice}, size, size, uncertainty)
 
 

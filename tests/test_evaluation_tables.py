@@ -70,9 +70,9 @@ def test_the_csv_holds_every_value(runs):
     assert len(rows) == 7 and "label" not in rows[0]
     for row, image in zip(rows, [image for run in runs for image in run.scores], strict=True):
         assert row["id"] == image.id
-        for metric in METRICS:
-            value = float(row[metric.key]) if row[metric.key] else math.nan
-            np.testing.assert_allclose(value, image.values[metric.key], rtol=1e-8)
+        for metric in METRICS.values():
+            value = float(row[metric.name]) if row[metric.name] else math.nan
+            np.testing.assert_allclose(value, image.values[metric.name], rtol=1e-8)
 
 
 def test_the_csv_of_an_arm_holds_its_runs(runs):
@@ -89,7 +89,7 @@ def test_the_csv_of_an_arm_holds_its_runs(runs):
 def test_the_summary_is_plain_json(runs):
     record = json.loads(json.dumps(summary(Evaluation(runs))), parse_constant=pytest.fail)
     metrics = record["runs"][0]["metrics"]
-    assert set(metrics) == set(record["metrics"]) == {metric.key for metric in METRICS}
+    assert set(metrics) == set(record["metrics"]) == set(METRICS)
     dice = runs[0].column("dice")
     assert metrics["dice"]["mean"] == pytest.approx(dice.mean())
     assert metrics["dice"]["n"] == 4
@@ -166,7 +166,7 @@ def test_uncertainties_stand_beside_the_metrics():
     evaluation = Evaluation([RunScores("run", images)], failure=0.5)
     titles = [sheet.title for sheet in sheets(summary(evaluation))]
     assert titles == [
-        "Metrics", "Dice by size", "Dice by difficulty", "Does the uncertainty find failures?",
+        "Test metrics", "Dice by size", "Dice by difficulty", "Does the uncertainty find failures?",
     ]  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(per_image_csv(evaluation.runs))))
     assert [float(row["entropy"]) for row in rows] == pytest.approx([0.1 * i for i in range(6)])

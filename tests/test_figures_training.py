@@ -17,7 +17,6 @@ from polyseg.figures.losses import loss_curves
 from polyseg.figures.pictures import OverlayCase, overlays
 from polyseg.figures.style import save_figure
 from polyseg.figures.training import (
-    difficulty_against_dice,
     difficulty_distribution,
     epsilon_quantiles,
     training_curves,
@@ -64,12 +63,6 @@ def case(name="a", shape=(24, 32), *, colours=(), masked=True, **changes):
     return OverlayCase(**{**fields, **changes})
 
 
-def against_dice(difficulty, dice, correlation=None):
-    return difficulty_against_dice(
-        np.array(difficulty), np.array(dice), metric="entropy", correlation=correlation, epoch=3
-    )
-
-
 def show(*cases):
     return overlays(cases, metric="mutual_information", title="hard images")
 
@@ -89,9 +82,6 @@ DEGENERATE = {
         np.arange(4), np.tile(NOTHING, (4, 1)), limits=(-0.4, 1)
     ),
     "no epochs": lambda: epsilon_quantiles(np.empty(0), np.empty((0, 3)), limits=(0, 1)),
-    "one image": lambda: against_dice([0.1], [0.9]),
-    "no value": lambda: against_dice(NOTHING, NOTHING, math.nan),
-    "constant": lambda: against_dice([0.0, 0.0], [1.0, 1.0], math.nan),
     "no assessment": lambda: difficulty_distribution([], []),
     "one assessment": lambda: difficulty_distribution([5], [np.zeros(3)]),
     "empty assessments": lambda: difficulty_distribution([5, 9], [NOTHING, np.empty(0)]),
@@ -227,15 +217,6 @@ def test_epsilon_bands_are_the_percentiles():
                 (edge[:, 1].min(), edge[:, 1].max()), np.percentile(values, percentages)
             )
     assert (low_limit.get_ydata()[0], high_limit.get_ydata()[0]) == (-0.4, 1.0)
-
-
-def test_scatter_shows_the_images_with_both_values():
-    figure = against_dice([0.1, 0.2, np.nan, 0.4], [0.9, np.nan, 0.7, 0.6], -0.5)
-    (axes,) = figure.axes
-    assert axes.collections[0].get_offsets().tolist() == [[0.1, 0.9], [0.4, 0.6]]
-    assert axes.get_title() == "epoch 3, 2 images\nSpearman with 1 − Dice: −0.50"
-    assert axes.get_xlabel() == "difficulty D\nentropy (nats)"
-    assert not axes.texts  # where text could cover points
 
 
 def test_boxes_show_quartiles_at_their_epochs():

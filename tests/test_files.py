@@ -17,7 +17,7 @@ from polyseg.commands.schedule import read_record
 from polyseg.commands.train import train
 from polyseg.config import load_config
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
-from polyseg.data.layouts.folders import find_cases
+from polyseg.data.layouts.known_layouts import find_cases
 from polyseg.data.layouts.manifest import read_manifest
 from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 from polyseg.errors import PolysegError
@@ -140,7 +140,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with exclusive_lock(tmp_path / ".lock", owner="this"):
-        assert "knows no locks (No locks available)" in caplog.text
+        assert "does not support locks (No locks available)" in caplog.text
 
 
 def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):

@@ -106,17 +106,17 @@ def test_small_masks_of_any_shape(shape_and_seed, spacing, tolerance):
         warnings.simplefilter("error")
         values = image_metrics(predicted, truth, spacing=spacing, tolerance=tolerance)
         back = image_metrics(truth, predicted, spacing=spacing, tolerance=tolerance)
-    assert list(values) == [metric.key for metric in METRICS]
+    assert list(values) == list(METRICS)
     if predicted.any() and truth.any():
         for name, value in brute_force(predicted, truth, spacing, tolerance).items():
             assert values[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
     for name in ("dice", "iou", "accuracy", "hd95", "asd", "nsd", "brier"):
         assert values[name] == pytest.approx(back[name]), f"{name} is symmetric"
     assert values["iou"] == pytest.approx(values["dice"] / (2 - values["dice"]))
-    for metric in METRICS:
-        value = values[metric.key]
-        if metric.group in ("overlap", "ranking") or metric.key == "nsd":
-            assert math.isnan(value) or 0 <= value <= 1, metric.key
+    for metric in METRICS.values():
+        value = values[metric.name]
+        if metric.higher_is_better:
+            assert math.isnan(value) or 0 <= value <= 1, metric.name
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -125,14 +125,14 @@ def test_distances_scale_with_the_unit_and_turn_with_the_image(seed):
     one = image_metrics(probability, mask, spacing=(0.3, 0.7), tolerance=1.0)
     scaled = image_metrics(probability, mask, spacing=(3, 7), tolerance=10)
     turned = image_metrics(probability.T, mask.T, spacing=(0.7, 0.3), tolerance=1.0)
-    for metric in METRICS:
-        value, factor = one[metric.key], 10 if metric.is_distance else 1
-        assert scaled[metric.key] == pytest.approx(factor * value, rel=1e-5), metric.key
-        assert turned[metric.key] == pytest.approx(value, rel=1e-6), metric.key
+    for metric in METRICS.values():
+        value, factor = one[metric.name], 10 if metric.unit == "{length}" else 1
+        assert scaled[metric.name] == pytest.approx(factor * value, rel=1e-5), metric.name
+        assert turned[metric.name] == pytest.approx(value, rel=1e-6), metric.name
 
 
 EMPTY, FULL, PIXEL = np.zeros((3, 4)), np.ones((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
-BEST = {metric.key: float(metric.higher_is_better) for metric in METRICS}
+BEST = {metric.name: float(metric.higher_is_better) for metric in METRICS.values()}
 BEST["nll"] = pytest.approx(0, abs=1e-12)
 WORST = {"dice": 0, "iou": 0, "precision": 0, "hd95": 5, "asd": 5, "nsd": 0}
 
@@ -227,10 +227,13 @@ def test_the_columns_say_which_way_is_better():
     better, worse = (
         image_metrics(0.1 + 0.8 * np.roll(mask, shift), mask, tolerance=1) for shift in (1, 5)
     )
-    for metric in METRICS:
-        assert (better[metric.key] > worse[metric.key]) == metric.higher_is_better, metric.key
-    assert [one.heading("mm") for one in METRICS if one.is_distance] == ["HD95 (mm)", "ASD (mm)"]
-    assert METRICS[0].heading("mm") == "Dice"
+    for metric in METRICS.values():
+        assert (better[metric.name] > worse[metric.name]) == metric.higher_is_better, metric.name
+    assert [one.heading("mm") for one in METRICS.values() if one.unit == "{length}"] == [
+        "HD95 (mm)",
+        "ASD (mm)",
+    ]
+    assert METRICS["dice"].heading("mm") == "Dice"
 
 
 @pytest.mark.parametrize(
@@ -255,3 +258,10 @@ def test_shapes_must_be_those_of_one_image():
     for first, second in [((2, 3), (1, 3)), ((3,), (3,)), ((1, 2, 3), (1, 2, 3)), ((0, 3), (0, 3))]:
         with pytest.raises(ValueError):
             image_metrics(np.zeros(first), np.zeros(second))
+
+
+def test_metrics_of_probabilities_alone_do_not_depend_on_the_threshold():
+    probability, mask = case(0)
+    first, second = (image_metrics(probability, mask, threshold=one) for one in (0.3, 0.8))
+    for name, metric in METRICS.items():
+        assert (first[name] == second[name]) == metric.of_probability, name

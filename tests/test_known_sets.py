@@ -6,7 +6,7 @@ import pytest
 
 from polyseg.runs.record_files import read_assessment
 from tests.conftest import TINY
-from tests.layout_copies import COPIES, FAULTY_FILES, planted_faults
+from tests.layout_copies import COPIES, FAULTY_FILES, PUBLIC, planted_faults
 
 SETTINGS = [part for one in (*TINY, "output.figures=false") for part in ("--set", one)]
 
@@ -33,6 +33,36 @@ def test_every_layout_trains(polyseg, tmp_path, name):
     # A mask that was read as its image, or not at all, would have all or no pixels.
     assert (assessment.foreground_pixels < 32 * 32).all()
     assert assessment.foreground_pixels.max() > 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_sets_load_by_their_path_or_by_what_the_error_names(polyseg, tmp_path, name):
+    make, settings = PUBLIC[name]
+    data = make(tmp_path)
+    flags = [part for one in settings for part in ("--set", one)]
+    answer = polyseg("data", "check", data, "--json", *flags)
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    low, high = found["foreground, range"]
+    assert 0 <= low < high < 0.8
+    assert min(found["split"].values()) > 0
+    if settings:
+        plain = polyseg("data", "check", data)
+        assert plain.code == 2
+        assert all(one.partition("=")[0] in plain.err for one in settings)
+        assert len(plain.err.strip().splitlines()) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dsb2018", "kaggle_3m", "kits19", "montgomery", "bids_lesions"])
+def test_public_sets_train(polyseg, tmp_path, name):
+    make, settings = PUBLIC[name]
+    flags = [part for one in settings for part in ("--set", one)]
+    out = tmp_path / "run"
+    answer = polyseg(
+        "train", "--data", make(tmp_path), "--out", out, "--epochs", 1, *SETTINGS, *flags
+    )
+    assert answer.code == 0, answer.err
 
 
 def test_all_faults_are_told_at_once(polyseg, tmp_path):

@@ -11,16 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyseg.data.layouts import cases as cases_room
-from polyseg.data.layouts import folders
+from polyseg.data.layouts import known_layouts
 from polyseg.data.layouts.cases import Case, raise_problems, stem_of
-from polyseg.data.layouts.folders import find_unlabelled, holds_masks
+from polyseg.data.layouts.known_layouts import holds_masks
+from polyseg.data.layouts.pairing import RULES
+from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.errors import PolysegError
 from tests.layout_copies import COPIES, FAULTY_FILES, cvc_clinicdb_twice, planted_faults
 
 
 def find_cases(*arguments, **settings):
     """Find cases as a run does, which goes no further where there are problems."""
-    layout = folders.find_cases(*arguments, **settings)
+    layout = known_layouts.find_cases(*arguments, **settings)
     raise_problems(layout.problems)
     return layout
 
@@ -412,6 +414,157 @@ def test_drawings_of_superpixels_are_no_images(tmp_path):
     assert ids(find_cases(tmp_path)) == ["ISIC_0000000"]
 
 
+# Pairing rules.
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "rule"),
+    [
+        ("images/image_{}.png", "masks/mask_{}.png", "prefix"),
+        ("images/{}.png", "masks/00{}.png", "zeros"),
+        ("images/Case{}.png", "masks/case{}.png", "case"),
+        ("images/IMG_{}.png", "masks/mask_0{}.png", "loose"),
+        ("image_{}.png", "mask_{}.png", "prefix"),
+        ("{}.jpg", "{}.png", "equal"),
+        ("{}.bmp", "{}_anno.bmp", "equal"),
+        ("Image_{}L.jpg", "Image_{}L_1stHO.png", "equal"),
+    ],
+)
+def test_masks_are_paired_by_rules(tmp_path, image, mask, rule):
+    for number in range(1, 5):
+        make(tmp_path, image.format(number), mask.format(number))
+    layout = find_cases(tmp_path)
+    pairs = {case.images[0].name: [one.name for one in case.masks] for case in layout.cases}
+    names = [(Path(image.format(n)).name, [Path(mask.format(n)).name]) for n in range(1, 5)]
+    assert pairs == dict(names)
+    assert [RULES[rule].help in note for note in layout.notes] == [True] * (rule != "equal")
+
+
+def test_rules_do_not_pair_what_two_images_could_own(tmp_path):
+    make(tmp_path, "images/1.png", "images/01.png", "images/2.png", "masks/001.png")
+    assert "no name fits one in" in error_of(tmp_path)
+
+
+def test_a_second_observers_masks_beside_images_are_left_out(tmp_path):
+    make(tmp_path, *many("Image_#L.jpg"), *many("Image_#L_1stHO.png"), *many("Image_#L_2ndHO.png"))
+    layout = find_cases(tmp_path)
+    assert [case.masks[0].stem[-5:] for case in layout.cases] == ["1stHO"] * 3
+    assert layout.notes == (f"{tmp_path}: 3 masks of a second observer left out",)
+
+
+def test_equal_names_of_two_lossless_kinds_are_asked_about(tmp_path):
+    make(tmp_path, *many("#.bmp"), *many("#.png"))
+    assert "say which are the masks by data.masks, such as data.masks='*.png'" in error_of(tmp_path)
+    layout = find_cases(tmp_path, masks="*.png")
+    assert [case.images[0].suffix for case in layout.cases] == [".bmp"] * 3
+    assert [case.masks[0].suffix for case in layout.cases] == [".png"] * 3
+
+
+# Folders by path, and several.
+
+
+def test_masks_in_several_folders_are_asked_about_and_united(tmp_path):
+    make(tmp_path, *many("images/#.png"), *many("masks/left/#.png"), *many("masks/right/#.png"))
+    assert "say data.masks=[masks/left, masks/right] to unite them, or =" in error_of(tmp_path)
+    united = find_cases(tmp_path, masks=["masks/left", "masks/right"])
+    assert [[mask.parent.name for mask in case.masks] for case in united.cases] == [
+        ["left", "right"]
+    ] * 3
+    one = find_cases(tmp_path, masks="masks/left")
+    assert [len(case.masks) for case in one.cases] == [1, 1, 1]
+    assert one.name == "images/ and masks/left/"
+
+
+def test_images_in_several_folders(tmp_path):
+    make(tmp_path, *many("a/x/#.png", 2), "b/3.png", *many("truth/#.png"))
+    layout = find_cases(tmp_path, images=["a/x", "b"], masks="truth")
+    assert ids(layout) == ["1", "2", "3"]
+    assert "holds no file that can be read" in error_of(tmp_path, images="a/y", masks="truth")
+
+
+# A folder for each case.
+
+
+def test_a_folder_an_image_with_many_masks(tmp_path):
+    for name in ("ab12", "cd34", "ef56"):
+        make(tmp_path / "stage1_train" / name, f"images/{name}.png", *many("masks/x#.png"))
+        make(tmp_path / "stage1_test" / f"t{name}", f"images/t{name}.png")
+    layout = find_cases(tmp_path)
+    assert [(case.id, len(case.masks), case.part) for case in layout.cases] == [
+        ("ab12", 3, "train"),
+        ("cd34", 3, "train"),
+        ("ef56", 3, "train"),
+    ]
+    assert layout.notes == (f"{tmp_path}/stage1_test has no masks and was left out",)
+
+
+def test_a_folder_a_case_with_fixed_names(tmp_path):
+    for number in range(3):
+        make(tmp_path / f"case_{number:05}", "imaging.nii.gz", "segmentation.nii.gz")
+    layout = find_cases(tmp_path)
+    assert ids(layout) == ["case_00000", "case_00001", "case_00002"]
+    assert layout.cases[0].masks == (tmp_path / "case_00000/segmentation.nii.gz",)
+
+
+def test_several_channels_of_a_case_are_asked_about(tmp_path):
+    for number in range(1, 4):
+        name = f"BraTS20_Training_00{number}"
+        make(tmp_path / name, *[f"{name}_{end}.nii" for end in ("t1", "flair", "seg")])
+    text = error_of(tmp_path)
+    assert "several files of each case may hold the images (flair, t1)" in text
+    both = find_cases(tmp_path, images=["flair", "t1"]).cases
+    assert [file.name[-9:] for file in both[0].images] == ["flair.nii", "01_t1.nii"]
+    one = find_cases(tmp_path, images="t1").cases
+    assert [len(case.images) for case in one] == [1, 1, 1]
+
+
+def test_bids_derivatives(tmp_path):
+    for subject in ("01", "02"):
+        for session in ("1", "2"):
+            stem = f"sub-{subject}_ses-{session}"
+            folder = f"sub-{subject}/ses-{session}/anat"
+            make(tmp_path, f"{folder}/{stem}_T1w.nii.gz", "dataset_description.json")
+            mask = f"derivatives/manual/{folder}/{stem}_space-T1w_desc-lesion_mask.nii.gz"
+            make(tmp_path, mask)
+    layout = find_cases(tmp_path)
+    assert layout.name == "BIDS, T1w and mask"
+    assert [(case.id, case.group, len(case.masks)) for case in layout.cases] == [
+        (f"sub-{subject}_ses-{session}", f"sub-{subject}", 1)
+        for subject in ("01", "02")
+        for session in ("1", "2")
+    ]
+    make(tmp_path, "sub-01/ses-1/anat/sub-01_ses-1_FLAIR.nii.gz")
+    assert "several kinds of files may hold the images (FLAIR, T1w)" in error_of(tmp_path)
+    assert len(find_cases(tmp_path, images="T1w").cases) == 4
+
+
+# What is left out.
+
+
+def test_broken_links_and_unread_kinds_are_counted_and_named(tmp_path):
+    make(tmp_path, *many("images/#.png", 5), *many("masks/#.png", 5), "images/a.svs", "masks/b.mat")
+    for side in ("images", "masks"):
+        (tmp_path / side / "6.png").symlink_to("../.git/annex/objects/xx")
+    layout = find_cases(tmp_path)
+    assert len(layout.cases) == 5
+    assert layout.notes == (
+        f"{tmp_path}/images: 1 broken link (6.png) left out; fetch the files, such as by "
+        "`git annex get`",
+        f"{tmp_path}/images: 1 file (a.svs) left out; their kinds are not read (.svs)",
+        f"{tmp_path}/masks: 1 broken link (6.png) left out; fetch the files, such as by "
+        "`git annex get`",
+        f"{tmp_path}/masks: 1 file (b.mat) left out; their kinds are not read (.mat)",
+    )
+
+
+def test_mostly_broken_links_are_an_error(tmp_path):
+    make(tmp_path, "images/0.png", "masks/0.png")
+    for name in many("images/#.png") + many("masks/#.png"):
+        (tmp_path / name).symlink_to("nowhere")
+    text = error_of(tmp_path)
+    assert "images: 3 broken links (1.png, 2.png, 3.png) left out; fetch" in text
+
+
 # DICOM.
 
 
@@ -463,13 +616,20 @@ def test_nnunet_version_1(tmp_path):
     assert layout.labels == {"liver": 1, "tumour": 2}
 
 
-def test_labels_of_version_2(tmp_path):
-    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
-    layout = find_cases(
-        described(tmp_path, {"labels": labels}, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
-    )
+def test_regions_of_version_2_are_tasks(tmp_path):
+    names = "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"
+    labels = {"background": 0, "whole": [1, 2], "core": 2}
+    layout = find_cases(described(tmp_path, {"labels": labels}, *names))
     assert layout.labels == {"core": 2}
-    assert len(layout.notes) == 2
+    assert layout.regions == {"whole": (1, 2), "core": (2,)}
+
+
+def test_ignored_pixels_are_refused(tmp_path):
+    names = "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"
+    labels = {"background": 0, "core": 2, "ignore": 3}
+    text = error_of(described(tmp_path, {"labels": labels}, *names))
+    assert "pixels of ignore (3) cannot be left out of the loss" in text
+    assert "\n" not in text
 
 
 def test_channels_must_be_the_same(tmp_path):
@@ -535,7 +695,7 @@ def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
         ({"labels": {"a": -1}}, "give a value from 0"),
         ({"labels": {"a\n": 1}}, "is no text"),
         ({"labels": {"1": "a", "2": "a"}}, "two values are called a"),
-        ({"file_ending": ".mha"}, "file_ending is .mha; expected one of .png"),
+        ({"file_ending": ".svs"}, "file_ending is .svs; expected one of .png"),
         ({"file_ending": 7}, "file_ending is 7"),
         ({"channel_names": "CT"}, "channel_names: expected names by number"),
         ({}, "holds no image with a mask"),
@@ -693,14 +853,14 @@ def test_anything_else_says_what_was_seen(tmp_path):
     make(tmp_path, "pictures/a.png", *many("file #.txt", 9))
     text = error_of(tmp_path)
     assert "it holds pictures/, file 1.txt, file 2.txt, file 3.txt, file 4.txt and 5 more" in text
-    assert "a CSV manifest (image,mask) fits all else" in text
+    assert f"`polyseg data manifest {tmp_path} --out set.csv` writes a draft" in text
     assert "it holds nothing" in error_of(make(tmp_path / "empty", ".x").parent / "empty")
 
 
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        ("folders", "does not fit data.layout=folders (it holds 1.png, 1_mask.png); expected a"),
+        ("folders", "does not fit data.layout=folders (it holds 1.png, 1_mask.png); name the"),
         ("nnunet", "has no dataset.json"),
         ("decathlon", "has no dataset.json"),
         ("manifest", "is a folder; data.layout=manifest takes a CSV file"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyseg.losses import (
+    PolyDice1Loss,
     dice_loss,
     in_wrong_sign_region,
     polydice1_curve,
@@ -443,3 +444,35 @@ def test_tvmf_of_an_empty_mask_is_the_dice_loss(smooth, concentration):
     y = torch.zeros_like(p)
     found = tvmf_dice_loss(p, y, concentration, smooth=smooth)
     torch.testing.assert_close(found, dice_loss(p, y, smooth=smooth))
+
+
+class TestModule:
+    logits = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    masks = torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(2)) > 0.5
+
+    def test_module_is_the_function_of_the_sigmoid(self):
+        settings = {"scale": "printed", "scale_gradient": "full", "smooth": 0.5}
+        epsilon = torch.tensor([[0.0, 0.5], [1.0, -0.4], [0.2, 0.3]])
+        expected = polydice1_loss(
+            self.logits.sigmoid(), self.masks, epsilon, per_channel=True, **settings
+        )
+        settings |= {"per_channel": True, "sigmoid": True}
+        each = PolyDice1Loss(reduction="none", **settings)(self.logits, self.masks, epsilon)
+        assert torch.equal(each, expected)
+        mean = PolyDice1Loss(**settings)(self.logits, self.masks, epsilon)
+        assert torch.equal(mean, expected.mean())
+
+    def test_module_takes_probabilities_and_epsilon_zero_by_default(self):
+        probability, mask = self.logits[:, 0].sigmoid(), self.masks[:, 0]
+        found = PolyDice1Loss()(probability, mask)
+        assert torch.equal(found, polydice1_loss(probability, mask).mean())
+
+    def test_half_precision_logits_have_a_sigmoid_in_float32(self):
+        logits, mask = torch.full((1, 4, 4), 9.0), torch.ones(1, 4, 4)
+        module = PolyDice1Loss(sigmoid=True)
+        assert torch.equal(module(logits.half(), mask), module(logits, mask))
+        assert module(logits.double(), mask).dtype == torch.float64
+
+    def test_unknown_reduction_is_refused(self):
+        with pytest.raises(ValueError, match="reduction = 'sum'"):
+            PolyDice1Loss(reduction="sum")

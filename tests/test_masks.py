@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
+from polyseg.config import DataConfig, load_config
 from polyseg.data.formats.readers import read_label_stack
-from polyseg.data.masks import to_masks, unite
+from polyseg.data.masks import UnclearValuesError, to_masks, told_once, unite
 from polyseg.errors import PolysegError
 
 PATH = Path("m.png")
@@ -179,3 +180,77 @@ def test_a_large_mask_is_searched_in_blocks():
     stray[0, 3000, 50] = 120
     with pytest.raises(PolysegError, match="a mask of values 0"):
         to_masks(stray, PATH, None)
+
+
+# Values that data.foreground names.
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def foreground(text):
+    return list(load_config(overrides=[f"data.foreground={text}"]).data.tasks.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nonzero", [[0, 1, 1, 1, 1]]),
+        ("0", [[1, 0, 0, 0, 0]]),
+        ("2-300", [[0, 0, 1, 1, 0]]),
+        ("[1, 2-300]", [[0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]),
+        ("{cell: [1, 2-300], all: nonzero}", [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
+    ],
+)
+def test_ranges_and_nonzero_values(text, expected):
+    labels = np.array([[[0, 1, 2, 300, 301]]], np.uint16)
+    found = to_masks(labels, PATH, foreground(text))
+    np.testing.assert_array_equal(found[0, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#ff0000", [[1, 0, 0]]),
+        ("[#FF0000, '#0000FF']", [[1, 0, 0], [0, 1, 0]]),
+        ("{a: [#FF0000, #0000FF]}", [[1, 1, 0]]),
+        ("nonzero", [[1, 1, 0]]),
+    ],
+)
+def test_colours_are_values(tmp_path, text, expected):
+    Image.fromarray(np.array([[RED, BLUE, (0, 0, 0)]], np.uint8)).save(tmp_path / "a.png")
+    labels = read_label_stack(tmp_path / "a.png").pixels
+    np.testing.assert_array_equal(to_masks(labels, PATH, foreground(text))[0, :, 0], expected)
+
+
+def test_a_gray_mask_among_coloured_ones_has_its_grays(tmp_path):
+    labels = np.array([[[0, 255]]], np.uint8)
+    assert to_masks(labels, PATH, foreground("#ffffff")).ravel().tolist() == [0, 1]
+    assert to_masks(labels, PATH, foreground("#ff0000")).ravel().tolist() == [0, 0]
+
+
+def test_colours_that_are_not_named_are_refused_with_their_shares(tmp_path):
+    Image.fromarray(np.array([[RED, (0, 0, 0)]], np.uint8)).save(tmp_path / "a.png")
+    labels = read_label_stack(tmp_path / "a.png").pixels
+    for named in (None, [(255,)]):
+        with pytest.raises(UnclearValuesError) as caught:
+            to_masks(labels, PATH, named)
+        (line,) = told_once([caught.value] * 3)
+        assert "m.png and 2 more: masks hold the colours" in line
+        assert "'#000000' (50 %), '#FF0000' (50 %)" in line
+        assert "data.foreground='#FF0000'" in line
+
+
+@pytest.mark.parametrize("text", ["5-2", "a", "1-99999", "'#12345'", "-2", "70000"])
+def test_values_that_are_none_are_refused(text):
+    with pytest.raises(PolysegError, match=r"data\.foreground"):
+        load_config(
+            overrides=[f"data.foreground={text!r}" if "#" in text else f"data.foreground={text}"]
+        )
+
+
+def test_predictions_hold_the_first_value_or_a_plain_one():
+    assert DataConfig(foreground=(2, 7)).written(255) == {"2": 2, "7": 7}
+    assert DataConfig(foreground="1-300").written(255) == {"1-300": 1}
+    assert DataConfig(foreground="#ff0000").written(255) == {"FF0000": 255}
+    assert DataConfig(foreground=0).written(1) == {"0": 1}
+    assert DataConfig(foreground=("#ff0000", "#00ff00")).written(255) == {"FF0000": 1, "00FF00": 2}

@@ -132,7 +132,9 @@ def test_what_did_not_fit_is_not_tried_again(caplog):
             list(portions.run(8, work_on(2, seen), "one"))
     assert seen[:3] == [(0, 8), (0, 4), (0, 2)]
     assert max(stop - start for start, stop in seen[3:]) == 2
-    assert [r.message for r in caplog.records] == ["example: memory does for 2 images at once only"]
+    assert [r.message for r in caplog.records] == [
+        "example: memory suffices for only 2 images at once"
+    ]
 
 
 def test_too_little_for_one_image_is_one_line():

@@ -58,7 +58,7 @@ def said(path, **settings):
 OURS = {"overwrite": True, "known_by": ("summary.json",)}
 
 
-def test_a_folder_is_there_once_the_block_has_ended(tmp_path):
+def test_folder_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "new" / "out"
     with whole_folder(path) as folder:
         assert folder.parent == path.parent and folder.name == ".partial-out"
@@ -69,7 +69,7 @@ def test_a_folder_is_there_once_the_block_has_ended(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [ValueError, KeyboardInterrupt, SystemExit])
-def test_what_ends_early_leaves_nothing(tmp_path, ending):
+def test_early_end_leaves_no_files(tmp_path, ending):
     with pytest.raises(ending), whole_folder(tmp_path / "new" / "deep" / "out") as folder:
         write_text(folder / "figures" / "a.txt", "a")
         raise ending
@@ -85,7 +85,7 @@ def test_errors_name_the_folder_that_was_asked_for(tmp_path, monkeypatch):
         raise PolysegError(f"{folder}/a.txt: is full")
 
 
-def test_an_empty_folder_is_filled_and_keeps_its_mode(tmp_path):
+def test_empty_folder_keeps_its_mode(tmp_path):
     path = tmp_path / "out"
     path.mkdir()
     path.chmod(0o750)
@@ -96,7 +96,7 @@ def test_an_empty_folder_is_filled_and_keeps_its_mode(tmp_path):
     assert contents(path) == whole("new") and path.stat().st_mode & 0o777 == 0o750
 
 
-def test_nothing_is_overwritten_unless_asked_for(tmp_path):
+def test_overwriting_needs_overwrite(tmp_path):
     path = tmp_path / "out"
     fill(path, "old")
     assert "nothing is overwritten" in said(path)
@@ -118,10 +118,10 @@ def test_an_error_leaves_the_former_results(tmp_path):
 
 
 @pytest.mark.parametrize("run", ["checkpoints/note.txt", "fold/checkpoints/a", "best.safetensors"])
-def test_runs_and_the_unknown_are_never_overwritten(tmp_path, run):
+def test_runs_and_foreign_files_are_never_overwritten(tmp_path, run):
     path = tmp_path / "out"
     write_text(path / "note.txt", "mine")
-    assert "no summary.json in it" in said(path, **OURS)
+    assert "has no summary.json" in said(path, **OURS)
     write_text(path / "summary.json", "{}")
     write_text(path / run, "weights")
     assert "--overwrite removes no runs" in said(path, **OURS)
@@ -129,7 +129,7 @@ def test_runs_and_the_unknown_are_never_overwritten(tmp_path, run):
     assert len(contents(path)) == 3 and names(tmp_path) == ["out"]
 
 
-def test_what_comes_while_the_block_runs_is_not_lost(tmp_path):
+def test_files_written_during_the_block_are_kept(tmp_path):
     path = tmp_path / "out"
     with pytest.raises(PolysegError, match="is not empty"), whole_folder(path) as folder:
         write_text(folder / "a.txt", "late")
@@ -150,7 +150,7 @@ with whole_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_one_writer_and_a_dead_one_leaves_nothing(tmp_path):
+def test_second_writer_is_refused_and_leftovers_are_removed(tmp_path):
     path, precious = tmp_path / "out", tmp_path / "precious"
     write_text(precious / "a.txt", "mine")
     writer = subprocess.Popen(
@@ -170,28 +170,13 @@ def test_one_writer_and_a_dead_one_leaves_nothing(tmp_path):
     assert names(tmp_path) == ["out", "precious"]
 
 
-def test_a_name_that_its_former_holder_gave_away_is_taken_anew(tmp_path, monkeypatch):
-    path, lock, holders = tmp_path / "out", files.lock, []
-
-    def late(descriptor, *arguments, **settings):
-        holders.append(descriptor)
-        if len(holders) == 1:  # The other process ends between our opening and our locking.
-            (tmp_path / ".partial-out").rename(tmp_path / "theirs")
-        lock(descriptor, *arguments, **settings)
-
-    monkeypatch.setattr(files, "lock", late)
-    fill(path, "ours")
-    assert len(holders) == 2 and contents(path) == whole("ours")
-    assert names(tmp_path / "theirs") == []
-
-
-def test_without_locks_a_warning_is_all(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
     fill(tmp_path / "out", "new")
-    assert "knows no locks" in caplog.text and contents(tmp_path / "out") == whole("new")
+    assert "does not support locks" in caplog.text and contents(tmp_path / "out") == whole("new")
 
 
 class Died(BaseException):
@@ -225,7 +210,7 @@ class Mortal(files.Disk):
 
 
 @pytest.mark.parametrize("former", [None, "old"])
-def test_whenever_it_dies_the_old_or_the_new_is_whole(tmp_path, monkeypatch, former):
+def test_killed_at_any_step_leaves_old_or_new_folder_complete(tmp_path, monkeypatch, former):
     seen = set()
     for steps in range(100):
         path = tmp_path / str(steps) / "out"
@@ -249,7 +234,7 @@ def test_whenever_it_dies_the_old_or_the_new_is_whole(tmp_path, monkeypatch, for
     assert steps > 8 and seen == {former, "new"}
 
 
-def test_a_full_disk_at_any_step_is_one_line_and_leaves_the_old(tmp_path, monkeypatch):
+def test_full_disk_at_any_step_keeps_old_results(tmp_path, monkeypatch):
     path, steps = tmp_path / "out", 0
     fill(path, "old")
     for steps in range(100):
@@ -291,37 +276,37 @@ class Full(files.Disk):
         super().rename(old, new)
 
 
-def test_what_no_folder_can_take_the_place_of(tmp_path, monkeypatch):
+def test_mount_points_and_working_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
     assert "working folder" in said(files.Path())
     assert "is not empty" in said(files.Path(".."))
     assert "is not empty" in said(files.Path("/"))
-    assert "no summary.json" in said(files.Path("/"), **OURS)
+    assert "has no summary.json" in said(files.Path("/"), **OURS)
     monkeypatch.setattr(files.Path, "is_mount", lambda self: self == tmp_path / "disk")
     (tmp_path / "disk").mkdir()
     assert said(tmp_path / "disk") == "is a mount point; give a new folder in it"
     fill(tmp_path / "disk" / "out", "new")
 
 
-def test_names_that_cannot_be(tmp_path):
+def test_impossible_names_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / ".partial-there").write_text("mine")
     (tmp_path / "target").mkdir()
     (tmp_path / ".partial-led").symlink_to("target")
     before = names(tmp_path)
-    assert said(tmp_path / "file") == "is no folder; choose another one"
-    assert said(tmp_path / "link") == "is no folder; choose another one"
+    assert said(tmp_path / "file") == "is not a folder; choose another one"
+    assert said(tmp_path / "link") == "is not a folder; choose another one"
     assert "File exists (file)" in said(tmp_path / "file" / "out")
     assert "Not a directory (.partial-there)" in said(tmp_path / "there")
     assert "Not a directory (.partial-led)" in said(tmp_path / "led")
-    for length in (240, 255, 256):
+    for length in (250, 255, 256):
         assert "File name too long" in said(tmp_path / "new" / ("n" * length))
     assert names(tmp_path) == before
 
 
-def test_a_link_to_a_folder_stays_one(tmp_path):
+def test_link_to_a_folder_is_kept(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "here").symlink_to("there")
     fill(tmp_path / "here", "old")
@@ -351,7 +336,7 @@ def test_a_file_is_replaced_only_if_asked_for(tmp_path):
     refuse_existing(path, overwrite=True)
     (tmp_path / "link").symlink_to("nowhere")
     for special in (tmp_path, tmp_path / "link", files.Path("/dev/null")):
-        with pytest.raises(PolysegError, match="is no plain file"):
+        with pytest.raises(PolysegError, match="is not a plain file"):
             refuse_existing(special, overwrite=True)
 
 

@@ -2,11 +2,16 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from polyseg.config import DataConfig
 from polyseg.data.preprocessing import (
+    Kept,
     Levels,
+    as_gray,
+    auto_size,
     cut_patch,
+    kept_foreground,
     levels_from,
     levels_of,
     pooled_levels,
@@ -137,3 +142,34 @@ def test_a_patch_larger_than_the_image_is_mirrored():
 def test_levels_reduce_what_they_say():
     pixels = np.full((1, 1, 2), 4, np.uint8)
     np.testing.assert_allclose(Levels((1.0, 2.0), (2.0, 4.0)).apply(pixels).ravel(), [1.5, 0.5])
+
+
+def test_objects_that_resizing_loses_are_counted():
+    masks = np.zeros((1, 64, 64), np.uint8)
+    masks[0, 8:10, 8:10] = 1  # A quarter of one pixel of 4 x 4.
+    masks[0, 32:48, 32:48] = 1
+    small = np.stack([resize_mask(mask, (16, 16)) for mask in masks])
+    assert kept_foreground(masks, small) == Kept(2, 1, pytest.approx(256 / 260))
+    assert kept_foreground(0 * masks, 0 * small) == Kept(0, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(768, 768)], (256, 256)),
+        ([(64, 64), (64, 64), (900, 900)], (64, 64)),
+        ([(1000, 500)], (256, 128)),
+        ([(584, 565)], (256, 240)),
+        ([(20, 2000)], (32, 256)),
+    ],
+)
+def test_the_automatic_size_is_the_median_up_to_256(sizes, expected):
+    assert auto_size(sizes) == expected
+
+
+def test_gray_of_colours_and_of_channels():
+    pixels = image(np.uint8, (5, 6, 3))
+    expected = np.asarray(Image.fromarray(pixels).convert("L"), np.int16)
+    assert np.abs(as_gray(pixels[None])[0, ..., 0].astype(np.int16) - expected).max() <= 1
+    two = image(np.float32, (5, 6, 2))
+    np.testing.assert_allclose(as_gray(two[None])[0, ..., 0], two.mean(axis=2), rtol=1e-6)

@@ -6,33 +6,74 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from polyseg import choices
-from polyseg.choices import FREE_SCORES, LOSSES, REPLAY_ARMS, UNCERTAINTIES, Loss, Score
+from polyseg.choices import (
+    FREE_SCORES,
+    LOSSES,
+    NETWORKS,
+    NORMALISATIONS,
+    OPTIMIZERS,
+    REGIONS,
+    REPLAY_ARMS,
+    SCHEDULERS,
+    UNCERTAINTIES,
+    Arm,
+    Loss,
+    Normalisation,
+    Optimizer,
+    Region,
+    Score,
+)
 from polyseg.cli.options import help_of
+from polyseg.commands.report import make_page, page_of
 from polyseg.commands.train import train
 from polyseg.config import Config, settings_of, template
 from polyseg.data.augmentation import PRESETS
 from polyseg.data.formats.file_formats import FORMATS, Format
 from polyseg.data.formats.stacks import Stack
+from polyseg.data.preprocessing import Levels
 from polyseg.errors import PolysegError
+from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
+from polyseg.figures import evaluation_files
+from polyseg.figures.figures_by_name import (
+    EVALUATION_FIGURES,
+    IMAGE_FIGURES,
+    RUN_FIGURES,
+    Drawn,
+    RunFigure,
+)
 from polyseg.figures.style import metric_name
+from polyseg.metrics.image_metrics import METRICS, Metric
 from polyseg.montecarlo.assessment import stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
 from polyseg.registry import Registry, Row
-from polyseg.report.run_files import read_run
+from polyseg.report.document import Gallery
+from polyseg.report.run_files import read_evaluation, read_run
+from polyseg.report.tables import metric_tables
 from polyseg.runs.history import COLUMNS, Column
 from polyseg.runs.record_files import read_assessment, read_schedule
 from tests import reference
 from tests.conftest import TINY
 
+HERE = "tests.test_registries"
+
 FOUR = ("uncertainty.samples=4",)
 """Passes, the fewest that rank stability is judged from."""
 
 REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one, Registry)}
-REGISTRIES |= {"COLUMNS": COLUMNS, "FORMATS": FORMATS, "DROPOUT_KINDS": DROPOUT_KINDS}
+REGISTRIES |= {
+    "COLUMNS": COLUMNS,
+    "FORMATS": FORMATS,
+    "DROPOUT_KINDS": DROPOUT_KINDS,
+    "METRICS": METRICS,
+    "RUN_FIGURES": RUN_FIGURES,
+    "EVALUATION_FIGURES": EVALUATION_FIGURES,
+    "IMAGE_FIGURES": IMAGE_FIGURES,
+}
 
 
 @pytest.mark.parametrize("name", REGISTRIES)
@@ -152,13 +193,125 @@ def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, t
         train(tiny("run", "training.epochs=4", "control.start=0"), resume=True, accept_changes=True)
 
 
+def test_a_metric_is_one_row(monkeypatch, tmp_path):
+    def evaluation():
+        mask = np.eye(4)
+        runs = [
+            RunScores(name, [image_scores(str(i), p + 0.1 * i, mask) for i in range(3)])
+            for name, p in (("a", 0.6 * mask), ("b", 0.7 * mask.T[::-1]))
+        ]
+        return Evaluation(runs, compare(runs, "a"))
+
+    evaluation_files.write_evaluation(evaluation(), tmp_path / "before", figures=False)
+    row = Metric(
+        "area",
+        "predicted pixels",
+        title="Area",
+        value=lambda case: case.predicted.sum(),
+        decimals=1,
+        higher_is_better=False,
+        unit="{length}²",
+        in_figures=True,
+    )
+    monkeypatch.setitem(METRICS, "area", row)
+    assert (
+        "| Area | `area` | low | predicted mask | predicted pixels |" in reference.evaluation_page()
+    )
+    drawn = {}
+    monkeypatch.setattr(
+        evaluation_files,
+        "save_figure",
+        lambda figure, path: drawn.update({path.name: figure}) or [],
+    )
+    evaluation_files.write_evaluation(evaluation(), tmp_path / "after", figures=True)
+    for name in ("comparison", "differences"):
+        assert "Area (px²)" in [axes.get_title() for axes in drawn[name].axes]
+    with (tmp_path / "after" / "per_image.csv").open() as stream:
+        assert [row["area"] for row in csv.DictReader(stream)] == ["4"] * 6
+    summary = json.loads((tmp_path / "after" / "summary.json").read_text())
+    assert summary["runs"][1]["metrics"]["area"]["mean"] == 4
+    assert summary["comparisons"][0]["metrics"]["area"]["equal"] == 3
+    for name in ("table.md", "table.tex"):
+        table = (tmp_path / "after" / name).read_text()
+        assert table.count("Area (px²)") == 2 and "4.0" in table
+    (table,) = metric_tables([read_evaluation(tmp_path / "after", "after")])
+    assert table.rows[-1][0] == "Area (px²)"
+    # Evaluations of versions without the metric stay readable, and of versions with it as well.
+    (table,) = metric_tables([read_evaluation(tmp_path / "before", "before")])
+    assert len(table.rows) == len(METRICS) - 1
+    monkeypatch.delitem(METRICS, "area")
+    (table,) = metric_tables([read_evaluation(tmp_path / "after", "after")])
+    assert table.rows[-1][0] == "Area (px²)"
+
+
+def draw_skipped(records, _):
+    figure = Figure()
+    figure.add_subplot().plot([row["skipped_steps"] for row in records.history])
+    return Drawn(figure, "steps that were left out.", "A curve.")
+
+
+def draw_spread(records, label):
+    figure = Figure()
+    figure.add_subplot().hist(records.assessments[-1].of_label(label).difficulty)
+    return Drawn(figure, "histogram of D.", "A histogram.")
+
+
+def draw_nothing(*_):
+    return None
+
+
+def test_a_figure_of_a_run_is_one_row(monkeypatch, tiny, tmp_path):
+    for name in list(RUN_FIGURES):
+        monkeypatch.delitem(RUN_FIGURES, name)  # They take longer to draw.
+    for row in (
+        RunFigure("skipped", "skipped steps", f"{HERE}:draw_skipped"),
+        RunFigure("spread", "spread of D", f"{HERE}:draw_spread", source="assessments"),
+        RunFigure("nothing", "nothing", f"{HERE}:draw_nothing", source="schedule"),
+    ):
+        monkeypatch.setitem(RUN_FIGURES, row.name, row)
+    outcome = train(tiny("run", "output.figures=true", "output.overlays=0"))
+    figures = tmp_path / "run" / "figures"
+    assert {path.name for path in figures.iterdir() if path.suffix == ".png"} == {
+        "skipped.png",
+        "spread.png",
+    }
+    assert figures / "spread.pdf" in outcome.files
+    page = make_page([tmp_path / "run"], out=tmp_path / "page.html").read_text()
+    assert page.index("run: steps that were left out.") < page.index("run: histogram of D.")
+
+
+def draw_areas(evaluation):
+    figure = Figure()
+    figure.add_subplot().plot([run.scores[0].mask_pixels for run in evaluation.runs])
+    return figure
+
+
+def test_a_figure_of_an_evaluation_is_one_row(monkeypatch, tmp_path):
+    for name in list(EVALUATION_FIGURES):
+        monkeypatch.delitem(EVALUATION_FIGURES, name)
+    for row in (
+        Row("areas", "area of the first mask", f"{HERE}:draw_areas"),
+        Row("nothing", "nothing", f"{HERE}:draw_nothing"),
+    ):
+        monkeypatch.setitem(EVALUATION_FIGURES, row.name, row)
+    evaluation = Evaluation([RunScores("a", [image_scores("1", np.eye(4), np.eye(4))])])
+    files = evaluation_files.write_evaluation(evaluation, tmp_path / "cmp", figures=True)
+    assert [path.name for path in files if path.suffix in (".png", ".pdf")] == [
+        "areas.png",
+        "areas.pdf",
+    ]
+    page = page_of([], [read_evaluation(tmp_path / "cmp", "cmp")])
+    (gallery,) = [one for one in page.sections[1].blocks if isinstance(one, Gallery)]
+    assert [one.caption for one in gallery.pictures] == ["cmp: area of the first mask."]
+
+
 def reversed_images(epsilon, _):
     return epsilon[::-1]
 
 
 def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
     train(tiny("first", "control.start=1"))
-    row = Row("reversed", "the images in reverse", "tests.test_registries:reversed_images")
+    row = Arm("reversed", "the images in reverse", "tests.test_registries:reversed_images")
     monkeypatch.setitem(REPLAY_ARMS, "reversed", row)
     assert_listed("control.replay_arm", "reversed", "the images in reverse")
     replay = ("--replay", tmp_path / "first", "--replay-arm")
@@ -169,6 +322,65 @@ def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
     first, second = (read_schedule(tmp_path / run / "schedule.h5") for run in ("first", "second"))
     assert np.unique(first.epsilon[-1]).size > 1
     np.testing.assert_array_equal(second.epsilon, first.epsilon[:, ::-1])
+
+
+def small_network(in_channels, out_channels, dropout, **settings):
+    first = nn.Conv2d(in_channels, 4, 3, padding=1)
+    return nn.Sequential(first, nn.Dropout2d(dropout), nn.Conv2d(4, out_channels, 1)), 1
+
+
+def rmsprop(weights, config):
+    return torch.optim.RMSprop(weights, lr=config.learning_rate)
+
+
+def halved(done):
+    return 1.0 if done < 0.5 else 0.5
+
+
+def inverted(image, _):
+    return Levels((255.0,) * image.shape[2], (255.0,) * image.shape[2])
+
+
+def of_upper_half(mask, predicted, _):
+    half = torch.zeros_like(mask)
+    half[:, : half.shape[1] // 2] = True
+    return [half]
+
+
+@pytest.mark.parametrize(
+    ("key", "registry", "row"),
+    [
+        ("network.name", NETWORKS, Row("small", "two layers", f"{HERE}:small_network")),
+        (
+            "training.optimizer",
+            OPTIMIZERS,
+            Optimizer("rmsprop", "RMSprop", f"{HERE}:rmsprop", ("step", "square_avg")),
+        ),
+        ("training.scheduler", SCHEDULERS, Row("halved", "halved half way", f"{HERE}:halved")),
+        (
+            "data.normalise",
+            NORMALISATIONS,
+            Normalisation("inverted", "0 to -1", f"{HERE}:inverted", pooled=True),
+        ),
+        ("uncertainty.region", REGIONS, Region("upper", "upper half", f"{HERE}:of_upper_half")),
+    ],
+)
+def test_a_choice_is_one_row_and_such_a_run_resumes(
+    monkeypatch, tiny, tmp_path, key, registry, row
+):
+    with pytest.raises(PolysegError, match=f"{row.name}' is not a"):
+        tiny("run", f"{key}={row.name}")
+    monkeypatch.setitem(registry, row.name, row)
+    assert_listed(key, row.name, row.help)
+    # The small network has no settings, and the settings of `tiny` are those of another.
+    settings = (f"{key}={row.name}", "network.kwargs={}", "control.start=1")
+    train(tiny("run", *settings, "training.epochs=2"))
+    train(tiny("run", *settings, "training.epochs=3"), resume=True, accept_changes=True)
+    assert len(history_of(tmp_path / "run")) == 3
+    rates = [float(one["learning_rate"]) for one in history_of(tmp_path / "run")]
+    assert (rates[0] == 2 * rates[-1]) == (row.name == "halved")
+    found = read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5")
+    assert (found.difficulty > 0).all()
 
 
 def test_presets_of_augmentation_are_those_that_are_explained():
@@ -196,8 +408,7 @@ def test_a_file_format_is_one_row(monkeypatch, tmp_path, polyseg):
         np.savetxt(tmp_path / "set" / "images" / f"{i}.grid", noise + 200 * mask, fmt="%d")
         np.savetxt(tmp_path / "set" / "masks" / f"{i}.grid", mask, fmt="%d")
     assert polyseg("data", "check", tmp_path / "set").code == 2
-    here = "tests.test_registries"
-    read, write = f"{here}:read_text_image", f"{here}:write_text_image"
+    read, write = f"{HERE}:read_text_image", f"{HERE}:write_text_image"
     row = Format("grid", "numbers as text", read, (".grid",), write=write)
     monkeypatch.setitem(FORMATS, "grid", row)
     assert polyseg("data", "check", tmp_path / "set").code == 0

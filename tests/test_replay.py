@@ -9,11 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyseg.adaptive.replay import epsilon_of_batch, fit_schedule, replay_arm
+from polyseg.adaptive.replay import arm_of_difficulty, epsilon_of_batch, fit_schedule, replay_arm
+from polyseg.choices import REPLAY_ARMS
+from polyseg.commands import schedule as job
 from polyseg.commands.train import plan, train
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
 from polyseg.runs.record_files import read_schedule, write_schedule
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.system.seeds import derive_seed
+from tests.test_schedule import assessment, two_labels
 from tests.test_train import assert_same_weights, history_of, run_of, weights_of
 
 FIVE_EPOCHS = ("training.epochs=5", "control.start=1", "control.every=2")
@@ -24,6 +29,9 @@ def schedule_of(epsilon, assessed=None, labels=None):
     ids = [f"image {i // len(set(labels or ['']))}" for i in range(epsilon.shape[1])]
     epochs = np.arange(1, len(epsilon) + 1)
     return Schedule(ids, epochs, epsilon, labels, None if assessed is None else np.array(assessed))
+
+
+ARMS_OF_DIFFICULTY = [name for name, row in REPLAY_ARMS.items() if row.of_difficulty]
 
 
 def replay_of(run, tiny, *more, name="replayed"):
@@ -209,3 +217,105 @@ def test_labels_of_an_image_are_shuffled_together():
     np.testing.assert_array_equal(inverted, epsilon.reshape(20, 2)[::-1])
     mean = replay_arm(schedule, "mean", 0).epsilon.reshape(20, 2)
     np.testing.assert_allclose(mean, [[95, 96]] * 20)
+
+
+def test_one_permutation_of_difficulty_lasts_for_the_whole_run():
+    labels = ["x", "y"] * 20
+    found = [assessment(e, 100 * e + np.arange(40.0), labels=labels) for e in (1, 3)]
+    one, other = (arm_of_difficulty(a, "permuted", 0).difficulty for a in found)
+    np.testing.assert_array_equal(one - 100, other - 300)
+    assert sorted(one - 100) == list(range(40)) and (one - 100 != np.arange(40)).any()
+    # The labels of an image stay together.
+    np.testing.assert_array_equal(one[1::2], one[::2] + 1)
+    assert (one != arm_of_difficulty(found[0], "permuted", 1).difficulty).any()
+    assert arm_of_difficulty(found[0], "shuffled", 0) is found[0]
+
+
+def test_size_and_loss_take_the_place_of_difficulty():
+    pixels = np.array([0, 1, 20, 5], np.int64)
+    found = assessment(1, np.arange(4.0), mask_pixels=pixels)
+    expected = [0, 0, -np.log(20), -np.log(5)]
+    np.testing.assert_allclose(arm_of_difficulty(found, "size", 0).difficulty, expected)
+    loss = arm_of_difficulty(found, "loss", 0).difficulty
+    np.testing.assert_array_equal(loss, found.scores["training_loss"])
+    unknown = dataclasses.replace(found, mask_pixels=None, region="image")
+    with pytest.raises(PolysegError, match="size: the run did not record the sizes"):
+        arm_of_difficulty(unknown, "size", 0)
+
+
+def epsilons_by_hand(record, difficulty, batches):
+    """Return eq. 11 and 12 with the defaults, by NumPy, over the batches that groups tell."""
+    expected = np.full(batches.shape, np.nan)
+    for k in range(len(record.assessments)):
+        for epoch in np.flatnonzero(record.fed(k)):
+            for batch in np.unique(batches[epoch]):
+                together = batches[epoch] == batch
+                d = difficulty[k][together]
+                normalised = (d - np.median(d)) / (d.std() + 1e-9)
+                expected[epoch, together] = -0.4 + 1.4 / (1 + np.exp(-normalised))
+    return expected
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("arm", ARMS_OF_DIFFICULTY)
+def test_arms_of_difficulty_go_through_the_equations_in_the_real_batches(
+    tiny, trained_once, tmp_path_factory, tmp_path, arm, labels
+):
+    several = ()
+    if labels == 2:
+        folder = tmp_path_factory.getbasetemp() / "two labels"
+        if not folder.exists():
+            two_labels(folder)
+        several = (f"data.path={folder}", "data.foreground={bright: 1, dark: 2}")
+    original = RunDirectory(trained_once(*FIVE_EPOCHS, *several))
+    settings = (f"control.replay_arm={arm}", "control.replay_seed=5", *several)
+    run = replay_of(original, tiny, *settings, name=arm)
+    record, found = job.read_record(original.path), read_schedule(run.replay)
+    n = len(record.schedule.ids)
+    generator = np.random.default_rng(derive_seed(5, "replay", "whole run"))
+    order = generator.permutation(n // labels)
+    given = {
+        "permuted": [a.difficulty.reshape(-1, labels)[order].ravel() for a in record.assessments],
+        "size": [-np.log(np.maximum(a.mask_pixels, 1)) for a in record.assessments],
+        "loss": [a.scores["training_loss"] for a in record.assessments],
+    }[arm]
+    # The same images are in a batch as in the original.
+    expected = epsilons_by_hand(record, given, record.schedule.group)
+    adapted = found.assessed >= 0
+    assert found.epsilon.shape == (5, n) and adapted.sum() == 4
+    np.testing.assert_allclose(found.epsilon[adapted], expected[adapted], atol=1e-6)
+    used = read_schedule(run.schedule)
+    np.testing.assert_array_equal(used.epsilon, found.epsilon)
+    np.testing.assert_array_equal(used.group, found.group)
+    assert (found.epsilon != record.schedule.epsilon).any()
+    told = job.recompute(original.path, settings[:2], tmp_path / "arm.h5")
+    assert told.rows
+    np.testing.assert_array_equal(read_schedule(tmp_path / "arm.h5").epsilon, found.epsilon)
+
+
+def test_an_arm_of_difficulty_needs_the_assessments(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
+    arm = ("control.replay_arm=permuted",)
+    with pytest.raises(PolysegError, match="permuted needs the assessments of a run; name its fol"):
+        train(tiny("new", *FIVE_EPOCHS, f"control.replay={original.schedule}", *arm))
+    with pytest.raises(PolysegError, match="was not assessed after epoch 2"):
+        train(tiny("new", *FIVE_EPOCHS, f"control.replay={original.path}", *arm, "control.start=2"))
+
+
+@pytest.mark.slow
+def test_a_replay_of_a_permuted_arm_equals_it(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
+    first = replay_of(original, tiny, "control.replay_arm=permuted", name="first")
+    again = replay_of(first, tiny, name="again")
+    assert_same_weights(weights_of(first), weights_of(again))
+
+
+def test_replay_seed_draws_other_arms_and_is_the_run_seed_by_default(tiny, finished):
+    original = finished("original", *FIVE_EPOCHS)
+    found = []
+    for seed in ("null", "0", "1"):
+        arm = ("control.replay_arm=permuted", f"control.replay_seed={seed}")
+        run = replay_of(original, tiny, *arm, name=f"seed {seed}")
+        found.append(read_schedule(run.replay).epsilon)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()

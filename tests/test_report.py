@@ -440,7 +440,7 @@ def test_figures_of_an_evaluation_have_captions_an_order_and_an_even_grid(make_r
     assert wide == {"differences", "comparison"}
     captions = dict(zip(names, (caption for *_, caption in figures_), strict=True))
     assert captions["own"] == "cmp: own.png."
-    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images of the least")
+    assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images with the lowest")
     assert all(".png" not in caption for name, caption in captions.items() if name != "own")
     assert found.count('class="gallery"') == 2
 
@@ -528,9 +528,9 @@ def test_names_of_curves_are_where_no_curve_can_be():
 
 def test_ticks_are_spoken_of_where_there_are_some(make_run):
     run = make_run()
-    assert "Ticks at the foot" in written(run)
+    assert "Ticks at the bottom" in written(run)
     (run / "history.csv").write_text(HISTORY.replace("0.01,1", "0.01,0"))
-    assert "Ticks at the foot" not in written(run, name="again.html")
+    assert "Ticks at the bottom" not in written(run, name="again.html")
 
 
 def test_curves_of_runs_are_their_dice_with_the_first_best_epoch_marked():
@@ -623,8 +623,8 @@ def test_runs_of_one_name_are_told_apart(make_run):
 def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
     run, out = make_run(), tmp_path / "page.html"
     for sources, said in (
-        ([tmp_path], "is no run"),
-        ([run, tmp_path / "nowhere"], "is no run"),
+        ([tmp_path], "is not a run"),
+        ([run, tmp_path / "nowhere"], "is not a run"),
         ([run, run / ".." / "a"], "given twice"),
         ([run] * 51, "too many"),
     ):
@@ -756,7 +756,7 @@ def test_arms_tell_their_runs_and_the_spread_of_their_seeds():
     assert (
         table.head == ["metric", f"adaptive (2 runs, {IMAGES} images)"] and "seeds" in table.caption
     )
-    assert table.rows == [["Dice!", "0.500 ± 0.250 (0.012)\n0.400 to 0.600, n = 29"]]
+    assert table.rows == [["Dice!", "0.500 ± 0.250 (seeds 0.012)\n0.400 to 0.600, n = 29"]]
 
 
 def test_numbers_are_right_aligned_and_words_are_not():

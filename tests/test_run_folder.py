@@ -80,7 +80,7 @@ def test_where_the_last_checkpoint_is_damaged_the_older_one_is_gone_on_from(
     else:
         run.last.write_bytes(damage)
     found = run.checkpoint_to_resume()
-    assert found.epoch == 7 and "going on from the one before, of epoch 7" in caplog.text
+    assert found.epoch == 7 and "resuming from the previous one, epoch 7" in caplog.text
     run.recover(found)
     assert not run.last.exists() and run.last.with_suffix(".damaged").exists() == (damage == b"")
     run.commit(dataclasses.replace(checkpoint, epoch=8))
@@ -131,7 +131,7 @@ def test_a_damaged_environment_is_one_line(tmp_path, text):
 
 def test_a_pipe_in_place_of_a_record_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "split.json")
-    with pytest.raises(PolysegError, match="is no file"):
+    with pytest.raises(PolysegError, match="is not a file"):
         RunDirectory(tmp_path).read_split()
 
 

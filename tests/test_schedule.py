@@ -906,10 +906,11 @@ class TestCommands:
         assert answer.code == 2 and answer.err.count("\n") == 1 and not answer.out
         assert "has no assessments" in answer.err
 
-    def test_names_are_no_markup(self, polyseg, runs, tmp_path):
-        place = tmp_path / "[red]run"
+    @pytest.mark.parametrize("name", ["[red]run", ":bee:"])
+    def test_names_are_printed_without_markup_and_emoji(self, polyseg, runs, tmp_path, name):
+        place = tmp_path / name
         shutil.copytree(runs / "early", place)
-        assert "[red]run" in "".join(polyseg("schedule", "show", place).out.split())
+        assert name in "".join(polyseg("schedule", "show", place).out.split())
 
 
 def test_nothing_of_a_run_is_changed_by_looking_at_it(polyseg, runs):

@@ -28,15 +28,15 @@ def test_a_signal_ends_the_block_at_once(number):
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_wish_is_kept_until_it_is_granted_and_a_second_signal_is_not(number, caplog):
+def test_first_signal_is_remembered_and_second_one_raises(number, caplog):
     with (
         pytest.raises(Interrupted, match="after epoch 3"),
         ending_at_once(),
-        ending_when_asked(lambda: "after epoch 3") as wish,
+        ending_when_asked(lambda: "after epoch 3") as stop,
     ):
-        assert wish.number == 0
+        assert stop.number == 0
         signal.raise_signal(number)
-        assert wish.number == number and "once more to leave at once" in caplog.text
+        assert stop.number == number and "a second signal ends at once" in caplog.text
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it went on")
 
@@ -66,8 +66,8 @@ def test_a_signal_is_not_lost_where_python_drops_what_is_raised(capsys):
 
 
 def test_once_the_work_is_over_no_signal_ends_it():
-    with ending_at_once() as wish:
-        wish.granted = True
+    with ending_at_once() as stop:
+        stop.done = True
         signal.raise_signal(signal.SIGTERM)
 
 

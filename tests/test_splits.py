@@ -1,17 +1,22 @@
 """Splits: sizes, strata, groups, folds, files; and images that stand on two sides."""
 
 import functools
+import hashlib
 import io
+import itertools
 import json
 import operator
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.fft import dctn
 
 from polyseg.config import DataConfig
 from polyseg.data.duplicates import (
@@ -21,6 +26,8 @@ from polyseg.data.duplicates import (
     near_pairs,
     refuse_leaks,
 )
+from polyseg.data.groups import with_groups
+from polyseg.data.layouts.cases import Case
 from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.data.splits import (
     PARTS,
@@ -285,6 +292,24 @@ def test_the_hash_is_far_from_the_threshold_for_different_images():
     assert min(distances) > 2 * MOST_DIFFERING_BITS
 
 
+@pytest.mark.parametrize("modality", ["ultrasound", "endoscopy"])
+def test_perceptual_hash_compares_the_frequencies_of_scipy_with_their_median(modality):
+    for phantom in make_phantoms(6, modality=modality, size=(128, 128)):
+        gray = np.atleast_3d(phantom.image).mean(axis=2, dtype=np.float32)
+        small = np.asarray(Image.fromarray(gray).resize((64, 64), Image.Resampling.BOX))
+        lowest = dctn(small.astype(np.float64), norm="ortho")[:16, :16].ravel()
+        above = lowest > np.median(lowest[1:])
+        above[0] = False
+        assert likeness_of(phantom.image).near == np.packbits(above).tobytes().hex()
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 3.7, lambda x: 1.1 * x], ids=["brighter", "gain"])
+def test_perceptual_hash_of_a_symmetric_image_is_not_of_rounding_errors(change):
+    rows, columns = np.mgrid[:64, :64] - 31.5
+    disc = 200.0 * (rows**2 + columns**2 < 300)
+    assert likeness_of(change(disc)).near == likeness_of(disc).near
+
+
 def test_the_same_picture_on_two_sides_is_refused():
     one, other = picture(0), picture(1)
     likeness = {"a": likeness_of(one), "b": likeness_of(one.copy()), "c": likeness_of(other)}
@@ -339,3 +364,74 @@ def test_hashes_are_of_pixels_shape_and_type():
     assert content_hash(pixels) == content_hash(np.asfortranarray(pixels))
     others = (pixels.reshape(4, 3), pixels.astype(np.uint16), pixels + 1)
     assert all(content_hash(pixels) != content_hash(other) for other in others)
+
+
+# Groups that folders and names tell.
+
+
+def named(*names):
+    return [Case(Path(name).stem, (Path("/set") / name,), ()) for name in names]
+
+
+def numbered(pattern, *counts):
+    """Return names with every combination of numbers below the counts."""
+    return [pattern.format(*numbers) for numbers in itertools.product(*map(range, counts))]
+
+
+KVASIR = [f"cju{hashlib.sha256(bytes([i])).hexdigest()[:22]}.jpg" for i in range(40)]
+SURE, SUSPECTED, NONE = True, False, None
+
+
+@pytest.mark.parametrize(
+    ("names", "sure", "count"),
+    [
+        (numbered("TCGA_CS_{0:04}/TCGA_CS_{0:04}_1996_{1}.tif", 4, 5), SURE, 4),
+        (numbered("patient{:03}_frame{:02}.nii.gz", 5, 2), SURE, 5),
+        (numbered("patient{:03}_frame01_slice_{}.png", 5, 4), SURE, 5),
+        (numbered("IDRiD_{:02}_tile{}.png", 6, 9), SURE, 6),
+        (numbered("SC-HF-I-{:02}/IM-0001-{:04}.dcm", 4, 6), SURE, 4),
+        (numbered("SC-HF-I-{:02}_{:04}.png", 4, 6), SURE, 4),
+        (numbered("p{:02}s{:03}.png", 4, 6), SURE, 4),
+        (numbered("{:03}_{:03}.png", 5, 5), SURE, 5),
+        (numbered("benign/benign ({}).png", 30), NONE, 0),
+        (numbered("ISIC_{:07}.jpg", 30), NONE, 0),
+        (KVASIR, NONE, 0),
+        (numbered("BRATS_{:03}.nii.gz", 30), NONE, 0),
+        (numbered("{:04}.png", 30), NONE, 0),
+        (numbered("img_{}_{}.png", 2, 30), NONE, 0),
+        (numbered("case{}_v{}.png", 30, 1), NONE, 0),
+        ([f"201{y}-03-{d:02}.png" for y in range(4) for d in range(1, 9)], SUSPECTED, 4),
+        ([f"2019030{d}_{n:06}.png" for d in range(1, 5) for n in range(5)], SUSPECTED, 4),
+        (numbered("fold{}/img{}.png", 5, 6), SUSPECTED, 5),
+        (["extra.png", *numbered("patient{:02}_slice{}.png", 4, 5)], SUSPECTED, 5),
+    ],
+)
+def test_groups_by_folders_and_names(names, sure, count):
+    cases, guess = with_groups(named(*names), split_given=False)
+    assert (None if guess is None else guess.sure) is sure
+    assert len(set(guess.groups) if guess else ()) == count
+    assert len({case.group for case in cases} - {None}) == (count if sure else 0)
+    if guess:
+        assert ("suspected" in guess.line(9)) is not sure
+        assert "data.group" in guess.line(9)
+
+
+def test_groups_that_the_data_bring_along_are_kept():
+    cases = [replace(case, group="x") for case in named(*numbered("p{}_{}.png", 4, 4))]
+    assert with_groups(cases, split_given=False) == (cases, None)
+
+
+def test_a_group_in_two_given_parts_is_only_suspected():
+    cases = [
+        replace(case, part="train" if n % 2 else "test")
+        for n, case in enumerate(named(*numbered("p{}_{}.png", 4, 4)))
+    ]
+    found, guess = with_groups(cases, split_given=False)
+    assert found == cases
+    assert not guess.sure
+
+
+def test_too_few_groups_say_how_to_divide_single_images():
+    members = [Member(f"{k}", group="ab"[k % 2]) for k in range(8)]
+    with pytest.raises(PolysegError, match=r"2 groups are too few .* data\.group=none"):
+        split_by_settings(members, DataConfig())

@@ -13,21 +13,9 @@ from .reference import commands
 RUN = Path(__file__).parent / "run_of_0_1"
 TENSORS = {"torch", "monai"}
 FIGURES = {*TENSORS, "matplotlib"}
-HEAVY = {*FIGURES, "scipy", "h5py", "numpy"}
-REPORTING = (
-    "import sys\n"
-    "from polyseg.cli.main import main\n"
-    "try:\n    main()\n"
-    "finally:\n    print('imported:', *sys.modules, file=sys.stderr)\n"
-)
-
-
-def imported_by(folder, *arguments):
-    """Return the modules that a command has imported when it ends, in a new process."""
-    command = [sys.executable, "-c", REPORTING, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(done.stderr.rpartition("imported:")[2].split())
+IMAGES = {*FIGURES, "scipy", "h5py", "rich.progress"}
+RECORDS = {*FIGURES, "scipy", "PIL", "rich.progress"}
+HEAVY = {*FIGURES, "scipy", "h5py", "numpy", "PIL"}
 
 
 @pytest.fixture(scope="module")
@@ -38,53 +26,71 @@ def folder(tmp_path_factory):
     return path
 
 
+def imported_by(folder, code):
+    """Return the modules that a new process has imported when it has run the code."""
+    command = [sys.executable, "-c", f"{code}\nimport sys; print('imported:', *sys.modules)"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("imported:")[2].split())
+
+
+def running(*commands, said=""):
+    """Return code that runs commands in one process, which must succeed and print a text."""
+    return (
+        "from typer.testing import CliRunner\nfrom polyseg.cli.main import app\n"
+        f"for command in {[list(map(str, command)) for command in commands]}:\n"
+        "    done = CliRunner().invoke(app, command)\n"
+        f"    assert done.exit_code == 0 and {said!r} in done.output, (command, done.output)\n"
+    )
+
+
 @pytest.mark.parametrize(
-    ("arguments", "absent"),
+    ("commands", "absent"),
     [
-        (["plot-loss", "--terms", "3", "--gradient"], {*TENSORS, "scipy", "h5py"}),
-        (["schedule", "show", RUN], {*FIGURES, "scipy"}),
-        (["schedule", "show", RUN, "--image", "phantom_0000"], {*FIGURES, "scipy"}),
-        (["schedule", "recompute", RUN, "--set", "control.sensitivity=2"], {*FIGURES, "scipy"}),
-        (["schedule", "export", RUN], {*FIGURES, "scipy"}),
-        (["schedule", "validity", RUN, "--csv"], {*FIGURES, "scipy"}),
-        (["schedule", "validity", RUN, "--out", "validity"], TENSORS),
-        (["schedule", "plot", RUN, "--out", "plot"], TENSORS),
-        (["report", RUN], TENSORS),
-        (["config", "show"], FIGURES),
-        (["config", "schema"], FIGURES),
-        (["config", "init"], FIGURES),
-        (["data", "check", "phantoms"], FIGURES),
-        (["data", "split", "phantoms", "--out", "split.json"], FIGURES),
-        (["data", "demo", "more", "--images", "2", "--size", "32"], FIGURES),
+        ([["plot-loss", "--terms", 3, "--gradient"]], {*TENSORS, "scipy", "h5py", "rich.progress"}),
+        (
+            [
+                ["schedule", "show", RUN],
+                ["schedule", "show", RUN, "--image", "phantom_0000"],
+                ["schedule", "recompute", RUN, "--set", "control.sensitivity=2"],
+                ["schedule", "export", RUN],
+                ["schedule", "validity", RUN, "--csv"],
+            ],
+            RECORDS,
+        ),
+        pytest.param(
+            [
+                ["schedule", "validity", RUN, "--out", "validity"],
+                ["schedule", "plot", RUN, "--out", "plot"],
+                ["report", RUN, "--out", "page.html"],
+            ],
+            TENSORS,
+            marks=pytest.mark.slow,
+        ),
+        ([["config", "show"], ["config", "schema"], ["config", "init", "a.yaml"]], HEAVY),
+        (
+            [["data", "check", "phantoms"], ["data", "split", "phantoms", "--out", "split.json"]],
+            IMAGES,
+        ),
+        ([["data", "demo", "more", "--images", 2, "--size", 32]], {*FIGURES, "h5py"}),
     ],
-    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else "",
+    ids=["plot-loss", "records", "drawings", "config", "data", "data demo"],
 )
-def test_commands_that_need_no_tensor_import_neither_torch_nor_monai(folder, arguments, absent):
-    imported = imported_by(folder, *arguments)
+def test_commands_import_no_more_than_they_need(folder, commands, absent):
+    """In one process: what one command imports, all of them together have imported."""
+    imported = imported_by(folder, running(*commands))
     assert "polyseg.cli.main" in imported
     assert not absent & imported
 
 
 def test_help_of_every_command_imports_nothing_heavy(tmp_path):
-    """In one process: what one help imports, all of them together have imported."""
-    names = [list(name) for name, _ in commands()]
-    code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom polyseg.cli.main import app\n"
-        f"for name in {names}:\n"
-        "    done = CliRunner().invoke(app, [*name, '--help'])\n"
-        "    assert done.exit_code == 0 and 'Example' in done.output, name\n"
-        "print(*sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = [[*name, "--help"] for name, _ in commands()]
     assert len(names) > 10
-    assert not HEAVY & set(done.stdout.split())
+    assert not HEAVY & imported_by(tmp_path, running(*names, said="Example"))
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["curves", "difficulty", "records", "runs", "runs.checkpoints", "data.dataset", "data.loading"],
-)
-def test_modules_of_records_and_images_import_no_torch(tmp_path, module):
-    code = f"import polyseg.{module}, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not FIGURES & set(done.stdout.split())
+def test_modules_of_records_and_images_import_no_torch(tmp_path):
+    modules = ("curves", "difficulty", "records", "runs", "runs.checkpoints", "data.loading")
+    imported = imported_by(tmp_path, "\n".join(f"import polyseg.{name}" for name in modules))
+    assert "polyseg.data.dataset" in imported
+    assert not FIGURES & imported

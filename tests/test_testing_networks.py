@@ -134,7 +134,10 @@ def test_passes_are_judged_beside_the_plain_prediction(finished, tmp_path):
     assert (plain["prediction"], passes["prediction"]) == ("plain", "mc_mean")
     assert plain["metrics"]["brier"]["mean"] != passes["metrics"]["brier"]["mean"]
     names = [one["uncertainty"] for one in plain["failure_detection"]]
-    assert names == ["mutual_information", "entropy", "variance", "deterministic_entropy"]
+    assert names == [
+        *("mutual_information", "entropy", "variance", "deterministic_entropy"),
+        *("dispersion", "pairwise_dice"),
+    ]
     assert sum(one["by"] == "difficulty" for one in plain["strata"]) == 3
     rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
     assert {row["prediction"] for row in rows} == {"plain", "mc_mean"}
@@ -278,7 +281,13 @@ def test_the_command_prints_its_tables(polyseg, two, tmp_path):
         "--no-figures",
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    for text in ("Metrics", "dice_s0 against dice_s1", "Dice by size", "table.md", "NSD (2 px)"):
+    for text in (
+        "Test metrics",
+        "dice_s0 against dice_s1",
+        "Dice by size",
+        "table.md",
+        "NSD (2 px)",
+    ):
         assert text in answer.out
     assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
     wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")

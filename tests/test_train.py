@@ -683,7 +683,7 @@ def test_each_optimizer_waits_for_weights_that_the_loss_reaches_late():
         assert {key: value.tolist() for key, value in steps.items()} == (
             {} if name == "sgd" else {"0/step": 2.0, "1/step": 2.0, "2/step": 1.0, "3/step": 1.0}
         )
-        optimizers.restore_optimizer(optimizer, tensors)
+        optimizers.restore_optimizer(optimizer, tensors, name)
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.complex64, None)])

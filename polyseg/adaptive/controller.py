@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.choices import REDUCTIONS, map_of
 from polyseg.config import ControlConfig
-from polyseg.difficulty import epsilon_from_difficulty, normalise_by, percentile_and_sigma
-from polyseg.records import Assessment, Schedule
+from polyseg.difficulty import percentile_and_sigma
+from polyseg.records import Assessment, Difficulties, Schedule
 
 
 class Adapted(NamedTuple):
@@ -37,7 +38,7 @@ class EpsilonControl:
     config: ControlConfig
     constant: float
     """epsilon while there is no assessment."""
-    assessment: Assessment | None = None
+    assessment: Assessment | Difficulties | None = None
     labels: int = 1
     """K, labels of each image."""
 
@@ -48,8 +49,8 @@ class EpsilonControl:
     def adapt(self, ids: Sequence[str]) -> Adapted:
         """Return epsilon for the images of a batch, and the statistics that it follows from.
 
-        With "batch" statistics percentile and sigma are those of these images, with "dataset"
-        statistics those of all that were assessed.
+        With "batch" statistics these images are normalised together, with "dataset" statistics
+        all that were assessed.
         """
         if self.assessment is None:
             return Adapted(np.full(len(ids) * self.labels, self.constant), None)
@@ -74,14 +75,11 @@ class EpsilonControl:
         statistics = np.array(
             [percentile_and_sigma(column, self.config.percentile) for column in columns.T]
         )
-        center, sigma = statistics.T
-        epsilon = epsilon_from_difficulty(
-            normalise_by(columns, center, sigma, self.config.delta).ravel(),
-            self.config.epsilon_min,
-            self.config.epsilon_max,
-            self.config.sensitivity,
-        )
-        return Adapted(epsilon, statistics)
+        epsilon = [
+            epsilon_of(normalised_by(column, found, self.config), self.config)
+            for column, found in zip(columns.T, statistics, strict=True)
+        ]
+        return Adapted(np.stack(epsilon, axis=1).ravel(), statistics)
 
     @cached_property
     def _rows(self) -> dict[str, list[int]]:
@@ -89,6 +87,37 @@ class EpsilonControl:
         for i, identity in enumerate(self.assessment.ids if self.assessment else []):
             rows.setdefault(identity, []).append(i)
         return rows
+
+
+def normalised_by(
+    difficulty: NDArray[np.float64], statistics: NDArray[np.float64], config: ControlConfig
+) -> NDArray[np.float64]:
+    """Return the normalised difficulties, (n,), of the images of a label normalised together.
+
+    Args:
+        difficulty: (n,).
+        statistics: (2,) their D_pct and sigma_D.
+        config: the settings, of which `reduction` says how.
+
+    >>> normalised_by(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0]), ControlConfig(delta=1e-12))
+    array([-1.,  0.,  1.])
+    """
+    normalised: NDArray[np.float64] = REDUCTIONS[config.reduction].resolve()(
+        difficulty, *statistics, config.delta
+    )
+    return normalised
+
+
+def epsilon_of(normalised: NDArray[np.float64], config: ControlConfig) -> NDArray[np.float64]:
+    """Return the epsilons, (n,), of the images of a label normalised together.
+
+    >>> epsilon_of(np.zeros(2), ControlConfig(map="weight"))
+    array([0., 0.])
+    """
+    epsilon: NDArray[np.float64] = map_of(config.map).resolve()(
+        normalised, config.epsilon_min, config.epsilon_max, config.sensitivity
+    )
+    return epsilon
 
 
 @dataclass
@@ -125,11 +154,13 @@ class Recorder:
         places = {identity: i for i, identity in enumerate(self.ids)}
         epsilon = np.empty((len(self.ids), self.labels), np.float32)
         group = np.full(epsilon.shape, -1, np.int32)
+        before: NDArray[np.float64] | None = None
         for names, adapted in batches:
             rows = [places[name] for name in names]
             epsilon[rows] = adapted.epsilon.reshape(-1, self.labels)
             if adapted.statistics is not None:
-                group[rows] = self._row_of(adapted.statistics)
+                group[rows] = self._row_of(adapted.statistics, before)
+            before = adapted.statistics
         self.epsilon.append(epsilon.ravel())
         self.group.append(group.ravel())
 
@@ -141,9 +172,16 @@ class Recorder:
             "statistics": np.stack(self.statistics) if self.statistics else None,
         }
 
-    def _row_of(self, statistics: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Return the rows of the statistics, (K,); those of a data set are kept once."""
-        if not np.array_equal(self.statistics[-self.labels :], statistics):
+    def _row_of(
+        self, statistics: NDArray[np.float64], before: NDArray[np.float64] | None
+    ) -> NDArray[np.int32]:
+        """Return the rows of the statistics, (K,); those of a data set are kept once.
+
+        Within an epoch, equal statistics of two batches are two rows: a row tells which images
+        were normalised together.
+        """
+        kept = np.array_equal(self.statistics[-self.labels :], statistics)
+        if not kept or (before is not None and before is not statistics):
             self.statistics += list(statistics)
         start = len(self.statistics) - self.labels
         return np.arange(start, start + self.labels, dtype=np.int32)

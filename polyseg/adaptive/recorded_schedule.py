@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.adaptive.controller import EpsilonControl, Recorder
+from polyseg.adaptive.controller import EpsilonControl, Recorder, normalised_by
+from polyseg.adaptive.replay import arm_of_difficulty, mask_sizes, replay_arm
 from polyseg.config import Config, build_config
 from polyseg.data.order import epoch_order
-from polyseg.difficulty import FALLBACKS, normalise_by
+from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import partial_spearman, spearman
+from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment, Metric, Schedule
 from polyseg.system.files import csv_table
 from polyseg.system.yaml import parse_yaml
@@ -36,8 +38,10 @@ _EXTREMES = 3
 _FEWEST = 4
 """Images from which a correlation means anything."""
 _CHANGEABLE = (
-    *(f"control.{name}" for name in ("percentile", "sensitivity", "epsilon_min", "epsilon_max")),
+    *(f"control.{name}" for name in ("reduction", "map", "percentile", "sensitivity")),
+    *(f"control.{name}" for name in ("epsilon_min", "epsilon_max")),
     *(f"control.{name}" for name in ("statistics", "delta", "every", "start")),
+    *(f"control.{name}" for name in ("replay_arm", "replay_seed")),
     "uncertainty.metric",
     "loss.epsilon",
 )
@@ -89,6 +93,31 @@ class RunRecord:
         """Return the D_pct and sigma_D that those epsilons follow from, (n, 2), or NaN."""
         met = self.schedule.percentile_and_sigma()[self.fed(k)]
         return met[0] if len(met) else np.full((len(self.schedule.ids), 2), math.nan)
+
+    def next_normalised(self, k: int) -> Values:
+        """Return the normalised difficulties that they follow from, (n,), or NaN; of one label."""
+        normalised = np.full(len(self.schedule.ids), math.nan)
+        if self.fed(k).any() and self.schedule.group is not None:
+            epoch = int(self.fed(k).argmax())
+            for group in np.unique(self.schedule.group[epoch]):
+                together = self.schedule.group[epoch] == group
+                normalised[together] = self._normalised(k, epoch, together)
+        return normalised
+
+    def normalised_of(self, k: int, epoch: int, i: int) -> float:
+        """Return the normalised difficulty that image i had in a row of the schedule, or NaN."""
+        if self.schedule.group is None:
+            return math.nan
+        together = self.schedule.group[epoch] == self.schedule.group[epoch, i]
+        return float(self._normalised(k, epoch, together)[together[:i].sum()])
+
+    def _normalised(self, k: int, epoch: int, together: NDArray[np.bool_]) -> Values:
+        """Return those of the images that were normalised together."""
+        difficulty = self.assessments[k].difficulty[together]
+        statistics = self.schedule.percentile_and_sigma()[epoch, together][0]
+        if not np.isfinite(statistics).all():
+            return np.full(len(difficulty), math.nan)
+        return normalised_by(difficulty, statistics, self.config.control)
 
 
 def overview(record: RunRecord) -> list[Row]:
@@ -153,16 +182,24 @@ def tidy(record: RunRecord) -> list[Row]:
     return rows
 
 
-def validity(record: RunRecord) -> list[Row]:
+def validity(record: RunRecord, unseen: Mapping[tuple[str, str], float] | None = None) -> list[Row]:
     """Return for each assessment, label and recorded score whether it means difficulty.
 
     `with_error` is Spearman's correlation with 1 - Dice, `with_size` that with the pixels of the
     mask, `with_error_given_size` the partial one with 1 - Dice given the size, and `with_previous`
     that with the same score at the assessment before. With fewer than 4 images they are NaN.
+
+    Args:
+        record: of the run.
+        unseen: 1 - Dice by (id, label), of networks that had not seen the image. With it each row
+            has `with_unseen_error`, Spearman's correlation with these errors, the `_low` and
+            `_high` ends of its 95 % interval over the images, and `_given_size`, the partial
+            correlation given the size.
     """
     parts = list(_by_label(record))
     return [
         {"epoch": assessment.epoch, **own, **_validity(part, k, name)}
+        | ({} if unseen is None else _unseen_validity(part, k, name, unseen, own.get("label", "")))
         for k, assessment in enumerate(record.assessments)
         for own, part in parts
         for name in assessment.scores
@@ -271,21 +308,48 @@ def recompute(record: RunRecord, config: Config) -> Schedule:
     Raises:
         PolysegError: a score or an assessment that the settings need was not recorded.
     """
-    ids = list(dict.fromkeys(record.schedule.ids))
+    arm, seed = "recorded", replay_seed(config)
+    if config.control.replay_arm != record.config.control.replay_arm:
+        arm = config.control.replay_arm
+    return replay_arm(arm_schedule(record, config, arm), arm, seed)
+
+
+def arm_schedule(
+    record: RunRecord, config: Config, arm: str, ids: Sequence[str] | None = None
+) -> Schedule:
+    """Return the schedule that follows from the recorded D, or from those of an arm.
+
+    Args:
+        record: of the run, with all its labels.
+        config: the settings that make D epsilon, and batches of images.
+        arm: of `choices.REPLAY_ARMS`; those of epsilons are as "recorded" here.
+        ids: the training images, if not all of the record, or in another order.
+
+    Raises:
+        PolysegError: a score or an assessment that the settings need was not recorded.
+    """
+    images = list(dict.fromkeys(record.schedule.ids)) if ids is None else list(ids)
     constant = EpsilonControl(config.control, config.loss.epsilon, labels=len(record.labels))
-    controls = {-1: constant} | {
-        assessment.epoch: replace(constant, assessment=assessment)
-        for assessment in _needed_assessments(record, config)
-    }
-    assessed = [max(e for e in controls if e < epoch) for epoch in record.schedule.epochs]
-    recorder = Recorder(ids, len(record.labels))
-    for epoch, moment in zip(record.schedule.epochs.tolist(), assessed, strict=True):
+    controls = {-1: constant}
+    for assessment in _needed_assessments(record, config):
+        own = arm_of_difficulty(assessment.in_order(images), arm, replay_seed(config))
+        controls[assessment.epoch] = replace(constant, assessment=own)
+    epochs = record.schedule.epochs
+    assessed = [max(e for e in controls if e < epoch) for epoch in epochs]
+    recorder = Recorder(images, len(record.labels))
+    for epoch, moment in zip(epochs.tolist(), assessed, strict=True):
         order = epoch_order(
-            ids, batch_size=config.training.batch_size, seed=config.training.seed, epoch=epoch
+            images, batch_size=config.training.batch_size, seed=config.training.seed, epoch=epoch
         )
         recorder.add((names, controls[moment].adapt(names)) for names in order)
-    moments = np.array(assessed, dtype=np.int64)
-    return replace(record.schedule, assessed=moments, **recorder.columns())
+    labels = record.labels * len(images) if record.schedule.labels else None
+    return Schedule(
+        ids=[identity for identity in images for _ in record.labels],
+        epochs=epochs,
+        labels=labels,
+        assessed=np.array(assessed, dtype=np.int64),
+        **recorder.columns(),
+    )
 
 
 def compare(record: RunRecord, recomputed: Schedule) -> list[Row]:
@@ -328,15 +392,10 @@ def correlation(first: Values, second: Values) -> float:
     return spearman(first[known], second[known]) if known.sum() >= _FEWEST else math.nan
 
 
-def mask_sizes(assessment: Assessment) -> Values:
-    """Return the pixels of each image's mask, (n,), NaN where they were not recorded."""
-    if assessment.mask_pixels is not None:
-        return assessment.mask_pixels.astype(np.float64)
-    if assessment.region != "mask":
-        return np.full(len(assessment.ids), math.nan)
-    # Of an empty mask the pixels are those of what was taken in its place.
-    pixels: Values = np.where(assessment.fallback == 0, assessment.foreground_pixels, 0.0)
-    return pixels
+def replay_seed(config: Config) -> int:
+    """Return the seed of the arms that are random."""
+    own = config.control.replay_seed
+    return config.training.seed if own is None else own
 
 
 def _of_label(schedule: Schedule, label: str) -> Schedule:
@@ -386,11 +445,10 @@ def _overview(part: RunRecord, k: int) -> Row:
 
 def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
     """Return what assessment k and the epoch after say of each image, n values a column."""
-    assessment, control = part.assessments[k], part.config.control
+    assessment = part.assessments[k]
     n = len(assessment.ids)
     errors = assessment.scores_se.get(assessment.metric, np.full(n, math.nan))
     center, sigma = part.next_statistics(k).T
-    normalised = normalise_by(assessment.difficulty, center, sigma, control.delta)
     return {
         "epoch": [assessment.epoch] * n,
         "id": assessment.ids,
@@ -399,7 +457,7 @@ def _columns(part: RunRecord, k: int, own: Row) -> dict[str, list[Any]]:
         "difficulty_se": errors.tolist(),
         "difficulty_percentile": center.tolist(),
         "sigma": sigma.tolist(),
-        "normalised": normalised.tolist(),
+        "normalised": part.next_normalised(k).tolist(),
         "epsilon": part.next_epsilon(k).tolist(),
         "dice": assessment.dice.tolist(),
         "foreground_pixels": assessment.foreground_pixels.tolist(),
@@ -419,16 +477,14 @@ def _stretches(part: RunRecord, k: int, i: int) -> list[Row]:
     rows = []
     for first, after in itertools.pairwise([*starts, len(epochs)]):
         center, sigma = met[first].tolist()
-        normalised = normalise_by(
-            float(part.assessments[k].difficulty[i]), center, sigma, part.config.control.delta
-        )
+        row = int(fed.argmax()) + first
         rows.append(
             {
                 "from_epoch": epochs[first],
                 "to_epoch": epochs[after - 1],
                 "difficulty_percentile": center,
                 "sigma": sigma,
-                "normalised": normalised,
+                "normalised": part.normalised_of(k, row, i),
                 "epsilon": epsilon[first],
             }
         )
@@ -446,6 +502,21 @@ def _validity(part: RunRecord, k: int, name: Metric) -> Row:
         "with_size": correlation(score, size),
         "with_error_given_size": partial_spearman(score, error, size),
         "with_previous": math.nan if before is None else correlation(score, before),
+    }
+
+
+def _unseen_validity(
+    part: RunRecord, k: int, name: Metric, unseen: Mapping[tuple[str, str], float], label: str
+) -> Row:
+    assessment = part.assessments[k]
+    score = assessment.scores[name]
+    error = np.array([unseen[identity, label] for identity in assessment.ids])
+    low, high = rank_correlation(score, error).interval
+    return {
+        "with_unseen_error": correlation(score, error),
+        "with_unseen_error_low": low,
+        "with_unseen_error_high": high,
+        "with_unseen_error_given_size": partial_spearman(score, error, mask_sizes(assessment)),
     }
 
 

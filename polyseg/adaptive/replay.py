@@ -1,9 +1,10 @@
 """A recorded schedule in place of assessments, and the arms that tell whether it matters.
 
-An arm keeps the epsilons of each epoch and gives them to other images: if training does as well
-with it, which image gets the steep loss did not matter.
+An arm gives the epsilons of each epoch, or the D that they are computed from, to other images: if
+training does as well with it, which image gets the steep loss did not matter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 
 from polyseg.choices import REPLAY_ARMS
 from polyseg.config import LARGEST_EPSILON, least_epsilon
+from polyseg.difficulty import size_difficulty
 from polyseg.errors import PolysegError
-from polyseg.records import Schedule
+from polyseg.records import Assessment, Schedule
 from polyseg.system.seeds import derive_seed
 
 Epsilons = NDArray[np.float32]
+Values = NDArray[np.float64]
 
 _NAMED = 5
 
@@ -32,6 +35,7 @@ def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
             together, by one permutation from each assessment to the next (by one for all epochs
             where the schedule does not tell its assessments); "mean", each epoch's mean
             for all, label by label; "inverted", the order of each epoch reversed, label by label.
+            Arms that change D, as `arm_of_difficulty` does, leave the schedule as it is.
         seed: of the permutations.
 
     >>> epsilon = np.array([[0.0, 0.5, 1.0]], np.float32)
@@ -39,16 +43,38 @@ def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
     >>> replay_arm(schedule, "inverted", seed=0).epsilon.tolist()
     [[1.0, 0.5, 0.0]]
     """
-    if not REPLAY_ARMS[arm].function:
+    row = REPLAY_ARMS[arm]
+    if not row.function or row.of_difficulty:
         return schedule
     names = len(dict.fromkeys(schedule.labels or [""]))
     epsilon = schedule.epsilon.reshape(len(schedule.epochs), -1, names)
-    change: Callable[[Epsilons, np.random.Generator], Epsilons] = REPLAY_ARMS[arm].resolve()
+    change: Callable[[Epsilons, np.random.Generator], Epsilons] = row.resolve()
     changed = np.stack(
         [change(one, _generator(schedule, i, seed)) for i, one in enumerate(epsilon)]
     )
     changed = changed.reshape(schedule.epsilon.shape)
     return replace(schedule, epsilon=changed, group=None, statistics=None)
+
+
+def arm_of_difficulty(assessment: Assessment, arm: str, seed: int) -> Assessment:
+    """Return an assessment with the D that an arm puts in place of the recorded one.
+
+    Args:
+        assessment: of n images, or n images with K labels each.
+        arm: "permuted", D permuted over the images, all labels of an image together, by the same
+            permutation for every assessment of these images; "size" and "loss", D by the size of
+            the mask and by the training loss. Arms of epsilons leave D as it is.
+        seed: of the permutation.
+
+    Raises:
+        PolysegError: what the arm needs was not recorded.
+    """
+    row = REPLAY_ARMS[arm]
+    if not row.of_difficulty:
+        return assessment
+    generator = np.random.default_rng(derive_seed(seed, "replay", "whole run"))
+    difficulty = row.resolve()(assessment, generator)
+    return replace(assessment, scores={**assessment.scores, assessment.metric: difficulty})
 
 
 def fit_schedule(
@@ -155,6 +181,47 @@ def inverted(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
     turned = np.empty_like(epsilon)
     np.put_along_axis(turned, order, np.take_along_axis(epsilon, order[::-1], axis=0), axis=0)
     return turned
+
+
+def permuted(assessment: Assessment, generator: np.random.Generator) -> Values:
+    """Return D permuted over the images, all labels of an image together."""
+    difficulty = assessment.difficulty.reshape(-1, len(assessment.label_names))
+    chosen: Values = difficulty[generator.permutation(len(difficulty))].ravel()
+    return chosen
+
+
+def by_size(assessment: Assessment, _: np.random.Generator) -> Values:
+    """Return D by the size of each image's mask.
+
+    Raises:
+        PolysegError: sizes were not recorded.
+    """
+    pixels = mask_sizes(assessment)
+    if np.isnan(pixels).any():
+        raise PolysegError("control.replay_arm size: the run did not record the sizes of its masks")
+    return size_difficulty(pixels)
+
+
+def by_loss(assessment: Assessment, _: np.random.Generator) -> Values:
+    """Return D by the training loss of each image.
+
+    Raises:
+        PolysegError: it was not recorded.
+    """
+    if "training_loss" not in assessment.scores:
+        raise PolysegError("control.replay_arm loss: the run did not record the training loss")
+    return assessment.scores["training_loss"]
+
+
+def mask_sizes(assessment: Assessment) -> Values:
+    """Return the pixels of each image's mask, (n,), NaN where they were not recorded."""
+    if assessment.mask_pixels is not None:
+        return assessment.mask_pixels.astype(np.float64)
+    if assessment.region != "mask":
+        return np.full(len(assessment.ids), math.nan)
+    # Of an empty mask the pixels are those of what was taken in its place.
+    pixels: Values = np.where(assessment.fallback == 0, assessment.foreground_pixels, 0.0)
+    return pixels
 
 
 def _generator(schedule: Schedule, row: int, seed: int) -> np.random.Generator:

@@ -6,21 +6,23 @@ from typing import Annotated
 
 import typer
 
-from polyseg.cli.options import ConfigFile, Overrides
+from polyseg.cli.options import ConfigFile, Overrides, PresetName
 from polyseg.errors import PolysegError
 
 config_app = typer.Typer(help="See and write the configuration.", no_args_is_help=True)
 
 
 @config_app.command("show")
-def config_show(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def config_show(
+    config: ConfigFile = None, preset: PresetName = None, overrides: Overrides = None
+) -> None:
     """Print all settings that a run would have.
 
     Example: polyseg config show --set loss.name=dice
     """
     from polyseg.config import load_config
 
-    print(load_config(config, overrides or []).to_yaml(), end="")
+    print(load_config(config, overrides or [], preset).to_yaml(), end="")
 
 
 @config_app.command("schema")
@@ -37,15 +39,16 @@ def config_schema() -> None:
 @config_app.command("init")
 def config_init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("polyseg.yaml"),
+    preset: PresetName = None,
 ) -> None:
-    """Write a configuration file of all defaults, each with its meaning.
+    """Write a configuration file of all settings, the defaults or a preset's, with their meaning.
 
     Example: polyseg config init my-settings.yaml
     """
-    from polyseg.config import template
+    from polyseg.config import load_config, template
     from polyseg.system.files import write_text
 
     if path.exists():
         raise PolysegError(f"{path}: exists already; choose another name")
-    write_text(path, template())
+    write_text(path, template(load_config(preset=preset)))
     print(path)

@@ -111,6 +111,28 @@ def data_preview(
             print(file)
 
 
+@data_app.command("manifest")
+def data_manifest(
+    path: DataPath,
+    out: Annotated[Path, typer.Option(help="CSV file to write.", rich_help_panel=WHERE)] = Path(
+        "set.csv"
+    ),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a draft of a manifest of images and masks, to edit and give as --data.
+
+    Example: polyseg data manifest my/images --out set.csv
+    """
+    with talking(quiet, verbose):
+        from polyseg.commands import data
+
+        found = data.write_manifest(Path(path), out, overwrite=overwrite)
+    print_mapping(path, found, as_json)
+
+
 @data_app.command("demo")
 def data_demo(
     path: Annotated[Path, typer.Argument(help="Folder to make.")],

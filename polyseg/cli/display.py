@@ -5,11 +5,14 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from polyseg.system.process_group import rank_here
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class _Display:
@@ -18,39 +21,45 @@ class _Display:
     seconds_between_lines = 30.0
 
     def __init__(self, console: Console) -> None:
-        # Here, because every `--help` imports this module.
-        from rich import progress
-
-        self.bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
         self.console = console
-        # Imports take seconds; until the first progress there is at least this to see.
-        self.tasks: dict[str, Any] = {"starting": self.bars.add_task("starting", total=None)}
+        self.bars = _bars(console) if console.is_terminal and not console.quiet else None
+        self.tasks: dict[str, Any] = {}
+        if self.bars is not None:
+            # Imports take seconds; until the first progress there is at least this to see.
+            self.tasks["starting"] = self.bars.add_task("starting", total=None)
         self.last_line = time.monotonic()
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        if self.console.quiet:
+        if self.bars is not None:
+            self._move_bar(self.bars, task, done, total)
             return
-        if self.console.is_terminal:
-            self._move_bar(task, done, total)
-        elif time.monotonic() - self.last_line > self.seconds_between_lines:
+        waited = time.monotonic() - self.last_line
+        if waited > self.seconds_between_lines and not self.console.quiet:
             self.last_line = time.monotonic()
             print(f"{task}: {done}/{total}", file=sys.stderr, flush=True)
 
-    def _move_bar(self, task: str, done: int, total: int) -> None:
+    def _move_bar(self, bars: "Progress", task: str, done: int, total: int) -> None:
         if "starting" in self.tasks:
-            self.bars.remove_task(self.tasks.pop("starting"))
+            bars.remove_task(self.tasks.pop("starting"))
         if task not in self.tasks:
-            self.tasks[task] = self.bars.add_task(task, total=total)
-        self.bars.update(self.tasks[task], completed=done)
+            self.tasks[task] = bars.add_task(task, total=total)
+        bars.update(self.tasks[task], completed=done)
         if done >= total:
-            self.bars.remove_task(self.tasks.pop(task))
+            bars.remove_task(self.tasks.pop(task))
+
+
+def _bars(console: Console) -> "Progress":
+    """Return progress bars that vanish at the end; only a terminal needs the import."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
 
 
 class _PlainHandler(logging.Handler):
@@ -66,7 +75,7 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     """Send the package's log and progress to stderr for the length of a command."""
     # Of several processes one speaks.
     leads = rank_here() == 0
-    console = Console(stderr=True, quiet=quiet or not leads)
+    console = Console(stderr=True, quiet=quiet or not leads, emoji=False)
     logger = logging.getLogger("polyseg")
     logger.setLevel(logging.DEBUG)
     handler: logging.Handler = _PlainHandler()
@@ -87,9 +96,7 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
     logger.addHandler(handler)
     display = _Display(console)
     try:
-        with (
-            display.bars if console.is_terminal and not console.quiet else contextlib.nullcontext()
-        ):
+        with display.bars or contextlib.nullcontext():
             yield display
     finally:
         logger.removeHandler(handler)

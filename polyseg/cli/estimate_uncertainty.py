@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from polyseg.choices import image_scores
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
@@ -18,6 +19,7 @@ from polyseg.cli.options import (
     Source,
     Trust,
     Verbose,
+    help_of,
 )
 from polyseg.cli.printing import print_outcome
 from polyseg.system.process_group import rank_here
@@ -33,6 +35,16 @@ def estimate_uncertainty(
     maps: Annotated[
         bool, typer.Option("--maps", help="Keep the pixel maps too.", rich_help_panel=HOW)
     ] = False,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--score",
+            metavar="NAME",
+            help=f"Measure this score of the whole image too; repeatable: "
+            f"{help_of(image_scores())}",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     cache: Cache = None,
@@ -55,6 +67,7 @@ def estimate_uncertainty(
             Inputs(data, part, cache, device, trust),
             samples=samples,
             save_maps=maps,
+            also=score or [],
             out=out,
             overwrite=overwrite,
             progress=display,

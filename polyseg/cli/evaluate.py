@@ -1,6 +1,8 @@
 """`polyseg evaluate`."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,10 +15,10 @@ from polyseg.cli.options import (
     Device,
     OtherData,
     Out,
+    Overrides,
     Overwrite,
     Part,
     Quiet,
-    Sources,
     Trust,
     Verbose,
 )
@@ -24,9 +26,30 @@ from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.system.process_group import rank_here
 
+if TYPE_CHECKING:
+    from polyseg.evaluation.testing_masks import OtherMasks
+
 
 def evaluate(
-    sources: Sources,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="CHECKPOINT|RUN ...", help="Checkpoints, or run folders."),
+    ] = None,
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of masks that any tool has written, named as the images; repeatable.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of the masks in tables, one for each --predictions.", rich_help_panel=WHERE
+        ),
+    ] = None,
+    overrides: Overrides = None,
     data: OtherData = None,
     part: Part = None,
     out: Out = None,
@@ -35,7 +58,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="The run, or arm, that the others are compared with: paired differences, "
+            help="Run, or arm, with which the others are compared: paired differences, "
             "bootstrap intervals, Wilcoxon's test with Holm's correction.",
             rich_help_panel=HOW,
         ),
@@ -44,18 +67,36 @@ def evaluate(
         bool,
         typer.Option(
             "--group",
-            help="Runs that differ only by seed or fold are one arm.",
+            help="Pool runs that differ only by seed or fold into one arm.",
             rich_help_panel=HOW,
         ),
     ] = False,
     threshold: Annotated[
         str,
         typer.Option(
-            help="Probability from which on a pixel is foreground; val: the one with the best Dice "
-            "on the validation images.",
+            help="Least probability of a foreground pixel; val: the one with the best Dice on the "
+            "validation images.",
             rich_help_panel=HOW,
         ),
     ] = "0.5",
+    at: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="original (compare masks at the size of their files) or network (at data.size, "
+            "as version 0.1 did).",
+            rich_help_panel=HOW,
+        ),
+    ] = "original",
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="CASE",
+            help="patient (means, intervals and tests over patients, where the data or data.group "
+            "tell them) or image (every image is a case).",
+            rich_help_panel=HOW,
+        ),
+    ] = "patient",
     uncertainty: Annotated[
         bool,
         typer.Option(
@@ -66,7 +107,7 @@ def evaluate(
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(help="N, passes of MC Dropout for --uncertainty.", rich_help_panel=HOW),
+        typer.Option(help="N, number of MC-Dropout passes for --uncertainty.", rich_help_panel=HOW),
     ] = None,
     corrupt: Annotated[
         str | None,
@@ -80,7 +121,7 @@ def evaluate(
     tolerance: Annotated[
         float,
         typer.Option(
-            help="Of the surface Dice, in mm where spacings are known, or else in pixels.",
+            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels.",
             rich_help_panel=HOW,
         ),
     ] = 2.0,
@@ -99,7 +140,7 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Test networks side by side: overlap, surfaces, calibration; by image, compared, in figures.
+    """Test networks, and masks of other tools, on the same images: tables, tests, figures.
 
     Example: polyseg evaluate runs/dice runs/adaptive --baseline runs/dice --out runs/comparison
     """
@@ -108,10 +149,13 @@ def evaluate(
         from polyseg.evaluation.testing_networks import EvaluationSettings
         from polyseg.runs.trained_model import Inputs
 
+        sources = sources or []
         outcome = evaluate.evaluate_runs(
             sources,
             EvaluationSettings(
                 threshold=_threshold(threshold),
+                by=_one_of("--by", by, "patient", "image"),
+                at=_one_of("--at", at, "original", "network"),
                 uncertainty=uncertainty,
                 samples=samples,
                 corruptions=evaluate.kinds_of_damage(corrupt),
@@ -119,6 +163,7 @@ def evaluate(
                 failure=failure,
             ),
             Inputs(data, part, cache, device, trust),
+            masks=_masks(sources, predictions or [], name or [], data, overrides or []),
             baseline=baseline,
             group=group,
             out=out,
@@ -128,6 +173,42 @@ def evaluate(
         )
     if rank_here() == 0:
         print_outcome(outcome, as_json)
+
+
+def _masks(
+    sources: Sequence[Path],
+    folders: Sequence[Path],
+    names: Sequence[str],
+    data: Path | None,
+    overrides: Sequence[str],
+) -> "OtherMasks | None":
+    """Return the folders of --predictions by name; None without any."""
+    from polyseg.config import load_config
+    from polyseg.evaluation.testing_masks import OtherMasks
+    from polyseg.system.files import short_names
+
+    if not folders:
+        if not sources:
+            raise PolysegError("Missing argument: give runs, or --predictions with --data")
+        if names or overrides:
+            raise PolysegError("--name and --set: go with --predictions")
+        return None
+    if not sources and data is None:
+        raise PolysegError("--predictions: give --data, the images with their true masks, or runs")
+    if sources and overrides:
+        raise PolysegError("--set: the runs say how masks are read; leave it out")
+    if names and len(set(names)) != len(folders):
+        raise PolysegError("--name: give a name of its own for each --predictions, or none")
+    # At data.size null nothing is resized, since no network sees these images.
+    settings = ["data.size=null", *overrides, *([f"data.path={data}"] if data else [])]
+    config = load_config(overrides=settings).data
+    return OtherMasks(dict(zip(names or short_names(folders), folders, strict=True)), config)
+
+
+def _one_of(option: str, value: str, *choices: str) -> Any:
+    if value not in choices:
+        raise PolysegError(f"{option} {value}: choose {' or '.join(choices)}")
+    return value
 
 
 def _threshold(text: str) -> float | Literal["val"]:

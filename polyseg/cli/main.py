@@ -21,7 +21,7 @@ from polyseg.cli.schedule import schedule_app
 from polyseg.cli.train import train
 from polyseg.errors import Interrupted, PolysegError, reason
 from polyseg.system.process_group import rank_here
-from polyseg.system.signals import Wish, ending_at_once
+from polyseg.system.signals import StopRequest, ending_at_once
 
 _LONGEST_LINE = 2000
 
@@ -72,26 +72,26 @@ def main() -> None:
         # A terminal that cannot show a sign shows a question mark.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    with ending_at_once() as wish:
-        code = _end_of(wish)
+    with ending_at_once() as stop:
+        code = _end_of(stop)
     sys.exit(code)
 
 
-def _end_of(wish: Wish) -> int:
+def _end_of(stop: StopRequest) -> int:
     """Run the command, say in a line what went wrong, and return the exit code.
 
     Once that is known no signal changes it any more.
     """
     try:
         code = app(standalone_mode=False)
-        wish.granted = True
+        stop.done = True
         sys.stdout.flush()  # So that results which cannot be written are an error too.
         return code if isinstance(code, int) else 0
     except (PolysegError, TyperException, OSError) as error:
-        wish.granted = True
+        stop.done = True
         return _tell(error)
     except Interrupted as end:
-        wish.granted = True
+        stop.done = True
         if rank_here() == 0:
             print(end, file=sys.stderr)
         return 128 + end.number

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polyseg.choices import DEVICES
+from polyseg.choices import DEVICES, PRESETS
 
 
 def help_of(choices: Mapping[str, str]) -> str:
@@ -35,7 +35,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Import and run the network code that a checkpoint names (package.module:factory).",
+        help="Import and run the code outside polyseg that a run names (package.module:function).",
         rich_help_panel=HOW,
     ),
 ]
@@ -76,6 +76,16 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY.SUB=VALUE", help="Any setting; repeatable.", rich_help_panel=HOW
+    ),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help=f"Settings that go over those of CONFIG.yaml, and --set over them: "
+        f"{help_of(PRESETS.choices())}",
+        rich_help_panel=HOW,
     ),
 ]
 Fold = Annotated[

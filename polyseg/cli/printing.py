@@ -13,8 +13,8 @@ from rich.table import Table
 from polyseg.system.files import without_nan
 
 if TYPE_CHECKING:
+    from polyseg.commands.outcome import Outcome
     from polyseg.evaluation.tables import Cell, Sheet
-    from polyseg.figures.run_figures import Outcome
 
 _MOST_FILES = 24
 """Lines; who wants all of them has --json, or looks."""
@@ -35,7 +35,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
         }
         print(json.dumps(without_nan(record), indent=2))
         return
-    console = Console()
+    console = Console(emoji=False)
     if outcome.evaluation is not None:
         for sheet in tables.sheets(export.summary(outcome.evaluation), brief=True):
             print_sheet(console, sheet)
@@ -120,4 +120,4 @@ def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             shown = ", ".join(f"{count} {part}" for part, count in value.items())
         table.add_row(escape(name), escape(shown))
-    Console().print(table)
+    Console(emoji=False).print(table)

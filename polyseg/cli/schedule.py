@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Verbose
+from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Trust, Verbose
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.system.files import without_nan
@@ -111,6 +111,7 @@ def schedule_recompute(
         typer.Option("--out", help="File for the new schedule, HDF5.", rich_help_panel=WHERE),
     ] = None,
     overwrite: Overwrite = False,
+    trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -122,7 +123,7 @@ def schedule_recompute(
     with talking(quiet, verbose):
         from polyseg.commands import schedule
 
-        found = schedule.recompute(run, overrides or [], out, overwrite=overwrite)
+        found = schedule.recompute(run, overrides or [], out, overwrite=overwrite, trust=trust)
     if as_json:
         _print_rows(found.rows, as_json)
         return
@@ -164,6 +165,16 @@ def schedule_export(
 @schedule_app.command("validity")
 def schedule_validity(
     run: Run,
+    donors: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--donors",
+            metavar="RUN RUN",
+            help="Two runs, each trained on half of RUN's training images: also correlate with the "
+            "error of the one that did not see the image.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -179,7 +190,7 @@ def schedule_validity(
     with talking(quiet, verbose):
         from polyseg.commands import schedule
 
-        found = schedule.validity(run)
+        found = schedule.validity(run, donors or ())
         outcome = None
         if out is not None or not (as_json or as_csv):
             from polyseg.commands import schedule_figures
@@ -200,8 +211,29 @@ def schedule_validity(
     ]
     title = f"{run}: Spearman's correlation, last and mean"
     _print_table(title, columns, summary, found.notes)
+    if donors:
+        _print_unseen(run, found.rows)
     if outcome is not None:
         print_outcome(outcome, as_json=False)
+
+
+def _print_unseen(run: Path, rows: Sequence[Row]) -> None:
+    """Print how the scores of the last assessment correlate with errors on unseen images."""
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    columns = [
+        ("score", lambda row: row["score"].replace("_", " ")),
+        _number("with_unseen_error", ".2f", "1 − Dice"),
+        ("95 % interval", _interval_of_unseen),
+        _number("with_unseen_error_given_size", ".2f", "at equal\nsize"),
+    ]
+    title = f"{run}: Spearman's correlation with 1 − Dice of the donor that did not see the image"
+    note = f"after epoch {last[0]['epoch']}; interval over the images"
+    _print_table(title, columns, last, [note])
+
+
+def _interval_of_unseen(row: Row) -> str:
+    low, high = row["with_unseen_error_low"], row["with_unseen_error_high"]
+    return f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "-"
 
 
 def _print_overview(run: Path, found: "Findings") -> None:
@@ -263,8 +295,8 @@ def _print_table(
 
     With `whole` no cell is broken, however narrow the terminal, so that ids can be copied.
     """
-    console = Console()
-    canvas = Console(width=_ENDLESS) if whole else console
+    console = Console(emoji=False)
+    canvas = Console(width=_ENDLESS, emoji=False) if whole else console
     for label in dict.fromkeys(row.get("label", "") for row in rows):
         named = ", ".join(filter(None, (title, label)))
         table = Table()

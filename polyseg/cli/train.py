@@ -14,6 +14,7 @@ from polyseg.cli.options import (
     ConfigFile,
     Fold,
     Overrides,
+    PresetName,
     Quiet,
     Trust,
     Verbose,
@@ -55,6 +56,7 @@ def train(
             rich_help_panel=HOW,
         ),
     ] = None,
+    preset: PresetName = None,
     device: Annotated[str | None, typer.Option(help=help_of(DEVICES), rich_help_panel=HOW)] = None,
     fold: Fold = None,
     split: Annotated[
@@ -151,11 +153,12 @@ def train(
         if replay_arm is None
         else replay_arm,
     }
-    settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)])
-    if from_run is not None and ":" in settings.network.name and not trust:
+    settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)], preset)
+    if from_run is not None and settings.own_code and not trust:
+        setting, name = next(iter(settings.own_code.items()))
         raise PolysegError(
-            f"{from_run}: its network {settings.network.name} is code outside polyseg; --trust "
-            "imports and runs it, if you know where it is from"
+            f"{from_run}: its {setting} {name} is code outside polyseg; --trust imports and runs "
+            "it, if you know where it is from"
         )
     how = {"resume": resume, "accept_changes": accept_changes}
     with talking(quiet, verbose) as display:

@@ -8,17 +8,23 @@ from typing import Any
 import numpy as np
 
 from polyseg.choices import MODALITIES
-from polyseg.config import Config
-from polyseg.data.dataset import Item
+from polyseg.config import Config, DataConfig
+from polyseg.data.dataset import ImageSet, Item, image_set, member_of
 from polyseg.data.duplicates import near_pairs
-from polyseg.data.layouts.folders import find_cases
-from polyseg.data.loading import LAYOUT_SETTINGS, load_images, scan_cases
-from polyseg.data.new_split import new_split, refuse_sides
-from polyseg.data.phantoms import phantom_sets
-from polyseg.data.splits import PARTS
+from polyseg.data.layouts.draft import draft_of
+from polyseg.data.loading import (
+    found_cases,
+    grouped,
+    load_images,
+    lost_foreground,
+    scan_cases,
+    settled,
+)
+from polyseg.data.new_split import new_split
+from polyseg.data.pixel_store import MemoryStore
+from polyseg.data.splits import PARTS, group_names, split_json
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
-from polyseg.runs.run_folder import split_json
 from polyseg.system.files import write_text
 from polyseg.system.output_folder import refuse_existing
 
@@ -26,34 +32,35 @@ _SHOWN = 5
 
 
 def check_data(config: Config, progress: Progress = no_progress) -> dict[str, Any]:
-    """Read a data set whole, as it is, and return what was found; no image is kept.
+    """Read a data set whole, as training would, and return what was found; no image is kept.
 
     Raises:
-        PolysegError: all that is wrong with it, a line a problem.
+        PolysegError: all that is wrong with it and would keep it from training, a line a problem.
     """
-    data = config.data.model_copy(update={"size": None, "fit": "resize"})
-    if data.path == "demo":
+    if config.data.path == "demo":
         raise PolysegError("data check: the demo is made, not read; give a folder or a manifest")
-    settings = {name: getattr(data, name) for name in LAYOUT_SETTINGS}
-    layout = find_cases(Path(data.path), **settings)
-    items = scan_cases(layout.cases, data, progress, problems=layout.problems)
-    if not items:
-        raise PolysegError(f"{data.path}: holds no image with a mask")
-    given = {part: [item.id for item in items if item.part == part] for part in PARTS}
-    refuse_sides(given, items, data)
+    layout = found_cases(config.data)
+    data = settled(config.data, layout)
+    cases, groups = grouped(layout.cases, data)
+    items = scan_cases(cases, data, progress, problems=layout.problems)
+    images = image_set(items, MemoryStore([], []), data)
+    split = new_split(config.model_copy(update={"data": data}), images)
+    notes = [*layout.notes, groups, lost_foreground(items)]
     return {
         "layout": layout.name,
         "images": len(items),
         **({"files": len(layout.cases)} if len(items) != len(layout.cases) else {}),
         **({"labels": dict(layout.labels)} if layout.labels else {}),
-        **_parts_and_groups(items),
+        **_parts_and_groups(items, data),
+        "split": {part: len(ids) for part, ids in split.items()},
         "sizes": _most_common(f"{height} x {width}" for height, width in map(_size, items)),
+        "size that the network sees": _seen(images, data),
         "channels": sorted({item.channels for item in items}),
         "bits": sorted({item.bits for item in items}),
         **_spacing(items),
         **_foreground(items, data.labels),
         **_copies(items),
-        **({"notes": list(layout.notes)} if layout.notes else {}),
+        **({"notes": list(filter(None, notes))} if any(notes) else {}),
     }
 
 
@@ -81,6 +88,20 @@ def make_split(
     }
 
 
+def write_manifest(path: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write a draft of a CSV manifest of a folder, and return what it lists.
+
+    Raises:
+        PolysegError: the folder holds no image, or there is such a file already.
+    """
+    if not path.is_dir():
+        raise PolysegError(f"{path}: is no folder; give the folder of a data set")
+    refuse_existing(out, overwrite=overwrite)
+    text, images, bare = draft_of(path, out.parent)
+    write_text(out, text)
+    return {"file": str(out), "images": images, "images without a mask": bare}
+
+
 def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -> None:
     """Write phantoms as PNG files, with a table of their known difficulties.
 
@@ -95,21 +116,32 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
         raise PolysegError("--images: 1 to 100000; --size: 32 to 1024")
     if count * size**2 > 2**30:
         raise PolysegError(f"--images {count} of --size {size}: do not fit into memory; make fewer")
+    from polyseg.data.phantoms import phantom_sets
+
     made = phantom_sets.make_phantoms(count, seed=seed, size=(size, size), modality=modality)
     phantom_sets.write_phantoms(path, made)
 
 
 def _size(item: Item) -> tuple[int, int]:
-    return item.size
+    return item.original_size
 
 
-def _parts_and_groups(items: Sequence[Item]) -> dict[str, Any]:
+def _seen(images: ImageSet, config: DataConfig) -> str:
+    """Return the size of what the network is trained on."""
+    if config.size is None:
+        return "as they are"
+    size = [config.size] * 2 if isinstance(config.size, int) else config.size
+    return " x ".join(map(str, size)) + ("" if images.tiling is None else " (tiles)")
+
+
+def _parts_and_groups(items: Sequence[Item], config: DataConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if any(item.part for item in items):
         counts = Counter(item.part or "not given" for item in items)
         found["parts"] = dict(counts)
-    if any(item.group for item in items):
-        found["groups"] = len({item.group for item in items if item.group})
+    if groups := group_names([member_of(item) for item in items], config):
+        more = f" and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""
+        found["groups"] = f"{len(groups)} ({', '.join(groups[:_SHOWN])}{more})"
     return found
 
 
@@ -121,7 +153,12 @@ def _most_common(values: Any) -> list[str]:
 
 
 def _spacing(items: Sequence[Item]) -> dict[str, Any]:
-    known = [item.spacing for item in items if item.spacing is not None]
+    known = [
+        (item.spacing[0] * item.size[0] / height, item.spacing[1] * item.size[1] / width)
+        for item in items
+        if item.spacing is not None
+        for height, width in [item.original_size]
+    ]
     if not known:
         return {}
     return {"spacing (mm)": _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)}

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from polyseg.choices import NORMALISATIONS
 from polyseg.config import Config
 from polyseg.data.augmentation import augment, changes_of
 from polyseg.data.dataset import ImageSet
@@ -38,7 +39,7 @@ def preview(
     refuse_existing_figure(out, overwrite=overwrite)
     images = load_images(config.data, progress)
     ids = new_split(config, images)["train"]
-    if config.data.normalise == "dataset":
+    if NORMALISATIONS[config.data.normalise].pooled:
         images = dataclasses.replace(images, levels=images.pooled_over(ids))
     rows = [_preview_row(config, images, one, samples) for one in _telling(images, ids, count)]
     name = f"{config.data.augmentation} augmentation"

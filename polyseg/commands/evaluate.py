@@ -1,26 +1,33 @@
-"""`polyseg evaluate`: networks tested side by side on the same images."""
+"""`polyseg evaluate`: test networks, and masks of other tools, side by side on the same images."""
 
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from polyseg.config import Config
+from polyseg.commands.outcome import Outcome
+from polyseg.config import Config, DataConfig
 from polyseg.data.corruptions import CORRUPTIONS
 from polyseg.data.dataset import ImageSet
+from polyseg.data.loading import load_images
+from polyseg.data.splits import PARTS, split_by_settings
 from polyseg.errors import PolysegError
 from polyseg.evaluation.arms import arms_of, pool_arms, pool_points
 from polyseg.evaluation.scores import Evaluation, RunScores, compare
+from polyseg.evaluation.testing_masks import OtherMasks, measure_masks
 from polyseg.evaluation.testing_networks import (
     EvaluationSettings,
+    ImageTest,
     NetworkResults,
     PredictedMasks,
     measure_network,
+    patients_of,
 )
 from polyseg.figures import evaluation_files
-from polyseg.figures.run_figures import Outcome
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
 from polyseg.runs.run_folder import results_beside
@@ -48,7 +55,7 @@ class _Compared:
     """The networks that are compared, before any is tested."""
 
     networks: dict[str, Trained]
-    """By their names; those that are not tested yet."""
+    """Networks that are not tested yet, by their names."""
     configs: Mapping[str, Config]
     arms: Arms
     reference: str | None
@@ -56,32 +63,35 @@ class _Compared:
 
 @dataclass(frozen=True)
 class _Found:
-    """What all networks gave, before it is compared."""
+    """The results of all networks and folders of masks, before they are compared."""
 
     tested: Mapping[str, NetworkResults]
     """By their names."""
     compared: _Compared
     images: ImageSet
-    """Of the first network."""
+    """The images of the first network."""
+    part: str
+    """The part of them that was tested."""
 
     @property
     def masks(self) -> list[PredictedMasks]:
-        """What all of them predicted."""
+        """Predicted masks of all of them."""
         return [one for test in self.tested.values() for one in test.masks]
 
     def evaluation(self, settings: EvaluationSettings) -> Evaluation:
-        """Return all of it, arm by arm, and compared."""
+        """Return the results arm by arm, and their comparison with the baseline."""
         runs: list[RunScores] = []
         arms, reference = self.compared.arms, self.compared.reference
         for name, test in self.tested.items():
-            config = self.compared.configs[name]
-            seed, fold = config.training.seed, config.data.fold
+            config = self.compared.configs.get(name)
+            seed = None if config is None else config.training.seed
+            fold = None if config is None else config.data.fold
             runs += [dataclasses.replace(run, seed=seed, fold=fold) for run in test.scores]
         points = [point for test in self.tested.values() for point in test.points]
         if any([arm] != list(members) for arm, members in arms.items()):
             points, runs = pool_points(points, runs, arms), pool_arms(runs, arms)
         compared = [] if reference is None else compare(runs, reference)
-        return Evaluation(runs, compared, points, settings.tolerance, settings.failure)
+        return Evaluation(runs, compared, points, settings.tolerance, settings.failure, self.part)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -106,6 +116,7 @@ def evaluate_runs(
     settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008 - it is frozen
     inputs: Inputs = Inputs(),  # noqa: B008
     *,
+    masks: OtherMasks | None = None,
     baseline: str | None = None,
     group: bool = False,
     out: Path | None = None,
@@ -113,7 +124,7 @@ def evaluate_runs(
     figures: bool = True,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Test checkpoints side by side on the same images.
+    """Test networks, and masks of other tools, side by side on the same images.
 
     Several processes share the images; the leading one compares, writes and draws.
 
@@ -121,6 +132,7 @@ def evaluate_runs(
         sources: checkpoints or runs.
         settings: what is measured of each network.
         inputs: images and device.
+        masks: folders of masks that other tools have written.
         baseline: name or path of the run, or name of the arm, that the others are compared with.
         group: runs that differ only by seed or fold are one arm.
         out: folder for the results, new or empty.
@@ -133,69 +145,160 @@ def evaluate_runs(
     """
     # What can be found wrong is said before the first network is tested, which may take long.
     settings.check()
-    place = out or results_beside(sources[0], "evaluation")
+    folders = {} if masks is None else masks.folders
+    if folders and settings.at == "network":
+        raise PolysegError(
+            "--at network: masks of other tools have the original size; leave it out"
+        )
+    places = [*sources, *folders.values()]
+    place = out or _place(sources, list(folders.values()))
     with contextlib.ExitStack() as stack:
         with together(choose_device(inputs.device), PATIENCE) as processes:
             held = whole_folder(place, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
-            compared = _compared(sources, inputs, baseline, group=group)
-            found = _test(compared, settings, inputs, progress, processes)
+            compared = _compared(sources, inputs, baseline, folders, group=group)
+            how = _How(settings, inputs, progress, processes)
+            found = _test(compared, how, masks)
         if not processes.leads:
             return Outcome(place, [])
-        evaluation = found.evaluation(settings)
-        files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
-        if figures:
-            files += evaluation_files.draw_predictions(
-                evaluation, found.masks, found.images, folder
-            )
+        paths = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
+        evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
+        files = _written(evaluation, found, folder, figures=figures)
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
+def _written(evaluation: Evaluation, found: _Found, folder: Path, *, figures: bool) -> list[Path]:
+    files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
+    if figures:
+        files += evaluation_files.draw_predictions(evaluation, found.masks, found.images, folder)
+    return files
+
+
+def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
+    """Return a new folder for results: in a single run, or in a folder that all runs share.
+
+    Raises:
+        PolysegError: the runs share no folder but the root.
+    """
+    if len(sources) == 1 and not folders:
+        return results_beside(sources[0], "evaluation")
+    shared = Path(os.path.commonpath([one.resolve().parent for one in (*sources, *folders)]))
+    if shared == Path(shared.anchor):
+        raise PolysegError("evaluate: the runs share no folder for the comparison; give --out")
+    return results_beside(shared, "comparison")
+
+
+class _How(NamedTuple):
+    """Settings and surroundings of all tests."""
+
+    settings: EvaluationSettings
+    inputs: Inputs
+    progress: Progress
+    processes: Processes
+
+
 def _compared(
-    sources: Sequence[Path], inputs: Inputs, baseline: str | None, *, group: bool
+    sources: Sequence[Path],
+    inputs: Inputs,
+    baseline: str | None,
+    folders: Mapping[str, Path],
+    *,
+    group: bool,
 ) -> _Compared:
     """Read the networks, and raise for what can be found wrong before the first is tested."""
-    names = short_names(sources)
+    names = short_names(sources) if sources else []
     # Each file is read once; what a test does not need, such as the optimizer, is not kept.
     trained = [read_trained(source).weights_only() for source in sources]
     networks = dict(zip(names, trained, strict=True))
     configs = {name: one.config for name, one in networks.items()}
     arms = arms_of(configs) if group else {name: [name] for name in names}
-    reference = None if baseline is None else _named(baseline, sources, names, arms)
-    _refuse_other_tasks(configs)
+    if taken := [name for name in folders if name in arms or name in names]:
+        raise PolysegError(f"--name {taken[0]}: is the name of a run; choose another")
+    arms |= {name: [name] for name in folders}
+    everything = [*sources, *folders.values()]
+    all_names = [*names, *folders]
+    reference = None if baseline is None else _named(baseline, everything, all_names, arms)
+    if configs:
+        _refuse_other_tasks(configs)
     if not inputs.data:
         promised = {name: _promised(one, inputs.part) for name, one in networks.items()}
         _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
     return _Compared(networks, configs, arms, reference)
 
 
-def _test(
-    compared: _Compared,
-    settings: EvaluationSettings,
-    inputs: Inputs,
-    progress: Progress,
-    processes: Processes,
-) -> _Found:
-    """Return what all networks gave."""
-    load, part = LastImages(inputs.cache), inputs.part
+def _test(compared: _Compared, how: _How, masks: OtherMasks | None) -> _Found:
+    """Return the results of all networks and folders of masks."""
+    load, part = LastImages(how.inputs.cache), how.inputs.part
     hashes: dict[str, Hashes] = {}
     tested: dict[str, NetworkResults] = {}
     images: ImageSet | None = None
     for name in compared.configs:
-        model = compared.networks.pop(name).build(inputs.device, trust=inputs.trust)
-        found, ids = images_for(model, inputs, "test", progress, load)
+        model = compared.networks.pop(name).build(how.inputs.device, trust=how.inputs.trust)
+        found, ids = images_for(model, how.inputs, "test", how.progress, load)
         hashes[name] = {one: f"{found.hashes[one]} {found.item(one).shares}" for one in ids}
         _refuse_other_images(compared.arms, hashes)
-        if part in ("train", "val") or (inputs.data is None and part == "all"):
+        if part in ("train", "val") or (how.inputs.data is None and part == "all"):
             log.warning(
                 "%s: --split %s has images that it was trained or chosen on: no test", name, part
             )
         images = images or found
-        tested[name] = measure_network(model, name, found, ids, settings, load, progress, processes)
-    _warn_of_sizes(compared.configs)
+        tested[name] = measure_network(
+            *(model, name, found, ids, how.settings, load, how.progress, how.processes)
+        )
+    if how.settings.at == "network":
+        _warn_of_sizes(compared.configs)
+    config = next((one.data for one in compared.configs.values()), None)
+    known = (
+        None
+        if images is None
+        else (images, sorted({one for ids in hashes.values() for one in ids}))
+    )
+    if masks is not None:
+        images, more = _test_masks(masks, config, known, how)
+        tested |= more
     if images is None:
-        raise ValueError("no sources")
-    return _Found(tested, compared, images)
+        raise PolysegError("Missing argument: give runs, or --predictions with --data")
+    return _Found(tested, compared, images, part or "test")
+
+
+def _test_masks(
+    masks: OtherMasks,
+    config: DataConfig | None,
+    known: tuple[ImageSet, list[str]] | None,
+    how: _How,
+) -> tuple[ImageSet, dict[str, NetworkResults]]:
+    """Return the images, and the results of each folder of masks.
+
+    Args:
+        masks: the folders.
+        config: how the runs beside them read the true masks; None without runs.
+        known: the images of those runs, and the ids that they were tested on.
+        how: settings and surroundings.
+    """
+    if known is None or config is None:
+        config = masks.config
+        images = load_images(config, how.progress)
+        ids = _ids_without_run(images, config, how.inputs.part)
+    else:
+        images, ids = known
+    groups = {} if how.settings.by == "image" else patients_of(images, config)
+    found = {}
+    for name, folder in masks.folders.items():
+        test = ImageTest(
+            *(name, images, ids, 1, how.settings, how.progress, how.processes), groups=groups
+        )
+        found[name] = measure_masks(folder, test, config)
+    return images, found
+
+
+def _ids_without_run(images: ImageSet, config: DataConfig, part: str | None) -> list[str]:
+    """Return the ids of a part of a data set, or of all its images where none is named."""
+    if part not in (None, "all", *PARTS):
+        raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
+    ids = images.ids if part in (None, "all") else split_by_settings(images.members(), config)[part]
+    if not ids:
+        raise PolysegError(f"--split {part}: {config.path} has no {part} images; choose another")
+    return ids
 
 
 def _promised(network: Trained, part: str | None) -> Hashes | None:
@@ -261,8 +364,8 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
     sizes = {str(config.data.size) for config in configs.values()}
     if len(sizes) > 1:
         log.warning(
-            "the networks see the images at different sizes (data.size %s): distances in pixels, "
-            "and all that hangs on pixels, do not compare",
+            "the networks see the images at different sizes (data.size %s): metrics with --at "
+            "network are not comparable; use --at original",
             " and ".join(sorted(sizes)),
         )
 

@@ -1,4 +1,4 @@
-"""`polyseg predict`: masks of images that have none, in the images' own size, kind and geometry."""
+"""`polyseg predict`: write masks of images at the size, format and geometry of their files."""
 
 import contextlib
 import dataclasses
@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 
 from polyseg import INTENDED_USE
 from polyseg.choices import UNCERTAINTIES
+from polyseg.commands.outcome import Outcome
 from polyseg.config import MOST_SAMPLES, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.formats.writers import write_labels, write_map
 from polyseg.data.layouts.cases import Case
-from polyseg.data.layouts.folders import find_unlabelled
+from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.loading import read_cases
 from polyseg.data.preprocessing import resize_map
 from polyseg.errors import PolysegError
-from polyseg.figures.run_figures import Outcome
+from polyseg.evaluation.predictions import probabilities
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.inference import choose_device, predict
+from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.runs.trained_model import Model, open_model, passes_of
 from polyseg.system.files import csv_table, write_text
@@ -32,14 +33,14 @@ from polyseg.system.process_group import PATIENCE, Processes, together
 
 log = logging.getLogger(__name__)
 
-_OF_VOLUMES = (".nii", ".gz", ".dcm", "")
+_OF_VOLUMES = (".nii", ".gz", ".dcm", ".ima", ".nrrd", ".mha", "")
 _UNBOUNDED = 10**9
 """MB."""
 _KNOWN_BY = ("predictions.csv",)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Rows = list[dict[str, Any]]
-Maps = NDArray[np.float32]
+Maps = NDArray[np.floating]
 
 
 def predict_images(
@@ -68,7 +69,7 @@ def predict_images(
         samples: passes of MC Dropout; those of the training where left out.
         device: where to compute.
         trust: whether a checkpoint's own network code may run.
-        progress: told how many files are done.
+        progress: called with the number of finished files.
 
     Raises:
         PolysegError: checkpoint or folder are not in order, or some images cannot be read.
@@ -79,7 +80,7 @@ def predict_images(
         with together(choose_device(device), PATIENCE) as processes:
             model = open_model(source, device, trust)
             changes = {"samples": samples, "save_maps": True, "region": "prediction"}
-            passes = passes_of(model.config, **changes) if uncertainty else None
+            passes = passes_of(model.config, masks=False, **changes) if uncertainty else None
             cases = processes.from_leader(find_unlabelled(paths) if processes.leads else None)
             held = whole_folder(out, overwrite=overwrite, known_by=_KNOWN_BY)
             folder = processes.entered_by_leader(stack, held)
@@ -103,12 +104,12 @@ def predict_images(
 
 
 class _Predicted(NamedTuple):
-    """What came of a case."""
+    """The files and table rows of a case, or the reason why there are none."""
 
     files: list[Path]
     rows: Rows
     problem: str = ""
-    """Why it could not be segmented."""
+    """Reason why the case could not be segmented; empty where it was."""
 
 
 def _predict_share(
@@ -120,23 +121,23 @@ def _predict_share(
     processes: Processes,
     progress: Progress,
 ) -> Iterator[_Predicted]:
-    """Yield what comes of each case of this process's share, whose files go into a folder.
+    """Segment this process's share of the cases into a folder, and yield the result of each.
 
-    Errors call it `out`, which is its name once all is there.
+    Errors name the folder `out`, its name once all files are written.
     """
     for done, case in enumerate(processes.share(cases), start=1):
         try:
             yield _Predicted(*_predict_case(model, case, folder, passes))
         except PolysegError as error:
             told = str(error).replace(str(folder), str(out))
-            if _is_for_want_of_space(error):
+            if _is_full_disk(error):
                 raise PolysegError(told) from error
             yield _Predicted([], [], told)
         progress("predicting", min(len(cases), processes.count * done), len(cases))
 
 
-def _is_for_want_of_space(error: PolysegError) -> bool:
-    """Tell whether not an image but the disk is at fault, so that no other would fare better."""
+def _is_full_disk(error: PolysegError) -> bool:
+    """Return whether the disk, not the image, caused the error, so that every image would fail."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
 
 
@@ -156,7 +157,9 @@ def _predict_case(
     images = read_cases([case], settings, channels=model.checkpoint.channels)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     shape = images.items[0].original_size
-    probability = _probabilities(model, images, shape)
+    batch_size = config.training.batch_size
+    found = probabilities(model.network, images, images.ids, batch_size)
+    probability = np.stack([one for _, one in found])
     source, plane = case.images[0], settings.plane
     maps = _label_maps(probability, settings, source)
     labels = {
@@ -174,28 +177,16 @@ def _predict_case(
     return files, _rows(images, maps, labels, settings, assessment)
 
 
-def _probabilities(model: Model, images: ImageSet, shape: tuple[int, int]) -> Maps:
-    """Return (N, K, H, W) in [0, 1], in the size that the images had before they were resized."""
-    found: list[Maps] = []
-    batches = images.batches(images.ids, model.config.training.batch_size)
-    for _, logits in predict(model.network, batches):
-        found += [
-            np.stack([resize_map(one, shape) for one in image])
-            for image in logits.sigmoid().numpy()
-        ]
-    return np.stack(found)
-
-
 def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str, NDArray[Any]]:
-    """Return what is written, (N, H, W), by what follows the image's name.
+    """Return the label maps to write, (N, H, W), by the suffix of their file's name.
 
-    That is one map, in which the most probable label wins where several reach 0.5; tasks that
-    share label values may lie within one another, and have a map each.
+    Tasks of distinct values share one map, where the most probable label wins among those that
+    reach 0.5; tasks that share values may overlap, and have a map each.
     """
     values = [value for task in config.tasks.values() for value in task]
     if len(values) == len(set(values)):
-        firsts = [task[0] for task in config.tasks.values()] or [_foreground_of(source)]
-        return {"": label_map(probability, firsts)}
+        firsts = config.written(_foreground_of(source)).values()
+        return {"": label_map(probability, list(firsts))}
     return {
         f"_{label}": label_map(probability[:, k : k + 1], [_foreground_of(source)])
         for k, label in enumerate(config.labels)
@@ -203,7 +194,7 @@ def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str
 
 
 def _foreground_of(source: Path) -> int:
-    """Return what foreground is written as: 255 in pictures, which are looked at, 1 in volumes."""
+    """Return the value of written foreground: 255 in pictures, so that it is seen, 1 in volumes."""
     return 1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255
 
 
@@ -240,9 +231,9 @@ def _rows(
     config: DataConfig,
     assessment: Assessment | None,
 ) -> Rows:
-    """Return what predictions.csv tells of each slice and label: of what the files hold."""
+    """Return the rows of predictions.csv, one for each slice and label, as the files have it."""
     rows = []
-    firsts = {label: values[0] for label, values in config.tasks.items()}
+    firsts = config.written(1)
     for n, identity in enumerate(images.ids):
         for k, label in enumerate(images.labels):
             one_for_all = "" in files

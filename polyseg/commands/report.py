@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.errors import PolysegError
-from polyseg.evaluation.tables import DASH
+from polyseg.evaluation.tables import DASH, size_of
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report.document import (
@@ -29,14 +30,18 @@ from polyseg.report.document import (
     render,
 )
 from polyseg.report.figures import (
-    difficulty_pictures,
-    epsilon_of,
     evaluation_pictures,
     extreme_pictures,
-    training_picture,
+    run_pictures,
     validation_picture,
 )
-from polyseg.report.run_files import EvaluationFiles, RunFiles, read_evaluation, read_run
+from polyseg.report.run_files import (
+    EvaluationFiles,
+    RunFiles,
+    read_evaluation,
+    read_run,
+    sources_of,
+)
 from polyseg.report.tables import (
     brief,
     comparison_tables,
@@ -48,6 +53,7 @@ from polyseg.report.tables import (
     images_tested,
     metric_tables,
     number,
+    refuse_other_sizes,
 )
 from polyseg.runs.assessment_text import describe_order
 from polyseg.system.files import short_names, write_text
@@ -61,7 +67,7 @@ MOST_RUNS = 50
 """Of a page."""
 
 _WORST = 20
-_WORDS = ("id", "label", "arm", "run", "prediction", "seed", "fold")
+_WORDS = ("id", "at", "group", "label", "arm", "run", "prediction", "seed", "fold")
 """Columns of per_image.csv that are no numbers, or names all the same."""
 _MOST_ROWS = 2000
 _MOST_FACTS = 100
@@ -81,7 +87,8 @@ def make_page(
 
     Args:
         sources: folders of runs.
-        evaluations: folders of `polyseg evaluate`, in which runs are compared.
+        evaluations: folders of `polyseg evaluate`, in which runs are compared; without any, the
+            newest comparison of all these runs in a folder that they share.
         out: the file, new.
         overwrite: or one to replace.
         title: of the page.
@@ -97,6 +104,7 @@ def make_page(
             f"report: {len(sources)} runs and {len(evaluations)} evaluations are too many for a "
             f"page of {MOST_RUNS}"
         )
+    evaluations = evaluations or comparison_of(sources)
     compared = [read_evaluation(*one) for one in _named(evaluations)]
     runs = []
     for k, (source, name) in enumerate(_named(sources), start=1):
@@ -107,6 +115,27 @@ def make_page(
         log.warning("%d files could not be read; the page names them", len(page.warnings))
     write_text(out, render(page))
     return out
+
+
+def comparison_of(sources: Sequence[Path]) -> list[Path]:
+    """Return the newest comparison of exactly these runs, in a folder that all share, if any."""
+    if len(sources) < 2:
+        return []
+    wanted = {one.resolve() for one in sources}
+    shared = Path(os.path.commonpath([one.parent for one in wanted]))
+    found = []
+    for path in shared.glob("*/summary.json"):
+        try:
+            names = sources_of(path)
+            if names and {(path.parent / name).resolve() for name in names} == wanted:
+                found.append((path.stat().st_mtime, path.parent))
+        except (OSError, ValueError, TypeError):
+            continue
+    if not found:
+        return []
+    newest = max(found)[1]
+    log.info("the page holds the comparison in %s", newest)
+    return [newest]
 
 
 def page_of(
@@ -197,9 +226,13 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
     head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
     overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
     own = [run.evaluation for run in runs]
-    metrics: list[Block] = list(metric_tables(own))
+    if not evaluations:
+        refuse_other_sizes(own)
+    kept = [one for one in own if one.summary]
+    # Runs' own tests at different sizes are no table; a comparison was made at one size.
+    mixed = len({size_of(one.summary) for one in kept}) > 1
+    metrics: list[Block] = [] if mixed else list(metric_tables(own))
     if metrics and evaluations:
-        # A comparison tells the same better, and should not have to be looked for.
         metrics = [Folded("All metrics of the runs' own tests", metrics)]
     return [overview, *metrics]
 
@@ -289,11 +322,11 @@ def _without_folder(value: str) -> str:
 def _training(runs: Sequence[RunFiles]) -> list[Block]:
     trained = [run for run in runs if run.history]
     together = [validation_picture(trained)] if len(trained) > 1 else []
-    return _gallery([*together, *map(training_picture, trained)])
+    return _gallery([*together, *(one for run in trained for one in run_pictures(run, "history"))])
 
 
 def _difficulty(run: RunFiles) -> list[Block]:
-    blocks = _gallery(difficulty_pictures(run))
+    blocks = _gallery(run_pictures(run, "schedule", "assessments"))
     if not run.assessments:
         return blocks
     return [*blocks, _assessments(run), *map(Text, describe_order(run.assessments[-1]))]
@@ -323,7 +356,7 @@ def _assessments(run: RunFiles) -> Table:
 def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: bool) -> list[str]:
     followed = np.empty(0)
     if run.schedule is not None:
-        epsilon = epsilon_of(run.schedule, label)
+        epsilon = run.schedule.epsilon_of(label)
         followed = epsilon[run.schedule.epochs == one.epoch + 1].ravel()
     return [
         str(one.epoch),
@@ -398,9 +431,9 @@ def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]]
 
 
 def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return per_image.csv with the id first, and the run only where there are several."""
+    """Return per_image.csv with the id first, and run and size only where there are several."""
     columns = list(zip(*table, strict=True))
-    kept = [one for one in columns if one[0] != "run" or len(set(one[1:])) > 1]
+    kept = [one for one in columns if one[0] not in ("run", "at") or len(set(one[1:])) > 1]
     kept.sort(key=lambda one: one[0] != "id")
     return [list(row) for row in zip(*kept, strict=True)]
 

@@ -10,9 +10,12 @@ import numpy as np
 
 from polyseg.adaptive import recorded_schedule
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
-from polyseg.config import Config, settings_of
+from polyseg.choices import REDUCTIONS, map_of
+from polyseg.commands.donors import unseen_errors
+from polyseg.config import Config, ControlConfig, settings_of
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
+from polyseg.registry import is_own
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import write_schedule
 from polyseg.runs.run_folder import RunDirectory, read_assessments
@@ -74,8 +77,8 @@ def show(path: Path, image: str | None = None) -> Findings:
     notes = []
     if record.config.control.statistics == "batch":
         notes.append(
-            "D_pct and sigma: over all training images; eq. 11 uses those of each batch "
-            "(control.statistics=batch), which --image shows"
+            "D_pct and sigma: over all training images; images are normalised within each batch "
+            "(control.statistics=batch), whose D_pct and sigma --image shows"
         )
     if len(record.labels) > 1:
         notes.append("wrong sign: over all labels together")
@@ -102,6 +105,7 @@ def recompute(
     out: Path | None = None,
     *,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> Findings:
     """Return how the schedule would differ by other settings, and write it where a file is given.
 
@@ -115,6 +119,11 @@ def recompute(
     record = read_record(path)
     if len(record.schedule.epochs) == 0:
         raise PolysegError(f"{path}: has trained no epoch yet, so there is no schedule")
+    if is_own(record.config.control.map) and not trust:
+        raise PolysegError(
+            f"{path}: its control.map {record.config.control.map} is code outside polyseg; --trust "
+            "imports and runs it, if you know where it is from"
+        )
     recomputed = recorded_schedule.recompute(
         record, recorded_schedule.changed_settings(record.config, overrides)
     )
@@ -129,16 +138,23 @@ def recompute(
     return Findings(recorded_schedule.compare(record, recomputed), notes)
 
 
-def validity(path: Path) -> Findings:
+def validity(path: Path, donors: Sequence[Path] = ()) -> Findings:
     """Return for each assessment and score whether it means difficulty.
 
+    Args:
+        path: the run.
+        donors: two runs, each trained on half of the run's training images, for the errors of
+            networks that had not seen the image.
+
     Raises:
-        PolysegError: there is no such run, or a file of it is damaged.
+        PolysegError: there is no such run, a file of it is damaged, or the donors do not fit.
     """
     record = read_record(path)
     last = record.assessments[-1]
     note = f"last assessment: after epoch {last.epoch}; mean over {len(record.assessments)}"
-    return Findings(recorded_schedule.validity(record), [note])
+    ids = list(dict.fromkeys(last.ids))
+    unseen = unseen_errors(path, donors, ids, record.labels) if donors else None
+    return Findings(recorded_schedule.validity(record, unseen), [note])
 
 
 def _committed_schedule(
@@ -156,15 +172,14 @@ def _committed_schedule(
 def _notes_on_equations(record: RunRecord) -> list[str]:
     """Return eq. 11 and 12 with the settings of a run, and which statistics they used."""
     control = record.config.control
-    span = control.epsilon_max - control.epsilon_min
+    statistics = "D_pct and sigma" if control.reduction == "sigma" else "D_pct, sigma and ranks"
     notes = [
-        f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), pct = {control.percentile:g}",
-        f"eq. 12: epsilon = {control.epsilon_min:g} + {span:g} / "
-        f"(1 + exp(-{control.sensitivity:g} D_norm))",
-        "D_pct and sigma: of the batch that the image was in (control.statistics=batch), so "
+        _reduction_note(control),
+        _map_note(control),
+        f"{statistics}: of the batch that the image was in (control.statistics=batch), so "
         "epsilon differs from epoch to epoch"
         if control.statistics == "batch"
-        else "D_pct and sigma: of all training images (control.statistics=dataset)",
+        else f"{statistics}: of all training images (control.statistics=dataset)",
     ]
     schedule = record.schedule
     known = np.isfinite(schedule.percentile_and_sigma()).all(axis=(1, 2))
@@ -175,6 +190,27 @@ def _notes_on_equations(record: RunRecord) -> list[str]:
             "and sigma; epsilon there is that of the first epoch of the row"
         )
     return notes
+
+
+def _reduction_note(control: ControlConfig) -> str:
+    """Return how D was made D_norm."""
+    if control.reduction == "sigma":
+        return (
+            f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), "
+            f"pct = {control.percentile:g}"
+        )
+    return f"D_norm: {REDUCTIONS[control.reduction].help} (control.reduction={control.reduction})"
+
+
+def _map_note(control: ControlConfig) -> str:
+    """Return how D_norm was made epsilon."""
+    low, high, rate = control.epsilon_min, control.epsilon_max, control.sensitivity
+    if control.map == "sigmoid":
+        return f"eq. 12: epsilon = {low:g} + {high - low:g} / (1 + exp(-{rate:g} D_norm))"
+    return (
+        f"epsilon: {map_of(control.map).help} (control.map={control.map}, lambda = {rate:g}, "
+        f"{low:g} to {high:g})"
+    )
 
 
 def _warn_of_another_origin(record: RunRecord) -> None:

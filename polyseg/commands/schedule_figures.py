@@ -8,9 +8,9 @@ import numpy as np
 
 from polyseg.adaptive import recorded_schedule
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
+from polyseg.commands.outcome import Outcome
 from polyseg.commands.schedule import read_record
 from polyseg.errors import PolysegError
-from polyseg.figures.run_figures import Outcome
 from polyseg.figures.schedules import (
     Panel,
     difficulty_panels,

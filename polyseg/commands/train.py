@@ -6,24 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from polyseg.adaptive.recorded_schedule import arm_schedule, replay_seed
 from polyseg.adaptive.replay import fit_schedule, replay_arm
-from polyseg.choices import LOSSES
+from polyseg.choices import REPLAY_ARMS, loss_of
+from polyseg.commands.outcome import Outcome
+from polyseg.commands.schedule import read_record
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.layouts.cases import counted
-from polyseg.data.loading import load_images
+from polyseg.data.loading import load_images, settled
 from polyseg.data.new_split import new_split
-from polyseg.data.splits import PARTS, Split, count_groups
+from polyseg.data.splits import PARTS, Split, group_names, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
-from polyseg.evaluation.testing_networks import score
+from polyseg.evaluation.testing_networks import patients_of, score
 from polyseg.figures import evaluation_files, run_figures
-from polyseg.figures.run_figures import Outcome
+from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
-from polyseg.records import Progress, Schedule, no_progress
-from polyseg.runs.assessment_text import describe_order
+from polyseg.records import Assessment, Progress, Schedule, no_progress
+from polyseg.runs.assessment_text import (
+    describe_order,
+    difficulty_correlations,
+    log_correlations,
+)
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
 from polyseg.runs.run_folder import (
@@ -31,12 +36,12 @@ from polyseg.runs.run_folder import (
     environment,
     new_run_path,
     read_assessments,
-    split_json,
 )
 from polyseg.runs.trained_model import refuse_gone, split_of_run
 from polyseg.runs.weights import network_of
 from polyseg.system.memory import keep_freed_memory
 from polyseg.system.process_group import ALONE, PATIENCE, Processes, together
+from polyseg.training.own_code import recorded_code
 from polyseg.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -65,7 +70,17 @@ _CHANGED_WHEN_TOLD = (
     "training.deterministic",
 )
 """What a run can be given anew without its record telling something untrue of earlier epochs."""
-_DECISIVE = ("polyseg", "torch", "numpy", "monai", "scipy", "processor", "device", "threads")
+_DECISIVE = (
+    "polyseg",
+    "torch",
+    "numpy",
+    "monai",
+    "scipy",
+    "processor",
+    "device",
+    "threads",
+    "own_code",
+)
 """What moves at least the last digits of all that follows."""
 
 
@@ -115,6 +130,7 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     """Return what trains a new run, whose folder is held and begun by the leading process."""
     run = how.run
     config = _settled(config, config.training.epochs)
+    config = config.model_copy(update={"data": settled(config.data)})
     if how.processes.leads:
         run.refuse_occupied()
     images = load_images(config.data, how.progress)
@@ -124,7 +140,7 @@ def _begin(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
     trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
     if how.processes.leads:
         stack.enter_context(run.writing(resume=False))
-        now = environment(trainer.device, how.processes.count)
+        now = environment(trainer.device, how.processes.count) | recorded_code(config)
         recorded = run.begin(config, split_json(split, images.hashes), now)
         stack.enter_context(_LogFile(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
@@ -151,7 +167,8 @@ def _resume(config: Config, how: _How, stack: contextlib.ExitStack) -> Trainer:
             log.info("the images are read from %s, in place of %s", place, former)
         if changes:
             log.warning("not as it was before: %s", "; ".join(changes))
-            run.note_resumption(trainer.epoch, environment(trainer.device, how.processes.count))
+            now = environment(trainer.device, how.processes.count) | recorded_code(trainer.config)
+            run.note_resumption(trainer.epoch, now)
         _log_start(trainer)
     return trainer
 
@@ -165,6 +182,7 @@ def _taken_up(config: Config, how: _How) -> tuple[Trainer, Checkpoint, list[str]
     checkpoint = processes.from_leader(run.checkpoint_to_resume() if processes.leads else None)
     config = resumed_config(config, run, checkpoint, how.accept_changes)
     now = environment(choose_device(config.training.device), processes.count)
+    now |= recorded_code(config)
     changes = run.changes_of_environment(now) if processes.leads else []
     _refuse_changes(run, changes, config.training, how.accept_changes)
     refuse_gone(config.data, run.path)
@@ -234,6 +252,7 @@ def plan(
         )
     else:
         run.refuse_occupied()
+        config = config.model_copy(update={"data": settled(config.data)})
         images = load_images(config.data, progress)
         split = new_split(config, images)
         _schedule_to_replay(config, images, split)
@@ -278,10 +297,33 @@ def _schedule_to_replay(
     terms = config.loss.polydice_terms or 1
     # A run that is to stop early was perhaps recorded by one that did.
     epochs = 1 if config.training.early_stopping else config.training.epochs
-    schedule = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
+    fitted = fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
     if run is not None:
-        return schedule
-    return replay_arm(schedule, control.replay_arm, config.training.seed)
+        return fitted
+    if REPLAY_ARMS[control.replay_arm].of_difficulty:
+        schedule = _arm_of_difficulty(config, images, split, path)
+        return fit_schedule(schedule, split["train"], images.labels, epochs, terms, str(path))
+    return replay_arm(fitted, control.replay_arm, replay_seed(config))
+
+
+def _arm_of_difficulty(config: Config, images: ImageSet, split: Split, path: Path) -> Schedule:
+    """Return the schedule by the D of an arm, with the settings and batches of the new run.
+
+    Raises:
+        PolysegError: the recorded run has no assessments, or others than the settings need.
+    """
+    arm = config.control.replay_arm
+    if not path.is_dir():
+        raise PolysegError(
+            f"{path}: control.replay_arm {arm} needs the assessments of a run; name its folder"
+        )
+    record = read_record(path)
+    if len(record.labels) > 1 and record.labels != list(images.labels):
+        raise PolysegError(
+            f"{path}: control.replay_arm {arm} needs the labels of that run in its order, "
+            f"{', '.join(record.labels)} (data.foreground)"
+        )
+    return arm_schedule(record, config, arm, split["train"])
 
 
 def _recorded(run: Path) -> Schedule:
@@ -302,6 +344,12 @@ def resumed_config(
     recorded = checkpoint.config
     free = _FREE_TO_CHANGE + (_CHANGED_WHEN_TOLD if accept_changes else ())
     config = _settled(config, recorded.training.epochs)
+    found = {
+        name: getattr(recorded.data, name)
+        for name, default in (("size", "auto"), ("foreground", None))
+        if getattr(config.data, name) == default
+    }
+    config = config.model_copy(update={"data": config.data.model_copy(update=found)})
     wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
@@ -332,6 +380,14 @@ def _settled(config: Config, epochs: int) -> Config:
         if path not in (None, "demo")
     }
     changes["data"] = config.data.model_copy(update=paths)
+    for setting, name in config.own_code.items():
+        module, _, attribute = name.rpartition(":")
+        if module.endswith(".py"):
+            section, _, key = setting.partition(".")
+            held = changes.get(section, getattr(config, section))
+            place = f"{Path(module).resolve()}:{attribute}"
+            changes[section] = held.model_copy(update={key: place})
+    config = config.model_copy(update=changes)
     if config.control.replay is not None:
         replay = str(Path(config.control.replay).resolve())
         changes["control"] = config.control.model_copy(update={"replay": replay})
@@ -381,10 +437,12 @@ def _log_start(trainer: Trainer) -> None:
     log.info("run folder %s", trainer.run.path)
     if config.control.replay is not None:
         arm = config.control.replay_arm
+        if arm in ("shuffled", "permuted"):
+            arm += f", seed {replay_seed(config)}"
         log.info("epsilon is replayed from %s (%s): no MC Dropout", config.control.replay, arm)
     empty = sum(not images.item(identity).foreground for identity in split["train"])
     pushes = config.loss.bce_weight > 0 or config.loss.smooth >= 1
-    if empty and "smooth" in LOSSES[config.loss.name].parameters and not pushes:
+    if empty and "smooth" in loss_of(config.loss.name).parameters and not pushes:
         log.warning(
             "%d of %d training masks are empty, and %s with smooth %g hardly learns from them; "
             "set loss.smooth=1, loss.bce_weight above 0, or data.training_slices=foreground",
@@ -405,7 +463,7 @@ def _describe_data(images: ImageSet, split: Split, config: DataConfig) -> str:
     elif any(item.size != item.original_size for item in items):
         size += f" -> {_range_of([item.size for item in items])}"
     counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
-    groups = count_groups([member_of(item) for item in items], config)
+    groups = len(group_names([member_of(item) for item in items], config))
     return f"{what} of {size}: {counts}" + (f"; {counted(groups, 'group')}" if groups else "")
 
 
@@ -441,27 +499,36 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     run, config, images = trainer.run, trainer.config, trainer.images
     files = [run.history]
     evaluation: Evaluation | None = None
-    if trainer.split["test"]:
-        best = network_of(_best_of(trainer), trust=":" in config.network.name).to(trainer.device)
-        ids, size = trainer.split["test"], config.training.batch_size
-        evaluation = Evaluation(score(run.path.name, best, images, ids, size, progress=progress))
+    part = next((one for one in ("test", "val") if trainer.split[one]), None)
+    if part is not None:
+        if part == "val":
+            log.warning(
+                "there is no test set: the metrics are of the validation images, by which the "
+                "best epoch was chosen"
+            )
+        best = network_of(_best_of(trainer), trust=True).to(trainer.device)
+        ids, size = trainer.split[part], config.training.batch_size
+        groups = patients_of(images, config.data)
+        scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
+        evaluation = Evaluation(scores, part=part)
         files += evaluation_files.write_evaluation(
             evaluation, run.evaluation, figures=config.output.figures
         )
     correlations: list[dict[str, Any]] = []
     notes: list[str] = []
+    assessments: Sequence[Assessment] = ()
     if trainer.assessments:
         assessments = read_assessments(run, trainer.assessments)
-        correlations = run_figures.difficulty_correlations(assessments[-1], images.known_difficulty)
-        run_figures.log_correlations(correlations)
+        correlations = difficulty_correlations(assessments[-1], images.known_difficulty)
+        log_correlations(correlations)
         notes = describe_order(assessments[-1])
-        if config.output.figures:
-            kinds = ["difficulty_dice", "difficulty"]
-            files += run_figures.draw_difficulties(assessments, run.figures, kinds)
+    if config.output.figures:
+        limits = (config.control.epsilon_min, config.control.epsilon_max)
+        schedule = read_schedule(run.schedule)
+        records = RunRecords(trainer.history, schedule, assessments, limits)
+        files += run_figures.draw_run(records, run.figures)
+        if assessments:
             files += run_figures.draw_extremes(
                 trainer.network, config, images, assessments[-1], run.figures
             )
-    if config.output.figures:
-        epsilon = np.stack(trainer.recorder.epsilon)
-        files += run_figures.draw_run(trainer.history, epsilon, config, run.figures)
     return Outcome(run.path, files, evaluation, correlations, notes)

@@ -33,8 +33,8 @@ def settings_of(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
         }
 
 
-def template() -> str:
-    """Return a configuration file of all defaults, each with its meaning, unit and bounds."""
+def template(config: Config = Config()) -> str:  # noqa: B008 - it is frozen
+    """Return a configuration file of all settings, each with its meaning, unit and bounds."""
     lines = ["# polyseg configuration; every line may be left out"]
     section: list[str] = []
     for setting in settings_of():
@@ -49,7 +49,10 @@ def template() -> str:
         )
         lines += [f"{indent}# {notes}"]
         lines += [f"{indent}#   {one}: {text}" for one, text in setting["choices"].items()]
-        lines += [f"{indent}{name}: {setting['default']}"]
+        value: Any = config
+        for part in (*head, name):
+            value = getattr(value, part)
+        lines += [f"{indent}{name}: {_yaml_of(value)}"]
     return "\n".join(lines) + "\n"
 
 

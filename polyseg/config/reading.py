@@ -5,6 +5,7 @@ Unknown keys are errors, which name the nearest known one.
 
 import difflib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import (
     ValidationError,
 )
 
+from polyseg.choices import PRESETS
 from polyseg.config.descriptions import settings_of
 from polyseg.config.settings import Config
 from polyseg.errors import PolysegError, reason
@@ -22,12 +24,15 @@ from polyseg.system.yaml import LONGEST_YAML, parse_yaml
 _MOST_PROBLEMS = 5
 
 
-def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and lay dotted overrides over it.
+def load_config(
+    file: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
+) -> Config:
+    """Read a configuration file, lay a preset over it and dotted overrides over both.
 
     Args:
         file: YAML, or None for the defaults.
         overrides: such as "loss.epsilon=0.5"; the value is YAML.
+        preset: a name of `choices.PRESETS`.
 
     Raises:
         PolysegError: names the file or override, the key and what was expected.
@@ -38,12 +43,26 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
     # An empty file is one of defaults.
     tree = {} if tree is None else tree
-    for override in overrides:
+    for override in (*preset_settings(preset), *overrides):
         key, equals, value = override.partition("=")
         if not equals:
             raise PolysegError(f"--set {override}: give key.sub=value, such as loss.epsilon=0.5")
         _lay(tree, key.strip(), _parse_override(value, f"--set {override}"))
     return build_config(tree, str(file) if file else "configuration")
+
+
+def preset_settings(preset: str | None) -> tuple[str, ...]:
+    """Return the settings of a preset, none without one.
+
+    Raises:
+        PolysegError: there is no such preset.
+    """
+    if preset is None:
+        return ()
+    try:
+        return PRESETS.find(preset).settings
+    except ValueError as error:
+        raise PolysegError(f"--preset {error}") from None
 
 
 def build_config(tree: Any, source: str) -> Config:
@@ -75,6 +94,9 @@ def build_config(tree: Any, source: str) -> Config:
 
 
 def _parse_override(value: str, source: str) -> Any:
+    if "foreground" in source:
+        # An unquoted # begins a comment, and a colour is no comment.
+        value = re.sub(r"(?<![\w'\"])#[0-9A-Fa-f]{6}\b(?!['\"])", r'"\g<0>"', value)
     parsed = parse_yaml(value, source)
     if " #" in value and parsed == value.partition(" #")[0].strip():
         raise PolysegError(

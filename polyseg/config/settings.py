@@ -17,8 +17,27 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from polyseg.choices import DEVICES, FREE_SCORES, LOSSES, MODALITIES, REPLAY_ARMS, UNCERTAINTIES
-from polyseg.registry import Registry, listed, not_among
+from polyseg.choices import (
+    DEVICES,
+    FREE_SCORES,
+    LAYOUTS,
+    LOSSES,
+    MAPS,
+    MODALITIES,
+    NETWORKS,
+    NORMALISATIONS,
+    OPTIMIZERS,
+    PAIR_SCORES,
+    REDUCTIONS,
+    REGIONS,
+    REPLAY_ARMS,
+    SCHEDULERS,
+    UNCERTAINTIES,
+    WHOLE_SCORES,
+    loss_of,
+)
+from polyseg.config.label_values import LARGEST_LABEL, name_of, parse_values
+from polyseg.registry import Registry, is_own, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
 
 _LARGEST_SIDE = 8192
@@ -26,11 +45,11 @@ _LARGEST_ARGUMENT = 4096
 _LONGEST_ARGUMENT = 16
 _LONGEST_PATTERN = 200
 _MOST_LABELS = 32
-_MOST_VALUES = 256
-_LARGEST_LABEL = 65_535
 _NO_TEXT = {"Cc", "Cs"}
 """Unicode's control characters and surrogates."""
 _TASK_NAME = re.compile(r"[\w+()-][\w +().-]{0,63}")
+
+_OR_OWN = "or a function of one's own, package.module:function or file.py:function"
 
 MOST_SAMPLES = 10_000
 LARGEST_EPSILON = 100
@@ -49,10 +68,13 @@ def _setting(
 
 
 class OneOf:
-    """The values of a setting that are the names of registries, as they are when it is checked."""
+    """The values of a setting that are the names of registries, as they are when it is checked.
 
-    def __init__(self, *registries: Registry[Any]) -> None:
-        self.registries = registries
+    With `own`, code of one's own is allowed too, "package.module:function" or "file.py:function".
+    """
+
+    def __init__(self, *registries: Registry[Any], own: bool = False) -> None:
+        self.registries, self.own = registries, own
 
     def choices(self) -> dict[str, str]:
         """Return what each allowed name means."""
@@ -64,15 +86,17 @@ class OneOf:
         Raises:
             ValueError: it is not, with the nearest one that is.
         """
-        if value not in self.choices():
-            raise ValueError(not_among(value, self.choices(), self.registries[0].kind))
+        if value not in self.choices() and not (self.own and is_own(value)):
+            also = "; one of your own is package.module:function" if self.own else ""
+            raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + also)
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {**handler(schema), "enum": list(self.choices())}
+        names = {"enum": list(self.choices())}
+        return handler(schema) | ({"anyOf": [names, {"pattern": ":"}]} if self.own else names)
 
 
 class Section(BaseModel):
@@ -96,8 +120,12 @@ class Section(BaseModel):
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
 _FROM_A_LIST = Strict(False)
 """Of the tuple itself; what is in it stays strict."""
-LabelValues = int | Annotated[tuple[int, ...], _FROM_A_LIST]
-Foreground = int | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
+Names = str | Annotated[tuple[str, ...], _FROM_A_LIST] | None
+LabelValue = int | str
+LabelValues = LabelValue | Annotated[tuple[LabelValue, ...], _FROM_A_LIST]
+Foreground = (
+    LabelValue | Annotated[tuple[LabelValues, ...], _FROM_A_LIST] | dict[str, LabelValues] | None
+)
 
 
 class AugmentConfig(Section):
@@ -129,20 +157,15 @@ class DataConfig(Section):
     path: str = _setting(
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
-    layout: Literal["auto", "folders", "suffixes", "nnunet", "decathlon", "manifest"] = _setting(
-        "auto",
-        "how images and masks lie",
-        choices={
-            "auto": "the layout is recognised by what is there",
-            "folders": "folders of images and of masks",
-            "suffixes": "masks beside the images, told apart by their names",
-            "nnunet": "nnU-Net: imagesTr/, labelsTr/ and dataset.json",
-            "decathlon": "Medical Segmentation Decathlon: a dataset.json that lists the files",
-            "manifest": "a CSV file with the columns image and mask",
-        },
+    layout: Annotated[str, OneOf(LAYOUTS)] = _setting("auto", "how images and masks lie")
+    images: Names = _setting(
+        None,
+        "folder of the images: its name, or its path in the data set; a pattern such as *.png; or "
+        "a list of these",
     )
-    images: str | None = _setting(None, "name of the sub-folder of images, where several could be")
-    masks: str | None = _setting(None, "name of the sub-folder of masks, where several could be")
+    masks: Names = _setting(
+        None, "the same for the masks; of a list, masks of one image are united"
+    )
     unmasked: Literal["refuse", "empty", "skip"] = _setting(
         "refuse",
         "what happens to an image without a mask",
@@ -161,13 +184,36 @@ class DataConfig(Section):
             "sagittal": "slices across the axis from left to right",
         },
     )
+    orientation: Literal["auto", "tag", "stored"] = _setting(
+        "auto",
+        "whether pictures are turned as their orientation tag (EXIF, TIFF) says",
+        choices={
+            "auto": "they are turned; an error where image and mask have different tags and their "
+            "sizes do not tell which is right",
+            "tag": "images and masks are turned by their own tags",
+            "stored": "images and masks are taken as stored",
+        },
+    )
+    channels: Literal["auto", "gray"] = _setting(
+        "auto",
+        "channels of the images",
+        choices={
+            "auto": "those of the files; gray images among RGB ones become RGB",
+            "gray": "one: RGB becomes gray by the luma weights 0.299, 0.587, 0.114, other channels "
+            "their mean",
+        },
+    )
     training_slices: Literal["all", "foreground"] = _setting(
         "all",
         "images and slices that are trained on",
         choices={"all": "all of them", "foreground": "only those with foreground"},
     )
-    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | None = _setting(
-        128, "this square, or [height, width]; null keeps images as they are", "pixels"
+    size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | Literal["auto"] | None = _setting(
+        "auto",
+        "size that the network sees: this square, or [height, width]; auto: the images' median "
+        "size, sides in proportion, at most 256 and multiples of 16 (128 for the demo), which a "
+        "run records; null keeps images as they are",
+        "pixels",
     )
     fit: Literal["resize", "tile"] = _setting(
         "resize",
@@ -197,7 +243,10 @@ class DataConfig(Section):
         None, "split.json of a run or of `polyseg data split`, or splits_final.json of nnU-Net"
     )
     group: str | None = _setting(
-        None, "regular expression; images in whose id it finds the same text stay together"
+        "auto",
+        "images that stay together in a split: auto: those of one patient, by a folder for each or "
+        "the first number in their names that further numbers follow; none: each by itself; or a "
+        "regular expression: those in whose id it finds the same text",
     )
     duplicates: Literal["refuse", "allow-near", "allow"] = _setting(
         "refuse",
@@ -210,19 +259,12 @@ class DataConfig(Section):
     )
     foreground: Foreground = _setting(
         None,
-        "label values that count: one, a list of several tasks, a list of lists that unites "
-        "values, or a mapping of names to them; null: masks are 0/1 or 0/255",
+        "label values that count: a number, a range such as 1-300, nonzero, or a colour such as "
+        "'#FF0000'; a list of several tasks, a list of lists that unites values, or a mapping of "
+        "names to them; null: masks are 0/1 or 0/255",
     )
-    normalise: Literal["zscore", "unit", "percentile", "dataset", "window"] = _setting(
-        "zscore",
-        "how the values of an image are normalised",
-        choices={
-            "zscore": "mean 0 and deviation 1 per image and channel",
-            "unit": "full range of the pixel type to [0, 1]",
-            "percentile": "1st and 99th percentile of the image to [0, 1], clipped",
-            "dataset": "mean 0 and deviation 1 over the training images",
-            "window": "data.window to [0, 1], clipped",
-        },
+    normalise: Annotated[str, OneOf(NORMALISATIONS)] = _setting(
+        "zscore", "how the values of an image are normalised"
     )
     window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
         (-160.0, 240.0), "lowest and highest value of normalise=window, such as Hounsfield units"
@@ -271,24 +313,24 @@ class DataConfig(Section):
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
         if self.fit == "tile" and self.size is None:
             raise ValueError("data.fit: tiles need a data.size")
-        if self.group is not None:
-            _check_pattern(self.group)
+        if self.group_pattern is not None:
+            _check_pattern(self.group_pattern)
         return self
 
     @model_validator(mode="after")
     def _labels_are_told_apart(self) -> Self:
         if self.foreground is None:
             return self
-        values = [value for task in self.tasks.values() for value in task]
         given = self.foreground if isinstance(self.foreground, tuple | dict) else (1,)
-        if not all(self.tasks.values()) or not values:
+        if not all(self.tasks.values()) or not self.tasks:
             raise ValueError("data.foreground: a task without a label value")
         if len({frozenset(task) for task in self.tasks.values()}) != len(given):
             raise ValueError("data.foreground: two tasks are the same")
-        if len(self.tasks) > _MOST_LABELS or len(values) > _MOST_VALUES:
-            raise ValueError(f"data.foreground: at most {_MOST_LABELS} tasks")
-        if not 1 <= min(values) <= max(values) <= _LARGEST_LABEL:
-            raise ValueError(f"data.foreground: label values are from 1 to {_LARGEST_LABEL}")
+        if len(self.tasks) > _MOST_LABELS:
+            raise ValueError(
+                f"data.foreground: {len(self.tasks)} tasks; at most {_MOST_LABELS}. For one task "
+                "of many values give a range such as 1-300, or nonzero"
+            )
         # Names become parts of the names of files.
         if not all(_TASK_NAME.fullmatch(name) for name in self.tasks):
             raise ValueError(
@@ -296,6 +338,11 @@ class DataConfig(Section):
                 "first no dot"
             )
         return self
+
+    @property
+    def group_pattern(self) -> str | None:
+        """Regular expression that finds an image's group in its id; None where none is given."""
+        return None if self.group in (None, "auto", "none") else self.group
 
     @property
     def tasks(self) -> dict[str, tuple[int, ...]]:
@@ -307,10 +354,29 @@ class DataConfig(Section):
         given = self.foreground
         if given is None:
             return {}
-        if isinstance(given, dict):
-            return {name: _as_tuple(one) for name, one in given.items()}
-        several = given if isinstance(given, tuple) else (given,)
-        return {"+".join(map(str, _as_tuple(one))): _as_tuple(one) for one in several}
+        if not isinstance(given, dict):
+            several = given if isinstance(given, tuple) else (given,)
+            given = {name_of(_as_tuple(one)): one for one in several}
+        return {
+            name: tuple(dict.fromkeys(n for entry in _as_tuple(one) for n in parse_values(entry)))
+            for name, one in given.items()
+        }
+
+    def written(self, binary: int) -> dict[str, int]:
+        """Return the value that predictions hold for each task, which is its first.
+
+        Args:
+            binary: the value for a single task whose first value is 0, nonzero or a colour; the
+                values of several such tasks are 1, 2, ...
+
+        >>> [DataConfig(foreground=one).written(255) for one in ((2, 7), "nonzero")]
+        [{'2': 2, '7': 7}, {'nonzero': 255}]
+        """
+        first = {name: values[0] for name, values in (self.tasks or {"": (binary,)}).items()}
+        if all(1 <= value <= LARGEST_LABEL for value in first.values()):
+            return first
+        numbers = [binary] if len(first) == 1 else range(1, len(first) + 1)
+        return dict(zip(first, numbers, strict=True))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -325,9 +391,8 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network and its dropout."""
 
-    name: str = _setting(
-        "unet",
-        "unet, basic-unet, attention-unet, dynunet, segresnet, or package.module:factory",
+    name: Annotated[str, OneOf(NETWORKS, own=True)] = _setting(
+        "unet", "the network, or a factory of your own as package.module:factory"
     )
     dropout: float = _setting(0.2, "dropout rate; 0 leaves none", ge=0, lt=1)
     dropout_kind: Literal["channel", "element"] = _setting(
@@ -368,7 +433,9 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """The loss."""
 
-    name: Annotated[str, OneOf(LOSSES)] = _setting("polydice1", "loss of each image")
+    name: Annotated[str, OneOf(LOSSES, own=True)] = _setting(
+        "polydice1", f"loss of each image; {_OR_OWN}, of (logits, mask, epsilon)"
+    )
     epsilon: float = _setting(
         0.0, "steepness until the first assessment, and without control always", ge=-0.5, le=100
     )
@@ -399,7 +466,7 @@ class LossConfig(Section):
     @property
     def has_epsilon(self) -> bool:
         """Whether the loss depends on epsilon."""
-        return LOSSES[self.name].has_epsilon
+        return loss_of(self.name).has_epsilon
 
     @property
     def polydice_terms(self) -> int:
@@ -421,19 +488,13 @@ class UncertaintyConfig(Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, OneOf(UNCERTAINTIES, FREE_SCORES)] = _setting(
-        "mutual_information", "pixel map whose mean over the region is the difficulty D"
+    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES, own=True)] = _setting(
+        "mutual_information",
+        "the difficulty D: a pixel map, whose mean over the region it is, or a score of the whole "
+        f"image; {_OR_OWN}, of (moments, mask), or of (probability, mask) of each pass",
     )
-    region: Literal["mask", "prediction", "union", "boundary", "image"] = _setting(
-        "mask",
-        "pixels that D is averaged over; where there are none, those of the prediction",
-        choices={
-            "mask": "foreground of the mask",
-            "prediction": "pixels with a mean prediction of at least 0.5",
-            "union": "both",
-            "boundary": "a band on either side of the edge of the mask",
-            "image": "all pixels",
-        },
+    region: Annotated[str, OneOf(REGIONS)] = _setting(
+        "mask", "pixels that D is averaged over; where there are none, those of the prediction"
     )
     boundary_width: int = _setting(
         3, "half width of the band of region boundary", "pixels", ge=1, le=64
@@ -466,10 +527,20 @@ class UncertaintyConfig(Section):
     )
     save_maps: bool = _setting(False, "keep the pixel maps in the assessment files")
 
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _refuse_pairs(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in PAIR_SCORES:
+            raise ValueError(
+                f"{value} compares all pairs of passes and is no difficulty to train by; "
+                f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` measure it"
+            )
+        return value
+
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric in UNCERTAINTIES
+        return self.metric not in FREE_SCORES
 
 
 class ControlConfig(Section):
@@ -482,8 +553,18 @@ class ControlConfig(Section):
         0.2, "E0, first assessment: whole epochs, or a share of them below 1", "epochs", ge=0
     )
     every: int = _setting(5, "tau, epochs between assessments", "epochs", ge=1)
+    reduction: Annotated[str, OneOf(REDUCTIONS)] = _setting(
+        "sigma", "how the difficulties of images are made comparable: D_norm"
+    )
     percentile: float = _setting(50.0, "pct of eq. 11", "percent", ge=0, le=100)
-    sensitivity: float = _setting(1.0, "lambda of eq. 12", ge=0, le=1000)
+    map: Annotated[str, OneOf(MAPS, own=True)] = _setting(
+        "sigmoid",
+        f"how D_norm becomes epsilon; {_OR_OWN}, of (normalised, epsilon_min, epsilon_max, "
+        "sensitivity)",
+    )
+    sensitivity: float = _setting(
+        1.0, "lambda of eq. 12: how strongly epsilon follows D_norm", ge=0, le=1000
+    )
     epsilon_min: float = _setting(
         -0.4, "epsilon that the easiest images tend to", ge=-0.5, le=LARGEST_EPSILON
     )
@@ -492,7 +573,8 @@ class ControlConfig(Section):
     )
     statistics: Literal["batch", "dataset"] = _setting(
         "batch",
-        "images that percentile and sigma of eq. 11 are taken over",
+        "images that are normalised together: percentile, sigma or ranks, and the mean weight, "
+        "are over these",
         choices={
             "batch": "those of the batch",
             "dataset": "all training images, at the assessment",
@@ -505,12 +587,21 @@ class ControlConfig(Section):
     replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
         "recorded", "which image gets which of the replayed epsilons"
     )
+    replay_seed: int | None = _setting(
+        None, "random seed of replay_arm shuffled and permuted; null: training.seed", ge=0, le=2**31
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.epsilon_min > self.epsilon_max:
             raise ValueError(
                 f"control.epsilon_min {self.epsilon_min} is above epsilon_max {self.epsilon_max}"
+            )
+        if self.map == "weight" and not self.epsilon_min < 0 < self.epsilon_max:
+            raise ValueError(
+                f"control.map weight needs control.epsilon_min {self.epsilon_min} below 0 and "
+                f"control.epsilon_max {self.epsilon_max} above 0, because the mean weight "
+                "1 + 2 epsilon is 1"
             )
         if self.start >= 1 and self.start != int(self.start):
             raise ValueError(f"control.start {self.start}: whole epochs, or a share below 1")
@@ -533,24 +624,10 @@ class TrainingConfig(Section):
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
     batch_size: int = _setting(8, "images a step", "images", ge=1, le=4096)
     learning_rate: float = _setting(3e-3, "at the start", gt=0, le=10)
-    optimizer: Literal["adamw", "adam", "sgd"] = _setting(
-        "adamw",
-        "optimizer",
-        choices={
-            "adamw": "Adam with decoupled weight decay",
-            "adam": "Adam, with weight decay in the gradient",
-            "sgd": "gradient descent with Nesterov momentum 0.9",
-        },
-    )
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = _setting("adamw", "optimizer")
     weight_decay: float = _setting(1e-2, "of the optimizer", ge=0, le=1)
-    scheduler: Literal["cosine", "polynomial", "constant"] = _setting(
-        "cosine",
-        "learning rate over the epochs",
-        choices={
-            "cosine": "falls to 1 % as a cosine",
-            "polynomial": "falls to 0 as (1 - e/E)^0.9, e epochs of E done",
-            "constant": "stays",
-        },
+    scheduler: Annotated[str, OneOf(SCHEDULERS)] = _setting(
+        "cosine", "learning rate over the epochs"
     )
     early_stopping: int = _setting(
         0, "end after so many epochs without a better validation Dice; 0: never", "epochs", ge=0
@@ -695,6 +772,17 @@ class Config(Section):
         return self.control.enabled
 
     @property
+    def own_code(self) -> dict[str, str]:
+        """The settings that name code outside polyseg, and what they name."""
+        named = {
+            "network.name": self.network.name,
+            "loss.name": self.loss.name,
+            "uncertainty.metric": self.uncertainty.metric,
+            "control.map": self.control.map,
+        }
+        return {setting: name for setting, name in named.items() if ":" in name}
+
+    @property
     def assesses(self) -> bool:
         """Whether epsilon is adapted by assessments of the run's own."""
         return self.adaptive and self.control.replay is None
@@ -709,8 +797,8 @@ def _has_none_of_something(values: list[Any]) -> bool:
     return any(type(value) is int and value < 1 for value in values)
 
 
-def _as_tuple(values: LabelValues) -> tuple[int, ...]:
-    return (values,) if isinstance(values, int) else values
+def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
+    return (values,) if isinstance(values, int | str) else values
 
 
 def _check_pattern(pattern: str) -> None:

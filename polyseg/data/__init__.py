@@ -1,1 +1,1 @@
-"""From image files to batches: layouts, formats, masks, splits, augmentation, data sets."""
+"""Turn image files into batches: layouts, formats, masks, splits, augmentation, data sets."""

@@ -30,7 +30,7 @@ Gray = NDArray[np.float64]
 """(H, W, C), 0 at the image's 1st percentile and 1 at its 99th."""
 
 STRENGTHS = (0, 1, 2, 3, 4, 5)
-"""From none to severe."""
+"""Strengths, from none to severe."""
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0.03, 0.06, 0.1, 0.17, 0.28),  # deviation

@@ -1,4 +1,4 @@
-"""The images of a run, decoded once, and batches of them."""
+"""Hold the images of a run, decoded once, and make batches of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from polyseg.config import DataConfig
 from polyseg.data.duplicates import Likeness, likeness_of
-from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.data.pixel_store import Image, Masks, MemoryStore, Store
-from polyseg.data.preprocessing import Levels, cut_patch, levels_of, pooled_levels
+from polyseg.data.preprocessing import Kept, Levels, cut_patch, levels_of, pooled_levels
 from polyseg.data.splits import Member
 from polyseg.errors import PolysegError
 from polyseg.records import Batch
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BYTES_OF_PHANTOMS = {"ultrasound": 2, "endoscopy": 4}
-"""Of a pixel of image and mask."""
+"""Bytes of memory for a pixel of a phantom and its mask."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,16 @@ class Repeatable:
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of an image besides its pixels."""
+    """Facts about an image besides its pixels."""
 
     id: str
     size: tuple[int, int]
     channels: int
     likeness: Likeness
-    """Of the pixels before resizing."""
+    """Hashes of the pixels before resizing."""
     levels: Levels
     shares: tuple[float, ...] | None
-    """Of the pixels, before resizing, that have each of the labels; None without masks."""
+    """Share of the pixels, before resizing, that have each label; None without masks."""
     original_size: tuple[int, int]
     """Before it was resized."""
     bits: int = 8
@@ -56,6 +55,8 @@ class Item:
     group: str | None = None
     known_difficulty: float | None = None
     """For phantoms."""
+    kept: Kept | None = None
+    """What resizing keeps of the foreground, where it makes the image smaller."""
 
     @property
     def foreground(self) -> float | None:
@@ -79,12 +80,14 @@ class ImageSet:
     items: Sequence[Item]
     store: Store
     channels: int
-    """Of every image, gray ones among RGB repeated."""
+    """Number of channels of every image; gray images among RGB ones are repeated."""
     labels: tuple[str, ...] = ("",)
     """Names of the K channels of the masks."""
     tiling: Tiling | None = None
     levels: Levels | None = None
-    """Of all images, where each does not have its own."""
+    """Levels of all images, where each does not have its own."""
+    read_original: Callable[[str], tuple[Image, Masks | None]] | None = None
+    """Function that reads an image, by id, as its file holds it; None where all are kept so."""
 
     @cached_property
     def ids(self) -> list[str]:
@@ -134,6 +137,27 @@ class ImageSet:
     def masks(self, identity: str) -> Masks | None:
         """Return the masks of an image, (K, H, W), or None where it has none."""
         return self.store.get(self.index[identity])[1]
+
+    def original(self, identity: str) -> tuple[Image, Masks | None]:
+        """Return an image, (H, W, C), and its masks, (K, H, W), at the size of its file."""
+        item = self.item(identity)
+        if self.read_original is None or item.size == item.original_size:
+            return self.pixels(identity), self.masks(identity)
+        image, masks = self.read_original(identity)
+        return self._with_channels(image), masks
+
+    def original_spacing(self, identity: str) -> tuple[float, float] | None:
+        """Return the millimetres between rows and between columns of an image's file, if known."""
+        item = self.item(identity)
+        if item.spacing is None:
+            return None
+        rows, columns = (
+            spacing * size / original
+            for spacing, size, original in zip(
+                item.spacing, item.size, item.original_size, strict=True
+            )
+        )
+        return rows, columns
 
     def sample(self, identity: str) -> "tuple[Tensor, Tensor]":
         """Return an image, (C, H, W) float32 normalised, and its masks, (K, H, W) uint8.
@@ -247,7 +271,7 @@ def item_of(
 def image_set(
     items: Sequence[Item], store: Store, config: DataConfig, channels: int | None = None
 ) -> ImageSet:
-    """Put a set together; without a wish for channels, all become RGB if some are.
+    """Return a set of images; without a number of channels, all become RGB if some are.
 
     Raises:
         PolysegError: there are no images, or their channels do not go together.
@@ -261,7 +285,8 @@ def image_set(
         seen = " and ".join(map(str, found))
         raise PolysegError(
             f"data: the images have {seen} channels, such as {(odd or items[0]).id}; expected "
-            f"{channels} in each" + (" (or gray)" if channels == 3 else "")
+            f"{channels} in each{' (or gray)' if channels == 3 else ''}; data.channels=gray makes "
+            "each gray"
         )
     tiled = config.fit == "tile" and config.size is not None
     tiling = Tiling(_pair(config.size), config.tile_foreground) if tiled else None
@@ -305,9 +330,12 @@ def make_demo(config: DataConfig) -> ImageSet:
         PolysegError: several labels are asked for, of which phantoms have one, or more phantoms
             than memory holds.
     """
+    from polyseg.data.phantoms.phantom_sets import make_phantoms
+
     if len(config.labels) > 1:
         raise PolysegError("data.foreground: the demo's masks are 0/1; leave it out")
-    size = _pair(config.size) if config.size is not None and config.fit == "resize" else (128, 128)
+    sized = config.size not in (None, "auto") and config.fit == "resize"
+    size = _pair(config.size) if sized else (128, 128)
     refuse_beyond_memory(
         config.demo_images * size[0] * size[1] * _BYTES_OF_PHANTOMS[config.demo_modality],
         f"data.demo_images: {config.demo_images:,} images of {size[0]} x {size[1]}, with masks,",
@@ -323,7 +351,7 @@ def make_demo(config: DataConfig) -> ImageSet:
     )
 
 
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int]:
-    if size is None:
-        raise ValueError("there is no size")
+def _pair(size: int | tuple[int, int] | str | None) -> tuple[int, int]:
+    if size is None or isinstance(size, str):
+        raise ValueError(f"data.size is {size}; expected a number, or height and width")
     return (size, size) if isinstance(size, int) else size

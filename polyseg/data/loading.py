@@ -1,10 +1,11 @@
-"""From files to a set of images: find, read, resize, and keep in memory or on disk."""
+"""Find, read and resize the images of a data set, and keep them in memory or on disk."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -19,10 +20,14 @@ from polyseg import __version__
 from polyseg.config import DataConfig
 from polyseg.data.dataset import ImageSet, Item, image_set, item_of, make_demo
 from polyseg.data.duplicates import Likeness
+from polyseg.data.formats.images import as_stored
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
-from polyseg.data.layouts.cases import Case
-from polyseg.data.layouts.folders import find_cases, find_unlabelled, holds_masks
-from polyseg.data.masks import to_masks, unite
+from polyseg.data.formats.stacks import Stack
+from polyseg.data.groups import with_groups
+from polyseg.data.layouts.cases import Case, Layout
+from polyseg.data.layouts.known_layouts import find_cases, holds_masks
+from polyseg.data.layouts.unlabelled import find_unlabelled
+from polyseg.data.masks import UnclearValuesError, to_masks, told_once, unite
 from polyseg.data.pixel_store import (
     DTYPES,
     DiskStore,
@@ -34,7 +39,15 @@ from polyseg.data.pixel_store import (
     index_of,
     writing_store,
 )
-from polyseg.data.preprocessing import Levels, resize_image, resize_mask
+from polyseg.data.preprocessing import (
+    Kept,
+    Levels,
+    as_gray,
+    auto_size,
+    kept_foreground,
+    resize_image,
+    resize_mask,
+)
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
 from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
@@ -42,10 +55,14 @@ from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
 log = logging.getLogger(__name__)
 
 _MOST_PROBLEMS = 50
-_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom")
+_ALIKE = 4
+"""Files with the same mistake from which on they are told in one line."""
+_SAMPLED = 101
+_SMALL_LOSS = 0.03
+_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom", "SimpleITK")
 # What the kept pixels follow from, besides the files.
-_DECISIVE = ("size", "fit", "plane", "normalise", "window")
-_SCHEMA = 1
+_DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "window")
+_SCHEMA = 2
 """Raised when the same files and settings give another content."""
 _STALE_SECONDS = 24 * 3600
 _NAME = re.compile(r"[0-9a-f]{64}\.images")
@@ -57,7 +74,7 @@ MEGABYTE = 10**6
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image on its way from its file to where it is kept."""
+    """An image that was read and resized."""
 
     item: Item
     image: Image
@@ -72,19 +89,69 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
     """
     if config.path == "demo":
         return make_demo(config)
-    layout = find_cases(
-        Path(config.path),
-        **{name: getattr(config, name) for name in LAYOUT_SETTINGS},
-    )
+    layout = found_cases(config)
+    config = settled(config, layout)
     log.info("%s: %s", config.path, layout.name)
     for note in layout.notes:
         log.info("%s", note)
     if len(layout.labels) > 1 and config.foreground is None:
         named = ", ".join(f"{name}: {value}" for name, value in layout.labels.items())
         log.info("labels of %s; data.foreground={%s} makes a task of each", config.path, named)
-    images = read_cases(layout.cases, config, progress, problems=layout.problems)
+    cases, line = grouped(layout.cases, config)
+    if line:
+        log.warning("%s", line)
+    images = read_cases(cases, config, progress, problems=layout.problems)
     _tell(images, config)
     return images
+
+
+def found_cases(config: DataConfig) -> Layout:
+    """Return the cases that the settings name.
+
+    Raises:
+        PolysegError: the folder is of no known layout, or could be of several.
+    """
+    return find_cases(
+        Path(config.path), **{name: getattr(config, name) for name in LAYOUT_SETTINGS}
+    )
+
+
+def grouped(cases: Sequence[Case], config: DataConfig) -> tuple[list[Case], str]:
+    """Return cases with the groups that data.group=auto finds, and a line about them or none."""
+    if config.group != "auto":
+        return list(cases), ""
+    found, guess = with_groups(cases, config.split_file is not None)
+    return found, "" if guess is None else guess.line(len(found))
+
+
+def settled(config: DataConfig, layout: Layout | None = None) -> DataConfig:
+    """Return the settings with what follows from the data: the size of auto, and regions as tasks.
+
+    A run records these, so that predictions, which see other images, use the same.
+
+    Raises:
+        PolysegError: the folder is of no known layout, or could be of several.
+    """
+    auto = config.size == "auto"
+    if config.path == "demo":
+        return config.model_copy(update={"size": 128}) if auto else config
+    layout = layout or found_cases(config)
+    changes: dict[str, Any] = {}
+    if layout.regions and config.foreground is None:
+        changes["foreground"] = dict(layout.regions)
+        log.info("%s: the regions of dataset.json are tasks: %s", config.path, layout.regions)
+    if auto:
+        changes["size"] = _auto_size(layout.cases, config)
+    return config.model_copy(update=changes)
+
+
+def _auto_size(cases: Sequence[Case], config: DataConfig) -> tuple[int, int]:
+    """Return the median size of the images, of at most 101 cases at even distances."""
+    sizes = []
+    for case in cases[:: -(-len(cases) // _SAMPLED)] if cases else ():
+        with contextlib.suppress(PolysegError):  # It is told when all are read.
+            sizes.append(read_image_stack(case.images[0], config.plane).pixels.shape[1:3])
+    return auto_size(sizes) if sizes else (128, 128)
 
 
 def load_others(
@@ -122,8 +189,29 @@ def read_cases(
         PolysegError: all the problems of the files, joined, after those found before.
     """
     found = list(problems)
+    if config.size == "auto":
+        config = config.model_copy(update={"size": _auto_size(cases, config)})
     items, store = _keep(cases, config, _samples(cases, config, found, progress), found)
-    return image_set(items, store, config, channels)
+    images = image_set(items, store, config, channels)
+    return dataclasses.replace(images, read_original=_OriginalReader(cases, config))
+
+
+class _OriginalReader:
+    """Reads an image and its masks from their files again; slices of one volume together."""
+
+    def __init__(self, cases: Sequence[Case], config: DataConfig) -> None:
+        self.cases, self.config = {case.id: case for case in cases}, config
+        self.last: dict[str, tuple[Image, Masks | None]] = {}
+
+    def __call__(self, identity: str) -> tuple[Image, Masks | None]:
+        """Return (H, W, C) and (K, H, W), by the id of the image."""
+        if identity not in self.last:
+            case = self.cases.get(identity) or self.cases[identity.rpartition("#")[0]]
+            self.last = {}  # Before others are read, so that memory holds one volume.
+            self.last = {
+                name: (pixels, masks) for name, pixels, masks, _ in read_case(case, self.config)
+            }
+        return self.last[identity]
 
 
 def scan_cases(
@@ -150,6 +238,8 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
         PolysegError: a file cannot be read, or files of the case do not fit one another.
     """
     stacks = [read_image_stack(path, config.plane) for path in case.images]
+    labels = [read_label_stack(path, config.plane) for path in case.masks or ()]
+    stacks, labels = _of_one_orientation(case, stacks, labels, config)
     first = stacks[0].pixels.shape
     for path, stack in zip(case.images, stacks, strict=True):
         if stack.pixels.shape[:3] != first[:3]:
@@ -160,13 +250,41 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
     pixels = np.concatenate([stack.pixels for stack in stacks], axis=3)
     if pixels.dtype.name not in DTYPES:
         pixels = pixels.astype(np.float32)
-    masks = _masks_of(case, config, pixels.shape[:3])
+    if config.channels == "gray":
+        pixels = as_gray(pixels)
+    masks = _masks_of(case, labels, config, pixels.shape[:3])
     for k, image in enumerate(pixels):
         identity = case.id if len(pixels) == 1 else f"{case.id}#{k:03d}"
         yield identity, image, None if masks is None else masks[k], stacks[0].spacing
 
 
-def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks | None:
+def _of_one_orientation(
+    case: Case, images: list[Stack], labels: list[Stack], config: DataConfig
+) -> tuple[list[Stack], list[Stack]]:
+    """Return images and labels, turned as their orientation tags (EXIF) say or as stored.
+
+    Raises:
+        PolysegError: image and mask have different tags, and their sizes do not tell which is so.
+    """
+    if config.orientation == "stored":
+        return list(map(as_stored, images)), list(map(as_stored, labels))
+    for path, label in zip(case.masks or (), labels, strict=True):
+        image, sides = images[0], slice(1, 3)
+        alike = label.turned == image.turned or config.orientation == "tag"
+        fits = image.pixels.shape[sides] == label.pixels.shape[sides]
+        stored = [as_stored(one).pixels.shape[sides] for one in (image, label)]
+        if not alike and (stored[0] == stored[1] or not fits):
+            raise PolysegError(
+                f"{case.images[0]}: has the orientation tag {image.turned} (EXIF), its mask "
+                f"{path.name} {label.turned}; say data.orientation=stored if masks were drawn on "
+                "the pixels as stored, or =tag if on the turned image"
+            )
+    return images, labels
+
+
+def _masks_of(
+    case: Case, labels: Sequence[Stack], config: DataConfig, shape: tuple[int, ...]
+) -> Masks | None:
     """Return (N, K, H, W), or None for a case without masks."""
     if case.masks is None:
         return None
@@ -175,14 +293,13 @@ def _masks_of(case: Case, config: DataConfig, shape: tuple[int, ...]) -> Masks |
     if not case.masks:
         return np.zeros((count, len(config.labels), height, width), dtype=np.uint8)
     masks = []
-    for path in case.masks:
-        labels = read_label_stack(path, config.plane).pixels
-        if labels.shape != shape:
+    for path, label in zip(case.masks, labels, strict=True):
+        if label.pixels.shape != shape:
             raise PolysegError(
-                f"{path}: is {_sides(labels.shape)}, its image {case.images[0].name} "
+                f"{path}: is {_sides(label.pixels.shape)}, its image {case.images[0].name} "
                 f"{_sides(shape)}; they must be of one size"
             )
-        masks.append(to_masks(labels, path, foreground))
+        masks.append(to_masks(label.pixels, path, foreground))
     return masks[0] if len(masks) == 1 else unite(masks)
 
 
@@ -190,14 +307,18 @@ def _samples(
     cases: Sequence[Case], config: DataConfig, problems: list[str], progress: Progress
 ) -> Iterator[Sample]:
     """Yield what can be read, and note what cannot."""
+    unclear: list[UnclearValuesError] = []
     for done, case in enumerate(cases, start=1):
         try:
             slices = list(read_case(case, config))
             for identity, pixels, masks, spacing in slices:
                 yield _prepare(identity, pixels, masks, spacing, case, config, len(slices) > 1)
+        except UnclearValuesError as error:
+            unclear.append(error)
         except PolysegError as error:
             problems.append(str(error))
         progress("reading images", done, len(cases))
+    problems += told_once(unclear)
 
 
 def _prepare(
@@ -210,12 +331,15 @@ def _prepare(
     sliced: bool,
 ) -> Sample:
     """Return a slice as it is kept."""
-    image, kept_masks, (height, width) = pixels, masks, pixels.shape[:2]
+    image, kept_masks, kept = pixels, masks, None
+    height, width = pixels.shape[:2]
     if config.size is not None and config.fit == "resize":
-        size = (config.size, config.size) if isinstance(config.size, int) else config.size
+        size = _pair(config.size)
         image = resize_image(pixels, size)
         if masks is not None:
             kept_masks = np.stack([resize_mask(mask, size) for mask in masks])
+            if size[0] < height or size[1] < width:
+                kept = kept_foreground(masks, kept_masks)
         if spacing is not None:
             spacing = (spacing[0] * height / size[0], spacing[1] * width / size[1])
     item = item_of(
@@ -228,6 +352,7 @@ def _prepare(
         spacing=spacing,
         part=case.part,
         group=case.group or (case.id if sliced else None),
+        kept=kept,
     )
     # Copies, so that a slice does not hold the whole volume in memory.
     if sliced:
@@ -325,10 +450,31 @@ def _tell(images: ImageSet, config: DataConfig) -> None:
     elif isinstance(images.store, MemoryStore):
         size = sum(image.nbytes for image in images.store.images) / MEGABYTE
         log.info("%d images in memory, %.0f MB", count, size)
+    if line := lost_foreground(images.items):
+        log.warning("%s", line)
     for k, label in enumerate(images.labels if images.has_masks else ()):
         if not any(item.shares and item.shares[k] for item in images.items):
             what = f"of {label}" if label else "at all"
             log.warning("no mask has any foreground %s; see data.foreground", what)
+
+
+def lost_foreground(items: Sequence[Item]) -> str:
+    """Return a line where resizing loses more than a few per cent of the foreground, else none."""
+    found = [(item, item.kept) for item in items if item.kept is not None and item.foreground]
+    weights = [sum(item.shares or ()) * math.prod(item.original_size) for item, _ in found]
+    if not found:
+        return ""
+    area = sum(weight * kept.area for weight, (_, kept) in zip(weights, found, strict=True))
+    lost, objects = (sum(getattr(kept, name) for _, kept in found) for name in ("lost", "objects"))
+    share = max(0.0, 1 - area / sum(weights))
+    if max(share, lost / max(1, objects)) <= _SMALL_LOSS:
+        return ""
+    height, width = found[0][0].size
+    return (
+        f"resizing to {height} x {width} loses {lost} of {objects} objects and {100 * share:.0f} % "
+        "of the foreground's area; data.fit=tile with data.size=256 keeps the images' resolution, "
+        "or set a larger data.size"
+    )
 
 
 def _cache_folder(config: DataConfig) -> Path:
@@ -370,9 +516,32 @@ def _version(package: str) -> str | None:
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        lines = [line for problem in problems for line in problem.splitlines()]
+        lines = _merged([line for problem in problems for line in problem.splitlines()])
         more = len(lines) - _MOST_PROBLEMS
         raise PolysegError(*lines[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
+
+
+def _merged(lines: Sequence[str]) -> list[str]:
+    """Return lines in which the same mistake of many files is told once.
+
+    >>> _merged([f"images/{k}.png: is cut short at {k} bytes" for k in range(9)])
+    ['images/0.png: is cut short at 0 bytes (so are 8 more files: 1.png, 2.png, 3.png, ...)']
+    """
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        _, colon, what = line.partition(": ")
+        key = re.sub(r"\S+\.\w+|\d+", "#", what) if colon else line
+        alike.setdefault(key, []).append(line)
+    merged = []
+    for found in alike.values():
+        if len(found) < _ALIKE:
+            merged += found
+            continue
+        names = [Path(line.partition(": ")[0]).name for line in found[1:4]]
+        more = ", ..." if len(found) > 4 else ""
+        count = f"so are {len(found) - 1} more files: {', '.join(names)}{more}"
+        merged.append(f"{found[0]} ({count})")
+    return merged
 
 
 def _to_plain(item: Item) -> dict[str, Any]:
@@ -394,6 +563,7 @@ def _from_plain(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
                     tuple(levels["offset"]), tuple(levels["scale"]), levels["clipped"]
                 ),
                 "spacing": tuple(about["spacing"]) if about["spacing"] else None,
+                "kept": Kept(**about["kept"]) if about["kept"] else None,
             }
         )
         masks = 0 if item.shares is None else len(item.shares)
@@ -407,6 +577,10 @@ def _from_plain(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
         raise PolysegError(
             f"{index_of(path)}: is damaged ({error}); remove it, it will be made anew"
         ) from None
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _sides(shape: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
-"""From the values of a label file to masks of 0 and 1."""
+"""Turn the values of a label file into masks of 0 and 1."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from polyseg.config.label_values import COLOUR, NONZERO, shown_value
 from polyseg.errors import PolysegError
 
 # Values up to this share of full scale, and as near to full, are noise of compression around 0 and
@@ -22,6 +24,8 @@ _FEWEST_VALUES = 3
 # JPEG may shift flat areas by so much of full scale.
 _ROUNDING = 2.5 / 255
 _MOST_VALUES = 2**16
+_FEW_VALUES = 8
+_MOST_SHOWN = 6
 _BLOCK = 2**20
 
 
@@ -31,14 +35,15 @@ def to_masks(
     """Return masks, (N, K, H, W) of 0 and 1, of raw labels, (N, H, W).
 
     Args:
-        labels: as read, integers or floats.
+        labels: as read, integers or floats; colours are COLOUR + 65536 R + 256 G + B.
         path: their file, for errors.
         foreground: K tuples of label values: channel k is 1 where the value is among the k-th,
             other labels are background. None makes one channel of 0/1, 0/255, 0/65535, and of
             such masks whose edges were smoothed (anti-aliasing, JPEG): 1 from half on.
 
     Raises:
-        PolysegError: `foreground` is None and the values are others: they are named.
+        UnclearValuesError: `foreground` is None and the values are others, or it names no colour and
+            the mask is of colours.
 
     >>> labels = np.array([[[0, 1, 2, 4]]])
     >>> to_masks(labels, Path("a.png"), [(1, 4), (2,)])[0, :, 0]
@@ -46,15 +51,81 @@ def to_masks(
            [0, 0, 1, 0]], dtype=uint8)
     >>> to_masks(labels, Path("a.png"), None)
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: a.png: a mask of values 0, 1, 2, 4; expected 0/1 or 0/255, or say by data.foreground which values count
+    polyseg.data.masks.UnclearValuesError: a.png: a mask of values 0, 1, 2, 4; expected 0/1 or 0/255, or say by data.foreground which values count
     """  # noqa: E501
-    if foreground is None:
+    coloured = labels.dtype.kind in "iu" and bool((labels >= COLOUR).any())
+    if foreground is None and not coloured:
         return _binary(labels, path)[:, None]
+    foreground = foreground or ()
+    named = [value for values in foreground for value in values]
+    if coloured and not any(value >= COLOUR or value == NONZERO for value in named):
+        raise UnclearValuesError(path, labels, "is a colour image")
     masks = np.zeros((len(labels), len(foreground), *labels.shape[1:]), np.uint8)
     for k, values in enumerate(foreground):
-        for value in values:
-            _where_equal(labels, value, masks[:, k])
+        if NONZERO in values:
+            black = 0 if not coloured else COLOUR
+            masks[:, k] = labels != black
+        elif len(values) > _FEW_VALUES:
+            masks[:, k] = np.isin(labels, values)
+        else:
+            for value in values:
+                _where_equal(labels, _as_in(labels, value, coloured), masks[:, k])
     return masks
+
+
+class UnclearValuesError(PolysegError):
+    """The error of a mask whose values can be read in several ways, with their counts."""
+
+    def __init__(self, path: Path, labels: NDArray[Any], what: str = "") -> None:
+        values, counts = np.unique(labels, return_counts=True)
+        self.path = path
+        self.counts = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        shown = ", ".join(f"{value:g}" for value in values[:8])
+        more = ", ..." if len(values) > 8 else ""
+        self.is_coloured = bool(what)
+        what = what or f"a mask of values {shown}{more}; expected 0/1 or 0/255"
+        super().__init__(f"{path}: {what}, or say by data.foreground which values count")
+
+
+def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
+    """Return a line for all masks of unclear values, and one for all of colours.
+
+    >>> told_once([UnclearValuesError(Path("a.png"), np.array([0, 0, 0, 7]))])
+    ['a.png: masks hold the values 0 (75 %), 7 (25 %); say which are foreground, such as data.foreground=nonzero or data.foreground=7']
+    """  # noqa: E501
+    lines = []
+    for coloured in (False, True):
+        found = [one for one in unclear if one.is_coloured == coloured]
+        counts = sum((one.counts for one in found), Counter())
+        if not found:
+            continue
+        total, common = counts.total(), counts.most_common(_MOST_SHOWN)
+        shares = ", ".join(f"{_shown(value)} ({_percent(n / total)} %)" for value, n in common)
+        more = f" and {len(counts) - _MOST_SHOWN} more" if len(counts) > _MOST_SHOWN else ""
+        example = next((value for value, _ in common if value not in (0, COLOUR)), common[0][0])
+        names = f"{found[0].path}" + (f" and {len(found) - 1} more" if found[1:] else "")
+        lines.append(
+            f"{names}: masks hold the {'colours' if coloured else 'values'} {shares}{more}; say "
+            f"which are foreground, such as data.foreground=nonzero or data.foreground="
+            f"{_shown(example)}"
+        )
+    return lines
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share > 0.1 else f"{100 * share:.2g}"
+
+
+def _shown(value: float) -> str:
+    return shown_value(int(value)) if value == int(value) else f"{value:.3g}"
+
+
+def _as_in(labels: NDArray[Any], value: int, coloured: bool) -> int:
+    """Return what a colour is in a gray mask, which has no colours: its gray, or no value."""
+    if coloured or value < COLOUR:
+        return value
+    red, green, blue = (value - COLOUR).to_bytes(3)
+    return red if red == green == blue and labels.dtype == np.uint8 else NONZERO
 
 
 def unite(masks: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -84,11 +155,7 @@ def _binary(labels: NDArray[Any], path: Path) -> NDArray[np.uint8]:
     scale = _full_scale(values)
     if scale is not None and _is_soft(labels, values, scale):
         return np.asarray(labels >= scale / 2).view(np.uint8)
-    shown = ", ".join(f"{value:g}" for value in values[:8]) + (", ..." if len(values) > 8 else "")
-    raise PolysegError(
-        f"{path}: a mask of values {shown}; expected 0/1 or 0/255, or say by data.foreground "
-        "which values count"
-    )
+    raise UnclearValuesError(path, labels)
 
 
 def _where_equal(
@@ -132,7 +199,7 @@ def _full_scale(values: NDArray[Any]) -> float | None:
 
 
 def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
-    """Say whether all that is neither 0 nor full is the edge of something, or noise at one."""
+    """Return whether all that is neither 0 nor full is the edge of something, or noise at one."""
     edges = values[(values > _NOISE * scale) & (values < (1 - _NOISE) * scale)]
     between = values[(values > 0) & (values < scale)]
     # Labels 1, 2 with 255 for "ignore" are on one side only; JPEG's noise is on both.
@@ -170,7 +237,7 @@ def _strays(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
 def _near_outline(
     half: NDArray[np.bool_], rows: NDArray[np.intp], columns: NDArray[np.intp], reach: int
 ) -> NDArray[np.bool_]:
-    """Say for each pixel whether both kinds lie within so many rows and columns of it."""
+    """Return for each pixel whether both kinds lie within so many rows and columns of it."""
     # sums[i, j] counts the foreground above row i and before column j.
     sums = np.zeros((half.shape[0] + 1, half.shape[1] + 1), np.int32)
     sums[1:, 1:] = half.cumsum(0, np.int32).cumsum(1)

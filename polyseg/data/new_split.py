@@ -1,4 +1,4 @@
-"""A new split of a set of images, checked for what a training cannot use."""
+"""Make a new split of a set of images, and check that training can use it."""
 
 import logging
 from collections.abc import Sequence
@@ -41,14 +41,36 @@ def new_split(config: Config, images: ImageSet) -> Split:
         split["train"] = [one for one in split["train"] if images.item(one).foreground]
     if not split["train"]:
         raise PolysegError("data: there are no training images; see data.split")
-    shares = [images.item(identity).shares or () for identity in split["train"]]
+    _warn_of_no_test(split)
+    _refuse_without_foreground(split["train"], images)
+    return split
+
+
+def _warn_of_no_test(split: Split) -> None:
+    if not split["test"]:
+        log.warning(
+            "no image is for testing: training ends without test metrics; data.split_file, "
+            "data.fold or a folder test/ sets some apart, `polyseg evaluate --split val` tests on "
+            "validation images"
+        )
+
+
+def _refuse_without_foreground(training: Sequence[str], images: ImageSet) -> None:
+    """Raise if no training mask has foreground of a label, or none after resizing."""
+    kept = [images.item(one).kept for one in training]
+    resized = [one for one in kept if one is not None and one.objects]
+    if resized and None not in kept and not any(one.area for one in resized):
+        raise PolysegError(
+            "data.size: resizing leaves no foreground in any training mask; set a larger "
+            "data.size, or data.fit=tile with data.size=256"
+        )
+    shares = [images.item(identity).shares or () for identity in training]
     for k, label in enumerate(images.labels):
         if not any(share[k] for share in shares):
             what = f"foreground of {label}" if label else "foreground"
             raise PolysegError(
                 f"data: no training mask has any {what}; data.foreground says which values count"
             )
-    return split
 
 
 def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
@@ -69,7 +91,7 @@ def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> Non
 
 
 def _warn_of_many_windows(images: ImageSet) -> None:
-    """Say so where small patches make whole images slow."""
+    """Warn where small patches make whole images slow."""
     if images.tiling is None:
         return
     height, width = images.tiling.size

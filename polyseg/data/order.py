@@ -1,4 +1,4 @@
-"""The order in which training meets the images."""
+"""Shuffle the training images of each epoch."""
 
 from collections.abc import Sequence
 

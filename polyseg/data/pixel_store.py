@@ -1,4 +1,4 @@
-"""Where decoded images wait for their epochs: in memory while they fit, else in a file on disk.
+"""Keep decoded images in memory while they fit, else in a file on disk.
 
 The file is named by the sha256 of all that its content follows from, so it is never stale. It is
 written aside and renamed, its index after it, so that runs side by side may share it and none ever
@@ -34,7 +34,7 @@ DTYPES = ("uint8", "uint16", "int16", "float32")
 
 @dataclass(frozen=True)
 class Shape:
-    """What an image and its masks are like.
+    """Size and type of an image and its masks.
 
     >>> shape_of(np.zeros((4, 4, 3), np.uint16), np.zeros((1, 4, 4), np.uint8)).bytes
     112

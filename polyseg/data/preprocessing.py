@@ -1,28 +1,29 @@
-"""What an image goes through before the network: size, gray values, patches."""
+"""Prepare images for the network: size, gray values, patches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from polyseg.choices import NORMALISATIONS
 from polyseg.config import DataConfig
 from polyseg.errors import PolysegError
 
+_LARGEST_AUTO, _MULTIPLE = 256, 16
 _LEAST_DEVIATION = 1e-3
-"""In units of the pixels: a flat image is not blown up."""
+"""Smallest deviation by which an image is divided, in units of its pixels."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """What an image's gray values are reduced by, a value a channel: (x - offset) / scale."""
+    """Offset and scale of gray values, one of each per channel: (x - offset) / scale."""
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
     clipped: bool = False
-    """To [0, 1]."""
+    """True where values are clipped to [0, 1]."""
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return an image, (H, W, C), as (C, H, W) float32.
@@ -51,24 +52,42 @@ def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:
     >>> levels_of(np.array([[[1], [3]]], np.uint8), DataConfig())
     Levels(offset=(2.0,), scale=(1.0,), clipped=False)
     """
-    channels = image.shape[2]
-    if config.normalise == "window":
-        low, high = config.window
-        return Levels((low,) * channels, (high - low,) * channels, clipped=True)
-    if config.normalise == "unit":
-        if image.dtype not in (np.uint8, np.uint16):
-            raise PolysegError(
-                f"data.normalise=unit: {image.dtype} pixels have no full range; choose zscore, "
-                "percentile, dataset or window"
-            )
-        return Levels((0.0,) * channels, (float(np.iinfo(image.dtype).max),) * channels)
-    if config.normalise == "percentile":
-        low, high = np.percentile(image, (1, 99), axis=(0, 1))
-        scale = np.maximum(high - low, _LEAST_DEVIATION)
-        return Levels(_plain(low), _plain(scale), clipped=True)
+    levels: Levels = NORMALISATIONS[config.normalise].resolve()(image, config)
+    return levels
+
+
+def mean_and_deviation(image: NDArray[Any], _: DataConfig) -> Levels:
+    """Return mean and deviation of each channel."""
     deviation = image.std(axis=(0, 1), dtype=np.float64)
     mean = image.mean(axis=(0, 1), dtype=np.float64)
     return Levels(_plain(mean), _plain(np.maximum(deviation, _LEAST_DEVIATION)))
+
+
+def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
+    """Return 0 and the largest value that the pixels can have.
+
+    Raises:
+        PolysegError: the pixels have no full range.
+    """
+    if image.dtype not in (np.uint8, np.uint16):
+        raise PolysegError(
+            f"data.normalise=unit: {image.dtype} pixels have no full range; choose zscore, "
+            "percentile, dataset or window"
+        )
+    channels = image.shape[2]
+    return Levels((0.0,) * channels, (float(np.iinfo(image.dtype).max),) * channels)
+
+
+def percentiles(image: NDArray[Any], _: DataConfig) -> Levels:
+    """Return the 1st percentile of each channel, and its distance to the 99th."""
+    low, high = np.percentile(image, (1, 99), axis=(0, 1))
+    return Levels(_plain(low), _plain(np.maximum(high - low, _LEAST_DEVIATION)), clipped=True)
+
+
+def window(image: NDArray[Any], config: DataConfig) -> Levels:
+    """Return the lower end of `data.window`, and its width."""
+    (low, high), channels = config.window, image.shape[2]
+    return Levels((low,) * channels, (high - low,) * channels, clipped=True)
 
 
 def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
@@ -120,13 +139,8 @@ def resize_image(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """
     if pixels.shape[:2] == size:
         return pixels
-    resized = np.stack(
-        [
-            _resize_plane(plane, size, Image.Resampling.BILINEAR)
-            for plane in np.moveaxis(pixels, 2, 0)
-        ],
-        axis=2,
-    )
+    planes = np.moveaxis(pixels, 2, 0)
+    resized = np.stack([_resize_plane(plane, size, "BILINEAR") for plane in planes], axis=2)
     if not np.issubdtype(pixels.dtype, np.integer):
         return resized.astype(pixels.dtype)
     limits = np.iinfo(pixels.dtype)
@@ -142,7 +156,68 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
     """
     if mask.shape == size:
         return mask
-    return (_resize_plane(mask, size, Image.Resampling.BOX) >= 0.5).astype(np.uint8)
+    return (_resize_plane(mask, size, "BOX") >= 0.5).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of an image's foreground resizing keeps."""
+
+    objects: int
+    """Number of connected objects, of all labels."""
+    lost: int
+    """Number of objects of which no pixel is left."""
+    area: float
+    """Area after resizing as a share of the area before."""
+
+
+def kept_foreground(masks: NDArray[np.uint8], resized: NDArray[np.uint8]) -> Kept:
+    """Return what resizing keeps of masks, (K, H, W), that became (K, h, w).
+
+    >>> masks = np.zeros((1, 8, 8), np.uint8)
+    >>> masks[0, 0, 0] = masks[0, 4:, 4:] = 1
+    >>> kept_foreground(masks, resize_mask(masks[0], (2, 2))[None])
+    Kept(objects=2, lost=1, area=0.9411764705882353)
+    """
+    from scipy.ndimage import label
+
+    objects = lost = 0
+    for mask, small in zip(masks, resized, strict=True):
+        numbers, count = label(mask)
+        rows, columns = np.nonzero(mask)
+        seen = small[
+            rows * small.shape[0] // mask.shape[0], columns * small.shape[1] // mask.shape[1]
+        ]
+        objects += count
+        lost += count - np.unique(numbers[rows, columns][seen == 1]).size
+    before = masks.mean(dtype=np.float64)
+    return Kept(objects, lost, float(resized.mean(dtype=np.float64) / before) if before else 1.0)
+
+
+def auto_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size that data.size=auto stands for, of the heights and widths of images.
+
+    >>> auto_size([(600, 800)]), auto_size([(100, 130), (96, 128), (90, 128)])
+    ((192, 256), (96, 128))
+    """
+    height, width = np.median(np.array(sizes), axis=0)
+    scale = min(1.0, _LARGEST_AUTO / max(height, width))
+    sides = (max(2, int(side * scale / _MULTIPLE + 0.5)) * _MULTIPLE for side in (height, width))
+    return next(sides), next(sides)
+
+
+def as_gray(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels, (N, H, W, C), with one channel: luma of RGB, else the mean; the type stays.
+
+    >>> as_gray(np.array([[[[255, 0, 0]]]], np.uint8))[0, 0, 0, 0]
+    np.uint8(76)
+    """
+    if pixels.shape[3] == 1:
+        return pixels
+    count = pixels.shape[3]
+    weights = (0.299, 0.587, 0.114) if count == 3 else (1 / count,) * count
+    gray = (pixels * np.array(weights, np.float32)).sum(axis=3, keepdims=True)
+    return np.asarray(gray.round() if pixels.dtype.kind in "iu" else gray, pixels.dtype)
 
 
 def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -153,7 +228,7 @@ def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np
     """
     if values.shape == size:
         return values
-    return _resize_plane(values, size, Image.Resampling.BILINEAR)
+    return _resize_plane(values, size, "BILINEAR")
 
 
 def cut_patch(
@@ -191,7 +266,7 @@ def cut_patch(
     return image[window], None if masks is None else masks[(slice(None), *window)]
 
 
-def _pixel_of(masks: NDArray[np.uint8], generator: np.random.Generator) -> tuple[int, int]:
+def _pixel_of(masks: NDArray[np.uint8], generator: "np.random.Generator") -> tuple[int, int]:
     """Return row and column of a pixel of the foreground, each as likely as any other."""
     inside = masks[0] if len(masks) == 1 else np.asarray(masks.any(axis=0))
     # By rows first, because a list of all pixels takes long to make of a large mask.
@@ -212,10 +287,12 @@ def _at_least(
 
 
 def _resize_plane(
-    plane: NDArray[Any], size: tuple[int, int], method: Image.Resampling
+    plane: NDArray[Any], size: tuple[int, int], method: Literal["BILINEAR", "BOX"]
 ) -> NDArray[np.float32]:
+    from PIL import Image
+
     image = Image.fromarray(plane.astype(np.float32))
-    return np.asarray(image.resize((size[1], size[0]), method))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling[method]))
 
 
 def _plain(values: NDArray[Any]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Which images train, which choose, which test."""
+"""Divide images into training, validation and test images."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ Split = dict[str, list[str]]
 
 _LONGEST_MATCHED = 300
 _LONGEST_MATCHING = 5.0
-"""Seconds for all images; a pattern, which may be anyone's, can take for ever over a single one."""
+"""Seconds for all images; a pattern, which may be anyone's, may never end on a single one."""
 _SLICE = re.compile(r"#\d{3,}$")
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a split has to know of an image."""
+    """Facts about an image that a split depends on."""
 
     id: str
     foreground: float = 0.0
@@ -40,7 +40,7 @@ class Member:
     group: str | None = None
     """Images of one group, such as a patient's, stay together; None is a group of its own."""
     part: str | None = None
-    """Where the data themselves put it."""
+    """Part to which the data set assigns it: train, val or test."""
 
 
 def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
@@ -59,7 +59,7 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     >>> split_by_settings([Member(i) for i in "abcd"], DataConfig(split=(0.5, 0.25, 0.25)))
     {'train': ['c', 'd'], 'val': ['b'], 'test': ['a']}
     """
-    members = _all_grouped(members, config.group)
+    members = _all_grouped(members, config.group_pattern)
     if config.split_file is not None:
         return _from_file(Path(config.split_file), members, config.fold)
     placed = {part: [member for member in members if member.part == part] for part in PARTS}
@@ -95,7 +95,7 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
     ['x (train and test)']
     """
-    group_of = {member.id: member.group for member in _all_grouped(members, config.group)}
+    group_of = groups_by_id(members, config)
     parts: dict[str, list[str]] = {}
     for part, ids in split.items():
         for group in {group_of[identity] for identity in ids} - {None}:
@@ -105,13 +105,33 @@ def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> 
     ]
 
 
-def count_groups(members: Sequence[Member], config: DataConfig) -> int:
-    """Return how many groups the images form; 0 where none has one.
+def volume_of(identity: str) -> str:
+    """Return the id of the volume that a slice is of, or the id of an image as it is.
 
-    >>> count_groups([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
-    1
+    >>> volume_of("scan#012"), volume_of("photo")
+    ('scan', 'photo')
     """
-    return len({member.group for member in _all_grouped(members, config.group)} - {None})
+    return _SLICE.sub("", identity)
+
+
+def groups_by_id(members: Sequence[Member], config: DataConfig) -> dict[str, str | None]:
+    """Return the group of each image, such as its patient, by its id; None where it has none.
+
+    >>> groups_by_id([Member("p1_a"), Member("p2_a")], DataConfig(group="^(p.)_"))
+    {'p1_a': 'p1', 'p2_a': 'p2'}
+    """
+    grouped = _all_grouped(members, config.group_pattern)
+    return {member.id: member.group for member in grouped}
+
+
+def group_names(members: Sequence[Member], config: DataConfig) -> list[str]:
+    """Return the groups that the images form, in order; none where no image has one.
+
+    >>> group_names([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
+    ['x']
+    """
+    groups = {member.group for member in _all_grouped(members, config.group_pattern)}
+    return sorted(group for group in groups if group is not None)
 
 
 def divide(
@@ -144,6 +164,7 @@ def divide(
         raise PolysegError(
             f"data: {len(groups)} {what} are too few for {wanted} parts; give more, shares of 0 in "
             "data.split, or fewer data.folds"
+            + ("" if what == "images" else ", or divide single images by data.group=none")
         )
     generator = np.random.default_rng(config.split_seed)
     order = [list(groups.values())[i] for i in generator.permutation(len(groups))]
@@ -200,6 +221,19 @@ def read_split_file(path: Path, fold: int | None = None) -> Split:
     return split
 
 
+def split_json(split: Split, hashes: Mapping[str, str]) -> str:
+    """Return a split as JSON for `read_split_file`: ids by part, with the sha256 of their pixels.
+
+    >>> json.loads(split_json({"train": ["a"]}, {"a": "00"}))
+    {'train': [{'id': 'a', 'sha256': '00'}]}
+    """
+    record = {
+        part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
+        for part, ids in split.items()
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
 def refuse_overlap(split: Split, source: str) -> None:
     """Raise if an id stands in a split twice.
 
@@ -233,7 +267,7 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     slices: dict[str, list[str]] = {}
     for member in members:
         slices.setdefault(member.id, []).append(member.id)
-        volume = _SLICE.sub("", member.id)
+        volume = volume_of(member.id)
         if volume != member.id:
             slices.setdefault(volume, []).append(member.id)
     missing = [identity for ids in named.values() for identity in ids if identity not in slices]
@@ -303,7 +337,7 @@ def _grouped(member: Member, pattern: str) -> Member:
 
     Slices go by the id of their volume, so that none is torn apart.
     """
-    found = re.search(pattern, _SLICE.sub("", member.id)[:_LONGEST_MATCHED])
+    found = re.search(pattern, volume_of(member.id)[:_LONGEST_MATCHED])
     group = found and found[1 if found.re.groups else 0]
     if group is None:
         raise PolysegError(
@@ -313,7 +347,7 @@ def _grouped(member: Member, pattern: str) -> Member:
 
 
 def _in_strata(
-    groups: Iterable[list[Member]], least_share: float, generator: np.random.Generator
+    groups: Iterable[list[Member]], least_share: float, generator: "np.random.Generator"
 ) -> list[list[Member]]:
     """Return groups by their mean foreground, shuffled within runs of neighbours."""
     ordered = sorted(groups, key=lambda group: np.mean([member.foreground for member in group]))

@@ -1,4 +1,4 @@
-"""The batches of an epoch: shuffled, cut, augmented, and read by workers."""
+"""Make the batches of an epoch: shuffled, cut, augmented, and read by workers."""
 
 import contextlib
 import resource

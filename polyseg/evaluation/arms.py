@@ -21,6 +21,7 @@ _OF_ONE_ARM = {
     "data.cache",
     "control.replay",
     "control.replay_arm",
+    "control.replay_seed",
 }
 """Settings that may differ within an arm, besides where its results go."""
 
@@ -59,7 +60,7 @@ def pool_points(
     runs: Sequence[RunScores],
     arms: Mapping[str, Sequence[str]],
 ) -> list[RobustnessPoint]:
-    """Return the same for what was measured under damage."""
+    """Return the robustness points of arms, in place of those of their runs."""
     titles = {
         run.title: RunScores(arm, [], run.label).title
         for arm, names in arms.items()
@@ -77,7 +78,7 @@ def pool_points(
 
 
 def _key(config: Config) -> str:
-    """Return what must be equal within an arm."""
+    """Return the settings that must be equal within an arm, as text."""
     settings: dict[str, Any] = {
         f"{section}.{name}": value
         for section, values in config.model_dump().items()
@@ -95,7 +96,7 @@ def _key(config: Config) -> str:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return what the names of an arm's runs have in common, without a number at the end."""
+    """Return the common part of the names of an arm's runs, without a number at the end."""
     last = {name.rsplit("/", 1)[-1] for name in names}
     if len(last) == 1 < len(names):
         return last.pop()

@@ -1,4 +1,4 @@
-"""An evaluation written down: its tables as Markdown and LaTeX, its numbers as CSV and JSON."""
+"""Export of an evaluation: tables as Markdown and LaTeX, numbers as CSV and JSON."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.system.files import csv_table, without_nan
 
 SCHEMA = 1
-"""Of summary.json, raised when a key changes its meaning or goes; new keys may come."""
+"""Version of summary.json, raised when a key changes its meaning or goes; new keys may come."""
 
 
 def markdown(summary: Record) -> str:
@@ -31,7 +31,7 @@ def latex(summary: Record) -> str:
 def per_image_csv(runs: Sequence[RunScores]) -> str:
     """Return every metric of every image of every run as CSV; an empty cell is undefined.
 
-    An arm's runs stand for it, one by one.
+    An arm has the rows of each of its runs.
     """
     single = [one for run in runs for one in (run.members or [run])]
     unsure = list(dict.fromkeys(k for run in single for one in run.scores for k in one.uncertainty))
@@ -41,8 +41,10 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
     named["prediction"] = any(run.prediction != "plain" for run in single)
     named |= {"seed": grouped, "fold": grouped and any(run.fold is not None for run in single)}
     heads = [*(["arm"] if grouped else []), "run"]
-    heads += [*(name for name, there in named.items() if there), "id"]
-    metrics = [metric.key for metric in METRICS]
+    heads += [*(name for name, there in named.items() if there), "at", "id"]
+    metrics = list(METRICS)
+    by_group = any(run.groups for run in single)
+    heads += ["group"] if by_group else []
     rows = []
     for run in single:
         own = [arm_of.get(id(run), run.name)] if grouped else []
@@ -51,13 +53,14 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
             values = [image.values[key] for key in metrics]
             found = [image.uncertainty.get(name, math.nan) for name in unsure]
             pixels = [image.mask_pixels, image.predicted_pixels]
-            rows.append([*own, image.id, *map(_plain, values), *pixels, *map(_plain, found)])
+            names = [run.at, image.id, *([image.group or ""] if by_group else [])]
+            rows.append([*own, *names, *map(_plain, values), *pixels, *map(_plain, found)])
     return csv_table([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure], rows)
 
 
 def robustness_csv(evaluation: Evaluation) -> str:
     """Return the means of all metrics at each strength of each damage as CSV."""
-    metrics = [metric.key for metric in METRICS]
+    metrics = list(METRICS)
     rows = [
         [point.run, point.corruption, point.strength, *(_plain(point.mean(key)) for key in metrics)]
         for point in evaluation.robustness
@@ -70,15 +73,19 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     record = {
         "schema": SCHEMA,
         "rule": RULE,
+        "at": evaluation.at,
+        "part": evaluation.part,
+        "by": "image" if all(run.groups is None for run in evaluation.runs) else "patient",
+        "sources": list(evaluation.sources),
         "unit": evaluation.unit,
         "tolerance": evaluation.tolerance,
         "failure_dice": evaluation.failure,
         "metrics": {
-            metric.key: {
+            name: {
                 "title": evaluation.heading(metric),
                 "higher_is_better": metric.higher_is_better,
             }
-            for metric in METRICS
+            for name, metric in METRICS.items()
         },
         "runs": [_run_record(run, evaluation) for run in evaluation.runs],
         "comparisons": [_comparison_record(one) for one in evaluation.comparisons],
@@ -87,7 +94,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
                 "run": point.run,
                 "corruption": point.corruption,
                 "strength": point.strength,
-                "metrics": {metric.key: point.mean(metric.key) for metric in METRICS},
+                "metrics": {name: point.mean(name) for name in METRICS},
             }
             for point in evaluation.robustness
         ],
@@ -104,7 +111,8 @@ def _run_record(run: RunScores, evaluation: Evaluation) -> dict[str, Any]:
         "prediction": run.prediction,
         "threshold": run.threshold,
         "counts": run.counts(),
-        "metrics": {metric.key: _statistics(run, metric.key) for metric in METRICS},
+        "patients": run.patients,
+        "metrics": {name: _statistics(run, name) for name in METRICS},
         "strata": [asdict(one) for one in strata(run, evaluation.difficulty(run))],
         "failure_detection": [asdict(one) for one in failure_detection(run, evaluation.failure)],
         "calibration": None
@@ -126,10 +134,11 @@ def _statistics(run: RunScores, key: str) -> dict[str, float | int]:
         "mean": run.mean(key),
         "deviation": run.deviation(key),
         "seed_deviation": run.seed_deviation(key),
+        "fold_deviation": run.fold_deviation(key),
         "low": interval.low,
         "high": interval.high,
         "median": float(np.median(values)) if values.size else math.nan,
-        "n": int(values.size),
+        "n": int(np.isfinite(run.column(key)).sum()),
     }
 
 

@@ -1,7 +1,6 @@
-"""What an evaluation found: metrics by image, label and run, arms of several seeds, comparisons.
+"""The results of an evaluation: metrics by image, label and run, arms of several runs, comparisons.
 
-Nothing here looks at pixels but `image_scores`; how all this is written down is the business of
-`tables`.
+Only `image_scores` reads pixels; `tables` and `export` write the results.
 """
 
 import math
@@ -19,12 +18,13 @@ from polyseg.metrics.calibration import (
     excess_area,
     failure_auroc,
 )
-from polyseg.metrics.image_metrics import METRICS, MetricColumn, image_metrics
+from polyseg.metrics.image_metrics import METRICS, Metric, image_metrics
 from polyseg.metrics.rank_stability import spearman
 from polyseg.metrics.significance import (
     Interval,
     PairedDifference,
     adjust_together,
+    group_means,
     mean_interval,
     over_runs,
     paired_difference,
@@ -45,11 +45,13 @@ class ImageScores:
 
     id: str
     values: Mapping[str, float]
-    """By the key of `METRICS`; NaN where the mask leaves it undefined."""
+    """By the name in `METRICS`; NaN where the mask leaves it undefined."""
     mask_pixels: float
     predicted_pixels: float
     uncertainty: Mapping[str, float] = field(default_factory=dict)
-    """How unsure the network was about the image, by name, where that was measured."""
+    """Uncertainty of the network about the image, by name, where it was measured."""
+    group: str | None = None
+    """Group of the image, such as its patient; None where none is known."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class RunScores:
     threshold: float = 0.5
     """From which probability on a pixel is foreground; NaN where an arm's runs differ."""
     unit: str = "px"
-    """Of distances: "px" or "mm"."""
+    """Unit of distances, "px" or "mm"."""
+    at: str = "original"
+    """Size of the compared masks: "original", that of the files, or "network"."""
     seed: int | None = None
     fold: int | None = None
     """Of the training, by which runs of two arms are paired."""
@@ -90,38 +94,57 @@ class RunScores:
         """Return a metric of every image, (n,)."""
         return np.array([image.values[key] for image in self.scores], dtype=np.float64)
 
+    @property
+    def groups(self) -> list[str | None] | None:
+        """Group of each image, such as its patient; None where no image has one."""
+        found = [image.group for image in self.scores]
+        return found if any(group is not None for group in found) else None
+
+    @property
+    def patients(self) -> int | None:
+        """Number of groups, where an image without one is its own; None where none are known."""
+        groups = self.groups
+        return None if groups is None else group_means(np.zeros(len(groups)), groups).size
+
     def defined(self, key: str) -> Values:
-        """Return a metric of the images for which it is defined."""
-        values = self.column(key)
+        """Return the mean of a metric in each patient, or of each image if no patient is known.
+
+        Cases for which it is undefined are left out.
+        """
+        values = group_means(self.column(key), self.groups)
         return values[~np.isnan(values)]
 
     def mean(self, key: str) -> float:
-        """Return the mean over the images for which the metric is defined; NaN without any."""
-        values = self.defined(key)
-        return float(values.mean()) if values.size else math.nan
+        """Return the mean over the patients, or images, with a defined metric; NaN without any."""
+        return _mean(self.defined(key))
 
     def deviation(self, key: str) -> float:
-        """Return the standard deviation over the images, divisor n - 1; NaN below two."""
-        values = self.defined(key)
-        return float(values.std(ddof=1)) if values.size > 1 else math.nan
+        """Return the standard deviation over the patients, or images, divisor n - 1."""
+        return _deviation(self.defined(key))
 
     def interval(self, key: str) -> Interval:
-        """Return the bootstrap interval, at 95 %, of the mean over the images."""
-        return mean_interval(self.column(key))
+        """Return the 95 % bootstrap interval of the mean, which draws patients, or images."""
+        return mean_interval(self.defined(key))
 
     def seed_deviation(self, key: str) -> float:
         """Return the standard deviation of an arm's means over its seeds; NaN below two.
 
-        Folds of one seed count together, since their images differ; seeds that were not tested on
-        the same images tell nothing of each other.
+        Folds of one seed count together, since their images differ; it is NaN where the seeds were
+        not tested on the same images.
         """
         ids = [image.id for image in self.scores]
         seeds = dict.fromkeys(run.seed for run in self.members)
         parts = [[run for run in self.members if run.seed == seed] for seed in seeds]
         if any({one.id for run in part for one in run.scores} != set(ids) for part in parts):
             return math.nan
-        table = [_by_id(pool("", part), key, ids) for part in parts]
+        table = [group_means(_by_id(pool("", part), key, ids), self.groups) for part in parts]
         return seed_spread(table).deviation_over_seeds if table else math.nan
+
+    def fold_deviation(self, key: str) -> float:
+        """Return the standard deviation of an arm's means over its folds; NaN below two."""
+        folds = dict.fromkeys(run.fold for run in self.members if run.fold is not None)
+        means = [pool("", [run for run in self.members if run.fold == k]).mean(key) for k in folds]
+        return _deviation(np.array(means))
 
     def uncertainty(self, name: str) -> Values:
         """Return an uncertainty of every image, (n,), NaN where it was not measured."""
@@ -156,7 +179,7 @@ class Comparison:
     run: str
     label: str
     differences: Mapping[str, PairedDifference]
-    """By the key of `METRICS`."""
+    """By the name in `METRICS`."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +191,7 @@ class Stratum:
     name: str
     images: int
     means: Mapping[str, float]
-    """By the key of `METRICS`, NaN where no image defines it."""
+    """By the name in `METRICS`, NaN where no image defines it."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +231,7 @@ class RobustnessPoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation has to tell."""
+    """All results of an evaluation."""
 
     runs: Sequence[RunScores]
     comparisons: Sequence[Comparison] = ()
@@ -217,21 +240,28 @@ class Evaluation:
     """Of NSD, in the unit of the distances."""
     failure: float = 0.7
     """Dice below which an image counts as failed."""
+    part: str = "test"
+    """Part of the data that was tested: train, val, test or all."""
+    sources: Sequence[str] = ()
+    """Paths of the runs, relative to the folder of the results."""
 
     @property
     def unit(self) -> str:
-        """Of distances."""
+        """Unit of distances."""
         return self.runs[0].unit if self.runs else "px"
 
-    def heading(self, metric: MetricColumn) -> str:
+    @property
+    def at(self) -> str:
+        """Size of the compared masks, "original" or "network"."""
+        return self.runs[0].at if self.runs else "original"
+
+    def heading(self, metric: Metric) -> str:
         """Return a metric's title with its unit, or its tolerance.
 
-        >>> Evaluation([]).heading(METRICS[0])
+        >>> Evaluation([]).heading(METRICS["dice"])
         'Dice'
         """
-        if metric.key == "nsd":
-            return f"{metric.title} ({self.tolerance:g} {self.unit})"
-        return metric.heading(self.unit)
+        return metric.heading(self.unit, self.tolerance)
 
     def difficulty(self, run: RunScores) -> Values | None:
         """Return the difficulty of a run's images to the first run, so that thirds are the same.
@@ -256,6 +286,7 @@ def image_scores(
     spacing: tuple[float, float] | None = None,
     tolerance: float = 2.0,
     uncertainty: Mapping[str, float] | None = None,
+    group: str | None = None,
 ) -> ImageScores:
     """Return the metrics of one image, the prediction being probability >= threshold.
 
@@ -267,6 +298,7 @@ def image_scores(
         spacing: of rows and of columns, in mm; without it distances are in pixels.
         tolerance: of NSD, in the same unit.
         uncertainty: about the image, by name.
+        group: of the image, such as its patient.
 
     >>> mask = np.array([[1, 1], [0, 0]])
     >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
@@ -280,6 +312,7 @@ def image_scores(
         mask_pixels=int((np.asarray(mask) > 0).sum()),
         predicted_pixels=int((np.asarray(probability) >= threshold).sum()),
         uncertainty=uncertainty or {},
+        group=group,
     )
 
 
@@ -289,7 +322,7 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
     An image that one run did not test, being of another fold, has the mean of those that did.
 
     Raises:
-        PolysegError: their distances have different units.
+        PolysegError: their distances have different units, or their masks other sizes.
 
     >>> scores = [ImageScores("a", {"dice": dice}, 4, 4) for dice in (0.5, 0.7)]
     >>> arm = pool("arm", [RunScores(f"s{i}", [one], seed=i) for i, one in enumerate(scores)])
@@ -299,6 +332,7 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
     first = members[0]
     if len({run.unit for run in members}) > 1:
         raise PolysegError(f"{name}: some of its runs have distances in mm and some in pixels")
+    refuse_other_sizes(members)
     curves = [run.reliability for run in members if run.reliability is not None]
     return replace(
         first,
@@ -308,6 +342,18 @@ def pool(name: str, members: Sequence[RunScores]) -> RunScores:
         reliability=sum(curves[1:], curves[0]) if curves else None,
         members=tuple(members),
     )
+
+
+def refuse_other_sizes(runs: Sequence[RunScores]) -> None:
+    """Raise unless the masks of all runs were compared at the same kind of size.
+
+    Raises:
+        PolysegError: names a run of each.
+    """
+    names = {run.at: run.name for run in runs}
+    if len(names) > 1:
+        listed = ", ".join(f"{name} at {at} size" for at, name in names.items())
+        raise PolysegError(f"evaluate: {listed}; give all runs the same --at")
 
 
 def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
@@ -327,8 +373,9 @@ def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
     Holm's method over the runs that are compared in it.
 
     Raises:
-        PolysegError: there is no such run.
+        PolysegError: there is no such run, or masks were compared at different sizes.
     """
+    refuse_other_sizes(runs)
     titles = {run.name for run in runs}
     if baseline not in titles:
         raise PolysegError(f"--baseline {baseline}: is none of {', '.join(sorted(titles))}")
@@ -359,7 +406,7 @@ def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stra
         for i, name in enumerate(names):
             rows = np.flatnonzero(thirds == i)
             part = replace(run, scores=[run.scores[int(row)] for row in rows])
-            means = {metric.key: part.mean(metric.key) for metric in METRICS}
+            means = {name: part.mean(name) for name in METRICS}
             yield Stratum(by, name, len(rows), means)
 
 
@@ -397,8 +444,8 @@ def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
 
 def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Comparison]:
     differences = {
-        metric.key: adjust_together([_difference(reference, run, metric) for run in others])
-        for metric in METRICS
+        name: adjust_together([_difference(reference, run, metric) for run in others])
+        for name, metric in METRICS.items()
     }
     return [
         Comparison(
@@ -411,18 +458,19 @@ def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Compari
     ]
 
 
-def _difference(reference: RunScores, run: RunScores, metric: MetricColumn) -> PairedDifference:
+def _difference(reference: RunScores, run: RunScores, metric: Metric) -> PairedDifference:
     """Compare two runs, or of two arms the runs with equal seed and fold."""
     pairs = _pairs(reference, run)
     if pairs:
         reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
     ids = [image.id for image in reference.scores]
     found = paired_difference(
-        reference.column(metric.key),
-        _by_id(run, metric.key, ids),
+        reference.column(metric.name),
+        _by_id(run, metric.name, ids),
+        groups=reference.groups,
         higher_is_better=metric.higher_is_better,
     )
-    return over_runs(found, [_mean_difference(*pair, metric.key) for pair in pairs])
+    return over_runs(found, [_mean_difference(*pair, metric.name) for pair in pairs])
 
 
 def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunScores]]:
@@ -436,9 +484,16 @@ def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunSco
 
 def _mean_difference(one: RunScores, other: RunScores, key: str) -> float:
     ids = [image.id for image in one.scores]
-    differences = _by_id(other, key, ids) - _by_id(one, key, ids)
-    known = differences[np.isfinite(differences)]
-    return float(known.mean()) if known.size else math.nan
+    differences = group_means(_by_id(other, key, ids) - _by_id(one, key, ids), one.groups)
+    return _mean(differences[np.isfinite(differences)])
+
+
+def _mean(values: Values) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _deviation(values: Values) -> float:
+    return float(values.std(ddof=1)) if values.size > 1 else math.nan
 
 
 def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
@@ -464,4 +519,5 @@ def _mean_of_image(images: Sequence[ImageScores]) -> ImageScores:
             name: mean([image.uncertainty.get(name, math.nan) for image in images])
             for name in first.uncertainty
         },
+        group=first.group,
     )

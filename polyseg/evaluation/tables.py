@@ -1,7 +1,7 @@
-"""The tables of an evaluation, without a form yet, from the values of its summary.json.
+"""The tables of an evaluation as rows of cells, from the values of its summary.json.
 
-The summary may have been read from a file of another version or of somebody else: what is missing,
-or not of the expected kind, is a dash or is left out.
+The summary may come from a file of another version or of somebody else: a value that is missing,
+or not of the expected kind, becomes a dash or is left out.
 """
 
 import math
@@ -17,12 +17,19 @@ RULE = (
     "image's diagonal. What the mask leaves undefined is left out."
 )
 DASH = "–"
-"""What stands where a value is undefined."""
+"""Text of a cell whose value is undefined."""
+PARTS = {
+    "val": "Validation metrics",
+    "train": "Training metrics",
+    "all": "Metrics of all images",
+}
+"""Title of metrics that are not of test images alone, by the tested part."""
+SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
+"""Size at which masks were compared, in words."""
 
-_COLUMNS = {metric.key: metric for metric in METRICS}
 _OVER_RUNS = (
-    "Over runs: deviation of the differences of runs with equal seed and fold, and the p of their "
-    "paired t-test. The images tell of these networks; only the runs tell of other seeds."
+    "Over runs: standard deviation of the differences of runs with equal seed and fold; p runs is "
+    "of their paired t-test, and is about other seeds or folds (which share training images)."
 )
 
 Record = Mapping[str, Any]
@@ -30,11 +37,11 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a place of a table."""
+    """The content of a cell of a table."""
 
     text: str
     best: bool = False
-    """Whether it is the best of its row."""
+    """Whether the value is the best of its row."""
     marks: str = ""
     """Stars of significance."""
     details: str = ""
@@ -43,7 +50,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table without a form yet: headings, and rows whose first cell names them."""
+    """A table: headings, and rows whose first cell names them."""
 
     title: str
     heads: Sequence[str]
@@ -53,7 +60,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Network:
-    """What a summary says of one network, or arm of several, and one label."""
+    """The record of one network, or arm of several, and one label in a summary."""
 
     record: Record
 
@@ -72,6 +79,11 @@ class Network:
     def title(self) -> str:
         """The name that tables show."""
         return f"{self.name}: {self.label}" if self.label else self.name
+
+    @property
+    def patients(self) -> int:
+        """Number of patients; 0 where none are known."""
+        return _whole(self.record.get("patients"))
 
     @property
     def images(self) -> int:
@@ -98,12 +110,12 @@ class _Metric:
 
 
 def networks(summary: Record) -> list[Network]:
-    """Return what a summary says of each network and label."""
+    """Return the record of each network and label in a summary."""
     return [Network(entry) for entry in records(summary, "runs")]
 
 
 def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
-    """Return the tables of an evaluation, those that have something to say.
+    """Return the tables of an evaluation that are not empty.
 
     Args:
         summary: of the evaluation.
@@ -132,6 +144,25 @@ def mapping(record: Record, key: str) -> Record:
     return found if isinstance(found, dict) else {}
 
 
+def size_of(summary: Record) -> str:
+    """Return the size at which masks were compared; version 0.1 did so at the network's.
+
+    >>> size_of({})
+    'network'
+    """
+    at = summary.get("at")
+    return at if isinstance(at, str) and at in SIZES else "network"
+
+
+def metrics_title(summary: Record) -> str:
+    """Return the title of the metrics, which says which images they are of.
+
+    >>> metrics_title({"part": "val"}), metrics_title({})
+    ('Validation metrics', 'Test metrics')
+    """
+    return PARTS.get(str(summary.get("part")), "Test metrics")
+
+
 def records(record: Record, key: str) -> list[Record]:
     """Return the mappings of the list under a key, none where there is no list."""
     found = record.get(key)
@@ -157,18 +188,23 @@ def metrics_sheet(summary: Record) -> Sheet:
             for one in found
         ]
         rows.append([Cell(metric.title), *cells])
-    spread = "Mean ± standard deviation over the images"
+    spread = f"Masks are compared at {SIZES[size_of(summary)]}. "
+    cases = "patients, each the mean of its images" if _by_patient(summary) else "images"
+    spread += f"Mean ± standard deviation over the {cases}"
     if any(one.record.get("members") for one in found):
         spread += (
-            " (each its mean over an arm's runs), in brackets that of the means over the seeds"
+            " (an image is its mean over an arm's runs that tested it); in brackets the standard "
+            "deviations of the means over seeds and over folds"
         )
     marked = (
-        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm: of these "
-        "networks on such images; of other seeds only where arms of several are compared."
+        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm: about these "
+        "networks, and about other seeds only where arms of several runs are compared."
     )
     marks = [marked] if records(summary, "comparisons") else []
     rule = summary.get("rule", RULE)
-    return Sheet("Metrics", heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)])
+    return Sheet(
+        metrics_title(summary), heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)]
+    )
 
 
 def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
@@ -180,7 +216,8 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
     in_dice = [
         (one, metrics[0]) for one, metrics in compared if metrics and metrics[0].key == "dice"
     ]
-    single = [_comparison_sheet(one, metrics) for one, metrics in compared if metrics]
+    by_patient = _by_patient(summary)
+    single = [_comparison_sheet(one, metrics, by_patient) for one, metrics in compared if metrics]
     if len(in_dice) < 2:
         return [], single
     several = any(_whole(_difference(one, "dice").get("runs")) > 1 for one, _ in in_dice)
@@ -190,11 +227,12 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
         rows.append([Cell(str(one.get("run", DASH)), marks=named.marks), *cells])
     against = " and ".join(dict.fromkeys(str(one.get("baseline", DASH)) for one, _ in compared))
     heads = ["run", *_comparison_heads(several)]
-    return [Sheet(f"Dice against {against}", heads, rows, _meaning(several))], single
+    meaning = _meaning(several, _by_patient(summary))
+    return [Sheet(f"Dice against {against}", heads, rows, meaning)], single
 
 
 def further_sheets(summary: Record) -> list[Sheet]:
-    """Return what was found beside metrics and differences: strata, failures, robustness."""
+    """Return the tables beside metrics and differences: thirds, failures, robustness."""
     found = [*_strata_sheets(summary), _failure_sheet(summary), _robustness_sheet(summary)]
     return [sheet for sheet in found if sheet.rows]
 
@@ -203,7 +241,7 @@ def _metrics(summary: Record, keys: Sequence[str]) -> list[_Metric]:
     titles = mapping(summary, "metrics")
     found = []
     for key in keys:
-        known, given = _COLUMNS.get(key), mapping(titles, key)
+        known, given = METRICS.get(key), mapping(titles, key)
         title = str(given.get("title", known.title if known else key.replace("_", " ")))
         better = given.get("higher_is_better", known.higher_is_better if known else None)
         found.append(_Metric(key, title, known.decimals if known else 4, better))
@@ -231,16 +269,24 @@ def _comparison_heads(several: bool) -> list[str]:
     return ["difference [95 % interval]", "+/-/=", "p", *over_runs, "Holm"]
 
 
-def _meaning(several: bool) -> list[str]:
+def _by_patient(summary: Record) -> bool:
+    return summary.get("by") == "patient"
+
+
+def _meaning(several: bool, by_patient: bool) -> list[str]:
+    case = "patient" if by_patient else "image"
+    alone = "" if by_patient else ", which takes each image for an independent case"
     return [
-        "+/-/=: images that are better, worse, equal. Interval by bootstrap over the images (BCa), "
-        "p by Wilcoxon's signed-rank test, as if each image were a case of its own.",
+        f"+/-/=: {case}s that are better, worse, equal. The interval is by bootstrap over the "
+        f"{case}s (BCa). p is of Wilcoxon's signed-rank test over the {case}s, and is about these "
+        f"networks on other {case}s{alone}.",
         *([_OVER_RUNS] if several else []),
-        "Holm: the larger p, corrected for the runs compared in a metric, not for metrics.",
+        "Holm: the larger p, adjusted for the number of runs compared in a metric, not for the "
+        "number of metrics.",
     ]
 
 
-def _comparison_sheet(one: Record, metrics: Sequence[_Metric]) -> Sheet:
+def _comparison_sheet(one: Record, metrics: Sequence[_Metric], by_patient: bool) -> Sheet:
     counts = {metric: _whole(_difference(one, metric.key).get("images")) for metric in metrics}
     images = max(counts.values())
     runs = max(_whole(_difference(one, metric.key).get("runs")) for metric in metrics)
@@ -248,13 +294,15 @@ def _comparison_sheet(one: Record, metrics: Sequence[_Metric]) -> Sheet:
         f"{metric.title.partition(' (')[0]} of {n}" for metric, n in counts.items() if n < images
     ]
     left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
+    patients = max(_whole(_difference(one, metric.key).get("patients")) for metric in metrics)
+    counted = (f"{_count(patients, 'patient')}, " if by_patient else "") + _count(images, "image")
     paired = f", {_count(runs, 'pair')} of runs" if runs else ""
     against = f"{one.get('run', DASH)} against {one.get('baseline', DASH)}"
     return Sheet(
-        f"{against} ({_count(images, 'image')}{paired})",
+        f"{against} ({counted}{paired})",
         ["metric", *_comparison_heads(runs > 1)],
         [_comparison_row(one, metric, runs > 1) for metric in metrics],
-        [*_meaning(runs > 1), *([left_out] if fewer else [])],
+        [*_meaning(runs > 1, by_patient), *([left_out] if fewer else [])],
     )
 
 
@@ -369,14 +417,17 @@ def _marks(summary: Record, title: str, key: str) -> str:
 
 
 def _spread(one: Network, metric: _Metric) -> str:
-    """Return "mean ± deviation", and in brackets the seeds' spread; a dash where undefined."""
+    """Return "mean ± deviation (seeds s, folds f)"; what is undefined is left out."""
     found, digits = one.statistics(metric.key), metric.decimals
-    deviation, seeds = (
-        _number(found.get(name), digits) for name in ("deviation", "seed_deviation")
+    deviation, *spreads = (
+        _number(found.get(name), digits)
+        for name in ("deviation", "seed_deviation", "fold_deviation")
     )
     text = _number(found.get("mean"), digits)
     text += "" if deviation == DASH else f" ± {deviation}"
-    return text if seeds == DASH else f"{text} ({seeds})"
+    pairs = zip(("seeds", "folds"), spreads, strict=True)
+    over = ", ".join(f"{what} {spread}" for what, spread in pairs if spread != DASH)
+    return f"{text} ({over})" if over else text
 
 
 def _details(one: Network, metric: _Metric) -> str:
@@ -391,7 +442,8 @@ def _details(one: Network, metric: _Metric) -> str:
 def _images(one: Network) -> str:
     members = one.record.get("members")
     runs = f"{_count(len(members), 'run')}, " if isinstance(members, list) and members else ""
-    return runs + _count(one.images, "image")
+    patients = f"{_count(one.patients, 'patient')}, " if one.patients else ""
+    return runs + patients + _count(one.images, "image")
 
 
 def _count(number: int, thing: str) -> str:

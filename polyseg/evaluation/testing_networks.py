@@ -1,4 +1,4 @@
-"""One network tested: what it predicts, by pass or by passes, of images as they are or damaged.
+"""Testing one network: plain predictions, means over passes of MC Dropout, damaged images.
 
 Several processes share the images of each test, and all of them get the metrics of all images.
 """
@@ -7,19 +7,22 @@ import dataclasses
 import functools
 import logging
 import operator
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES
-from polyseg.config import MOST_SAMPLES, Config
+from polyseg.choices import FREE_SCORES, PAIR_SCORES, UNCERTAINTIES, WHOLE_SCORES
+from polyseg.config import MOST_SAMPLES, DataConfig
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images
+from polyseg.data.splits import groups_by_id
 from polyseg.errors import PolysegError
+from polyseg.evaluation.predictions import At, at_size, masks_at, probabilities
 from polyseg.evaluation.scores import (
     ImageScores,
     Prediction,
@@ -29,7 +32,6 @@ from polyseg.evaluation.scores import (
 )
 from polyseg.metrics.calibration import ReliabilityCurve
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.inference import predict
 from polyseg.networks.networks_by_name import SegmentationNetwork
 from polyseg.records import Progress, no_progress
 from polyseg.runs.trained_model import (
@@ -46,46 +48,52 @@ from polyseg.system.process_group import ALONE, Processes
 log = logging.getLogger(__name__)
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Among which one is chosen on the validation images."""
+"""Thresholds among which one is chosen on the validation images."""
 
 _PIXELS_AT_ONCE = 2**24
-"""Of which MC Dropout's maps are held."""
+"""Largest number of pixels whose MC-Dropout maps are kept in memory at once."""
 _CHOOSING = 48
-"""At least as many images as choose how many passes there are, but for the rest of a batch."""
+"""Least number of images, up to a batch, by which the number of passes is chosen."""
 
+Groups = Mapping[str, str | None]
+"""The group of each image, such as its patient, by the image's id."""
 Threshold = float | Literal["val"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PredictedMasks:
-    """What a network predicted for each image, eight pixels a byte."""
+    """The masks of one label that a network predicted, compressed."""
 
     run: str
     label: str
-    packed: Mapping[str, NDArray[np.uint8]]
-    """By the image's id."""
+    packed: Mapping[str, bytes]
+    """Compressed bits of each mask, by the image's id."""
     shapes: Mapping[str, tuple[int, int]]
 
     def mask(self, identity: str) -> NDArray[np.bool_]:
         """Return the predicted mask of an image, (H, W)."""
         height, width = self.shapes[identity]
-        bits = np.unpackbits(self.packed[identity], count=height * width)
-        return bits.reshape(height, width).astype(bool)
+        packed = np.frombuffer(zlib.decompress(self.packed[identity]), np.uint8)
+        return np.unpackbits(packed, count=height * width).reshape(height, width).astype(bool)
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured of each network."""
+    """What is measured of each network, and how."""
 
     threshold: Threshold = 0.5
-    """From which probability on a pixel is foreground; "val": the best on validation images."""
+    """Least probability of a foreground pixel; "val": the best one on the validation images."""
     uncertainty: bool = False
     """Whether to test the mean over passes of MC Dropout too, and whether D finds failures."""
     samples: int | None = None
-    """N, the passes; the run's own if left out."""
+    """N, the number of passes; None for the run's own."""
     corruptions: Sequence[str] = ()
     """Kinds of damage to test under."""
+    at: At = "original"
+    """Size at which predictions and masks are compared."""
+    by: Literal["patient", "image"] = "patient"
+    """Case of means, intervals and tests; patients count where they are known."""
     tolerance: float = 2.0
     """Tolerance of NSD, in pixels, or in mm where spacings are known."""
     failure: float = 0.7
@@ -113,7 +121,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class NetworkResults:
-    """What the testing of one network gave."""
+    """The results of testing one network or folder of masks."""
 
     scores: Sequence[RunScores]
     points: Sequence[RobustnessPoint]
@@ -121,29 +129,29 @@ class NetworkResults:
 
 
 @dataclass(frozen=True)
-class _Test:
-    """A network, the images that it is tested on, and how."""
+class ImageTest:
+    """The images that a network, or a folder of masks, is tested on, and how."""
 
     name: str
-    network: SegmentationNetwork
     images: ImageSet
     ids: Sequence[str]
     batch_size: int
     settings: EvaluationSettings = EvaluationSettings()
     progress: Progress = no_progress
     processes: Processes = ALONE
+    groups: Groups = field(default_factory=dict)
 
 
-class _Prediction(NamedTuple):
-    """A network's answer for one image."""
+class ImagePrediction(NamedTuple):
+    """The prediction for one image, and its true masks, at one size."""
 
     id: str
-    probability: NDArray[np.float64]
+    probability: NDArray[np.floating]
     """(K, H, W) in [0, 1]."""
     masks: NDArray[np.uint8]
-    """(K, H, W) in {0, 1}, the truth."""
+    """(K, H, W) in {0, 1}, the true masks."""
     uncertainty: Mapping[str, Sequence[float]]
-    """By name, one a label."""
+    """Values by name, one for each label."""
 
 
 def score(
@@ -153,6 +161,7 @@ def score(
     ids: Sequence[str],
     batch_size: int,
     *,
+    groups: Groups | None = None,
     progress: Progress = no_progress,
 ) -> list[RunScores]:
     """Return the metrics of a network on some images, image by image, a record a label.
@@ -160,8 +169,8 @@ def score(
     Raises:
         PolysegError: the images have no masks.
     """
-    test = _Test(name, network, images, ids, batch_size, progress=progress)
-    return _judge(test, _plain(test), dict.fromkeys(images.labels, 0.5))
+    test = ImageTest(name, images, ids, batch_size, progress=progress, groups=groups or {})
+    return judge(test, _plain(network, test), dict.fromkeys(images.labels, 0.5))
 
 
 def choose_thresholds(
@@ -171,15 +180,17 @@ def choose_thresholds(
     batch_size: int,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    at: At = "original",
 ) -> dict[str, float]:
     """Return for each label the one of `THRESHOLDS` with the highest mean Dice over some images.
 
     Of several that are equally good it is the one nearest to 0.5.
     """
-    test = _Test("", network, images, ids, batch_size, progress=progress, processes=processes)
+    how = EvaluationSettings(at=at)
+    test = ImageTest("", images, ids, batch_size, how, progress, processes)
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
-        for one in _plain(test, "choosing thresholds")
+        for one in _plain(network, test, "choosing thresholds")
     ]
     means = np.mean(processes.joined(dices), axis=0).round(9)
     nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
@@ -203,31 +214,42 @@ def measure_network(
 
     Args:
         model: the network.
-        name: of it, in tables.
-        images: among which the tested ones are.
-        ids: of those.
+        name: name of the network in tables.
+        images: images that include the tested ones.
+        ids: ids of the tested images.
         settings: what is measured.
-        load: what reads the network's own data.
-        progress: of all this.
-        processes: that share the images; all get the whole.
+        load: function that reads the network's own data.
+        progress: of all tests.
+        processes: processes that share the images; all get all results.
 
     Raises:
         PolysegError: the images have no masks, or there are none to choose a threshold on.
     """
     size = model.config.training.batch_size
-    test = _Test(name, model.network, images, ids, size, settings, progress, processes)
+    groups = {} if settings.by == "image" else patients_of(images, model.config.data)
+    test = ImageTest(name, images, ids, size, settings, progress, processes, groups)
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
     if settings.uncertainty:
-        scores = _judge(test, _passes(model, test), thresholds, "mc_mean")
+        scores = judge(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
-    kept = _Keeper(name, images.labels, thresholds)
+    kept = MaskKeeper(name, images.labels, thresholds)
     predictions = (
-        kept(one._replace(uncertainty=uncertainty.get(one.id, {}))) for one in _plain(test)
+        kept(one._replace(uncertainty=uncertainty.get(one.id, {})))
+        for one in _plain(model.network, test)
     )
-    plain = _judge(test, predictions, thresholds)
-    points = _under_damage(model.config, test, plain)
-    return NetworkResults(plain + scores, list(points), kept.masks(processes))
+    plain = judge(test, predictions, thresholds)
+    points = list(_under_damage(model, test, plain))
+    return NetworkResults(plain + scores, points, kept.masks(processes))
+
+
+def patients_of(images: ImageSet, config: DataConfig) -> Groups:
+    """Return the group of each image, such as its patient, by the data or by `data.group`."""
+    try:
+        return groups_by_id(images.members(), config)
+    except PolysegError as error:
+        log.warning("%s; groups are taken from the data alone", error)
+        return {item.id: item.group for item in images.items}
 
 
 def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
@@ -240,7 +262,7 @@ def _by_image(scores: Sequence[RunScores]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
+def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
     """Return the threshold of each label, from the settings or the validation images."""
     images, chosen = test.images, test.settings.threshold
     if chosen != "val":
@@ -252,7 +274,8 @@ def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
         else (images, part_of(split, "val", images, model))
     )
     found = choose_thresholds(
-        model.network, own, ids, test.batch_size, test.progress, test.processes
+        *(model.network, own, ids, test.batch_size, test.progress, test.processes),
+        test.settings.at,
     )
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
@@ -260,42 +283,53 @@ def _thresholds(model: Model, test: _Test, load: Load) -> dict[str, float]:
     return found
 
 
-def _plain(test: _Test, task: str = "") -> Iterator[_Prediction]:
+def _plain(
+    network: SegmentationNetwork, test: ImageTest, task: str = ""
+) -> Iterator[ImagePrediction]:
     """Yield what one pass without dropout predicts for each image of this process's share."""
-    done, total = 0, len(test.ids)
-    batches = test.images.batches(test.processes.share(test.ids), test.batch_size)
-    for batch, logits in predict(test.network, batches):
-        if batch.masks is None:
-            raise PolysegError("evaluate: the images have no masks to compare with")
-        for row, identity in enumerate(batch.ids):
-            probability = logits[row].double().sigmoid().numpy()
-            yield _Prediction(identity, probability, batch.masks[row].numpy(), {})
-        done += len(batch.ids)
-        test.progress(
-            task or f"testing {test.name}", min(total, test.processes.count * done), total
-        )
+    images, at, total = test.images, test.settings.at, len(test.ids)
+    task = task or f"testing {test.name}"
+    mine = test.processes.share(test.ids)
+    found = probabilities(network, images, mine, test.batch_size, at)
+    for done, (identity, probability) in enumerate(found, start=1):
+        yield ImagePrediction(identity, probability, true_masks(test, identity), {})
+        test.progress(task, min(total, test.processes.count * done), total)
 
 
-def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
+def true_masks(test: ImageTest, identity: str) -> NDArray[np.uint8]:
+    """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test.
+
+    Raises:
+        PolysegError: it has none.
+    """
+    masks = masks_at(test.images, identity, test.settings.at)
+    if masks is None:
+        raise PolysegError("evaluate: the images have no masks to compare with")
+    return masks
+
+
+def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
     """Yield the mean over the passes of MC Dropout, and the uncertainty, of each image of a share.
 
     Uncertainty is averaged over the predicted foreground: an image to be judged has no mask.
     """
-    images, samples = test.images, test.settings.samples
+    images, samples, at = test.images, test.settings.samples, test.settings.at
     settings = passes_of(model.config, region="prediction", save_maps=True, samples=samples)
-    free = [name for name, row in FREE_SCORES.items() if row.function]
-    names = list(dict.fromkeys([settings.metric, *UNCERTAINTIES, *free]))
+    free = [name for name, row in FREE_SCORES.items() if row.function and row.of == "pixels"]
+    also = [name for name, row in (WHOLE_SCORES | PAIR_SCORES).items() if not row.needs_mask]
+    names = list(dict.fromkeys([settings.metric, *UNCERTAINTIES, *free, *also]))
     labels, mine = len(images.labels), set(test.processes.share(test.ids))
     choosing = _CHOOSING + test.batch_size if settings.samples == "auto" else 0
     for part in _parts(images, test.ids, choosing, test.processes):
         found = assess(
-            test.network,
+            model.network,
             images.batches(part, test.batch_size),
             settings,
             seed=model.config.training.seed,
             epoch=model.checkpoint.epoch,
             progress=test.progress,
             total=len(part),
+            also=also,
         ).in_order(part)
         # Where the passes choose N, the first part does so for all.
         settings = settings.model_copy(update={"samples": found.samples})
@@ -303,11 +337,11 @@ def _passes(model: Model, test: _Test) -> Iterator[_Prediction]:
             if identity not in mine:
                 continue
             rows = slice(i * labels, (i + 1) * labels)
-            _, masks = images.sample(identity)
-            yield _Prediction(
+            mean = np.stack(found.maps["mean"][rows]).astype(np.float64)
+            yield ImagePrediction(
                 identity,
-                np.stack(found.maps["mean"][rows]).astype(np.float64),
-                masks.numpy(),
+                at_size(mean, images, identity, at),
+                true_masks(test, identity),
                 {name: found.scores[name][rows].tolist() for name in names},
             )
 
@@ -342,32 +376,21 @@ def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
     yield part
 
 
-def _judge(
-    test: _Test,
-    predictions: Iterable[_Prediction],
+def judge(
+    test: ImageTest,
+    predictions: Iterable[ImagePrediction],
     thresholds: Mapping[str, float],
     prediction: Prediction = "plain",
 ) -> list[RunScores]:
     """Return the metrics of all images, a record a label, where each process judges its share."""
-    labels = test.images.labels
-    in_mm = all(test.images.item(identity).spacing is not None for identity in test.ids)
+    labels, at = test.images.labels, test.settings.at
+    spacings = {one: _spacing(test.images, one, at) for one in test.ids}
+    in_mm = None not in spacings.values()
     rows: list[list[ImageScores]] = []
     curves = [ReliabilityCurve() for _ in labels]
     for one in predictions:
-        rows.append(
-            [
-                image_scores(
-                    one.id,
-                    one.probability[k],
-                    one.masks[k],
-                    threshold=thresholds[label],
-                    spacing=test.images.item(one.id).spacing if in_mm else None,
-                    tolerance=test.settings.tolerance,
-                    uncertainty={key: values[k] for key, values in one.uncertainty.items()},
-                )
-                for k, label in enumerate(labels)
-            ]
-        )
+        spacing = spacings[one.id] if in_mm else None
+        rows.append(_scores_of(test, one, thresholds, spacing))
         for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
             curve.add(probability, masks)
     rows, of_all = test.processes.joined(rows), test.processes.gathered(curves)
@@ -379,14 +402,43 @@ def _judge(
             prediction=prediction,
             threshold=thresholds[label],
             unit="mm" if in_mm else "px",
+            at=at,
             reliability=functools.reduce(operator.add, (curves[k] for curves in of_all)),
         )
         for k, label in enumerate(labels)
     ]
 
 
+def _scores_of(
+    test: ImageTest,
+    one: ImagePrediction,
+    thresholds: Mapping[str, float],
+    spacing: tuple[float, float] | None,
+) -> list[ImageScores]:
+    """Return the metrics of one image, label by label."""
+    return [
+        image_scores(
+            one.id,
+            one.probability[k],
+            one.masks[k],
+            threshold=thresholds[label],
+            spacing=spacing,
+            tolerance=test.settings.tolerance,
+            uncertainty={key: values[k] for key, values in one.uncertainty.items()},
+            group=test.groups.get(one.id),
+        )
+        for k, label in enumerate(test.images.labels)
+    ]
+
+
+def _spacing(images: ImageSet, identity: str, at: At) -> tuple[float, float] | None:
+    if at == "network":
+        return images.item(identity).spacing
+    return images.original_spacing(identity)
+
+
 def _under_damage(
-    config: Config, test: _Test, clean: Sequence[RunScores]
+    model: Model, test: ImageTest, clean: Sequence[RunScores]
 ) -> Iterator[RobustnessPoint]:
     """Yield the metrics of a network on images damaged in each way, to each degree."""
     thresholds, mine = {run.label: run.threshold for run in clean}, test.processes.share(test.ids)
@@ -395,31 +447,32 @@ def _under_damage(
         for strength in STRENGTHS[1:]:
             # One seed for all networks, so that all see the same damage.
             images = corrupted(
-                test.images, corruption, strength, seed=0, config=config.data, ids=mine
+                test.images, corruption, strength, seed=0, config=model.config.data, ids=mine
             )
             task = f"testing {test.name} under {corruption} {strength}"
-            predictions = _plain(dataclasses.replace(test, images=images), task)
-            for run in _judge(test, predictions, thresholds):
+            predictions = _plain(model.network, dataclasses.replace(test, images=images), task)
+            for run in judge(test, predictions, thresholds):
                 yield RobustnessPoint(run.title, corruption, strength, run.scores)
 
 
-class _Keeper:
-    """Keeps the predicted masks that pass by, eight pixels a byte, for the figures at the end."""
+class MaskKeeper:
+    """Keeps the predicted masks, compressed, for the figures at the end."""
 
     def __init__(self, name: str, labels: Sequence[str], thresholds: Mapping[str, float]) -> None:
         self.name, self.labels, self.thresholds = name, labels, thresholds
-        self.packed: dict[str, dict[str, NDArray[np.uint8]]] = {label: {} for label in labels}
+        self.packed: dict[str, dict[str, bytes]] = {label: {} for label in labels}
         self.shapes: dict[str, tuple[int, int]] = {}
 
-    def __call__(self, one: _Prediction) -> _Prediction:
+    def __call__(self, one: ImagePrediction) -> ImagePrediction:
+        """Keep the masks of a prediction, and return it."""
         for k, label in enumerate(self.labels):
             predicted = one.probability[k] >= self.thresholds[label]
-            self.packed[label][one.id] = np.packbits(predicted)
+            self.packed[label][one.id] = zlib.compress(np.packbits(predicted).tobytes(), 1)
             self.shapes[one.id] = (predicted.shape[0], predicted.shape[1])
         return one
 
     def masks(self, processes: Processes) -> list[PredictedMasks]:
-        """Return those that passed by in any of the processes, a record a label."""
+        """Return the masks that all processes kept, a record for each label."""
         packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
         shapes = _united(processes.gathered(self.shapes))
         return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]
@@ -429,7 +482,7 @@ def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _dices(probability: NDArray[np.float64], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _dices(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
     truth = mask > 0
     found = []

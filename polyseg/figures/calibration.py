@@ -1,6 +1,6 @@
-"""Whether probabilities come true, and whether the images fail of which a network is unsure.
+"""Reliability diagrams and risk-coverage curves.
 
-Up to four runs share a panel. Of more, each has a panel of its own, with the others in gray.
+Up to four runs share a panel; each of more has its own, with the others in gray.
 """
 
 import math
@@ -40,18 +40,13 @@ def reliability_diagram(
     counts: Sequence[Numbers],
     errors: Sequence[float],
 ) -> Figure:
-    """Draw the observed share of foreground over its predicted probability.
+    """Draw the observed share of foreground over its predicted probability for R runs.
 
-    The dashed diagonal is perfect calibration; below it a network claims more foreground than there
-    is. Under each panel is how many pixels have such a probability, on a logarithmic scale.
+    The dashed diagonal is perfect calibration; below it a network predicts too much foreground. The
+    lower panels show the numbers of pixels with each probability, on a logarithmic scale.
 
-    Args:
-        names: of the runs, at least one.
-        mean_predicted: a run (bins,) in [0, 1], the mean probability in each of the equal-width
-            bins; NaN in an empty one.
-        observed: a run (bins,) in [0, 1], the share of foreground; NaN in an empty bin.
-        counts: a run (bins,), the pixels in each bin.
-        errors: the expected calibration error of each run.
+    `mean_predicted` and `observed` (NaN in empty bins) and `counts` hold an array (bins,) for each
+    run, for bins of equal width; `errors` are the expected calibration errors.
 
     >>> predicted, observed, count = np.array([[0.2, 0.9], [0.1, 0.8], [300, 20]])
     >>> figure = reliability_diagram(["adaptive"], [predicted], [observed], [count], [0.1])
@@ -85,16 +80,12 @@ def risk_coverage_curves(
     best: Sequence[Curve] | None = None,
     uncertainty: str = "",
 ) -> Figure:
-    """Draw the risk, mean 1 - Dice, of the images kept over how many are, the most certain first.
+    """Draw the mean risk, 1 - Dice, of the most certain images over how many are kept.
 
-    Dashed is the mean risk of all images, where an uncertainty that says nothing stays.
-
-    Args:
-        names: of the runs, at least one.
-        curves: a run its coverage, (n,) in (0, 1] and rising to 1, and its selective risk, (n,),
-            the mean of which is AURC.
-        best: a run the same of the order by the risk itself, which none beats; drawn dotted.
-        uncertainty: by which images are in order, if it is one for all runs.
+    `curves` hold for each run coverage, (n,) rising to 1, and selective risk, (n,), whose mean is
+    AURC; `best` the same in the order of the risk itself, drawn dotted. The dashed line is the mean
+    risk of all images, which a random order has at any coverage. `uncertainty` is its name, if it
+    is the same for all runs.
 
     >>> curve = np.array([0.5, 1.0]), np.array([0.1, 0.2])
     >>> risk_coverage_curves(["adaptive"], [curve]).legends[0].get_texts()[0].get_text()
@@ -126,11 +117,9 @@ def risk_coverage_curves(
 def _panels(
     runs: int, heights: tuple[float, float]
 ) -> tuple[Figure, list[tuple[Axes, Sequence[int]]]]:
-    """Return a figure, and its panels with the runs of each.
+    """Return a figure, and its panels with the indices of their runs.
 
-    Args:
-        runs: at least one.
-        heights: in inches, of the one panel of few runs, and of one of many.
+    `heights` are those of the one panel for few runs, and of each one for many, in inches.
     """
     together = runs <= _TOGETHER
     shown = [range(runs)] if together else [range(i, i + 1) for i in range(runs)]
@@ -148,13 +137,13 @@ def _panels(
 
 
 def _draw_runs(axes: Axes, runs: Sequence[int], curves: Sequence[Curve], *, spacing: float) -> None:
-    """Draw the others' curves in gray and the runs' own on top, marked once a share of a curve."""
+    """Draw the other runs' curves in gray, and the panel's own on top with markers."""
     for i, curve in enumerate(curves):
         if i not in runs:
             axes.plot(*curve, color=_OTHERS, linewidth=0.8, zorder=1)
     for i, colour, marker in zip(runs, RUN_COLOURS, MARKERS, strict=False):
         step = max(math.ceil(spacing * len(curves[i][0])), 1)
-        marks = (step * i // _TOGETHER % step, step)  # beside those of the other curves
+        marks = (step * i // _TOGETHER % step, step)  # not above those of the other curves
         axes.plot(*curves[i], color=colour, marker=marker, markevery=marks, label=str(i))
 
 
@@ -177,7 +166,7 @@ def _name_runs(
     values: Sequence[float],
     others: Sequence[Line2D] = (),
 ) -> None:
-    """Tell the runs and their values: in the legend where they share a panel, otherwise above."""
+    """Show the names and values of the runs, in the legend of a shared panel or above each."""
     shown = [formatted(value, ".3f").replace("nan", "–") for value in values]
     if len(names) > _TOGETHER:
         for (axes, _), name, value in zip(panels, names, shown, strict=True):

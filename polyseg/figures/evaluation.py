@@ -1,4 +1,4 @@
-"""Runs side by side, and how far they are from a baseline."""
+"""Runs side by side, and their differences from a baseline."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,17 +33,11 @@ _STARS = "* p < 0.05   ** p < 0.01   *** p < 0.001"
 
 @styled
 def comparison(names: Sequence[str], values: Mapping[str, Sequence[Numbers]]) -> Figure:
-    """Draw the per-image values of several runs side by side, a panel a metric.
+    """Draw the values of all images for several runs side by side, a panel for each metric.
 
-    Each point is an image; boxes show the quartiles, whiskers reach from 5 to 95 %, the diamond
-    is the mean. Values that are not finite are left out, and their number is written below.
-
-    Args:
-        names: of the runs.
-        values: the metric's title to an array (n_i,) a run.
-
-    Raises:
-        ValueError: a metric has not one array a run.
+    `values` maps titles of metrics to an array (n_i,) for each run. Points are images, boxes the
+    quartiles, whiskers 5 to 95 %, diamonds the means. The number of values that are not finite is
+    written below.
 
     >>> dice = [np.array([0.8, 0.9]), np.array([0.7, math.nan])]
     >>> comparison(["adaptive", "fixed"], {"Dice": dice}).axes[0].get_xlabel()
@@ -64,21 +58,13 @@ def differences(
     higher_is_better: Mapping[str, bool],
     baseline: str,
 ) -> Figure:
-    """Draw how far runs are from a baseline on the same images: a forest plot, a panel a metric.
+    """Draw the differences of R runs from a baseline as a forest plot, a panel for each metric.
 
-    Points are mean differences, bars their 95 % intervals; on the shaded side a run is better than
-    the baseline. What is not finite is left out.
+    Points are mean differences, bars their 95 % intervals; the shaded side is better than the
+    baseline. Values that are not finite are left out.
 
-    Args:
-        names: of the R runs, without the baseline.
-        intervals: the metric's title to means and ends, (R,) each.
-        stars: the metric's title to R texts: "*", "**" and "***" for p below 0.05, 0.01 and 0.001,
-            otherwise "".
-        higher_is_better: the metric's title to whether a positive difference is an improvement.
-        baseline: what the runs are compared with.
-
-    Raises:
-        ValueError: a metric has not one value a run.
+    By title of the metric, `intervals` are means and ends, (R,) each, `stars` R texts such as
+    `significance.stars` returns, and `higher_is_better` tells the better side.
 
     >>> found = {"Dice": (np.array([0.02]), np.array([0.01]), np.array([0.04]))}
     >>> marks = {"stars": {"Dice": ["*"]}, "higher_is_better": {"Dice": True}}
@@ -101,12 +87,12 @@ def differences(
 def _panels(
     names: Sequence[str], metrics: Sequence[str], height: float
 ) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure with a titled panel a metric and a row a run, and so many inches besides."""
+    """Return a figure of `height` inches and the rows, with a titled panel for each metric."""
     columns = min(len(metrics), 3) or 1
     lines = math.ceil(len(metrics) / columns) or 1
     width = ONE_COLUMN if columns == 1 else TWO_COLUMNS
     labels = [wrapped(name) for name in names]
-    # Few rows are given more room than their names need.
+    # Few rows get more space than their names need.
     needed = 0.04 + 0.14 * max((label.count("\n") + 1 for label in labels), default=1)
     rows = max(needed, 0.35 - 0.015 * len(names)) * len(names)
     figure = Figure(figsize=(width, height + lines * (0.6 + rows)))
@@ -125,7 +111,7 @@ def _draw_values(axes: Axes, runs: Sequence[Numbers]) -> None:
     rows = list(axes.get_yticks())
     colours = [RUN_COLOURS[row % len(RUN_COLOURS)] for row in range(len(rows))]
     for row, values, colour in zip(rows, samples, colours, strict=True):
-        # Multiples of the golden ratio spread the points evenly, and always in the same way.
+        # Multiples of the golden ratio spread the points evenly and reproducibly.
         jitter = 0.5 * ((0.618034 * np.arange(values.size)) % 1 - 0.5)
         axes.scatter(values, row + jitter, s=3, color=colour, linewidth=0, rasterized=True)
         if values.size:
@@ -145,7 +131,7 @@ def _draw_differences(axes: Axes, found: Intervals, stars: Sequence[str]) -> Non
 
 
 def _shade_better(axes: Axes, found: Intervals, higher_is_better: bool) -> None:
-    """Shade the better side of zero, which is always in sight, with some of either side."""
+    """Shade the better side of zero; both sides are always visible."""
     ends = finite_values(np.concatenate(found))
     low, high = min(0.0, ends.min(initial=0)), max(0.0, ends.max(initial=0))
     margin = 0.1 * (high - low) or 1.0

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: its tables as files, and its figures."""
+"""The files of an evaluation: tables and figures."""
 
 import itertools
 import json
@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from polyseg.data.dataset import ImageSet
 from polyseg.evaluation import export
-from polyseg.evaluation.scores import Evaluation, RunScores
+from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import PredictedMasks
 from polyseg.figures.calibration import reliability_diagram, risk_coverage_curves
 from polyseg.figures.evaluation import comparison, differences
+from polyseg.figures.figures_by_name import EVALUATION_FIGURES
 from polyseg.figures.pictures import PredictionCase, predictions
 from polyseg.figures.robustness import robustness_curves
 from polyseg.figures.run_figures import displayed, paths_of_labels
@@ -25,14 +27,13 @@ from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import stars
 from polyseg.system.files import write_text
 
-_COMPARED = ("dice", "iou", "sensitivity", "precision", "hd95", "nsd")
 _CASES = 5
 _MOST_SHOWN = 6
-"""Of the images, and of the runs, in a figure of predictions."""
+"""Largest number of runs in a figure of predictions."""
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> list[Path]:
-    """Write the tables of an evaluation, and its figures; return the files."""
+    """Write the tables and figures of an evaluation, and return their paths."""
     summary = export.summary(evaluation)
     texts = {
         "table.md": export.markdown(summary),
@@ -51,13 +52,9 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> 
 def draw_predictions(
     evaluation: Evaluation, masks: Sequence[PredictedMasks], images: ImageSet, folder: Path
 ) -> list[Path]:
-    """Draw the images that were segmented worst and best, a figure a label.
+    """Draw the images with the lowest and highest mean Dice over the runs, a figure for each label.
 
-    Args:
-        evaluation: what says which those are, by the mean Dice over the runs.
-        masks: what the runs predicted; of an arm its first run that tested an image is drawn.
-        images: the images.
-        folder: where to.
+    For an arm, the prediction of its first run that tested an image is drawn.
     """
     files = []
     for label, place in paths_of_labels(images.labels, folder / "predictions"):
@@ -65,7 +62,7 @@ def draw_predictions(
         dice = _mean_dice(evaluation, label)
         ranked = sorted(dice, key=lambda identity: dice[identity])
         for title, ids in (("worst", ranked), ("best", ranked[::-1])):
-            cases = (_case(identity, label, arms, images) for identity in ids)
+            cases = (_case(identity, label, arms, images, evaluation.at) for identity in ids)
             shown = list(itertools.islice((one for one in cases if one is not None), _CASES))
             if not shown:
                 continue
@@ -77,37 +74,43 @@ def draw_predictions(
 
 
 def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
+    return [
+        path
+        for name, row in EVALUATION_FIGURES.items()
+        if (figure := row.resolve()(evaluation)) is not None
+        for path in save_figure(figure, folder / name)
+    ]
+
+
+def draw_comparison(evaluation: Evaluation) -> Figure:
+    """Draw the values of each image, a panel a metric and a row a run."""
     runs = evaluation.runs
-    titles = [run.title for run in runs]
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+    shown = [metric for metric in METRICS.values() if metric.in_figures]
     values = {
-        evaluation.heading(metric): [run.column(metric.key) for run in runs] for metric in compared
+        evaluation.heading(metric): [run.column(metric.name) for run in runs] for metric in shown
     }
-    files = save_figure(comparison(titles, values), folder / "comparison")
-    files += _draw_reliability(runs, folder)
-    files += _draw_risk_coverage(runs, folder)
-    files += _draw_differences(evaluation, folder)
-    return files + _draw_robustness(evaluation, folder)
+    return comparison([run.title for run in runs], values)
 
 
-def _draw_reliability(runs: Sequence[RunScores], folder: Path) -> list[Path]:
+def draw_reliability(evaluation: Evaluation) -> Figure | None:
+    """Draw the reliability diagram of the runs that have one."""
+    runs = evaluation.runs
     curves = [(run.title, run.reliability) for run in runs if run.reliability is not None]
     if not curves:
-        return []
-    figure = reliability_diagram(
+        return None
+    return reliability_diagram(
         [title for title, _ in curves],
         [curve.mean_predicted for _, curve in curves],
         [curve.observed for _, curve in curves],
         [curve.count for _, curve in curves],
         [curve.calibration_error for _, curve in curves],
     )
-    return save_figure(figure, folder / "reliability")
 
 
-def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
-    """Draw what is left of the risk as the least certain images are put aside."""
+def draw_risk_coverage(evaluation: Evaluation) -> Figure | None:
+    """Draw the risk of the images that remain when the least certain ones are left out."""
     names, found, curves, best = [], [], [], []
-    for run in runs:
+    for run in evaluation.runs:
         risk = 1 - run.column("dice")
         for name in list(dict.fromkeys(k for image in run.scores for k in image.uncertainty))[:1]:
             uncertainty = run.uncertainty(name)
@@ -118,26 +121,26 @@ def _draw_risk_coverage(runs: Sequence[RunScores], folder: Path) -> list[Path]:
                 curves.append(risk_coverage(risk[known], uncertainty[known]))
                 best.append(risk_coverage(risk[known], risk[known]))
     if not names:
-        return []
+        return None
     one = found[0] if len(set(found)) == 1 else ""
     if not one:
         names = [", ".join(pair) for pair in zip(names, found, strict=True)]
-    figure = risk_coverage_curves(names, curves, best=best, uncertainty=one)
-    return save_figure(figure, folder / "risk_coverage")
+    return risk_coverage_curves(names, curves, best=best, uncertainty=one)
 
 
-def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
+def draw_differences(evaluation: Evaluation) -> Figure | None:
+    """Draw the mean differences from the baseline, a panel a metric."""
     if not evaluation.comparisons:
-        return []
-    compared = [metric for metric in METRICS if metric.key in _COMPARED]
+        return None
+    compared = [metric for metric in METRICS.values() if metric.in_figures]
     found = evaluation.comparisons
     baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
     rows = {
-        evaluation.heading(metric): [one.differences[metric.key] for one in found]
+        evaluation.heading(metric): [one.differences[metric.name] for one in found]
         for metric in compared
     }
     better = [metric.higher_is_better for metric in compared]
-    figure = differences(
+    return differences(
         [one.run for one in found],
         {
             title: (
@@ -151,13 +154,13 @@ def _draw_differences(evaluation: Evaluation, folder: Path) -> list[Path]:
         higher_is_better=dict(zip(rows, better, strict=True)),
         baseline=baselines,
     )
-    return save_figure(figure, folder / "differences")
 
 
-def _draw_robustness(evaluation: Evaluation, folder: Path) -> list[Path]:
+def draw_robustness(evaluation: Evaluation) -> Figure | None:
+    """Draw the Dice of the images over the strength of each damage."""
     points = evaluation.robustness
     if not points:
-        return []
+        return None
     strengths = sorted({point.strength for point in points})
     values: dict[str, dict[str, NDArray[np.float64]]] = {}
     for corruption in dict.fromkeys(point.corruption for point in points):
@@ -166,11 +169,11 @@ def _draw_robustness(evaluation: Evaluation, folder: Path) -> list[Path]:
             run: np.stack([point.column("dice") for point in of_it if point.run == run])
             for run in dict.fromkeys(point.run for point in of_it)
         }
-    return save_figure(robustness_curves(strengths, values), folder / "robustness")
+    return robustness_curves(strengths, values)
 
 
 def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
-    """Return each image's mean Dice over the runs."""
+    """Return the mean Dice of each image over the runs."""
     found: dict[str, list[float]] = {}
     for run in evaluation.runs:
         if run.label == label and run.prediction == "plain":
@@ -182,7 +185,7 @@ def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
 def _arms(
     evaluation: Evaluation, masks: Sequence[PredictedMasks], label: str
 ) -> dict[str, list[PredictedMasks]]:
-    """Return what the first runs or arms predicted of a label, by their names."""
+    """Return the predictions of the runs in each of the first arms, by the name of the arm."""
     of_label = {one.run: one for one in masks if one.label == label}
     arms = [run for run in evaluation.runs if run.label == label and run.prediction == "plain"]
     return {
@@ -196,14 +199,20 @@ def _case(
     label: str,
     arms: Mapping[str, Sequence[PredictedMasks]],
     images: ImageSet,
+    at: str,
 ) -> PredictionCase | None:
-    """Return an image beside what the first run of each arm that has it predicted, if all do.
+    """Return an image and what the first run of each arm that tested it predicted.
 
-    Runs that see images at another size have none that could be drawn over these.
+    None where an arm has no prediction of the size of the image.
     """
     if identity not in images.hashes:
         return None
-    truth, size = images.masks(identity), images.item(identity).size
+    pixels, truth = (
+        (images.pixels(identity), images.masks(identity))
+        if at == "network"
+        else images.original(identity)
+    )
+    size = pixels.shape[:2]
     found = [
         next((one.mask(identity) for one in runs if one.shapes.get(identity) == size), None)
         for runs in arms.values()
@@ -215,5 +224,4 @@ def _case(
     dice = dice_coefficient(
         torch.from_numpy(np.stack(predicted)), torch.from_numpy(np.stack([mask] * len(predicted)))
     )
-    pixels = displayed(images.pixels(identity))
-    return PredictionCase(identity, pixels, mask, predicted, dice.tolist())
+    return PredictionCase(identity, displayed(pixels), mask, predicted, dice.tolist())

@@ -21,17 +21,11 @@ def loss_curves(
     wrong_above: Numbers | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw the loss, or its gradient, over the angle for several epsilon, beside true Dice.
+    """Draw the loss, or its gradient, over the angle for several epsilon, and that of true Dice.
 
-    Args:
-        theta: (T,) rising, within [0, pi/2] rad.
-        curves: epsilon to (T,) values.
-        dice: (T,) the same of true Dice, 1 - s cos(theta), drawn dashed.
-        s: the ratio of norms that all curves share, in [0, 1].
-        ylabel: what the values are.
-        wrong_above: (T,) the values above which the loss rises with s, which are shaded: there
-            (1/2 + epsilon) theta^2 > 1.
-        title: of the figure.
+    `theta`, (T,), rises within [0, pi/2] rad; `curves` maps epsilon to (T,) values with the ratio
+    of norms `s`; `dice`, (T,), belongs to true Dice, 1 - s cos(theta), and is dashed. Above
+    `wrong_above`, (T,), the loss rises with s, (1/2 + epsilon) theta^2 > 1, which is shaded.
 
     >>> theta = np.linspace(0, np.pi / 2, 50)
     >>> figure = loss_curves(theta, {0.0: 0.9 + 0.05 * theta**2}, 1 - 0.1 * np.cos(theta), s=0.1)
@@ -41,7 +35,7 @@ def loss_curves(
     legend_lines = math.ceil((len(curves) + 2) / 3)
     figure = Figure(figsize=(ONE_COLUMN, 2.8 + 0.17 * legend_lines))
     axes = figure.add_subplot(xlabel="angle θ (rad)", ylabel=ylabel, title=title or "")
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # its light end left out
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # without its light end
     for epsilon, colour in zip(sorted(curves, reverse=True), colours, strict=True):
         axes.plot(theta, curves[epsilon], color=colour, label=f"ε = {formatted(epsilon)}")
     axes.plot(theta, dice, color=BLACK, linestyle="--", label="true Dice")

@@ -1,4 +1,4 @@
-"""Images with what is known of their pixels: masks, predictions, uncertainty."""
+"""Images with masks, predictions and uncertainty maps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,42 +27,29 @@ from polyseg.figures.style import (
 )
 
 LABELS, CELL, GAP = 1.2, 1.39, 0.07
-"""Widths in inches of what stands in a row of `overlays`."""
+"""Widths of the parts of a row of `overlays`, in inches."""
 
 _LINES: dict[str, tuple[str, float, withStroke]] = {
     "mask": (YELLOW, 1.4, withStroke(linewidth=2.0, foreground=BLACK)),
     "prediction": (BLUE, 0.8, withStroke(linewidth=1.2, foreground="white")),
 }
-"""Colour, width and seam of the outlines in `predictions`: where two agree, both are seen."""
+"""Colour, width and border of the outlines in `predictions`; both are visible where they agree."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with its masks, as `samples_sheet` shows it.
-
-    >>> Sample("a", np.zeros((2, 2)), np.zeros((1, 2, 2))).title
-    'a'
-    """
+    """An image with its masks in `samples_sheet`."""
 
     title: str
     image: Numbers
     """(H, W), or (H, W, 3) in [0, 1]."""
     masks: Numbers
-    """(K, H, W) in {0, 1}; each is outlined in a colour of its own."""
+    """(K, H, W) in {0, 1}, each outlined in its own colour."""
 
 
 @styled
 def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
-    """Draw pictures in rows, each with the outlines of its masks.
-
-    Args:
-        rows: at least one, of equal length.
-        title: of the sheet.
-
-    >>> sample = Sample("a", np.zeros((4, 4)), np.zeros((1, 4, 4)))
-    >>> len(samples_sheet([[sample, sample]], title="light").axes)
-    2
-    """
+    """Draw rows of images, at least one and of equal length, with the outlines of their masks."""
     columns = len(rows[0])
     cell = max(TWO_COLUMNS / columns, 0.9)
     figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
@@ -80,20 +67,15 @@ def samples_sheet(rows: Sequence[Sequence[Sample]], *, title: str) -> Figure:
 
 @dataclass(frozen=True, eq=False)
 class OverlayCase:
-    """One image of `overlays`, all of one height H and width W.
-
-    >>> blank = np.zeros((4, 6))
-    >>> OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan).id
-    'a'
-    """
+    """One image of `overlays`, with arrays of equal height and width."""
 
     id: str
     image: Numbers
-    """(H, W), shown from its lowest to its highest value, or (H, W, 3), uint8 or [0, 1]."""
+    """(H, W), or (H, W, 3) uint8 or in [0, 1]; gray values are stretched to the full range."""
     mask: Numbers | None
-    """(H, W) in {0, 1}, or None where there is none."""
+    """(H, W) in {0, 1}, or None."""
     mean: Numbers
-    """(H, W) in [0, 1], the mean prediction."""
+    """(H, W) mean prediction in [0, 1]."""
     uncertainty: Numbers
     """(H, W) at least 0."""
     difficulty: float
@@ -103,24 +85,16 @@ class OverlayCase:
 
 @styled
 def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure:
-    """Draw a row an image: the image, its mask, the mean prediction and the uncertainty.
+    """Draw a row for each image: the image, its mask, the mean prediction and the uncertainty.
 
-    Args:
-        cases: at least one. Heights are cut to between 0.4 and 2 widths, with room beside.
-        metric: what the uncertainty is; its colours are the same in all rows, from 0 on.
-        title: of the figure.
-
-    >>> blank = np.zeros((4, 6))
-    >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
-    >>> figure = overlays([case], metric="entropy", title="largest D")
-    >>> [axes.get_title() for axes in figure.axes[:4]]
-    ['image', 'mask', 'mean prediction', 'uncertainty']
+    The colours of the uncertainty, named by `metric`, are the same in all rows. Heights are limited
+    to between 0.4 and 2 widths.
     """
     shapes = [case.mean.shape for case in cases]
     heights = [CELL * float(np.clip(height / width, 0.4, 2)) for height, width in shapes]
     highest = max(finite_values(case.uncertainty).max(initial=0) for case in cases) or 1.0
     lefts = [LABELS + column * (CELL + GAP) for column in range(4)]
-    top = 0.55  # room for the title and the columns' names, as 0.75 below is for the colour bars
+    top = 0.55  # space for the titles; 0.75 below is for the colour bars
     figure = Figure(figsize=(TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
     figure.set_layout_engine("none")
     figure.suptitle(title, y=1 - 0.08 / figure.get_figheight(), va="top")
@@ -142,16 +116,11 @@ def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure
 
 @dataclass(frozen=True, eq=False)
 class PredictionCase:
-    """One image of `predictions`, and what R runs made of it.
-
-    >>> blank = np.zeros((4, 6))
-    >>> PredictionCase("a", blank, blank, [blank > 0], [1.0]).dice
-    [1.0]
-    """
+    """One image of `predictions`, with the predictions of R runs."""
 
     id: str
     image: Numbers
-    """(H, W), shown from its lowest to its highest value, or (H, W, 3), uint8 or [0, 1]."""
+    """As in `OverlayCase`."""
     mask: Numbers
     """(H, W) in {0, 1}."""
     predictions: Sequence[Numbers]
@@ -162,21 +131,9 @@ class PredictionCase:
 
 @styled
 def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title: str) -> Figure:
-    """Draw a row an image: its mask, then the outline of what each run predicted over the mask's.
+    """Draw a row for each image: its mask, then each run's prediction over the mask as outlines.
 
-    Args:
-        cases: at least one. Heights are cut to between 0.4 and 1.25 widths, with room beside.
-        names: of the R runs, at least one.
-        title: of the figure.
-
-    Raises:
-        ValueError: a case has not one prediction and one Dice a run.
-
-    >>> blank = np.zeros((4, 6))
-    >>> case = PredictionCase("a", blank, blank, [blank > 0], [1.0])
-    >>> figure = predictions([case], ["adaptive"], title="two images")
-    >>> [axes.get_xlabel() for axes in figure.axes]
-    ['a', 'Dice 1.000']
+    `names` are those of the runs, at least one. Heights are limited to between 0.4 and 1.25 widths.
     """
     columns = 1 + len(names)
     cell = float(np.clip(TWO_COLUMNS / columns, 1.2, ONE_COLUMN / 2))
@@ -204,7 +161,7 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
 
 
 def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> list[AxesImage]:
-    """Draw one row and return the images that the two colour bars explain."""
+    """Draw one row, and return the images for the two colour bars."""
     for panel in axes:
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
@@ -242,7 +199,7 @@ def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
 
 
 def _outline(axes: Axes, mask: Numbers | None, colour: str = YELLOW) -> None:
-    """Draw a mask's edge: in a black seam, to be seen on any image."""
+    """Draw the outline of a mask with a black border, visible on any image."""
     _edge(axes, mask, colour, 0.6, withStroke(linewidth=1.3, foreground=BLACK))
 
 
@@ -258,7 +215,7 @@ def _note(axes: Axes, text: str) -> None:
 
 
 def _displayable(image: Numbers) -> Numbers:
-    """Return an image as imshow takes it: colours beyond [0, 1] are brought into it."""
+    """Return an image for imshow, with colours scaled to [0, 1] if they exceed it."""
     if image.ndim == 2 or image.dtype == np.uint8:
         return image
     finite = finite_values(image)

@@ -1,4 +1,4 @@
-"""How much worse networks are on damaged images."""
+"""Metrics on corrupted images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,11 @@ def robustness_curves(
     *,
     metric: str = "Dice",
 ) -> Figure:
-    """Draw the mean of a metric over the strength of corruptions, a panel a corruption.
+    """Draw the mean of a metric over the strength of corruptions, a panel for each corruption.
 
-    Bands are the 95 % bootstrap intervals of the mean over images, where there are at least two. An
-    image whose value is not finite somewhere in a panel is left out of all its lines, and the
-    number of such images is written above.
-
-    Args:
-        strengths: (S,) rising.
-        values: for each corruption, at least one, (S, n) values by the name of the run; all
-            corruptions have the same runs, at least one, and all runs the same n images.
-        metric: what the values are.
+    `values` maps corruptions to names of runs to values, (S, n); all have the same runs and images.
+    Bands are 95 % bootstrap intervals over at least two images. An image whose value is not finite
+    anywhere in a panel is left out of all its lines; the number of these is in the title.
 
     >>> dice = {"noise": {"adaptive": np.array([[0.9, 0.8], [0.7, 0.5]])}}
     >>> robustness_curves([0, 1], dice).axes[0].lines[0].get_ydata().round(2).tolist()

@@ -1,10 +1,9 @@
-"""What a run or a checkpoint leaves for people: tables and figures from the records."""
+"""The figures of a run or a checkpoint, from its records and images."""
 
-import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,129 +13,111 @@ from numpy.typing import NDArray
 from polyseg.choices import UNCERTAINTIES
 from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
-from polyseg.difficulty import FALLBACKS
-from polyseg.evaluation.scores import Evaluation
+from polyseg.figures.figures_by_name import RUN_FIGURES, Drawn, RunFigure, RunRecords
 from polyseg.figures.pictures import OverlayCase, overlays
-from polyseg.figures.style import headed, save_figure
-from polyseg.figures.training import difficulty_figures, epsilon_quantiles, training_curves
+from polyseg.figures.schedules import Panel, difficulty_panels
+from polyseg.figures.style import formatted, headed, save_figure
+from polyseg.figures.training import (
+    difficulty_distribution,
+    epsilon_quantiles,
+    training_curves,
+)
 from polyseg.metrics.rank_stability import spearman
-from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment
-from polyseg.system.files import csv_table
 
 if TYPE_CHECKING:
     from polyseg.networks.networks_by_name import SegmentationNetwork
 
-log = logging.getLogger(__name__)
+
+def drawn_figures(
+    records: RunRecords, names: Collection[str] = RUN_FIGURES
+) -> Iterator[tuple[RunFigure, str, Drawn]]:
+    """Yield the figures of a run with their rows and labels, all those of a label together."""
+    rows = [row for name, row in RUN_FIGURES.items() if name in names]
+    parts = [("", [row for row in rows if row.source == "history"])]
+    parts += [(one, [row for row in rows if row.source != "history"]) for one in records.labels]
+    for label, of_label in parts:
+        for row in of_label:
+            if getattr(records, row.source) and (drawn := row.resolve()(records, label)):
+                yield row, label, replace(drawn, figure=headed(drawn.figure, label))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a job has to show."""
-
-    folder: Path
-    files: list[Path]
-    evaluation: Evaluation | None = None
-    correlations: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
-    """Sentences on the correlations."""
-
-
-def difficulty_correlations(
-    assessment: Assessment, known: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Return Spearman's correlation of each score with 1 - Dice, and with difficulty where known.
-
-    That with 1 - Dice has its 95 % interval, by `rank_correlation`. With several labels there are
-    rows for each, since labels differ in difficulty. A correlation is NaN where it is not defined,
-    such as without masks.
-    """
-    found: list[dict[str, Any]] = []
-    for label in assessment.label_names:
-        part = assessment.of_label(label)
-        rows = [i for i, identity in enumerate(part.ids) if identity in known]
-        truth = np.array([known[part.ids[i]] for i in rows])
-        for name, scores in part.scores.items():
-            row: dict[str, Any] = {"metric": name} | ({"label": label} if label else {})
-            of_error = rank_correlation(scores, 1 - part.dice)
-            row |= {"with 1 - Dice": of_error.value, "95 % interval": list(of_error.interval)}
-            if rows:
-                row["with known difficulty"] = spearman(scores[rows], truth)
-            found.append(row)
-    return found
-
-
-def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log what `difficulty_correlations` found."""
-    for row in rows:
-        found = [
-            f"{name} {value:.2f}"
-            for name, value in row.items()
-            if isinstance(value, float) and math.isfinite(value)
-        ]
-        if found:
-            name = " of ".join(filter(None, (row["metric"], row.get("label"))))
-            log.info("Spearman of the difficulty by %s: %s", name, ", ".join(found))
-
-
-def assessment_csv(assessment: Assessment) -> str:
-    """Return an assessment as CSV, a row an image."""
-    labels = assessment.labels
-    errors = assessment.scores_se.get(assessment.metric)
-    of_difficulty = [assessment.difficulty] if errors is None else [assessment.difficulty, errors]
-    columns = [*of_difficulty, *assessment.scores.values()]
-    named = ["difficulty", "difficulty_se"][: len(of_difficulty)]
-    heads = ["id", *(["label"] if labels else []), *named, *assessment.scores, "dice"]
-    rows = []
-    for i, identity in enumerate(assessment.ids):
-        values = [column[i] for column in columns]
-        row = [f"{value:.9g}" for value in (*values, assessment.dice[i])]
-        own = [identity, *([labels[i]] if labels else [])]
-        rows.append(
-            [*own, *row, assessment.foreground_pixels[i], FALLBACKS[assessment.fallback[i]]]
-        )
-    return csv_table([*heads, "foreground_pixels", "fallback"], rows)
-
-
-def draw_difficulties(
-    assessments: Sequence[Assessment], folder: Path, kinds: Sequence[str]
-) -> list[Path]:
-    """Draw those of `difficulty_figures` that are of some kinds, a figure a label."""
-    last = assessments[-1]
-    labels = {label: difficulty_figures(assessments, label) for label in last.label_names}
-    return [
-        path
-        for kind in kinds
-        for label, place in paths_of_labels(last.label_names, folder / kind)
-        if kind in labels[label]
-        for path in save_figure(labels[label][kind], place)
-    ]
-
-
-def draw_run(
-    history: Sequence[Mapping[str, float]],
-    epsilon: NDArray[np.float32],
-    config: Config,
-    folder: Path,
-) -> list[Path]:
-    """Draw losses and metrics over the epochs, and quantiles of epsilon where it was adapted.
-
-    Args:
-        history: a row an epoch.
-        epsilon: (epochs, rows), the labels of an image one after another.
-        config: of the run.
-        folder: where to.
-    """
-    files = save_figure(training_curves(history), folder / "curves")
-    if not config.adaptive:
-        return files
-    limits = (config.control.epsilon_min, config.control.epsilon_max)
-    epochs = np.arange(1, len(epsilon) + 1)
-    labels = config.data.labels
-    for k, (label, path) in enumerate(paths_of_labels(labels, folder / "epsilon")):
-        figure = epsilon_quantiles(epochs, epsilon[:, k :: len(labels)], limits=limits)
-        files += save_figure(headed(figure, label), path)
+def draw_run(records: RunRecords, folder: Path, names: Collection[str] = RUN_FIGURES) -> list[Path]:
+    """Write the figures of a run to a folder; return the files."""
+    files = []
+    for row, label, drawn in drawn_figures(records, names):
+        labels = [""] if row.source == "history" else records.labels
+        files += save_figure(drawn.figure, dict(paths_of_labels(labels, folder / row.name))[label])
     return files
+
+
+def curves(records: RunRecords, _: str) -> Drawn:
+    """Draw losses, validation overlap and learning rate over the epochs."""
+    first, last = records.history[0], records.history[-1]
+    name = "train_loss_constant" if "train_loss_constant" in first else "train_loss"
+    losses = [formatted(row.get(name, math.nan), ".3f") for row in (first, last)]
+    caption = "loss, overlap with the validation masks, and learning rate."
+    if any(row.get("assessed") == 1 for row in records.history):
+        caption += (
+            " Ticks at the bottom are assessments of the uncertainty; the dashed line is E0, the "
+            "first of them, after which each image has its own epsilon."
+        )
+    return Drawn(
+        training_curves(records.history),
+        caption,
+        f"Curves of the training loss, from {losses[0]} in epoch {first['epoch']:g} to "
+        f"{losses[1]} in epoch {last['epoch']:g}.",
+    )
+
+
+def epsilon(records: RunRecords, label: str) -> Drawn | None:
+    """Draw the quantiles of epsilon over the epochs, if it moved."""
+    assert records.schedule is not None
+    values = np.asarray(records.schedule.epsilon_of(label), dtype=np.float64)
+    known = values[np.isfinite(values)]
+    if known.size == 0 or np.ptp(known) == 0:
+        return None
+    low, high = (
+        float(reached) if given is None else given
+        for given, reached in zip(records.limits, (known.min(), known.max()), strict=True)
+    )
+    return Drawn(
+        epsilon_quantiles(records.schedule.epochs, values, limits=(low, high)),
+        "ε of the training images in each epoch.",
+        f"Quantiles of epsilon over {values.shape[1]} images in {len(values)} epochs, from "
+        f"{formatted(known.min(), '.2f')} to {formatted(known.max(), '.2f')}.",
+    )
+
+
+def difficulty(records: RunRecords, label: str) -> Drawn:
+    """Draw the distribution of D at each assessment."""
+    parts = [one.of_label(label) for one in records.assessments if label in one.label_names]
+    figure = difficulty_distribution(
+        [one.epoch for one in parts],
+        [one.difficulty for one in parts],
+        metric=parts[-1].metric,
+    )
+    return Drawn(
+        figure,
+        "difficulty D at each assessment. Boxes show the quartiles, whiskers reach from 5 to 95 %.",
+        f"Boxes of the difficulty at {len(parts)} assessments.",
+    )
+
+
+def difficulty_dice(records: RunRecords, label: str) -> Drawn | None:
+    """Draw the Dice of each image over its D at the last assessment, where there are masks."""
+    last = records.assessments[-1].of_label(label)
+    if not np.isfinite(last.dice).any():
+        return None
+    known = np.isfinite(last.difficulty) & np.isfinite(last.dice)
+    correlation = spearman(last.difficulty, 1 - last.dice)
+    panel = Panel(last.epoch, last.difficulty[known], last.dice[known], correlation)
+    return Drawn(
+        difficulty_panels([panel], metric=last.metric),
+        "Dice over difficulty D at the last assessment, one point for each image.",
+        f"Dice over difficulty of {len(last.ids)} images; Spearman's correlation of D with "
+        f"1 − Dice is {formatted(correlation, '.2f')}.",
+    )
 
 
 def draw_extremes(
@@ -146,18 +127,22 @@ def draw_extremes(
     assessment: Assessment,
     folder: Path,
 ) -> list[Path]:
-    """Draw the images of largest and of smallest D of an assessment.
+    """Draw the images with the largest and the smallest D of an assessment.
 
-    Their maps are measured anew, with the network as it is now, which may have trained on since.
+    The maps are computed again with the network as it is now, possibly trained further.
     """
     if assessment.metric not in UNCERTAINTIES:
-        return []  # Without passes there are no maps.
-    # Here, because the commands that only draw what is recorded need no torch.
+        return []  # Other scores have no maps.
+    # Imported here, because commands that draw recorded data only need no torch.
     from polyseg.montecarlo.assessment import assess
     from polyseg.networks.networks_by_name import hash_weights
 
     order = np.argsort(-assessment.difficulty, kind="stable")
-    changes = {"samples": assessment.samples, "save_maps": True}
+    changes = {
+        "samples": assessment.samples,
+        "save_maps": True,
+        "metric": assessment.metric,
+    }
     settings = config.uncertainty.model_copy(update=changes)
     moved = hash_weights(network) != assessment.weights_sha256
     since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
@@ -176,7 +161,7 @@ def draw_extremes(
         )
         places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
         chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
-        # Measured anew, they may stand in another order, and the figure goes by what it shows.
+        # Computed again, they may have another order, and the figure shows the new values.
         chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
         path = folder / f"overlays_{which}_d"
         heading = f"The {len(rows)} images of {which} D{since}"
@@ -187,7 +172,7 @@ def draw_extremes(
 def draw_overlays(
     assessment: Assessment, rows: Sequence[int], images: ImageSet, path: Path, title: str
 ) -> list[Path]:
-    """Draw image, mask, mean prediction and uncertainty of some rows of an assessment."""
+    """Draw image, mask, mean prediction and uncertainty for some rows of an assessment."""
     cases = []
     for i in rows:
         identity = assessment.ids[i]
@@ -209,7 +194,7 @@ def draw_overlays(
 
 
 def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]:
-    """Return a path for each label's figure; that of a single one is `path` itself."""
+    """Return a path for each label's figure; for a single label that is `path` itself."""
     if len(labels) == 1:
         return [(labels[0], path)]
     plain = [re.sub(r"[^\w-]+", "_", label) for label in labels]
@@ -220,9 +205,7 @@ def paths_of_labels(labels: Sequence[str], path: Path) -> list[tuple[str, Path]]
 
 
 def displayed(image: NDArray[Any]) -> NDArray[Any]:
-    """Return an image, (H, W, C), as (H, W), or RGB as (H, W, 3) in [0, 1].
-
-    Of images with other numbers of channels the first is shown.
+    """Return an image, (H, W, C), as RGB (H, W, 3) in [0, 1], or else its first channel (H, W).
 
     >>> float(displayed(np.full((2, 2, 3), 255, np.uint8)).max())
     1.0

@@ -1,4 +1,4 @@
-"""Which epsilon each image met when, and whether the difficulties behind it mean anything."""
+"""Figures of schedules, and of the validity of the difficulties behind them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,7 @@ _COLUMNS = 3
 def epsilon_bands(runs: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
     """Draw the epsilons of several runs over the epochs: medians, and bands from 5 to 95 %.
 
-    Args:
-        runs: name to epochs, (E,), and epsilon, (E, n), of each run.
+    `runs` maps names to epochs, (E,), and epsilon, (E, n).
 
     >>> runs = {"a": (np.array([1, 2]), np.array([[0.0, 0.2], [0.0, 1.0]]))}
     >>> epsilon_bands(runs).axes[0].lines[0].get_ydata().round(2).tolist()
@@ -68,14 +67,10 @@ def epsilon_map(
     limits: tuple[float, float],
     assessed: Sequence[int] = (),
 ) -> Figure:
-    """Draw the epsilon of every image in every epoch, the largest D at the end on top.
+    """Draw the epsilon, (E, n), of every image in every epoch, the largest `difficulty` on top.
 
-    Args:
-        epochs: (E,) from 1.
-        epsilon: (E, n).
-        difficulty: (n,), by which the images are put in order.
-        limits: eps_min and eps_max, which the colours reach at least.
-        assessed: the epochs after which the difficulties were measured, marked above.
+    The colours span at least `limits`, eps_min and eps_max. The epochs in `assessed` are marked
+    above.
 
     >>> epsilon = np.array([[0.0, 0.5]])
     >>> figure = epsilon_map(np.array([1]), epsilon, np.array([0.1, 0.2]), limits=(-0.4, 1.0))
@@ -103,7 +98,7 @@ def epsilon_map(
 
 
 class Panel(NamedTuple):
-    """One assessment, as `difficulty_panels` shows it."""
+    """One assessment in `difficulty_panels`."""
 
     epoch: int
     difficulty: Numbers
@@ -111,16 +106,14 @@ class Panel(NamedTuple):
     dice: Numbers
     """(n,) in [0, 1]; NaN without a mask."""
     correlation: float
-    """Spearman's of D with 1 - Dice."""
+    """Spearman's correlation of D with 1 - Dice."""
 
 
 @styled
 def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
-    """Draw Dice over difficulty at several assessments, each with a scale of D of its own.
+    """Draw Dice over difficulty at several assessments, each with its own scale of D.
 
-    Args:
-        panels: at least one.
-        metric: the score that D is.
+    `metric` is the name of the score that is D.
 
     >>> panel = Panel(5, np.array([0.1, 0.3]), np.array([0.9, 0.7]), 1.0)
     >>> difficulty_panels([panel], metric="variance").axes[0].get_title()
@@ -129,7 +122,7 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     width = ONE_COLUMN if columns == 1 else TWO_COLUMNS
-    figure = Figure(figsize=(width, 0.9 + 1.6 * rows))
+    figure = Figure(figsize=(width, 0.9 + 1.6 * rows + 0.4 * (columns == 1)))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -138,8 +131,9 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         known = formatted(panel.correlation, ".2f") if math.isfinite(panel.correlation) else "–"
         axes.set_title(f"epoch {panel.epoch}: {known}")
-    images = counted(len(panels[0].difficulty), "image")
-    figure.suptitle(f"{images}; Spearman's correlation of D with 1 − Dice", fontsize=9)
+    images, joint = counted(len(panels[0].difficulty), "image"), "\n" if columns == 1 else " "
+    title = f"{images}; Spearman's correlation{joint}of D with 1 − Dice"
+    figure.suptitle(title, fontsize=9)
     figure.supxlabel(f"difficulty D, {metric_name(metric)}", fontsize=9)
     figure.supylabel("Dice", fontsize=9)
     return figure
@@ -147,11 +141,9 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
 
 @styled
 def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
-    """Draw how well the order of the images at each assessment agrees with that at others.
+    """Draw rank correlations of D at each assessment with D elsewhere.
 
-    Args:
-        epochs: (A,) of the assessments.
-        curves: what it is compared with, to correlations (A,); NaN leaves a gap.
+    `curves` maps the name of the other D to correlations, (A,), at A epochs; NaN leaves a gap.
 
     >>> rank_curves([1, 2], {"last assessment": np.array([0.5, np.nan])}).axes[0].get_ylabel()
     'rank correlation of D with'
@@ -167,11 +159,9 @@ def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
 
 @styled
 def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Numbers]]) -> Figure:
-    """Draw the correlations of several scores over the assessments, a panel for each partner.
+    """Draw the correlations of several scores over the assessments, in several panels.
 
-    Args:
-        epochs: (A,) of the assessments.
-        panels: title to score to correlations in [-1, 1], (A,); NaN leaves a gap.
+    `panels` maps titles to scores to correlations, (A,), at A epochs; NaN leaves a gap.
 
     >>> panels = {"with 1 − Dice": {"entropy": np.array([0.5, 0.7])}}
     >>> [text.get_text() for text in validity_curves([1, 2], panels).legends[0].get_texts()]
@@ -183,7 +173,7 @@ def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Num
         named = {name.replace("_", " "): values for name, values in curves.items()}
         _correlations(axes, epochs, named)
         axes.set_title(title)
-    grid[0].set_ylim(-1.05, 1.05)  # of all panels, which share it
+    grid[0].set_ylim(-1.05, 1.05)  # the panels share it
     grid[0].set_ylabel("Spearman's correlation")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=1.6)
@@ -191,11 +181,11 @@ def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Num
 
 
 def _correlations(axes: Axes, epochs: Sequence[int], curves: Mapping[str, Numbers]) -> None:
-    """Draw lines with markers, each pair apart in colour and form."""
+    """Draw lines with markers, all different in colour and shape."""
     axes.axhline(0, color=GRAY, linewidth=0.6)
     for i, (name, values) in enumerate(curves.items()):
         colour, marker = RUN_COLOURS[i % len(RUN_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        # Smaller and smaller, so that one of equal values does not hide another.
+        # Each smaller than the one before, so that equal values stay visible.
         size = max(6 - 0.8 * i, 2.5)
         axes.plot(epochs, values, color=colour, marker=marker, markersize=size, label=name)
     epochs_axis(axes, np.asarray(epochs), legend=False)

@@ -1,7 +1,7 @@
-"""The one style of all figures, and what several of them need.
+"""The style of all figures, and functions that several of them use.
 
-Figures are drawn without pyplot, so they need no display and leave no global state behind, and in
-one style, whatever the user's matplotlibrc says. Equal data give equal files, byte for byte.
+Figures are drawn without pyplot, so that they need no display and no global state, and without the
+user's matplotlibrc. Equal data give equal files, byte for byte.
 """
 
 import functools
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES
+from polyseg.choices import score_names, score_of
 from polyseg.errors import PolysegError
 from polyseg.system.files import atomic_path
 
@@ -25,43 +25,35 @@ Numbers = NDArray[Any]
 P = ParamSpec("P")
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.0
-"""Widths of figures in inches."""
+"""Widths of figures, in inches."""
 
-# The colours of Okabe and Ito, which stay apart for colour-blind readers.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
 RED, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 MARKERS = "osD^vPX"
-"""Their number is no multiple of that of the colours: pairs of both last for many runs."""
+"""Markers; their number is no multiple of the number of colours, so that pairs rarely repeat."""
 GRAY, SHADE = "0.6", "0.92"
 
 STYLE: dict[str, Any] = {
     "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it along: the same on every machine
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
+    "font.sans-serif": ["DejaVu Sans"],  # part of matplotlib, so the same on every machine
     "figure.titlesize": 10,
-    "legend.frameon": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
+    **dict.fromkeys(("legend.fontsize", "legend.title_fontsize"), 8),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
-    "text.parse_math": False,  # a "$" in the name of an image is no formula
+    "text.parse_math": False,  # names of images may contain "$"
     "savefig.dpi": 200,
-    "pdf.fonttype": 42,  # embedded as TrueType, which publishers ask for
+    "pdf.fonttype": 42,  # TrueType, which publishers ask for
     "svg.hashsalt": "polyseg",
 }
 
-# The entries that would tell the date or the version, and so differ between equal figures.
+# Entries that hold a date or a version, by which equal figures would differ.
 METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -70,11 +62,7 @@ METADATA: dict[str, dict[str, Any]] = {
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a function draw its figure in the one style.
-
-    >>> styled(Figure)().get_dpi() == Figure().get_dpi()
-    True
-    """
+    """Make a function draw its figure in the common style."""
 
     @functools.wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -85,14 +73,10 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write a figure whole or not at all, and return the paths of what was written.
+    """Write a figure atomically as .png (200 dpi), .pdf or .svg, and return the paths of the files.
 
-    Args:
-        figure: any figure of these rooms.
-        path: with suffix .png (200 dpi), .pdf or .svg; without one, PNG and PDF are written.
-
-    Raises:
-        PolysegError: another suffix, or the folder cannot be written.
+    A path without suffix gives PNG and PDF. Another suffix, or a folder that cannot be written,
+    raises PolysegError.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +85,7 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if not path.name or path.is_dir():
-        raise PolysegError(f"{path}: is no name of a file for the figure")
+        raise PolysegError(f"{path}: is not a file name for a figure")
     if not path.suffix:
         return [
             *save_figure(figure, path.with_suffix(".png")),
@@ -117,13 +101,7 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
 
 @styled
 def headed(figure: Figure, heading: str) -> Figure:
-    """Put a heading before the title of a figure's first panel, if there is one.
-
-    >>> figure = Figure()
-    >>> _ = figure.add_subplot().set_title("epoch 3")
-    >>> headed(figure, "tumour").axes[0].get_title()
-    'tumour, epoch 3'
-    """
+    """Put a heading in front of the title of a figure's first panel."""
     if heading:
         axes = figure.axes[0]
         axes.set_title(", ".join(filter(None, (heading, axes.get_title()))))
@@ -131,12 +109,7 @@ def headed(figure: Figure, heading: str) -> Figure:
 
 
 def place_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes at a place in inches from the upper left corner of a figure.
-
-    >>> axes = place_axes(Figure(figsize=(4, 4)), 1, 0, 2, 1)
-    >>> axes.get_position().bounds == (0.25, 0.75, 0.5, 0.25)
-    True
-    """
+    """Add axes at a position in inches from the upper left corner of a figure."""
     across, down = figure.get_size_inches()
     return figure.add_axes(
         (left / across, 1 - (top + height) / down, width / across, height / down)
@@ -144,13 +117,7 @@ def place_axes(figure: Figure, left: float, top: float, width: float, height: fl
 
 
 def epochs_axis(axes: Axes, epochs: Numbers, *, legend: bool = True) -> None:
-    """Make x the axis of epochs: whole numbers, wide enough for all, with a legend if need be.
-
-    >>> axes = Figure().add_subplot()
-    >>> epochs_axis(axes, np.array([1, 2]))
-    >>> [round(limit, 2) for limit in map(float, axes.get_xlim())]
-    [0.48, 2.52]
-    """
+    """Make x an axis of epochs: whole numbers, wide enough for all, with a legend if needed."""
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     if epochs.size:
@@ -171,24 +138,14 @@ def boxes(
 ) -> None:
     """Draw quartiles as boxes, medians as lines and whiskers from 5 to 95 %.
 
-    Args:
-        axes: to draw in.
-        samples: an array (n_i,) of finite values a box; without values there is no box.
-        positions: of the boxes' middles.
-        colours: of the boxes.
-        width: of the boxes, in units of the positions.
-        horizontal: whether the values are along x.
-
-    >>> axes = Figure().add_subplot()
-    >>> boxes(axes, [np.array([1.0, 2, 3])], [5], [BLUE], width=1)
-    >>> axes.patches[0].get_bbox().bounds == (4.5, 1.5, 1.0, 1.0)
-    True
+    `samples` are arrays (n_i,) of finite values, of which an empty one gets no box; `positions` are
+    the centres, in whose unit `width` is. `horizontal` puts the values along x.
     """
-    # By hand, since matplotlib's boxplot imports pyplot.
+    # Not by matplotlib's boxplot, which imports pyplot.
     upright: tuple[Callable[..., Any], ...] = (axes.bar, axes.vlines, axes.hlines)
     lying: tuple[Callable[..., Any], ...] = (axes.barh, axes.hlines, axes.vlines)
     bar, along, across = lying if horizontal else upright
-    axes.use_sticky_edges = False  # or a box that starts at the lowest value touches the frame
+    axes.use_sticky_edges = False  # or a box at the lowest value would touch the frame
     edge = {"edgecolor": BLACK, "linewidth": 0.8}
     for values, position, colour in zip(samples, positions, colours, strict=True):
         if values.size:
@@ -200,17 +157,13 @@ def boxes(
 
 
 def finite_values(values: Numbers) -> Numbers:
-    """Return the values that are neither NaN nor infinite, (m,), as floats.
-
-    >>> finite_values(np.array([1, np.nan, np.inf])).tolist()
-    [1.0]
-    """
+    """Return the finite values, (m,), as floats."""
     values = np.asarray(values, dtype=float)
     return values[np.isfinite(values)]
 
 
 def formatted(value: float, form: str = "g") -> str:
-    """Return a number as text, with the sign that is as wide as a plus.
+    """Return a number as text with a minus sign instead of a hyphen.
 
     >>> formatted(-0.5), formatted(-0.5, ".2f")
     ('−0.5', '−0.50')
@@ -219,16 +172,12 @@ def formatted(value: float, form: str = "g") -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """Return how many there are of a thing.
-
-    >>> counted(1, "image"), counted(2, "image")
-    ('1 image', '2 images')
-    """
+    """Return a number with a noun in singular or plural."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def shorten(name: str, length: int = 20) -> str:
-    """Return a name with its middle left out where it is long: both ends tell files apart.
+    """Return a name without its middle if it is long, since ends tell names apart.
 
     >>> shorten("case_0001_left_view", 10)
     'case…_view'
@@ -238,7 +187,7 @@ def shorten(name: str, length: int = 20) -> str:
 
 
 def wrapped(name: str) -> str:
-    """Return up to 40 characters of a name, in two lines where there are more than 22.
+    """Return up to 40 characters of a name, in two lines if there are more than 22.
 
     >>> wrapped("adaptive"), wrapped("adaptive_polydice_entropy_seed_3")
     ('adaptive', 'adaptive_polydice_\\nentropy_seed_3')
@@ -248,18 +197,18 @@ def wrapped(name: str) -> str:
         return name
     middle = len(name) // 2
     ends = [match.end() for match in re.finditer(r"[\s_,-]", name)]
-    # Between words, unless one line were much longer than the other.
+    # Between words, unless the lines would differ much in length.
     ends = [end for end in ends if abs(end - middle) <= 6] or [middle]
     cut = min(ends, key=lambda end: abs(end - middle))
     return f"{name[:cut].rstrip()}\n{name[cut:]}"
 
 
 def metric_name(metric: str) -> str:
-    """Return what a pixel map is called in a figure, with its unit.
+    """Return the name of a score for figures, with its unit.
 
     >>> metric_name("mutual_information"), metric_name("variance")
     ('mutual information (nats)', 'variance')
     """
-    row = (UNCERTAINTIES | FREE_SCORES).get(metric)
+    row = score_of(metric) if metric in score_names() else None
     unit = f" ({row.unit})" if row and row.unit else ""
     return metric.replace("_", " ") + unit

@@ -1,4 +1,4 @@
-"""How a training went: losses, epsilon and difficulties over the epochs."""
+"""Figures of a training: losses, epsilon and difficulties over the epochs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from polyseg.figures.style import (
     BLACK,
@@ -20,17 +20,12 @@ from polyseg.figures.style import (
     TWO_COLUMNS,
     Numbers,
     boxes,
-    counted,
     epochs_axis,
     finite_values,
-    formatted,
-    headed,
     metric_name,
     shorten,
     styled,
 )
-from polyseg.metrics.rank_stability import spearman
-from polyseg.records import Assessment
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -40,11 +35,10 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Draw the losses, the validation overlap and the learning rate over the epochs.
 
     Args:
-        rows: one an epoch, with `epoch` and any of `train_loss`, `train_loss_constant` (at the
-            epsilon of `validation_loss`, drawn in place of `train_loss` where there is one),
-            `validation_loss`, `validation_dice` and `validation_iou` (in [0, 1]),
-            `learning_rate` and `assessed` (1 after an assessment); NaN leaves a gap. The first
-            epoch of the highest Dice is marked, and E0, the first assessment, by a dashed line.
+        rows: one for each epoch, with `epoch` and other columns of history.csv; NaN leaves a gap.
+            `train_loss_constant`, which compares with `validation_loss`, is drawn instead of
+            `train_loss` where there is one. The first epoch with the highest Dice is marked, and
+            the first assessment, E0, by a dashed line.
 
     >>> figure = training_curves([{"epoch": 1, "train_loss": 0.6}, {"epoch": 2, "train_loss": 0.4}])
     >>> figure.axes[0].lines[0].get_ydata().tolist()
@@ -90,10 +84,7 @@ def validation_curves(
 ) -> Figure:
     """Draw the validation Dice of several runs over the epochs, the best epoch of each marked.
 
-    Args:
-        names: of the R runs.
-        epochs: R arrays (E_r,) from 1.
-        dice: R arrays (E_r,) in [0, 1]; NaN leaves a gap.
+    `epochs` and `dice` hold an array (E_r,) for each run; NaN leaves a gap.
 
     >>> figure = validation_curves(["a"], [np.array([1, 2])], [np.array([0.6, 0.8])])
     >>> figure.axes[0].lines[0].get_ydata().tolist()
@@ -104,7 +95,7 @@ def validation_curves(
     axes = figure.add_subplot(ylabel="validation Dice")
     for i, (name, x, y) in enumerate(zip(names, epochs, dice, strict=True)):
         style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "label": shorten(name, 32)}
-        # As many forms of lines as the colours need to tell further runs apart.
+        # The line style tells apart runs of equal colour.
         _plot(axes, x, y, linestyle=_LINES[i // len(RUN_COLOURS) % len(_LINES)], **style)
         if np.isfinite(y).any():
             best = np.nanargmax(np.where(np.isfinite(y), y, np.nan))
@@ -116,12 +107,9 @@ def validation_curves(
 
 @styled
 def epsilon_quantiles(epochs: Numbers, epsilon: Numbers, *, limits: tuple[float, float]) -> Figure:
-    """Draw how epsilon spreads over the images, epoch by epoch, as steps an epoch wide.
+    """Draw quantiles of epsilon, (E, n), over the images as steps, one epoch wide.
 
-    Args:
-        epochs: (E,) from 1.
-        epsilon: (E, n) of n images; NaN values are left out, an epoch without others is a gap.
-        limits: eps_min and eps_max, drawn dashed.
+    NaN is left out; an epoch of NaN alone is a gap. `limits`, eps_min and eps_max, are dashed.
 
     >>> epsilon = np.array([[0.0, 0.2], [0.0, 1.0]])
     >>> figure = epsilon_quantiles(np.array([1, 2]), epsilon, limits=(-0.4, 1.0))
@@ -147,47 +135,13 @@ def epsilon_quantiles(epochs: Numbers, epsilon: Numbers, *, limits: tuple[float,
 
 
 @styled
-def difficulty_against_dice(
-    difficulty: Numbers, dice: Numbers, *, metric: str, correlation: float | None, epoch: int
-) -> Figure:
-    """Draw each image's Dice over its difficulty: does D know which images are segmented badly?
-
-    Args:
-        difficulty: (n,) at least 0; images with NaN here or in `dice` are left out.
-        dice: (n,) in [0, 1].
-        metric: the pixel map that D averages.
-        correlation: Spearman's of D with 1 - Dice, written in the title; None or NaN: left out.
-        epoch: of the assessment.
-
-    >>> figure = difficulty_against_dice(
-    ...     np.array([0.1, 0.3]), np.array([0.9, 0.7]), metric="variance", correlation=-1.0, epoch=5
-    ... )
-    >>> figure.axes[0].get_title()
-    'epoch 5, 2 images\\nSpearman with 1 − Dice: −1.00'
-    """
-    shown = np.isfinite(difficulty) & np.isfinite(dice)
-    figure = Figure(figsize=(ONE_COLUMN, 2.8))
-    axes = figure.add_subplot(xlabel=_difficulty_label(metric), ylabel="Dice")
-    title = f"epoch {epoch}, {counted(shown.sum(), 'image')}"
-    if correlation is not None and math.isfinite(correlation):
-        title += f"\nSpearman with 1 − Dice: {formatted(correlation, '.2f')}"
-    axes.set_title(title)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.scatter(difficulty[shown], dice[shown], s=12, color=BLUE, alpha=0.5, linewidth=0)
-    return figure
-
-
-@styled
 def difficulty_distribution(
     epochs: Sequence[int], difficulties: Sequence[Numbers], *, metric: str | None = None
 ) -> Figure:
-    """Draw D's distribution at each assessment as boxes: quartiles, whiskers from 5 to 95 %.
+    """Draw the distribution of D at each assessment as boxes with whiskers from 5 to 95 %.
 
-    Args:
-        epochs: of the E assessments, rising.
-        difficulties: E arrays (n,), at least 0; NaN values are left out. The axis is logarithmic
-            where all are positive and spread over more than a factor of 30.
-        metric: the pixel map that D averages.
+    `difficulties` are arrays (n,), at least 0, of the score `metric`; NaN is left out. The axis is
+    logarithmic if all values are positive and the largest is above 30 times the smallest.
 
     >>> figure = difficulty_distribution([5, 10], [np.array([1.0, 2, 3]), np.array([1.0, 1, 2])])
     >>> figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()
@@ -207,32 +161,8 @@ def difficulty_distribution(
     return figure
 
 
-def difficulty_figures(assessments: Sequence[Assessment], label: str) -> dict[str, Figure]:
-    """Return the figures of the difficulties of a label, by the kind of figure.
-
-    "difficulty" shows how they move from one assessment to the next; "difficulty_dice" shows those
-    of the last one against Dice, where there are masks.
-    """
-    parts = [assessment.of_label(label) for assessment in assessments]
-    last = parts[-1]
-    boxes = difficulty_distribution(
-        [one.epoch for one in parts], [one.difficulty for one in parts], metric=last.metric
-    )
-    figures = {"difficulty": headed(boxes, label)}
-    if np.isfinite(last.dice).any():
-        cloud = difficulty_against_dice(
-            last.difficulty,
-            last.dice,
-            metric=last.metric,
-            correlation=spearman(last.difficulty, 1 - last.dice),
-            epoch=last.epoch,
-        )
-        figures["difficulty_dice"] = headed(cloud, label)
-    return figures
-
-
 def _legend_above(axes: Axes) -> None:
-    """Name the curves of a panel above it, where no curve can be."""
+    """Put the legend above a panel, where it hides no curve."""
     if axes.get_legend_handles_labels()[0]:
         above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0}
         spacing = {"columnspacing": 0.8, "handlelength": 1, "handletextpad": 0.5}
@@ -240,7 +170,7 @@ def _legend_above(axes: Axes) -> None:
 
 
 def _plot(axes: Axes, x: Numbers, y: Numbers, **style: Any) -> None:
-    """Draw a line with gaps at NaN; a value without neighbours, which no line shows, is a dot."""
+    """Draw a line with gaps at NaN, and a dot for a value without neighbours."""
     finite = np.isfinite(y)
     if finite.any():
         left, right = np.append(False, finite[:-1]), np.append(finite[1:], False)

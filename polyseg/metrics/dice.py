@@ -1,23 +1,14 @@
-"""Dice of binary predictions, on tensors, where training and assessments need it fast."""
+"""Dice of binary predictions on tensors, for training and assessments."""
 
 import torch
 from torch import Tensor
 
 
 def dice_coefficient(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Return 2 |P and T| / (|P| + |T|) of each image; 1 where both are empty.
+    """Return 2 |P and T| / (|P| + |T|) of each image, (B,) float64; 1 where both are empty.
 
-    IoU follows as dice / (2 - dice).
-
-    Args:
-        predicted: (B, ...) bool.
-        truth: same shape, foreground above 0.
-
-    Returns:
-        (B,) float64 in [0, 1].
-
-    Raises:
-        ValueError: the shapes differ.
+    `predicted` is (B, ...) bool, `truth` of the same shape with foreground above 0. IoU is dice /
+    (2 - dice).
 
     >>> dice_coefficient(torch.tensor([[True, True]]), torch.tensor([[1, 0]]))
     tensor([0.6667], dtype=torch.float64)

@@ -1,17 +1,19 @@
-"""How good the segmentation of one image and label is, by the metrics of the field.
+"""The metrics of one image and label: a row in `METRICS` is all that a new one needs.
 
-Which ones to report, and what each is blind to: Maier-Hein, Reinke et al., "Metrics reloaded",
-Nature Methods 2024.
+Which to report, and the weaknesses of each: Maier-Hein, Reinke et al., "Metrics reloaded", Nature
+Methods 2024.
 
-The rule for empty cases: where mask and prediction are both empty they agree, which is the best
-value; where only one of the two is empty, the worst (the distances are then the image's diagonal);
-what the mask alone leaves undefined is NaN: sensitivity, AUC-ROC or average precision without
-foreground, specificity or AUC-ROC without background.
+Empty cases: if mask and prediction are both empty, a metric has its best value; if one of them is,
+its worst (for distances the image's diagonal). What the mask alone leaves undefined is NaN:
+sensitivity, AUC-ROC and average precision without foreground, specificity and AUC-ROC without
+background.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,70 +24,261 @@ from polyseg.metrics.calibration import (
     Values,
     brier,
     calibration_error,
+    check_probability,
     negative_log_likelihood,
 )
+from polyseg.registry import Registry, Row
 
-Group = Literal["overlap", "ranking", "surface", "calibration"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Binary = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class MetricColumn:
-    """A metric as tables show it.
+class Segmentation:
+    """A prediction of one image beside its mask, with the intermediate results that metrics share.
 
-    >>> hd95 = next(metric for metric in METRICS if metric.key == "hd95")
-    >>> hd95.heading("mm")
-    'HD95 (mm)'
+    >>> Segmentation(np.array([[0.9, 0.4]]), np.array([[True, True]])).predicted
+    array([[ True, False]])
     """
 
-    key: str
-    title: str
-    group: Group
+    probability: Values
+    """(H, W) in [0, 1]."""
+    truth: Binary
+    """(H, W), the foreground of the mask."""
+    threshold: float = 0.5
+    """Probability from which a pixel is predicted as foreground."""
+    spacing: tuple[float, float] = (1.0, 1.0)
+    """Distance of rows and of columns, in mm or pixels."""
+    tolerance: float = 2.0
+    """Distance up to which the normalised surface Dice takes two surfaces for one."""
+
+    @cached_property
+    def predicted(self) -> Binary:
+        """(H, W), the foreground of the prediction."""
+        return self.probability >= self.threshold
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """The pixels in the order of their probability."""
+        return Ranking.of(self.probability, self.truth)
+
+    @cached_property
+    def _confusion(self) -> "Tensor":
+        import torch
+        from monai.metrics import get_confusion_matrix
+
+        both = (self.predicted, self.truth)
+        pair = (torch.from_numpy(one.astype(np.uint8))[None, None] for one in both)
+        matrix: Tensor = get_confusion_matrix(*pair).double()
+        return matrix
+
+    def by_confusion(self, name: str) -> float:
+        """Return what MONAI computes by that name from the confusion matrix; NaN for 0/0."""
+        from monai.metrics import compute_confusion_matrix_metric
+
+        return float(compute_confusion_matrix_metric(name, self._confusion))
+
+    def by_overlap(self, name: str) -> float:
+        """Return the same, but without a predicted pixel 1 for an empty mask and 0 for others."""
+        return self.by_confusion(name) if self.predicted.any() else float(self.both_empty)
+
+    @property
+    def both_empty(self) -> bool:
+        """Whether neither mask nor prediction has foreground."""
+        return not (self.predicted.any() or self.truth.any())
+
+    @property
+    def one_is_empty(self) -> bool:
+        """Whether the mask or the prediction has no foreground, or neither."""
+        return not (self.predicted.any() and self.truth.any())
+
+    @cached_property
+    def distances(self) -> tuple[Values, Values]:
+        """The distances of each surface's pixels to the other surface.
+
+        As MONAI has them: a surface is the pixels of a region that the cross-shaped erosion
+        removes. Where only one of the two has a surface, the distance is the image's diagonal.
+        """
+        from monai.metrics import get_mask_edges, get_surface_distance
+
+        if self.one_is_empty:
+            diagonal = math.hypot(*np.multiply(self.truth.shape, self.spacing))
+            worst = np.array([0.0 if self.both_empty else diagonal])
+            return worst, worst
+        # No border is added: SciPy's erosion takes what lies outside the image for background, so
+        # a region has a surface where the image cuts it off.
+        there = get_mask_edges(self.predicted, self.truth, crop=False)
+        first, second = (
+            get_surface_distance(*edges, spacing=self.spacing) for edges in (there, there[::-1])
+        )
+        return first, second
+
+
+def _hd95(case: Segmentation) -> float:
+    return max(float(np.percentile(one.astype(np.float64), 95)) for one in case.distances)
+
+
+def _asd(case: Segmentation) -> float:
+    return float(np.concatenate(case.distances).mean(dtype=np.float64))
+
+
+def _nsd(case: Segmentation) -> float:
+    if case.one_is_empty:
+        return float(case.both_empty)
+    # In float32, as the distances are: in float64 three pixels of 0.1 mm exceed 0.3 mm.
+    return float((np.concatenate(case.distances) <= np.float32(case.tolerance)).mean())
+
+
+@dataclass(frozen=True)
+class Metric(Row):
+    """A metric of one image and label.
+
+    >>> METRICS["hd95"].heading("mm"), METRICS["nsd"].heading("mm", 1.5), METRICS["dice"].heading()
+    ('HD95 (mm)', 'NSD (1.5 mm)', 'Dice')
+    """
+
+    title: str = ""
+    """Its name in tables and figures."""
+    value: Callable[[Segmentation], float] = lambda _: math.nan
     decimals: int = 3
     higher_is_better: bool = True
-    is_distance: bool = False
-    """Whether it is a length, in the unit of the spacing."""
+    unit: str = ""
+    """Text in brackets after the title; "{length}" stands for px or mm, "{tolerance}" for NSD's."""
+    in_figures: bool = False
+    """Whether figures that compare runs have a panel of it."""
+    of_probability: bool = False
+    """Whether it depends on the probabilities, and not on the threshold."""
 
-    def heading(self, unit: str = "px") -> str:
-        """Return the title, with the unit if it is a distance."""
-        return f"{self.title} ({unit})" if self.is_distance else self.title
-
-
-def _distance(key: str, title: str) -> MetricColumn:
-    return MetricColumn(key, title, "surface", decimals=2, higher_is_better=False, is_distance=True)
-
-
-def _error(key: str, title: str) -> MetricColumn:
-    return MetricColumn(key, title, "calibration", decimals=4, higher_is_better=False)
+    def heading(self, length: str = "px", tolerance: float = 2.0) -> str:
+        """Return the title with its unit, distances being in `length`."""
+        unit = self.unit.format(length=length, tolerance=f"{tolerance:g}")
+        return f"{self.title} ({unit})" if unit else self.title
 
 
-METRICS = (
-    MetricColumn("dice", "Dice", "overlap"),
-    MetricColumn("iou", "IoU", "overlap"),
-    MetricColumn("sensitivity", "Sensitivity", "overlap"),
-    MetricColumn("specificity", "Specificity", "overlap"),
-    MetricColumn("precision", "Precision", "overlap"),
-    MetricColumn("accuracy", "Accuracy", "overlap"),
-    MetricColumn("auc", "AUC-ROC", "ranking"),
-    MetricColumn("average_precision", "AP", "ranking"),
-    _distance("hd95", "HD95"),
-    _distance("asd", "ASD"),
-    MetricColumn("nsd", "NSD", "surface"),
-    _error("brier", "Brier"),
-    _error("nll", "NLL"),
-    _error("ece", "ECE"),
-    _error("ace", "ACE"),
+METRICS = Registry(
+    "metric",
+    Metric(
+        "dice",
+        "Dice coefficient, 2 TP / (2 TP + FP + FN)",
+        title="Dice",
+        value=lambda case: case.by_overlap("f1 score"),
+        in_figures=True,
+    ),
+    Metric(
+        "iou",
+        "intersection over union, TP / (TP + FP + FN)",
+        title="IoU",
+        value=lambda case: case.by_overlap("threat score"),
+        in_figures=True,
+    ),
+    Metric(
+        "sensitivity",
+        "share of the mask's foreground that is predicted, TP / (TP + FN)",
+        title="Sensitivity",
+        value=lambda case: case.by_confusion("sensitivity"),
+        in_figures=True,
+    ),
+    Metric(
+        "specificity",
+        "share of the mask's background that is predicted as such, TN / (TN + FP)",
+        title="Specificity",
+        value=lambda case: case.by_confusion("specificity"),
+    ),
+    Metric(
+        "precision",
+        "share of the predicted foreground that is in the mask, TP / (TP + FP)",
+        title="Precision",
+        value=lambda case: case.by_overlap("precision"),
+        in_figures=True,
+    ),
+    Metric(
+        "accuracy",
+        "share of the pixels that are predicted correctly",
+        title="Accuracy",
+        value=lambda case: case.by_confusion("accuracy"),
+    ),
+    Metric(
+        "auc",
+        "area under the ROC curve over the pixels",
+        title="AUC-ROC",
+        value=lambda case: case.ranking.area_under_roc(),
+        of_probability=True,
+    ),
+    Metric(
+        "average_precision",
+        "average precision over the pixels",
+        title="AP",
+        value=lambda case: case.ranking.average_precision(),
+        of_probability=True,
+    ),
+    Metric(
+        "hd95",
+        "Hausdorff distance, the larger of the two directed 95th percentiles",
+        title="HD95",
+        value=_hd95,
+        decimals=2,
+        higher_is_better=False,
+        unit="{length}",
+        in_figures=True,
+    ),
+    Metric(
+        "asd",
+        "average symmetric surface distance, the mean over the pixels of both surfaces",
+        title="ASD",
+        value=_asd,
+        decimals=2,
+        higher_is_better=False,
+        unit="{length}",
+    ),
+    Metric(
+        "nsd",
+        "normalised surface Dice, the share of the pixels of both surfaces that are within "
+        "`--tolerance` of the other one (Nikolov et al., JMIR 2021)",
+        title="NSD",
+        value=_nsd,
+        unit="{tolerance} {length}",
+        in_figures=True,
+    ),
+    Metric(
+        "brier",
+        "Brier score, the mean squared difference of probability and mask",
+        title="Brier",
+        value=lambda case: brier(case.probability, case.truth),
+        decimals=4,
+        higher_is_better=False,
+        of_probability=True,
+    ),
+    Metric(
+        "nll",
+        "negative log-likelihood of the mask's pixels, in nats",
+        title="NLL",
+        value=lambda case: negative_log_likelihood(case.probability, case.truth),
+        decimals=4,
+        higher_is_better=False,
+        of_probability=True,
+    ),
+    Metric(
+        "ece",
+        "calibration error of the foreground probability in 15 bins of equal width",
+        title="ECE",
+        value=lambda case: calibration_error(case.probability, case.truth),
+        decimals=4,
+        higher_is_better=False,
+        of_probability=True,
+    ),
+    Metric(
+        "ace",
+        "calibration error of the foreground probability in 15 bins of equal mass",
+        title="ACE",
+        value=lambda case: case.ranking.calibration_error(),
+        decimals=4,
+        higher_is_better=False,
+        of_probability=True,
+    ),
 )
-
-# What MONAI calls the metrics that follow from the confusion matrix.
-_MONAI_NAMES = {
-    "dice": "f1 score",
-    "iou": "threat score",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "precision": "precision",
-    "accuracy": "accuracy",
-}
+"""Every metric, in the order of tables, CSV and summary.json."""
 
 
 def image_metrics(
@@ -96,21 +289,21 @@ def image_metrics(
     spacing: tuple[float, float] | None = None,
     tolerance: float = 2.0,
 ) -> dict[str, float]:
-    """Return every metric of one image, the prediction being probability >= threshold.
+    """Return all metrics of one image, the prediction being probability >= threshold.
 
     Args:
         probability: (H, W) in [0, 1].
         mask: (H, W) in {0, 1}.
-        threshold: in [0, 1]; ranking and calibration do not depend on it.
-        spacing: of rows and of columns, in mm, above 0; without it distances are in pixels.
-        tolerance: in the same unit, how far two surfaces may lie apart for the normalised surface
-            Dice to count them as one; at least 0.
+        threshold: in [0, 1]; ranking and calibration do not use it.
+        spacing: of rows and of columns, in mm, above 0; None for distances in pixels.
+        tolerance: largest distance of two surfaces, in the same unit, that the normalised surface
+            Dice counts as agreement; at least 0.
 
     Returns:
-        By the keys of `METRICS`, in their order.
+        Values by the names of `METRICS`, in their order.
 
     Raises:
-        PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance make no sense.
+        PolysegError: a probability is NaN or outside [0, 1], or spacing or tolerance is invalid.
 
     >>> values = image_metrics([[0.9, 0.4], [0.1, 0.2]], [[1, 1], [0, 0]])
     >>> values["sensitivity"], round(values["dice"], 4), values["hd95"], round(values["brier"], 3)
@@ -119,83 +312,22 @@ def image_metrics(
     p, truth = np.asarray(probability, dtype=np.float64), np.asarray(mask) > 0
     if p.ndim != 2 or p.shape != truth.shape:
         raise ValueError(f"expected two arrays (H, W), got {p.shape} and {truth.shape}")
-    predicted = p >= threshold
-    values = {
-        "brier": brier(p, truth),
-        "nll": negative_log_likelihood(p, truth),
-        "ece": calibration_error(p, truth),
-        **_ranking(p, truth),
-        **_overlap(predicted, truth),
-        **_surface(predicted, truth, _checked_spacing(spacing), _checked_tolerance(tolerance)),
-    }
-    return {metric.key: values[metric.key] for metric in METRICS}
-
-
-def _ranking(probability: Values, truth: Binary) -> dict[str, float]:
-    """Return what needs the pixels in the order of their probability."""
-    ranking = Ranking.of(probability, truth)
-    return {
-        "auc": ranking.area_under_roc(),
-        "average_precision": ranking.average_precision(),
-        "ace": ranking.calibration_error(),
-    }
-
-
-def _overlap(predicted: Binary, truth: Binary) -> dict[str, float]:
-    """Return what follows from the confusion matrix."""
-    import torch
-    from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
-
-    pair = (torch.from_numpy(one.astype(np.uint8))[None, None] for one in (predicted, truth))
-    matrix = get_confusion_matrix(*pair).double()
-    values = {
-        key: float(compute_confusion_matrix_metric(name, matrix))
-        for key, name in _MONAI_NAMES.items()
-    }
-    if not predicted.any():
-        # 0/0 for the precision, and for all three where the mask is empty as well.
-        values |= dict.fromkeys(("dice", "iou", "precision"), float(not truth.any()))
-    return values
-
-
-def _surface(
-    predicted: Binary, truth: Binary, spacing: tuple[float, float], tolerance: float
-) -> dict[str, float]:
-    """Return what follows from the distances of each surface's pixels to the other surface.
-
-    As MONAI has them: a surface is the pixels of a region that the cross-shaped erosion removes;
-    HD95 is the larger of the two directed 95th percentiles (by linear interpolation); ASD is the
-    mean over the pixels of both; NSD is the share of them within the tolerance (Nikolov et al.,
-    JMIR 2021), each counting one whatever the spacing.
-    """
-    from monai.metrics import get_mask_edges, get_surface_distance
-
-    if not (predicted.any() and truth.any()):
-        agreed = not (predicted.any() or truth.any())
-        worst = 0.0 if agreed else math.hypot(*np.multiply(truth.shape, spacing))
-        return {"hd95": worst, "asd": worst, "nsd": float(agreed)}
-    # One pair of surfaces serves all three. No border is added: SciPy's erosion takes what lies
-    # outside the image for background, so a region has a surface where the image cuts it off.
-    edges = get_mask_edges(predicted, truth, crop=False)
-    directed = [get_surface_distance(*one, spacing=spacing) for one in (edges, edges[::-1])]
-    distances = np.concatenate(directed)
-    return {
-        "hd95": max(float(np.percentile(one.astype(np.float64), 95)) for one in directed),
-        "asd": float(distances.mean(dtype=np.float64)),
-        # In float32, as the distances are: in float64 three pixels of 0.1 mm exceed 0.3 mm.
-        "nsd": float((distances <= np.float32(tolerance)).mean()),
-    }
+    check_probability(p, truth)
+    case = Segmentation(
+        p, truth, threshold, _checked_spacing(spacing), _checked_tolerance(tolerance)
+    )
+    return {name: float(metric.value(case)) for name, metric in METRICS.items()}
 
 
 def _checked_spacing(spacing: tuple[float, float] | None) -> tuple[float, float]:
     if spacing is None:
         return 1.0, 1.0
     if len(spacing) != 2 or not all(0 < one < math.inf for one in spacing):
-        raise PolysegError(f"spacing: {spacing} is no size of a pixel; give rows, columns above 0")
+        raise PolysegError(f"spacing: {spacing} is invalid; give rows, columns in mm, above 0")
     return float(spacing[0]), float(spacing[1])
 
 
 def _checked_tolerance(tolerance: float) -> float:
     if not 0 <= tolerance < math.inf:
-        raise PolysegError(f"tolerance: {tolerance} is no distance; give a number of at least 0")
+        raise PolysegError(f"tolerance: {tolerance} is invalid; give a number of at least 0")
     return float(tolerance)

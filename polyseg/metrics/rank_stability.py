@@ -1,4 +1,4 @@
-"""How sure a ranking of difficulties is, judged from the passes that it was made of."""
+"""Rank correlations, and how reliable the ranks of difficulties are for some number of passes."""
 
 import math
 from typing import Any
@@ -9,15 +9,12 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 FEWEST_JUDGED = 4
-"""Least number of passes for a standard error and a rank stability. Of fewer, a half is a single
-pass, which disagrees with nothing: its mutual information and variance are 0 whatever the image."""
+"""Smallest number of passes for a standard error and a rank stability. Below it, half of the passes
+is a single one, whose mutual information and variance are 0."""
 
 
 def ranks(values: Values) -> Values:
-    """Return the ranks of finite values from 1, those of equal values their mean.
-
-    Args:
-        values: (n,).
+    """Return the ranks of finite values, (n,), from 1; equal values get their mean rank.
 
     >>> ranks(np.array([0.3, 0.1, 0.3]))
     array([2.5, 1. , 2.5])
@@ -28,7 +25,7 @@ def ranks(values: Values) -> Values:
 
 
 def spearman(first: Values, second: Values) -> float:
-    """Return Spearman's rank correlation of two series, NaN where it has no meaning.
+    """Return Spearman's rank correlation of the pairs of finite values; NaN where undefined.
 
     >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 9.0, 100.0]))
     1.0
@@ -41,19 +38,11 @@ def spearman(first: Values, second: Values) -> float:
 
 
 def partial_spearman(first: Values, second: Values, given: Values) -> float:
-    """Return Spearman's rank correlation of two series at equal values of a third.
+    """Return Spearman's rank correlation of two series, controlled for a third, (n,) each.
 
-    The partial correlation of the ranks: (r_12 - r_13 r_23) / sqrt((1 - r_13^2) (1 - r_23^2)),
-    that of what a straight line in the ranks of `given` leaves of the other two.
-
-    Args:
-        first: (n,); what is not finite in any of the three is dropped from all.
-        second: (n,).
-        given: (n,), what is held fixed.
-
-    Returns:
-        In [-1, 1]; NaN below four images, where a series is constant, and where `given` alone
-        determines the ranks of one of the two.
+    The partial correlation of the ranks: (r_12 - r_13 r_23) / sqrt((1 - r_13^2) (1 - r_23^2)).
+    Images with a value that is not finite are dropped. NaN below four images, where a series is
+    constant, and where `given` determines the ranks of one of the two.
 
     >>> size = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     >>> difficulty, error = np.array([[2.0, 1.0, 3.0, 5.0, 4.0], [2.0, 1.0, 4.0, 5.0, 3.0]])
@@ -66,7 +55,7 @@ def partial_spearman(first: Values, second: Values, given: Values) -> float:
         return float("nan")
     r: Values = np.asarray(np.corrcoef([ranks(one) for one in known]))
     left = 1 - r[:2, 2] ** 2
-    # Equal ranks correlate by 1 but for rounding; others, of 10,000 images, by 1 - 3e-12 at most.
+    # Equal ranks give 1 up to rounding; other ranks of 10,000 images at most 1 - 3e-12.
     if left.min() < 1e-13:
         return float("nan")
     partial = (r[0, 1] - r[0, 2] * r[1, 2]) / math.sqrt(left[0] * left[1])
@@ -74,17 +63,12 @@ def partial_spearman(first: Values, second: Values, given: Values) -> float:
 
 
 def rank_stability(halves: Values) -> float:
-    """Return the rank correlation that a difficulty is expected to have with endless passes.
+    """Return the expected rank correlation of a difficulty with that of infinitely many passes.
 
     The correlation r of two halves of the passes is the reliability of half of them, 2 r / (1 + r)
-    that of all (Spearman and Brown, 1910), and its root the correlation with what they estimate.
-
-    Args:
-        halves: (S, 2, n), the difficulty of n images by either half of the passes, for S ways of
-            halving them.
-
-    Returns:
-        In [0, 1]; NaN where ranks have no meaning.
+    that of all (Spearman and Brown, 1910); its root is the correlation with what they estimate.
+    `halves` are (S, 2, n) difficulties by either half, for S ways of halving. The result is in [0,
+    1]; NaN where ranks are undefined.
 
     >>> rank_stability(np.array([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]]))
     1.0
@@ -94,14 +78,10 @@ def rank_stability(halves: Values) -> float:
 
 
 def passes_needed(stability: float, passes: int, target: float) -> int:
-    """Return the least number of passes whose rank stability is expected to reach a target.
+    """Return the smallest number of passes whose expected rank stability reaches a target.
 
-    The odds of the squared stability grow in proportion to the passes.
-
-    Args:
-        stability: in (0, 1), of so many passes.
-        passes: at least 1.
-        target: in (0, 1).
+    `stability`, measured with `passes`, and `target` are in (0, 1). The odds of the squared
+    stability are proportional to the passes.
 
     >>> passes_needed(0.9, 10, 0.9), passes_needed(0.9, 10, 0.95)
     (10, 22)
@@ -111,18 +91,10 @@ def passes_needed(stability: float, passes: int, target: float) -> int:
 
 
 def jackknife_error(left_out: Values) -> Values:
-    """Return the standard error of a statistic from its values with one of G groups left out.
+    """Return the standard error, (n,), of a statistic from its values with one group left out.
 
-    The delete-a-group jackknife: sqrt((G - 1) / G sum_g (D_g - mean D)^2).
-
-    Args:
-        left_out: (G, n), G at least 2, groups of about one size.
-
-    Returns:
-        (n,), not negative.
-
-    Raises:
-        ValueError: there are fewer than 2 groups.
+    The delete-a-group jackknife, sqrt((G - 1) / G sum_g (D_g - mean D)^2), for values (G, n) of G
+    groups of about equal size, G at least 2.
 
     >>> means = np.array([[(2.0 + 3.0) / 2], [(1.0 + 3.0) / 2], [(1.0 + 2.0) / 2]])
     >>> round(float(jackknife_error(means)[0]), 4) == round(1 / 3**0.5, 4)

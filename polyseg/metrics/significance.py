@@ -1,7 +1,7 @@
-"""What a comparison of networks over the same images needs: intervals, paired tests, spreads.
+"""Comparisons of networks on the same images: confidence intervals, paired tests, spreads.
 
-Values are metrics of images, NaN where a metric is undefined. Nothing depends on the order of the
-images, and what is random is seeded by an argument.
+Values are metrics of images, NaN where undefined. Results do not depend on the order of the images;
+random numbers are seeded by an argument.
 """
 
 import math
@@ -17,19 +17,21 @@ from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import ranks, spearman
 
 Values = NDArray[np.float64]
+Groups = Sequence[str | None] | None
+"""The group of each image, such as its patient."""
 
 _DIGITS = 12
-"""Decimals of a difference, as a share of the largest value, that are no rounding."""
+"""Number of decimals of a difference, as a share of the largest value, that are kept."""
 _ENUMERATED = 13
-"""Up to so many differences all their signs are gone through, which is exact even with ties."""
+"""Largest number of differences whose signs are all enumerated, which is exact even with ties."""
 _NO_ORDER = 0.1
-"""Upper end of an interval below which a correlation is none."""
+"""Upper end of an interval below which a correlation counts as none."""
 _BATCH = 50_000
-"""Values drawn at a time by the bootstrap: bounds its memory, and fits a processor's cache."""
+"""Number of values that the bootstrap draws at a time, to bound its memory."""
 
 
 class Interval(NamedTuple):
-    """A confidence interval, both ends NaN where it is undefined."""
+    """A confidence interval; NaN where undefined."""
 
     low: float
     high: float
@@ -39,14 +41,14 @@ class RankCorrelation(NamedTuple):
     """Spearman's correlation of two series, with its confidence interval."""
 
     value: float
-    """NaN where it is undefined."""
+    """NaN where undefined."""
     interval: Interval
     images: int
-    """n, the images that have both values."""
+    """Number of images with both values."""
 
     @property
     def order(self) -> str:
-        """What an interval that reaches little above 0 says of a difficulty and an error.
+        """The verdict on a difficulty and an error, "" if they are shown to be related.
 
         >>> RankCorrelation(-0.4, Interval(-0.6, -0.1), 75).order
         'not ordered by error'
@@ -59,46 +61,78 @@ class RankCorrelation(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How a network differs from a baseline in one metric on the same images."""
+    """Difference of a network from a baseline in one metric on the same images.
+
+    A case is a patient where patients are known, otherwise an image.
+    """
 
     images: int
-    """n, the images for which the metric is defined of both."""
+    """Number of images for which the metric of both is defined."""
     mean: float
-    """Of other - baseline; NaN without images."""
+    """Mean over the cases of other - baseline; NaN without images."""
     interval: Interval
-    """Of that mean, over the images; NaN below two."""
+    """Interval of that mean; NaN below two cases."""
     p_value: float
-    """Of Wilcoxon's signed-rank test, two-sided; NaN below two images."""
+    """p of Wilcoxon's signed-rank test over the cases, two-sided; NaN below two."""
     better: int
+    """Number of cases in which the other network is better."""
     worse: int
     equal: int
+    patients: int = 0
+    """Number of patients of those images; 0 where none are known."""
     runs: int = 0
-    """Pairs of runs with equal seed and fold, where arms of several are compared."""
+    """Number of pairs of runs with equal seed and fold, where arms of several are compared."""
     deviation_over_runs: float = math.nan
-    """Of the pairs' differences; NaN below two."""
+    """Standard deviation of the pairs' differences; NaN below two."""
     p_over_runs: float = math.nan
-    """Of the paired t-test over the runs, two-sided; NaN below two."""
+    """p of the paired t-test over the pairs of runs, two-sided; NaN below two."""
     adjusted: float = math.nan
-    """What `adjust_together` makes of `p`, NaN before."""
+    """`p` adjusted by `adjust_together`; NaN before."""
 
     @property
     def p(self) -> float:
-        """The larger p of those there are: a difference has to hold over images and over runs."""
+        """The larger of the known p: a difference has to hold over cases and over runs."""
         return float(np.fmax(self.p_value, self.p_over_runs))
 
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """The mean of a metric, and its two spreads, which answer different questions."""
+    """The mean of a metric, and its spreads over seeds and over images."""
 
     seeds: int
     images: int
     mean: float
-    """Of the images' means; NaN without any."""
+    """Mean of the images' means; NaN without any."""
     deviation_over_seeds: float
-    """Of the seeds' means: how far another training of the same network may lie; NaN below two."""
+    """Standard deviation of the seeds' means; NaN below two."""
     deviation_over_images: float
-    """Of the images' means over the seeds: how much images differ; NaN below two."""
+    """Standard deviation of the images' means over the seeds; NaN below two."""
+
+
+def group_means(values: ArrayLike, groups: Groups = None) -> Values:
+    """Return the mean of the defined values of each group of images, such as a patient's.
+
+    Args:
+        values: (n,), NaN where undefined.
+        groups: n names; an image with None is a group of its own. None leaves values as they are.
+
+    Returns:
+        (g,) in order of appearance, NaN for a group without a defined value.
+
+    >>> group_means([0.2, 0.4, 0.9, np.nan], ["a", "a", "b", "c"]).round(3)
+    array([0.3, 0.9, nan])
+    """
+    given = np.asarray(values, dtype=np.float64)
+    if groups is None:
+        return given
+    places: dict[tuple[bool, object], int] = {}
+    keys = [(group is None, i if group is None else group) for i, group in enumerate(groups)]
+    rows = np.array([places.setdefault(key, len(places)) for key in keys], dtype=np.intp)
+    known = np.isfinite(given)
+    counts = np.bincount(rows[known], minlength=len(places))
+    sums = np.bincount(rows[known], weights=given[known], minlength=len(places))
+    means: Values = np.divide(sums, counts, out=np.full(len(places), np.nan), where=counts > 0)
+    return means
 
 
 def mean_interval(
@@ -106,17 +140,9 @@ def mean_interval(
 ) -> Interval:
     """Return the bootstrap confidence interval of the mean over images.
 
-    Bias-corrected and accelerated (Efron, 1987), by percentiles where that is undefined. The
-    interval of -values is the mirrored one, unless the values are their own mirror image.
-
-    Args:
-        values: (n,); what is not finite is dropped.
-        level: in (0, 1).
-        resamples: at least 1.
-        seed: of the resampling.
-
-    Returns:
-        NaN below two values, and (v, v) where all are v.
+    Bias-corrected and accelerated (Efron, 1987); by percentiles where that is undefined. Values,
+    (n,), that are not finite are dropped. The interval is NaN below two values, (v, v) if all are
+    v, and mirrored for -values, unless the values are their own mirror image.
 
     >>> interval = mean_interval([0.7, 0.8, 0.9, 0.8])
     >>> 0.7 < interval.low < 0.8 < interval.high < 0.9
@@ -128,7 +154,7 @@ def mean_interval(
     if known[0] == known[-1]:
         return Interval(float(known[0]), float(known[0]))
     mirrored = -known[::-1]
-    # Of values and their mirror image always the same one is resampled.
+    # The same one of values and their mirror image is resampled each time.
     if mirrored.tolist() > known.tolist():
         low, high = _bootstrap(mirrored, level, resamples, seed)
         return Interval(0.0 - high, 0.0 - low)
@@ -138,19 +164,12 @@ def mean_interval(
 def rank_correlation(
     first: ArrayLike, second: ArrayLike, *, level: float = 0.95
 ) -> RankCorrelation:
-    """Return Spearman's correlation of two series over images, with a confidence interval.
+    """Return Spearman's correlation of two series, (n,), with its confidence interval.
 
-    By Fisher's z = artanh r, with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
-    Wright (2000), whose intervals hold their level also for large r.
-
-    Args:
-        first: (n,); images with a value that is not finite are left out.
-        second: (n,).
-        level: in (0, 1).
-
-    Returns:
-        The interval is NaN below four images and where the correlation is undefined, and (r, r)
-        where r is 1 or -1.
+    By Fisher's z = artanh r with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
+    Wright (2000), whose intervals hold their level for large r too. Images with a value that is not
+    finite are left out. The interval is NaN below four images and where r is undefined, and (r, r)
+    where r is 1 or -1.
 
     >>> x = np.arange(30.0)
     >>> found = rank_correlation(x, np.roll(x, 3))
@@ -175,58 +194,65 @@ def paired_difference(
     baseline: ArrayLike,
     other: ArrayLike,
     *,
+    groups: Groups = None,
     higher_is_better: bool = True,
     level: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
 ) -> PairedDifference:
-    """Compare two networks image by image: mean difference, its interval, Wilcoxon's test.
+    """Compare two networks on the same images: mean difference, its interval, Wilcoxon's test.
 
-    Differences are rounded to 1e-12 of the largest value, so that floating point makes no ranks.
-    Zeros are left out of the ranks, as Wilcoxon (1945) has it, and counted as `equal`: what is left
-    has an exact p up to 13 differences, up to 50 if no two are of one size, and beyond that the
-    normal approximation, corrected for ties. Pratt (1959) ranks the zeros along, but then the
-    approximation has to serve however few images differ: of four that differ one way among sixteen
-    zeros it says p < 0.05, where chance gives as much with 1/8.
+    Where groups are known, such as patients, all of it is over the means of the groups: images of
+    one patient are no independent cases. The interval is then that of a cluster bootstrap, which
+    draws whole groups.
+
+    Differences are rounded to 1e-12 of the largest value, against ranks made of rounding errors.
+    Zeros get no rank (Wilcoxon, 1945) and are counted as `equal`. p is exact up to 13 differences,
+    up to 50 without ties, and beyond by the normal approximation with correction for ties. Pratt's
+    ranking of zeros (1959) would need the approximation also for few differing images: for four
+    that differ one way among sixteen zeros it gives p < 0.05, where the exact value is 1/8.
 
     Args:
         baseline: (n,), the metric of each image by one network.
         other: (n,), of the same images by the other.
+        groups: n names, such as patients; None makes every image a case of its own.
         higher_is_better: false where a small value is good, as of a distance.
         level: of the interval, in (0, 1).
-        resamples: of the bootstrap over images, at least 1.
+        resamples: of the bootstrap over the cases, at least 1.
         seed: of the resampling.
 
     Returns:
-        p is 1 and the interval (0, 0) where no two values differ.
+        p is 1 and the interval (0, 0) if no two values differ.
 
     Raises:
-        PolysegError: the two have different numbers of images.
+        PolysegError: the numbers of images differ.
 
     >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.6, np.nan])
     >>> found.images, round(found.mean, 3), found.better, found.worse, found.equal
     (2, 0.05, 1, 0, 1)
     """
-    differences = _differences(baseline, other)
-    images = differences.size
+    every, unit = _differences(baseline, other)
+    differences = _finite(_rounded(group_means(every, groups), unit))
+    cases = differences.size
     higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
     better, worse = (higher, lower) if higher_is_better else (lower, higher)
     return PairedDifference(
-        images=images,
-        mean=math.fsum(differences) / images if images else math.nan,
+        images=int(np.isfinite(every).sum()),
+        patients=0 if groups is None else cases,
+        mean=math.fsum(differences) / cases if cases else math.nan,
         interval=mean_interval(differences, level=level, resamples=resamples, seed=seed),
         p_value=_signed_rank(differences),
         better=better,
         worse=worse,
-        equal=images - higher - lower,
+        equal=cases - higher - lower,
     )
 
 
 def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
-    """Return a comparison with what it is worth over the runs of two arms.
+    """Return a comparison with the paired t-test over the runs of two arms.
 
-    The images tell whether these networks differ; whether two ways of training do, only other
-    seeds can tell.
+    Images show whether these networks differ; only other seeds show whether two ways of training
+    do.
 
     Args:
         found: over the images, each its mean over an arm's runs.
@@ -250,7 +276,7 @@ def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifferen
 
 
 def adjust_together(differences: Sequence[PairedDifference]) -> list[PairedDifference]:
-    """Return the comparisons of one family with their p-values adjusted by `holm`.
+    """Return the comparisons of one family with p-values adjusted by `holm`.
 
     >>> one = paired_difference([0, 0, 0], [1, 2, 3], resamples=99)
     >>> [found.adjusted for found in adjust_together([one, one])]
@@ -261,16 +287,10 @@ def adjust_together(differences: Sequence[PairedDifference]) -> list[PairedDiffe
 
 
 def holm(p_values: ArrayLike) -> Values:
-    """Return p-values adjusted for being several (Holm, 1979).
+    """Return p-values, (m,), adjusted for multiple comparisons (Holm, 1979); NaN stays NaN.
 
-    Rejecting where the adjusted one is below alpha errs on any true hypothesis of the family with a
-    chance of at most alpha.
-
-    Args:
-        p_values: (m,) in [0, 1]; NaN stays NaN, and is no member of the family.
-
-    Returns:
-        (m,), none below its p-value.
+    Rejecting where the adjusted p is below alpha rejects any true hypothesis of the family with a
+    probability of at most alpha.
 
     >>> holm([0.01, 0.04, 0.03, 0.005]).round(3)
     array([0.03, 0.06, 0.06, 0.02])
@@ -284,7 +304,7 @@ def holm(p_values: ArrayLike) -> Values:
 
 
 def stars(p_value: float) -> str:
-    """Return "*" for p < 0.05, "**" for p < 0.01, "***" for p < 0.001, otherwise nothing.
+    """Return "*" for p < 0.05, "**" for p < 0.01, "***" for p < 0.001, otherwise "".
 
     >>> stars(0.004), stars(0.05)
     ('**', '')
@@ -293,16 +313,10 @@ def stars(p_value: float) -> str:
 
 
 def terciles(values: ArrayLike) -> NDArray[np.int8]:
-    """Return the third by rank in which each value lies: 0 the lowest, 2 the highest.
+    """Return the third by rank of each value, (n,): 0 lowest, 2 highest, -1 for NaN.
 
-    Equal values share the third in which their mean rank lies, the upper one on a border. Without
-    equal values the sizes of the thirds differ by at most one.
-
-    Args:
-        values: (n,).
-
-    Returns:
-        (n,), -1 for NaN.
+    Equal values share the third of their mean rank, the upper one on a border. Without equal values
+    the sizes of the thirds differ by at most one.
 
     >>> terciles([0.9, 0.1, 0.2, np.nan, 0.2])
     array([ 2,  0,  1, -1,  1], dtype=int8)
@@ -310,7 +324,7 @@ def terciles(values: ArrayLike) -> NDArray[np.int8]:
     given = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(given)
     thirds = np.full(given.shape, -1, dtype=np.int8)
-    # A mean rank is a multiple of 1/2: whole numbers keep the borders free of rounding.
+    # Twice the mean ranks are whole numbers, so that borders have no rounding.
     twice = np.rint(2 * ranks(given[known])).astype(np.int64)
     thirds[known] = 3 * (twice - 1) // (2 * max(twice.size, 1))
     return thirds
@@ -319,10 +333,7 @@ def terciles(values: ArrayLike) -> NDArray[np.int8]:
 def seed_spread(matrix: ArrayLike) -> SeedSpread:
     """Return the mean of a metric, its spread over seeds and its spread over images.
 
-    Each mean is over what is defined; a seed or an image of which nothing is defined is left out.
-
-    Args:
-        matrix: (seeds, images), NaN where the metric is undefined.
+    `matrix` is (seeds, images), NaN where undefined; means are over the other values.
 
     >>> spread = seed_spread([[0.5, 0.7], [0.7, 0.9]])
     >>> [round(one, 3) for one in (spread.mean, spread.deviation_over_seeds)]
@@ -366,18 +377,25 @@ def _bootstrap(values: Values, level: float, resamples: int, seed: int) -> Inter
     return found
 
 
-def _differences(baseline: ArrayLike, other: ArrayLike) -> Values:
-    """Return other - baseline where both are finite, without the noise of rounding."""
+def _differences(baseline: ArrayLike, other: ArrayLike) -> tuple[Values, float]:
+    """Return other - baseline, (n,), NaN where one is undefined, and the unit of their rounding."""
     first, second = (np.asarray(values, dtype=np.float64) for values in (baseline, other))
     if first.shape != second.shape:
         raise PolysegError(
             f"the networks have {first.size} and {second.size} images; compare them on the same"
         )
     both = np.isfinite(first) & np.isfinite(second)
-    pairs = np.stack([first[both], second[both]])
+    largest = np.abs(np.stack([first[both], second[both]])).max(initial=0.0)
     # A power of two: scaling by it rounds nothing.
-    unit = np.ldexp(1.0, np.frexp(np.abs(pairs).max(initial=0.0))[1])
-    rounded: Values = np.round((pairs[1] - pairs[0]) / unit, _DIGITS) * unit
+    unit = float(np.ldexp(1.0, np.frexp(largest)[1]))
+    differences = np.full(first.shape, np.nan)
+    differences[both] = second[both] - first[both]
+    return _rounded(differences, unit), unit
+
+
+def _rounded(values: Values, unit: float) -> Values:
+    """Return values without the noise of floating point."""
+    rounded: Values = np.round(values / unit, _DIGITS) * unit
     return rounded + 0.0  # of -0 makes 0
 
 
@@ -391,7 +409,7 @@ def _signed_rank(differences: Values) -> float:
         return 1.0
     if unequal.size > _ENUMERATED:
         return float(stats.wilcoxon(unequal).pvalue)
-    # `wilcoxon` would do the same where there are ties, but statistic by statistic.
+    # As `wilcoxon` with ties, but vectorised.
     signed = ranks(np.abs(unequal)) * np.sign(unequal)
     return float(
         stats.permutation_test(
@@ -405,7 +423,7 @@ def _signed_rank(differences: Values) -> float:
 
 
 def _defined_means(values: Values, axis: int) -> Values:
-    """Return the means along an axis of what is defined, where anything is."""
+    """Return the means over the values that are not NaN, without slices of NaN alone."""
     defined = (~np.isnan(values)).sum(axis=axis)
     means: Values = np.nansum(values, axis=axis)[defined > 0] / defined[defined > 0]
     return means

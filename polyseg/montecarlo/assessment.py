@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyseg.choices import UNCERTAINTIES
+from polyseg.choices import score_of
 from polyseg.config import UncertaintyConfig
 from polyseg.errors import PolysegError
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import Passes, ProgramFailedError
-from polyseg.montecarlo.scores import Measurement, Table, extended
+from polyseg.montecarlo.scores import Measurement, Table, Wanted, extended
 from polyseg.networks.dropout import active_layers, stochastic_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
@@ -56,6 +56,7 @@ def assess(
     progress: Progress = no_progress,
     total: int = 0,
     processes: Processes = ALONE,
+    also: Sequence[str] = (),
     **changes: Any,
 ) -> Assessment:
     """Measure by MC Dropout how uncertain the network is about each image.
@@ -79,6 +80,8 @@ def assess(
         progress: told before each pass and after each batch how many images are done.
         total: the number of images, for progress.
         processes: that share the images; all give the same batches, and all get the whole.
+        also: scores of the whole image to measure besides, of `choices.WHOLE_SCORES`,
+            `choices.PAIR_SCORES`, or "size".
         changes: settings by name that replace those of `settings`, such as samples=3.
 
     Raises:
@@ -95,11 +98,12 @@ def assess(
         settings = UncertaintyConfig(**settings.model_dump() | changes)
     layers = active_layers(network) if settings.takes_passes else {}
     streams = MaskStreams(settings.masks, seed, epoch)
+    wanted = wanted_of(settings, also)
 
     def attempt(batches: Iterable[Batch], *, take_apart: bool) -> _Attempt:
         kind, plain_pass = _KINDS[settings.precision], partial(stochastic_pass, network, layers)
         passes = Passes(network, layers, streams, plain_pass, take_apart=take_apart, kind=kind)
-        found = _Attempt(passes, settings, processes, progress, total)
+        found = _Attempt(passes, settings, wanted, processes, progress, total)
         found.measure(batches)
         return found
 
@@ -130,6 +134,13 @@ def assess(
     ).in_order(found.given)
 
 
+def wanted_of(settings: UncertaintyConfig, also: Sequence[str] = ()) -> Wanted:
+    """Return what is measured by some settings, and scores besides."""
+    own = [settings.metric] if score_of(settings.metric).of != "pixels" else []
+    names = tuple(dict.fromkeys([*own, *also]))
+    return Wanted(settings.region, settings.boundary_width, settings.save_maps, names)
+
+
 class _Attempt:
     """The measuring of all images by fast or by plain passes."""
 
@@ -137,13 +148,15 @@ class _Attempt:
         self,
         passes: Passes,
         settings: UncertaintyConfig,
+        wanted: Wanted,
         processes: Processes,
         progress: Progress,
         total: int,
     ) -> None:
         self.passes, self.settings, self.processes = passes, settings, processes
+        self.wanted = wanted
         self.progress, self.total = progress, total
-        self.table = Table(settings.save_maps)
+        self.table = Table(wanted)
         self.given = list[str]()
         """Ids in the order of the batches."""
         self.samples = 0
@@ -162,7 +175,8 @@ class _Attempt:
         self.divided = ALONE if wanted == "auto" else self.processes
         each, pilot = self._measurements(batches), list[Measurement]()
         if wanted == "auto":
-            target, metric = settings.rank_target, list(UNCERTAINTIES).index(settings.metric)
+            target = settings.rank_target
+            metric = self.wanted.streamed.index(settings.metric)
             with _failing_in_all(self.processes):
                 found, pilot = choose_samples(each, target, metric, extend)
             self.samples = self.processes.from_leader(found)
@@ -177,7 +191,6 @@ class _Attempt:
 
     def _measurements(self, batches: Iterable[Batch]) -> Iterator[Measurement]:
         """Yield what is to be measured of the images of this process."""
-        settings = self.settings
         for batch in batches:
             places = range(len(self.given), len(self.given) + len(batch.ids))
             self.given.extend(batch.ids)
@@ -186,13 +199,7 @@ class _Attempt:
             if mine:
                 alone = len(mine) == len(batch.ids)
                 for part in self.passes.parts(batch if alone else images_of(batch, mine)):
-                    yield Measurement(
-                        self.passes,
-                        part,
-                        settings.region,
-                        settings.boundary_width,
-                        settings.save_maps,
-                    )
+                    yield Measurement(self.passes, part, self.wanted)
 
     def _tell(self) -> None:
         done = self.processes.count * len(self.table.images)

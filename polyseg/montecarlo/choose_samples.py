@@ -23,7 +23,7 @@ def choose_samples(
     Args:
         measurements: of which the first are taken and extended to N passes.
         target: the rank stability, in (0, 1).
-        metric: which of `UNCERTAINTIES` ranks them.
+        metric: which of `Wanted.streamed` ranks them.
         extend: runs their passes.
 
     Returns:

@@ -1,18 +1,15 @@
 """The pixels of each image that its difficulty is averaged over."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from polyseg.choices import REGIONS
 from polyseg.difficulty import FALLBACKS
-
-Region = Literal["mask", "prediction", "union", "boundary", "image"]
 
 
 def select_region(
-    region: Region, mask: Tensor | None, mean: Tensor, *, boundary_width: int = 3
+    region: str, mask: Tensor | None, mean: Tensor, *, boundary_width: int = 3
 ) -> tuple[Tensor, Tensor]:
     """Return the pixels that D is averaged over, and which images needed a fallback to have some.
 
@@ -21,11 +18,10 @@ def select_region(
     empty too all of it. Where nothing is predicted either, nothing is chosen and D is 0.
 
     Args:
-        region: "mask"; "prediction", mean >= 0.5; "union" of both; "boundary", the pixels within
-            `boundary_width` of the mask's edge on either side; "image", all pixels.
+        region: its name in `REGIONS`.
         mask: (B, H, W) in {0, 1}, or None, which counts as empty.
         mean: (B, H, W) mean prediction in [0, 1].
-        boundary_width: pixels.
+        boundary_width: pixels on either side of the edge that "boundary" takes.
 
     Returns:
         (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`.
@@ -42,18 +38,7 @@ def select_region(
         raise ValueError(f"mask {given} and mean {tuple(mean.shape)} must have one shape (B, H, W)")
     predicted = mean >= 0.5
     truth = torch.zeros_like(predicted) if mask is None else mask > 0
-    if region == "mask":
-        tried = [truth, predicted]
-    elif region == "boundary":
-        tried = [*(_edge_band(one, boundary_width) for one in (truth, predicted)), predicted]
-    elif region == "union":
-        tried = [truth | predicted]
-    elif region == "prediction":
-        tried = [predicted]
-    elif region == "image":
-        tried = [torch.ones_like(predicted)]
-    else:
-        raise ValueError(f"region = {region!r}: choose one of {', '.join(get_args(Region))}")
+    tried = REGIONS.find(region).resolve()(truth, predicted, boundary_width)
     chosen = tried[0]
     fallback = torch.zeros(len(mean), dtype=torch.int8, device=mean.device)
     for other in tried[1:]:
@@ -62,6 +47,31 @@ def select_region(
         chosen = torch.where(empty[:, None, None], other, chosen)
     fallback[~chosen.flatten(1).any(dim=1)] = FALLBACKS.index("empty")
     return chosen, fallback
+
+
+def of_mask(mask: Tensor, predicted: Tensor, _: int) -> list[Tensor]:
+    """Return the mask, then the prediction."""
+    return [mask, predicted]
+
+
+def of_prediction(_mask: Tensor, predicted: Tensor, _: int) -> list[Tensor]:
+    """Return the prediction."""
+    return [predicted]
+
+
+def of_union(mask: Tensor, predicted: Tensor, _: int) -> list[Tensor]:
+    """Return the pixels of either."""
+    return [mask | predicted]
+
+
+def of_boundary(mask: Tensor, predicted: Tensor, width: int) -> list[Tensor]:
+    """Return the band at the edge of the mask, then that of the prediction, then all of it."""
+    return [_edge_band(mask, width), _edge_band(predicted, width), predicted]
+
+
+def of_image(mask: Tensor, _predicted: Tensor, _: int) -> list[Tensor]:
+    """Return all pixels."""
+    return [torch.ones_like(mask)]
 
 
 def _edge_band(outline: Tensor, width: int) -> Tensor:

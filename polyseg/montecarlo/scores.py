@@ -10,15 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES
+from polyseg.choices import FREE_SCORES, REGIONS, UNCERTAINTIES, Score, score_names, score_of
 from polyseg.difficulty import foreground_mean, mean_by_image
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
 from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_stability
 from polyseg.montecarlo.passes import Passes
-from polyseg.montecarlo.regions import Region, select_region
+from polyseg.montecarlo.regions import select_region
 from polyseg.networks.inference import images_of, shown
 from polyseg.records import Batch, Metric
+from polyseg.registry import is_own
 from polyseg.system.memory import Portions
 from polyseg.uncertainty import UncertaintyAccumulator
 
@@ -26,23 +27,85 @@ _GROUPS, _GROUPS_OF_MAPS = 10, 4
 """Passes are recorded in so many groups, from which errors and stability are judged."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured of the images."""
+
+    region: str
+    boundary_width: int = 3
+    save_maps: bool = False
+    also: tuple[str, ...] = ()
+    """Names of scores to measure besides `UNCERTAINTIES` and the free ones of the prediction."""
+
+    @property
+    def streamed(self) -> tuple[Metric, ...]:
+        """The scores that are judged from parts of the passes."""
+        whole = (name for name in self.also if score_of(name).of in ("moments", "pass"))
+        return (*UNCERTAINTIES, *whole)
+
+    def also_of(self, kind: str) -> dict[Metric, Score]:
+        """Return the rows of a kind among those to measure besides."""
+        return {name: score_of(name) for name in self.also if score_of(name).of == kind}
+
+    @property
+    def whole_frame(self) -> bool:
+        """Whether every pixel counts, whatever the region."""
+        return self.save_maps or any(score_of(name).of != "mask" for name in self.also)
+
+
+@dataclass
+class Group:
+    """The record of some of the passes over a batch."""
+
+    pixels: UncertaintyAccumulator = field(default_factory=UncertaintyAccumulator)
+    """At the pixels that scores are averaged over."""
+    frame: UncertaintyAccumulator | None = None
+    """At all pixels, where a score needs them."""
+    sums: dict[Metric, Tensor] = field(default_factory=dict)
+    """Sums over the passes of scores of a pass, (rows,) each."""
+
+    @property
+    def count(self) -> int:
+        """Number of passes."""
+        return self.pixels.count
+
+    @classmethod
+    def merged(cls, groups: "Sequence[Group]") -> "Group":
+        """Return the record of the passes of several groups."""
+        frames = [group.frame for group in groups if group.frame is not None]
+        return cls(
+            UncertaintyAccumulator.merged([group.pixels for group in groups]),
+            UncertaintyAccumulator.merged(frames) if frames else None,
+            {
+                name: torch.stack([group.sums[name] for group in groups]).sum(dim=0)
+                for name in groups[0].sums
+            },
+        )
+
+    def without(self, part: "Group") -> "Group":
+        """Return the record of the passes that `part`, of some of them, did not take in."""
+        frame = None
+        if self.frame is not None and part.frame is not None:
+            frame = self.frame.without(part.frame)
+        return Group(
+            self.pixels.without(part.pixels),
+            frame,
+            {name: values - part.sums[name] for name, values in self.sums.items()},
+        )
+
+
 class Measurement:
     """What is known of a batch after so many passes."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        batch: Batch,
-        region: Region,
-        boundary_width: int,
-        save_maps: bool,
-    ) -> None:
-        self.passes, self.batch = passes, batch
-        self.region, self.width, self.save_maps = region, boundary_width, save_maps
+    def __init__(self, passes: Passes, batch: Batch, wanted: Wanted) -> None:
+        self.passes, self.batch, self.wanted = passes, batch, wanted
         self.truth = None if batch.masks is None else batch.masks.cpu().flatten(0, 1)
-        self.known = None if save_maps else self._known_region()
+        self._refuse_missing_masks()
+        self.known = None if wanted.whole_frame else self._known_region()
         count = _GROUPS if self.known is not None else _GROUPS_OF_MAPS
         self.groups = [UncertaintyAccumulator() for _ in range(count)]
+        self.sums: list[dict[Metric, Tensor]] = [{} for _ in range(count)]
+        self.pairs = {name: row.resolve()() for name, row in wanted.also_of("passes").items()}
         self.done = 0
         self.plain: Tensor | None = None
 
@@ -59,15 +122,36 @@ class Measurement:
         each = passes.samples(range(self.done, samples))
         for index in range(self.done, samples):
             tell()  # Before each pass, so that who listens can end it between those that run apart.
-            self.groups[index % len(self.groups)].update(next(each))
+            self._take_in(next(each), index % len(self.groups))
         self.done = samples
+
+    def _take_in(self, sample: Tensor, group: int) -> None:
+        self.groups[group].update(sample)
+        for name, row in self.wanted.also_of("pass").items():
+            found = row.resolve()(sample, self.mask).double()
+            self.sums[group][name] = found + self.sums[group].get(name, 0)
+        for pairs in self.pairs.values():
+            pairs.update(sample)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """The masks, (rows, H, W) bool; None without any."""
+        return None if self.truth is None else self.truth > 0
+
+    def _refuse_missing_masks(self) -> None:
+        needing = [name for name in self.wanted.also if score_of(name).needs_mask]
+        if self.truth is None and needing:
+            raise PolysegError(
+                f"{needing[0]}: is measured against the mask, and image {self.batch.ids[0]} has "
+                "none; choose another score"
+            )
 
     def of(self, rows: slice) -> "Measurement":
         """Return this, or where fewer images are wanted a new one of those, without a pass yet."""
         if rows == slice(0, len(self.batch.ids)):
             return self
         part = images_of(self.batch, rows)
-        return Measurement(self.passes, part, self.region, self.width, self.save_maps)
+        return Measurement(self.passes, part, self.wanted)
 
     @property
     def held(self) -> int:
@@ -75,32 +159,36 @@ class Measurement:
         pixels = self.batch.images[:, 0].numel()
         if self.known is not None:
             pixels = int(self.known.sum())
-        return 24 * pixels * len(self.groups)
+        pairs = pixels * self.done // 8 if self.pairs else 0
+        return 24 * pixels * len(self.groups) + pairs
 
     def results(self) -> "Results":
         """Return the scores of each row, and what tells how sure they are."""
         assert self.plain is not None
-        groups = [group for group in self.groups if group.count]
-        whole = UncertaintyAccumulator.merged(groups) if groups else None
+        records = [record for record in self.groups if record.count]
+        whole = UncertaintyAccumulator.merged(records) if records else None
         if self.known is None:
             mean = self.plain if whole is None else whole.mean
             chosen, fallback = select_region(
-                self.region, self.truth, mean, boundary_width=self.width
+                self.wanted.region, self.truth, mean, boundary_width=self.wanted.boundary_width
             )
-            groups = [group.at(chosen) for group in groups]
+            groups = [Group(record.at(chosen)) for record in records]
         else:
             chosen, fallback = self.known, torch.zeros(len(self.known), dtype=torch.int8)
+            groups = [Group(record) for record in records]
+        for group, record, sums in zip(groups, records, self.sums, strict=False):
+            group.frame = record if self.wanted.also_of("moments") else None
+            group.sums = sums
         owner = chosen.nonzero()[:, 0].numpy()
         return Results(self, whole, groups, chosen, fallback, owner)
 
     def _known_region(self) -> Tensor | None:
         """Return the region, if no pass is needed to know it."""
-        if self.truth is None or self.region not in ("mask", "boundary"):
+        region, width = self.wanted.region, self.wanted.boundary_width
+        if self.truth is None or not REGIONS[region].of_mask:
             return None
         nothing = torch.zeros(self.truth.shape)
-        chosen, fallback = select_region(
-            self.region, self.truth, nothing, boundary_width=self.width
-        )
+        chosen, fallback = select_region(region, self.truth, nothing, boundary_width=width)
         return None if fallback.any() else chosen
 
 
@@ -128,21 +216,28 @@ class Results:
 
     measurement: Measurement
     whole: UncertaintyAccumulator | None
-    groups: list[UncertaintyAccumulator]
+    groups: list[Group]
     chosen: Tensor
     fallback: Tensor
     owner: NDArray[np.int64]
 
-    def scores(self, record: UncertaintyAccumulator | None = None) -> NDArray[np.float64]:
+    def scores(self, record: Group | None = None) -> NDArray[np.float64]:
         """Return the scores from the passes of a record, or from all: (metrics, rows)."""
         record = record or self.everything
-        maps = (one.numpy() for one in record.maps().values())
-        return np.stack([mean_by_image(one, self.owner, len(self.chosen)) for one in maps])
+        maps = (one.numpy() for one in record.pixels.maps().values())
+        found = [mean_by_image(one, self.owner, len(self.chosen)) for one in maps]
+        measured, also = self.measurement, self.measurement.wanted.also
+        for row in (score_of(name) for name in also):
+            if row.of == "moments" and record.frame is not None:
+                found.append(row.resolve()(record.frame.moments, measured.mask).double().numpy())
+            elif row.of == "pass":
+                found.append((record.sums[row.name] / record.count).numpy())
+        return np.stack(found)
 
     @cached_property
-    def everything(self) -> UncertaintyAccumulator:
-        """All passes at the pixels of the region."""
-        return UncertaintyAccumulator.merged(self.groups)
+    def everything(self) -> Group:
+        """All passes."""
+        return Group.merged(self.groups)
 
     def errors(self) -> NDArray[np.float64]:
         """Return the standard errors of the scores, (metrics, rows); NaN from too few passes."""
@@ -161,7 +256,7 @@ class Results:
         middle = len(self.groups) // 2
         ways = []
         for i in range(0, middle, 2):
-            half = UncertaintyAccumulator.merged(self.groups[i : i + middle])
+            half = Group.merged(self.groups[i : i + middle])
             ways.append(np.stack([self.scores(half), self.scores(self.everything.without(half))]))
         return np.stack(ways)
 
@@ -172,13 +267,16 @@ class Results:
         found = {
             name: foreground_mean(row.resolve()(plain), self.chosen)
             for name, row in FREE_SCORES.items()
-            if row.function
+            if row.function and row.of == "pixels"
         }
+        found |= {name: one.value for name, one in self.measurement.pairs.items()}
         dice = torch.full((len(plain),), torch.nan, dtype=torch.float64)
         if truth is None:
             return {**found, "dice": dice}
         size = (truth > 0).flatten(1).sum(dim=1)
         dice = dice_coefficient(plain >= 0.5, truth)
+        for name, row in self.measurement.wanted.also_of("mask").items():
+            found[name] = torch.from_numpy(row.resolve()(size.numpy()))
         return {**found, "dice": dice, "mask_pixels": size}
 
 
@@ -186,7 +284,7 @@ class Results:
 class Table:
     """The columns of an assessment, filled batch by batch."""
 
-    save_maps: bool
+    wanted: Wanted
     images: list[str] = field(default_factory=list)
     labels: tuple[str, ...] = ("",)
     parts: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
@@ -207,20 +305,20 @@ class Table:
             self._append(name, values.numpy())
         if results.groups:
             for name, values, errors in zip(
-                UNCERTAINTIES, results.scores(), results.errors(), strict=True
+                self.wanted.streamed, results.scores(), results.errors(), strict=True
             ):
                 self._append(name, values)
                 self._append(f"{name}_se", errors)
             self.halves.append(results.halves())
         self._refuse_what_is_not_finite(measurement.batch)
-        if self.save_maps and results.whole is not None:
+        if self.wanted.save_maps and results.whole is not None:
             for name, values in {"mean": results.whole.mean, **results.whole.maps()}.items():
                 self.maps.setdefault(name, []).extend(values.numpy().astype(np.float32))
 
     @classmethod
     def merged(cls, tables: Sequence["Table"]) -> "Table":
         """Return what several tables hold; of an image that is in several, the first one's row."""
-        merged = cls(tables[0].save_maps)
+        merged = cls(tables[0].wanted)
         seen: set[str] = set()
         for table in tables:
             new = [i for i, identity in enumerate(table.images) if identity not in seen]
@@ -245,8 +343,9 @@ class Table:
         found: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         if len(found.get("mask_pixels", ())) < len(found["dice"]):
             found["mask_pixels"] = None  # Some images have no mask.
-        errors = {name: found.pop(f"{name}_se") for name in UNCERTAINTIES if f"{name}_se" in found}
-        measured = [name for name in (*UNCERTAINTIES, *FREE_SCORES) if name in found]
+        streamed = self.wanted.streamed
+        errors = {name: found.pop(f"{name}_se") for name in streamed if f"{name}_se" in found}
+        measured = [name for name in self._names if name in found]
         return {
             "ids": [identity for identity in self.images for _ in self.labels],
             "labels": list(self.labels) * len(self.images) if any(self.labels) else None,
@@ -262,17 +361,25 @@ class Table:
             return {}
         together, several = join_halves(self.halves), len(self.labels)
         return {
-            name: stability_of(together[:, :, i], several) for i, name in enumerate(UNCERTAINTIES)
+            name: stability_of(together[:, :, i], several)
+            for i, name in enumerate(self.wanted.streamed)
         }
+
+    @property
+    def _names(self) -> list[Metric]:
+        """The scores that may be measured."""
+        return list(dict.fromkeys([*score_names(), *self.wanted.also]))
 
     def _append(self, name: str, values: NDArray[Any]) -> None:
         self.parts.setdefault(name, []).append(values)
 
     def _refuse_what_is_not_finite(self, batch: Batch) -> None:
-        for name in (*UNCERTAINTIES, *FREE_SCORES):
+        for name in self._names:
             finite = np.isfinite(self.parts[name][-1]) if name in self.parts else np.ones(1)
             if not finite.all():
                 bad = batch.ids[int(finite.argmin()) // len(batch.labels)]
+                if is_own(name):
+                    raise PolysegError(f"image {bad}: {name} returned a number that is not finite")
                 raise PolysegError(
                     f"image {bad}: its {name} is not finite; the weights have probably diverged, "
                     "train with a lower training.learning_rate"

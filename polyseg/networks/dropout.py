@@ -1,4 +1,4 @@
-"""The dropout of a network: which layers drop, and whether MC Dropout controls all randomness."""
+"""The dropout layers of a network, and checks that MC Dropout controls all its randomness."""
 
 import contextlib
 import inspect
@@ -20,41 +20,41 @@ from polyseg.networks.inference import held_in_mode
 from polyseg.registry import Registry, Row
 
 
-def _of_values(shape: Sequence[int]) -> Sequence[int]:
+def _whole(shape: Sequence[int]) -> Sequence[int]:
     return shape
 
 
-def _of_channels(shape: Sequence[int]) -> Sequence[int]:
+def _by_channel(shape: Sequence[int]) -> Sequence[int]:
     return (shape[0], *(1 for _ in shape[1:]))
 
 
 @dataclass(frozen=True)
 class DropoutKind(Row):
-    """A type of layer that drops; its function is the type, which has its rate in `p`.
+    """A type of dropout layer, named by `function`, with its rate in the attribute `p`.
 
-    In evaluation mode it returns its input, by whose mask MC Dropout then multiplies.
+    In evaluation mode it must return its input, which MC Dropout multiplies by a mask.
     """
 
-    mask_shape: Callable[[Sequence[int]], Sequence[int]] = _of_values
-    """Shape of the mask of an image, from that of its features, (C, H, W)."""
+    mask_shape: Callable[[Sequence[int]], Sequence[int]] = _whole
+    """Shape of an image's mask, from the shape (C, H, W) of its features."""
 
 
 DROPOUT_KINDS = Registry(
     "dropout layer",
     DropoutKind("Dropout", "drops single values", "torch.nn:Dropout"),
     *(
-        DropoutKind(name, "drops whole feature maps", f"torch.nn:{name}", _of_channels)
+        DropoutKind(name, "drops whole feature maps", f"torch.nn:{name}", _by_channel)
         for name in ("Dropout1d", "Dropout2d", "Dropout3d")
     ),
 )
-"""The layers that MC Dropout covers; the fast passes know those of torch, others run plainly."""
+"""The layers that MC Dropout supports; the compiled passes support torch's only."""
 
 _CHANGES_THE_MEAN = (nn.AlphaDropout, nn.FeatureAlphaDropout)
-_DROPS_WITHIN = (nn.MultiheadAttention, nn.RNNBase)
-_WITHOUT_OTHER_RANDOMNESS = WeakSet[nn.Module]()
+_DROPS_INSIDE = (nn.MultiheadAttention, nn.RNNBase)
+_CHECKED = WeakSet[nn.Module]()
 _SEEDS, _SEEDS_IF_DRAWN = 5, 50
-"""Numbers of passes, each with a seed of its own, that are compared to find other randomness: the
-larger one where something is seen to be drawn, which at a small rate seldom changes a pass."""
+"""Numbers of passes that are compared to find other randomness: the second where random numbers are
+drawn, since a small rate seldom changes a pass."""
 
 
 def dropout_types() -> tuple[type[Any], ...]:
@@ -63,7 +63,7 @@ def dropout_types() -> tuple[type[Any], ...]:
 
 
 def mask_shape(layer: Any, shape: Sequence[int]) -> torch.Size:
-    """Return the shape of the mask of an image, from that of its features, (C, H, W).
+    """Return the shape of an image's mask, from the shape (C, H, W) of its features.
 
     >>> mask_shape(nn.Dropout2d(), (4, 8, 8))
     torch.Size([4, 1, 1])
@@ -73,10 +73,9 @@ def mask_shape(layer: Any, shape: Sequence[int]) -> torch.Size:
 
 
 def stochastic_layers(network: nn.Module) -> dict[str, Any]:
-    """Return the active dropout layers by name: those with a rate above 0.
+    """Return the active dropout layers, those with a rate above 0, by name.
 
-    Raises:
-        PolysegError: there is a kind of dropout that MC Dropout does not cover.
+    Kinds of dropout that MC Dropout does not support raise PolysegError.
 
     >>> sorted(stochastic_layers(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.0))))
     ['0']
@@ -86,13 +85,13 @@ def stochastic_layers(network: nn.Module) -> dict[str, Any]:
     for name, module in network.named_modules():
         if isinstance(module, _CHANGES_THE_MEAN):
             raise PolysegError(
-                f"network layer {name}: {type(module).__name__} changes the mean of what it passes "
-                "on, which eq. 7 does not; use nn.Dropout or nn.Dropout2d"
+                f"network layer {name}: {type(module).__name__} changes the mean of its input, "
+                "unlike the dropout of eq. 7; use nn.Dropout or nn.Dropout2d"
             )
-        if isinstance(module, _DROPS_WITHIN) and module.dropout > 0:
+        if isinstance(module, _DROPS_INSIDE) and module.dropout > 0:
             raise PolysegError(
-                f"network layer {name}: {type(module).__name__} drops inside itself, which "
-                "MC Dropout cannot steer; set its dropout to 0 and use nn.Dropout layers beside it"
+                f"network layer {name}: {type(module).__name__} drops inside itself, which MC "
+                "Dropout cannot control; set its dropout to 0 and use nn.Dropout layers beside it"
             )
         if isinstance(module, types) and module.p > 0:
             layers[name] = module
@@ -100,10 +99,7 @@ def stochastic_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def active_layers(network: nn.Module) -> dict[str, Any]:
-    """Return the active dropout layers by name; there is at least one.
-
-    Raises:
-        PolysegError: none is active, or one drops everything.
+    """Return the active dropout layers by name, at least one and none with a rate of 1.
 
     >>> list(active_layers(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))))
     ['1']
@@ -111,8 +107,8 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
     layers = stochastic_layers(network)
     if not layers:
         raise PolysegError(
-            "network: has no active dropout layer, so MC Dropout has nothing to sample; "
-            "set network.dropout above 0, or choose others by network.dropout_layers"
+            "network: has no active dropout layer for MC Dropout; set network.dropout above 0, or "
+            "choose others by network.dropout_layers"
         )
     for name, layer in layers.items():
         if layer.p == 1:
@@ -121,77 +117,72 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
-    """Raise if anything is random in training that MC Dropout would not repeat in its passes.
+    """Raise if something is random in training that MC Dropout would not repeat in its passes.
 
-    A pass in training and one in evaluation mode count what drops. Then passes with several seeds,
-    with the dropout layers in evaluation and all else in training mode, must give equal outputs.
-    Modes, buffers and the random streams of torch, NumPy and Python are afterwards as before.
+    That is what is dropped outside dropout layers, an active layer that is not called in evaluation
+    mode or whose first dimension is not the image, and other randomness such as stochastic depth by
+    torch.bernoulli.
 
-    Args:
-        network: any.
-        images: (B, C, H, W) that it takes, two at least.
-
-    Raises:
-        PolysegError: something is dropped outside a dropout layer, an active layer is skipped in
-            evaluation mode, a layer's first dimension is not that of the images, or something else
-            is random, such as stochastic depth by torch.bernoulli.
+    A pass in training and one in evaluation mode count the dropout calls. Passes with several
+    seeds, dropout layers in evaluation and all else in training mode, must then give equal outputs.
+    `images` are (B, C, H, W), B at least 2. Modes, buffers and random streams (torch, NumPy,
+    Python) are restored.
 
     >>> refuse_hidden_dropout(nn.Dropout(0.5), torch.zeros(2, 1, 4, 4))
     """
     in_training, dropped = _count_calls(network, images, training=True)
     in_evaluation, _ = _count_calls(network, images, training=False)
-    # Below 0 where layers of other types than torch's drop by themselves.
+    # Negative where layers of other types than torch's drop.
     if (hidden := dropped - in_training.total()) > 0:
         raise PolysegError(
             f"network: {hidden} calls of functional dropout in a pass, which MC Dropout cannot "
-            "steer; use nn.Dropout or nn.Dropout2d layers instead"
+            "control; use nn.Dropout or nn.Dropout2d layers instead"
         )
     for name in in_training.keys() | in_evaluation.keys():
         if in_training[name] != in_evaluation[name]:
             raise PolysegError(
-                f"network layer {name}: is run {in_training[name]} times in training and "
-                f"{in_evaluation[name]} times in evaluation mode, where MC Dropout happens; call "
-                "it in both, it does nothing in evaluation mode by itself"
+                f"network layer {name}: is called {in_training[name]} times in training and "
+                f"{in_evaluation[name]} times in evaluation mode, which MC Dropout uses; call it "
+                "in both modes"
             )
     if stochastic_layers(network) and not in_training:
         raise PolysegError(
-            "network: none of its active dropout layers is run, so MC Dropout has nothing to sample"
+            "network: none of its active dropout layers is called, so MC Dropout has no effect"
         )
     _refuse_other_randomness(network, images)
 
 
 def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
-    """Raise if passes in training mode differ by the seed while no dropout layer drops.
+    """Raise if passes in training mode with dropout layers off differ by the seed.
 
-    A network that passed is not tried again: training changes its weights, not what it draws.
+    A network is checked once: training changes its weights, not what it draws.
     """
-    if network in _WITHOUT_OTHER_RANDOMNESS:
+    if network in _CHECKED:
         return
     expected, drawn = _pass_without_dropout(network, images, seed=0)
-    # Accelerators may add up in another order each time.
+    # Accelerators may sum in another order each time.
     tolerance = 0.0 if images.device.type == "cpu" else 1e-5 * float(expected.abs().max())
     for seed in range(1, _SEEDS_IF_DRAWN if drawn else _SEEDS):
         found, _ = _pass_without_dropout(network, images, seed=seed)
-        # Weights that diverged give NaN, which is no randomness.
+        # NaN of diverged weights is not randomness.
         if (found - expected).nan_to_num().abs().max() > tolerance:
             what = ", ".join(sorted(drawn)) or "a generator of its own"
             raise PolysegError(
-                f"network: its output in training is random even with its dropout layers off, by "
-                f"{what}, which MC Dropout cannot steer; use nn.Dropout or nn.Dropout2d layers in "
-                "its place, or take it out"
+                f"network: its output in training is random even without its dropout layers, by "
+                f"{what}, which MC Dropout cannot control; replace it by nn.Dropout or "
+                "nn.Dropout2d layers, or remove it"
             )
-    _WITHOUT_OTHER_RANDOMNESS.add(network)
+    _CHECKED.add(network)
 
 
 def _pass_without_dropout(
     network: nn.Module, images: Tensor, *, seed: int
 ) -> tuple[Tensor, set[str]]:
-    """Return the output with dropout layers in evaluation and all else in training mode, and draws.
+    """Return the flat output with only the dropout layers in evaluation mode, and what drew.
 
-    The output is flat, and the draws are the names of what drew random numbers. The network and the
-    random streams are afterwards as before.
+    The second is the names of the functions that drew random numbers.
     """
-    with held_in_mode(network, training=True), _left_as_it_was(network, images.device):
+    with held_in_mode(network, training=True), _restored(network, images.device):
         for layer in stochastic_layers(network).values():
             layer.eval()
         random.seed(seed)
@@ -203,7 +194,7 @@ def _pass_without_dropout(
 
 
 def _flat(output: Any) -> Tensor:
-    """Return all numbers of an output, which in training may be several tensors."""
+    """Return all numbers of an output, which may consist of several tensors."""
     if isinstance(output, Tensor):
         return output.flatten()
     parts = output.values() if isinstance(output, Mapping) else output
@@ -211,9 +202,8 @@ def _flat(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Give a network its buffers back, and torch, NumPy and Python their random streams."""
-    # Where normalisation layers keep the statistics that a pass in training moves.
+def _restored(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore a network's buffers, such as batch statistics, and all random streams afterwards."""
     buffers = [
         (module._buffers, name, values, values.clone())
         for module in network.modules()
@@ -232,15 +222,15 @@ def _left_as_it_was(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _count_calls(network: nn.Module, images: Tensor, *, training: bool) -> tuple[Counter[str], int]:
-    """Return how often each active layer is called in a pass, and how often anything drops."""
+    """Return the number of calls of each active layer in a pass, and of all dropout calls."""
     by_layer: Counter[str] = Counter()
 
     def count(name: str, output: Tensor) -> None:
         by_layer[name] += 1
         if output.shape[0] != len(images):
             raise PolysegError(
-                f"network layer {name}: its first dimension is {output.shape[0]} for "
-                f"{len(images)} images; MC Dropout takes it to be the image"
+                f"network layer {name}: the first dimension of its output is {output.shape[0]} "
+                f"for {len(images)} images; MC Dropout needs it to be the image"
             )
 
     hooks = [
@@ -250,7 +240,7 @@ def _count_calls(network: nn.Module, images: Tensor, *, training: bool) -> tuple
     try:
         with (
             held_in_mode(network, training=training),
-            _left_as_it_was(network, images.device),
+            _restored(network, images.device),
             torch.no_grad(),
             _DropoutCalls() as calls,
         ):
@@ -262,7 +252,7 @@ def _count_calls(network: nn.Module, images: Tensor, *, training: bool) -> tuple
 
 
 class _Draws(TorchFunctionMode):
-    """Collects the names of what draws from the random streams of torch, NumPy and Python."""
+    """Collects the names of functions that draw random numbers of torch, NumPy or Python."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -293,27 +283,20 @@ class _Draws(TorchFunctionMode):
 
 
 def _numpy_state() -> str:
-    # Its repr would leave out most of the keys.
+    # The repr of the array itself would leave out most numbers.
     return repr([np.asarray(part).tolist() for part in np.random.get_state()])  # noqa: NPY002
 
 
 class _DropoutCalls(TorchFunctionMode):
-    """Counts calls that drop something, be they a layer's or a function's."""
+    """Counts calls that drop something, by layers or functions."""
 
     _functions = frozenset(
         {
-            functional.dropout,
-            functional.dropout1d,
-            functional.dropout2d,
-            functional.dropout3d,
-            functional.alpha_dropout,
-            functional.feature_alpha_dropout,
+            *(getattr(functional, f"dropout{dims}") for dims in ("", "1d", "2d", "3d")),
+            *(functional.alpha_dropout, functional.feature_alpha_dropout),
             functional.multi_head_attention_forward,
             functional.scaled_dot_product_attention,
-            torch.dropout,
-            torch.dropout_,
-            torch.feature_dropout,
-            torch.native_dropout,
+            *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.native_dropout),
         }
     )
 
@@ -330,7 +313,7 @@ class _DropoutCalls(TorchFunctionMode):
 
 
 def _drops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether this call has a rate above 0 and is told to be training."""
+    """Return whether a call has a rate above 0 and is in training mode."""
     if func is functional.scaled_dot_product_attention:
         return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
     if func is functional.multi_head_attention_forward:

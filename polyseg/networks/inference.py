@@ -1,4 +1,4 @@
-"""Running a trained network as it is: no dropout, no gradient, nothing changed by it."""
+"""Running a network without dropout and gradients."""
 
 import contextlib
 import os
@@ -13,45 +13,35 @@ from polyseg.records import Batch
 from polyseg.system.memory import Portions
 
 LESS_MEMORY = "use smaller images (data.size), a smaller network, or the CPU (training.device=cpu)"
-"""What to do where one image is too much."""
+"""Advice where memory does not suffice for one image."""
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the best at hand.
-
-    Raises:
-        PolysegError: this machine has no such device.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
-    """
-    at_hand = {
+    """Return a device by name; "auto" is the first available of cuda, mps and cpu."""
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    names = [kind for kind, here in available.items() if here]
     if name == "auto":
-        return torch.device(next(kind for kind, here in at_hand.items() if here))
-    if not at_hand.get(name, False):
-        here = ", ".join(kind for kind, present in at_hand.items() if present)
-        raise PolysegError(f"device {name}: is not at hand; this machine has {here}")
+        return torch.device(names[0])
+    if name not in names:
+        raise PolysegError(f"device {name}: is not available; this machine has {', '.join(names)}")
     return torch.device(name)
 
 
 def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
-    """Let a GPU compute by algorithms that give the same bits each time, or by the fastest ones.
+    """Let a GPU use deterministic algorithms, or the fastest ones as found by trial.
 
-    The fastest are found by trial, which may end otherwise the next time. All that this process
-    computes from here on goes by it; it comes before anything is computed there, since cuBLAS looks
-    only once. Other devices have no such choice, and nothing is changed for them.
-
-    >>> choose_algorithms(torch.device("cpu"), deterministic=False)
+    Call it before anything is computed on the GPU, because cuBLAS reads its setting once. Nothing
+    changes for other devices.
     """
     if device.type != "cuda":
         return
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # What knows no such algorithm warns; memory that is written to anyway need not be filled first.
+    # Operations without a deterministic algorithm warn; filling new memory is not needed.
     torch.use_deterministic_algorithms(deterministic, warn_only=deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
@@ -59,25 +49,13 @@ def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return where the network's weights lie.
-
-    >>> device_of(nn.Linear(1, 1))
-    device(type='cpu')
-    """
+    """Return the device of a network's weights."""
     return next((weights.device for weights in network.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
 def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
-    """Hold a network in training or evaluation mode, then give each module its own mode back.
-
-    >>> layer = nn.Dropout(0.5)
-    >>> with held_in_mode(layer, training=False):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
+    """Hold a network in training or evaluation mode, then restore the mode of each module."""
     modes = [(module, module.training) for module in network.modules()]
     network.train(training)
     try:
@@ -88,12 +66,9 @@ def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield the images in order with their logits, (B, K, H, W) float32 on the CPU.
+    """Yield the batches with their logits, (B, K, H, W) float32 on the CPU.
 
-    They come batch by batch, and in smaller ones from where memory does not do for a whole batch.
-
-    Raises:
-        PolysegError: there is too little memory for one image.
+    Batches are divided where memory does not suffice for a whole one.
 
     >>> batch = Batch(["a"], torch.zeros(1, 1, 4, 4), None)
     >>> [logits.shape for _, logits in predict(nn.Conv2d(1, 1, 1), [batch])]
@@ -111,20 +86,12 @@ def _predict(network: nn.Module, batch: Batch, rows: slice) -> tuple[Batch, Tens
 
 
 def images_of(batch: Batch, rows: slice | list[int]) -> Batch:
-    """Return some of the images of a batch.
-
-    >>> images_of(Batch(["a", "b"], torch.zeros(2, 1, 4, 4), None), slice(1, 2)).ids
-    ['b']
-    """
+    """Return some of the images of a batch."""
     ids = batch.ids[rows] if isinstance(rows, slice) else [batch.ids[i] for i in rows]
     masks = None if batch.masks is None else batch.masks[rows]
     return batch._replace(ids=ids, images=batch.images[rows], masks=masks)
 
 
 def shown(batch: Batch) -> str:
-    """Return what an image of a batch is called in errors.
-
-    >>> shown(Batch(["a"], torch.zeros(1, 1, 4, 6), None))
-    'an image of 4 x 6'
-    """
+    """Return the description of an image of a batch for errors."""
     return "an image of {} x {}".format(*batch.images.shape[2:])

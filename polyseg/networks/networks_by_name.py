@@ -1,14 +1,14 @@
-"""Segmentation networks by name, and where in them dropout is active.
+"""Segmentation networks by name, and the choice of their active dropout layers.
 
-A network is MONAI's, or a user's own as "package.module:factory"; either way it is wrapped so that
-it takes images of any size. Dropout layers that are not chosen are removed, so training and MC
-Dropout (eq. 7 needs the same masks' distribution in both) see the same layers.
+A network is one of MONAI's, or a user's as "package.module:factory". It is wrapped to take images
+of any size. Dropout layers that are not chosen are removed, so that training and MC Dropout
+(eq. 7) use the same layers.
 """
 
 import copy
 import fnmatch
+import functools
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from polyseg.choices import NETWORKS
 from polyseg.errors import PolysegError
 from polyseg.networks.dropout import stochastic_layers
+from polyseg.registry import resolve
 from polyseg.system.memory import refuse_beyond_memory
 
 DropoutKind = Literal["channel", "element"]
@@ -32,24 +34,24 @@ _LARGEST_MULTIPLE = 512
 _MOST_BLOCKS = 16
 _WINDOWS_AT_ONCE = 4
 _BYTES_OF_TRAINING = 16
-"""Of a parameter: itself, its gradient, and two moments."""
+"""Bytes for each parameter: itself, its gradient and two moments, in float32."""
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a network that was trained on patches looks at a whole image."""
+    """The sliding window of a network that was trained on patches."""
 
     size: tuple[int, int]
     overlap: float
-    """Share that neighbours see both, in [0, 1)."""
+    """Overlap of neighbouring windows as a share of their size, in [0, 1)."""
 
 
 class SegmentationNetwork(nn.Module):
     """A network for images of any size: pads to a multiple of its stride, crops the logits back.
 
-    With a window it looks, in evaluation mode, at what is larger window by window; the logits of
-    windows that overlap are averaged with Gaussian weights.
+    With `window`, larger images are segmented window by window in evaluation mode; the logits of
+    overlapping windows are averaged with Gaussian weights.
 
     >>> network = build_network("unet", in_channels=1)
     >>> network(torch.zeros(2, 1, 50, 70)).shape
@@ -68,7 +70,7 @@ class SegmentationNetwork(nn.Module):
             return self._at_once(images)
         from monai.inferers import sliding_window_inference
 
-        # Image by image, because MC Dropout may have masks of its own for each.
+        # One image at a time, because each may have its own MC-Dropout masks.
         parts = [
             sliding_window_inference(
                 image[None],
@@ -90,7 +92,7 @@ class SegmentationNetwork(nn.Module):
         )
 
     def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
-        """Return images as the core takes them, and the rows and columns that stand before them."""
+        """Return images padded for the core, and the numbers of rows and columns before them."""
         rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
         if rows or columns:
             images = functional.pad(
@@ -122,20 +124,20 @@ def build_network(
 
     Args:
         name: one of `network_names()`, or "package.module:factory"; the factory is called with
-            in_channels, out_channels and `settings`, and puts in dropout as it likes.
+            in_channels, out_channels and `settings`, and adds its own dropout layers.
         in_channels: channels of the images.
         out_channels: channels of the logits.
-        dropout: the rate, in [0, 1), for the networks by name.
+        dropout: rate in [0, 1), for the networks by name.
         dropout_kind: "channel" drops whole feature maps, "element" single values.
-        dropout_layers: "decoder" for those from the bottleneck on, "bottleneck", "all", or patterns
-            of layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
+        dropout_layers: "decoder" (from the bottleneck on), "bottleneck", "all", or patterns of
+            layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
             and "all" for a factory's.
-        multiple_of: what a factory's network wants height and width to be a multiple of.
+        multiple_of: number of which a factory's network needs height and width to be multiples.
         settings: further arguments of the network.
 
     Raises:
         PolysegError: an unknown name, settings that the network refuses, patterns that match no
-            dropout layer, or an output of another shape than (B, out_channels, H, W).
+            dropout layer, or an output that is not (B, out_channels, H, W).
 
     >>> network = build_network("basic-unet", in_channels=3, dropout=0.1)
     >>> sum(isinstance(layer, nn.Dropout2d) for layer in network.modules())
@@ -145,7 +147,7 @@ def build_network(
     if own:
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
-        core, multiple = _from_monai(name, in_channels, out_channels, dropout, settings)
+        core, multiple = _by_name(name, in_channels, out_channels, dropout, settings)
         _drop_idle_biases(core)
     network = SegmentationNetwork(core, multiple)
     layers = _trace_dropout(network, name, in_channels, out_channels)
@@ -156,7 +158,7 @@ def build_network(
         if layer.name not in chosen:
             _replace(network, layer.name, nn.Identity())
         elif own:
-            # In place it would also drop what a skip connection holds, which MC Dropout does not.
+            # In place it would also change the features of a skip connection.
             network.get_submodule(layer.name).inplace = False  # type: ignore[assignment]
         else:
             kind = nn.Dropout2d if dropout_kind == "channel" else nn.Dropout
@@ -165,10 +167,9 @@ def build_network(
 
 
 def _drop_idle_biases(core: nn.Module) -> None:
-    """Leave out the biases of convolutions whose output is normalised, and so centred, right away.
+    """Remove the biases of convolutions whose output is normalised right away.
 
-    They change nothing, and their gradients are rounding alone, which optimizers that divide by its
-    size make a random walk of.
+    They have no effect, and their gradients are rounding errors, by which Adam would still step.
     """
     for block in core.modules():
         steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
@@ -183,17 +184,14 @@ def network_names() -> list[str]:
     >>> network_names()
     ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
     """
-    return list(_RECIPES)
+    return list(NETWORKS)
 
 
 def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
-    """Raise where a device can never hold what training keeps of a network.
+    """Raise if a device has too little memory for training a network.
 
-    That is weights, gradients and the two moments of Adam. One that was built on torch's "meta"
-    device tells as much, and takes no memory itself.
-
-    Raises:
-        PolysegError: the device has less memory.
+    Needed are weights, gradients and Adam's two moments. The network may be on torch's "meta"
+    device, where it takes no memory.
 
     >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
     >>> refuse_untrainable(network, torch.device("cpu"))  # doctest: +ELLIPSIS
@@ -210,7 +208,7 @@ def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
 
 
 def hash_weights(network: nn.Module) -> str:
-    """Return the sha256 of a network's weights and buffers, names included.
+    """Return the sha256 of the names and values of a network's weights and buffers.
 
     >>> hash_weights(nn.Identity())[:8]
     'e3b0c442'
@@ -224,29 +222,29 @@ def hash_weights(network: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A dropout layer as a pass meets it."""
+    """A dropout layer, with the shape of its output."""
 
     name: str
     channels: int
     area: int
     last: bool
-    """Its output is the network's: dropping it would drop the answer."""
+    """Whether its output is the output of the network."""
 
 
 def _trace_dropout(
     network: SegmentationNetwork, name: str, in_channels: int, out_channels: int
 ) -> list[_Layer]:
-    """Return the dropout layers in the order in which a pass runs them; checks the output too."""
+    """Return the dropout layers in the order of a pass, after checking the shape of its output."""
     seen: dict[str, Tensor] = {}
     if network.multiple > _LARGEST_MULTIPLE:
         raise PolysegError(
-            f"network.kwargs: {name} would want sides that are multiples of {network.multiple}; "
-            f"at most {_LARGEST_MULTIPLE}"
+            f"network.kwargs: {name} needs sides that are multiples of {network.multiple}; "
+            f"use at most {_LARGEST_MULTIPLE}"
         )
     size = 2 * network.multiple
 
     def remember(name: str, output: Tensor) -> None:
-        # No result, which would take the place of the layer's own where it is run again.
+        # Returns nothing, because a hook's result would replace the output.
         seen.setdefault(name, output)
 
     trial = copy.deepcopy(network.core)
@@ -258,7 +256,7 @@ def _trace_dropout(
             in_training = trial.train()(images)
             seen.clear()
             output = trial.eval()(images)
-    except Exception as error:  # Somebody's code, or MONAI's with somebody's settings.
+    except Exception as error:  # Foreign code and settings may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
             f"network.name = {name}: fails on images of {size} x {size} with {in_channels} "
@@ -277,10 +275,10 @@ def _trace_dropout(
 
 
 def _choose(layers: list[_Layer], wanted: str | Iterable[str]) -> set[str]:
-    """Return the names of the layers that stay.
+    """Return the names of the layers to keep.
 
-    A layer with a single channel, or the very last one, is chosen only by a pattern: to drop it
-    is to drop everything.
+    A layer of one channel, or the last of the network, is kept only for a pattern, because it drops
+    the whole output.
     """
     able = [layer for layer in layers if layer.channels > 1 and not layer.last]
     smallest = min((layer.area for layer in able), default=0)
@@ -303,21 +301,20 @@ def _choose(layers: list[_Layer], wanted: str | Iterable[str]) -> set[str]:
 
 
 def _padding(size: int, multiple: int) -> int:
-    # At least two cells at the bottleneck, or batch norm has nothing to average over.
+    # At least two pixels at the bottleneck, because batch norm needs several values.
     return max(math.ceil(size / multiple), 2) * multiple - size
 
 
 def _from_factory(
     name: str, in_channels: int, out_channels: int, settings: Mapping[str, Any] | None
 ) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # Importing runs somebody's code, which may fail in any way.
+        factory = resolve(name)
+    except Exception as error:  # Foreign code may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
             f"network.name = {name}: {reason}; give package.module:factory that can be imported "
-            "from here (PYTHONPATH says where from)"
+            "from here (PYTHONPATH lists where Python looks)"
         ) from error
     core = _call(
         name,
@@ -329,46 +326,31 @@ def _from_factory(
     return core
 
 
-def _from_monai(
+def _by_name(
     name: str,
     in_channels: int,
     out_channels: int,
     dropout: float,
     settings: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, int]:
-    from monai.networks import nets
-
-    if name not in _RECIPES:
+    try:
+        build = NETWORKS.find(name).resolve()
+    except ValueError as error:
         raise PolysegError(
-            f"network.name = {name}: unknown; choose {', '.join(_RECIPES)}, or give "
-            "package.module:factory"
-        )
-    recipe = _RECIPES[name]
+            f"network.name: {error}; one of your own is package.module:factory"
+        ) from error
     if taken := sorted(set(_SET_ELSEWHERE) & (settings or {}).keys()):
         raise PolysegError(
             f"network.kwargs: {', '.join(taken)} cannot be set there; polyseg sets it "
             "(network.dropout is the rate)"
         )
-
     for key in ("num_res_units", "blocks_down", "blocks_up"):
         counts = (settings or {}).get(key, 0)
         for count in counts if isinstance(counts, list) else [counts]:
             if isinstance(count, int) and count > _MOST_BLOCKS:
                 raise PolysegError(f"network.kwargs: {key} {count}: at most {_MOST_BLOCKS}")
-
-    def build(**arguments: Any) -> tuple[nn.Module, int]:
-        features = arguments["channels"][0] if recipe.wants_head else out_channels
-        rate = {} if recipe.add_dropout else {"dropout": dropout}
-        core = getattr(nets, recipe.class_name)(
-            spatial_dims=2, in_channels=in_channels, out_channels=features, **rate, **arguments
-        )
-        if recipe.add_dropout:
-            recipe.add_dropout(core, dropout)
-        if recipe.wants_head:
-            core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
-        return core, recipe.multiple(arguments)
-
-    built: tuple[nn.Module, int] = _call(name, build, {**recipe.settings, **(settings or {})})
+    given = functools.partial(build, in_channels, out_channels, dropout)
+    built: tuple[nn.Module, int] = _call(name, given, settings)
     return built
 
 
@@ -377,13 +359,13 @@ def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | 
         return factory(**settings or {})
     except PolysegError:
         raise
-    except (Exception, SystemExit) as error:  # Settings of any kind meet code of any kind.
+    except (Exception, SystemExit) as error:  # Foreign code may fail in any way.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, wherever that one is registered."""
+    """Replace a module under all of its names."""
     old = network.get_submodule(name)
     for alias, one in list(network.named_modules(remove_duplicate=False)):
         if one is old:
@@ -391,59 +373,73 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
-    """End the bottleneck and each level of the decoder in dropout, as the other networks do.
+    """Add dropout to the end of the bottleneck and of each decoder level, as the other networks do.
 
-    SegResNet's own dropout is a single layer behind its first convolution.
+    SegResNet itself has one dropout layer, after its first convolution.
     """
     for level in (core.down_layers[-1], *core.up_layers):
         level.append(nn.Dropout2d(rate))
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """How to build one of MONAI's networks, small and for 2D unless settings say otherwise."""
+class Recipe:
+    """Defaults and peculiarities of one of MONAI's networks, small and in 2D."""
 
     class_name: str
     settings: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
     wants_head: bool = False
-    """Whether it normalises its very output, so that logits could hardly leave [-3, 3]: it then
-    ends in features, and a 1 x 1 convolution makes logits of them."""
+    """Whether it normalises its output, so that logits could hardly leave [-3, 3]: it then returns
+    features, from which a 1 x 1 convolution makes logits."""
+
+    def __call__(
+        self, in_channels: int, out_channels: int, dropout: float, **settings: Any
+    ) -> tuple[nn.Module, int]:
+        """Return the network, and what the sides of its images must be multiples of."""
+        from monai.networks import nets
+
+        arguments = {**self.settings, **settings}
+        features = arguments["channels"][0] if self.wants_head else out_channels
+        rate = {} if self.add_dropout else {"dropout": dropout}
+        core = getattr(nets, self.class_name)(
+            spatial_dims=2, in_channels=in_channels, out_channels=features, **rate, **arguments
+        )
+        if self.add_dropout:
+            self.add_dropout(core, dropout)
+        if self.wants_head:
+            core = nn.Sequential(core, nn.Conv2d(features, out_channels, kernel_size=1))
+        return core, self.multiple(arguments)
 
 
 def _product_of_strides(settings: Mapping[str, Any]) -> int:
     return math.prod(settings["strides"])
 
 
-_RECIPES = {
-    "unet": _Recipe(
-        "UNet",
-        {"channels": _CHANNELS, "strides": (2, 2, 2, 2), "num_res_units": 2, "norm": "batch"},
-        _product_of_strides,
-        wants_head=True,
-    ),
-    "basic-unet": _Recipe(
-        "BasicUNet", {"features": (*_CHANNELS, 16), "norm": "batch"}, lambda _: 16
-    ),
-    "attention-unet": _Recipe(
-        "AttentionUnet", {"channels": _CHANNELS, "strides": (2, 2, 2, 2)}, _product_of_strides
-    ),
-    "dynunet": _Recipe(
-        "DynUNet",
-        {
-            "kernel_size": (3, 3, 3, 3, 3),
-            "strides": (1, 2, 2, 2, 2),
-            "upsample_kernel_size": (2, 2, 2, 2),
-            "filters": _CHANNELS,
-            "norm_name": "batch",
-        },
-        _product_of_strides,
-    ),
-    "segresnet": _Recipe(
-        "SegResNet",
-        {"init_filters": 16, "norm": "batch", "blocks_down": (1, 2, 2, 4)},
-        lambda settings: 2 ** (len(settings["blocks_down"]) - 1),
-        _add_dropout_to_segresnet,
-    ),
-}
+UNET = Recipe(
+    "UNet",
+    {"channels": _CHANNELS, "strides": (2, 2, 2, 2), "num_res_units": 2, "norm": "batch"},
+    _product_of_strides,
+    wants_head=True,
+)
+BASIC_UNET = Recipe("BasicUNet", {"features": (*_CHANNELS, 16), "norm": "batch"}, lambda _: 16)
+ATTENTION_UNET = Recipe(
+    "AttentionUnet", {"channels": _CHANNELS, "strides": (2, 2, 2, 2)}, _product_of_strides
+)
+DYNUNET = Recipe(
+    "DynUNet",
+    {
+        "kernel_size": (3, 3, 3, 3, 3),
+        "strides": (1, 2, 2, 2, 2),
+        "upsample_kernel_size": (2, 2, 2, 2),
+        "filters": _CHANNELS,
+        "norm_name": "batch",
+    },
+    _product_of_strides,
+)
+SEGRESNET = Recipe(
+    "SegResNet",
+    {"init_filters": 16, "norm": "batch", "blocks_down": (1, 2, 2, 4)},
+    lambda settings: 2 ** (len(settings["blocks_down"]) - 1),
+    _add_dropout_to_segresnet,
+)

@@ -1,9 +1,8 @@
-"""A page for people: from plain records to one HTML file that needs nothing but itself.
+"""From plain records to one HTML file that needs nothing but itself.
 
-Whatever stands in the records may come from a stranger. All text is escaped, what would steer a
-reader's eye without being seen is shown as U+FFFD, pictures stand as data in image tags, where
-nothing in them can run, and the page's own policy (CSP) forbids every connection and every style or
-script but the two that are part of polyseg. Equal records give equal pages, byte for byte.
+Records may come from strangers. All text is escaped, invisible control characters are shown as
+U+FFFD, pictures are data in image tags, and the page's Content-Security-Policy forbids connections
+and all styles and scripts but polyseg's two. Equal records give equal pages, byte for byte.
 """
 
 import base64
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib import resources
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from polyseg import INTENDED_USE
 
@@ -25,7 +24,6 @@ _NUMBER = re.compile(
     rf"(< |± )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\)| \[{_PLAIN}, {_PLAIN}\]| –)?\**"
     r"|[\d–]+/[\d–]+/[\d–]+|(– ?)*|± –"
 )
-_SORTABLE = ' class="sortable"'
 _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
 
 
@@ -48,30 +46,30 @@ class Picture:
     """A figure with its caption."""
 
     data: bytes
-    """A whole PNG or SVG file."""
+    """A PNG or SVG file."""
     kind: Literal["png", "svg"]
     caption: str
     alternative: str
-    """What it shows, for those who do not see it."""
+    """Description for readers who cannot see it."""
     wide: bool = False
-    """Whether it takes the whole width."""
+    """Whether it takes the full width."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, as many as the width has room for."""
+    """Pictures side by side, as many as fit."""
 
     pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first of which names its row; columns of numbers are set to the right."""
+    """Rows of cells; the first names its row, and columns of numbers are aligned to the right."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    """Each as long as the head; a line break within a cell starts a finer second line."""
+    """Each as long as the head; text after a line break is shown smaller, in a second line."""
     sortable: bool = False
 
     def __post_init__(self) -> None:
@@ -81,14 +79,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text as it stands: a command, a file."""
+    """Preformatted text, such as a command or a file."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What is seen on demand."""
+    """Blocks that are shown on demand."""
 
     title: str
     blocks: "Sequence[Block]"
@@ -99,7 +97,7 @@ Block: TypeAlias = Text | Heading | Gallery | Table | Listing | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page that its table of contents leads to."""
+    """A part of the page with an entry in the table of contents."""
 
     title: str
     blocks: Sequence[Block]
@@ -107,13 +105,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All that is on a page."""
+    """The content of a page."""
 
     title: str
     facts: Sequence[tuple[str, str]]
-    """What stands below the title: names and values."""
+    """Names and values below the title."""
     warnings: Sequence[str]
-    """What a reader must know, such as files that could not be read."""
+    """Remarks such as files that could not be read."""
     sections: Sequence[Section]
 
 
@@ -124,70 +122,54 @@ def render(page: Page) -> str:
     >>> "<h1>&lt;b&gt;</h1>" in text, "a &amp; b" in text, "<p>1 &lt; 2</p>" in text
     (True, True, True)
     """
-    numbers = _Numbers()
-    sections = [
+    numbers = _Numbers(itertools.count(1), itertools.count(1))
+    sections = "\n".join(
         f'<section id="part-{k}">\n<h2>{_text(section.title)}</h2>\n'
         + "\n".join(_block(block, numbers) for block in section.blocks)
         + "\n</section>"
         for k, section in enumerate(page.sections, start=1)
-    ]
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            _head(page.title),
-            "<body>",
-            "<header>",
-            f"<h1>{_text(page.title)}</h1>",
-            _facts(page.facts),
-            "</header>",
-            *_warnings(page.warnings),
-            _contents(page.sections),
-            "<main>",
-            *sections,
-            "</main>",
-            f"<footer><p>{INTENDED_USE}</p></footer>",
-            f"<script>{_asset('script.js')}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
     )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+{_head(page.title)}
+<body>
+<header>
+<h1>{_text(page.title)}</h1>
+{_facts(page.facts)}
+</header>
+{_warnings(page.warnings)}{_contents(page.sections)}
+<main>
+{sections}
+</main>
+<footer><p>{INTENDED_USE}</p></footer>
+<script>{_asset("script.js")}</script>
+</body>
+</html>
+"""
 
 
-class _Numbers:
-    """The running numbers of figures and tables."""
+class _Numbers(NamedTuple):
+    """Counters of figures and tables."""
 
-    def __init__(self) -> None:
-        self.figure: Iterator[int] = itertools.count(1)
-        self.table: Iterator[int] = itertools.count(1)
+    figure: Iterator[int]
+    table: Iterator[int]
 
 
 def _head(title: str) -> str:
     style, script = _asset("style.css"), _asset("script.js")
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            "img-src data:",
-            f"style-src {_hash(style)}",
-            f"script-src {_hash(script)}",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
+        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
-    return "\n".join(
-        [
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            '<meta name="referrer" content="no-referrer">',
-            f"<title>{_text(title)}</title>",
-            f"<style>{style}</style>",
-            "</head>",
-        ]
-    )
+    return f"""<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{_text(title)}</title>
+<style>{style}</style>
+</head>"""
 
 
 @cache
@@ -201,18 +183,12 @@ def _hash(source: str) -> str:
 
 
 def _text(words: str) -> str:
-    """Return words as HTML: escaped, and what no one would see shown as a mark.
-
-    That is control signs, surrogates, and marks that turn the direction of reading; spaces of any
-    width stay.
-    """
-    return escape(
-        "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else "\ufffd" for c in words)
+    """Return text as HTML: escaped, with U+FFFD for controls, surrogates and direction marks."""
+    shown = (
+        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "\ufffd"
+        for c in words
     )
-
-
-def _is_space(character: str) -> bool:
-    return unicodedata.category(character) == "Zs"
+    return escape("".join(shown))
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
@@ -220,11 +196,9 @@ def _facts(facts: Sequence[tuple[str, str]]) -> str:
     return "<dl>\n" + "\n".join(rows) + "\n</dl>"
 
 
-def _warnings(sentences: Sequence[str]) -> list[str]:
-    if not sentences:
-        return []
-    items = (f"<li>{_text(sentence)}</li>" for sentence in sentences)
-    return ['<aside aria-label="Remarks">\n<ul>', *items, "</ul>\n</aside>"]
+def _warnings(sentences: Sequence[str]) -> str:
+    items = "\n".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    return f'<aside aria-label="Remarks">\n<ul>\n{items}\n</ul>\n</aside>\n' if items else ""
 
 
 def _contents(sections: Sequence[Section]) -> str:
@@ -265,30 +239,26 @@ def _figure(picture: Picture, number: int) -> str:
 
 def _table(table: Table, number: int) -> str:
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.head)
-    right = [k > 0 and all(map(_is_number, column)) for k, column in enumerate(columns)]
+    right = [
+        k > 0 and all(_NUMBER.fullmatch(cell.partition("\n")[0]) for cell in column)
+        for k, column in enumerate(columns)
+    ]
     style = [' class="number"' if one else "" for one in right]
     heads = (
         f'<th scope="col"{kind}>{_text(name)}</th>'
         for name, kind in zip(table.head, style, strict=True)
     )
-    name = f"table-{number}"
-    return "\n".join(
-        [
-            f'<p class="caption" id="{name}"><b>Table {number}.</b> {_text(table.caption)}</p>',
-            '<div class="scroll">',
-            f'<table aria-labelledby="{name}"{_SORTABLE if table.sortable else ""}>',
-            f"<thead><tr>{''.join(heads)}</tr></thead>",
-            "<tbody>",
-            *(_row(row, style) for row in table.rows),
-            "</tbody>",
-            "</table>",
-            "</div>",
-        ]
-    )
-
-
-def _is_number(cell: str) -> bool:
-    return _NUMBER.fullmatch(cell.partition("\n")[0]) is not None
+    name, sortable = f"table-{number}", ' class="sortable"' if table.sortable else ""
+    rows = "\n".join(_row(row, style) for row in table.rows)
+    return f"""<p class="caption" id="{name}"><b>Table {number}.</b> {_text(table.caption)}</p>
+<div class="scroll">
+<table aria-labelledby="{name}"{sortable}>
+<thead><tr>{"".join(heads)}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</div>"""
 
 
 def _row(row: Sequence[str], style: Sequence[str]) -> str:

@@ -1,80 +1,53 @@
-"""The figures of a page, with their captions, from what runs left behind."""
+"""The figures of a report and their captions, from the files of runs."""
 
 import io
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from polyseg.figures.style import formatted, headed, save_figure
-from polyseg.figures.training import (
-    difficulty_figures,
-    epsilon_quantiles,
-    training_curves,
-    validation_curves,
+from polyseg.figures.figures_by_name import (
+    EVALUATION_FIGURES,
+    IMAGE_FIGURES,
+    RUN_FIGURES,
+    RunRecords,
 )
-from polyseg.metrics.rank_stability import spearman
-from polyseg.records import Assessment, Schedule
+from polyseg.figures.run_figures import drawn_figures
+from polyseg.figures.style import ONE_COLUMN, formatted, save_figure
+from polyseg.figures.training import validation_curves
 from polyseg.report.document import Picture
 from polyseg.report.run_files import EvaluationFiles, RunFiles
 
 _LARGEST_DRAWING = 300_000
 _ONE_COLUMN = 1000
-"""Pixels of width up to which a figure that is kept as a file was drawn for a column."""
-_OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
-_LARGEST = f"the images of the largest {_OVERLAYS}"
-_SMALLEST = f"the images of the smallest {_OVERLAYS}"
-_CAPTIONS = {
-    "overlays_largest_d": _LARGEST,
-    "overlays_smallest_d": _SMALLEST,
-    # Names of version 0.1.
-    "overlays_hardest": _LARGEST,
-    "overlays_easiest": _SMALLEST,
-    "differences": "mean differences to the baseline with 95 % intervals by bootstrap over the "
-    "images; stars tell of p after Holm's method",
-    "comparison": "a point each test image; boxes show the quartiles, whiskers reach from 5 to "
-    "95 %, diamonds are means",
-    "reliability": "the share of pixels that are foreground over what was predicted, and how many "
-    "pixels there are; on the diagonal probabilities come true",
-    "risk_coverage": "the mean risk, 1 − Dice, of the images that remain as the least certain are "
-    "put aside",
-    "robustness": "Dice over the strength of damage; 0: the images as they are, 5: severe damage",
-    "predictions_worst": "the images of the least mean Dice, with the outlines of mask and "
-    "prediction",
-    "predictions_best": "the images of the greatest mean Dice, with the outlines of mask and "
-    "prediction",
-}
-"""By name of the file, in the order in which figures are shown."""
+"""Largest width, in pixels, of a figure file that was drawn for one column."""
 _OF_IMAGES = re.compile(r"(predictions)(?:_\d+_(.+))?_(worst|best)", re.DOTALL)
 
 
-def training_picture(run: RunFiles) -> Picture:
-    """Draw a run's history, which must have an epoch at least."""
-    first, last = run.history[0], run.history[-1]
-    name = "train_loss_constant" if "train_loss_constant" in first else "train_loss"
-    losses = [formatted(row.get(name, np.nan), ".3f") for row in (first, last)]
-    assessed = any(row.get("assessed") == 1 for row in run.history)
-    ticks = (
-        " Ticks at the foot are assessments of the uncertainty; the dashed line is E0, the first "
-        "of them, after which each image has its own epsilon."
-    )
-    return _drawn(
-        training_curves(run.history),
-        f"{run.name}: loss, overlap with the validation masks, and learning rate."
-        + (ticks if assessed else ""),
-        f"Curves of {run.name}: training loss from {losses[0]} in epoch {first['epoch']:g} to "
-        f"{losses[1]} in epoch {last['epoch']:g}.",
-        wide=True,
-    )
+def run_pictures(run: RunFiles, *sources: str) -> list[Picture]:
+    """Draw the figures of a run whose rows name one of these sources."""
+    ends = (run.settings.get(f"control.epsilon_{end}") for end in ("min", "max"))
+    low, high = (float(one) if isinstance(one, int | float) else None for one in ends)
+    records = RunRecords(run.history, run.schedule, run.assessments, (low, high))
+    names = [row.name for row in RUN_FIGURES.values() if row.source in sources]
+    return [
+        _drawn(
+            drawn.figure,
+            f"{run.name}, {label}: {drawn.caption}" if label else f"{run.name}: {drawn.caption}",
+            drawn.alternative,
+            wide=drawn.figure.get_figwidth() > ONE_COLUMN,
+        )
+        for _, label, drawn in drawn_figures(records, names)
+    ]
 
 
 def validation_picture(runs: Sequence[RunFiles]) -> Picture:
-    """Draw the validation Dice of runs, each of which must have an epoch at least, together."""
+    """Draw the validation Dice of runs with at least one epoch each in one figure."""
     best = [max(dice, default=np.nan) for dice in map(_finite_dice, runs)]
     named = (f"{run.name} {formatted(dice, '.3f')}" for run, dice in zip(runs, best, strict=True))
     return _drawn(
@@ -89,47 +62,19 @@ def validation_picture(runs: Sequence[RunFiles]) -> Picture:
     )
 
 
-def difficulty_pictures(run: RunFiles) -> list[Picture]:
-    """Draw epsilon where it moved, and the difficulties where there are assessments."""
-    pictures: list[Picture] = []
-    for label in _labels(run):
-        name = f"{run.name}, {label}" if label else run.name
-        parts = [one for one in run.assessments if label in one.label_names]
-        if run.schedule is not None:
-            pictures += _epsilon(run, run.schedule, label, name)
-        if parts:
-            pictures += _difficulties(parts, label, name)
-    return pictures
-
-
-def epsilon_of(schedule: Schedule, label: str) -> Any:
-    """Return the epsilons of one label, (E, n), of all images where there are no labels.
-
-    >>> schedule = Schedule(["a", "a"], np.array([1]), np.array([[0.0, 1.0]]), ["x", "y"])
-    >>> epsilon_of(schedule, "y").tolist()
-    [[1.0]]
-    """
-    if schedule.labels is None:
-        return schedule.epsilon
-    return schedule.epsilon[:, [one == label for one in schedule.labels]]
-
-
 def extreme_pictures(run: RunFiles) -> list[Picture]:
-    """Return the figures of training that a run keeps as files, but those that are drawn anew.
-
-    That is those of the images of largest and smallest D, and what stands in for a damaged record.
-    """
-    drawn = {"curves": run.history, "epsilon": run.schedule, "difficulty": run.assessments}
-    anew = tuple(f"figures/{kind}" for kind, source in drawn.items() if source)
+    """Return the figures in a run's folder, except those that are drawn again from its records."""
+    rows = RUN_FIGURES.values()
+    anew = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
     found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
-    # The largest D first, as that is what readers look for.
+    # The largest D first.
     found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]
 
 
 def evaluation_pictures(evaluation: EvaluationFiles) -> tuple[list[Picture], list[Picture]]:
-    """Return the figures that an evaluation keeps as files: of numbers, then of images."""
-    order = list(_CAPTIONS)
+    """Return the figures in the folder of an evaluation: those of numbers, and those of images."""
+    order = [*EVALUATION_FIGURES, *IMAGE_FIGURES]
 
     def place(name: str) -> int:
         kind = _kind(name)[0]
@@ -146,12 +91,13 @@ def _kept(source: RunFiles | EvaluationFiles, name: str) -> Picture:
     kind, label = _kind(name)
     title = f"{source.name}, {label}" if label else source.name
     data = source.pictures[name]
-    caption = f"{title}: {_CAPTIONS.get(kind, name)}."
+    row = (EVALUATION_FIGURES | IMAGE_FIGURES).get(kind)
+    caption = f"{title}: {row.help if row else name}."
     return Picture(data, "png", caption, f"{name} of {source.name}", _is_wide(data))
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Return what a figure is of, and its label.
+    """Return the kind of a figure, and its label.
 
     >>> _kind("evaluation/predictions_2_cyst_worst.png"), _kind("comparison.png")
     (('predictions_worst', 'cyst'), ('comparison', ''))
@@ -164,7 +110,7 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG was drawn for more than a column, and is no stack of images."""
+    """Return whether a PNG is wider than one column, and not a stack of images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
@@ -180,55 +126,10 @@ def _finite_dice(run: RunFiles) -> Any:
     return dice[np.isfinite(dice)]
 
 
-def _labels(run: RunFiles) -> list[str]:
-    if run.assessments:
-        return run.assessments[-1].label_names
-    labels = None if run.schedule is None else run.schedule.labels
-    return list(dict.fromkeys(labels or [""]))
-
-
-def _epsilon(run: RunFiles, schedule: Schedule, label: str, name: str) -> Iterator[Picture]:
-    epsilon = np.asarray(epsilon_of(schedule, label), dtype=np.float64)
-    known = epsilon[np.isfinite(epsilon)]
-    if known.size == 0 or np.ptp(known) == 0:
-        return
-    ends = (("control.epsilon_min", known.min()), ("control.epsilon_max", known.max()))
-    given = [run.settings.get(key) for key, _ in ends]
-    low, high = (
-        float(value) if isinstance(value, int | float) else float(reached)
-        for value, (_, reached) in zip(given, ends, strict=True)
-    )
-    yield _drawn(
-        headed(epsilon_quantiles(schedule.epochs, epsilon, limits=(low, high)), label),
-        f"{name}: ε of the training images, epoch by epoch.",
-        f"Quantiles of epsilon over {epsilon.shape[1]} images in {len(epsilon)} epochs, from "
-        f"{formatted(known.min(), '.2f')} to {formatted(known.max(), '.2f')}.",
-    )
-
-
-def _difficulties(assessments: Sequence[Assessment], label: str, name: str) -> Iterator[Picture]:
-    figures = difficulty_figures(assessments, label)
-    yield _drawn(
-        figures["difficulty"],
-        f"{name}: difficulty D at each assessment. Boxes show the quartiles, whiskers reach from 5 "
-        "to 95 %.",
-        f"Boxes of the difficulty at {len(assessments)} assessments.",
-    )
-    if "difficulty_dice" in figures:
-        last = assessments[-1].of_label(label)
-        correlation = formatted(spearman(last.difficulty, 1 - last.dice), ".2f")
-        yield _drawn(
-            figures["difficulty_dice"],
-            f"{name}: Dice over difficulty D at the last assessment, a point each training image.",
-            f"Dice over difficulty of {len(last.ids)} images; Spearman's correlation of D with "
-            f"1 − Dice is {correlation}.",
-        )
-
-
 def _drawn(figure: Any, caption: str, alternative: str, *, wide: bool = False) -> Picture:
-    """Return a figure as SVG, or as PNG where so much is in it that SVG would be large."""
+    """Return a figure as SVG, or as PNG if the SVG would be large."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # A stranger's values may leave axes without room or names without glyphs; that shows.
+        # Odd values or names in the records make matplotlib warn.
         warnings.simplefilter("ignore")
         (path,) = save_figure(figure, Path(folder) / "figure.svg")
         if path.stat().st_size <= _LARGEST_DRAWING:

@@ -1,8 +1,8 @@
-"""What runs and evaluations left behind, read for those who show it, and what cannot be read.
+"""Reading the files of runs and evaluations for a report, with remarks on unreadable ones.
 
-A folder may come from a stranger. Nothing is read that lies outside of it, wherever links
-lead; files are bounded in size before they are opened; and a file that is damaged becomes a remark,
-since the others are worth showing without it. Weights are never opened.
+Folders may come from strangers. Nothing outside the folder is read, wherever links lead; sizes are
+checked before files are opened; a damaged file becomes a remark and the rest is shown. Weights are
+not decoded.
 """
 
 import csv
@@ -24,42 +24,36 @@ from polyseg.runs.record_files import read_assessment, read_schedule
 from polyseg.system.files import TEMPORARY_PREFIX, csv_rows
 from polyseg.system.yaml import parse_yaml
 
-MOST_PICTURES = 40
-MOST_ASSESSMENTS = 1000
+MOST_PICTURES, MOST_ASSESSMENTS, MOST_EPOCHS = 40, 1000, 100_000
 LARGEST_PICTURE = 3 * 2**20
-"""Bytes of a PNG file."""
-MOST_EPOCHS = 100_000
+"""Largest size of a PNG file, in bytes."""
 
-_LARGEST_TEXT = 2**25
-_LARGEST_ARRAYS = 2**30
-_LARGEST_CHECKPOINT = 2**32
-_MOST_PIXELS = 2**25
-_MOST_LABELS = 32
-_MOST_COLUMNS = 200
+_LARGEST_TEXT, _LARGEST_ARRAYS, _LARGEST_CHECKPOINT = 2**25, 2**30, 2**32
+_MOST_PIXELS, _MOST_LABELS, _MOST_COLUMNS = 2**25, 32, 200
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """The contents of an evaluation's folder; what is not there, or cannot be read, is empty."""
+    """The content of an evaluation's folder; missing or unreadable parts are empty."""
 
     name: str
     compares: bool = False
-    """Whether it stands for itself; else it is a run's own test, and called as the run is."""
+    """Whether it is an evaluation of its own, not the test in a run's folder, shown as the run."""
     summary: Mapping[str, Any] = field(default_factory=dict)
-    """summary.json as it stands, unchecked."""
+    """Content of summary.json, unchecked."""
     per_image: Sequence[Sequence[str]] = ()
-    """per_image.csv: the head, then rows of equal length."""
+    """Rows of per_image.csv, the head first, all of equal length."""
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     """PNG files by their path."""
     remarks: Sequence[str] = ()
-    """A sentence for each file that could not be read or was left out."""
+    """Sentences on files that were unreadable or left out."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The contents of a run's folder; what is not there, or cannot be read, is empty."""
+    """The content of a run's folder; missing or unreadable parts are empty."""
 
     name: str
     config_text: str = ""
@@ -67,35 +61,30 @@ class RunFiles:
     """config.yaml by dotted key."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     history: Sequence[Mapping[str, float]] = ()
-    """A row an epoch, each with its `epoch`."""
+    """A row for each epoch, with its `epoch`."""
     assessments: Sequence[Assessment] = ()
-    """By rising epoch, without maps."""
+    """By epoch, without maps."""
     schedule: Schedule | None = None
     evaluation: EvaluationFiles = EvaluationFiles("")
-    """Of the run alone; its remarks are among the run's."""
+    """The test in the run's folder; its remarks are among the run's."""
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     """PNG files of figures/ by their path in the run."""
     remarks: Sequence[str] = ()
-    """A sentence for each file that could not be read or was left out."""
+    """Sentences on files that were unreadable or left out."""
 
 
 def read_run(path: Path, name: str) -> RunFiles:
-    """Read what is there to show of a run.
+    """Read the files of a run for a report, which calls it `name`.
 
-    Args:
-        path: the run's folder.
-        name: what to call it.
-
-    Raises:
-        PolysegError: the folder is no run, for it has neither config.yaml nor history.csv.
+    A folder without config.yaml and history.csv raises PolysegError.
     """
     if not any((path / one).is_file() for one in ("config.yaml", "history.csv")):
         evaluation = (path / "summary.json").is_file()
         hint = "; give an evaluation by --evaluation" if evaluation else ""
-        raise PolysegError(f"{path}: is no run (neither config.yaml nor history.csv in it){hint}")
+        raise PolysegError(f"{path}: is not a run (no config.yaml or history.csv in it){hint}")
     folder = _Folder(path)
     config_text = folder.read("config.yaml", _text, "")
-    # Where a run has a checkpoint, that tells what the run's HDF5 files must be.
+    # A run's checkpoint names the hashes of its HDF5 files.
     checkpoint = folder.read("checkpoints/last.safetensors", _checkpoint, None)
     return RunFiles(
         name=name,
@@ -116,18 +105,13 @@ def read_run(path: Path, name: str) -> RunFiles:
 
 
 def read_evaluation(path: Path, name: str) -> EvaluationFiles:
-    """Read what is there to show of a folder that `polyseg evaluate` wrote.
+    """Read the folder of `polyseg evaluate` for a report, which calls it `name`.
 
-    Args:
-        path: the folder.
-        name: what to call it.
-
-    Raises:
-        PolysegError: it is none, for there is no summary.json in it.
+    A folder without summary.json raises PolysegError.
     """
     if not (path / "summary.json").is_file():
         raise PolysegError(
-            f"--evaluation {path}: is no folder of `polyseg evaluate` (no summary.json in it)"
+            f"--evaluation {path}: is not a folder of `polyseg evaluate` (no summary.json in it)"
         )
     folder = _Folder(path)
     found = _evaluation(folder, name, "")
@@ -135,15 +119,26 @@ def read_evaluation(path: Path, name: str) -> EvaluationFiles:
     return replace(found, compares=True, remarks=remarks)
 
 
+def sources_of(path: Path) -> list[str]:
+    """Return the runs that a summary.json compares, relative to its folder; none if it says none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or no JSON object.
+    """
+    found = _mapping(path).get("sources")
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
 class _Folder:
-    """A folder: its files by name, and remarks on those that cannot be read."""
+    """A folder whose files are read by name, and remarks on those that are unreadable."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.remarks: list[str] = []
 
     def read(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
-        """Return what `reader` makes of a file, or `missing`, with a remark if it is there."""
+        """Return what `reader` reads, or `missing`, with a remark if the file exists."""
         path = self.path / name
         try:
             if not path.exists() and not path.is_symlink():
@@ -151,7 +146,7 @@ class _Folder:
             if not path.resolve().is_relative_to(self.path):
                 raise ValueError("is a link that leads out of the folder")
             if not path.is_file() and not path.is_dir():
-                raise ValueError("is no file")
+                raise ValueError("is not a file")
             return reader(path)
         except MemoryError:
             reason = "does not fit into memory"
@@ -160,13 +155,13 @@ class _Folder:
             *(RuntimeError, SyntaxError, EOFError, csv.Error, PolysegError),
         ) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        # Where the folder lies is nothing that a page should tell.
+        # A page should not disclose where the folder is.
         reason = " ".join(reason.replace(f"{path}: ", "").split())[:200]
         self.remarks.append(f"{name} could not be read: {reason}")
         return missing
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Return the names of a sub-folder's files, those with numbers by their size."""
+        """Return the paths of the files in a sub-folder, short names first."""
 
         def listed(path: Path) -> list[str]:
             return [
@@ -179,7 +174,7 @@ class _Folder:
         return sorted(found, key=lambda one: (len(one), one))
 
     def first(self, names: Sequence[str], most: int, what: str) -> list[str]:
-        """Return at most so many names, with a remark on the others."""
+        """Return at most `most` names, with a remark on the others."""
         if len(names) > most:
             self.remarks.append(f"{len(names) - most:,} of {len(names):,} {what} are left out")
         return list(names[:most])
@@ -231,14 +226,14 @@ def _text(path: Path) -> str:
 def _mapping(path: Path) -> dict[str, Any]:
     found = json.loads(_text(path))
     if not isinstance(found, dict):
-        raise ValueError("holds no JSON object")
+        raise ValueError("is not a JSON object")
     return found
 
 
 def _settings(path: Path) -> dict[str, Any]:
     tree = parse_yaml(_text(path), path.name)
     if not isinstance(tree, dict):
-        raise ValueError("holds no settings")
+        raise ValueError("is not a mapping of settings")
     return _flat(tree)
 
 
@@ -253,14 +248,14 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 def _table(path: Path) -> list[list[str]]:
     rows = csv_rows(_text(path))
     if any(len(row) != len(rows[0]) for row in rows) or (rows and len(rows[0]) > _MOST_COLUMNS):
-        raise ValueError("is no table, or has too many columns")
+        raise ValueError("has rows of different lengths, or too many columns")
     return rows
 
 
 def _history(path: Path) -> list[dict[str, float]]:
     head, *rows = _table(path) or [[]]
     if "epoch" not in head or len(rows) > MOST_EPOCHS:
-        raise ValueError("is no table of epochs")
+        raise ValueError("has no column epoch, or too many epochs")
     history = [dict(zip(head, map(float, row), strict=True)) for row in rows]
     for row in history:
         _check_epoch(row["epoch"])
@@ -290,7 +285,7 @@ def _schedule(path: Path) -> Schedule:
 
 def _check_epoch(epoch: float) -> None:
     if not 0 <= epoch <= MOST_EPOCHS:
-        raise ValueError(f"tells of epoch {epoch}")
+        raise ValueError(f"has an epoch {epoch}")
 
 
 def _check_labels(labels: Collection[str]) -> None:
@@ -299,7 +294,7 @@ def _check_labels(labels: Collection[str]) -> None:
 
 
 def _png(path: Path) -> bytes:
-    """Return a file's bytes once they are known to be a PNG, of a size that browsers take."""
+    """Return the bytes of a PNG file of a size that browsers accept."""
     data = _bounded(path, LARGEST_PICTURE).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,9 +1,10 @@
-"""The tables of a page about tests: those of the evaluations, whose files may be a stranger's."""
+"""The tables of a report about tests, from summary.json files that may come from strangers."""
 
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import (
     DASH,
     Cell,
@@ -14,8 +15,10 @@ from polyseg.evaluation.tables import (
     further_sheets,
     mapping,
     metrics_sheet,
+    metrics_title,
     networks,
     records,
+    size_of,
 )
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.report.document import Table
@@ -23,11 +26,11 @@ from polyseg.report.run_files import EvaluationFiles
 
 _MOST = 200
 _LONGEST = 200
-_COLUMNS = {metric.key: metric for metric in METRICS}
+TEST = metrics_title({})
 
 
 def tested(evaluation: EvaluationFiles) -> list[Network]:
-    """Return what a summary says of each network and label.
+    """Return the networks and labels in an evaluation's summary.
 
     >>> tested(EvaluationFiles("a", summary={"runs": [{"name": "last", "metrics": {}}]}))[0].title
     'a'
@@ -36,41 +39,73 @@ def tested(evaluation: EvaluationFiles) -> list[Network]:
 
 
 def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
-    """Yield the test metrics, a table a label and a column a network or arm."""
+    """Yield the metrics, a table for each part and label, a column for each network or arm.
+
+    Raises:
+        PolysegError: masks were compared at the networks' size in some, at the images' in others.
+    """
+    parts: dict[str, list[EvaluationFiles]] = {}
+    for one in evaluations:
+        parts.setdefault(metrics_title(one.summary), []).append(one)
+    for of_part in parts.values():
+        yield from _metric_tables(of_part)
+
+
+def _metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
+    refuse_other_sizes(evaluations)
     summary = _summary(evaluations)
     for label in dict.fromkeys(one.label for one in networks(summary)):
         runs = [one.record for one in networks(summary) if one.label == label]
         sheet = metrics_sheet({**summary, "runs": runs})
         if sheet.rows:
-            yield _table(sheet, f"Test metrics of {label}" if label else "Test metrics")
+            yield _table(sheet, f"{sheet.title} of {label}" if label else sheet.title)
+
+
+def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
+    """Raise unless all evaluations compared masks at the same kind of size.
+
+    Raises:
+        PolysegError: names one of each, and the remedy.
+    """
+    names = {size_of(one.summary): one.name for one in evaluations if one.summary}
+    if len(names) > 1:
+        raise PolysegError(
+            f"report: {names['network']} has metrics at the network's size and {names['original']} "
+            "at the images' own; run `polyseg evaluate` on both and give it by --evaluation, or "
+            "report them apart"
+        )
 
 
 def comparison_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
-    """Yield the paired differences to the baseline, a table for each that is compared with it."""
+    """Yield a table of paired differences from the baseline for each other network."""
     for sheet in comparison_sheets(_summary([evaluation]))[1]:
         yield _table(sheet, sheet.title)
 
 
 def dice_comparison(evaluation: EvaluationFiles) -> Iterator[Table]:
-    """Yield the paired differences in Dice alone, a row each, where several are compared."""
+    """Yield a table of the paired differences in Dice, if several networks are compared."""
     for sheet in comparison_sheets(_summary([evaluation]))[0]:
         yield _table(sheet, sheet.title)
 
 
 def further_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
-    """Yield what else an evaluation found: strata, failures, robustness."""
+    """Yield the tables of strata, failures and robustness."""
     for sheet in further_sheets(_summary([evaluation])):
         yield _table(sheet, f"{evaluation.name}: {sheet.title}")
 
 
 def images_tested(evaluation: EvaluationFiles) -> str:
-    """Return how many images there were."""
+    """Return the number of test images."""
+    if metrics_title(evaluation.summary) != TEST:
+        return DASH
     counts = (mapping(one.record, "counts").get("images") for one in tested(evaluation))
     return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or DASH
 
 
 def dice_tested(evaluation: EvaluationFiles) -> str:
-    """Return the mean Dice ± deviation, label by label; of several networks none."""
+    """Return the mean Dice ± deviation, label by label; a dash for several networks."""
+    if metrics_title(evaluation.summary) != TEST:
+        return DASH
     summary = _summary([evaluation])
     found = networks(summary)
     if len({one.name for one in found}) != 1:
@@ -83,7 +118,7 @@ def dice_tested(evaluation: EvaluationFiles) -> str:
 
 
 def number(value: Any, decimals: int = 3) -> str:
-    """Return a number of a file, which may be anything, as a table shows it.
+    """Return a number as a table shows it, or a dash for any other value.
 
     >>> number(0.12345), number(-1, 1), number(None), number(float("nan")), number("0.1")
     ('0.123', '−1.0', '–', '–', '–')
@@ -95,27 +130,27 @@ def number(value: Any, decimals: int = 3) -> str:
 
 
 def decimals_of(key: str) -> int:
-    """Return how many decimals a metric is shown with."""
-    return _COLUMNS[key].decimals if key in _COLUMNS else 4
+    """Return the number of decimals of a metric."""
+    return METRICS[key].decimals if key in METRICS else 4
 
 
 def heading(key: str) -> str:
-    """Return what a metric or another column is called.
+    """Return the title of a metric or another column.
 
     >>> heading("hd95"), heading("mask_pixels")
     ('HD95', 'mask pixels')
     """
-    return _COLUMNS[key].title if key in _COLUMNS else brief(key).replace("_", " ")
+    return METRICS[key].title if key in METRICS else brief(key).replace("_", " ")
 
 
 def brief(value: Any) -> str:
-    """Return any value as text of a length that a table can hold."""
+    """Return any value as text, shortened for a table."""
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
-    """Return one summary of several evaluations; a run's own network has the name of the run."""
+    """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
         found = {key: _bounded(value) for key, value in evaluation.summary.items()}
@@ -134,7 +169,7 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
 
 
 def _bounded(value: Any) -> Any:
-    """Return a value of a file with texts, lists and mappings that a page can hold."""
+    """Return a value with its texts, lists and mappings shortened for a page."""
     if isinstance(value, dict):
         return {brief(key): _bounded(one) for key, one in list(value.items())[:_MOST]}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The folder of a run: checkpoints, assessment and schedule files, trained models."""
+"""Folders of runs: checkpoints, assessment and schedule files, trained models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["open_model", "read_assessment", "read_schedule"]
 
 
 def __getattr__(name: str) -> Any:
-    # Reading a record needs neither torch nor the networks, which opening a model does.
+    # Reading a record needs no torch; opening a model does.
     from importlib import import_module
 
     if name not in __all__:

@@ -1,17 +1,23 @@
-"""An assessment in sentences, for the log and for reports."""
+"""An assessment as sentences, correlations and CSV."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from polyseg.metrics.rank_stability import FEWEST_JUDGED
+from polyseg.difficulty import FALLBACKS
+from polyseg.metrics.rank_stability import FEWEST_JUDGED, spearman
 from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment
+from polyseg.system.files import csv_table
+
+log = logging.getLogger(__name__)
 
 
 def describe(assessment: Assessment) -> str:
-    """Return in a line the difficulties of an assessment and how certain they are.
-
-    What is not known, such as a standard error from fewer than 4 passes, is a dash.
-    """
+    """Return one line with the difficulties and their precision; a dash where it is unknown."""
     quartiles = "/".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
     text = f"difficulty by {assessment.metric}: quartiles {quartiles}"
     errors = assessment.scores_se.get(assessment.metric)
@@ -21,12 +27,12 @@ def describe(assessment: Assessment) -> str:
     text += f"; {assessment.samples} passes, "
     text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
     if assessment.samples < FEWEST_JUDGED:
-        text += f" (known from {FEWEST_JUDGED} passes on)"
+        text += f" (known from {FEWEST_JUDGED} passes)"
     return text
 
 
 def describe_order(assessment: Assessment) -> list[str]:
-    """Return a line for each label: how D correlates with 1 - Dice; none without masks."""
+    """Return a line on the correlation of D with 1 - Dice for each label that has masks."""
     lines = []
     for label in assessment.label_names:
         part = assessment.of_label(label)
@@ -42,3 +48,58 @@ def describe_order(assessment: Assessment) -> list[str]:
             f"{low:.2f} to {high:.2f}, {found.images} images){verdict}{more}"
         )
     return lines
+
+
+def difficulty_correlations(
+    assessment: Assessment, known: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return Spearman's correlation of each score with 1 - Dice, and with known difficulties.
+
+    The first has its 95 % interval. With several labels there are rows for each, since labels
+    differ in difficulty. A correlation is NaN where undefined, such as without masks.
+    """
+    found: list[dict[str, Any]] = []
+    for label in assessment.label_names:
+        part = assessment.of_label(label)
+        rows = [i for i, identity in enumerate(part.ids) if identity in known]
+        truth = np.array([known[part.ids[i]] for i in rows])
+        for name, scores in part.scores.items():
+            row: dict[str, Any] = {"metric": name} | ({"label": label} if label else {})
+            of_error = rank_correlation(scores, 1 - part.dice)
+            row |= {"with 1 - Dice": of_error.value, "95 % interval": list(of_error.interval)}
+            if rows:
+                row["with known difficulty"] = spearman(scores[rows], truth)
+            found.append(row)
+    return found
+
+
+def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log the result of `difficulty_correlations`."""
+    for row in rows:
+        found = [
+            f"{name} {value:.2f}"
+            for name, value in row.items()
+            if isinstance(value, float) and math.isfinite(value)
+        ]
+        if found:
+            name = " of ".join(filter(None, (row["metric"], row.get("label"))))
+            log.info("Spearman of the difficulty by %s: %s", name, ", ".join(found))
+
+
+def assessment_csv(assessment: Assessment) -> str:
+    """Return an assessment as CSV, a row for each image and label."""
+    labels = assessment.labels
+    errors = assessment.scores_se.get(assessment.metric)
+    of_difficulty = [assessment.difficulty] if errors is None else [assessment.difficulty, errors]
+    columns = [*of_difficulty, *assessment.scores.values()]
+    named = ["difficulty", "difficulty_se"][: len(of_difficulty)]
+    heads = ["id", *(["label"] if labels else []), *named, *assessment.scores, "dice"]
+    rows = []
+    for i, identity in enumerate(assessment.ids):
+        values = [column[i] for column in columns]
+        row = [f"{value:.9g}" for value in (*values, assessment.dice[i])]
+        own = [identity, *([labels[i]] if labels else [])]
+        rows.append(
+            [*own, *row, assessment.foreground_pixels[i], FALLBACKS[assessment.fallback[i]]]
+        )
+    return csv_table([*heads, "foreground_pixels", "fallback"], rows)

@@ -1,8 +1,8 @@
-"""Checkpoints: weights and what is known of them, in files of tensors in which nothing can run.
+"""Checkpoints: safetensors files of weights and, for resuming, the state of the training.
 
-A file is a safetensors file. Its header holds one JSON text, and the sha256 of that text and of all
-tensors, so that damage is never read as something else. The last checkpoint of a run also holds
-what training goes on from: the optimizer, the history and the schedule so far.
+The header holds one JSON text, and the sha256 of that text and of all tensors against damage. The
+last checkpoint of a run also holds the optimizer, the history and the schedule. Nothing in a file
+can run code.
 """
 
 import hashlib
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_CHANNELS = 64
+"""Largest number of channels that images may have."""
 
 _KIND = "polyseg checkpoint"
 _SCHEMA = 2
 _MOST_EPOCHS = 100_000
-_OF_A_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 _DTYPES = {
     "BOOL": "bool",
     "F64": "float64",
@@ -54,61 +55,60 @@ _DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "C64": "complex64",
 }
-"""Names of types in torch, and of most of them in NumPy, by those of safetensors."""
+"""Names of safetensors' types in torch, most of which NumPy shares."""
 
 
 class Stored(NamedTuple):
-    """A tensor as a file keeps it."""
+    """A tensor as a file keeps it, with little-endian bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     data: Any
-    """Its bytes, little-endian."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights, and what is known of them."""
+    """A network's weights and the training behind them.
+
+    `optimizer`, `scaler`, `history`, `schedule` and `losses` are empty or None in a checkpoint that
+    training cannot be resumed from.
+    """
 
     config: Config
     channels: int
-    """Of the images that the network takes."""
+    """Channels of the images that the network takes."""
     epoch: int
-    """Epochs completed."""
+    """Number of completed epochs."""
     weights: "Mapping[str, Tensor]"
-    """By name; empty where they were not read."""
+    """Tensors by name; empty where they were not read."""
     optimizer: "Mapping[str, Tensor]" = field(default_factory=dict)
-    """The optimizer's tensors by "index/name"; empty where training cannot go on from here."""
+    """The optimizer's tensors by "index/name"."""
     scaler: Mapping[str, float] = field(default_factory=dict)
-    """How gradients are scaled; empty where they are not."""
+    """State of the gradient scaler; empty without one."""
     history: Sequence[Mapping[str, float]] = ()
-    """A row an epoch; empty where training cannot go on from here."""
+    """One row for each epoch."""
     schedule: Schedule | None = None
-    """The epsilons of all epochs; None where training cannot go on from here."""
+    """The epsilons of all epochs."""
     losses: NDArray[np.float64] | None = None
-    """Of the columns of the schedule, each image's last one; None where there is no schedule."""
+    """Last loss of each column of the schedule."""
     best_epoch: int = 0
     best_dice: float = -1.0
     assessments: Mapping[str, str] = field(default_factory=dict)
     """sha256 of the assessment files written so far, by file name."""
     replay: str = ""
-    """sha256 of the schedule that the run replays; empty where it makes its own."""
+    """sha256 of the schedule that the run replays; empty without a replay."""
     split: str = ""
-    """sha256 of the run's split.json; empty where it has none."""
+    """sha256 of the run's split.json; empty without one."""
     levels: Levels | None = None
-    """Gray levels of the training images, where images do not go by their own."""
+    """Gray levels of the training images, where the normalisation of all images uses them."""
 
     def weights_only(self) -> "Checkpoint":
-        """Return the same without what training goes on from."""
+        """Return the checkpoint without the fields that only resuming needs."""
         return replace(self, optimizer={}, scaler={}, history=(), schedule=None, losses=None)
 
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Raises:
-        PolysegError: the file cannot be written.
-    """
+    """Write a checkpoint atomically."""
     header = {
         "kind": _KIND,
         "schema": _SCHEMA,
@@ -128,25 +128,20 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     tensors = {f"weights/{name}": values for name, values in checkpoint.weights.items()}
     tensors |= {f"optimizer/{name}": values for name, values in checkpoint.optimizer.items()}
     tensors |= _record_tensors(checkpoint)
-    # Copies, because two names may share one storage, which the format does not know.
+    # Clones, because names may share a storage, which safetensors refuses.
     tensors = {name: values.detach().cpu().clone().contiguous() for name, values in tensors.items()}
     text = json.dumps(header)
     stored = {name: stored_of(values) for name, values in tensors.items()}
     metadata = {"polyseg": text, "sha256": digest_of(text, stored)}
-    # Not by the library, which would write to a temporary file of its own first.
+    # Not `save_file`, which writes a temporary file of its own.
     with atomic_path(path) as temporary:
         temporary.write_bytes(_packed(tensors, metadata))
 
 
 def read_checkpoint(path: str | Path, *, with_weights: bool = True) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint, without weights and optimizer (and without torch) on request.
 
-    Args:
-        path: the file.
-        with_weights: return weights and optimizer too, which needs torch.
-
-    Raises:
-        PolysegError: the file is missing, damaged, or not polyseg's.
+    A file that is missing, damaged, or not from polyseg raises PolysegError.
     """
     try:
         content = _content(Path(path))
@@ -157,12 +152,9 @@ def read_checkpoint(path: str | Path, *, with_weights: bool = True) -> Checkpoin
         metadata = _metadata(content)
         text = metadata.get("polyseg", "{}")
         header = json.loads(text)
-        if not isinstance(header, dict) or header.get("kind") != _KIND:
-            raise PolysegError(f"{path}: is no polyseg checkpoint")
-        if header["schema"] != _SCHEMA:
-            raise PolysegError(f"{path}: is from another polyseg, older or newer than this one")
+        _check_origin(header, str(path))
         if metadata.get("sha256") != digest_of(text, tensors):
-            raise PolysegError(f"{path}: is damaged: its content is not what was written")
+            raise PolysegError(f"{path}: is damaged (its sha256 differs)")
         _check_numbers(header)
         config = build_config(header["config"], str(path))
         return Checkpoint(
@@ -187,29 +179,39 @@ def read_checkpoint(path: str | Path, *, with_weights: bool = True) -> Checkpoin
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PolysegError(f"{path}: cannot be read as a checkpoint: {error}") from None
     except safetensors.SafetensorError as error:
-        raise PolysegError(f"{path}: is damaged or no checkpoint: {error}") from None
+        raise PolysegError(f"{path}: is damaged or not a checkpoint: {error}") from None
+
+
+def _check_origin(header: Any, path: str) -> None:
+    if not isinstance(header, dict) or header.get("kind") != _KIND:
+        raise PolysegError(f"{path}: is not a polyseg checkpoint")
+    if header["schema"] != _SCHEMA:
+        raise PolysegError(
+            f"{path}: has schema {header['schema']!r:.40}, this polyseg reads {_SCHEMA}; use the "
+            "polyseg that wrote it"
+        )
 
 
 def _content(path: Path) -> bytes:
-    """Return the bytes of a file, at once: the next moment its name may be that of another."""
+    """Return the bytes of a file in one read, since it may be replaced at any time."""
     if path.exists() and not path.is_file():
-        raise OSError("is no file")
+        raise OSError("is not a file")
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        # Held twice for a moment, as bytes and as tensors.
+        # Twice the size: the bytes, and the tensors made from them.
         refuse_beyond_memory(2 * size, f"{path}: its {size:,} bytes", "use a larger machine")
         return stream.read(size)
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """Return the texts in the header of what is known to be a safetensors file."""
+    """Return the texts in the header of a valid safetensors file."""
     length = int.from_bytes(content[:8], "little")
     found = json.loads(content[8 : 8 + length]).get("__metadata__", {})
     return {str(name): str(text) for name, text in found.items()}
 
 
 def stored_of(tensor: "Tensor") -> Stored:
-    """Return what a file keeps of a tensor, whose bytes are shared."""
+    """Return a tensor as a file keeps it, without copying the values."""
     import torch
 
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -217,7 +219,7 @@ def stored_of(tensor: "Tensor") -> Stored:
 
 
 def digest_of(text: str, tensors: Mapping[str, Stored]) -> str:
-    """Return the sha256 of a header's text and of tensors: names, types, shapes and values."""
+    """Return the sha256 of a header and of the names, types, shapes and values of tensors."""
     digest = hashlib.sha256(text.encode())
     for name, (dtype, shape, data) in sorted(tensors.items()):
         digest.update(f"\n{name} torch.{dtype} {shape}\n".encode())
@@ -231,7 +233,7 @@ def _array(stored: Stored) -> NDArray[Any]:
 
 
 def _tensors(tensors: Mapping[str, Stored], prefix: str) -> "dict[str, Tensor]":
-    """Return the tensors whose names have a prefix, without it."""
+    """Return the tensors with a prefix, by the rest of their names."""
     import torch
 
     found = {}
@@ -254,12 +256,12 @@ def _packed(tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> bytes:
 
     if any(values.dtype == torch.bfloat16 for values in tensors.values()):
         return safetensors.torch.save(dict(tensors), metadata)
-    # From tensors the library keeps some memory of each, commit by commit; from arrays it does not.
+    # The library leaks some memory for each tensor that it saves, but none for arrays.
     return safetensors.numpy.save({name: one.numpy() for name, one in tensors.items()}, metadata)
 
 
 def _record_tensors(checkpoint: Checkpoint) -> "dict[str, Tensor]":
-    """Return history and schedule as tensors, where a checkpoint has them."""
+    """Return the history and the schedule of a checkpoint as tensors."""
     import torch
 
     tensors = {}
@@ -286,21 +288,20 @@ def _losses(tensors: Mapping[str, Stored]) -> NDArray[np.float64] | None:
         return None
     losses = tensors["losses"]
     if losses.shape != tensors["schedule/epsilon"].shape[1:] or losses.dtype != "float64":
-        raise ValueError("its losses are not those of its images")
+        raise ValueError("its losses do not match its images")
     return _array(losses)
 
 
 def _scaler(found: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {str(name): value for name, value in found.items()}
-    if not numbers:
+    if not found:
         return {}
-    plain = numbers.keys() == _OF_A_SCALER and all(
-        type(value) in (int, float) and 0 <= value < 2**127 for value in numbers.values()
+    plain = found.keys() == _SCALER_KEYS and all(
+        type(value) in (int, float) and 0 <= value < 2**127 for value in found.values()
     )
-    grows = plain and numbers["growth_factor"] > 1 > numbers["backoff_factor"] > 0
-    if not (grows and numbers["scale"] > 0 and numbers["growth_interval"] >= 1):
-        raise ValueError("its scale of gradients is none")
-    return numbers
+    grows = plain and found["growth_factor"] > 1 > found["backoff_factor"] > 0
+    if not (grows and found["scale"] > 0 and found["growth_interval"] >= 1):
+        raise ValueError("its state of the gradient scaler is invalid")
+    return dict(found)
 
 
 def _history(header: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[dict[str, float]]:
@@ -308,7 +309,7 @@ def _history(header: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[d
         return []
     values, columns = tensors["history"], [str(name) for name in header["history"]]
     if values.shape != (header["epoch"], len(columns)) or values.dtype != "float64":
-        raise ValueError("its history is not of its epochs")
+        raise ValueError("its history does not match its epochs")
     return [dict(zip(columns, row, strict=True)) for row in _array(values).tolist()]
 
 
@@ -320,14 +321,14 @@ def _schedule(config: Config, epochs: int, tensors: Mapping[str, Stored]) -> Sch
     epsilon, assessed = tensors["schedule/epsilon"], tensors["schedule/assessed"]
     wanted = (epochs, len(images) * len(labels))
     if epsilon.shape != wanted or epsilon.dtype != "float32":
-        raise ValueError("its schedule is not of its epochs and images")
+        raise ValueError("its schedule does not match its epochs and images")
     if assessed.shape != (epochs,) or assessed.dtype != "int64":
-        raise ValueError("its schedule does not tell its assessments")
+        raise ValueError("its schedule lacks its assessments")
     if len(set(images)) < len(images) or not all(name.isprintable() for name in images):
-        raise ValueError("its schedule holds what is no name")
+        raise ValueError("its schedule has repeated or unprintable names")
     ids, names = columns_of(images, labels)
     numbers = np.arange(1, epochs + 1)
-    # Which checkpoints of version 0.1 do not have.
+    # Version 0.1 wrote neither of these.
     group, statistics = (
         _array(tensors[name]) if name in tensors else None
         for name in ("schedule/group", "schedule/statistics")
@@ -338,7 +339,7 @@ def _schedule(config: Config, epochs: int, tensors: Mapping[str, Stored]) -> Sch
 
 
 def columns_of(images: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Return ids, and labels where there are several, of the columns of a schedule.
+    """Return the ids, and the labels if there are several, of the columns of a schedule.
 
     >>> columns_of(["a", "b"], ["x", "y"])
     (['a', 'a', 'b', 'b'], ['x', 'y', 'x', 'y'])
@@ -349,20 +350,20 @@ def columns_of(images: Sequence[str], labels: Sequence[str]) -> tuple[list[str],
 
 
 def _check_numbers(header: Mapping[str, Any]) -> None:
-    """Raise where a header has numbers that no training writes."""
+    """Raise if the header has numbers that no training writes."""
     epoch, best = header["epoch"], header["best_epoch"]
     if not (
         isinstance(epoch, int) and isinstance(best, int) and 0 <= best <= epoch <= _MOST_EPOCHS
     ):
-        raise ValueError(f"epoch {epoch!r:.40} and best_epoch {best!r:.40} do not fit")
+        raise ValueError(f"epoch {epoch!r:.40} and best_epoch {best!r:.40} are inconsistent")
     channels = header["channels"]
     if not isinstance(channels, int) or not 1 <= channels <= MOST_CHANNELS:
-        raise ValueError(f"channels {channels!r:.40}: images have 1 to {MOST_CHANNELS}")
+        raise ValueError(f"channels is {channels!r:.40}; images have 1 to {MOST_CHANNELS}")
 
 
 def _checked_names(assessments: Mapping[str, Any]) -> dict[str, str]:
-    """Return hashes by file name, if the names are those of files in the run's own folder."""
+    """Return hashes by file name, if each is the name of an assessment in the run's folder."""
     for name in assessments:
         if not re.fullmatch(r"epoch_[0-9]{4,9}\.h5", name):
-            raise ValueError(f"{name!r} is no name of an assessment")
+            raise ValueError(f"{name!r} is not the name of an assessment file")
     return {name: str(digest) for name, digest in assessments.items()}

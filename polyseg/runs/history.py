@@ -1,6 +1,6 @@
-"""The columns of history.csv: a row here is all that a new column needs.
+"""The columns of history.csv: add a row to `COLUMNS` for a new one.
 
-Runs of versions without a column still resume, with NaN in it for the epochs that they trained.
+Runs of versions without a column still resume, with NaN for their earlier epochs.
 """
 
 import math
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Epoch:
-    """What is known of an epoch when it ends."""
+    """The results of an epoch, from which the columns are computed."""
 
     number: int
     """From 1."""
     learning_rate: float
     losses: "Tensor"
-    """(n,) of the images, or of each label of each image, in the steps that were taken."""
+    """(n,) losses of the images, or of each label of each image, in the steps that were taken."""
     losses_at_constant: "Tensor"
-    """(n,) of the same, at the constant `loss.epsilon`."""
+    """(n,) the same at the constant `loss.epsilon`."""
     epsilon: NDArray[np.float32]
     """(n,) of all training images and labels."""
     wrong_sign: int
-    """How many of `losses` were where a PolyDice loss rises with s."""
+    """Number of `losses` in the region where a PolyDice loss rises with s."""
     skipped: int
-    """Steps that were left out, because their loss or gradients were not finite."""
+    """Number of steps skipped because loss or gradients were not finite."""
     validation_losses: "Tensor | None" = None
-    """(images, labels), at the constant epsilon; None without validation images."""
+    """(images, labels) at the constant epsilon; None without validation images."""
     validation_dice: "Tensor | None" = None
     """(images, labels)."""
     assessed: bool = False
@@ -56,7 +56,7 @@ def _quantile(q: int) -> Column:
     return Column(
         f"epsilon_q{q:02d}",
         f"{q}th percentile of epsilon over the training images",
-        # A list, because one number would become float32 here, and the percentile another.
+        # A list, because NumPy computes the percentile for a single float in float32.
         value=lambda epoch: float(np.percentile(epoch.epsilon, [q])[0]),
     )
 
@@ -86,19 +86,19 @@ COLUMNS = Registry(
     *(_quantile(q) for q in (5, 25, 50, 75, 95)),
     Column(
         "wrong_sign_images",
-        "number of images that were met where the loss rises with s",
+        "number of images in the region where the loss rises with s",
         unit="images",
         value=lambda epoch: epoch.wrong_sign,
     ),
     Column(
         "skipped_steps",
-        "number of steps left out; above 0 only with `training.on_nonfinite=skip`",
+        "number of skipped steps; above 0 only with `training.on_nonfinite=skip`",
         unit="steps",
         value=lambda epoch: epoch.skipped,
     ),
     Column(
         "validation_loss",
-        "mean loss of the validation images at the constant `loss.epsilon`, so that epochs compare",
+        "mean loss of the validation images at the constant `loss.epsilon`, in all epochs",
         value=lambda epoch: _mean(epoch.validation_losses),
     ),
     Column(
@@ -115,9 +115,7 @@ COLUMNS = Registry(
             else epoch.validation_dice / (2 - epoch.validation_dice)
         ),
     ),
-    Column(
-        "assessed", "1 where an assessment followed, else 0", value=lambda epoch: epoch.assessed
-    ),
+    Column("assessed", "1 if an assessment followed, else 0", value=lambda epoch: epoch.assessed),
     *(_duration(phase) for phase in ("train", "validation", "assessment")),
     Column(
         "train_loss_constant",
@@ -128,15 +126,14 @@ COLUMNS = Registry(
 
 
 def row_of(epoch: Epoch) -> dict[str, float]:
-    """Return the row of an epoch by column."""
+    """Return the row of history.csv for an epoch."""
     return {name: float(column.value(epoch)) for name, column in COLUMNS.items()}
 
 
 def completed(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row with all columns in order, NaN in those that it lacks.
+    """Return a row with all columns in order, with NaN for missing ones.
 
-    Raises:
-        ValueError: it has other columns.
+    Other columns raise ValueError.
 
     >>> completed({"epoch": 1.0})["train_loss"]
     nan

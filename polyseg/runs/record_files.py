@@ -1,17 +1,9 @@
-"""The HDF5 files: one an assessment, written once and whole, and the schedule of epsilons.
+"""The HDF5 files of a run: one for each assessment, and one for the schedule of epsilons.
 
-Layout of an assessment of n images: attributes for what was measured how; `id` (n) strings, and
-`label` (n) where each image has several rows, one a label;
-`difficulty`, `dice`, and where the statistics are the data set's `epsilon` (n) float64;
-`scores/NAME` and `scores_se/NAME` (n) float64; `foreground_pixels` and, with masks, `mask_pixels`
-(n) int64; `fallback` (n) int8; `maps/NAME` (n, H, W) float16, where kept. D is raw, before eq. 11,
-so that eq. 11 and 12 can be computed anew. Layout of a schedule: `id` (n), `epoch` (E), `epsilon`
-(E, n) float32, `assessed` (E) int64, where it is known; `statistics` (S, 2) float64, D_pct and
-sigma_D, and `group` (E, n) int32, the row of them behind each epsilon, -1 for none.
-
-Texts have a fixed size and so lie where they stand: a reference into HDF5's heap may promise any
-size. The first 512 bytes, HDF5's user block, are the seal: the sha256 of all that follows. It is
-checked before the HDF5 library sees a byte, for that library does not notice most damage.
+docs/files.md lists their datasets. D is stored before eq. 11, so that eq. 11 and 12 can be
+recomputed. Strings have a fixed size, because a string in HDF5's heap may claim any size. The first
+512 bytes (HDF5's user block) hold the sha256 of the rest, which is checked before the HDF5 library
+opens the file, because the library does not notice most damage.
 """
 
 import contextlib
@@ -26,55 +18,49 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.choices import FREE_SCORES, UNCERTAINTIES, map_names
+from polyseg.choices import UNCERTAINTIES, WHOLE_SCORES, map_names, score_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import FEWEST_JUDGED
 from polyseg.records import Assessment, Metric, Schedule
+from polyseg.registry import is_own
 from polyseg.system.files import atomic_path, sha256_of_file
 
 SCHEMA = 3
-"""Layout that is written; a release whose files say more than older ones raises it."""
+"""Schema number of the files that are written."""
 
 _READABLE = (2, SCHEMA)
-_ASSESSMENT = "polyseg assessment"
-_SCHEDULE = "polyseg schedule"
-_MOST_IMAGES = 10_000_000
-_LONGEST_NAME = 4096
+_ASSESSMENT, _SCHEDULE = "polyseg assessment", "polyseg schedule"
+_MOST_IMAGES, _MOST_EPOCHS, _MOST_PIXELS, _LONGEST_NAME = 10_000_000, 100_000, 2**26, 4096
 _TEXTS = ("metric", "region", "masks", "weights_sha256")
 _NUMBERS = {"epoch": int, "samples": int, "seed": int, "rate": float | int}
 _LARGEST_SCORE = 1e30
-_MOST_PIXELS = 2**26
-_MOST_EPOCHS = 100_000
-_LEAST_PIECE = 8
-_MORE_THAN_PIXELS = 100
+_SMALLEST_CHUNK = 8
+_CHUNK_OVERHEAD = 100
 _FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
 _SEAL_BYTES = 512
 _SEAL = "polyseg: the sha256 of what follows byte 512 is "
-_MISFITS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
+_INVALID = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
 
 
 def write_assessment(path: str | Path, assessment: Assessment) -> str:
-    """Write an assessment file whole or not at all, and return its sha256.
-
-    Raises:
-        PolysegError: the file cannot be written, or maps differ in size.
-    """
+    """Write an assessment file atomically, and return its sha256; maps must have equal sizes."""
     with _writing(path, _ASSESSMENT) as file:
         for name in (*_TEXTS, *_NUMBERS):
             value = getattr(assessment, name)
             file.attrs[name] = _fixed(value) if name in _TEXTS else value
-        # A dataset, because an attribute holds no more than 64 KiB.
+        # A dataset, because attributes are limited to 64 KiB.
         file["config"] = _fixed(assessment.config_yaml)
         _write_rows(file, assessment.ids, assessment.labels)
         file["difficulty"] = assessment.difficulty
         for name, values in assessment.scores.items():
-            file[f"scores/{name}"] = values
+            place = f"scores/{_key(name)}"
+            file[place] = values
             if name in assessment.rank_stability and assessment.samples >= FEWEST_JUDGED:
-                file[f"scores/{name}"].attrs["rank_stability"] = assessment.rank_stability[name]
+                file[place].attrs["rank_stability"] = assessment.rank_stability[name]
         judged = assessment.scores_se if assessment.samples >= FEWEST_JUDGED else {}
         for name, values in judged.items():
-            file[f"scores_se/{name}"] = values
+            file[f"scores_se/{_key(name)}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
             file[column] = getattr(assessment, column)
         for column in ("mask_pixels", "epsilon"):
@@ -88,26 +74,23 @@ def write_assessment(path: str | Path, assessment: Assessment) -> str:
 def read_assessment(
     path: str | Path, *, sha256: str | None = None, with_maps: bool = False
 ) -> Assessment:
-    """Read an assessment file.
+    """Read an assessment file, with its pixel maps on request.
 
-    Args:
-        path: the file.
-        sha256: what its hash must be, where it is known.
-        with_maps: read the pixel maps too.
-
-    Raises:
-        PolysegError: the file is missing, damaged, of another layout or something else.
+    A file that is missing, damaged, of another schema or kind, or whose hash is not `sha256`,
+    raises PolysegError.
     """
     with _reading(path, _ASSESSMENT, sha256) as file:
         ids, labels = _rows(file)
         n, attributes = len(ids), _attributes(file)
-        scores = _columns(file, "scores", n)
-        if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros for what is not known.
-            measured = [name for name in UNCERTAINTIES if name in scores]
+        names = _score_names(attributes["metric"])
+        scores = _columns(file, "scores", n, names)
+        if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros here.
+            judged = {*UNCERTAINTIES, *WHOLE_SCORES, *filter(is_own, scores)}
+            measured = [name for name in names if name in scores and name in judged]
             errors = {name: np.full(n, np.nan) for name in measured}
             stability = dict.fromkeys(measured, float("nan"))
         else:
-            errors, stability = _columns(file, "scores_se", n), _rank_stability(file)
+            errors, stability = _columns(file, "scores_se", n, names), _rank_stability(file, names)
         return Assessment(
             **attributes,
             ids=ids,
@@ -126,11 +109,7 @@ def read_assessment(
 
 
 def write_schedule(path: str | Path, schedule: Schedule) -> str:
-    """Write a schedule file whole or not at all, and return its sha256.
-
-    Raises:
-        PolysegError: the file cannot be written.
-    """
+    """Write a schedule file atomically, and return its sha256."""
     with _writing(path, _SCHEDULE) as file:
         _write_rows(file, schedule.ids, schedule.labels)
         file["epoch"] = schedule.epochs.astype(np.int64)
@@ -143,15 +122,11 @@ def write_schedule(path: str | Path, schedule: Schedule) -> str:
 
 
 def read_schedule(path: str | Path, *, sha256: str | None = None) -> Schedule:
-    """Read a schedule file.
-
-    Raises:
-        PolysegError: the file is missing, damaged, of another layout or something else.
-    """
+    """Read a schedule file."""
     with _reading(path, _SCHEDULE, sha256) as file:
         epochs = _dataset(file, "epoch")
         if epochs.ndim != 1 or epochs.dtype != np.int64 or len(epochs) > _MOST_EPOCHS:
-            raise ValueError(f"epoch must be (E) int64, of at most {_MOST_EPOCHS:,}")
+            raise ValueError(f"epoch must be (E) int64 with E at most {_MOST_EPOCHS:,}")
         ids, labels = _rows(file)
         epsilon = _dataset(file, "epsilon")
         if epsilon.shape != (*epochs.shape, len(ids)) or epsilon.dtype != np.float32:
@@ -162,7 +137,7 @@ def read_schedule(path: str | Path, *, sha256: str | None = None) -> Schedule:
             epsilon[()],
             labels,
             _optional(file, "assessed", len(epochs), "i8"),
-            # Layout 2 has neither.
+            # Schema 2 has neither.
             _dataset(file, "group")[()] if _has(file, "group") else None,
             _finite(_dataset(file, "statistics")[()]) if _has(file, "statistics") else None,
         )
@@ -170,7 +145,7 @@ def read_schedule(path: str | Path, *, sha256: str | None = None) -> Schedule:
 
 @contextlib.contextmanager
 def _writing(path: str | Path, kind: str) -> Iterator[Any]:
-    # In memory first: where a disk is full the library may end the process, or forget to say so.
+    # In memory first: on a full disk the library may end the process or report no error.
     image = io.BytesIO()
     with h5py.File(image, "w", userblock_size=_SEAL_BYTES) as file:
         file.attrs["kind"] = _fixed(kind)
@@ -183,7 +158,7 @@ def _writing(path: str | Path, kind: str) -> Iterator[Any]:
 
 
 def seal(path: str | Path) -> None:
-    """Write the sha256 of an HDF5 file into its user block, without which it is not read."""
+    """Write the sha256 of an HDF5 file into its user block."""
     with Path(path).open("r+b") as stream:
         block = _seal_of(stream)
         stream.seek(0)
@@ -191,7 +166,7 @@ def seal(path: str | Path) -> None:
 
 
 def _seal_of(stream: BufferedIOBase) -> bytes:
-    """Return what the first bytes of a file must be."""
+    """Return the user block that a file must have."""
     stream.seek(_SEAL_BYTES)
     return _seal(hashlib.file_digest(stream, "sha256").hexdigest())
 
@@ -202,7 +177,7 @@ def _seal(digest: str) -> bytes:
 
 @contextlib.contextmanager
 def _reading(path: str | Path, kind: str, sha256: str | None) -> Iterator[Any]:
-    """Yield the open file once it is known to be what it should be; any misfit is one line."""
+    """Yield the open file after checking its hash, schema and kind."""
     path = Path(path)
     if not path.is_file():
         raise PolysegError(f"{path}: there is no such file")
@@ -214,40 +189,40 @@ def _reading(path: str | Path, kind: str, sha256: str | None) -> Iterator[Any]:
     try:
         if sha256 is None:
             _refuse_damage(path)
-        # No lock: files are never changed once they have their name.
+        # No lock: a file is never changed once it has its name.
         with h5py.File(path, "r", locking=False) as file:
             if (schema := _attribute(file, "schema")) not in _READABLE:
                 known = " or ".join(map(str, _READABLE))
-                raise ValueError(f"has layout {schema}, not {known}, and is of another polyseg")
+                raise ValueError(f"has schema {schema}, not {known}; use the polyseg that wrote it")
             if _attribute(file, "kind") != kind:
-                raise ValueError(f"is no {kind} file")
+                raise ValueError(f"is not a {kind} file")
             yield file
-    except _MISFITS as error:
+    except _INVALID as error:
         reason = " ".join(str(error).split())[:200]
         raise PolysegError(f"{path}: cannot be read as a {kind}: {reason}") from error
 
 
 def _refuse_damage(path: Path) -> None:
-    """Raise where a file's bytes are not those that were sealed."""
+    """Raise if a file's content does not match its user block."""
     with path.open("rb") as stream:
         found = stream.read(_SEAL_BYTES)
         if not found.startswith(_SEAL.encode()):
-            raise ValueError("has no seal: it is of an earlier layout, or of another program")
+            raise ValueError("has no sha256: it is of an earlier schema or of another program")
         if found != _seal_of(stream):
-            raise ValueError("its content is not what was written")
+            raise ValueError("its sha256 differs: it is damaged")
 
 
 def _attribute(file: Any, name: str) -> int | float | str:
-    """Return a single number or text; an array of texts could be far larger than its file."""
+    """Return a single number or string; an array of strings could be far larger than its file."""
     held = file.attrs.get_id(name)
     if held.shape != () or held.dtype.kind not in "iufS":
-        raise ValueError(f"{name} is no single number or text of a fixed size")
+        raise ValueError(f"{name} is not a single number or string of fixed size")
     value: int | float | bytes = file.attrs[name].item()
     return value.decode() if isinstance(value, bytes) else value
 
 
 def _has(file: Any, name: str) -> bool:
-    """Return whether the file itself holds something of that name; a link is not followed."""
+    """Return whether the file contains an object of that name; links raise ValueError."""
     group = file
     for part in name.split("/"):
         link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
@@ -260,7 +235,7 @@ def _has(file: Any, name: str) -> bool:
 
 
 def _dataset(file: Any, name: str) -> Any:
-    """Return a dataset whose bytes lie in this file: links, external and virtual ones are not."""
+    """Return a dataset that lies in this file: no link, and neither external nor virtual."""
     if not _has(file, name):
         raise ValueError(f"{name} is missing")
     group = file[name]
@@ -268,32 +243,32 @@ def _dataset(file: Any, name: str) -> Any:
         raise ValueError(f"{name} is not a plain dataset")
     if name.startswith("maps/"):
         return group
-    # Only maps are compressed; elsewhere a shape cannot promise more than the file holds.
+    # Only maps are compressed; other shapes cannot claim more than the file holds.
     if group.shape is None or group.chunks or group.id.get_storage_size() < group.nbytes:
-        raise ValueError(f"{name} is of shape {group.shape} but its values are not there")
+        raise ValueError(f"{name} of shape {group.shape} has no values")
     return group
 
 
 def _rows(file: Any) -> tuple[list[str], list[str] | None]:
-    """Return the image of each row, and its label where images have several rows."""
+    """Return the image of each row, and its label if images have several rows."""
     ids = _names(_dataset(file, "id"))
     labels = _names(_dataset(file, "label")) if _has(file, "label") else None
     each = list(dict.fromkeys(labels or [""]))
     images = ids[:: len(each)]
     if len(set(images)) < len(images) or ids != [one for one in images for _ in each]:
-        raise ValueError("id must name each image once, or once a label")
+        raise ValueError("id must name each image once, or once for each label")
     if labels is not None and labels != each * len(images):
         raise ValueError("label must repeat the same labels for each image")
     return ids, labels
 
 
 def _names(dataset: Any) -> list[str]:
-    """Return what can be names: text of a line."""
+    """Return strings that can be names: printable and not too long."""
     if dataset.ndim != 1 or not 0 < dataset.size <= _MOST_IMAGES or dataset.dtype.kind != "S":
         raise ValueError(f"{dataset.name} must be (n) strings")
     names = [name.decode() for name in dataset[()].tolist()]
     if any(not name.isprintable() or len(name) > _LONGEST_NAME for name in names):
-        raise ValueError(f"{dataset.name} holds what is no name")
+        raise ValueError(f"{dataset.name} has unprintable or too long names")
     return names
 
 
@@ -305,7 +280,7 @@ def _text(file: Any, name: str) -> str:
 
 
 def _fixed(text: str | list[str]) -> NDArray[Any]:
-    """Return texts as HDF5 keeps them where they stand."""
+    """Return strings as HDF5 strings of fixed size."""
     content = [text.encode()] if isinstance(text, str) else [one.encode() for one in text]
     kind = h5py.string_dtype(length=max(1, *map(len, content)))
     return np.array(content[0] if isinstance(text, str) else content, dtype=kind)
@@ -316,19 +291,29 @@ def _attributes(file: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: _attribute(file, name) for name in kinds}
     for name, kind in kinds.items():
         if not isinstance(found[name], kind) or (name == "epoch" and found[name] < 0):
-            raise ValueError(f"{name} {found[name]!r:.40} is none")
-    known = found["metric"] in (*UNCERTAINTIES, *FREE_SCORES)
-    if not known or not _has(file, f"scores/{found['metric']}"):
+            raise ValueError(f"{name} {found[name]!r:.40} is invalid")
+    known = found["metric"] in score_names() or is_own(found["metric"])
+    if not known or not _has(file, f"scores/{_key(found['metric'])}"):
         raise ValueError(f"metric {found['metric']!r:.40} is unknown, or has no scores")
     return found
 
 
-def _rank_stability(file: Any) -> dict[Metric, float]:
-    places = {name: f"scores/{name}" for name in UNCERTAINTIES if _has(file, f"scores/{name}")}
+def _key(score: Metric) -> str:
+    """Return the name of a score in a file, where / would begin a group."""
+    return score.replace("/", "|")
+
+
+def _score_names(metric: Metric) -> list[Metric]:
+    """Return the scores that may be in a file: the known ones, and the one that was chosen."""
+    return list(dict.fromkeys([*score_names(), metric]))
+
+
+def _rank_stability(file: Any, names: list[Metric]) -> dict[Metric, float]:
+    places = {name: f"scores/{_key(name)}" for name in names}
     return {
         name: float(_attribute(file[place], "rank_stability"))
         for name, place in places.items()
-        if "rank_stability" in file[place].attrs
+        if _has(file, place) and "rank_stability" in file[place].attrs
     }
 
 
@@ -362,23 +347,25 @@ def _finite(values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def _columns(file: Any, group: str, n: int) -> dict[Metric, NDArray[np.float64]]:
+def _columns(
+    file: Any, group: str, n: int, names: list[Metric]
+) -> dict[Metric, NDArray[np.float64]]:
     return {
-        name: _finite(_column(file, f"{group}/{name}", n, "f8"))
-        for name in (*UNCERTAINTIES, *FREE_SCORES)
-        if _has(file, f"{group}/{name}")
+        name: _finite(_column(file, f"{group}/{_key(name)}", n, "f8"))
+        for name in names
+        if _has(file, f"{group}/{_key(name)}")
     }
 
 
 def _is_packed_as_ours(maps: Any) -> bool:
-    """Tell whether each map was written, and its piece can be one that went through the filters.
+    """Return whether each chunk was written, by our filters, with a plausible size.
 
-    What was never written is zeros of any size when it is read; and HDF5's filters take for granted
-    that there is something to undo.
+    A chunk that was never written would be read as zeros of any size, and HDF5's filters trust
+    their input.
     """
     pieces: list[Any] = []
     maps.id.chunk_iter(pieces.append)
-    sizes = range(_LEAST_PIECE, 2 * maps.nbytes // len(maps) + _MORE_THAN_PIXELS)
+    sizes = range(_SMALLEST_CHUNK, 2 * maps.nbytes // len(maps) + _CHUNK_OVERHEAD)
     plain = all(piece.filter_mask == 0 and piece.size in sizes for piece in pieces)
     own = maps.id.get_create_plist()
     filters = [own.get_filter(i)[0] for i in range(own.get_nfilters())]
@@ -405,12 +392,12 @@ def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
     maps = {}
     for name in map_names():
         if name != "mean" and not _has(file, f"maps/{name}"):
-            continue  # What the version that wrote the file did not know.
+            continue  # The version that wrote the file had no such map.
         dataset = _dataset(file, f"maps/{name}")
         plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
         if not plausible or len(dataset) != n or dataset.dtype != np.float16:
             raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
         if dataset.chunks != (1, *dataset.shape[1:]) or not _is_packed_as_ours(dataset):
-            raise ValueError(f"maps/{name} must hold each image's map in one piece")
+            raise ValueError(f"maps/{name} must have one compressed chunk for each image")
         maps[name] = [dataset[i] for i in range(n)]
     return maps

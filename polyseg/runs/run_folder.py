@@ -1,8 +1,8 @@
-"""A run's folder: who may write it, its checkpoints, its history, what it was made with.
+"""The folder of a run: its lock, checkpoints, history, configuration and environment.
 
-An epoch is committed by the renaming of `checkpoints/last.safetensors`, which comes after all that
-it relies on and names its hashes. `history.csv` and `schedule.h5` say what is in it too, for people
-and for other runs; a run that goes on makes them anew.
+Renaming `checkpoints/last.safetensors` commits an epoch. It comes last, and the checkpoint names
+the hashes of the files it relies on. `history.csv` and `schedule.h5` repeat its content for people
+and for other runs; resuming writes them again.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,28 +40,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OF_A_BEGINNING = {
-    "environment.json",
-    "config.yaml",
-    "split.json",
-    "log.txt",
-    "replay.h5",
-    "checkpoints",
+_BEFORE_EPOCH_1 = {
+    *("environment.json", "config.yaml", "split.json", "log.txt", "replay.h5", "checkpoints")
 }
 _RECORDED_VERSIONS = (
-    "torch",
-    "numpy",
-    "monai",
-    "scipy",
-    "h5py",
-    "safetensors",
-    "pillow",
-    "tifffile",
+    *("torch", "numpy", "monai", "scipy", "h5py", "safetensors", "pillow", "tifffile"),
 )
 
 
 class RunDirectory:
-    """The paths of a run's folder, and the writing of what is written every epoch."""
+    """The paths in a run's folder, and the files that are written in every epoch."""
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -82,11 +70,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self, *, resume: bool) -> Iterator[None]:
-        """Hold the folder for writing; a new run wants it empty.
-
-        Raises:
-            PolysegError: the folder is in use, or is not empty.
-        """
+        """Lock the folder for the length of the block; a new run needs an empty one."""
         try:
             files.disk.make_folder(self.path)
         except OSError as error:
@@ -94,37 +78,27 @@ class RunDirectory:
         with exclusive_lock(self.path / ".lock", owner=str(self.path)):
             if not resume:
                 self.refuse_occupied()
-                self._remove_torn_files()
+                self._remove_unfinished_files()
             yield
 
     def refuse_occupied(self) -> None:
-        """Raise if there is something in the folder, which a new run would write over.
-
-        Checkpoints want names that are text, which is said before anything is trained.
-
-        Raises:
-            PolysegError: there is.
-        """
+        """Raise if the folder is not empty, or its name is not text, which checkpoints need."""
         if not str(self.path).isprintable():
-            raise PolysegError(f"{str(self.path)!r}: is no text; choose another --out")
+            raise PolysegError(f"{str(self.path)!r}: is not text; choose another --out")
         if self.path.is_dir() and not self._holds_nothing():
             raise PolysegError(
                 f"{self.path}: is not empty; --resume continues a run, another --out starts one"
             )
 
     def _holds_nothing(self) -> bool:
-        """Return whether the folder is empty, or a run was begun in it that committed nothing."""
+        """Return whether the folder is empty, or holds a run that ended before its first epoch."""
         entries = {entry.name for entry in self.path.iterdir()} - {".lock"}
         names = {name for name in entries if not name.startswith(TEMPORARY_PREFIX)}
-        begun = names <= _OF_A_BEGINNING and _is_ours(self.environment)
+        begun = names <= _BEFORE_EPOCH_1 and _is_ours(self.environment)
         return not names or (begun and not any(self.last.parent.glob("[!.]*")))
 
     def refuse_missing(self) -> None:
-        """Raise if there is no run to go on with.
-
-        Raises:
-            PolysegError: there is none.
-        """
+        """Raise if there is no run to resume."""
         if not self.last.is_file() and not self.previous.is_file():
             raise PolysegError(
                 f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
@@ -132,11 +106,7 @@ class RunDirectory:
             )
 
     def checkpoint_to_resume(self) -> Checkpoint:
-        """Read the last checkpoint, or the one before it where the last is missing or damaged.
-
-        Raises:
-            PolysegError: there is none that can be read.
-        """
+        """Read the last checkpoint, or the previous one if the last is missing or damaged."""
         try:
             return read_checkpoint(self.last)
         except PolysegError as error:
@@ -144,14 +114,13 @@ class RunDirectory:
                 raise
             checkpoint = read_checkpoint(self.previous)
             self._last_is_damaged = True
-            log.warning("%s; going on from the one before, of epoch %d", error, checkpoint.epoch)
+            log.warning("%s; resuming from the previous one, epoch %d", error, checkpoint.epoch)
             return checkpoint
 
     def commit(self, checkpoint: Checkpoint) -> None:
-        """Write what an epoch came to; the renaming of the last checkpoint makes it count.
+        """Write the files of an epoch; renaming the last checkpoint commits it.
 
-        Raises:
-            PolysegError: a file cannot be written; what was committed before still is.
+        If a file cannot be written, earlier epochs stay committed.
         """
         self._write_views(checkpoint)
         if self.last.is_file():
@@ -160,42 +129,40 @@ class RunDirectory:
         self._write_best(checkpoint)
 
     def recover(self, checkpoint: Checkpoint) -> None:
-        """Make the folder that of a checkpoint which training is to go on from.
+        """Make the folder match a checkpoint before training resumes from it.
 
-        Files that a killed process left are removed, and what is newer than the checkpoint; what
-        says the same as the checkpoint is written anew.
+        Unfinished files and assessments of later epochs are removed; history, schedule and best
+        checkpoint are written again.
         """
         assessments = self.path / "uncertainty"
         for path in () if assessments.is_symlink() else assessments.glob("epoch_*.h5"):
             number = path.stem.removeprefix("epoch_")
             if number.isdecimal() and int(number) > checkpoint.epoch:
                 files.disk.remove(path)
-        self._remove_torn_files()
+        self._remove_unfinished_files()
         if self._last_is_damaged and self.last.is_file():
             files.disk.rename(self.last, self.last.with_suffix(".damaged"))
         self._write_views(checkpoint)
         self._write_best(checkpoint)
 
-    def _remove_torn_files(self) -> None:
-        for folder in (self.path, *self._folders()):
+    def _remove_unfinished_files(self) -> None:
+        own = (self.last.parent, self.path / "uncertainty", self.figures, self.evaluation)
+        for folder in (self.path, *(one for one in own if not one.is_symlink())):
             for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
                 if not path.is_dir():
                     files.disk.remove(path)
 
-    def _folders(self) -> list[Path]:
-        """Return the folders of a run that training writes to."""
-        own = (self.last.parent, self.path / "uncertainty", self.figures, self.evaluation)
-        return [folder for folder in own if not folder.is_symlink()]
-
     def _write_views(self, checkpoint: Checkpoint) -> None:
-        """Write what people and other runs read of the record."""
+        """Write history.csv and schedule.h5."""
         if checkpoint.history:
-            self._write_history(checkpoint.history)
+            rows = (completed(row).values() for row in checkpoint.history)
+            cells = ([f"{value:.9g}" for value in row] for row in rows)
+            write_text(self.history, csv_table(list(COLUMNS), cells))
         if checkpoint.schedule is not None:
             write_schedule(self.schedule, checkpoint.schedule)
 
     def _write_best(self, checkpoint: Checkpoint) -> None:
-        # Also when a run goes on: a crash may have come between the two files.
+        # Also when resuming: a crash may have come between the two checkpoints.
         if checkpoint.best_epoch == checkpoint.epoch:
             write_checkpoint(self.best, checkpoint.weights_only())
 
@@ -204,25 +171,21 @@ class RunDirectory:
         return self.path / "uncertainty" / f"epoch_{epoch:04d}.h5"
 
     def begin(self, config: Config, split: str, now: Mapping[str, Any]) -> str:
-        """Write what a run is known by, before its first epoch; return the sha256 of the split.
+        """Write the files that identify a run, and return the sha256 of its split.
 
         Args:
             config: its settings.
-            split: as `split_json` gives it.
+            split: as `splits.split_json` gives it.
             now: as `environment` gives it.
         """
-        # First what tells that the folder is a run's, so that nobody's own file is taken for one.
+        # First the file by which a folder is recognised as a run's.
         write_text(self.environment, json.dumps(now, indent=2) + "\n")
         self.write_config(config)
         write_text(self.split, split)
         return sha256_of_file(self.split)
 
     def changes_of_environment(self, now: Mapping[str, Any]) -> list[str]:
-        """Return what is no longer as it was when the run last went on, by name.
-
-        Raises:
-            PolysegError: environment.json is missing or damaged.
-        """
+        """Return the differences from the environment in which the run was last started."""
         recorded = self._read_environment()
         recorded |= recorded.get("resumed", [{}])[-1]
         return [
@@ -232,7 +195,7 @@ class RunDirectory:
         ]
 
     def note_resumption(self, epoch: int, now: Mapping[str, Any]) -> None:
-        """Add to environment.json with what a run goes on."""
+        """Add the environment in which a run resumes to environment.json."""
         recorded = self._read_environment()
         recorded["resumed"] = [*recorded.get("resumed", []), {"after_epoch": epoch, **now}]
         write_text(self.environment, json.dumps(recorded, indent=2) + "\n")
@@ -242,7 +205,7 @@ class RunDirectory:
             recorded = json.loads(read_text(self.environment))
             resumed = recorded.get("resumed", [{}])
             if not (isinstance(resumed, list) and resumed and isinstance(resumed[-1], dict)):
-                raise ValueError("it tells no environments")
+                raise ValueError("it has no list of resumed environments")
             return dict(recorded)
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.environment}: cannot be read: {error}") from None
@@ -254,11 +217,7 @@ class RunDirectory:
     def read_split(self, sha256: str = "") -> tuple[Split, dict[str, str]]:
         """Return the ids by part, and the hashes of the images by id.
 
-        Args:
-            sha256: what the hash of split.json must be, where it is known.
-
-        Raises:
-            PolysegError: split.json is missing or not what the run wrote.
+        A missing or damaged split.json, or one whose hash is not `sha256`, raises PolysegError.
         """
         try:
             text = read_text(self.split)
@@ -268,41 +227,20 @@ class RunDirectory:
             split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
             rows = [row for part in PARTS for row in record[part]]
             if not split["train"] or not all(str(row["id"]).isprintable() for row in rows):
-                raise ValueError("it names no training images, or what is no name")
+                raise ValueError("it has no training images, or unprintable names")
             refuse_overlap(split, str(self.split))
             return split, {str(row["id"]): str(row["sha256"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
 
-    def _write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        cells = ([f"{value:.9g}" for value in completed(row).values()] for row in rows)
-        write_text(self.history, csv_table(list(COLUMNS), cells))
-
-
-def split_json(split: Split, hashes: Mapping[str, str]) -> str:
-    """Return a split as a run keeps it: ids by part, with the sha256 of their pixels.
-
-    >>> json.loads(split_json({"train": ["a"]}, {"a": "00"}))
-    {'train': [{'id': 'a', 'sha256': '00'}]}
-    """
-    record = {
-        part: [{"id": identity, "sha256": hashes.get(identity, "")} for identity in ids]
-        for part, ids in split.items()
-    }
-    return json.dumps(record, indent=1) + "\n"
-
 
 def new_run_path() -> Path:
-    """Return a name for a run that gives none: runs/ and the time."""
+    """Return the default folder of a new run: runs/ and the time."""
     return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint file that a path stands for: itself, or a run's best one.
-
-    Raises:
-        PolysegError: there is none.
-    """
+    """Return a checkpoint file as it is, or the best checkpoint of a run's folder."""
     path = Path(path)
     if path.is_file():
         return path
@@ -310,7 +248,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if run.best.is_file():
         return run.best
     if run.last.is_file():
-        log.warning("%s: has no best checkpoint; its last one is used", path)
+        log.warning("%s: has no best checkpoint; using the last one", path)
         return run.last
     raise PolysegError(
         f"{path}: is neither a checkpoint nor a run (no checkpoints/best.safetensors)"
@@ -318,7 +256,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def in_order(assessments: Iterable[str]) -> list[str]:
-    """Return names of assessment files by their epoch, which may have more digits than four.
+    """Return names of assessment files in the order of their epochs.
 
     >>> in_order(["epoch_10000.h5", "epoch_9999.h5"])
     ['epoch_9999.h5', 'epoch_10000.h5']
@@ -327,7 +265,7 @@ def in_order(assessments: Iterable[str]) -> list[str]:
 
 
 def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Assessment]:
-    """Read the assessments that a run recorded, by the hashes that it recorded, in order."""
+    """Read the assessments of a run in order, checking the hashes that it recorded."""
     return [
         read_assessment(run.path / "uncertainty" / name, sha256=recorded[name])
         for name in in_order(recorded)
@@ -335,14 +273,14 @@ def read_assessments(run: RunDirectory, recorded: Mapping[str, str]) -> list[Ass
 
 
 def results_beside(source: str | Path, name: str) -> Path:
-    """Return where results go that were given no place: into the run, or beside the checkpoint."""
+    """Return the default folder for results: in the run, or beside the checkpoint file."""
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _is_ours(environment: Path) -> bool:
-    """Return whether a run of polyseg has written this file."""
+    """Return whether a file is the environment.json of a run of polyseg."""
     try:
         found = json.loads(read_text(environment))
         return isinstance(found, dict) and "polyseg" in found
@@ -351,7 +289,7 @@ def _is_ours(environment: Path) -> bool:
 
 
 def environment(device: "Device", processes: int = 1) -> dict[str, Any]:
-    """Return what the run is made with: versions, machine, command."""
+    """Return the versions, the machine and the command of this process."""
     import torch
 
     return {

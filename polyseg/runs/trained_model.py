@@ -1,4 +1,4 @@
-"""Opening what was trained: a network from its checkpoint, and the images to show it."""
+"""Trained networks from checkpoints, and the images to use them on."""
 
 import dataclasses
 import logging
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyseg.choices import score_of
 from polyseg.config import Config, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
 from polyseg.data.loading import load_images, load_others
@@ -29,73 +30,64 @@ Load = Callable[[DataConfig, Progress], ImageSet]
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint and where it is from."""
+    """A checkpoint and its origin."""
 
     source: Path
     run: RunDirectory | None
-    """The run it is a checkpoint of, where that is still around it."""
+    """The run's folder; None for a checkpoint file outside of one."""
     checkpoint: Checkpoint
 
     @property
     def config(self) -> Config:
-        """The settings that it was trained with."""
+        """The settings of the training."""
         return self.checkpoint.config
 
     def weights_only(self) -> "Trained":
-        """Return this without what only the resuming of a run needs."""
+        """Return this without the state that only resuming needs."""
         return dataclasses.replace(self, checkpoint=self.checkpoint.weights_only())
 
     def build(self, device: str, *, trust: bool) -> "Model":
-        """Build the network.
-
-        Raises:
-            PolysegError: there is no such device, or the network may not be trusted.
-        """
+        """Build the network on a device; one of code outside polyseg needs `trust`."""
         network = network_of(self.checkpoint, trust=trust).to(choose_device(device))
         return Model(self.source, self.run, self.checkpoint, network)
 
 
 @dataclass(frozen=True)
 class Model(Trained):
-    """A trained network and where it is from."""
+    """A trained network and its origin."""
 
     network: SegmentationNetwork
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Which images a trained network gets, and how it is opened."""
+    """The images that a trained network is used on, and how it is opened."""
 
     data: str | Path | None = None
-    """Folder of other images than the run's own."""
+    """Folder of images other than the run's own."""
     part: str | None = None
-    """Part of the run's own images: one of `PARTS` or "all"; None for the command's default."""
+    """Part of the run's own images, one of `PARTS` or "all"; None for the command's default."""
     cache: str | Path | None = None
     """Folder for decoded images that do not fit into memory."""
     device: str = "auto"
     trust: bool = False
-    """Whether code outside polyseg that a checkpoint names is run."""
+    """Whether code outside polyseg that a checkpoint names may run."""
 
 
 def open_model(source: str | Path, device: str, trust: bool) -> Model:
     """Return the network of a checkpoint file, or of a run's best checkpoint.
 
-    Raises:
-        PolysegError: there is none, it is damaged, or its network may not be trusted.
+    A missing or damaged file, and a network that needs `trust`, raise PolysegError.
     """
     return read_trained(source).build(device, trust=trust)
 
 
 def read_trained(source: str | Path) -> Trained:
-    """Read a checkpoint file, or a run's best checkpoint, without building its network.
-
-    Raises:
-        PolysegError: there is none, or it is damaged.
-    """
+    """Read a checkpoint file, or a run's best checkpoint, without building the network."""
     keep_freed_memory()
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
-    # Where decoded images are kept is this machine's affair, not the checkpoint's.
+    # The place of decoded images belongs to the machine, not to the checkpoint.
     data = checkpoint.config.data.model_copy(
         update={name: DataConfig.model_fields[name].default for name in ("memory", "cache")}
     )
@@ -106,7 +98,7 @@ def read_trained(source: str | Path) -> Trained:
 
 
 class LastImages:
-    """Reads images, unless those of equal settings were the last: runs to compare share theirs."""
+    """A loader that keeps the last set of images, so that runs on equal data share it."""
 
     def __init__(self, cache: str | Path | None = None) -> None:
         self.cache = {} if cache is None else {"cache": str(cache)}
@@ -114,12 +106,12 @@ class LastImages:
         self.images: ImageSet | None = None
 
     def __call__(self, config: DataConfig, progress: Progress) -> ImageSet:
-        """Return the images of these settings."""
+        """Return the images for some settings."""
         config = config.model_copy(update=self.cache)
-        # Images are the same whichever of them are for testing.
+        # The images do not depend on the split.
         key = config.model_copy(update={"fold": None, "split_file": None}).model_dump_json()
         if self.images is None or key != self.key:
-            self.images = None  # Before others are read, so that memory holds one set.
+            self.images = None  # Frees the memory before the next set is read.
             self.images, self.key = load_images(config, progress), key
         return self.images
 
@@ -131,18 +123,11 @@ def images_for(
     progress: Progress = no_progress,
     load: Load = load_images,
 ) -> tuple[ImageSet, list[str]]:
-    """Return images and the ids to use: a part of the run's own data, or all of a folder.
+    """Return images and the ids to use: a part of the run's own data, or all of another folder.
 
-    Args:
-        model: the network that gets them.
-        inputs: the model's own data are used where it names the same folder or none; other
-            folders have no parts.
-        default: the part where none is named.
-        progress: of reading.
-        load: what reads the model's own data.
-
-    Raises:
-        PolysegError: an unknown or empty part, or data that are not in order.
+    The model's own data, read by `load`, are used if `inputs` name no folder or the same one, and
+    `default` is the part if they name none. An unknown or empty part, or invalid data, raise
+    PolysegError.
     """
     part = inputs.part
     if part not in (None, "all", *PARTS):
@@ -153,21 +138,11 @@ def images_for(
         config = config.model_copy(update={"cache": str(inputs.cache)})
     own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
     if not own and data is not None:
-        # Only data of a folder that is gone may have a split elsewhere.
+        # Another folder has the run's split only if it replaces a folder that is gone.
         if part not in (None, "all") and not is_gone(config):
             raise _not_trained_on(model, data, part)
         images = load_others(data, config, model.checkpoint.channels, progress)
-        images = dataclasses.replace(images, levels=model.checkpoint.levels)
-        split = None if part == "all" else moved_split(model, images)
-        if split is not None:
-            log.info(
-                "%s: its images are read from %s, in place of %s", model.source, data, config.path
-            )
-            return images, part_of(split, part or default, images, model)
-        if part not in (None, "all"):
-            raise _not_trained_on(model, data, part)
-        _warn_of_known_images(model, images)
-        return images, images.ids
+        return _images_of_folder(model, images, data, part, default)
     part = part or default
     refuse_gone(config, model.source)
     images = load(config, progress)
@@ -180,45 +155,49 @@ def images_for(
     return images, part_of(split, part, images, model)
 
 
-def part_of(split: Split, part: str, images: ImageSet, model: Model) -> list[str]:
-    """Return the ids of a part of a split, or of all images.
+def _images_of_folder(
+    model: Model, images: ImageSet, data: Path, part: str | None, default: str
+) -> tuple[ImageSet, list[str]]:
+    images = dataclasses.replace(images, levels=model.checkpoint.levels)
+    split = None if part == "all" else moved_split(model, images)
+    if split is not None:
+        known = model.config.data.path
+        log.info("%s: reading its images from %s instead of %s", model.source, data, known)
+        return images, part_of(split, part or default, images, model)
+    if part not in (None, "all"):
+        raise _not_trained_on(model, data, part)
+    _warn_of_known_images(model, images)
+    return images, images.ids
 
-    Raises:
-        PolysegError: there are none.
-    """
+
+def part_of(split: Split, part: str, images: ImageSet, model: Model) -> list[str]:
+    """Return the ids of a part of a split, or of all images."""
     ids = images.ids if part == "all" else split[part]
     if not ids:
         raise PolysegError(f"--split {part}: {model.source} has no {part} images; choose another")
     return ids
 
 
-def _not_trained_on(model: Model, data: Path, part: str) -> PolysegError:
+def _not_trained_on(model: Model, data: Path, part: str | None) -> PolysegError:
     return PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
 
 
 def is_gone(config: DataConfig) -> bool:
-    """Return whether the folder or file that the settings name is not there any more."""
+    """Return whether the data that the settings name no longer exist."""
     return config.path != "demo" and not Path(config.path).exists()
 
 
 def refuse_gone(config: DataConfig, owner: Path) -> None:
-    """Raise if the data of a run are not where its settings say.
-
-    Raises:
-        PolysegError: names the option that says where they are now.
-    """
+    """Raise if the data of a run no longer exist."""
     if is_gone(config):
         raise PolysegError(
-            f"{config.path}: there is no such file or folder; give the place where the images of "
-            f"{owner} are now by --data"
+            f"{config.path}: there is no such file or folder; give the folder in which the "
+            f"images of {owner} are now by --data"
         )
 
 
 def moved_split(model: Model, images: ImageSet) -> Split | None:
-    """Return the split of a model's run if its own data are gone and `images` hold all of them.
-
-    None where the images are others, or the model's own data are still there.
-    """
+    """Return the split of a model's run if its own data are gone and `images` contain them all."""
     if model.run is None or not is_gone(model.config.data):
         return None
     split, hashes = model.run.read_split(model.checkpoint.split)
@@ -227,48 +206,41 @@ def moved_split(model: Model, images: ImageSet) -> Split | None:
 
 
 def split_of_run(run: RunDirectory, images: ImageSet, sha256: str = "") -> Split:
-    """Return the split that a run recorded, if the images are still the same.
+    """Return the split that a run recorded, if the images have not changed since.
 
-    Args:
-        run: the run.
-        images: as they are now.
-        sha256: what the hash of split.json must be, where it is known.
-
-    Raises:
-        PolysegError: split.json was changed, or images are missing or have changed, by name.
+    Missing or changed images, or a split.json whose hash is not `sha256`, raise PolysegError.
     """
     split, hashes = run.read_split(sha256)
-    what = {
+    changes = {
         identity: "has changed" if identity in images.hashes else "is missing"
         for identity, digest in hashes.items()
         if images.hashes.get(identity) != digest
     }
-    if what:
-        shown = ", ".join(f"{identity} {how}" for identity, how in list(what.items())[:_SHOWN])
-        more = f" and {len(what) - _SHOWN} more" if len(what) > _SHOWN else ""
+    if changes:
+        shown = ", ".join(f"{identity} {how}" for identity, how in list(changes.items())[:_SHOWN])
+        more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise PolysegError(f"data: since {run.path} was made, image {shown}{more}")
     return split
 
 
 def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
-    """Return the split of a checkpoint that has left its run: made anew, if that is safe.
+    """Return the split for a checkpoint outside of its run, computed again from its settings.
 
-    A pattern or a file that a checkpoint names is not used: the one may take forever, the other may
-    be any.
+    Not if the settings name a pattern or a file, which are not to be trusted.
     """
     if part == "all":
         return {}
     config = model.config.data
-    if config.group is not None or config.split_file is not None:
+    if config.group_pattern is not None or config.split_file is not None:
         raise PolysegError(
-            f"{model.source}: was trained on a split of its own, which its run folder keeps; give "
-            "the run, --data of other images, or --split all"
+            f"{model.source}: its split was made from data.group or data.split_file; give the "
+            "folder of the run, --data of other images, or --split all"
         )
     return split_by_settings(images.members(), config)
 
 
 def _warn_of_known_images(model: Model, images: ImageSet) -> None:
-    """Say so where images of another folder are those that the network was trained or chosen on."""
+    """Warn if images of another folder are training or validation images of the network."""
     if model.run is None:
         return
     split, hashes = model.run.read_split()
@@ -276,24 +248,25 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
     seen = sum(images.hashes[identity] in known for identity in images.ids)
     if seen:
         log.warning(
-            "%d of these %d images are training or validation images of %s: no test",
+            "%d of these %d images are training or validation images of %s: this is no test",
             seen,
             len(images.ids),
             model.source,
         )
 
 
-def passes_of(config: Config, **changes: Any) -> UncertaintyConfig:
-    """Return the settings of MC Dropout, also of a training whose difficulty took no passes.
+def passes_of(config: Config, *, masks: bool = True, **changes: Any) -> UncertaintyConfig:
+    """Return the settings of MC Dropout with changes, of which None leaves a setting as it is.
 
-    Args:
-        config: of the training.
-        changes: settings that are others here, of the values that `UncertaintyConfig` allows; None
-            leaves what the training had.
+    A training whose difficulty takes no passes gets the default score here; so does one whose score
+    needs masks, where the images have none (`masks`).
     """
     changes = {name: value for name, value in changes.items() if value is not None}
+    metric = config.uncertainty.metric
     if not config.uncertainty.takes_passes:
-        metric = config.uncertainty.metric
-        log.info("uncertainty.metric %s takes no passes: mutual_information here", metric)
+        log.info("uncertainty.metric is mutual_information here, as %s takes no passes", metric)
+        changes["metric"] = "mutual_information"
+    elif score_of(metric).needs_mask and not masks:
+        log.info("uncertainty.metric %s needs masks: mutual_information here", metric)
         changes["metric"] = "mutual_information"
     return config.uncertainty.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""From a configuration to a network, and from a checkpoint to one with its weights."""
+"""Networks from configurations, and with the weights of checkpoints."""
 
 from collections.abc import Mapping
 
@@ -14,19 +14,18 @@ from polyseg.runs.checkpoints import Checkpoint
 def network_of(checkpoint: Checkpoint, *, trust: bool = False) -> SegmentationNetwork:
     """Build the network of a checkpoint, with its weights.
 
-    Raises:
-        PolysegError: the network is code outside polyseg and `trust` does not allow it, or the
-            weights do not fit it.
+    Code outside polyseg without `trust`, and weights that do not fit, raise PolysegError.
     """
     config = checkpoint.config
     name = config.network.name
-    if ":" in name and not trust:
-        raise PolysegError(
-            f"checkpoint: its network {name} is code outside polyseg; --trust imports and runs "
-            "it, if you know where it is from"
-        )
+    for kind, own in (("network", name), ("uncertainty.metric", config.uncertainty.metric)):
+        if ":" in own and not trust:
+            raise PolysegError(
+                f"checkpoint: its {kind} {own} is code outside polyseg; add --trust to import and "
+                "run it, if you trust its author"
+            )
     if ":" not in name:
-        # Settings may ask for any size: theirs must be that of the weights before one is made.
+        # Compare shapes before memory is used: untrusted settings may ask for any size.
         with torch.device("meta"):
             _refuse_misfits(new_network(config, checkpoint.channels), checkpoint.weights)
     network = new_network(config, checkpoint.channels)
@@ -35,7 +34,7 @@ def network_of(checkpoint: Checkpoint, *, trust: bool = False) -> SegmentationNe
 
 
 def new_network(config: Config, channels: int) -> SegmentationNetwork:
-    """Build the network of a configuration, with weights from torch's global generator."""
+    """Build the network of a configuration, with random weights from torch's global generator."""
     settings = config.network
     network = build_network(
         settings.name,
@@ -47,19 +46,15 @@ def new_network(config: Config, channels: int) -> SegmentationNetwork:
         multiple_of=settings.multiple_of,
         settings=settings.kwargs,
     )
-    if config.data.fit == "tile" and config.data.size is not None:
-        size = config.data.size
+    size = config.data.size
+    if config.data.fit == "tile" and size is not None and size != "auto":
         square = (size, size) if isinstance(size, int) else size
         network.window = Window(square, config.data.tile_overlap)
     return network
 
 
 def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a network that must have them all and no others.
-
-    Raises:
-        PolysegError: names, shapes or types differ.
-    """
+    """Load finite weights into a network with exactly the same names, shapes and types."""
     _refuse_misfits(network, weights)
     for name, values in weights.items():
         if values.is_floating_point() and not bool(values.isfinite().all()):
@@ -77,5 +72,5 @@ def _refuse_misfits(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise PolysegError(
-            f"checkpoint: {len(wrong)} weights do not fit its own configuration, such as {wrong[0]}"
+            f"checkpoint: {len(wrong)} weights do not fit its configuration, such as {wrong[0]}"
         )

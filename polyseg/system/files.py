@@ -1,4 +1,4 @@
-"""Durable files: whole or not at all, their hashes, one writer at a time; and names for them."""
+"""Durable files, their hashes, locks and names, and CSV without formulas."""
 
 import contextlib
 import csv
@@ -21,30 +21,26 @@ from polyseg.errors import PolysegError, reason
 log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".partial-"
-"""How the names of files begin that are not whole yet; a killed process may leave one."""
-
+"""Start of the names of unfinished files; a killed process may leave one behind."""
 
 _LARGEST_TEXT = 2**26
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
-"""How text starts that a spreadsheet would compute, with any number of apostrophes before it."""
-_KNOWS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""Start of a text that a spreadsheet would compute, after any number of apostrophes."""
+_LOCKS_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Disk:
-    """What durable writing asks of the operating system, step by step.
-
-    Tests put one in its place that fails at a step, or forgets what never reached the disk.
-    """
+    """The operations on files that durable writing uses; tests replace it by one that fails."""
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder and what is above it, each of which reaches the disk with its name."""
+        """Make a folder and its parents, and flush their names to the disk."""
         missing = [one for one in (folder, *folder.parents) if not one.is_dir()]
         for one in reversed(missing):
             one.mkdir(exist_ok=True)
             self.flush(one.parent)
 
     def create(self, path: Path) -> Path:
-        """Make an empty file beside `path`, under a temporary name that keeps the suffix."""
+        """Make an empty file beside `path`, with a temporary name and the suffix of `path`."""
         handle, name = tempfile.mkstemp(
             prefix=f"{TEMPORARY_PREFIX}{path.stem}.", suffix=path.suffix, dir=path.parent
         )
@@ -52,7 +48,7 @@ class Disk:
         return Path(name)
 
     def flush(self, path: Path) -> None:
-        """Return when the bytes of a file, or the names in a folder, have reached the disk."""
+        """Wait until the bytes of a file, or the names in a folder, are on the disk."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -60,42 +56,34 @@ class Disk:
             os.close(descriptor)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name, at once, in place of what had it."""
+        """Rename a file atomically, replacing the target."""
         old.replace(new)
 
     def link(self, old: Path, new: Path) -> None:
-        """Give a file a second name that nothing has."""
+        """Make a hard link; the new name must be free."""
         os.link(old, new)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         path.unlink(missing_ok=True)
 
     def remove_folder(self, path: Path) -> None:
-        """Remove a folder with all that is in it, if it is there; links in it are not followed."""
+        """Remove a folder and its content if it exists, without following links in it."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
 
 
 disk = Disk()
-"""The seam: all that is written durably goes through it."""
+"""The disk that all durable writing goes through."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of `path` when the block ends well.
+    """Yield a temporary path, which replaces `path` if the block succeeds.
 
-    The bytes reach the disk before the name does, and an error in the block leaves neither a
-    torn file nor a leftover. The temporary name keeps the suffix, for writers that go by it.
-
-    Raises:
-        PolysegError: the folder cannot be written, or the disk is full.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with atomic_path(Path(folder) / "table.csv") as temporary:
-    ...         _ = temporary.write_text("id,dice")
-    ...     (Path(folder) / "table.csv").read_text()
-    'id,dice'
+    The bytes are flushed before the rename, and an error in the block leaves no file behind. The
+    temporary name keeps the suffix, because some writers choose the format by it. A folder that
+    cannot be written, or a full disk, raises PolysegError.
     """
     path = Path(path)
     try:
@@ -116,10 +104,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def keep_as(path: Path, older: Path) -> None:
-    """Give a file that is about to be replaced another name too, whole or not at all.
-
-    Raises:
-        PolysegError: the folder cannot be written, or the disk is full.
+    """Give a file that is about to be replaced a second name, atomically.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_text(Path(folder) / "last", "first")
@@ -129,56 +114,42 @@ def keep_as(path: Path, older: Path) -> None:
     'first'
     """
     if older.exists() and older.samefile(path):
-        return  # A rename between two names of one file would do nothing.
+        return  # Renaming one name of a file to another of the same file does nothing.
     second = older.with_name(f"{TEMPORARY_PREFIX}{older.name}")
     try:
         disk.remove(second)
         disk.link(path, second)
         disk.rename(second, older)
     except OSError:
-        # Some file systems know no second names.
+        # Some file systems have no hard links.
         with atomic_path(older) as temporary:
             shutil.copyfile(path, temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) whole or not at all.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_text(Path(folder) / "note.txt", "done")
-    ...     (Path(folder) / "note.txt").read_text()
-    'done'
-    """
+    """Write a text file (UTF-8) atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file (UTF-8) of any size that a run's own record may have.
+    """Read a text file (UTF-8) of at most 64 MiB.
 
-    Raises:
-        OSError: there is no such file, it is none, such as a pipe that nobody writes to, or it is
-            larger than any record.
-        ValueError: it is no text.
-
-    >>> read_text(Path("/dev/zero"))
-    Traceback (most recent call last):
-    OSError: is no file
+    A missing or larger file, or one that is not plain, such as a pipe, raises OSError.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise OSError("is no file")
+        raise OSError("is not a file")
     if path.stat().st_size > _LARGEST_TEXT:
         raise OSError(f"is over {_LARGEST_TEXT:,} bytes")
     return path.read_text(encoding="utf-8")
 
 
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table as CSV text in which no cell is a formula to a spreadsheet.
+    """Return a table as CSV text without cells that a spreadsheet would compute.
 
-    Text that starts with =, +, -, @, a tab or a line break gets an apostrophe before it, unless it
-    is a number; so does text of that kind that has apostrophes before it already, so that
-    `csv_rows` can tell both apart.
+    Text that starts with =, +, -, @, a tab or a line break gets an apostrophe before it unless it
+    is a number; so does such text after apostrophes, so that `csv_rows` can undo it exactly.
 
     >>> print(csv_table(["id", "change"], [["=1+1", "-0.5"], ["a,b", -2]]), end="")
     id,change
@@ -190,26 +161,23 @@ def csv_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _csv_line(row: Sequence[Any]) -> str:
     text = io.StringIO()
-    # Ended by both signs first, because the library quotes only those that end its lines.
+    # "\r\n" first, because csv quotes only the line break that it writes itself.
     csv.writer(text, lineterminator="\r\n").writerow([_no_formula(cell) for cell in row])
     return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def csv_rows(text: str) -> list[list[str]]:
-    """Return the rows of a text that `csv_table` wrote, without empty ones, each cell as it was.
-
-    Raises:
-        csv.Error: it is no CSV.
+    """Return the non-empty rows of a text from `csv_table`, with the original cells.
 
     >>> csv_rows(csv_table(["id"], [["=1+1"], ["'=1+1"], ["-0.5"]]))
     [['id'], ['=1+1'], ["'=1+1"], ['-0.5']]
     """
     rows = csv.reader(io.StringIO(text, newline=""))
-    return [[_as_it_was(cell) for cell in row] for row in rows if row]
-
-
-def _as_it_was(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    return [
+        [cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell for cell in row]
+        for row in rows
+        if row
+    ]
 
 
 def _no_formula(cell: Any) -> Any:
@@ -223,33 +191,16 @@ def _no_formula(cell: Any) -> Any:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_text(Path(folder) / "empty", "")
-    ...     sha256_of_file(Path(folder) / "empty")[:12]
-    'e3b0c44298fc'
-    """
+    """Return the sha256 of a file as 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
-    """Hold the lock file `path` for the length of the block; a dead process holds none.
-
-    Where the file system knows no locks, as some that are shared over a network, a warning says so.
-
-    Raises:
-        PolysegError: another process holds it; `owner` names what is in use.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with exclusive_lock(Path(folder) / ".lock", owner="this run"):
-    ...         "one writer"
-    'one writer'
-    """
+    """Hold the lock file `path` of `owner` during the block; a killed process frees its lock."""
     try:
-        # Not through a link, which may lead anywhere if the folder is somebody else's.
+        # O_NOFOLLOW: a link in somebody else's folder may point anywhere.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise PolysegError(f"{path}: cannot be locked: {reason(error)}") from error
@@ -261,14 +212,7 @@ def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
 
 
 def lock(descriptor: int, path: Path, *, owner: str) -> None:
-    """Lock what is open, a file or a folder, until it is closed.
-
-    Raises:
-        PolysegError: another process holds it; `owner` names what is in use.
-
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     lock(file.fileno(), Path(file.name), owner="this run")
-    """
+    """Lock an open file or folder until it is closed; warn where locks are not supported."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -277,10 +221,10 @@ def lock(descriptor: int, path: Path, *, owner: str) -> None:
             "--out"
         ) from error
     except OSError as error:
-        if error.errno not in _KNOWS_NO_LOCKS:
+        if error.errno not in _LOCKS_UNSUPPORTED:
             raise PolysegError(f"{path}: cannot be locked: {reason(error)}") from error
         log.warning(
-            "%s: its file system knows no locks (%s); make sure yourself that no other process "
+            "%s: its file system does not support locks (%s); make sure that no other process "
             "writes there",
             path.parent,
             error.strerror,
@@ -288,17 +232,14 @@ def lock(descriptor: int, path: Path, *, owner: str) -> None:
 
 
 def _readable_by_umask(path: Path) -> None:
-    """Undo mkstemp's private mode: results are shared like any other file of the user."""
+    """Give a file the permissions of other new files, in place of mkstemp's private ones."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def short_names(sources: Sequence[Path]) -> list[str]:
-    """Return a short name for each source that tells it from the others.
-
-    Raises:
-        PolysegError: one is given twice.
+    """Return the shortest path endings that differ; PolysegError if a source is repeated.
 
     >>> short_names([Path("/runs/a/last.safetensors"), Path("/runs/b/last.safetensors")])
     ['a/last.safetensors', 'b/last.safetensors']
@@ -312,7 +253,7 @@ def short_names(sources: Sequence[Path]) -> list[str]:
 
 
 def without_nan(value: Any) -> Any:
-    """Return the same with None for NaN and infinity, which JSON does not know.
+    """Return a value with None in place of NaN and infinity, which JSON does not have.
 
     >>> without_nan({"dice": [0.5, math.nan]})
     {'dice': [0.5, None]}

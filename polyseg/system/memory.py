@@ -1,4 +1,4 @@
-"""What memory holds: how much there is, what is too much for it, and what follows where it ends."""
+"""Memory: how much there is, errors where it runs out, and smaller batches in that case."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-"""Names of the settings in glibc's malloc.h."""
+"""Names of settings in glibc's malloc.h."""
 _SIGNS = (
     "can't allocate memory",
     "out of memory",
@@ -31,18 +31,17 @@ _SIGNS = (
     "ALLOC_FAILED",
     "could not create a memory",
 )
-"""Of its end, in what libraries say that have no error of their own for it."""
+"""Parts of the messages of libraries that raise RuntimeError when memory runs out."""
 _GROUPS_OF_PROCESS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-"""Where Linux tells of control groups, by which containers and queues bound what jobs may hold."""
+"""Where Linux lists control groups, by which containers and queues limit memory."""
 _GIGABYTE = 10**9
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory stay with the process, for the next tensor of its size.
+    """Let glibc keep freed memory for later tensors; do nothing with other C libraries.
 
-    By default glibc gives large blocks back at once, and a training step gets all of its feature
-    maps as fresh pages that the system has to clear first. Elsewhere than with glibc, nothing is
-    done. What the process holds grows no higher than the most that it needs at once.
+    By default glibc returns large blocks to the system, which then clears fresh pages for the
+    feature maps of each training step. The peak memory of the process does not grow.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -51,13 +50,7 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that there was too little memory, of the machine or of a GPU.
-
-    >>> is_out_of_memory(RuntimeError("CUDA out of memory")), is_out_of_memory(MemoryError())
-    (True, True)
-    >>> is_out_of_memory(RuntimeError("sizes do not match"))
-    False
-    """
+    """Return whether an error means that the machine or a GPU ran out of memory."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
@@ -67,16 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_memory(task: str, advice: str) -> Iterator[None]:
-    """Turn the end of memory in a block into one line that says what to do.
-
-    Raises:
-        PolysegError: there was too little memory for the block.
-
-    >>> with explaining_memory("training", "lower training.batch_size"):
-    ...     raise MemoryError
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: training: ran out of memory; lower training.batch_size
-    """
+    """Turn running out of memory in the block into an error that says what to do."""
     try:
         yield
     except Exception as error:
@@ -86,11 +70,7 @@ def explaining_memory(task: str, advice: str) -> Iterator[None]:
 
 
 def memory_of(device: "Device | None" = None) -> int:
-    """Return how many bytes this process may hold, or a GPU with memory of its own.
-
-    >>> memory_of() > 2**20
-    True
-    """
+    """Return the bytes that this process may use, or those of a CUDA device."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -102,7 +82,7 @@ def memory_of(device: "Device | None" = None) -> int:
 
 
 def _limits_of_groups() -> Iterator[int]:
-    """Yield the limits of the control groups that this process is in, of either version."""
+    """Yield the memory limits of this process's control groups, version 1 and 2."""
     text = ""
     with contextlib.suppress(OSError):
         text = _GROUPS_OF_PROCESS.read_text()
@@ -110,25 +90,17 @@ def _limits_of_groups() -> Iterator[int]:
         group = Path(line.split(":", maxsplit=2)[-1].lstrip("/"))
         for folder in (group, *group.parents):
             for place in (folder / "memory.max", "memory" / folder / "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit.
+                with contextlib.suppress(OSError, ValueError):  # "max" means no limit.
                     yield int((_GROUPS / place).read_text())
 
 
 def refuse_beyond_memory(
     needed: int, what: str, advice: str, device: "Device | None" = None
 ) -> None:
-    """Raise where so many bytes are more than a machine, or a GPU, can ever hold.
+    """Raise if something needs more bytes than the machine, or a CUDA device, has in total.
 
-    Args:
-        needed: bytes.
-        what: takes them, such as "data.demo_images: 100 images".
-        advice: how to need fewer.
-        device: that is to hold them; None for the machine.
-
-    Raises:
-        PolysegError: they are more.
-
-    >>> refuse_beyond_memory(2**20, "data.demo_images: 100 images", "lower it")
+    `what` says what needs them, such as "data.demo_images: 100 images", and `advice` how to need
+    fewer.
     """
     there = memory_of(device)
     if needed > there:
@@ -140,10 +112,7 @@ def refuse_beyond_memory(
 
 
 class Portions:
-    """How many images are worked on at once: all that come together, or as memory allows.
-
-    Whenever it runs out, what was being worked on is begun anew with half of the images, and no
-    more come together from then on.
+    """Work on many images at once, and on half as many after each time that memory runs out.
 
     >>> def work(rows):
     ...     if rows.stop - rows.start > 2:
@@ -154,25 +123,15 @@ class Portions:
     """
 
     def __init__(self, task: str, advice: str) -> None:
-        """Begin without a bound.
-
-        Args:
-            task: what is done, for the log and for errors.
-            advice: what to do where memory does not do for a single image.
-        """
+        """Set the task, for the log and for errors, and what to do if one image does not fit."""
         self.task, self.advice = task, advice
         self.most = self.told = sys.maxsize
 
     def run(self, count: int, work: Callable[[slice], Result], what: str) -> Iterator[Result]:
-        """Yield what work gives for one part of so many images after another, in order.
+        """Yield the result for each part of `count` images in order.
 
-        Args:
-            count: of the images.
-            work: takes which of them, and may be called again for fewer.
-            what: one of them is, such as "an image of 32 x 32".
-
-        Raises:
-            PolysegError: there is too little memory for one image.
+        `work` takes a slice of the images and may be called again with a smaller one. `what`
+        describes one image; if memory does not suffice for it, PolysegError is raised.
         """
         start = 0
         while start < count:
@@ -181,12 +140,14 @@ class Portions:
             if not results:
                 self._divide(rows.stop - rows.start, what)
                 continue
-            self._tell()
+            if self.most < self.told:
+                self.told = self.most
+                log.warning("%s: memory suffices for only %d images at once", self.task, self.most)
             start = rows.stop
             yield from results
 
     def _divide(self, size: int, what: str) -> None:
-        """Halve the bound, and free what a failed attempt has left."""
+        """Halve the number of images, and free the memory of the failed attempt."""
         if size == 1:
             raise PolysegError(f"{self.task}: ran out of memory on {what} alone; {self.advice}")
         self.most = size // 2
@@ -196,22 +157,16 @@ class Portions:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _tell(self) -> None:
-        """Log a new bound, once it is known to do."""
-        if self.most < self.told:
-            self.told = self.most
-            log.warning("%s: memory does for %d images at once only", self.task, self.most)
-
 
 def _attempt(work: Callable[[slice], Result], rows: slice) -> list[Result]:
-    """Return what work gives, or nothing where memory runs out.
+    """Return the result in a list, empty if memory runs out.
 
-    On the way back the error is gone, and with it the hold on what the attempt has made.
+    When this returns, the error and the memory that its traceback refers to are gone.
     """
     try:
         return [work(rows)]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        log.debug("%s", str(error))  # Of which a log may keep the text, and nothing else.
+        log.debug("%s", str(error))  # The text only: a log may keep what it is given.
         return []

@@ -1,4 +1,4 @@
-"""Folders of results: whole or not at all, one writer at a time, nothing lost in their place."""
+"""Folders of results that appear complete or not at all."""
 
 import contextlib
 import os
@@ -10,28 +10,19 @@ from polyseg.errors import PolysegError, reason
 from polyseg.system import files
 from polyseg.system.files import TEMPORARY_PREFIX
 
-_ATTEMPTS = 20
-"""To hold a folder that others give their names to meanwhile."""
-
 
 @contextlib.contextmanager
 def whole_folder(
     path: Path, *, overwrite: bool = False, known_by: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place when the block ends well.
+    """Yield a temporary folder, which becomes `path` if the block succeeds.
 
-    What ends the block early, an error or a signal, leaves nothing behind, and what was at `path`
-    untouched. What a process that was killed has left is cleared by the next one that writes to
-    `path`.
+    An error or a signal in the block removes it and leaves `path` as it was. What a killed process
+    has left behind is removed by the next one that writes to `path`.
 
-    Args:
-        path: a new or empty folder.
-        overwrite: a folder of former results may be replaced too.
-        known_by: patterns of files, of which one shows that a folder holds such results.
-
-    Raises:
-        PolysegError: there is something at `path`, another process writes it, or it cannot be
-            written.
+    `path` must be new or empty. With `overwrite` it may also hold earlier results, which are
+    recognised by a match of one of the patterns `known_by`. Otherwise, and while another process
+    writes it, PolysegError is raised.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -41,15 +32,19 @@ def whole_folder(
     'done'
     """
     with contextlib.ExitStack() as stack:
-        with _told(path):
+        with _in_one_line(path):
             _refuse_occupied(path, overwrite, known_by)
             place = Path(os.path.realpath(path))
             _refuse_immovable(place, path)
             temporary = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
             older = place.with_name(f"{temporary.name}.replaced")
-            stack.enter_context(_held(temporary, path))
-            _settle(place, older)
-            stack.callback(_settle, place, older)
+            new = [parent for parent in temporary.parents if not parent.exists()]
+            stack.callback(_remove_empty, new)
+            stack.callback(os.close, _locked(temporary, path))
+        stack.enter_context(_removed_on_error(temporary))
+        with _in_one_line(path):
+            _restore(place, older)
+            stack.callback(_restore, place, older)
             _refuse_occupied(path, overwrite, known_by)
             _clear(temporary)
         try:
@@ -57,52 +52,36 @@ def whole_folder(
         except PolysegError as error:
             lines = (str(line).replace(str(temporary), str(path)) for line in error.args)
             raise PolysegError(*lines) from error
-        with _told(path):
+        with _in_one_line(path):
             _refuse_occupied(path, overwrite, known_by)
-            _put(temporary, place, older)
+            _publish(temporary, place, older)
 
 
 def moved(paths: Sequence[Path], old: Path, new: Path) -> list[Path]:
-    """Return paths in a folder as they are once it has another name.
-
-    >>> [str(path) for path in moved([Path(".partial-a/b")], Path(".partial-a"), Path("a"))]
-    ['a/b']
-    """
+    """Return the paths of files in a folder after the folder is renamed."""
     return [new / path.relative_to(old) for path in paths]
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise if there is something where a file is to go; with `overwrite` a plain file may be.
-
-    Raises:
-        PolysegError: there is.
-
-    >>> refuse_existing(Path("/dev/null"), overwrite=True)
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: /dev/null: is no plain file; choose another name
-    """
+    """Raise if a file cannot go to `path`, because something is there."""
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_file():
-        raise PolysegError(f"{path}: is no plain file; choose another name")
+        raise PolysegError(f"{path}: is not a plain file; choose another name")
     if not overwrite:
         raise PolysegError(f"{path}: exists already; choose another name, or add --overwrite")
 
 
 def refuse_existing_figure(path: Path, *, overwrite: bool) -> None:
-    """Raise if there is something where a figure is to go; without suffix that is PNG and PDF.
-
-    Raises:
-        PolysegError: there is.
-    """
+    """Raise if a figure cannot go to `path`; without a suffix it is written as PNG and PDF."""
     plain = bool(path.name) and not path.suffix
     for place in [path.with_suffix(".png"), path.with_suffix(".pdf")] if plain else [path]:
         refuse_existing(place, overwrite=overwrite)
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Tell in one line what the operating system refuses."""
+def _in_one_line(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a PolysegError."""
     try:
         yield
     except OSError as error:
@@ -116,13 +95,16 @@ def _is_occupied(place: Path) -> bool:
 
 
 def _refuse_occupied(path: Path, overwrite: bool, known_by: Sequence[str]) -> None:
-    """Raise if something is at `path` that must not be replaced."""
+    """Raise if `path` holds something that must not be replaced."""
     if not _is_occupied(path):
         return
     if not path.is_dir():
-        raise PolysegError(f"{path}: is no folder; choose another one")
+        raise PolysegError(f"{path}: is not a folder; choose another one")
     ours = any(next(path.glob(pattern), None) for pattern in known_by)
-    kept = next((one for one in path.rglob("*") if _is_of_a_run(one)), None) if ours else None
+    of_run = (
+        one for one in path.rglob("*") if one.name == "checkpoints" or one.suffix == ".safetensors"
+    )
+    kept = next(of_run, None) if ours else None
     if not overwrite:
         hint = ", or add --overwrite" if ours and kept is None else ""
         raise PolysegError(
@@ -130,80 +112,55 @@ def _refuse_occupied(path: Path, overwrite: bool, known_by: Sequence[str]) -> No
         )
     if not ours:
         raise PolysegError(
-            f"{path}: was not left by this command (no {known_by[0]} in it), and --overwrite "
+            f"{path}: has no {known_by[0]}, so this command did not write it, and --overwrite "
             "replaces nothing else; choose another folder"
         )
     if kept is not None:
         raise PolysegError(
-            f"{path}: holds {kept.relative_to(path)}, and --overwrite removes no runs; choose "
+            f"{path}: contains {kept.relative_to(path)}, and --overwrite removes no runs; choose "
             "another folder"
         )
 
 
-def _is_of_a_run(path: Path) -> bool:
-    return path.name == "checkpoints" or path.suffix == ".safetensors"
-
-
 def _refuse_immovable(place: Path, path: Path) -> None:
-    """Raise if no other folder can take this one's place."""
+    """Raise if no other folder can be renamed to this one."""
     if place.is_mount():
         raise PolysegError(f"{path}: is a mount point; give a new folder in it")
     if Path.cwd().is_relative_to(place):
-        raise PolysegError(f"{path}: is, or holds, the working folder; choose another one")
+        raise PolysegError(f"{path}: is or contains the working folder; choose another one")
+
+
+def _locked(temporary: Path, path: Path) -> int:
+    """Make the temporary folder if it does not exist, and return its locked descriptor."""
+    files.disk.make_folder(temporary.parent)
+    with contextlib.suppress(FileExistsError):
+        temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        files.lock(descriptor, temporary, owner=str(path))
+    except PolysegError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextlib.contextmanager
-def _held(temporary: Path, path: Path) -> Iterator[None]:
-    """Hold the temporary folder alone; if it is still there in the end, it goes."""
-    missing = [parent for parent in temporary.parents if not parent.exists()]
+def _removed_on_error(folder: Path) -> Iterator[None]:
     try:
-        with _locked(temporary, path) as descriptor:
-            try:
-                yield
-            finally:
-                if _is_at(descriptor, temporary):
-                    files.disk.remove_folder(temporary)
-    finally:
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        yield
+    except BaseException:
+        files.disk.remove_folder(folder)
+        raise
 
 
-@contextlib.contextmanager
-def _locked(temporary: Path, path: Path) -> Iterator[int]:
-    """Yield the descriptor of a locked folder, made if it is not there."""
-    for _ in range(_ATTEMPTS):
-        descriptor = _open(temporary)
-        try:
-            files.lock(descriptor, temporary, owner=str(path))
-            # Whoever held it before may have given it its final name meanwhile.
-            if _is_at(descriptor, temporary):
-                yield descriptor
-                return
-        finally:
-            os.close(descriptor)
-    raise PolysegError(f"{path}: cannot be written: other processes come and go; try again")
-
-
-def _open(folder: Path) -> int:
-    """Return the descriptor of a folder, made if it is not there; a link to one is none."""
-    while True:
-        files.disk.make_folder(folder.parent)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # Another process has moved or removed it.
-            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-
-
-def _is_at(descriptor: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), folder.lstat())
-    except FileNotFoundError:
-        return False
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a process that was killed has left in its temporary folder."""
+    """Remove what a killed process has left in its temporary folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             files.disk.remove_folder(entry)
@@ -211,8 +168,8 @@ def _clear(folder: Path) -> None:
             files.disk.remove(entry)
 
 
-def _put(temporary: Path, place: Path, older: Path) -> None:
-    """Give the temporary folder its final name, once all that is in it has reached the disk."""
+def _publish(temporary: Path, place: Path, older: Path) -> None:
+    """Rename the temporary folder once all files in it are on the disk."""
     for entry in sorted(temporary.rglob("*"), reverse=True):
         files.disk.flush(entry)
     if place.is_dir():
@@ -224,13 +181,10 @@ def _put(temporary: Path, place: Path, older: Path) -> None:
     files.disk.flush(place.parent)
 
 
-def _settle(place: Path, older: Path) -> None:
-    """Bring back what was moved aside, or remove it if its successor is in place."""
-    try:
-        older.lstat()
-    except FileNotFoundError:
-        return
-    if _is_occupied(place):
-        files.disk.remove_folder(older)
-    else:
-        files.disk.rename(older, place)
+def _restore(place: Path, older: Path) -> None:
+    """Undo a replacement that was interrupted, or remove what was replaced."""
+    if os.path.lexists(older):
+        if _is_occupied(place):
+            files.disk.remove_folder(older)
+        else:
+            files.disk.rename(older, place)

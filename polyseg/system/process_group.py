@@ -1,7 +1,7 @@
-"""The processes that share the work of a command: which one this is, its part, and how they meet.
+"""The processes of one command: their ranks, their shares of the work and their communication.
 
-`torchrun` starts them and tells each its number; they meet over gloo, or nccl where each has a GPU.
-The first of them leads: it alone writes and speaks. Without `torchrun` there is one process.
+`torchrun` starts them; they communicate by NCCL where each has a GPU, otherwise by Gloo. Only the
+leader, rank 0, writes files and messages. Without `torchrun` there is one process.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ENDED = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
-"""In what a collective says when one of the processes is no longer there."""
-_TOLD = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Parts of the messages of a collective operation when another process has ended."""
+_VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _OTHER_ENDED = (
-    "another process of this command has ended, and so does this one; what it said tells why, and "
-    "a training goes on from its last epoch by --resume"
+    "another process of this command has ended, so this one ends too; see its message; a training "
+    "can be resumed from its last epoch by --resume"
 )
 PATIENCE = timedelta(days=2)
-"""To wait for a process that has more to do than the others; where one ends `torchrun` ends all."""
+"""Longest time to wait for a slower process; torchrun itself ends all when one ends."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the work.
+    """The rank of this process and the number of processes.
 
     >>> Processes(rank=1, count=3).rows(8), Processes(rank=1, count=3).share("abcde")
     (slice(3, 6, None), ['b', 'e'])
@@ -43,23 +43,20 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def rows(self, total: int) -> slice:
-        """Return the rows that are this process's of a batch of so many images.
-
-        Of what cannot be divided evenly the leading process has most.
-        """
+        """Return this process's rows of a batch; the first ranks get the larger parts."""
         start, stop = (-(-total * end // self.count) for end in (self.rank, self.rank + 1))
         return slice(start, stop)
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Return this process's share of what can be done in any order."""
+        """Return this process's share of items that can be worked on in any order."""
         return list(items[self.rank :: self.count])
 
     def gathered(self, mine: T) -> list[T]:
-        """Return what each process has, by its number."""
+        """Return the values of all processes, by rank."""
         if self.count == 1:
             return [mine]
         from torch import distributed
@@ -69,17 +66,12 @@ class Processes:
         return found
 
     def joined(self, mine: Sequence[T]) -> list[T]:
-        """Return what came of each item, in the items' order, of which each process did its share.
-
-        >>> items = "abc"
-        >>> ALONE.joined([item.upper() for item in ALONE.share(items)])
-        ['A', 'B', 'C']
-        """
+        """Return the results of all processes in the order of the items given to `share`."""
         parts = self.gathered(list(mine))
         return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
 
     def from_leader(self, mine: T | None) -> T:
-        """Return what the leading process has."""
+        """Return the leader's value."""
         if self.count == 1:
             return cast(T, mine)
         from torch import distributed
@@ -89,7 +81,7 @@ class Processes:
         return cast(T, found[0])
 
     def take_from_leader(self, values: "Iterable[Tensor]") -> None:
-        """Put into tensors what the leading process has in them."""
+        """Overwrite tensors with the leader's."""
         if self.count == 1:
             return
         from torch import distributed
@@ -98,36 +90,30 @@ class Processes:
             distributed.broadcast(one, src=0)
 
     def all(self, mine: bool) -> bool:
-        """Return whether it holds in all of the processes."""
+        """Return whether a condition holds in all processes."""
         return all(self.gathered(mine))
 
     def entered_by_leader(
         self, stack: contextlib.ExitStack, block: contextlib.AbstractContextManager[T]
     ) -> T:
-        """Enter a block in the leading process alone, until the stack ends; return what it yields.
-
-        The others go on once it is entered.
-        """
+        """Enter a context in the leader until the stack ends; return its value in all processes."""
         return self.from_leader(stack.enter_context(block) if self.leads else None)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Let an error leave the block when all processes have come to its end, and then end all.
+        """Wait for all processes at the end of the block, then raise if any of them failed.
 
-        So nothing in it is still at work when the one that failed, or leads, tidies up.
-
-        Raises:
-            PolysegError: another process failed.
+        So none still works when the leader, or the one that failed, cleans up.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as found:
             error = found
-        well = self.all(error is None)
+        all_succeeded = self.all(error is None)
         if error is not None:
             raise error
-        if not well:
+        if not all_succeeded:
             raise PolysegError(_OTHER_ENDED)
 
 
@@ -135,23 +121,16 @@ ALONE = Processes()
 
 
 def rank_here() -> int:
-    """Return which of the processes that `torchrun` has started this is; 0 without it.
-
-    It is known before they meet, so that only one of them speaks from the beginning.
-    """
+    """Return this process's rank, also before the processes are connected; 0 without `torchrun`."""
     return int(os.environ["RANK"]) if _count_here() > 1 else 0
 
 
 @contextlib.contextmanager
 def together(device: "Device", patience: timedelta | None = None) -> Iterator[Processes]:
-    """Meet the other processes, if there are any, for the length of the block.
+    """Connect the processes, if there are several, for the length of the block.
 
-    Args:
-        device: where this process computes.
-        patience: how long to wait for another one; torch knows where nothing is said.
-
-    Raises:
-        PolysegError: they do not meet, or one of them ends before the block does.
+    `patience` is the longest time to wait for another process; None for torch's default. A process
+    that cannot connect, or ends before the block does, raises PolysegError in the others.
     """
     if _count_here() == 1:
         yield ALONE
@@ -163,8 +142,8 @@ def together(device: "Device", patience: timedelta | None = None) -> Iterator[Pr
             place, there = int(os.environ.get("LOCAL_RANK", "0")), cuda.device_count()
             if place >= there:
                 raise PolysegError(
-                    f"torchrun: process {place} of this machine has no GPU of its own, of which "
-                    f"there are {there}; lower --nproc-per-node"
+                    f"torchrun: process {place} has no GPU of its own; this machine has {there}; "
+                    "lower --nproc-per-node"
                 )
             cuda.set_device(place)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -176,12 +155,12 @@ def together(device: "Device", patience: timedelta | None = None) -> Iterator[Pr
 
 
 def _count_here() -> int:
-    """Return how many processes there are, if all is there that `torchrun` tells them."""
-    told = {name: os.environ.get(name, "") for name in _TOLD}
-    numbers = (told["WORLD_SIZE"], told["RANK"])
-    if not all(told.values()) or not all(number.isdecimal() for number in numbers):
+    """Return the number of processes; 1 unless all variables of `torchrun` are set."""
+    found = {name: os.environ.get(name, "") for name in _VARIABLES}
+    numbers = (found["WORLD_SIZE"], found["RANK"])
+    if not all(found.values()) or not all(number.isdecimal() for number in numbers):
         return 1
-    return int(told["WORLD_SIZE"])
+    return int(found["WORLD_SIZE"])
 
 
 @contextlib.contextmanager

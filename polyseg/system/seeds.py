@@ -1,4 +1,4 @@
-"""Random streams without state: each is derived from what it is for, so nothing has to be kept."""
+"""Seeds derived from a purpose, so that random streams have no state to save."""
 
 import hashlib
 
@@ -6,26 +6,25 @@ import numpy as np
 
 
 def derive_seed(*key: int | str) -> int:
-    """Return the seed in [0, 2**63) that belongs to a key such as (seed, epoch, purpose).
+    """Return a seed in [0, 2**63) for a key such as (seed, epoch, purpose).
 
-    Equal keys give equal seeds on every machine; keys that differ give unrelated ones.
+    Equal keys give equal seeds on every machine; different keys give unrelated ones.
 
     >>> derive_seed(0, 3, "order") == derive_seed(0, 3, "order")
     True
     >>> derive_seed(0, 3, "order") == derive_seed(0, 4, "order")
     False
     """
-    # repr tells 1 from "1", and the separator cannot occur unescaped inside it.
+    # repr tells 1 from "1", and escapes line breaks.
     text = "\n".join(repr(part) for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 def permutation(n: int, seed: int) -> list[int]:
-    """Return 0 to n - 1 in the order that `torch.randperm` gives from a CPU generator of this seed.
+    """Return the permutation of 0 to n - 1 that `torch.randperm` draws from a CPU generator.
 
-    Without torch, so that a recorded schedule can be recomputed without it, and the same whatever
-    its version.
+    Schedules can so be recomputed without torch, and whatever its version.
 
     >>> permutation(5, seed=0)
     [4, 0, 1, 3, 2]

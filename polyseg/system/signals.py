@@ -1,7 +1,7 @@
-"""How signals end work: at once where nothing is to be kept, else at the next good moment.
+"""Signals: end the work at once, or after the current step.
 
-SIGINT is Ctrl-C, SIGTERM what systems and schedulers send, SIGUSR1 what a scheduler can be told to
-send some time before its limit, and SIGHUP what is left of a terminal that was closed.
+SIGINT is Ctrl-C; SIGTERM comes from systems and schedulers; SIGUSR1 can be ordered from a scheduler
+some time before its limit; SIGHUP comes when a terminal is closed.
 """
 
 import contextlib
@@ -19,78 +19,73 @@ log = logging.getLogger(__name__)
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-_SECONDS_TO_LEAVE = 0.5
+_SECONDS_TO_REPEAT = 0.5
 
 
-class Wish:
-    """Whether a signal has asked for the end, and whether it has come."""
+class StopRequest:
+    """The signal that has asked the work to stop, if any."""
 
     number = 0
-    """Of the signal; 0 as long as none has come."""
-    granted = False
-    """Whether the work is over, so that no signal has anything left to end."""
+    """Number of the signal; 0 before one has come."""
+    done = False
+    """Whether the work is over, so that further signals are ignored."""
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[Wish]:
-    """Let a signal raise `Interrupted` wherever the block is, which tidies up on its way out.
+def ending_at_once() -> Iterator[StopRequest]:
+    """Raise `Interrupted` in the block when a signal comes.
 
-    It is raised again every half second, because Python drops what is raised where it frees
-    objects, until the wish is said to be granted or the block is over.
+    It is raised again every half second until the block ends or `done` is set, because Python
+    drops exceptions that are raised while it frees objects.
 
     >>> with contextlib.suppress(Interrupted), ending_at_once():
     ...     signal.raise_signal(signal.SIGTERM)
     """
-    wish = Wish()
+    stop = StopRequest()
 
     def leave(number: int) -> None:
         if number != signal.SIGALRM:
-            wish.number = number
-        if wish.granted or not wish.number:
+            stop.number = number
+        if stop.done or not stop.number:
             return
-        signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_LEAVE)
-        raise interruption(wish.number, "")
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_REPEAT)
+        raise interruption(stop.number, "")
 
     with _handled_by(leave, (*ENDING, signal.SIGALRM)):
         try:
-            yield wish
+            yield stop
         finally:
-            wish.granted = True
-            if wish.number:
+            stop.done = True
+            if stop.number:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextlib.contextmanager
-def ending_when_asked(farewell: Callable[[], str]) -> Iterator[Wish]:
-    """Yield a wish, which the block grants at its next good moment; a second signal ends it now.
+def ending_when_asked(progress: Callable[[], str]) -> Iterator[StopRequest]:
+    """Yield a request that the block looks at after each step; raise at a second signal.
 
-    Args:
-        farewell: how far the work has come, said at a second signal.
+    `progress` returns how far the work has come, for the message of the second signal.
 
-    >>> with ending_when_asked(lambda: "after epoch 3") as wish:
+    >>> with ending_when_asked(lambda: "after epoch 3") as stop:
     ...     signal.raise_signal(signal.SIGTERM)
-    ...     wish.number == signal.SIGTERM
+    ...     stop.number == signal.SIGTERM
     True
     """
-    wish = Wish()
+    stop = StopRequest()
 
     def remember(number: int) -> None:
-        if wish.number:
-            raise interruption(number, farewell())
-        wish.number = number
-        log.warning("ending after this step; once more to leave at once")
+        if stop.number:
+            raise interruption(number, progress())
+        stop.number = number
+        log.warning("ending after this step; a second signal ends at once")
 
     with _handled_by(remember, ENDING):
-        yield wish
+        yield stop
 
 
-def interruption(number: int, farewell: str) -> Interrupted:
-    """Return the end by a signal.
-
-    >>> print(interruption(signal.SIGTERM, "after epoch 3"))
-    ended by SIGTERM after epoch 3
-    """
-    return Interrupted(number, f"ended by {signal.Signals(number).name} {farewell}".rstrip())
+def interruption(number: int, progress: str) -> Interrupted:
+    """Return the exception for a signal."""
+    return Interrupted(number, f"ended by {signal.Signals(number).name} {progress}".rstrip())
 
 
 @contextlib.contextmanager
@@ -98,7 +93,7 @@ def _handled_by(handle: Callable[[int], None], numbers: tuple[int, ...]) -> Iter
     process, hook = os.getpid(), sys.unraisablehook
 
     def handler(number: int, _: FrameType | None) -> None:
-        # A process that reads images inherits this; the one that started it ends it.
+        # Forked workers inherit the handler; their parent ends them.
         if os.getpid() == process:
             handle(number)
 
@@ -106,7 +101,7 @@ def _handled_by(handle: Callable[[int], None], numbers: tuple[int, ...]) -> Iter
         if not isinstance(unraisable.exc_value, Interrupted):
             hook(unraisable)
 
-    # What is ignored stays so: `nohup`, and jobs that a shell has put into the background.
+    # Ignored signals stay ignored, as under `nohup`.
     before = {one: signal.getsignal(one) for one in numbers}
     taken = [one for one, old in before.items() if old is not signal.SIG_IGN]
     for one in taken:

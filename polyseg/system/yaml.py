@@ -1,8 +1,7 @@
-"""YAML of plain values, of which is taken only what means the same to everyone.
+"""Strict YAML: plain values only, with one meaning in every version of YAML.
 
-There are no tags that build objects, no aliases, and no key twice. Numbers are decimal: `no`, `on`,
-`017`, `1_0`, `1:30` and dates, of which YAML's versions differ in what they mean, are words. What
-is written puts such words into quotes, so that any version reads it as it was.
+There are no tags, no aliases and no repeated keys. Numbers are decimal; `no`, `on`, `017`, `1_0`,
+`1:30` and dates, which YAML's versions read differently, are text, and are written in quotes.
 """
 
 import copy
@@ -15,7 +14,7 @@ import yaml
 from polyseg.errors import PolysegError
 
 LONGEST_YAML = 50_000
-"""Characters."""
+"""Largest number of characters."""
 
 _DEEPEST_NESTING = 30
 _LARGEST_NUMBER = 2**63
@@ -32,7 +31,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping, none of whose keys stands in it twice."""
+        """Return a mapping after checking that no key is repeated."""
         mapping = super().construct_mapping(node, deep=deep)
         if len(mapping) < len(node.value):
             seen: set[Any] = set()
@@ -40,13 +39,13 @@ class _Loader(yaml.SafeLoader):
                 name = self.construct_object(key, deep=True)
                 if name in seen:
                     line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"{name!s:.60} stands twice, again in line {line}")
+                    raise yaml.YAMLError(f"{name!s:.60} is repeated in line {line}")
                 seen.add(name)
         return mapping
 
 
 class _Dumper(yaml.SafeDumper):
-    # Those of YAML 1.1, so that its readers too find quotes where they need them.
+    # The rules of YAML 1.1, so that text which it reads as something else is quoted.
     yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
 
 
@@ -58,32 +57,32 @@ for _kind, _pattern in _PLAIN.items():
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML that may come from anywhere.
+    """Parse YAML from an untrusted source.
 
     Raises:
-        PolysegError: what is wrong, in one line that starts with `source`.
+        PolysegError: one line that starts with `source`.
 
     >>> parse_yaml("[1, 1e-3, 1_0, no]", "here")
     [1, 0.001, '1_0', 'no']
     >>> parse_yaml("{a: 1, a: 2}", "here")
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: here: is not YAML: a stands twice, again in line 1
+    polyseg.errors.PolysegError: here: is not valid YAML: a is repeated in line 1
     """
     if len(text) > LONGEST_YAML:
-        raise PolysegError(f"{source}: is over {LONGEST_YAML:,} characters; no configuration is")
+        raise PolysegError(f"{source}: has over {LONGEST_YAML:,} characters; shorten it")
     try:
-        _refuse_riddles(text, source)
+        _refuse_unsafe(text, source)
         tree = _Loader(text).get_single_data()
         if any(isinstance(value, int) and abs(value) > _LARGEST_NUMBER for value in parts(tree)):
-            raise PolysegError(f"{source}: holds a whole number beyond 2 to the power of 63")
+            raise PolysegError(f"{source}: contains a whole number above 2 to the power of 63")
         return tree
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise PolysegError(f"{source}: is not YAML: {reason[:200]}") from None
+        raise PolysegError(f"{source}: is not valid YAML: {reason[:200]}") from None
 
 
 def dump_yaml(tree: Any, *, in_a_line: bool = False) -> str:
-    """Return plain values as YAML, mappings in their own order.
+    """Return plain values as YAML; the order of keys is kept.
 
     >>> dump_yaml({"b": 1e-9, "a": ["no", "1e-3"]}, in_a_line=True)
     "{b: 1.0e-09, a: ['no', '1e-3']}"
@@ -93,11 +92,7 @@ def dump_yaml(tree: Any, *, in_a_line: bool = False) -> str:
 
 
 def parts(tree: Any) -> Iterator[Any]:
-    """Yield what nested mappings and lists hold: values, keys, and mappings and lists themselves.
-
-    >>> list(parts({"a": [1]}))
-    [{'a': [1]}, 'a', [1], 1]
-    """
+    """Yield a tree and everything in it: mappings, lists, keys and values."""
     yield tree
     for part in tree if isinstance(tree, dict | list | tuple) else ():
         yield from parts(part)
@@ -105,15 +100,15 @@ def parts(tree: Any) -> Iterator[Any]:
             yield from parts(tree[part])
 
 
-def _refuse_riddles(text: str, source: str) -> None:
-    """Raise on what is small to write and huge to read, or asks for more than plain values."""
+def _refuse_unsafe(text: str, source: str) -> None:
+    """Raise on aliases, tags and deep nesting, before anything is built."""
     depth = 0
     for event in yaml.parse(text):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
-            raise PolysegError(f"{source}: YAML aliases (*name) are not taken; write it out")
+            raise PolysegError(f"{source}: YAML aliases (*name) are not supported; write it out")
         if tag := getattr(event, "tag", None):
-            raise PolysegError(f"{source}: YAML tags ({tag:.60}) are not taken; leave it out")
+            raise PolysegError(f"{source}: YAML tags ({tag:.60}) are not supported; remove it")
         if depth > _DEEPEST_NESTING:
-            raise PolysegError(f"{source}: is nested over {_DEEPEST_NESTING} deep; no setting is")
+            raise PolysegError(f"{source}: is nested over {_DEEPEST_NESTING} levels; flatten it")

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from polyseg import losses
-from polyseg.choices import LOSSES
+from polyseg.choices import loss_of
 from polyseg.config import LossConfig
+from polyseg.registry import is_own
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, 1, H, W) logits and mask, (B,) epsilon -> (B,) losses."""
@@ -36,7 +37,8 @@ def build_objective(config: LossConfig) -> Objective:
     >>> objective(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4), torch.zeros(2))
     tensor([0.2000, 0.2000])
     """
-    loss: Objective = LOSSES[config.name].resolve()(config)
+    row = loss_of(config.name)
+    loss: Objective = row.resolve() if is_own(config.name) else row.resolve()(config)
     weight = config.bce_weight
     if weight == 0:
         return loss

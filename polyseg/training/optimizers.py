@@ -1,16 +1,15 @@
 """The optimizer of a training: made by the settings, laid down in a checkpoint, taken up again."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polyseg.choices import OPTIMIZERS, SCHEDULERS
 from polyseg.config import TrainingConfig
 from polyseg.errors import PolysegError
-
-_ADAMS_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def learning_rate(config: TrainingConfig, epoch: int) -> float:
@@ -19,25 +18,58 @@ def learning_rate(config: TrainingConfig, epoch: int) -> float:
     >>> learning_rate(TrainingConfig(scheduler="constant", learning_rate=0.5), 7)
     0.5
     """
-    share = (epoch - 1) / config.epochs
-    if config.scheduler == "cosine":
-        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
-    if config.scheduler == "polynomial":
-        return config.learning_rate * math.pow(1 - share, 0.9)
-    return config.learning_rate
+    share: float = SCHEDULERS[config.scheduler].resolve()((epoch - 1) / config.epochs)
+    return config.learning_rate * share
+
+
+def cosine(done: float) -> float:
+    """Return a share that falls from 1 to 0.01 as a cosine."""
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+
+def polynomial(done: float) -> float:
+    """Return a share that falls from 1 to 0 as the power 0.9 of the rest."""
+    return math.pow(1 - done, 0.9)
+
+
+def constant(_: float) -> float:
+    """Return 1."""
+    return 1.0
 
 
 def build_optimizer(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer that the settings name, for the weights of a network."""
-    parameters = list(network.parameters())
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    # One pass over the weights for all of a step; it knows no complex ones. SGD has it too, but
-    # fails where a weight gets its first gradient later than others.
-    fused = all(weights.is_floating_point() for weights in parameters) or None
-    return kind(parameters, fused=fused, **settings)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[config.optimizer].resolve()(
+        list(network.parameters()), config
+    )
+    return optimizer
+
+
+def adamw(weights: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return AdamW."""
+    return torch.optim.AdamW(weights, fused=_fused(weights), **_settings(config))
+
+
+def adam(weights: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return Adam."""
+    return torch.optim.Adam(weights, fused=_fused(weights), **_settings(config))
+
+
+def sgd(weights: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum 0.9."""
+    return torch.optim.SGD(weights, momentum=0.9, nesterov=True, **_settings(config))
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+
+
+def _fused(weights: list[nn.Parameter]) -> bool | None:
+    """Return whether Adam may take a step in one pass over all weights: it knows no complex ones.
+
+    SGD has it too, but fails where a weight gets its first gradient later than others.
+    """
+    return all(one.is_floating_point() for one in weights) or None
 
 
 def norm_of_gradients(network: nn.Module) -> Tensor:
@@ -56,8 +88,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
-    """Give an optimizer the tensors that one of its kind has laid down.
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any, kind: str) -> None:
+    """Give an optimizer, by its name in `OPTIMIZERS`, the tensors that one of its kind has kept.
 
     Raises:
         PolysegError: they are missing or do not fit.
@@ -68,7 +100,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
         if not parameter.isdecimal():
             raise PolysegError(f"checkpoint: optimizer tensor {key!r:.60} is none of polyseg's")
         state.setdefault(int(parameter), {})[name] = value
-    _refuse_misfits(optimizer, state)
+    _refuse_misfits(optimizer, state, OPTIMIZERS[kind].state)
     weights = _weights_of(optimizer)
     for i, held in state.items():
         state[i] = {name: _laid_out_as(weights[i], value) for name, value in held.items()}
@@ -77,11 +109,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Any) -> None:
 
 
 def _refuse_misfits(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[int, Mapping[str, Tensor]],
+    names: Collection[str],
 ) -> None:
     """Raise unless what an optimizer is to take up is what one of its kind has laid down."""
     parameters = _weights_of(optimizer)
-    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAMS_STATE
     fits = bool(state) and max(state) < len(parameters)
     # What the loss does not reach has no state.
     for i, held in state.items() if fits else ():

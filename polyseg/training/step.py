@@ -93,7 +93,8 @@ class Steps:
         """
         fit_weights(self.network, checkpoint.weights)
         if checkpoint.epoch:
-            restore_optimizer(self.optimizer, checkpoint.optimizer)
+            kind = self.config.training.optimizer
+            restore_optimizer(self.optimizer, checkpoint.optimizer, kind)
         if self.scaler.is_enabled() and checkpoint.scaler:
             self.scaler.load_state_dict(dict(checkpoint.scaler))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from polyseg.adaptive.controller import Adapted, EpsilonControl, Recorder
 from polyseg.adaptive.replay import epsilon_of_batch
-from polyseg.config import Config
+from polyseg.choices import NORMALISATIONS, WHOLE_SCORES
+from polyseg.config import LARGEST_EPSILON, Config, UncertaintyConfig, least_epsilon
 from polyseg.data.augmentation import changes_of
 from polyseg.data.dataset import ImageSet
 from polyseg.data.splits import Split
@@ -25,6 +26,7 @@ from polyseg.networks.dropout import active_layers, refuse_hidden_dropout
 from polyseg.networks.inference import choose_algorithms, choose_device, predict
 from polyseg.networks.networks_by_name import SegmentationNetwork, refuse_untrainable
 from polyseg.records import Assessment, Progress, Schedule, no_progress
+from polyseg.registry import is_own
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.checkpoints import Checkpoint, columns_of
 from polyseg.runs.history import Epoch, completed, row_of
@@ -34,10 +36,11 @@ from polyseg.runs.weights import new_network
 from polyseg.system.memory import explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 from polyseg.system.seeds import derive_seed
-from polyseg.system.signals import Wish, ending_when_asked, interruption
+from polyseg.system.signals import StopRequest, ending_when_asked, interruption
 from polyseg.training.losses_by_name import as_tasks
 from polyseg.training.nonfinite import Watch
 from polyseg.training.optimizers import learning_rate, optimizer_tensors
+from polyseg.training.own_code import check_own_code
 from polyseg.training.step import Step, Steps, of_all_processes
 
 log = logging.getLogger(__name__)
@@ -73,19 +76,13 @@ class Trainer:
         self.relies_on(replay="", split="")
         self.progress = progress
         self.device = choose_device(config.training.device)
+        check_own_code(config)
         choose_algorithms(self.device, deterministic=config.training.deterministic)
         self.network = self._new_network(images.channels)
-        if config.data.normalise == "dataset":
+        if NORMALISATIONS[config.data.normalise].pooled:
             images = dataclasses.replace(images, levels=images.pooled_over(split["train"]))
             self.images = images
-        passes = config.assesses and config.uncertainty.takes_passes
-        if passes:
-            # Now, not at the first assessment, which may be hours away.
-            active_layers(self.network)
-        if passes or processes.count > 1:
-            image, _ = images.patch(split["train"][0], seed=0)
-            with explaining_memory("training", _LESS_MEMORY):
-                refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
+        self._refuse_unfit_dropout()
         self.steps = Steps(self.network, config, processes)
         self.watch = Watch(self.steps, run.last)
         self.changes = changes_of(config.data)
@@ -101,7 +98,21 @@ class Trainer:
         self.assessments: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         """Of the last epoch trained, one a label: what each image lost at the constant epsilon."""
-        self.wish = Wish()
+        self.stop = StopRequest()
+
+    def _refuse_unfit_dropout(self) -> None:
+        """Raise now, not at the first assessment hours later, where MC Dropout cannot work.
+
+        Raises:
+            PolysegError: no dropout layer is active, or there is other randomness.
+        """
+        passes = self.config.assesses and self.config.uncertainty.takes_passes
+        if passes:
+            active_layers(self.network)
+        if passes or self.processes.count > 1:
+            image, _ = self.images.patch(self.split["train"][0], seed=0)
+            with explaining_memory("training", _LESS_MEMORY):
+                refuse_hidden_dropout(self.network, image.to(self.device).repeat(2, 1, 1, 1))
 
     def _new_network(self, channels: int) -> SegmentationNetwork:
         """Return the network with its first weights.
@@ -125,7 +136,7 @@ class Trainer:
             PolysegError: a loss or an uncertainty is not finite, or files cannot be written.
         """
         epochs = self.config.training.epochs
-        with ending_when_asked(self._farewell) as self.wish, self._explaining_the_end():
+        with ending_when_asked(self._progress_text) as self.stop, self._explaining_the_end():
             if self.epoch == 0:
                 self._start()
             while self.epoch < epochs and not self._stopped_early():
@@ -247,9 +258,23 @@ class Trainer:
     def _adapted(self, names: Sequence[str], epoch: int) -> Adapted:
         """Return the epsilons of a batch; a replayed schedule keeps its own statistics."""
         if self.replay is None:
-            return self.control.adapt(names)
+            adapted = self.control.adapt(names)
+            self._refuse_epsilons(adapted, names, epoch)
+            return adapted
         epsilon = epsilon_of_batch(self.replay, names, epoch, len(self.images.labels))
         return Adapted(epsilon.astype(np.float64), None)
+
+    def _refuse_epsilons(self, adapted: Adapted, names: Sequence[str], epoch: int) -> None:
+        """Raise where a map gives no epsilon, or one that rewards misalignment."""
+        least = least_epsilon(self.config.loss.polydice_terms or 1)
+        good = (adapted.epsilon >= least) & (adapted.epsilon <= LARGEST_EPSILON)
+        if not good.all():
+            bad = int(good.argmin())
+            raise PolysegError(
+                f"control.map {self.config.control.map}: epsilon {adapted.epsilon[bad]:g} of image "
+                f"{names[bad // len(self.images.labels)]} in epoch {epoch}; it must lie in "
+                f"{least:.4g} to {LARGEST_EPSILON}"
+            )
 
     def _account(self, steps: Sequence[Step], epoch: int) -> Epoch:
         """Keep the losses of the images in an epoch's steps, and return what is known of it."""
@@ -305,16 +330,18 @@ class Trainer:
     def _assess(self, epoch: int) -> None:
         """Measure the difficulty of the training images, keep the file, and adapt epsilon to it."""
         ids = self.split["train"]
-        assessment = assess(
-            self.network,
-            self.images.batches(spread(ids), self.config.training.batch_size),
-            self.config.uncertainty,
-            seed=self.config.training.seed,
-            epoch=epoch,
-            progress=lambda _, done, total: self._report_assessment(epoch, done, total),
-            total=len(ids),
-            processes=self.processes,
-        ).in_order(ids)
+        with _naming_the_epoch(epoch, self.config.uncertainty.metric):
+            assessment = assess(
+                self.network,
+                self.images.batches(spread(ids), self.config.training.batch_size),
+                self.config.uncertainty,
+                seed=self.config.training.seed,
+                epoch=epoch,
+                progress=lambda _, done, total: self._report_assessment(epoch, done, total),
+                total=len(ids),
+                processes=self.processes,
+                also=_also_measured(self.config.uncertainty),
+            ).in_order(ids)
         assessment = dataclasses.replace(
             assessment,
             scores={**assessment.scores, "training_loss": self._training_losses()},
@@ -419,8 +446,8 @@ class Trainer:
         return stopped
 
     def _leave_on_signal(self) -> None:
-        if self.wish.number:
-            raise interruption(self.wish.number, self._farewell())
+        if self.stop.number:
+            raise interruption(self.stop.number, self._progress_text())
 
     @contextlib.contextmanager
     def _explaining_the_end(self) -> Iterator[None]:
@@ -432,11 +459,27 @@ class Trainer:
                 self._leave_on_signal()
             raise
 
-    def _farewell(self) -> str:
+    def _progress_text(self) -> str:
         return (
             f"after epoch {self.epoch}; `polyseg train --resume --out {self.run.path}` goes "
             "on from there"
         )
+
+
+@contextlib.contextmanager
+def _naming_the_epoch(epoch: int, metric: str) -> Iterator[None]:
+    """Let errors of a difficulty of one's own say when."""
+    try:
+        yield
+    except PolysegError as error:
+        if is_own(metric):
+            raise PolysegError(f"assessment after epoch {epoch}: {error}") from None
+        raise
+
+
+def _also_measured(settings: UncertaintyConfig) -> list[str]:
+    """Return the scores of the whole image that come at no cost where the passes see all of it."""
+    return [*WHOLE_SCORES, "size"] if settings.metric in WHOLE_SCORES else []
 
 
 @contextlib.contextmanager

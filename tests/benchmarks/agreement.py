@@ -307,7 +307,7 @@ def main():
     compare_statistics(arguments.cases, rows)
     compare_intervals(min(arguments.cases, 20), rows)
     table = Table("metric", "reference", "cases", "largest difference")
-    order = [metric.key for metric in METRICS] + [key for key, _ in rows]
+    order = list(METRICS) + [key for key, _ in rows]
     for (key, name), differences in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         table.add_row(key, name, str(len(differences)), f"{np.max(differences):.1e}")
     Console().print(table)

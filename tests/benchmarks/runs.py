@@ -18,7 +18,8 @@ from rich.table import Table
 
 from polyseg.config import load_config
 from polyseg.data.loading import load_images
-from polyseg.runs.run_folder import RunDirectory, environment, split_json
+from polyseg.data.splits import split_json
+from polyseg.runs.run_folder import RunDirectory, environment
 from polyseg.system.memory import keep_freed_memory
 from polyseg.training.trainer import Trainer
 

@@ -1,8 +1,10 @@
 """Processor time of commands that need no network: python tests/benchmarks/startup.py
 
 Each command has a reference, which is what it cannot do without: the imports alone, and where the
-name says so the reading or drawing as well. All are new processes, started in turn; a ratio is the
-median over the rounds of a command's processor time over that of its reference in the same round.
+name says so the reading or drawing as well. A second reference does the same from within an empty
+command of typer, because parsing arguments and printing help import more than `import typer` does.
+All are new processes, started in turn; a ratio is the median over the rounds of a command's
+processor time over that of a reference in the same round.
 `--beside DIR` measures the polyseg of another folder as well, such as a checkout from before a
 change.
 """
@@ -23,6 +25,19 @@ from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 HERE = Path(__file__).parents[2]
 RUN = str(HERE / "tests/run_of_0_1")
 CLI = "import typer, rich, pydantic"
+EMPTY_COMMAND = """
+import typer
+from typing import Annotated
+app = typer.Typer()
+@app.command()
+def work(
+    path: Annotated[str, typer.Argument()] = "",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None: ...
+@app.command()
+def other() -> None: ...
+app(standalone_mode=False)
+"""
 PLOT = "import numpy, matplotlib.figure"
 DRAW = """
 import numpy as np
@@ -90,22 +105,29 @@ def main() -> None:
         write_phantoms(folder / "phantoms", make_phantoms(40))
         for turn in range(options.rounds + 1):
             for name, (reference, arguments) in COMMANDS.items():
-                row = [processor_seconds(["-c", reference], HERE, folder)]
+                words = ["--help"] if "--help" in arguments else ["work", "path"]
+                within = ["-c", f"{EMPTY_COMMAND}\n{reference}", *words]
+                row = [
+                    processor_seconds(["-c", reference], HERE, folder),
+                    processor_seconds(within, HERE, folder),
+                ]
                 for package in packages:
                     command = ["-m", "polyseg", *arguments]
                     row.append(processor_seconds(command, package, folder))
                 if turn:  # The first round fills the disk's cache.
                     times[name].append(row)
-    heads = ["reference s"] + [f"{p.name} {what}" for p in packages for what in ("s", "ratio")]
-    table = Table("command", *heads)
+    table = Table("command", "reference s", "in typer s")
+    for package in packages:
+        for head in ("s", "ratio", "ratio, in typer"):
+            table.add_column(f"{package.name} {head}")
     for name, rows in times.items():
         seconds = np.array(rows)
         medians = np.median(seconds, axis=0)
-        ratios = np.median(seconds / seconds[:, :1], axis=0)
-        cells = [f"{medians[0]:.2f}"]
-        for i in range(1, len(medians)):
-            cells += [f"{medians[i]:.2f}", f"{ratios[i]:.2f}"]
-        table.add_row(name, *cells)
+        ratios = [np.median(seconds / seconds[:, [i]], axis=0) for i in (0, 1)]
+        cells = [medians[0], medians[1]]
+        for i in range(2, len(medians)):
+            cells += [medians[i], ratios[0][i], ratios[1][i]]
+        table.add_row(name, *(f"{cell:.2f}" for cell in cells))
     Console(width=120).print(table)
 
 

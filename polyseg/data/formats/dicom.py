@@ -1,4 +1,4 @@
-"""Reading and writing DICOM files and series; alone in importing pydicom."""
+"""Read and write DICOM files and series; alone in importing pydicom."""
 
 import dataclasses
 import hashlib
@@ -55,8 +55,8 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
     """Read a DICOM file, of one or many frames, or a folder that holds one series of files.
 
     The files of a series lie in order along the normal of their slices, else by InstanceNumber,
-    else by name. Rescale slope and intercept are applied; MONOCHROME1, where 0 is white, is
-    inverted first, so that pixels are as displayed; colours become RGB.
+    else by name. Rescale slope and intercept are applied; images of MONOCHROME1, where 0 is white,
+    are inverted first, so that pixels are as displayed; labels are not. Colours become RGB.
 
     Raises:
         PolysegError: something is damaged, too large, of several series or of a kind not read, or
@@ -80,7 +80,7 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
 
 
 def is_dicom(path: Path) -> bool:
-    """Say whether a file begins as DICOM does.
+    """Return whether a file begins as DICOM does.
 
     >>> is_dicom(Path("/dev/null"))
     False
@@ -95,7 +95,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def is_unnamed_dicom(path: Path) -> bool:
-    """Say whether a folder, or a file with no suffix or one of numbers, is to be read as DICOM."""
+    """Return whether a folder, or a file without a known suffix, is read as DICOM."""
     ending = path.suffix.lower().removeprefix(".")
     bare = not ending or ending.isdigit() or ending == "ima"
     return path.is_dir() or (bare and is_dicom(path))
@@ -235,7 +235,7 @@ def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
         dataset = _whole(part)
         kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
         pixels = _decoded(part, dataset)
-        if kind == "MONOCHROME1":
+        if kind == "MONOCHROME1" and not labels:
             pixels = _inverted(pixels, dataset)
         if kind == "PALETTE COLOR" and not labels:
             from pydicom.pixels import apply_color_lut

@@ -1,4 +1,4 @@
-"""The kinds of files that are read and written: a row here is all that a new format needs.
+"""List the kinds of files that are read and written; a new format needs a row here.
 
 Rows name their functions as "module:name", so that finding files imports no decoder.
 """
@@ -18,8 +18,10 @@ class Format(Row):
 
     suffixes: tuple[str, ...] = ()
     """How names of files end, in lower case."""
+    starts: tuple[bytes, ...] = ()
+    """First bytes that only files of this kind have; they count more than the name."""
     has_planes: bool = False
-    """Whether files are volumes that can be sliced in several planes, given as `plane=`."""
+    """True where files are volumes that can be sliced in several planes, given as `plane=`."""
     is_unnamed: str = ""
     """Function that says whether a folder, or a file with no known suffix, is of this kind."""
     write: str = ""
@@ -29,7 +31,7 @@ class Format(Row):
     Without one predictions are PNG files.
     """
     holds_maps: bool = False
-    """Whether `write` takes float32 maps too; those of other formats are TIFF files."""
+    """True where `write` takes float32 maps too; those of other formats are TIFF files."""
 
     def read(self, path: Path, plane: str, *, labels: bool) -> Any:
         """Return a file as a stack of slices."""
@@ -41,15 +43,17 @@ FORMATS = Registry(
     "file format",
     Format(
         "picture",
-        "PNG, JPEG, BMP or GIF",
+        "PNG, JPEG, BMP, GIF or WebP",
         f"{_FORMATS}.images:read_picture",
-        (".png", ".jpg", ".jpeg", ".bmp", ".gif"),
+        (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"),
+        starts=(b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
     ),
     Format(
         "tiff",
         "TIFF of one picture or of a stack",
         f"{_FORMATS}.tiff:read_tiff",
-        (".tif", ".tiff"),
+        (".tif", ".tiff", ".ome.tif", ".ome.tiff"),
+        starts=(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
         write=f"{_FORMATS}.writers:write_tiff_like",
         holds_maps=True,
     ),
@@ -66,9 +70,18 @@ FORMATS = Registry(
         "dicom",
         "DICOM file, or folder of a series",
         f"{_FORMATS}.dicom:read_dicom",
-        (".dcm",),
+        (".dcm", ".ima"),
         is_unnamed=f"{_FORMATS}.dicom:is_unnamed_dicom",
         write=f"{_FORMATS}.writers:write_dicom_like",
+    ),
+    Format(
+        "itk",
+        "NRRD or MetaImage volume",
+        f"{_FORMATS}.itk:read_itk",
+        (".nrrd", ".mha"),
+        has_planes=True,
+        write=f"{_FORMATS}.itk:write_itk",
+        holds_maps=True,
     ),
 )
 
@@ -93,12 +106,17 @@ def suffix_of(path: Path) -> str:
 
 
 def format_of(path: Path) -> Format | None:
-    """Return the format of a file or folder, by its name, or else its content; None if unknown.
+    """Return the format of a file or folder, by its first bytes, its name, or DICOM's mark.
 
     >>> format_of(Path("a.JPG")).name, format_of(Path("notes.txt"))
     ('picture', None)
     """
-    suffix = suffix_of(path)
+    start, suffix = _start_of(path), suffix_of(path)
+    if start[128:] == b"DICM":  # What stands before it may be the start of a TIFF.
+        return FORMATS["dicom"]
+    for row in FORMATS.values():
+        if row.starts and start.startswith(row.starts):
+            return row
     for row in FORMATS.values():
         if suffix in row.suffixes:
             return row
@@ -106,3 +124,13 @@ def format_of(path: Path) -> Format | None:
         if row.is_unnamed and resolve(row.is_unnamed)(path):
             return row
     return None
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as stream:
+            return stream.read(132)
+    except OSError:
+        return b""

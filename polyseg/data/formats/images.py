@@ -1,4 +1,4 @@
-"""Reading PNG, JPEG, BMP and GIF, guarded against files that are not what they seem."""
+"""Read PNG, JPEG, BMP, GIF and WebP, guarded against files that are not what they seem."""
 
 import struct
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from polyseg.config.label_values import COLOUR
 from polyseg.data.formats.stacks import (
     Stack,
     guarded,
@@ -21,13 +22,13 @@ from polyseg.errors import PolysegError
 
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 # By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
-_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
+_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 _STRIP = 2**20
 ORIENTATION_TAG = 0x0112
 
 
 def read_picture(path: Path, *, labels: bool = False) -> Stack:
-    """Read PNG, JPEG, BMP or GIF as a stack of one slice; alpha is dropped.
+    """Read PNG, JPEG, BMP, GIF or WebP as a stack of one slice; alpha is dropped.
 
     A picture that a camera stored on its side, and says so (EXIF), is turned, masks too. For
     labels the numbers of a palette count (of a gray GIF the grays), for images its colours. No
@@ -51,7 +52,7 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
             if labels:
                 _refuse_if_only_transparent(path, pixels)
             pixels = pixels[..., :-1]
-        return as_stack(path, upright(pixels, turned)[None], labels=labels)
+        return as_stack(path, upright(pixels, turned)[None], labels=labels, turned=turned)
 
 
 def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
@@ -99,7 +100,7 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
     """Return pixels as they are stored, (H, W) or (H, W, C), and how they lie (EXIF, 1 to 8)."""
     try:
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
-            if image.format in ("GIF", "PNG") and getattr(image, "is_animated", False):
+            if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
                 raise PolysegError(f"{path}: is animated; expected one picture a file")
             deep = image.format == "PNG" and _is_deep_colour(path)
             each = _bytes_per_pixel(image, deep=deep, keep_palette=keep_palette)
@@ -111,7 +112,7 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
             return _copied(image, _mode_to_read(image, keep_palette=keep_palette)), turned
     except UnidentifiedImageError:
         raise ValueError(
-            "cannot identify image file; expected PNG, JPEG, BMP or GIF, as its name says"
+            "cannot identify image file; expected PNG, JPEG, BMP, GIF or WebP, as its name says"
         ) from None
 
 
@@ -147,9 +148,10 @@ def _is_deep_colour(path: Path) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        value = int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # What cannot be understood is shown as stored, as programs do.
         return 1
+    return value if 1 <= value <= 8 else 1
 
 
 def _copied(image: Image.Image, mode: str) -> NDArray[Any]:
@@ -194,20 +196,41 @@ def as_stack(
     *,
     labels: bool,
     spacing: tuple[float, float] | None = None,
+    turned: int = 1,
 ) -> Stack:
-    """Make a stack of pixels, (N, H, W, C)."""
+    """Return a stack of pixels, (N, H, W, C), that were turned by an orientation tag."""
     if labels:
-        return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-    return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing)
+        return Stack(label_pixels(path, one_channel(path, pixels)), spacing, turned)
+    return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing, turned)
+
+
+def as_stored(stack: Stack) -> Stack:
+    """Return a stack as its file holds it, not turned by the orientation tag.
+
+    >>> turned = upright(np.array([[1, 2, 3]]), 6)
+    >>> as_stored(Stack(turned[None], turned=6)).pixels
+    array([[[1, 2, 3]]])
+    """
+    # Only the two quarter turns are not their own inverse.
+    back = {6: 8, 8: 6}.get(stack.turned, stack.turned)
+    spacing = stack.spacing
+    if spacing is not None and back >= 5:
+        spacing = spacing[1], spacing[0]
+    return Stack(np.stack([upright(one, back) for one in stack.pixels]), spacing)
 
 
 def one_channel(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     """Return the one channel, (N, H, W), of labels, (N, H, W, C), that have equal ones.
 
+    Colours of 8 bit become numbers, COLOUR + 65536 R + 256 G + B.
+
     Raises:
-        PolysegError: they differ.
+        PolysegError: the channels differ and are no such colours.
     """
     for channel in range(1, pixels.shape[3]):
         if not np.array_equal(pixels[..., channel], pixels[..., 0]):
+            if pixels.shape[3] == 3 and pixels.dtype == np.uint8:
+                weights = np.array([2**16, 2**8, 1], np.int32)
+                return np.asarray(COLOUR + (pixels * weights).sum(axis=3, dtype=np.int32))
             raise PolysegError(f"{path}: is a colour image; a mask has one channel")
     return np.ascontiguousarray(pixels[..., 0])

@@ -1,4 +1,4 @@
-"""Reading and writing NIfTI volumes; alone in importing nibabel.
+"""Read and write NIfTI volumes; alone in importing nibabel.
 
 Slices are laid out as radiologists look at them, whatever the order of the voxels on disk: axial
 ones from the feet up, rows to the back, columns to the patient's left; coronal ones from front to
@@ -69,8 +69,9 @@ def read_nifti(path: Path, plane: Plane = "axial", *, labels: bool = False) -> S
             affine = _affine_of(path, header)
             scaling = _scaling(path, header)
             stored = _read_voxels(path, stream, header, shape, scaled=scaling is not None)
-        view = _slices(stored, affine, _plane_of(shape, affine, plane))
-        spacing = _nifti_spacing(header, affine, _plane_of(shape, affine, plane))
+        view = lie(stored, affine, plane_of(shape, affine, plane))
+        unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
+        spacing = spacing_of(affine, plane_of(shape, affine, plane), unit)
         pixels = _copied(view, scaling)
         del stored, view
         if labels:
@@ -96,7 +97,7 @@ def write_nifti(
         shape = _nifti_shape(source, header)[:3]
         affine = _affine_of(source, header)
         volume = np.zeros((*shape, 1), values.dtype, order="F")
-        view = _slices(volume, affine, _plane_of(shape, affine, plane))[..., 0]
+        view = lie(volume, affine, plane_of(shape, affine, plane))[..., 0]
         refuse_other_shape(source, view.shape, values)
         view[...] = values
         content = _nifti_bytes(header, volume[..., 0], affine, description, nibabel)
@@ -225,7 +226,7 @@ def _axes_of(affine: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def _slices(stored: NDArray[Any], affine: NDArray[Any], plane: Plane) -> NDArray[Any]:
+def lie(stored: NDArray[Any], affine: NDArray[Any], plane: Plane) -> NDArray[Any]:
     """Return a view, (N, H, W, C), of a volume as it is stored, (X, Y, Z, C)."""
     from nibabel import orientations
 
@@ -238,20 +239,29 @@ def _slices(stored: NDArray[Any], affine: NDArray[Any], plane: Plane) -> NDArray
     )
 
 
-def _plane_of(shape: Sequence[int], affine: NDArray[Any], plane: Plane) -> Plane:
+def plane_of(shape: Sequence[int], affine: NDArray[Any], plane: Plane) -> Plane:
     """Return the plane asked for, or that of the only slice there is."""
     thin = [int(_axes_of(affine)[axis, 0]) for axis in range(3) if shape[axis] == 1]
     planes: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
     return planes[thin[0]] if len(thin) == 1 else plane
 
 
-def _nifti_spacing(header: Any, affine: NDArray[Any], plane: Plane) -> tuple[float, float] | None:
+def spacing_of(affine: NDArray[Any], plane: Plane, millimetres: float = 1.0) -> tuple[float, float]:
+    """Return millimetres between rows and columns of slices.
+
+    Args:
+        affine: from voxels to a unit of length.
+        plane: of the slices.
+        millimetres: in a unit.
+
+    >>> spacing_of(np.diag([0.7, 0.8, 3.0, 1.0]), "axial")
+    (0.8, 0.7)
+    """
     sizes = np.zeros(3)
     sizes[_axes_of(affine)[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
-    unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     rows = 1 if plane == "axial" else 2
     columns = 1 if plane == "sagittal" else 0
-    return float(sizes[rows] * unit), float(sizes[columns] * unit)
+    return float(sizes[rows] * millimetres), float(sizes[columns] * millimetres)
 
 
 def _scaling(path: Path, header: Any) -> tuple[float, float] | None:

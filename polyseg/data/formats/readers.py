@@ -1,4 +1,4 @@
-"""Reading a file of any kind as a stack of slices, of images or of labels."""
+"""Read a file of any kind as a stack of slices, of images or of labels."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
 
     >>> read_image_stack(Path("notes.txt"))
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: notes.txt: is of no kind that is read: .png, .jpg, .jpeg, .bmp, .gif, .tif, .tiff, .nii, .nii.gz, .dcm
+    polyseg.errors.PolysegError: notes.txt: is of no kind that is read: .png, .jpg, .jpeg, .bmp, .gif, .webp, .tif, .tiff, .ome.tif, .ome.tiff, .nii, .nii.gz, .dcm, .ima, .nrrd, .mha
     """  # noqa: E501
     return _read(Path(path), plane, labels=False)
 

@@ -1,4 +1,4 @@
-"""What a file of pixels becomes, whatever its kind, and the bounds that each kind keeps."""
+"""Define the stack that every file of pixels becomes, and the limits of its size."""
 
 import contextlib
 import warnings
@@ -50,6 +50,8 @@ class Stack:
     """Images: (N, H, W, C), uint8, uint16, int16 or float32; labels: (N, H, W), raw values."""
     spacing: tuple[float, float] | None = None
     """Millimetres between rows and between columns of a slice, where the file says."""
+    turned: int = 1
+    """Orientation tag (EXIF, 1 to 8) by which the stored pixels were turned; 1 is not at all."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Reading TIFF, pictures and stacks of them, guarded against files that are not what they seem."""
+"""Read TIFF, pictures and stacks of them, guarded against files that are not what they seem."""
 
 import logging
 import math
@@ -72,11 +72,10 @@ _PRINTERS = (1, 72, 75, 90, 96, 100, 120, 144, 150, 180, 200, 240, 300, 360, 400
 def read_tiff(path: Path, *, labels: bool = False) -> Stack:
     """Read a TIFF of one picture or of a stack of them.
 
-    Of its axes Y and X are those of a slice, S and C are channels, all others are slices. Where 0
-    is white, values of 1, 8 or 16 bit are inverted, for images and labels alike, so that they are
-    as displayed; only bits that tifffile wrote are as they were given to it. For labels the
-    numbers of a palette count, for images its colours. The spacing is that of the resolution
-    tags, unless these are a printer's.
+    Of its axes Y and X are those of a slice, S and C are channels, all others are slices. Images
+    in which 0 is white, of 1, 8 or 16 bit, are inverted, so that they are as displayed; bits that
+    tifffile wrote are as they were given to it. Labels are the values as stored, whatever 0 or the
+    palette looks like. The spacing is that of the resolution tags, unless these are a printer's.
 
     Raises:
         PolysegError: the file is damaged, too large, of unequal pages or of a kind not read.
@@ -99,7 +98,8 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
             _refuse_if_large_tiff(path, series)
             pixels = _stack_of(path, file, series, labels=labels)
             spacing = _spacing_of_tiff(page, file.imagej_metadata or {})
-        return as_stack(path, pixels, labels=labels, spacing=spacing)
+            turned = _orientation_of_tiff(page)
+        return as_stack(path, pixels, labels=labels, spacing=spacing, turned=turned)
 
 
 def tiff_resolution(path: Path) -> tuple[tuple[float, float], int] | None:
@@ -272,7 +272,7 @@ def _stack_of(path: Path, file: Any, series: Any, *, labels: bool) -> NDArray[An
     stack = _slices(_without_alpha(page, pixels, axes), axes)
     # tifffile writes bits so, whatever is foreground in them.
     raw_bits = stack.dtype == bool and str(page.software).startswith("tifffile")
-    if page.photometric == PHOTOMETRIC.MINISWHITE and not raw_bits:
+    if page.photometric == PHOTOMETRIC.MINISWHITE and not raw_bits and not labels:
         stack = ~stack
     if page.photometric == PHOTOMETRIC.PALETTE and not labels:
         stack = _coloured(path, stack, page.colormap)

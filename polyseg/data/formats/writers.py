@@ -1,4 +1,4 @@
-"""Writing predictions as files of the kind, and in the place, of the images they are of."""
+"""Write predictions as files of the kind, and in the place, of the images they are of."""
 
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,9 @@ def write_dicom_like(
 
 def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __: str) -> Path:
     """Write a page a slice, with the resolution of the source; maps end in .tif."""
-    path = path.with_name(path.name + (".tif" if values.dtype == np.float32 else suffix_of(source)))
+    suffix = suffix_of(source)
+    kept = suffix.endswith((".tif", ".tiff")) and values.dtype != np.float32
+    path = path.with_name(path.name + (suffix if kept else ".tif"))
     _write_tiff(path, values, source)
     return path
 

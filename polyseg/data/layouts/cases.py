@@ -1,4 +1,4 @@
-"""What a data set is made of: cases, and the files and folders that they are found in."""
+"""Define cases, and list the files and folders in which they are found."""
 
 import os
 import re
@@ -16,7 +16,7 @@ LARGEST_SET = 1_000_000
 """Files and folders that are looked at before a folder is held to be no data set."""
 
 Unmasked = Literal["refuse", "empty", "skip"]
-"""What becomes of an image without a mask: an error, a case without foreground, or no case."""
+"""Treatment of images without a mask: an error, a case without foreground, or no case."""
 
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -27,6 +27,11 @@ _JUNK = {
     *("__macosx", "thumbs.db", "desktop.ini", "dicomdir"),
     *("lost+found", "system volume information", "$recycle.bin"),
 }
+_DOCUMENTS = {
+    *("", ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".xls", ".xlsx"),
+    *(".doc", ".docx", ".yaml", ".yml", ".ini", ".log", ".db", ".py", ".m", ".sh", ".zip"),
+}
+"""Suffixes of texts, tables and archives that come with data sets and are no images."""
 _SHOWN = 5
 _LINES = 20
 _DEEPEST_SERIES = 3
@@ -47,7 +52,7 @@ class Case:
     """train, val or test where the data say; None is not given, so a split may put it anywhere."""
 
     group: str | None = None
-    """The patient, where the data say."""
+    """Name of the patient, where the data give it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Layout:
     """The cases of a data set, and how they were found."""
 
     name: str
-    """What was recognised, for people."""
+    """Name of the layout for messages."""
 
     cases: list[Case]
     """In order of their ids, which are unique and printable."""
@@ -64,22 +69,29 @@ class Layout:
     """Names of label values where a dataset.json gives them, without the background."""
 
     notes: tuple[str, ...] = ()
-    """What is worth a line in a log."""
+    """Lines for the log."""
 
     problems: tuple[str, ...] = ()
-    """What is wrong with the data, a line each; those of the files' content are still to come."""
+    """Lines about wrong names and missing files; the content of files is checked later."""
+
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Label values of each task that the data set declares; empty where it declares none."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds: the files that could be read, and its sub-folders, by name."""
+    """Files of a folder that can be read, its sub-folders, and the names of what is left out."""
 
     files: tuple[Path, ...]
     folders: tuple[Path, ...]
+    broken: tuple[str, ...] = ()
+    """Links to files that are not there."""
+    unread: tuple[str, ...] = ()
+    """Files of kinds that are not read, without texts and tables."""
 
 
 class Folders:
-    """Lists folders, each once, and not more than a data set has."""
+    """List folders, each once, up to the number of files that a data set has."""
 
     def __init__(self) -> None:
         self._known: dict[Path, Listing] = {}
@@ -118,7 +130,10 @@ class Folders:
         return folder if len(listing.files) > 1 else listing.files[0]
 
     def _read(self, folder: Path) -> Listing:
-        files, folders = [], []
+        files: list[str] = []
+        folders: list[str] = []
+        broken: list[str] = []
+        unread: list[str] = []
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -127,14 +142,19 @@ class Folders:
                         continue
                     if _is_kind(entry, "folder") and not _leads_back(entry):
                         folders.append(entry.name)
-                    elif _is_kind(entry, "file") and is_readable(folder / entry.name):
-                        files.append(entry.name)
+                    elif _is_kind(entry, "file"):
+                        readable = is_readable(folder / entry.name)
+                        (files if readable else unread).append(entry.name)
+                    elif entry.is_symlink() and not _is_kind(entry, "folder"):
+                        broken.append(entry.name)
         except (OSError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             raise PolysegError(f"{shown(folder)}: cannot be listed: {why}") from None
-        if broken := [name for name in (*files, *folders) if not name.isprintable()]:
-            raise PolysegError(f"{shown(folder)}: {some('name', broken)} is no text; rename it")
-        return Listing(_paths(folder, files), _paths(folder, folders))
+        if odd := [name for name in (*files, *folders) if not name.isprintable()]:
+            raise PolysegError(f"{shown(folder)}: {some('name', odd)} is no text; rename it")
+        others = sorted(name for name in unread if Path(name).suffix.lower() not in _DOCUMENTS)
+        listed = _paths(folder, files), _paths(folder, folders)
+        return Listing(*listed, tuple(sorted(broken)), tuple(others))
 
     def _count(self, folder: Path) -> None:
         self._left -= 1
@@ -159,7 +179,7 @@ class Findings:
         self._cases.append((prefix, case))
 
     def add_unmasked(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
-        """Do with images that have no mask what `unmasked` says.
+        """Treat images without a mask as `unmasked` says.
 
         >>> findings = Findings("empty")
         >>> findings.add_unmasked("a/images", [Case("1", (Path("a/images/1.png"),), None)])
@@ -219,6 +239,28 @@ class Findings:
         return sorted(cases, key=lambda case: case.id)
 
 
+def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """Return notes on what folders hold and cannot be read, and problems where that is most.
+
+    Args:
+        folders: what lists folders.
+        places: where the images and masks of a data set are.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    for folder in sorted(set(places)):
+        listing = folders.list(folder) if exists(folder, "folder") else Listing((), ())
+        for names, noun, remedy in (
+            (listing.broken, "broken link", "fetch the files, such as by `git annex get`"),
+            (listing.unread, "file", f"their kinds are not read ({_kinds(listing.unread)})"),
+        ):
+            if names:
+                most = len(names) > len(listing.files)
+                what = f"{shown(folder)}: {some(noun, names)} left out; {remedy}"
+                (problems if most else notes).append(what)
+    return notes, problems
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without the suffix that says its kind, letters in composed form.
 
@@ -230,18 +272,16 @@ def stem_of(path: Path) -> str:
 
 
 def is_readable(path: Path) -> bool:
-    """Say whether a file is of a kind that is read, by its name, or its start if it has no suffix.
+    """Return whether a file is of a kind that is read, by its name, or else by its start.
 
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
     """
-    if suffix_of(path):
-        return True
-    return _is_dicom_name(path) and _begins_as_dicom(path)
+    return bool(suffix_of(path)) or _begins_as_dicom(path)
 
 
 def is_junk(name: str) -> bool:
-    """Say whether an entry is hidden or a trace of an operating system.
+    """Return whether an entry is hidden or a trace of an operating system.
 
     >>> is_junk("._1.png"), is_junk("__MACOSX"), is_junk("1.png")
     (True, True, False)
@@ -250,7 +290,7 @@ def is_junk(name: str) -> bool:
 
 
 def exists(path: Path, kind: Literal["file", "folder"]) -> bool:
-    """Say whether there is such a file or folder; a path that cannot be is none.
+    """Return whether there is such a file or folder; a path that is too long is none.
 
     >>> exists(Path("x" * 5000), "file")
     False
@@ -356,6 +396,10 @@ def seen_in(folder: Path) -> str:
     return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"
 
 
+def _kinds(names: Iterable[str]) -> str:
+    return ", ".join(sorted({Path(name).suffix.lower() for name in names}))
+
+
 def _paths(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in sorted(names))
 
@@ -375,9 +419,8 @@ def _leads_back(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_dicom_name(path: Path) -> bool:
-    """Numbers after the last point are no suffix: many DICOM files are named by their UID."""
-    suffix = path.suffix.lower()
-    return suffix in ("", ".dcm") or suffix[1:].isdecimal()
+    """Return whether a readable file is DICOM by its name: no other kind has a suffix like it."""
+    return suffix_of(path) in ("", ".dcm", ".ima")
 
 
 def _begins_as_dicom(path: Path) -> bool:

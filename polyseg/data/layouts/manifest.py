@@ -24,6 +24,7 @@ from polyseg.data.layouts.cases import (
     shown,
     stem_of,
 )
+from polyseg.data.layouts.source import Source
 from polyseg.errors import PolysegError, reason
 from polyseg.system.files import read_text
 
@@ -75,6 +76,12 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
     if others:
         findings.notes.append(f"{path}: columns that are not used: {', '.join(others)}")
     return findings.finish(str(path), "CSV manifest")
+
+
+def read_manifest_file(source: Source) -> Layout | None:
+    """Read a CSV manifest, or return None for a folder."""
+    is_file = exists(source.path, "file")
+    return read_manifest(source.path, source.unmasked) if is_file else None
 
 
 def _rows(path: Path) -> Iterator[_Row]:

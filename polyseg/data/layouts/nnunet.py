@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -17,10 +17,13 @@ from polyseg.data.layouts.cases import (
     counted,
     exists,
     is_readable,
+    plain,
     seen_in,
     shown,
     stem_of,
 )
+from polyseg.data.layouts.names import IMAGE_FOLDERS, MASK_FOLDERS
+from polyseg.data.layouts.source import DEEPEST, Source, several_sets
 from polyseg.errors import PolysegError, reason
 from polyseg.system.files import read_text
 
@@ -31,10 +34,49 @@ _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _LARGEST_LABEL = 65535
 
 _Json = dict[str, Any]
+Regions = dict[str, tuple[int, ...]]
+
+
+def read_if_nnunet(source: Source) -> Layout | None:
+    """Read nnU-Net's raw layout, or return None where imagesTr/ and dataset.json are not so."""
+    root = _root_of_kind(source, "nnunet")
+    return None if root is None else read_nnunet(source.folders, root, source.unmasked)
+
+
+def read_if_decathlon(source: Source) -> Layout | None:
+    """Read a task of the Medical Segmentation Decathlon, or return None where it is none."""
+    root = _root_of_kind(source, "decathlon")
+    return None if root is None else read_decathlon(source.folders, root, source.unmasked)
+
+
+def _root_of_kind(source: Source, kind: str) -> Path | None:
+    if source.chosen:
+        return _described_root(source.folders, source.path) or source.path
+    if source.images or source.masks:
+        return None
+    root = _described_root(source.folders, source.path)
+    return root if root is not None and kind_of(source.folders, root) == kind else None
+
+
+def _described_root(folders: Folders, path: Path) -> Path | None:
+    """Return the folder that holds imagesTr: this one, or the only such one in it."""
+    for _ in range(DEEPEST):
+        if exists(path / TRAINING_IMAGES, "folder"):
+            return path
+        below = folders.list(path).folders
+        if any(plain(each.name) in (*IMAGE_FOLDERS, *MASK_FOLDERS) for each in below):
+            return None
+        described = [each for each in below if exists(each / TRAINING_IMAGES, "folder")]
+        if len(described) > 1:
+            raise several_sets(path, described)
+        if not described and len(below) != 1:
+            return None
+        path = (described or below)[0]
+    return None
 
 
 def kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
-    """Tell the two apart: nnU-Net's images carry a channel (_0000), the Decathlon's are listed.
+    """Return which it is: nnU-Net's images carry a channel (_0000), the Decathlon's are listed.
 
     Raises:
         PolysegError: a folder or dataset.json cannot be read.
@@ -73,7 +115,7 @@ def read_nnunet(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> 
     """
     description = _read_description(root)
     findings = Findings(unmasked)
-    labels = _label_values(root, description, findings)
+    labels, regions = _label_values(root, description)
     ending, channels = _file_ending(root, description), _channels(root, description)
     if not exists(root / TRAINING_IMAGES, "folder"):
         raise PolysegError(f"{root}: has no folder imagesTr (it holds {seen_in(root)})")
@@ -85,7 +127,7 @@ def read_nnunet(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> 
             side = _Side(images, masks, part, ending, channels)
             _add_side(folders, side, findings)
     _note_number(root, description, folders, channels, findings)
-    return findings.finish(str(root), "nnU-Net raw", labels)
+    return replace(findings.finish(str(root), "nnU-Net raw", labels), regions=regions)
 
 
 def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> Layout:
@@ -106,7 +148,7 @@ def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") 
     description = _read_description(root)
     where = root / DESCRIPTION
     findings = Findings(unmasked)
-    labels = _label_values(root, description, findings)
+    labels, regions = _label_values(root, description)
     entries = description.get("training")
     if not isinstance(entries, list) or not entries:
         raise PolysegError(f'{where}: training: expected a list of {{"image", "label"}}')
@@ -121,7 +163,8 @@ def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") 
     tests = description.get("test")
     if isinstance(tests, list) and tests:
         findings.notes.append(f"{counted(len(tests), 'test image')} without labels left out")
-    return findings.finish(str(root), "Medical Segmentation Decathlon", labels)
+    layout = findings.finish(str(root), "Medical Segmentation Decathlon", labels)
+    return replace(layout, regions=regions)
 
 
 def by_channels(files: Sequence[Path]) -> dict[str, dict[int, Path]] | None:
@@ -245,25 +288,41 @@ def _channels(root: Path, description: _Json) -> int | None:
     return len(names)
 
 
-def _label_values(root: Path, description: _Json, findings: Findings) -> dict[str, int]:
-    """Read {"tumour": 1} of version 2 and {"1": "tumour"} of version 1."""
+def _label_values(root: Path, description: _Json) -> tuple[dict[str, int], Regions]:
+    """Return labels, {"tumour": 1} of version 2 or {"1": "tumour"} of version 1, and regions.
+
+    A region is a task of several values; where there is one, each other label is a task too.
+
+    Raises:
+        PolysegError: a label is no whole number, or pixels are to be ignored.
+    """
     where = f"{root / DESCRIPTION}: labels"
     said = description.get("labels", {})
     if not isinstance(said, dict):
         raise PolysegError(f'{where}: expected values by name, such as {{"tumour": 1}}')
     values: dict[str, int] = {}
+    regions: dict[str, tuple[int, ...]] = {}
     for key, value in said.items():
         if isinstance(value, list):
-            findings.notes.append(f"label {shown(key)} is a region of several and was left out")
+            numbers = tuple(_label(where, key, one)[1] for one in value)
+            if numbers and key.lower() != "background":
+                regions[key] = numbers
             continue
         name, number = _label(where, key, value)
         if name in values:
             raise PolysegError(f"{where}: two values are called {name}")
         if name.lower() == "ignore":
-            findings.notes.append(f"label {name} (value {number}) was left out")
-        elif number and name.lower() != "background":
+            raise PolysegError(
+                f"{where}: pixels of {name} ({number}) cannot be left out of the loss; give them "
+                f"another value in labelsTr, or remove {name} from dataset.json to take them as "
+                "background"
+            )
+        if number and name.lower() != "background":
             values[name] = number
-    return values
+    if regions:
+        named = regions | {name: (value,) for name, value in values.items()}
+        regions = {name: named[name] for name in said if name in named}
+    return values, regions
 
 
 def _label(where: str, key: str, value: object) -> tuple[str, int]:

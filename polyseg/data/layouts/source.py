@@ -1,0 +1,80 @@
+"""Define what each layout reads: a path, the settings, and folders that are listed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polyseg.data.layouts.cases import Folders, Unmasked, plain, some
+from polyseg.errors import PolysegError
+
+Names = str | Sequence[str] | None
+"""Value of data.images or data.masks: a name or path, several, or none."""
+
+DEEPEST = 4
+"""Folders that a data set may lie deep in the path that is given."""
+
+
+@dataclass
+class Source:
+    """A path in which a layout is looked for."""
+
+    path: Path
+    layout: str = "auto"
+    images: tuple[str, ...] = ()
+    """Names or paths of data.images."""
+    masks: tuple[str, ...] = ()
+    """Names or paths of data.masks."""
+    unmasked: Unmasked = "refuse"
+    folders: Folders = field(default_factory=Folders)
+    problems: list[str] = field(default_factory=list)
+    """Reasons why layouts were not recognised, for the error message."""
+
+    @property
+    def chosen(self) -> bool:
+        """Whether this layout was asked for by name."""
+        return self.layout != "auto"
+
+    def settings(self) -> list[str]:
+        """Return what data.images and data.masks say, as a user writes it.
+
+        >>> Source(Path("."), masks=("a", "b")).settings()
+        ['data.masks=[a, b]']
+        """
+        sides = (("images", self.images), ("masks", self.masks))
+        return [f"data.{side}={written(names)}" for side, names in sides if names]
+
+
+def written(names: Sequence[str]) -> str:
+    """Return names as the value of a setting.
+
+    >>> written(["a b"]), written(["a", "b"])
+    ("'a b'", '[a, b]')
+    """
+    return repr(names[0]) if len(names) == 1 else f"[{', '.join(names)}]"
+
+
+def as_names(value: Names) -> tuple[str, ...]:
+    """Return the names that a setting holds.
+
+    >>> as_names(None), as_names("a"), as_names(["a", "b"])
+    ((), ('a',), ('a', 'b'))
+    """
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def several_sets(folder: Path, found: Sequence[Path]) -> PolysegError:
+    """Return the error that a folder holds more than one data set."""
+    names = some("data set", [f"{each.name}/" for each in found])
+    return PolysegError(f"{folder}: holds {names}; give the path of one of them, as {found[0]}")
+
+
+def ask(folder: Path, side: str, found: Sequence[str], what: str = "folders") -> PolysegError:
+    """Return the error that several folders or files may hold the images or the masks."""
+    name = min(found, key=lambda one: (plain(one), one)) if what != "folders" else found[0]
+    return PolysegError(
+        f"{folder}: several {what} may hold the {side} "
+        f"({', '.join(f'{one}/' if what == 'folders' else one for one in found)}); say which by "
+        f"data.{side}=NAME, such as data.{side}={name!r}"
+    )

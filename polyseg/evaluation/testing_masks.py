@@ -1,0 +1,166 @@
+"""Testing masks that any tool has written, by the rules that networks are tested by."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.config import DataConfig
+from polyseg.data.dataset import ImageSet
+from polyseg.data.formats.readers import read_label_stack
+from polyseg.data.layouts.cases import Folders, raise_problems, some, stem_of
+from polyseg.data.masks import to_masks
+from polyseg.data.splits import volume_of
+from polyseg.errors import PolysegError
+from polyseg.evaluation.scores import RunScores
+from polyseg.evaluation.testing_networks import (
+    ImagePrediction,
+    ImageTest,
+    MaskKeeper,
+    NetworkResults,
+    judge,
+    true_masks,
+)
+from polyseg.metrics.image_metrics import METRICS
+
+log = logging.getLogger(__name__)
+
+_OF_PROBABILITIES = [name for name, one in METRICS.items() if one.of_probability]
+"""Metrics that masks leave undefined."""
+
+Stack = NDArray[np.uint8]
+Files = dict[str, Path]
+"""The files of an image, by label; "" is a label map of all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherMasks:
+    """Folders of masks to test, and how the true masks are read where no run tells."""
+
+    folders: Mapping[str, Path]
+    """By the name that tables show."""
+    config: DataConfig
+
+
+def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkResults:
+    """Return the metrics of the masks in a folder; those that need probabilities are undefined.
+
+    A file has the id of its image as its name: a label map, or one file for each label, as
+    LABEL/ID or as ID_LABEL.
+
+    Raises:
+        PolysegError: masks are missing or of another size, or none of their values is a label.
+    """
+    labels = test.images.labels
+    files = _files_of(folder, test, config)
+    keeper = MaskKeeper(test.name, labels, dict.fromkeys(labels, 0.5))
+    predictions = (keeper(one) for one in _predictions(test, files, config))
+    scores = [_without_probabilities(run) for run in judge(test, predictions, keeper.thresholds)]
+    if not any(image.predicted_pixels for run in scores for image in run.scores):
+        log.warning("%s: none of its masks has any foreground; see data.foreground", folder)
+    return NetworkResults(scores, [], keeper.masks(test.processes))
+
+
+def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Files]:
+    """Return the files of each image or volume, by its id; log which files belong to none."""
+    there = _index(folder)
+    wanted = dict.fromkeys(_case_of(identity, there) for identity in test.ids)
+    found = {case: _files_of_case(case, there, test.images.labels) for case in wanted}
+    missing = [case for case, files in found.items() if not files]
+    if missing:
+        raise PolysegError(
+            f"{folder}: has no mask for {some('image', missing)}; name masks as the images, or "
+            "test fewer images by --split"
+        )
+    used = {path for files in found.values() for path in files.values()}
+    extra = [path.relative_to(folder).as_posix() for path in there.values() if path not in used]
+    if extra:
+        log.warning("%s: %s of no tested image, left out", folder, some("file", extra))
+    return found
+
+
+def _index(folder: Path) -> Files:
+    """Return the masks in a folder and its sub-folders by their path without suffix."""
+    if not folder.is_dir():
+        raise PolysegError(f"--predictions {folder}: there is no such folder")
+    folders, found, problems = Folders(), Files(), []
+    open_folders = [folder]
+    while open_folders:
+        here = open_folders.pop()
+        listing = folders.list(here)
+        series = folders.series(here) if here != folder else None
+        paths = [here] if series is not None else list(listing.files)
+        open_folders += [] if series is not None else listing.folders
+        for path in paths:
+            stem = path.name if path.is_dir() else stem_of(path)
+            key = (path.parent / stem).relative_to(folder).as_posix()
+            if key in found:
+                problems.append(f"{folder}: {path.name} and {found[key].name} are masks of {key}")
+            found[key] = path
+    raise_problems(problems)
+    return found
+
+
+def _case_of(identity: str, there: Mapping[str, Path]) -> str:
+    return identity if identity in there else volume_of(identity)
+
+
+def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) -> Files:
+    """Return the label map of a case, or a file for each label; nothing where one is missing."""
+    if case in there:
+        return {"": there[case]}
+    found = {
+        label: there.get(f"{label}/{case}") or there.get(f"{case}_{label}") for label in labels
+    }
+    files = {label: path for label, path in found.items() if path is not None}
+    return files if len(files) == len(labels) else {}
+
+
+def _predictions(
+    test: ImageTest, files: Mapping[str, Files], config: DataConfig
+) -> Iterator[ImagePrediction]:
+    """Yield the masks of each image of this process's share; a volume is read once."""
+    mine = test.processes.share(test.ids)
+    last, masks = "", np.zeros((0, 0, 0, 0), np.uint8)
+    for done, identity in enumerate(mine, start=1):
+        case = identity if identity in files else volume_of(identity)
+        if case != last:
+            last, masks = case, _read(files[case], test.images, config)
+        number = 0 if case == identity else int(identity.rpartition("#")[2])
+        size = test.images.item(identity).original_size
+        count, height, width = masks.shape[0], *masks.shape[2:]
+        if number >= count or (height, width) != size:
+            raise PolysegError(
+                f"{next(iter(files[case].values()))}: has {count} slices of {height} x {width}, "
+                f"and {identity} is {size[0]} x {size[1]}; masks must have the size of the images"
+            )
+        yield ImagePrediction(
+            identity, masks[number].astype(np.float32), true_masks(test, identity), {}
+        )
+        total = len(test.ids)
+        test.progress(f"testing {test.name}", min(total, test.processes.count * done), total)
+
+
+def _read(files: Files, images: ImageSet, config: DataConfig) -> Stack:
+    """Return the masks of a case, (N, K, H, W) in {0, 1}."""
+    if "" in files:
+        labels = read_label_stack(files[""], config.plane).pixels
+        return to_masks(labels, files[""], list(config.tasks.values()) or None)
+    parts = [
+        to_masks(read_label_stack(files[label], config.plane).pixels, files[label], None)
+        for label in images.labels
+    ]
+    if len({part.shape for part in parts}) > 1:
+        raise PolysegError(f"{next(iter(files.values()))}: the labels' masks differ in size")
+    return np.concatenate(parts, axis=1)
+
+
+def _without_probabilities(run: RunScores) -> RunScores:
+    """Return metrics with those that need probabilities undefined."""
+    undefined = dict.fromkeys(_OF_PROBABILITIES, math.nan)
+    scores = [dataclasses.replace(one, values={**one.values, **undefined}) for one in run.scores]
+    return dataclasses.replace(run, scores=scores, reliability=None, threshold=math.nan)

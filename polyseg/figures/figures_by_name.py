@@ -1,0 +1,136 @@
+"""The figures of a run and of an evaluation: a row here and its function are all that one needs.
+
+A run or an evaluation keeps each as a file of the row's name, and the report shows it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from polyseg.records import Assessment, Schedule
+from polyseg.registry import Registry, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of a run from which its figures are drawn; an empty one was not kept."""
+
+    history: Sequence[Mapping[str, float]] = ()
+    """A row an epoch."""
+    schedule: Schedule | None = None
+    assessments: Sequence[Assessment] = ()
+    """By rising epoch."""
+    limits: tuple[float | None, float | None] = (None, None)
+    """`control.epsilon_min` and `control.epsilon_max`; None: the least or largest epsilon."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the labels; a single one has none."""
+        if self.assessments:
+            return self.assessments[-1].label_names
+        labels = None if self.schedule is None else self.schedule.labels
+        return list(dict.fromkeys(labels or [""]))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with its texts for the report."""
+
+    figure: "Figure"
+    caption: str
+    alternative: str
+    """What it shows, for readers who do not see it."""
+
+
+@dataclass(frozen=True)
+class RunFigure(Row):
+    """A figure of a run.
+
+    Its function takes `RunRecords` and a label, and returns `Drawn`, or None where there is nothing
+    to show.
+    """
+
+    source: Literal["history", "schedule", "assessments"] = "history"
+    """The record that it needs; those of the history have no label."""
+
+
+_TRAINING = "polyseg.figures.run_figures"
+
+RUN_FIGURES = Registry(
+    "figure of a run",
+    RunFigure("curves", "losses, validation overlap and learning rate", f"{_TRAINING}:curves"),
+    RunFigure(
+        "epsilon",
+        "quantiles of epsilon over the training images",
+        f"{_TRAINING}:epsilon",
+        source="schedule",
+    ),
+    RunFigure(
+        "difficulty",
+        "distribution of the difficulty at each assessment",
+        f"{_TRAINING}:difficulty",
+        source="assessments",
+    ),
+    RunFigure(
+        "difficulty_dice",
+        "Dice over difficulty at the last assessment",
+        f"{_TRAINING}:difficulty_dice",
+        source="assessments",
+    ),
+)
+
+_EVALUATION = "polyseg.figures.evaluation_files"
+
+EVALUATION_FIGURES = Registry(
+    "figure of an evaluation",
+    Row(
+        "differences",
+        "mean differences from the baseline with 95 % bootstrap intervals over images; stars show "
+        "p after Holm's method",
+        f"{_EVALUATION}:draw_differences",
+    ),
+    Row(
+        "comparison",
+        "one point for each test image; boxes show the quartiles, whiskers reach from 5 to 95 %, "
+        "diamonds are means",
+        f"{_EVALUATION}:draw_comparison",
+    ),
+    Row(
+        "reliability",
+        "observed share of foreground over its predicted probability, and numbers of pixels; the "
+        "diagonal is perfect calibration",
+        f"{_EVALUATION}:draw_reliability",
+    ),
+    Row(
+        "risk_coverage",
+        "mean risk, 1 − Dice, of the images that remain when the least certain are left out",
+        f"{_EVALUATION}:draw_risk_coverage",
+    ),
+    Row(
+        "robustness",
+        "Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe)",
+        f"{_EVALUATION}:draw_robustness",
+    ),
+)
+"""Functions of an `Evaluation` that return a figure, or None where there is nothing to show.
+
+The help is the caption in the report.
+"""
+
+_OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
+_OUTLINED = "mean Dice, with the outlines of mask and prediction"
+
+IMAGE_FIGURES = Registry(
+    "figure of images",
+    Row("overlays_largest_d", f"the images with the largest {_OVERLAYS}"),
+    Row("overlays_smallest_d", f"the images with the smallest {_OVERLAYS}"),
+    # Names of version 0.1.
+    Row("overlays_hardest", f"the images with the largest {_OVERLAYS}"),
+    Row("overlays_easiest", f"the images with the smallest {_OVERLAYS}"),
+    Row("predictions_worst", f"the images with the lowest {_OUTLINED}"),
+    Row("predictions_best", f"the images with the highest {_OUTLINED}"),
+)
+"""Figures that need images as well, so that the report takes them from files; help: caption."""

@@ -1,0 +1,112 @@
+"""Code of one's own: tried on a small input before a run begins, and recorded with its sha256."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyseg.adaptive.controller import epsilon_of
+from polyseg.choices import score_of
+from polyseg.config import LARGEST_EPSILON, Config, least_epsilon
+from polyseg.errors import PolysegError
+from polyseg.registry import resolve
+from polyseg.system.files import sha256_of_file
+from polyseg.training.losses_by_name import build_objective
+from polyseg.uncertainty import UncertaintyAccumulator
+
+
+def check_own_code(config: Config) -> None:
+    """Try the loss, the difficulty and the map that a user wrote on two images of 8 x 8.
+
+    Raises:
+        PolysegError: one of them cannot be imported, fails, or returns what cannot be used.
+    """
+    checks: dict[str, Callable[[Config], None]] = {
+        "loss.name": _check_loss,
+        "uncertainty.metric": _check_metric,
+        "control.map": _check_map,
+    }
+    for setting, name in config.own_code.items():
+        if setting not in checks or (setting == "control.map" and not config.adaptive):
+            continue
+        try:
+            checks[setting](config)
+        except PolysegError as error:
+            raise PolysegError(f"{setting} = {name}: {error}") from None
+        except Exception as error:  # Somebody's code may fail in any way.
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PolysegError(f"{setting} = {name}: fails on a small input: {why}") from error
+
+
+def recorded_code(config: Config) -> dict[str, Any]:
+    """Return the name and the sha256 of the source file of all code of one's own, if any."""
+    found = {
+        setting: {"name": name, "sha256": _sha256(name)}
+        for setting, name in config.own_code.items()
+    }
+    return {"own_code": found} if found else {}
+
+
+def _sha256(name: str) -> str:
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(resolve(name)))
+        return "unknown" if file is None else sha256_of_file(file)
+    except (ImportError, AttributeError, TypeError, OSError):
+        return "unknown"
+
+
+def _small_input() -> tuple[Tensor, Tensor]:
+    """Return (2, 1, 8, 8) logits and masks; the generator is its own."""
+    logits = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., 2:5, 2:6] = 1
+    return logits, mask
+
+
+def _check_loss(config: Config) -> None:
+    logits, mask = _small_input()
+    logits.requires_grad_()
+    losses = build_objective(config.loss)(logits, mask, torch.tensor([0.0, 0.5]))
+    _refuse(losses, (2,), "one loss an image")
+    if not losses.requires_grad:
+        raise PolysegError("its losses have no gradient; compute them from the logits")
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    if not gradient.isfinite().all():
+        raise PolysegError("the gradient of its losses is not finite")
+
+
+def _check_metric(config: Config) -> None:
+    logits, mask = _small_input()
+    truth = mask[:, 0] > 0
+    record = UncertaintyAccumulator()
+    for shift in (-1.0, 0.0, 1.0):
+        record.update((logits[:, 0] + shift).sigmoid())
+    row = score_of(config.uncertainty.metric)
+    given = record.moments if row.of == "moments" else logits[:, 0].sigmoid()
+    _refuse(row.resolve()(given, truth), (2,), "one number an image")
+
+
+def _check_map(config: Config) -> None:
+    normalised = np.linspace(-2, 2, 5)
+    epsilon = np.asarray(epsilon_of(normalised, config.control), dtype=np.float64)
+    _refuse(torch.from_numpy(epsilon), (5,), "one epsilon an image")
+    least = least_epsilon(config.loss.polydice_terms or 1)
+    if epsilon.min() < least or epsilon.max() > LARGEST_EPSILON:
+        raise PolysegError(
+            f"its epsilons, {epsilon.min():g} to {epsilon.max():g}, must lie in {least:.4g} to "
+            f"{LARGEST_EPSILON}"
+        )
+
+
+def _refuse(found: Any, shape: tuple[int, ...], what: str) -> None:
+    """Raise where code returned another shape, or what is not finite."""
+    given = (
+        tuple(getattr(found, "shape", ())) if isinstance(found, Tensor) else type(found).__name__
+    )
+    if given != shape:
+        raise PolysegError(f"must return {what}, a tensor of shape {shape}, and returned {given}")
+    if not found.isfinite().all():
+        raise PolysegError(f"must return {what}, and returned a number that is not finite")

@@ -1,0 +1,163 @@
+"""Masks that other tools have written, scored as networks are."""
+
+import csv
+import json
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import f1_score
+
+from tests.test_evaluation_sizes import SETS
+from tests.test_train import run_of
+
+BY_MASKS = (
+    "dice",
+    "iou",
+    "sensitivity",
+    "specificity",
+    "precision",
+    "accuracy",
+    "hd95",
+    "asd",
+    "nsd",
+)
+BY_PROBABILITIES = ("auc", "average_precision", "brier", "nll", "ece", "ace")
+
+
+def rows_of(folder):
+    return list(csv.DictReader((folder / "per_image.csv").open()))
+
+
+@pytest.fixture
+def exported(tiny, tmp_path, polyseg):
+    """Train on a set, export masks of all its images, and score the run itself."""
+
+    def make(kind):
+        write, overrides = SETS[kind]
+        data, masks, own = (tmp_path / name for name in ("set", "masks", "own"))
+        write(data)
+        run = run_of(tiny("run", f"data.path={data}", "loss.name=dice", *overrides)).path
+        assert polyseg("predict", run, data / "images", "--out", masks).code == 0
+        asked = ("evaluate", run, "--split", "all", "--no-figures", "--out", own)
+        assert polyseg(*asked).code == 0
+        sets = [word for one in overrides if "foreground" in one for word in ("--set", one)]
+        return data, masks, rows_of(own), sets, run
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["non-square", "rotated", "tiled", "anisotropic"])
+def test_exported_masks_have_the_metrics_of_the_run_to_the_digit(kind, exported, tmp_path, polyseg):
+    data, masks, own, sets, _ = exported(kind)
+    out = tmp_path / "out"
+    answer = polyseg("evaluate", "--predictions", masks, "--data", data, *sets, "--out", out)
+    assert answer.code == 0, answer.err
+    rows = rows_of(out)
+    assert [row["id"] for row in rows] == [row["id"] for row in own] and len(rows) >= 10
+    for mine, row in zip(own, rows, strict=True):
+        for key in (*BY_MASKS, "mask_pixels", "predicted_pixels"):
+            assert row[key] == mine[key], (row["id"], key)
+        assert not any(row[key] for key in BY_PROBABILITIES)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["runs"][0]["name"] == "masks" and summary["at"] == "original"
+    assert (summary["by"] == "patient") == (kind == "anisotropic")
+    assert any(one["by"] == "size" for one in summary["runs"][0]["strata"])
+    assert (out / "comparison.png").is_file() and (out / "predictions_worst.png").is_file()
+
+
+def test_labels_are_read_from_label_maps_and_from_a_folder_for_each(exported, tmp_path, polyseg):
+    data, masks, _, sets, _ = exported("labelled")
+    for i in range(10):
+        labels = np.asarray(Image.open(masks / f"{i}.png"))
+        for value, name in ((1, "left"), (2, "right")):
+            (tmp_path / "apart" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 * (labels == value).astype(np.uint8)).save(
+                tmp_path / "apart" / name / f"{i}.png"
+            )
+    found = {}
+    for folder in (masks, tmp_path / "apart"):
+        out = tmp_path / f"of {folder.name}"
+        answer = polyseg(
+            *("evaluate", "--predictions", folder, "--data", data, *sets, "--out", out),
+            *("--name", "other tool", "--no-figures"),
+        )
+        assert answer.code == 0, answer.err
+        found[folder.name] = rows_of(out)
+    assert found["masks"] == found["apart"]
+    for row in found["masks"]:
+        value = {"left": 1, "right": 2}[row["label"]]
+        predicted, truth = (
+            np.asarray(Image.open(folder / f"{row['id']}.png")) == value
+            for folder in (masks, data / "masks")
+        )
+        dice = f1_score(truth.ravel(), predicted.ravel(), zero_division=1)
+        assert float(row["dice"]) == pytest.approx(dice, abs=1e-8)
+
+
+def test_masks_are_compared_with_runs_and_reported(exported, tmp_path, polyseg):
+    _, masks, _, _, run = exported("anisotropic")
+    answer = polyseg(
+        *("evaluate", run, "--predictions", masks, "--name", "nnunet", "--split", "all"),
+        *("--baseline", "run", "--no-figures", "--out", tmp_path / "out"),
+    )
+    assert answer.code == 0, answer.err
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [one["name"] for one in summary["runs"]] == ["run", "nnunet"]
+    dice = summary["comparisons"][0]["metrics"]["dice"]
+    assert (dice["mean"], dice["p_value"], dice["equal"], dice["patients"]) == (0, 1, 10, 10)
+    assert summary["comparisons"][0]["metrics"]["brier"]["images"] == 0
+    page = tmp_path / "page.html"
+    assert polyseg("report", run, "--evaluation", tmp_path / "out", "--out", page).code == 0
+    assert "nnunet against run" in page.read_text()
+
+
+def test_missing_extra_and_unfit_masks_are_named(exported, tmp_path, polyseg):
+    data, masks, *_ = exported("non-square")
+    asked = ("evaluate", "--predictions", masks, "--data", data, "--no-figures")
+    (masks / "3.png").rename(masks / "other.png")
+    answer = polyseg(*asked, "--out", tmp_path / "a")
+    assert answer.code == 2 and "has no mask for 1 image (3)" in answer.err
+    assert not (tmp_path / "a").exists()
+    shutil.copy(masks / "other.png", masks / "3.png")
+    answer = polyseg(*asked, "--out", tmp_path / "b")
+    assert answer.code == 0 and "1 file (other.png) of no tested image" in answer.err
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / "3.png")
+    answer = polyseg(*asked, "--out", tmp_path / "c")
+    assert answer.code == 2 and "masks must have the size of the images" in answer.err
+    shutil.copy(masks / "4.png", masks / "3.bmp")
+    answer = polyseg(*asked, "--out", tmp_path / "d")
+    assert answer.code == 2 and "are masks of 3" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--predictions", "gone"], "--predictions: give --data"),
+        (
+            ["--predictions", "gone", "--data", "demo"],
+            "--predictions gone: there is no such folder",
+        ),
+        (["--predictions", "gone", "--data", "demo", "--at", "network"], "--at network: masks"),
+        (["--name", "a"], "Missing argument: give runs, or --predictions with --data"),
+    ],
+)
+def test_what_masks_cannot_be_asked_is_one_line(polyseg, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    answer = polyseg("evaluate", *arguments)
+    assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")
+
+
+def test_volumes_of_masks_are_read_slice_by_slice(exported, tmp_path, polyseg):
+    data, masks, own, _, _ = exported("anisotropic")
+    first = nibabel.load(masks / "0.nii.gz")
+    turned = np.asarray(first.dataobj)[:, :, ::-1]
+    nibabel.save(nibabel.Nifti1Image(turned, first.affine), masks / "0.nii.gz")
+    out = tmp_path / "out"
+    asked = ("evaluate", "--predictions", masks, "--data", data, "--no-figures", "--out", out)
+    assert polyseg(*asked).code == 0
+    pixels = {row["id"]: row["predicted_pixels"] for row in rows_of(out)}
+    before = {row["id"]: row["predicted_pixels"] for row in own}
+    assert [pixels[f"0#00{k}"] for k in (0, 1)] == [before[f"0#00{k}"] for k in (1, 0)]
