@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
-# Does adapting epsilon help? The Dice loss, PolyDice-1 with epsilon 0 and the adaptive loss, trained
-# from the same weights on the same images in the same order, and tested side by side.
+# Does adapting epsilon help? Train the Dice loss, PolyDice-1 with epsilon 0 and the adaptive loss from
+# the same weights on the same images in the same order, and compare them on the test images.
 #
-#   bash examples/compare_losses.sh DATA OUT [SEED ...]
+#   bash examples/compare_losses.sh DATA OUT SEEDS [KEY=VALUE ...]
 #
-# DATA is a folder with images/ and masks/, or "demo"; one seed (0) if none is named. Give several:
-# differences between losses are often smaller than those between seeds. Runs that are there already
-# are kept, so that the script can be started again.
+# DATA is a data set or "demo", OUT a folder for the runs, SEEDS are in quotes, such as "0 1 2", and
+# settings are those of all runs. Take several seeds: differences between losses are often smaller
+# than those between seeds. Time: that of three trainings for each seed. Result: OUT/comparison, with
+# means over images and seeds, and each loss against Dice. Finished runs are kept, and others resumed.
 set -euo pipefail
-data=${1:?a folder of images and masks, or demo}
-out=${2:?a folder for the runs}
-seeds=${*:3}
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+(($# >= 3)) || usage
+data=$1 out=$2 seeds=$3
+settings=()
+for setting in "${@:4}"; do settings+=(--set "$setting"); done
 
-for seed in ${seeds:-0}; do
+for seed in $seeds; do
   train() {
     local run="$out/$1-$seed"
     [ -e "$run/evaluation/summary.json" ] && return
     local resume=()
     [ -e "$run/checkpoints/last.safetensors" ] && resume=(--resume)
-    polyseg train --data "$data" --out "$run" --seed "$seed" "${resume[@]}" "${@:2}"
+    polyseg train --data "$data" --out "$run" --seed "$seed" "${resume[@]}" "${settings[@]}" "${@:2}"
   }
   train dice --loss dice
   train fixed --loss polydice1 --set control.enabled=false

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Does it matter which image gets the steep loss? The adaptive loss beside its control arms: the same
-# epsilons shuffled over the images, each epoch's mean for all, and in reversed order; a fixed
-# epsilon of 0; and the Dice loss. All arms of a seed have the same weights to start from, the same
-# images and the same order.
+# Does it matter which image gets the steep loss? Train the adaptive loss and its control arms: the same
+# epsilons shuffled over the images, their mean in each epoch for all images, and in inverted order; a
+# fixed epsilon of 0; and the Dice loss. All arms of a seed have the same initial weights, images and order.
 #
-#   bash examples/control_arms.sh DATA OUT SEEDS [KEY.SUB=VALUE ...]
+#   bash examples/control_arms.sh DATA OUT SEEDS [KEY=VALUE ...]
 #
-# DATA is a folder with images/ and masks/, or "demo"; SEEDS are in quotes, such as "0 1 2"; settings
-# are for all arms. Runs that are there already are kept, so that the script can be started again.
-# What comes out is in OUT/comparison: means over images and seeds, and each arm against the adaptive.
+# DATA is a data set or "demo", OUT a folder for the runs, SEEDS are in quotes, such as "0 1 2", and
+# settings are those of all arms. Time: that of six trainings for each seed, of which one makes
+# assessments. Result: OUT/comparison, with means over images and seeds, and each arm against the
+# adaptive one; docs/results.md has two such tables. Finished runs are kept, and others resumed.
 set -euo pipefail
-data=${1:?a folder of images and masks, or demo}
-out=${2:?a folder for the runs}
-seeds=${3:?seeds, such as \"0 1 2\"}
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+(($# >= 3)) || usage
+data=$1 out=$2 seeds=$3
 settings=()
 for setting in "${@:4}"; do settings+=(--set "$setting"); done
 

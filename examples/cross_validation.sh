@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Cross-validation: one run a fold, each tested on the images that no other fold is tested on.
+# Cross-validation: train one run for each fold, each tested on images that no other fold is tested on.
 #
-#   bash examples/cross_validation.sh DATA OUT [FOLDS] [SETTING ...]
+#   bash examples/cross_validation.sh DATA OUT [FOLDS] [KEY=VALUE ...]
 #
-# DATA is a folder of a data set or a CSV manifest, or "demo"; FOLDS is 5 unless named. Settings are
-# as for --set, such as 'data.group=^(patient\d+)_' to keep a patient's images together. Runs that
-# are there already are kept, so that the script can be started again. The scores of all images, each by
-# the fold that did not train on it, are then in OUT/all_folds.
+# DATA is a data set or "demo", OUT a folder for the runs, FOLDS is 5 unless given. Settings are those
+# of all runs, such as 'data.group=^(patient\d+)_' to keep the images of a patient together. Time: that
+# of one training for each fold. Result: OUT/all_folds, with the scores of all images, each by the fold
+# that did not train on it. Finished runs are kept, and others resumed.
 set -euo pipefail
-data=${1:?a data set, or demo}
-out=${2:?a folder for the runs}
-folds=${3:-5}
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+(($# >= 2)) || usage
+data=$1 out=$2 folds=${3:-5}
 settings=()
 for setting in "${@:4}"; do settings+=(--set "$setting"); done
 

@@ -1,26 +1,30 @@
 #!/usr/bin/env bash
 # A sweep on one machine, several runs at a time: each arm with each seed, and in each fold if wanted.
 #
-#   JOBS=4 bash examples/parallel_sweep.sh DATA OUT SEEDS [KEY.SUB=VALUE ...]
+#   JOBS=4 bash examples/parallel_sweep.sh DATA OUT SEEDS [KEY=VALUE ...]
 #
-# DATA is a folder of a data set or a CSV manifest, or "demo"; SEEDS are in quotes, such as "0 1 2";
-# settings are for all runs. The arms and their own settings stand below. From the environment come
+# DATA is a data set or "demo", OUT a folder for the runs, SEEDS are in quotes, such as "0 1 2", and
+# settings are those of all runs. The arms and their own settings are below. From the environment come
 #
-#   ARMS   those of the arms that are wanted ("dice fixed adaptive")
+#   ARMS   the arms to train ("dice fixed adaptive")
 #   FOLDS  the number of folds of a cross-validation; without it all runs have the same split
-#   JOBS   runs at a time (2)
-#   GPUS   numbers of the GPUs that runs are dealt to, such as "0 1 2 3"
+#   JOBS   the number of runs at a time (2)
+#   GPUS   the numbers of the GPUs to share among the runs, such as "0 1 2 3"
 #
-# By GNU parallel where it is, else by xargs. What a run says is in OUT/logs; one that fails stops none
-# of the others. Runs that are there already are kept, so that the script can be started again. All in
-# OUT are then compared in OUT/comparison with the first arm.
+# It uses GNU parallel where that is installed, else xargs. Time: that of arms x seeds x folds
+# trainings over JOBS. Result: OUT/comparison, with each arm against the first; the output of each run
+# is in OUT/logs. A run that fails stops no other. Finished runs are kept, and others resumed.
 set -euo pipefail
-export data=${1:?a data set, or demo}
-export out=${2:?a folder for the runs}
-seeds=${3:?seeds, such as \"0 1 2\"}
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+(($# >= 3)) || usage
+export data=$1 out=$2
+seeds=$3
 shared=()
 for setting in "${@:4}"; do shared+=(--set "$setting"); done
-# Other numbers of threads round otherwise: one, so that a run goes on whatever JOBS is then.
+# The number of threads changes rounding; with one, a run can be resumed with any number of JOBS.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} FOLDS=${FOLDS:-} GPUS=${GPUS:-}
 
 settings_of() {
@@ -28,11 +32,11 @@ settings_of() {
     dice) echo loss.name=dice ;;
     fixed) echo loss.name=polydice1 control.enabled=false ;;
     adaptive) echo loss.name=polydice1 ;;
-    *) echo "$1: is none of the arms" >&2 && return 2 ;;
+    *) echo "$1: is not an arm (dice, fixed, adaptive)" >&2 && return 2 ;;
   esac
 }
 
-# Train what the last argument names, such as adaptive-s0 or adaptive-f3-s0, with the arguments before.
+# Train the run that the last argument names, such as adaptive-s0 or adaptive-f3-s0.
 train_one() {
   local name=${!#} options=("${@:1:$#-1}") own gpus
   local run="$out/$name" log="$out/logs/$name.txt"

@@ -73,7 +73,7 @@ LOSSES = Registry(
     "loss",
     Loss(
         "polydice1",
-        "PolyDice-1, eq. 6",
+        "PolyDice-1, eq. 6, adaptive unless control.enabled=false",
         f"{_LOSSES}:polydice",
         ("scale", "scale_gradient", "smooth"),
         has_epsilon=True,

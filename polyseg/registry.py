@@ -2,7 +2,8 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -92,14 +93,33 @@ class Registry(dict[str, R]):
 def not_among(value: object, names: Iterable[str], kind: str) -> str:
     """Return the message for an unknown name, with the known names and the closest one.
 
+    Of names with help, the one whose help has the value as a word is nearest too.
+
     >>> not_among("dise", ["dice", "bce"], "loss")
     "'dise' is not a loss: choose dice or bce; did you mean dice?"
+    >>> not_among("overlap", {"dice": "loss of overlap", "bce": "cross-entropy"}, "loss")
+    "'overlap' is not a loss: choose dice or bce; did you mean dice?"
     """
+    said = names.choices() if isinstance(names, Registry) else names
+    helps = (
+        {str(name): str(text) for name, text in said.items()} if isinstance(said, Mapping) else {}
+    )
     names = list(names)
     article = "an" if kind[:1] in "aeiou" else "a"
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6) or [
+        name for name, text in helps.items() if str(value).lower() in words_of(text)
+    ]
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{value!r:.60} is not {article} {kind}: choose {listed(names)}{hint}"
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a text, in small letters.
+
+    >>> sorted(words_of("lambda of eq. 12"))
+    ['12', 'eq', 'lambda', 'of']
+    """
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def listed(names: Iterable[str]) -> str:

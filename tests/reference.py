@@ -27,9 +27,11 @@ def command_page():
     lines = [
         "# Commands",
         "",
-        "Results go to stdout, all else to stderr. Exit codes: 0; 2 for a mistake, told in one",
-        "line; 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 and 129 after SIGHUP, with",
-        "everything committed up to the last completed epoch.",
+        "Results go to stdout, everything else to stderr; `-q` leaves results and warnings only.",
+        "Exit codes: 0; 2 for an error, which is one line; 130 after Ctrl-C, 143 after SIGTERM,",
+        "138 after SIGUSR1 and 129 after SIGHUP, with all epochs kept that were completed.",
+        "`polyseg --install-completion` lets the shell complete commands, options, settings and",
+        "their values; `polyseg --show-completion` prints what it installs.",
     ]
     for name, command in commands():
         description, _, example = command.help.partition("Example: ")
@@ -120,12 +122,17 @@ def configuration_page():
 def _spelling(parameter):
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar or parameter.name.upper()}`".replace("|", "\\|")
-    return f"`{', '.join(sorted(parameter.opts, key=len))}`"
+    return f"`{', '.join(sorted(parameter.opts, key=len) + parameter.secondary_opts)}`"
 
 
 def _default(parameter):
     value = parameter.default
-    if value is None or value is False or callable(value) or str(value).startswith("Sentinel"):
+    if (
+        value is None
+        or isinstance(value, bool)
+        or callable(value)
+        or str(value).startswith("Sentinel")
+    ):
         return ""
     return f"`{value}`"
 

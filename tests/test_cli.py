@@ -13,10 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 from scipy.optimize import brentq
+from typer.main import get_command
 
 from polyseg import __version__
+from polyseg.cli.main import app
 from polyseg.commands.plot_loss import _derivative_where_the_sum_is_one
-from polyseg.config import Config
+from polyseg.config import Config, settings_of
 from polyseg.losses import polydice1_curve
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.networks.networks_by_name import hash_weights
@@ -218,7 +220,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["train", "--set", "loss.epsilon"], "give key.sub=value"),
         (["train", "--epochs", "0"], "training.epochs"),
         (["train", "--device", "tpu"], "training.device"),
-        (["train", "--resume"], "name the run by --out"),
+        (["train", "--resume"], "--resume needs --out"),
         (["train", "--resume", "--out", "nowhere"], "holds no run to resume"),
         (["train", "--set", "network.name=resnet"], "choose unet, basic-unet"),
         (["train", "--set", "network.dropout=0"], "network.dropout is 0"),
@@ -466,3 +468,65 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     command = f"{sys.executable} -m polyseg config schema | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{\n" and done.stderr == ""
+
+
+def test_help_states_the_defaults_of_the_settings():
+    settings = {setting["key"]: setting["default"] for setting in settings_of()}
+    command = get_command(app).commands["train"]
+    helps = {parameter.name: parameter.help for parameter in command.params}
+    keys = {"epochs": "training.epochs", "seed": "training.seed", "data": "data.path"}
+    keys |= {"loss": "loss.name", "device": "training.device", "replay_arm": "control.replay_arm"}
+    for name, key in keys.items():
+        assert f"default: {settings[key]}" in helps[name]
+
+
+@pytest.mark.parametrize("command", [["train"], ["evaluate"], ["schedule", "show"]], ids=str)
+def test_help_shows_no_type_beside_flags(polyseg, command):
+    done = polyseg(*command, "--help")
+    assert "--verbose" in done.out and "bool" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "offers"),
+    [
+        ("polyseg tra", ["train"]),
+        ("polyseg train --loss dice", ["dice", "dice_bce"]),
+        (
+            "polyseg train --set control.stat",
+            ["control.statistics=batch", "control.statistics=dataset"],
+        ),
+        ("polyseg train --set training.epo", ["training.epochs=30"]),
+        ("polyseg train --set loss.name = dice", ["dice", "dice_bce"]),
+        ("polyseg evaluate run --split t", ["train", "test"]),
+    ],
+)
+def test_bash_completes_commands_names_and_settings(words, offers):
+    environment = {**os.environ, "_POLYSEG_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(len(words.split()) - 1)
+    code = "import sys; sys.argv = ['polyseg']; from polyseg.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == offers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["config", "show", "--set", "control.lambda=3"], "did you mean control.sensitivity?"),
+        (["config", "show", "--set", "epochs=3"], "did you mean training.epochs?"),
+        (["train", "--loss", "adaptive"], "did you mean polydice1?"),
+    ],
+)
+def test_names_from_the_paper_or_another_section_are_led_to_the_setting(polyseg, arguments, hint):
+    done = polyseg(*arguments)
+    assert done.code == 2 and hint in done.err
+
+
+def test_a_data_set_in_place_of_settings_is_answered_with_the_right_call(polyseg, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    done = polyseg("train", tmp_path)
+    assert done.code == 2 and f"polyseg train --data {tmp_path}" in done.err
+    done = polyseg("data", "check", tmp_path / "images")
+    assert done.code == 2 and f"beside it: give {tmp_path}" in done.err

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_the_intended_use_stands_in_the_readme():
 def command_lines():
     for path in (TOP / "README.md", *sorted((TOP / "examples").glob("*.sh"))):
         text = path.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^ *(polyseg .+)$", text, flags=re.M):
+        for line in re.findall(r"^ *(?:\$ )?(polyseg .+)$", text, flags=re.M):
             yield path.name, line.split(" #")[0]
 
 
@@ -76,6 +77,18 @@ def test_every_command_line_that_is_shown_parses(where, line):
     load_config(overrides=[word for word in overrides if not word.endswith("=1")])
 
 
+@pytest.mark.parametrize(
+    "script", sorted((TOP / "examples").glob("*.sh")), ids=lambda path: path.name
+)
+def test_examples_state_command_time_and_result_and_print_it_without_arguments(script):
+    text = script.read_text()
+    for word in (f"examples/{script.name}", "[KEY=VALUE ...]", "Time: ", "Result: "):
+        assert word in text.split("set -euo pipefail")[0], word
+    if script.name != "demo.sh":
+        done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "Result: " in done.stderr and "set -e" not in done.stderr
+
+
 def code_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
@@ -87,6 +100,13 @@ def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
         exec(code, names)
         assert names["losses"].shape == shape
         assert all(one.grad is not None for one in names["network"].parameters())
+
+
+def test_the_loss_runs_as_the_readme_shows_it():
+    names = {}
+    (code,) = code_blocks(TOP / "README.md")
+    exec(code, names)
+    assert names["losses"].shape == (8,) and names["logits"].grad is not None
 
 
 def test_links_lead_somewhere():

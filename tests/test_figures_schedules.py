@@ -97,6 +97,26 @@ def test_validity_has_a_panel_a_partner_and_one_legend():
     assert len(figure.legends) == 1 and not any(axes.get_legend() for axes in figure.axes)
 
 
+def test_rows_of_the_epsilon_map_have_the_ids_of_their_images():
+    difficulty = np.arange(100.0)
+    names = [f"image_{k}" for k in range(100)]
+    for count in (3, 100):
+        figure = epsilon_map(
+            np.array([1]),
+            difficulty[None, :count] / 100,
+            difficulty[:count],
+            limits=(-0.4, 1.0),
+            ids=names[:count],
+        )
+        axes = figure.axes[0]
+        shown = {
+            int(tick): text.get_text()
+            for tick, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+        }
+        assert shown[1] == names[count - 1] and len(shown) <= 40
+        assert all(text == names[count - row] for row, text in shown.items())
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_no_panel_cuts_off_what_another_shows(order):
     panels = {"low": {"a": np.array([-1.0, 1.0])}, "high": {"a": np.array([0.9, math.nan])}}

@@ -67,6 +67,13 @@ def show(*cases):
     return overlays(cases, metric="mutual_information", title="hard images")
 
 
+def test_several_figures_of_overlays_can_share_their_colours():
+    for one in (case("first"), case("second")):
+        figure = overlays([one], metric="variance", title="images", highest=0.25)
+        assert figure.axes[3].images[0].get_clim() == (0, 0.25)
+        assert "99th percentile" in figure.texts[-1].get_text()
+
+
 DEGENERATE = {
     "one curve": lambda: loss_curves(THETA, {0.5: curve(0.5)}, DICE, s=0.1),
     "no curve": lambda: loss_curves(THETA, {}, DICE, s=0.1),
@@ -245,6 +252,9 @@ def test_the_axis_of_difficulty_is_logarithmic_where_it_can_be_and_helps(values,
 def test_overlays_show_the_arrays_on_shared_scales():
     cases = [case("first", colours=(3,)), case("second", shape=(40, 20))]
     cases[1].uncertainty[3, 4] = 0.6
+    ranked = np.sort(np.concatenate([one.uncertainty.ravel() for one in cases]))
+    place = 0.99 * (ranked.size - 1)
+    end = np.interp(place, np.arange(ranked.size), ranked)
     figure = show(*cases)
     for row, given in enumerate(cases):
         image, mask, mean, uncertainty = figure.axes[4 * row : 4 * row + 4]
@@ -253,7 +263,7 @@ def test_overlays_show_the_arrays_on_shared_scales():
         assert np.array_equal(mean.images[0].get_array(), given.mean)
         assert np.allclose(uncertainty.images[0].get_array(), given.uncertainty)
         assert mean.images[0].get_clim() == (0, 1)
-        assert uncertainty.images[0].get_clim() == (0, 0.6)
+        assert uncertainty.images[0].get_clim() == pytest.approx((0, end))
         assert (len(mask.collections), len(mean.collections)) == (1, 1)
         edge = np.concatenate(mask.collections[0].get_paths()[0].to_polygons())
         centre = np.array(given.mean.shape[::-1]) / 2

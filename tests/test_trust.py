@@ -93,7 +93,7 @@ def test_a_log_that_leads_elsewhere_is_not_written(polyseg, finished, tmp_path):
     ("arguments", "match"),
     [
         (["--accept-changes", "--out", "x"], "--accept-changes needs --resume"),
-        (["--resume"], "--resume: name the run by --out"),
+        (["--resume"], "--resume needs --out"),
         (["--resume", "--out", "nowhere"], "nowhere: holds no run to resume"),
         (["--resume", "--dry-run", "--out", "nowhere"], "nowhere: holds no run to resume"),
     ],

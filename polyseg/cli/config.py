@@ -6,17 +6,17 @@ from typing import Annotated
 
 import typer
 
-from polyseg.cli.options import ConfigFile, Overrides, PresetName
+from polyseg.cli.options import App, ConfigFile, Overrides, PresetName
 from polyseg.errors import PolysegError
 
-config_app = typer.Typer(help="See and write the configuration.", no_args_is_help=True)
+config_app = App(help="Print or write the settings, or their JSON Schema.")
 
 
 @config_app.command("show")
 def config_show(
     config: ConfigFile = None, preset: PresetName = None, overrides: Overrides = None
 ) -> None:
-    """Print all settings that a run would have.
+    """Print all settings of a run with these options.
 
     Example: polyseg config show --set loss.name=dice
     """
@@ -38,7 +38,9 @@ def config_schema() -> None:
 
 @config_app.command("init")
 def config_init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("polyseg.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path(
+        "polyseg.yaml"
+    ),
     preset: PresetName = None,
 ) -> None:
     """Write a configuration file of all settings, the defaults or a preset's, with their meaning.

@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from polyseg.choices import MODALITIES
+from polyseg.cli import completion
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
     WHERE,
+    App,
     AsJson,
     DataPath,
     Fold,
@@ -22,7 +24,7 @@ from polyseg.cli.options import (
 )
 from polyseg.cli.printing import print_mapping
 
-data_app = typer.Typer(help="Look at data, or make some.", no_args_is_help=True)
+data_app = App(help="Check, divide, preview and make data sets.")
 
 
 @data_app.command("check")
@@ -33,7 +35,7 @@ def data_check(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Read every image and mask of a data set and say what was found, and all that is wrong.
+    """Read every image and mask of a data set, and print what was found and what is wrong.
 
     Example: polyseg data check my/images
     """
@@ -50,9 +52,9 @@ def data_check(
 @data_app.command("split")
 def data_split(
     path: DataPath,
-    out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel=WHERE)] = Path(
-        "split.json"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="File to write.", rich_help_panel=WHERE)
+    ] = Path("split.json"),
     overwrite: Overwrite = False,
     fold: Fold = None,
     overrides: Overrides = None,
@@ -79,18 +81,25 @@ def data_split(
 def data_preview(
     path: DataPath = "demo",
     out: Annotated[
-        Path, typer.Option(help="File; without suffix both PDF and PNG.", rich_help_panel=WHERE)
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
+            rich_help_panel=WHERE,
+        ),
     ] = Path("preview"),
     overwrite: Overwrite = False,
-    images: Annotated[int, typer.Option(help="Images, a row each.", rich_help_panel=HOW)] = 4,
+    images: Annotated[
+        int, typer.Option(help="Number of images, one a row.", rich_help_panel=HOW)
+    ] = 4,
     samples: Annotated[
-        int, typer.Option(help="Augmented samples of each.", rich_help_panel=HOW)
+        int, typer.Option(help="Number of augmented samples of each.", rich_help_panel=HOW)
     ] = 5,
     overrides: Overrides = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Draw training images with their masks, as they are and as the first epochs would see them.
+    """Draw training images with their masks, plain and as augmented in the first epochs.
 
     Example: polyseg data preview my/images --set data.augmentation=strong --out strong.png
     """
@@ -135,13 +144,19 @@ def data_manifest(
 
 @data_app.command("demo")
 def data_demo(
-    path: Annotated[Path, typer.Argument(help="Folder to make.")],
-    images: Annotated[int, typer.Option(help="How many.", rich_help_panel=HOW)] = 160,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
+    images: Annotated[int, typer.Option(help="Number of images.", rich_help_panel=HOW)] = 160,
     size: Annotated[
         int, typer.Option(help="Height and width in pixels.", rich_help_panel=HOW)
     ] = 128,
     modality: Annotated[
-        str, typer.Option(help=help_of(MODALITIES), rich_help_panel=HOW)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"{help_of(MODALITIES)}.",
+            autocompletion=completion.names(MODALITIES),
+            rich_help_panel=HOW,
+        ),
     ] = "ultrasound",
     seed: Annotated[
         int, typer.Option(help="Random seed for the phantoms.", rich_help_panel=HOW)
@@ -149,7 +164,7 @@ def data_demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the demo's phantoms, images of lesions whose difficulty is known, as PNG files.
+    """Write the images of the demo, phantoms of lesions of known difficulty, as PNG files.
 
     Example: polyseg data demo phantoms --images 20 --modality endoscopy
     """

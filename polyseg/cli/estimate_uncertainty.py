@@ -30,10 +30,15 @@ def estimate_uncertainty(
     data: OtherData = None,
     part: Part = None,
     samples: Annotated[
-        int | None, typer.Option(help="N, passes of MC Dropout.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of MC-Dropout passes (default: uncertainty.samples of the run).",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     maps: Annotated[
-        bool, typer.Option("--maps", help="Keep the pixel maps too.", rich_help_panel=HOW)
+        bool, typer.Option("--maps", help="Keep the pixel maps as well.", rich_help_panel=HOW)
     ] = False,
     score: Annotated[
         list[str] | None,
@@ -54,7 +59,7 @@ def estimate_uncertainty(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure by MC Dropout how unsure a network is about images, with or without masks.
+    """Measure by MC Dropout how uncertain a network is about images, with or without masks.
 
     Example: polyseg estimate-uncertainty runs/first --data new/images --samples 50
     """

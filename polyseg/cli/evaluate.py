@@ -58,8 +58,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Run, or arm, with which the others are compared: paired differences, "
-            "bootstrap intervals, Wilcoxon's test with Holm's correction.",
+            help="Run, or arm, to compare the others with: paired differences, bootstrap "
+            "intervals, Wilcoxon's test with Holm's correction (default: no comparison).",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -67,15 +67,16 @@ def evaluate(
         bool,
         typer.Option(
             "--group",
-            help="Pool runs that differ only by seed or fold into one arm.",
+            help="Join runs that differ only by seed or fold into one arm.",
             rich_help_panel=HOW,
         ),
     ] = False,
     threshold: Annotated[
         str,
         typer.Option(
-            help="Least probability of a foreground pixel; val: the one with the best Dice on the "
-            "validation images.",
+            metavar="P",
+            help="Probability from which a pixel is foreground, between 0 and 1; or val: the one "
+            "with the best Dice on the validation images.",
             rich_help_panel=HOW,
         ),
     ] = "0.5",
@@ -101,20 +102,25 @@ def evaluate(
         bool,
         typer.Option(
             "--uncertainty",
-            help="Test the mean of MC Dropout's passes too, and whether D finds failures.",
+            help="Test the mean of the MC-Dropout passes as well, and whether D finds failures.",
             rich_help_panel=HOW,
         ),
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(help="N, number of MC-Dropout passes for --uncertainty.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="N",
+            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
+            "the run).",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     corrupt: Annotated[
         str | None,
         typer.Option(
             metavar="KIND,...",
-            help="Test on damaged images too: noise, blur, contrast, gamma, bias, motion, speckle, "
-            "resolution, jpeg, or all.",
+            help="Test on corrupted images as well: noise, blur, contrast, gamma, bias, motion, "
+            "speckle, resolution, jpeg, or all.",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -1,6 +1,7 @@
 """All commands together, and how they end: exit codes, and errors in one line."""
 
 import io
+import os
 import signal
 import sys
 from typing import Annotated
@@ -9,11 +10,12 @@ import typer
 from typer.exceptions import TyperException
 
 from polyseg import __version__
+from polyseg.cli.completion import after_equals
 from polyseg.cli.config import config_app
 from polyseg.cli.data import data_app
 from polyseg.cli.estimate_uncertainty import estimate_uncertainty
 from polyseg.cli.evaluate import evaluate
-from polyseg.cli.options import AROUND_IT, THE_PRODUCT
+from polyseg.cli.options import AROUND_IT, THE_PRODUCT, App
 from polyseg.cli.plot_loss import plot_loss
 from polyseg.cli.predict import predict
 from polyseg.cli.report import report
@@ -25,14 +27,12 @@ from polyseg.system.signals import StopRequest, ending_at_once
 
 _LONGEST_LINE = 2000
 
-app = typer.Typer(
+app = App(
     name="polyseg",
     help="Medical image segmentation with an uncertainty-adaptive loss.\n\n"
-    "Start with [bold]polyseg train[/bold]: without arguments it trains on a built-in demo.",
-    no_args_is_help=True,
+    "Start with [bold]polyseg train[/bold]: without arguments it trains on built-in demo images.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -59,7 +59,7 @@ def common(
             "--version",
             callback=_print_version,
             is_eager=True,
-            help="Print the version and leave.",
+            help="Print the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -72,6 +72,9 @@ def main() -> None:
         # A terminal that cannot show a sign shows a question mark.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if (values := after_equals(os.environ)) is not None:
+        print(*values, sep="\n")
+        return
     with ending_at_once() as stop:
         code = _end_of(stop)
     sys.exit(code)
@@ -110,7 +113,7 @@ def _tell(error: PolysegError | TyperException | OSError) -> int:
     else:
         # A mistyped command or option; without a message the help has been printed instead.
         message = error.format_message()
-        text = f"{_visible(message)} (--help tells what there is)" if message else ""
+        text = f"{_visible(message)} (--help lists what there is)" if message else ""
     if text:
         who = f"process {rank_here()}: " if rank_here() else ""
         print(f"{who}error: {text}", file=sys.stderr)

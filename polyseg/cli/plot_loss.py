@@ -11,18 +11,31 @@ from polyseg.errors import PolysegError
 
 
 def plot_loss(
-    s: Annotated[float, typer.Option("--s", help="Scale s, in (0, 1].", rich_help_panel=HOW)] = 0.1,
+    s: Annotated[
+        float, typer.Option("--s", help="Scale s, above 0 and up to 1.", rich_help_panel=HOW)
+    ] = 0.1,
     epsilon: Annotated[
-        str, typer.Option(help="Steepnesses, separated by commas.", rich_help_panel=HOW)
+        str,
+        typer.Option(
+            metavar="E,...", help="Values of epsilon, separated by commas.", rich_help_panel=HOW
+        ),
     ] = "-0.4,0,0.5,1",
-    terms: Annotated[int, typer.Option(help="K, terms of PolyDice.", rich_help_panel=HOW)] = 1,
+    terms: Annotated[
+        int, typer.Option(help="Number of terms K of PolyDice.", rich_help_panel=HOW)
+    ] = 1,
     gradient: Annotated[
         bool,
-        typer.Option("--gradient", help="Draw the derivative by theta.", rich_help_panel=HOW),
+        typer.Option(
+            "--gradient", help="Draw the derivative with respect to theta.", rich_help_panel=HOW
+        ),
     ] = False,
     out: Annotated[
         Path,
-        typer.Option(help="File; without suffix both PDF and PNG.", rich_help_panel=WHERE),
+        typer.Option(
+            metavar="FILE",
+            help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
+            rich_help_panel=WHERE,
+        ),
     ] = Path("polydice"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,

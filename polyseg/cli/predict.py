@@ -15,23 +15,34 @@ def predict(
     source: Source,
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE|DIR ...", help="Images, or folders of images or a series."),
+        typer.Argument(
+            metavar="IMAGE|DIR ...",
+            help="Images, folders of images, or a folder of a DICOM series.",
+        ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder for the masks, new.", rich_help_panel=WHERE)
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="New folder for the masks.", rich_help_panel=WHERE
+        ),
     ],
     overwrite: Overwrite = False,
     uncertainty: Annotated[
         bool,
         typer.Option(
             "--uncertainty",
-            help="Write maps of the uncertainty too, and difficulties into the table.",
+            help="Write maps of the uncertainty as well, and difficulties into the table.",
             rich_help_panel=HOW,
         ),
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(help="N, passes of MC Dropout for --uncertainty.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="N",
+            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
+            "the run).",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     device: Device = "auto",
     trust: Trust = False,
@@ -39,7 +50,7 @@ def predict(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Segment images: a mask for each, of its size, spacing, orientation and format.
+    """Segment images: write a mask of the size, spacing, orientation and format of each.
 
     Example: polyseg predict runs/first new/images --out masks
     """

@@ -10,27 +10,29 @@ from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
     evaluations: Annotated[
         list[Path] | None,
         typer.Option(
             "--evaluation",
             metavar="DIR",
-            help="A folder of `polyseg evaluate`, to compare them; repeatable.",
+            help="Results of `polyseg evaluate` that compare the runs; repeatable (default: none).",
             rich_help_panel=WHERE,
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", help="HTML file to write, new.", rich_help_panel=WHERE)
+        Path,
+        typer.Option("--out", metavar="FILE", help="HTML file to write.", rich_help_panel=WHERE),
     ] = Path("report.html"),
     overwrite: Overwrite = False,
     title: Annotated[
-        str | None, typer.Option(help="Title of the page.", rich_help_panel=HOW)
+        str | None,
+        typer.Option(help="Title of the page (default: names of the runs).", rich_help_panel=HOW),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Bind runs into one HTML file: results, comparisons, settings, curves, images, origin.
+    """Write one HTML file on runs: results, comparisons, settings, curves, images, provenance.
 
     Example: polyseg report runs/dice runs/adaptive --evaluation results --out report.html
     """

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from polyseg.cli import completion
 from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, TALK, WHERE, AsJson, Out, Overwrite, Quiet, Trust, Verbose
+from polyseg.cli.options import HOW, TALK, WHERE, App, AsJson, Out, Overwrite, Quiet, Trust, Verbose
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.system.files import without_nan
@@ -20,12 +21,10 @@ from polyseg.system.files import without_nan
 if TYPE_CHECKING:
     from polyseg.commands.schedule import Findings
 
-schedule_app = typer.Typer(
-    help="Look at what a run recorded of difficulty and epsilon.", no_args_is_help=True
-)
+schedule_app = App(help="Show, draw, export and recompute the difficulty and epsilon of a run.")
 
 Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run, which may still be training.")
+    Path, typer.Argument(metavar="RUN", help="Folder of a run; it may still be training.")
 ]
 AsCsv = Annotated[
     bool, typer.Option("--csv", help="Print the results as CSV.", rich_help_panel=TALK)
@@ -46,7 +45,8 @@ def schedule_show(
         typer.Option(
             "--image",
             metavar="ID",
-            help="Show how the epsilons of this image follow from its difficulty.",
+            help="Show how the epsilons of this image follow from its difficulty (default: all "
+            "images).",
             rich_help_panel=WHERE,
         ),
     ] = None,
@@ -55,7 +55,7 @@ def schedule_show(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Print how difficulty and epsilon moved from assessment to assessment.
+    """Print difficulty and epsilon at each assessment, or those of one image.
 
     Example: polyseg schedule show runs/first --image phantom_0007
     """
@@ -74,16 +74,14 @@ def schedule_show(
 
 @schedule_app.command("plot")
 def schedule_plot(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs, in any number.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Draw epsilon over the epochs, image by image too, D against Dice, and how ranks last.
+    """Draw epsilon over the epochs, in all and by image, D against Dice, and rank stability.
 
     Example: polyseg schedule plot runs/first runs/second --out figures
     """
@@ -101,14 +99,21 @@ def schedule_recompute(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="KEY.SUB=VALUE",
-            help="A setting of control, uncertainty.metric or loss.epsilon; repeatable.",
+            metavar="KEY=VALUE",
+            help="A setting of control, uncertainty.metric or loss.epsilon; repeatable (default: "
+            "those of the run).",
+            autocompletion=completion.setting,
             rich_help_panel=HOW,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="File for the new schedule, HDF5.", rich_help_panel=WHERE),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="HDF5 file for the new schedule (default: none is written).",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     trust: Trust = False,
@@ -116,7 +121,7 @@ def schedule_recompute(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Work out the schedule that other settings would have made of the recorded difficulties.
+    """Compute the epsilons that other settings would have made of the recorded difficulties.
 
     Example: polyseg schedule recompute runs/first --set control.sensitivity=2 --out new.h5
     """
@@ -132,7 +137,7 @@ def schedule_recompute(
         _quantiles("recorded", ".2f", "recorded ε\n5/50/95 %"),
         _quantiles("recomputed", ".2f", "recomputed ε\n5/50/95 %"),
         _number("largest_change", ".3f", "largest\nchange"),
-        _number("spearman", ".3f", "Spear-\nman"),
+        _number("spearman", ".3f", "Spearman"),
         ("went\nup", lambda row: _shown(100 * row["raised_share"], ".0f", " %")),
     ]
     _print_table(f"{run}: epsilon from assessment to assessment", columns, found.rows, found.notes)
@@ -145,13 +150,18 @@ def schedule_export(
     run: Run,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="File; to stdout if left out.", rich_help_panel=WHERE),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="CSV file to write (default: stdout).",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a row for each assessment and image as CSV: difficulty, epsilon, Dice.
+    """Write difficulty, epsilon and Dice as CSV, a row for each assessment and image.
 
     Example: polyseg schedule export runs/first --out first.csv
     """
@@ -182,7 +192,7 @@ def schedule_validity(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Tell whether D means difficulty: how it goes with 1 - Dice, with size, and with itself.
+    """Correlate D with 1 - Dice, with size and with its previous value: is it difficulty?
 
     Example: polyseg schedule validity runs/first --out validity
     """
@@ -249,7 +259,7 @@ def _print_overview(run: Path, found: "Findings") -> None:
         _whole("epoch"),
         _number("spearman_previous", ".2f", "Spearman\n(previous)"),
         _number("rank_stability", ".2f", "rank\nstability"),
-        _whole("fallbacks", "fall-\nbacks"),
+        _whole("fallbacks", "fallbacks"),
         ("wrong\nsign", lambda row: _shown(100 * row["wrong_sign_share"], ".1f", " %")),
     ]
     extreme = [
@@ -257,7 +267,13 @@ def _print_overview(run: Path, found: "Findings") -> None:
         ("largest D", lambda row: str(row["largest_1"])),
         ("smallest D", lambda row: str(row["smallest_1"])),
     ]
-    _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows)
+    last = found.rows[-1]
+    notes = []
+    if not math.isfinite(last["epsilon_q50"]):
+        notes = [
+            f"The assessment after epoch {last['epoch']} is a record: no epoch has followed it."
+        ]
+    _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows, notes)
     _print_table(f"{run}: how the order of the images lasts", lasting, found.rows)
     title = f"{run}: the images of largest and smallest D"
     _print_table(title, extreme, found.rows, found.notes, whole=True)

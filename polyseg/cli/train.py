@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from polyseg.choices import DEVICES, LOSSES, REPLAY_ARMS
+from polyseg.cli import completion
 from polyseg.cli.display import talking
 from polyseg.cli.options import (
     HOW,
@@ -30,41 +31,77 @@ _OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.de
 """Settings that say where and how, not what, so that those of another run are not taken over."""
 
 
+def _refuse_data_set(config: Path | None) -> None:
+    """Refuse a data set, or a run, that is given in place of CONFIG.yaml, and name the option."""
+    if config is None or not (config.is_dir() or config.suffix.lower() == ".csv"):
+        return
+    option, what = ("--data", "a data set")
+    if (config / "config.yaml").is_file():
+        option, what = ("--resume --out", "a run")
+    raise PolysegError(
+        f"{config}: is {what}, not a file of settings; say polyseg train {option} {config}"
+    )
+
+
 def train(
     config: ConfigFile = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Folder of a data set, CSV manifest, or 'demo'.", rich_help_panel=WHERE),
+        typer.Option(
+            metavar="PATH",
+            help="Data set: a folder, a CSV manifest or demo, built-in images (default: demo).",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder, new.", rich_help_panel=WHERE)
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="New folder for the run (default: one in runs/, named by the time).",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the images.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(
+            metavar="N", help="Passes over the training images (default: 30).", rich_help_panel=HOW
+        ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Random seed for weights, data order, augmentation and dropout.",
+            metavar="N",
+            help="Random seed for weights, data order, augmentation and dropout (default: 0).",
             rich_help_panel=HOW,
         ),
     ] = None,
     loss: Annotated[
         str | None,
         typer.Option(
-            help=help_of(LOSSES.choices()),
+            metavar="NAME",
+            help=f"{help_of(LOSSES.choices())}; default: polydice1.",
+            autocompletion=completion.names(LOSSES.choices()),
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"{help_of(DEVICES)}; default: auto.",
+            autocompletion=completion.names(DEVICES),
             rich_help_panel=HOW,
         ),
     ] = None,
     preset: PresetName = None,
-    device: Annotated[str | None, typer.Option(help=help_of(DEVICES), rich_help_panel=HOW)] = None,
     fold: Fold = None,
     split: Annotated[
         Path | None,
         typer.Option(
             "--split",
             metavar="FILE",
-            help="split.json of a run or of `data split`, or nnU-Net's splits_final.json.",
+            help="File of a split: split.json of a run or of `data split`, or nnU-Net's "
+            "splits_final.json (default: split by data.split).",
             rich_help_panel=WHERE,
         ),
     ] = None,
@@ -72,16 +109,18 @@ def train(
         Path | None,
         typer.Option(
             metavar="RUN|SCHEDULE.h5",
-            help="Use the epsilons that a run recorded, without MC Dropout; without CONFIG.yaml "
-            "with that run's settings too.",
+            help="Use the epsilons that a run recorded, without MC Dropout, and the settings of "
+            "that run unless CONFIG.yaml is given.",
             rich_help_panel=HOW,
         ),
     ] = None,
     replay_arm: Annotated[
         str | None,
         typer.Option(
-            help=f"Which image gets which of the replayed epsilons: "
-            f"{help_of(REPLAY_ARMS.choices())}",
+            metavar="NAME",
+            help="Which image gets which of the replayed epsilons: "
+            f"{help_of(REPLAY_ARMS.choices())}; default: recorded.",
+            autocompletion=completion.names(REPLAY_ARMS.choices()),
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -90,8 +129,8 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out; with --epochs for longer, the learning rate then "
-            "following the new number.",
+            help="Continue the run in --out from its last committed epoch. With more --epochs it "
+            "is continued for longer, and the learning rate follows the new number.",
             rich_help_panel=WHERE,
         ),
     ] = False,
@@ -108,28 +147,31 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check all, print the plan, train nothing.", rich_help_panel=HOW
+            "--dry-run",
+            help="Check data and settings and print the plan, without training.",
+            rich_help_panel=HOW,
         ),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a network, measure its uncertainty as it learns, test it, draw the figures.
+    """Train a network with per-image losses set by its uncertainty, test it and draw figures.
 
     Example: polyseg train --data my/images --out runs/first --set data.size=256
     """
     from polyseg.config import load_config, settings_of
 
     if resume and out is None:
-        raise PolysegError("--resume: name the run by --out")
+        raise PolysegError("--resume needs --out, which names the run")
     if accept_changes and not resume:
         raise PolysegError("--accept-changes needs --resume")
+    _refuse_data_set(config)
     from_run = None
     if resume and config is None and out is not None and (out / "checkpoints").is_dir():
         from_run = config = out / "config.yaml"
     if replay_arm is not None and replay is None:
-        raise PolysegError("--replay-arm: of what? name the run by --replay")
+        raise PolysegError("--replay-arm needs --replay, which names the run")
     if replay_arm is not None and replay_arm not in REPLAY_ARMS:
         raise PolysegError(f"--replay-arm {not_among(replay_arm, REPLAY_ARMS, REPLAY_ARMS.kind)}")
     own: list[str] = []

@@ -119,6 +119,7 @@ def _draw(part: RunRecord, label: str, folder: Path) -> list[Path]:
             assessments[-1].difficulty,
             limits=limits,
             assessed=epochs,
+            ids=schedule.ids,
         )
     if any(np.isfinite(assessment.dice).any() for assessment in assessments):
         figures["difficulty_dice"] = difficulty_panels(

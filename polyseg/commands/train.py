@@ -260,6 +260,7 @@ def plan(
     epochs = config.training.epochs - max(done, 0)
     moments = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
     moments = [epoch for epoch in moments if epoch > done]
+    idle = moments[-1:] == [config.training.epochs]
     uncertainty = config.uncertainty
     samples = _LIKELY_SAMPLES if uncertainty.samples == "auto" else uncertainty.samples
     stochastic = len(moments) * len(split["train"]) * (samples if uncertainty.takes_passes else 1)
@@ -272,7 +273,8 @@ def plan(
         "epochs": epochs,
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
         "assessed after epochs": moments,
-        "MC-Dropout passes of an image": stochastic,
+        **({"only for the record, as no epoch follows": moments[-1:]} if idle else {}),
+        "MC-Dropout passes, all images together": stochastic,
         "share of MC Dropout, at most": round(stochastic / (stochastic + plain), 3),
     }
 

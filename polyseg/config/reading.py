@@ -6,7 +6,7 @@ Unknown keys are errors, which name the nearest known one.
 import difflib
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from polyseg.choices import PRESETS
 from polyseg.config.descriptions import settings_of
 from polyseg.config.settings import Config
 from polyseg.errors import PolysegError, reason
-from polyseg.registry import not_among
+from polyseg.registry import not_among, words_of
 from polyseg.system.yaml import LONGEST_YAML, parse_yaml
 
 _MOST_PROBLEMS = 5
@@ -139,7 +139,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         problems.setdefault(key, []).append(problem)
     for key, (first, *others) in problems.items():
         if first["type"] == "extra_forbidden":
-            yield f"{key}: unknown key; {_nearest(key, list(settings))}"
+            yield f"{key}: unknown key; {_nearest(key, settings)}"
         elif first["type"] == "value_error":
             said = first["msg"].removeprefix("Value error, ")
             yield f"{key}: {said}" if key in settings else said
@@ -152,6 +152,20 @@ def _describe(error: ValidationError) -> Iterator[str]:
             yield f"{key}: {message}, got {first['input']!r:.60}"
 
 
-def _nearest(key: str, keys: list[str]) -> str:
-    near = difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else "`polyseg config show` lists the keys"
+def _nearest(key: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a hint at the setting that an unknown key may mean.
+
+    That is one of the same name in another section, one of its section whose description has the
+    name as a word (control.lambda: "lambda of eq. 12"), or one that is spelled nearly so.
+    """
+    section, _, name = key.rpartition(".")
+    near = (
+        [one for one in settings if one.rpartition(".")[2] == name]
+        or [
+            one
+            for one, setting in settings.items()
+            if one.startswith(section) and name.lower() in words_of(setting["description"])
+        ]
+        or difflib.get_close_matches(key, [*settings, *Config.model_fields], n=1, cutoff=0.6)
+    )
+    return f"did you mean {near[0]}?" if len(near) == 1 else "`polyseg config show` lists the keys"

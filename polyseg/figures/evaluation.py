@@ -43,9 +43,12 @@ def comparison(names: Sequence[str], values: Mapping[str, Sequence[Numbers]]) ->
     >>> comparison(["adaptive", "fixed"], {"Dice": dice}).axes[0].get_xlabel()
     '1 value not finite'
     """
-    figure, panels = _panels(names, list(values), height=0.0)
+    figure, panels = _panels(names, list(values), height=0.35)
     for axes, runs in zip(panels, values.values(), strict=True):
         _draw_values(axes, runs)
+    joint = "\n" if figure.get_figwidth() == ONE_COLUMN else "; "
+    note = f"point: image; diamond: mean; box: quartiles{joint}whiskers: 5 to 95 % of the images"
+    figure.supxlabel(note, fontsize=8)
     return figure
 
 

@@ -29,9 +29,15 @@ from polyseg.figures.style import (
 LABELS, CELL, GAP = 1.2, 1.39, 0.07
 """Widths of the parts of a row of `overlays`, in inches."""
 
+_OVERLAY_NOTE = (
+    "Yellow outline: mask. Colours of the uncertainty\n"
+    "end at the 99th percentile of all maps shown,\n"
+    "in both figures, of largest and smallest D."
+)
+
 _LINES: dict[str, tuple[str, float, withStroke]] = {
-    "mask": (YELLOW, 1.4, withStroke(linewidth=2.0, foreground=BLACK)),
-    "prediction": (BLUE, 0.8, withStroke(linewidth=1.2, foreground="white")),
+    "mask": (YELLOW, 0.9, withStroke(linewidth=1.4, foreground=BLACK)),
+    "prediction": (BLUE, 0.5, withStroke(linewidth=0.8, foreground="white")),
 }
 """Colour, width and border of the outlines in `predictions`; both are visible where they agree."""
 
@@ -84,15 +90,28 @@ class OverlayCase:
 
 
 @styled
-def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure:
+def overlays(
+    cases: Sequence[OverlayCase], *, metric: str, title: str, highest: float | None = None
+) -> Figure:
     """Draw a row for each image: the image, its mask, the mean prediction and the uncertainty.
 
-    The colours of the uncertainty, named by `metric`, are the same in all rows. Heights are limited
-    to between 0.4 and 2 widths.
+    Args:
+        cases: at least one. Heights are cut to between 0.4 and 2 widths, with room beside.
+        metric: name of the uncertainty.
+        title: of the figure.
+        highest: uncertainty at the upper end of the colours, which start at 0; by default
+            `highest_uncertainty` of the cases. Give it so that several figures can be compared.
+
+    >>> blank = np.zeros((4, 6))
+    >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
+    >>> figure = overlays([case], metric="entropy", title="largest D")
+    >>> [axes.get_title() for axes in figure.axes[:4]]
+    ['image', 'mask', 'mean prediction', 'uncertainty']
     """
     shapes = [case.mean.shape for case in cases]
     heights = [CELL * float(np.clip(height / width, 0.4, 2)) for height, width in shapes]
-    highest = max(finite_values(case.uncertainty).max(initial=0) for case in cases) or 1.0
+    if highest is None:
+        highest = highest_uncertainty([case.uncertainty for case in cases])
     lefts = [LABELS + column * (CELL + GAP) for column in range(4)]
     top = 0.55  # space for the titles; 0.75 below is for the colour bars
     figure = Figure(figsize=(TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
@@ -110,8 +129,23 @@ def overlays(cases: Sequence[OverlayCase], *, metric: str, title: str) -> Figure
         (lefts[3], uncertainty, metric_name(metric).replace(" (", "\n(")),
     ):
         bar = place_axes(figure, left + 0.1 * CELL, top + 0.05, 0.8 * CELL, 0.08)
-        figure.colorbar(shown, cax=bar, orientation="horizontal", label=label)
+        end = "max" if shown is uncertainty else "neither"
+        figure.colorbar(shown, cax=bar, orientation="horizontal", label=label, extend=end)
+    note = figure.text(0.02, 0.1 / figure.get_figheight(), _OVERLAY_NOTE, fontsize=8)
+    note.set_linespacing(1.3)
     return figure
+
+
+def highest_uncertainty(maps: Sequence[Numbers]) -> float:
+    """Return the upper end of a colour scale for uncertainty maps: their 99th percentile.
+
+    Their maximum would be that of a few pixels, and leave all others nearly black.
+
+    >>> highest_uncertainty([np.arange(101.0)])
+    99.0
+    """
+    values = np.concatenate([finite_values(one).ravel() for one in maps])
+    return float(np.percentile(values, 99)) or 1.0 if values.size else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +234,7 @@ def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
 
 def _outline(axes: Axes, mask: Numbers | None, colour: str = YELLOW) -> None:
     """Draw the outline of a mask with a black border, visible on any image."""
-    _edge(axes, mask, colour, 0.6, withStroke(linewidth=1.3, foreground=BLACK))
+    _edge(axes, mask, colour, 0.5, withStroke(linewidth=0.8, foreground=BLACK))
 
 
 def _edge(axes: Axes, mask: Numbers | None, colour: str, width: float, seam: withStroke) -> None:

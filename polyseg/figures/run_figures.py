@@ -14,7 +14,7 @@ from polyseg.choices import UNCERTAINTIES
 from polyseg.config import Config
 from polyseg.data.dataset import ImageSet
 from polyseg.figures.figures_by_name import RUN_FIGURES, Drawn, RunFigure, RunRecords
-from polyseg.figures.pictures import OverlayCase, overlays
+from polyseg.figures.pictures import OverlayCase, highest_uncertainty, overlays
 from polyseg.figures.schedules import Panel, difficulty_panels
 from polyseg.figures.style import formatted, headed, save_figure
 from polyseg.figures.training import (
@@ -134,43 +134,67 @@ def draw_extremes(
     if assessment.metric not in UNCERTAINTIES:
         return []  # Other scores have no maps.
     # Imported here, because commands that draw recorded data only need no torch.
-    from polyseg.montecarlo.assessment import assess
     from polyseg.networks.networks_by_name import hash_weights
 
     order = np.argsort(-assessment.difficulty, kind="stable")
+    moved = hash_weights(network) != assessment.weights_sha256
+    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
+    shown = min(config.output.overlays, len(order))
+    if shown == 0:
+        return []
+    found = {
+        which: _measured_anew(network, config, images, assessment, rows)
+        for which, rows in (("largest", order[:shown]), ("smallest", order[::-1][:shown]))
+    }
+    highest = highest_uncertainty(
+        [again.maps[again.metric][i] for again, rows in found.values() for i in rows]
+    )
+    files = []
+    for which, (again, rows) in found.items():
+        chosen = rows if which == "largest" else rows[::-1]
+        path, title = folder / f"overlays_{which}_d", f"The {shown} images of {which} D{since}"
+        files += draw_overlays(again, chosen, images, path, title, highest)
+    return files
+
+
+def _measured_anew(
+    network: "SegmentationNetwork",
+    config: Config,
+    images: ImageSet,
+    assessment: Assessment,
+    rows: NDArray[np.int64],
+) -> tuple[Assessment, list[int]]:
+    """Return an assessment, with maps, of the images of some rows, and its rows by falling D.
+
+    Measured anew they may stand in another order, and a figure goes by what it shows.
+    """
+    from polyseg.montecarlo.assessment import assess
+
     changes = {
         "samples": assessment.samples,
         "save_maps": True,
         "metric": assessment.metric,
     }
-    settings = config.uncertainty.model_copy(update=changes)
-    moved = hash_weights(network) != assessment.weights_sha256
-    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
-    shown = min(config.output.overlays, len(order))
-    labels = assessment.labels or [""] * len(order)
-    files = []
-    for which, rows in (("largest", order[:shown]), ("smallest", order[::-1][:shown])):
-        if len(rows) == 0:
-            continue
-        again = assess(
-            network,
-            images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
-            settings,
-            seed=assessment.seed,
-            epoch=assessment.epoch,
-        )
-        places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
-        chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
-        # Computed again, they may have another order, and the figure shows the new values.
-        chosen.sort(key=lambda i: again.difficulty[i], reverse=which == "largest")
-        path = folder / f"overlays_{which}_d"
-        heading = f"The {len(rows)} images of {which} D{since}"
-        files += draw_overlays(again, chosen, images, path, heading)
-    return files
+    again = assess(
+        network,
+        images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
+        config.uncertainty.model_copy(update=changes),
+        seed=assessment.seed,
+        epoch=assessment.epoch,
+    )
+    labels = assessment.labels or [""] * len(assessment.ids)
+    places = list(zip(again.ids, again.labels or [""] * len(again.ids), strict=True))
+    chosen = [places.index((assessment.ids[i], labels[i])) for i in rows]
+    return again, sorted(chosen, key=lambda i: again.difficulty[i], reverse=True)
 
 
 def draw_overlays(
-    assessment: Assessment, rows: Sequence[int], images: ImageSet, path: Path, title: str
+    assessment: Assessment,
+    rows: Sequence[int],
+    images: ImageSet,
+    path: Path,
+    title: str,
+    highest: float,
 ) -> list[Path]:
     """Draw image, mask, mean prediction and uncertainty for some rows of an assessment."""
     cases = []
@@ -189,7 +213,7 @@ def draw_overlays(
                 dice=float(assessment.dice[i]),
             )
         )
-    figure = overlays(cases, metric=assessment.metric, title=title)
+    figure = overlays(cases, metric=assessment.metric, title=title, highest=highest)
     return save_figure(figure, path)
 
 

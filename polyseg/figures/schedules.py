@@ -27,6 +27,7 @@ from polyseg.figures.style import (
 
 _MARKERS = "osD^vP"
 _COLUMNS = 3
+_MOST_IDS = 40
 
 
 @styled
@@ -66,21 +67,29 @@ def epsilon_map(
     *,
     limits: tuple[float, float],
     assessed: Sequence[int] = (),
+    ids: Sequence[str] = (),
 ) -> Figure:
     """Draw the epsilon, (E, n), of every image in every epoch, the largest `difficulty` on top.
 
-    The colours span at least `limits`, eps_min and eps_max. The epochs in `assessed` are marked
-    above.
+    Args:
+        epochs: (E,) from 1.
+        epsilon: (E, n).
+        difficulty: (n,), by which the images are put in order.
+        limits: eps_min and eps_max, which the colours reach at least.
+        assessed: the epochs after which the difficulties were measured, marked above.
+        ids: (n,), written beside the rows: all up to 40, of more images every few.
 
     >>> epsilon = np.array([[0.0, 0.5]])
     >>> figure = epsilon_map(np.array([1]), epsilon, np.array([0.1, 0.2]), limits=(-0.4, 1.0))
     >>> figure.axes[0].images[0].get_array().tolist()
     [[0.5], [0.0]]
     """
-    figure = Figure(figsize=(ONE_COLUMN, 3.2))
+    order = np.argsort(-difficulty, kind="stable")
+    named = range(0, len(ids), math.ceil(len(ids) / _MOST_IDS) or 1)
+    figure = Figure(figsize=(ONE_COLUMN + 0.8 * bool(ids), max(3.2, 1 + 0.11 * len(named))))
     axes = figure.add_subplot(ylabel="image (largest D at the end on top)")
     shown = axes.imshow(
-        epsilon[:, np.argsort(-difficulty, kind="stable")].T,
+        epsilon[:, order].T,
         extent=(epochs[0] - 0.5, epochs[-1] + 0.5, len(difficulty) + 0.5, 0.5),
         vmin=min(limits[0], epsilon.min()),
         vmax=max(limits[1], epsilon.max()),
@@ -92,6 +101,9 @@ def epsilon_map(
     axes.set_xlabel("epoch")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    if ids:
+        names = [shorten(ids[order[row]], 20) for row in named]
+        axes.set_yticks([row + 1 for row in named], names, fontsize=6)
     marks = [epoch + 0.5 for epoch in assessed if epochs[0] - 1 <= epoch <= epochs[-1]]
     axes.secondary_xaxis("top", xlabel="assessments").set_xticks(marks, [""] * len(marks))
     return figure

@@ -150,6 +150,7 @@ def difficulty_distribution(
     figure = Figure(figsize=(ONE_COLUMN, 2.6))
     axes = figure.add_subplot(ylabel=_difficulty_label(metric))
     samples = [finite_values(values) for values in difficulties]
+    axes.set_title("box: quartiles; whiskers: 5 to 95 %", fontsize=8)
     width = 0.6 * min(np.diff(epochs), default=1)
     boxes(axes, samples, epochs, [BLUE] * len(samples), width=width)
     epochs_axis(axes, np.add.outer(epochs, (-width / 2, width / 2)))

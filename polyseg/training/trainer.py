@@ -349,6 +349,8 @@ class Trainer:
         )
         for line in (describe(assessment), *describe_order(assessment)):
             log.info("%s", line)
+        if epoch == self.config.training.epochs:
+            log.info("this assessment is the record of the final weights: no epoch follows it")
         # Bits that processes may compute otherwise must not lead them apart.
         assessment = self.processes.from_leader(assessment)
         self._adopt(assessment)
