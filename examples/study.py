@@ -1,16 +1,19 @@
-"""Run the gates of a study that asks whether placing a steep loss helps, and keep a row of each run.
+"""Run gates A and B of a study: does it help to place a steep loss on difficult images?
 
-    python examples/study.py run RUNS ROWS.jsonl --data DATA --gate b --sets kvasir-polyps
+    python examples/study.py RUNS ROWS.jsonl --data DATA --gate b --sets kvasir-polyps
 
-Gate A needs networks only: for fold 0 and seeds 0 to 2, one network with epsilon 0 for all ("uniform")
-and two *donors*, trained on either half of its training images and tested on the other half, so that
-each training image gets an error (1 - Dice) of a network that has not seen it. Gate B gives each image
-the epsilon that this out-of-fold error asks for, known beforehand, in all epochs ("oracle", folds 0 to
+Gate A trains networks only: for fold 0 and seeds 0 to 2, one with epsilon 0 for all ("uniform") and
+two donors, each trained on half of its training images and tested on the other half, so that each
+training image gets an error (1 - Dice) from a network that has not seen it. Then each measure of
+difficulty is taken of the training images.
+
+Gate B gives each image, in all epochs, the epsilon that this error asks for ("oracle", folds 0 to
 2, seed = fold, sensitivities 0.3 and 1), beside the same epsilons permuted over the images by three
-fixed permutations, and beside "uniform". `--gate c` prints its runs; they come later.
+fixed permutations, and beside "uniform".
 
-A run whose row is in ROWS.jsonl is not repeated, and one that was stopped is resumed. Each run takes
-one thread; `--jobs` of them run at once. A run takes 1 to 2 minutes of processor time.
+A run whose row is in ROWS.jsonl is not repeated, and one that was stopped is resumed. Each run
+takes one thread, and `--jobs` of them run at once. `python examples/study_analysis.py ROWS.jsonl` prints
+the tables.
 """
 
 import argparse
@@ -22,11 +25,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from polyseg.difficulty import epsilon_from_weight, normalise_by_rank
+from polyseg.metrics.rank_stability import spearman
+from polyseg.montecarlo import assess
+from polyseg.records import Schedule, no_progress
+from polyseg.runs import read_schedule
+from polyseg.runs.record_files import write_schedule
+from polyseg.runs.trained_model import Inputs, images_for, open_model
 
 SETS = {
     "dsb2018-histology": ("dsb2018-histology", 96),
@@ -39,7 +53,11 @@ NETWORK = "{channels: [12, 24, 48, 96], strides: [2, 2, 2], num_res_units: 2}"
 EPOCHS = 30
 SENSITIVITIES = (0.3, 1.0)
 PERMUTATIONS = (1, 2, 3)
+PASSES = (5, 10, 20, 50, 100)
+REFERENCE = 200
+SCORES = ("dispersion", "expected_error", "pairwise_dice", "size")
 EPSILON_MIN, EPSILON_MAX = -0.4, 1.0
+KEYS = ("set", "fold", "seed", "arm")
 
 
 @dataclass(frozen=True)
@@ -84,12 +102,10 @@ class Study:
         self.data, self.runs, self.rows = data, runs, rows
         self._lock = threading.Lock()
 
-    def done(self) -> dict[str, dict]:
-        """Return the rows that are there, by the name of the run."""
-        if not self.rows.exists():
-            return {}
-        found = [json.loads(line) for line in self.rows.read_text().splitlines()]
-        return {Run(*(row[key] for key in ("set", "fold", "seed", "arm"))).name: row for row in found}
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Return the rows of trained runs, by the name of the run."""
+        runs = [row for row in self._read() if "kind" not in row]
+        return {Run(*(row[key] for key in KEYS)).name: row for row in runs}
 
     def go(self, run: Run) -> None:
         """Train a run, test its last epoch's weights, and append its row."""
@@ -112,7 +128,7 @@ class Study:
                 for row in csv.DictReader(file)
             ]
         config = (folder / "config.yaml").read_bytes()
-        row = asdict(run) | {
+        row: dict[str, Any] = asdict(run) | {
             "polyseg": _version(),
             "settings": hashlib.sha256(config.split(b"output:")[0]).hexdigest()[:12],
             "minutes": round((time.monotonic() - started) / 60, 2),
@@ -120,10 +136,52 @@ class Study:
             "epsilon": self._quantiles(folder),
             "images": images,
         }
+        self._append(row)
+
+    def measure(self, run: Run) -> None:
+        """Assess the training images of a run by each measure, with more and with fewer passes.
+
+        The row has D of each image by each measure with 200 passes, and the rank correlation of D
+        by fewer passes, of other masks, with that.
+        """
+        if any(
+            row.get("kind") == "measures" and Run(*(row[key] for key in KEYS)) == run
+            for row in self._read()
+        ):
+            return
+        started = time.process_time()
+        model = open_model(self.runs / run.name / "checkpoints/last.safetensors", "cpu", False)
+        images, ids = images_for(model, Inputs(part="train"), "train", no_progress)
+        batches = list(images.batches(ids, model.config.training.batch_size))
+
+        def difficulties(samples: int, seed: int) -> Mapping[str, NDArray[np.float64]]:
+            settings = model.config.uncertainty.model_copy(update={"samples": samples})
+            found = assess(model.network, batches, settings, seed=seed, also=SCORES)
+            return found.in_order(ids).scores
+
+        reference = difficulties(REFERENCE, seed=run.seed)
+        agreement: dict[str, dict[int, float]] = {name: {} for name in reference}
+        for samples in PASSES:
+            for name, scores in difficulties(samples, seed=1000 + samples).items():
+                agreement[name][samples] = round(spearman(scores, reference[name]), 4)
+        by_image = {
+            name: {identity: float(f"{d:.6g}") for identity, d in zip(ids, column, strict=True)}
+            for name, column in reference.items()
+        }
+        minutes = round((time.process_time() - started) / 60, 2)
+        row = asdict(run) | {"kind": "measures", "polyseg": _version(), "cpu_minutes": minutes}
+        self._append(row | {"agreement": agreement, "scores": by_image})
+
+    def _append(self, row: Mapping[str, object]) -> None:
         with self._lock, self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _arguments(self, run: Run) -> list[str]:
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.rows.exists():
+            return []
+        return [json.loads(line) for line in self.rows.read_text().splitlines()]
+
+    def _arguments(self, run: Run) -> list[object]:
         path, size = SETS[run.set]
         settings = [
             "control.enabled=false",
@@ -131,7 +189,14 @@ class Study:
             f"network.kwargs={NETWORK}",
             "output.figures=false",
         ]
-        arguments = ["--data", self.data / path, "--seed", run.seed, "--epochs", EPOCHS]
+        arguments: list[object] = [
+            "--data",
+            self.data / path,
+            "--seed",
+            run.seed,
+            "--epochs",
+            EPOCHS,
+        ]
         arguments += ["--loss", "polydice1", "--split", self._split(run)]
         if run.arm.startswith(("oracle", "permuted")):
             arguments += ["--replay", self._schedule(run)]
@@ -147,9 +212,7 @@ class Study:
         fold.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             if not fold.exists():
-                self._polyseg(
-                    "data", "split", self.data / path, "--fold", run.fold, "--out", fold
-                )
+                self._polyseg("data", "split", self.data / path, "--fold", run.fold, "--out", fold)
             if not run.arm.startswith("donor"):
                 return fold
             half = fold.with_name(f"{run.set}-{run.fold}-seed{run.seed}-{run.arm}.json")
@@ -160,7 +223,9 @@ class Study:
             half.write_text(json.dumps(split, indent=1))
             return half
 
-    def _halves(self, run: Run, training: list[dict]) -> tuple[list[dict], list[dict]]:
+    def _halves(
+        self, run: Run, training: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the training images in two halves; images of one group stay together."""
         groups = self._groups(run.set)
         names = sorted({groups.get(image["id"], image["id"]) for image in training})
@@ -170,7 +235,7 @@ class Study:
             held = sum(groups.get(image["id"], image["id"]) in first for image in training)
             if 2 * held < len(training):
                 first.add(name)
-        parts: tuple[list[dict], list[dict]] = ([], [])
+        parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         for image in training:
             parts[groups.get(image["id"], image["id"]) not in first].append(image)
         return parts
@@ -184,10 +249,6 @@ class Study:
 
     def _schedule(self, run: Run) -> Path:
         """Write the epsilons of an oracle or a permuted arm, the same in all epochs."""
-        from polyseg.difficulty import epsilon_from_weight, normalise_by_rank
-        from polyseg.records import Schedule
-        from polyseg.runs.record_files import write_schedule
-
         kind, *which = run.arm.split("-")
         errors = out_of_fold_errors(self.done(), run)
         ids = sorted(errors)
@@ -207,8 +268,6 @@ class Study:
 
     def _quantiles(self, folder: Path) -> list[float]:
         """Return the 5th, 50th and 95th percentile of epsilon over images and epochs."""
-        from polyseg.runs import read_schedule
-
         epsilon = read_schedule(folder / "schedule.h5").epsilon
         return [round(float(x), 4) for x in np.percentile(epsilon, [5, 50, 95])]
 
@@ -232,7 +291,7 @@ class Study:
         return usage.ru_utime + usage.ru_stime
 
 
-def out_of_fold_errors(rows: dict[str, dict], run: Run) -> dict[str, float]:
+def out_of_fold_errors(rows: dict[str, dict[str, Any]], run: Run) -> dict[str, float]:
     """Return 1 - Dice of each training image of a run, by the donor that has not seen it."""
     errors: dict[str, float] = {}
     for k in (0, 1):
@@ -262,17 +321,27 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     study = Study(given.data, given.runs, given.rows)
-    failed = []
+    failed = 0
     for stage in gate(given.gate, given.sets):
-        with ThreadPoolExecutor(given.jobs) as pool:
-            for run, future in [(run, pool.submit(study.go, run)) for run in stage]:
-                try:
-                    future.result()
-                    print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
-                except (RuntimeError, OSError, KeyError) as error:
-                    failed.append(run.name)
-                    print(f"failed: {run.name}: {error}", flush=True)
+        failed += each(study.go, stage, given.jobs)
+    if given.gate == "a":
+        measured = [run for run in gate("a", given.sets)[0] if run.arm == "uniform"]
+        failed += each(study.measure, measured, 1)
     sys.exit(bool(failed))
+
+
+def each(task: Callable[[Run], None], runs: Sequence[Run], jobs: int) -> int:
+    """Do a task for each run, a line for each, and return how many failed."""
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for run, future in [(run, pool.submit(task, run)) for run in runs]:
+            try:
+                future.result()
+                print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
+            except Exception as error:
+                failed += 1
+                print(f"failed: {run.name}: {type(error).__name__}: {error}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
