@@ -12,8 +12,8 @@ Gate B gives each image, in all epochs, the epsilon that this error asks for ("o
 fixed permutations, and beside "uniform".
 
 A run whose row is in ROWS.jsonl is not repeated, and one that was stopped is resumed. Each run
-takes one thread, and `--jobs` of them run at once. `python examples/study_analysis.py ROWS.jsonl` prints
-the tables.
+takes one thread, and `--jobs` of them run at once. `python examples/study_analysis.py ROWS.jsonl`
+prints the tables.
 """
 
 import argparse

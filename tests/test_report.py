@@ -423,7 +423,7 @@ def test_a_comparison_stands_before_the_tests_of_single_runs(make_run, evaluatio
     assert "Comparison cmp" in Parser(page).text.partition("Contents")[0]
     found = section(page, "Comparison")
     text = Parser(found).text
-    assert "arm 0 against b (9 images). +/-/=: number of images that are better, worse, equal." in text
+    assert "arm 0 against b (9 images). +/-/=: number of images that are better, worse" in text
     assert " ".join(["Dice!*", *CELLS, "0.040"]) in text
     assert f"metric adaptive ({IMAGES} images) Dice! 0.500 ± 0.250" in text
     assert text.index("against b") < text.index("Test metrics") < text.index("Figure 1.")
