@@ -221,7 +221,7 @@ def test_what_holds_no_settings_is_refused(tree):
 def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
     for text in ("false", "0", "[]", "''"):
         (tmp_path / "a.yaml").write_text(text)
-        with pytest.raises(PolysegError, match=r"a\.yaml: contains no settings"):
+        with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
             load_config(tmp_path / "a.yaml")
         with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
             load_config(tmp_path / "a.yaml", overrides=["loss.epsilon=1"])

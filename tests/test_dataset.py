@@ -247,7 +247,7 @@ def test_location_of_images_is_logged(folder, polyseg, tmp_path):
     said = polyseg(
         "train", "--data", folder, "--out", tmp_path / "run", "--epochs", 1, *settings, *place
     )
-    assert said.code == 0 and "are more than data.memory (0 MB): they are read from" in said.err
+    assert said.code == 0 and "over data.memory (0 MB): read from" in said.err
 
 
 def test_the_demo_has_one_label():

@@ -93,7 +93,7 @@ def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
     """Return a line about all masks with unclear values, and one about all with colours.
 
     >>> told_once([UnclearValuesError(Path("a.png"), np.array([0, 0, 0, 7]))])
-    ['a.png: masks contain the values 0 (75 %), 7 (25 %); set the foreground, such as data.foreground=nonzero or data.foreground=7']
+    ['a.png: masks contain the values 0 (75 %), 7 (25 %); say which are foreground, such as data.foreground=nonzero or data.foreground=7']
     """  # noqa: E501
     lines = []
     for coloured in (False, True):

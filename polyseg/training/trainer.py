@@ -293,7 +293,8 @@ class Trainer:
                 step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
             )
         }
-        self.losses = self.losses | new
+        skipped = self.losses.keys() - new.keys()
+        self.losses = new | {name: self.losses[name] for name in skipped}
 
     def _validate(self) -> tuple[Tensor | None, Tensor | None]:
         """Return losses at the constant epsilon and Dice of the validation images.

@@ -153,7 +153,7 @@ class Folders:
             why = reason(error) if isinstance(error, OSError) else error
             raise PolysegError(f"{shown(folder)}: cannot be listed: {why}") from None
         if odd := [name for name in (*files, *folders) if not name.isprintable()]:
-            raise PolysegError(f"{shown(folder)}: {some('name', odd)} is no text; rename it")
+            raise PolysegError(f"{shown(folder)}: {some('name', odd)} is not valid text; rename it")
         headers = {Path(name).stem for name in files if name.lower().endswith((".mhd", ".nhdr"))}
         others = sorted(
             name
