@@ -506,6 +506,15 @@ def test_a_folder_a_case_with_fixed_names(tmp_path):
     assert layout.cases[0].masks == (tmp_path / "case_00000/segmentation.nii.gz",)
 
 
+def test_files_of_cases_are_found_by_the_names_that_settings_give(tmp_path):
+    for number in range(4):
+        make(tmp_path / f"case_{number}", "scan.png", "truth.png")
+    assert "is of no known layout" in error_of(tmp_path)
+    layout = find_cases(tmp_path, images="scan", masks="truth")
+    assert ids(layout) == [f"case_{number}" for number in range(4)]
+    assert layout.cases[3].masks == (tmp_path / "case_3/truth.png",)
+
+
 def test_several_channels_of_a_case_are_asked_about(tmp_path):
     for number in range(1, 4):
         name = f"BraTS20_Training_00{number}"

@@ -156,7 +156,7 @@ def train(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a network with per-image losses set by its uncertainty, test it and draw figures.
+    """Train a network with a steeper loss for images that it is uncertain about; test it.
 
     Example: polyseg train --data my/images --out runs/first --set data.size=256
     """

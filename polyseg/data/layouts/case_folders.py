@@ -30,7 +30,7 @@ def read_case_folders(source: Source) -> Layout | None:
     A folder holds images/ with one image and masks/ with one or many masks, which are united; or
     files of the same names in each folder, such as imaging.nii.gz and segmentation.nii.gz.
     """
-    roots = list(_roots(source.folders, source.path))
+    roots = list(_roots(source.folders, source.path, list(source.masks)))
     names = _names_of(roots, source) if roots else None
     if names is None:
         return None
@@ -56,17 +56,20 @@ def read_case_folders(source: Source) -> Layout | None:
     return findings.finish(str(source.path), shown)
 
 
-def _roots(folders: Folders, folder: Path, depth: int = 0) -> Iterable[_Root]:
-    """Yield the folders, this one or below it, whose folders are each of one case."""
+def _roots(folders: Folders, folder: Path, masks: Sequence[str], depth: int = 0) -> Iterable[_Root]:
+    """Yield the folders, this one or below it, whose folders are each of one case.
+
+    `masks` are the names that data.masks gives.
+    """
     children = [each for each in folders.list(folder).folders if not part_of(each.name)]
     if len(children) >= _FEWEST and not folders.list(folder).files:
         cases = {each: files for each in children if (files := _files_of(folders, each))}
-        if len(cases) >= _FEWEST and _is_of_cases(cases):
+        if len(cases) >= _FEWEST and _is_of_cases(cases, masks):
             yield _Root(folder, cases)
             return
     if depth < DEEPEST and len(folders.list(folder).folders) <= _MOST_NAMES:
         for each in folders.list(folder).folders:
-            yield from _roots(folders, each, depth + 1)
+            yield from _roots(folders, each, masks, depth + 1)
 
 
 def _files_of(folders: Folders, case: Path) -> dict[str, list[Path]]:
@@ -87,7 +90,7 @@ def _files_of(folders: Folders, case: Path) -> dict[str, list[Path]]:
     return {name: files for name, files in found.items() if files}
 
 
-def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]]) -> bool:
+def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]], masks: Sequence[str]) -> bool:
     """Return whether each folder is of one case, and not of a class, a part or a patient."""
     if all("images/" in files for files in cases.values()):
         return all(len(files["images/"]) == 1 for files in cases.values())
@@ -95,7 +98,7 @@ def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]]) -> bool:
     own = all(re.match(r"[A-Za-z]", name) for name in counts)
     shared = max(counts.values()) > len(cases) / 2 and len(counts) <= _MOST_NAMES
     single = all(len(files) == 1 for one in cases.values() for files in one.values())
-    return own and shared and single and any(map(is_mask_name, counts))
+    return own and shared and single and any(is_mask_name(name) or name in masks for name in counts)
 
 
 def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[str]] | None:
