@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from polyseg.config import DataConfig, load_config
 from polyseg.data.formats.readers import read_label_stack
+from polyseg.data.loading import load_images
 from polyseg.data.masks import UnclearValuesError, to_masks, told_once, unite
 from polyseg.errors import PolysegError
 
@@ -254,3 +255,24 @@ def test_predictions_hold_the_first_value_or_a_plain_one():
     assert DataConfig(foreground="#ff0000").written(255) == {"FF0000": 255}
     assert DataConfig(foreground=0).written(1) == {"0": 1}
     assert DataConfig(foreground=("#ff0000", "#00ff00")).written(255) == {"FF0000": 1, "00FF00": 2}
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1, 1), (-1, -1, 1, 1)])
+def test_volumes_as_masks_of_pictures_keep_the_order_of_their_voxels(tmp_path, axes):
+    """As MONAI, SimpleITK and ITK-SNAP write them: x to the right, y down, whatever the header."""
+    nibabel = pytest.importorskip("nibabel")
+    generator = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    expected = {}
+    for i in range(3):
+        mask = np.zeros((24, 24), np.uint8)
+        mask[2 + i : 8, 10:21] = 1
+        expected[f"case{i}"] = mask
+        pixels = generator.integers(0, 255, (24, 24), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/case{i}.png")
+        volume = nibabel.Nifti1Image(mask.T[..., None], np.diag(np.array(axes, float)))
+        nibabel.save(volume, tmp_path / f"masks/case{i}.nii.gz")
+    images = load_images(DataConfig(path=str(tmp_path), size=None, group="none"))
+    for identity, mask in expected.items():
+        np.testing.assert_array_equal(images.masks(identity)[0], mask)

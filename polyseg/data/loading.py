@@ -240,7 +240,9 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
         PolysegError: a file cannot be read, or the sizes of the case's files differ.
     """
     stacks = [read_image_stack(path, config.plane) for path in case.images]
-    labels = [read_label_stack(path, config.plane) for path in case.masks or ()]
+    # A picture has no axes, so the axes of a volume's header would turn its mask.
+    stored = stacks[0].spacing is None
+    labels = [read_label_stack(path, config.plane, stored=stored) for path in case.masks or ()]
     stacks, labels = _of_one_orientation(case, stacks, labels, config)
     first = stacks[0].pixels.shape
     for path, stack in zip(case.images, stacks, strict=True):
