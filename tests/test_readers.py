@@ -17,8 +17,8 @@ from PIL import Image
 
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.data.formats.writers import write_labels
+from polyseg.data.image_cache import _content
 from polyseg.data.layouts.cases import Folders
-from polyseg.data.loading import _content
 from polyseg.errors import PolysegError
 from tests.hostile import faults, hostile_files, warm_up
 

@@ -14,8 +14,9 @@ from polyseg.commands.outcome import Outcome
 from polyseg.commands.schedule import read_record
 from polyseg.config import Config, DataConfig, TrainingConfig
 from polyseg.data.dataset import ImageSet, member_of
+from polyseg.data.image_cache import MEGABYTE
 from polyseg.data.layouts.cases import counted
-from polyseg.data.loading import MEGABYTE, load_images, settled
+from polyseg.data.loading import load_images, settled
 from polyseg.data.new_split import new_split
 from polyseg.data.pixel_store import MemoryStore
 from polyseg.data.splits import PARTS, Split, group_names, split_json

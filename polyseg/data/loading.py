@@ -2,29 +2,30 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from polyseg import __version__
 from polyseg.config import DataConfig
 from polyseg.data.dataset import ImageSet, Item, image_set, item_of, make_demo
-from polyseg.data.duplicates import Likeness
-from polyseg.data.formats.file_formats import format_of
 from polyseg.data.formats.images import as_stored
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
 from polyseg.data.formats.stacks import Stack
 from polyseg.data.groups import with_groups
+from polyseg.data.image_cache import (
+    MEGABYTE,
+    cache_folder,
+    cache_key,
+    item_from_row,
+    remove_stale,
+    remove_unused,
+)
 from polyseg.data.layouts.cases import Case, Layout
 from polyseg.data.layouts.known_layouts import find_cases, holds_masks
 from polyseg.data.layouts.unlabelled import find_unlabelled
@@ -35,14 +36,11 @@ from polyseg.data.pixel_store import (
     Image,
     Masks,
     MemoryStore,
-    Shape,
     Store,
     index_of,
     writing_store,
 )
 from polyseg.data.preprocessing import (
-    Kept,
-    Levels,
     as_gray,
     auto_size,
     kept_foreground,
@@ -51,8 +49,6 @@ from polyseg.data.preprocessing import (
 )
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
-from polyseg.registry import resolve
-from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +57,7 @@ _FEWEST_MERGED = 4
 """Smallest number of files with the same problem that share one line."""
 _SAMPLED = 101
 _SMALL_LOSS = 0.03
-_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom", "SimpleITK")
-_DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "window")
-"""Settings that the stored pixels depend on."""
-_SCHEMA = 2
-"""Version of decoded images, raised when the same files and settings give another content."""
-_STALE_SECONDS = 24 * 3600
-_NAME = re.compile(r"[0-9a-f]{64}\.images")
-_UNUSED_DAYS = 30
-"""Age after which unused decoded images are removed, in days; they can be made again."""
 LAYOUT_SETTINGS = ("layout", "images", "masks", "unmasked")
-MEGABYTE = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,54 +377,22 @@ def _on_disk(
     rest: Iterator[ReadImage],
     problems: list[str],
 ) -> tuple[list[Item], Store]:
-    folder = _cache_folder(config)
-    path = folder / f"{_key(cases, config)}.images"
-    _remove_stale(folder)
-    _remove_unused(folder, keep=path)
+    folder = cache_folder(config)
+    path = folder / f"{cache_key(cases, config)}.images"
+    remove_stale(folder)
+    remove_unused(folder, keep=path)
     if not (path.is_file() and index_of(path).is_file()):
         with writing_store(path) as file:
             while held:
                 sample = held.pop(0)
-                file.add(sample.image, sample.masks, _to_plain(sample.item))
+                file.add(sample.image, sample.masks, dataclasses.asdict(sample.item))
             for sample in rest:
-                file.add(sample.image, sample.masks, _to_plain(sample.item))
+                file.add(sample.image, sample.masks, dataclasses.asdict(sample.item))
             _refuse(problems)
     store = DiskStore(path)
     with contextlib.suppress(OSError):  # The file may belong to another user.
         os.utime(index_of(path))
-    return [_from_plain(row, path) for row in zip(store.about, store.shapes, strict=True)], store
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove incomplete files of killed runs, which have not been changed for a day."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-
-
-def _remove_unused(folder: Path, *, keep: Path) -> None:
-    """Remove only files of decoded images that no run has used for 30 days.
-
-    A process that still reads one has it open, and can continue.
-    """
-    freed = 0
-    for path in folder.glob("*.images"):
-        index = index_of(path)
-        with contextlib.suppress(OSError):
-            used = (index if index.is_file() else path).stat().st_mtime
-            ours = _NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink()
-            if ours and path != keep and time.time() - used > _UNUSED_DAYS * 24 * 3600:
-                freed += path.stat().st_size
-                index.unlink(missing_ok=True)
-                path.unlink()
-    if freed:
-        log.info(
-            "%s: removed %.0f MB of decoded images that were not used for %d days",
-            folder,
-            freed / MEGABYTE,
-            _UNUSED_DAYS,
-        )
+    return [item_from_row(row, path) for row in zip(store.about, store.shapes, strict=True)], store
 
 
 def _log_images(images: ImageSet, config: DataConfig) -> None:
@@ -476,46 +430,6 @@ def lost_foreground(items: Sequence[Item]) -> str:
     )
 
 
-def _cache_folder(config: DataConfig) -> Path:
-    try:
-        return Path(config.cache or "~/.cache/polyseg").expanduser()
-    except RuntimeError:
-        raise PolysegError(
-            "data.cache: there is no home folder; set data.cache to a folder for decoded images"
-        ) from None
-
-
-def _key(cases: Sequence[Case], config: DataConfig) -> str:
-    """Return the sha256 of everything that the stored pixels depend on."""
-    settings = [getattr(config, name) for name in _DECISIVE]
-    # As a list, because the order of the labels is that of the channels.
-    tasks = list(config.tasks.items())
-    versions = [(name, _version(name)) for name in _DECODERS]
-    about = [_SCHEMA, settings, tasks, versions, __version__]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for case in cases:
-        files = [[_content(path) for path in paths] for paths in (case.images, case.masks or ())]
-        about = [case.id, case.part, case.group, case.masks is None, *files]
-        digest.update(json.dumps(about).encode())
-    return digest.hexdigest()
-
-
-def _content(path: Path) -> list[str]:
-    """Return the hashes of a file and its voxels, or of all files of a folder with a series."""
-    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-    kind = format_of(path)
-    if kind is not None and kind.voxels:
-        files = list(dict.fromkeys([path, resolve(kind.voxels)(path)]))
-    return [f"{one.name} {sha256_of_file(one)}" for one in files]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         lines = _merged([line for problem in problems for line in problem.splitlines()])
@@ -544,41 +458,6 @@ def _merged(lines: Sequence[str]) -> list[str]:
         count = f"so are {len(found) - 1} more files: {', '.join(names)}{more}"
         merged.append(f"{found[0]} ({count})")
     return merged
-
-
-def _to_plain(item: Item) -> dict[str, Any]:
-    return dataclasses.asdict(item)
-
-
-def _from_plain(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
-    about, shape = row
-    try:
-        levels, likeness = about["levels"], Likeness(**about["likeness"])
-        item = Item(
-            **about
-            | {
-                "size": tuple(about["size"]),
-                "original_size": tuple(about["original_size"]),
-                "shares": None if about["shares"] is None else tuple(about["shares"]),
-                "likeness": likeness,
-                "levels": Levels(
-                    tuple(levels["offset"]), tuple(levels["scale"]), levels["clipped"]
-                ),
-                "spacing": tuple(about["spacing"]) if about["spacing"] else None,
-                "kept": Kept(**about["kept"]) if about["kept"] else None,
-            }
-        )
-        masks = 0 if item.shares is None else len(item.shares)
-        described = (*item.size, item.channels, masks)
-        if described != (shape.height, shape.width, shape.channels, shape.masks):
-            raise ValueError("sizes differ")
-        if len(bytes.fromhex(likeness.near)) not in (0, 32):
-            raise ValueError("a hash has another length")
-        return item
-    except (KeyError, TypeError, ValueError) as error:
-        raise PolysegError(
-            f"{index_of(path)}: is damaged ({error}); remove it, and it will be made again"
-        ) from None
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -258,7 +258,7 @@ def _refuse_undecodable(part: _Part) -> None:
         return
     try:
         usable = get_decoder(syntax).is_available
-    except NotImplementedError:  # Raised by pydicom itself, for syntaxes such as videos.
+    except NotImplementedError:  # What get_decoder raises for syntaxes that pydicom cannot decode.
         usable = False
     if not usable:
         raise PolysegError(
