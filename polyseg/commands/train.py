@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,13 @@ from polyseg.adaptive.recorded_schedule import arm_schedule, replay_seed
 from polyseg.adaptive.replay import fit_schedule, replay_arm
 from polyseg.choices import REPLAY_ARMS, loss_of
 from polyseg.commands.outcome import Outcome
+from polyseg.commands.resumed_settings import (
+    recorded_config,
+    refuse_changed_environment,
+    resumed_config,
+)
 from polyseg.commands.schedule import read_record
-from polyseg.config import Config, DataConfig, TrainingConfig
+from polyseg.config import Config, DataConfig
 from polyseg.data.dataset import ImageSet, member_of
 from polyseg.data.image_cache import MEGABYTE
 from polyseg.data.layouts.cases import counted
@@ -31,7 +36,7 @@ from polyseg.runs.assessment_text import describe_order, difficulty_correlations
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
 from polyseg.runs.run_folder import RunDirectory, environment, new_run_path, read_assessments
-from polyseg.runs.trained_model import refuse_gone, split_of_run
+from polyseg.runs.trained_model import split_of_run
 from polyseg.runs.weights import network_of
 from polyseg.system.memory import keep_freed_memory
 from polyseg.system.process_group import ALONE, PATIENCE, Processes, together
@@ -42,40 +47,6 @@ log = logging.getLogger(__name__)
 
 _LIKELY_SAMPLES = 20
 """Number N of passes that a plan assumes for uncertainty.samples auto."""
-_FREE_TO_CHANGE = (
-    "training.epochs",
-    "training.device",
-    "training.workers",
-    "training.on_nonfinite",
-    "data.path",
-    "data.memory",
-    "data.cache",
-    "output.",
-)
-"""Settings that --resume may change; a check ensures that the images are the same."""
-_CHANGED_IF_ACCEPTED = (
-    "training.learning_rate",
-    "training.weight_decay",
-    "training.scheduler",
-    "training.early_stopping",
-    "training.precision",
-    "training.compile",
-    "training.channels_last",
-    "training.deterministic",
-)
-"""Settings that --accept-changes may change, because the record of earlier epochs stays true."""
-_DECISIVE = (
-    "polyseg",
-    "torch",
-    "numpy",
-    "monai",
-    "scipy",
-    "processor",
-    "device",
-    "threads",
-    "own_code",
-)
-"""Facts about the environment that change at least the last digits of all later results."""
 
 
 def train(
@@ -123,7 +94,7 @@ class _RunContext(NamedTuple):
 def _start(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
     """Return the trainer of a new run; the leading process locks and writes its folder."""
     run = how.run
-    config = _settled(config, config.training.epochs)
+    config = recorded_config(config, config.training.epochs)
     config = config.model_copy(update={"data": settled(config.data)})
     if how.processes.leads:
         run.refuse_occupied()
@@ -178,7 +149,7 @@ def _restored(config: Config, how: _RunContext) -> tuple[Trainer, Checkpoint, li
     now = environment(choose_device(config.training.device), processes.count)
     now |= recorded_code(config)
     changes = run.changes_of_environment(now) if processes.leads else []
-    _refuse_changes(run, changes, config.training, how.accept_changes)
+    refuse_changed_environment(run, changes, config.training, how.accept_changes)
     images = load_images(config.data, how.progress)
     split = split_of_run(run, images, checkpoint.split)
     replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)
@@ -192,25 +163,6 @@ def _test_and_draw(trainer: Trainer, progress: Progress) -> Outcome:
     except Interrupted as end:
         how = f"`polyseg train --resume --out {trainer.run.path}` tests and draws figures"
         raise Interrupted(end.number, f"{end} after the last epoch; {how}") from None
-
-
-def _refuse_changes(
-    run: RunDirectory, changes: Sequence[str], training: TrainingConfig, accepted: bool
-) -> None:
-    """Raise PolysegError if the environment has changed so that results would differ."""
-    names = {change.partition(" ")[0]: change for change in changes}
-    # Another number of processes or threads changes results by rounding only.
-    exact = training.sync_batch_norm and training.accumulate == 1
-    decide = {*_DECISIVE, "processes"}
-    if "processes" in names and exact:
-        decide -= {"processes", "threads"}
-    decisive = [change for name, change in names.items() if name in decide]
-    if decisive and not accepted:
-        threads = " (OMP_NUM_THREADS sets the threads)" if "threads" in decisive[-1] else ""
-        raise PolysegError(
-            f"{run.path}: results would differ, because the environment has changed: "
-            f"{'; '.join(decisive)}{threads}; --accept-changes resumes nevertheless"
-        )
 
 
 def plan(
@@ -346,74 +298,6 @@ def _recorded(run: Path) -> Schedule:
     folder = RunDirectory(run)
     schedule = read_checkpoint(folder.last).schedule if folder.last.is_file() else None
     return read_schedule(folder.schedule) if schedule is None else schedule
-
-
-def resumed_config(
-    config: Config, run: RunDirectory, checkpoint: Checkpoint, accept_changes: bool = False
-) -> Config:
-    """Return the configuration of a resumed run: its own, with allowed changes from `config`.
-
-    Raises:
-        PolysegError: names changed settings that would change the result.
-    """
-    recorded = checkpoint.config
-    free = _FREE_TO_CHANGE + (_CHANGED_IF_ACCEPTED if accept_changes else ())
-    config = _settled(config, recorded.training.epochs)
-    refuse_gone(config.data, run.path)
-    config = config.model_copy(update={"data": settled(config.data)})
-    wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
-    differing = [
-        f"{key} {kept[key]} -> {wanted[key]}"
-        for key in wanted
-        # As text, because mappings with another order are equal.
-        if repr(wanted[key]) != repr(kept.get(key)) and not key.startswith(free)
-    ]
-    if differing:
-        acceptable = all(change.startswith(_CHANGED_IF_ACCEPTED) for change in differing)
-        raise PolysegError(
-            f"{run.path}: --resume cannot change {'; '.join(differing)}; "
-            + ("--accept-changes allows it" if acceptable else "start a new run instead")
-        )
-    return config
-
-
-def _settled(config: Config, epochs: int) -> Config:
-    """Return the settings that a run records.
-
-    Paths become absolute, and the first assessment is given in whole epochs, so that it stays the
-    same when the run is resumed for more epochs.
-    """
-    changes: dict[str, Any] = {}
-    given = {"path": config.data.path, "split_file": config.data.split_file}
-    paths = {
-        name: str(Path(path).resolve())
-        for name, path in given.items()
-        if path not in (None, "demo")
-    }
-    changes["data"] = config.data.model_copy(update=paths)
-    for setting, name in config.own_code.items():
-        module, _, attribute = name.rpartition(":")
-        if module.endswith(".py"):
-            section, _, key = setting.partition(".")
-            held = changes.get(section, getattr(config, section))
-            place = f"{Path(module).resolve()}:{attribute}"
-            changes[section] = held.model_copy(update={key: place})
-    config = config.model_copy(update=changes)
-    if config.control.replay is not None:
-        replay = str(Path(config.control.replay).resolve())
-        changes["control"] = config.control.model_copy(update={"replay": replay})
-    elif config.adaptive:
-        start = float(config.control.assessment_epochs(epochs)[0])
-        changes["control"] = config.control.model_copy(update={"start": start})
-    return config.model_copy(update=changes)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and not prefix
-        flat |= _flat(value, f"{key}.") if nested else {prefix + key: value}
-    return flat
 
 
 class _LogHandler(logging.FileHandler):

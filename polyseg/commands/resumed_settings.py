@@ -1,0 +1,134 @@
+"""The settings and the environment of a resumed run: what may differ from its beginning."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyseg.config import Config, TrainingConfig
+from polyseg.data.loading import settled
+from polyseg.errors import PolysegError
+from polyseg.runs.checkpoints import Checkpoint
+from polyseg.runs.run_folder import RunDirectory
+from polyseg.runs.trained_model import refuse_gone
+
+_FREE_TO_CHANGE = (
+    "training.epochs",
+    "training.device",
+    "training.workers",
+    "training.on_nonfinite",
+    "data.path",
+    "data.memory",
+    "data.cache",
+    "output.",
+)
+"""Settings that --resume may change; a check ensures that the images are the same."""
+_CHANGED_IF_ACCEPTED = (
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.scheduler",
+    "training.early_stopping",
+    "training.precision",
+    "training.compile",
+    "training.channels_last",
+    "training.deterministic",
+)
+"""Settings that --accept-changes may change, because the record of earlier epochs stays true."""
+_DECISIVE = (
+    "polyseg",
+    "torch",
+    "numpy",
+    "monai",
+    "scipy",
+    "processor",
+    "device",
+    "threads",
+    "own_code",
+)
+"""Facts about the environment that change at least the last digits of all later results."""
+
+
+def resumed_config(
+    config: Config, run: RunDirectory, checkpoint: Checkpoint, accept_changes: bool = False
+) -> Config:
+    """Return the configuration of a resumed run: its own, with allowed changes from `config`.
+
+    Raises:
+        PolysegError: names changed settings that would change the result.
+    """
+    recorded = checkpoint.config
+    free = _FREE_TO_CHANGE + (_CHANGED_IF_ACCEPTED if accept_changes else ())
+    config = recorded_config(config, recorded.training.epochs)
+    refuse_gone(config.data, run.path)
+    config = config.model_copy(update={"data": settled(config.data)})
+    wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
+    differing = [
+        f"{key} {kept[key]} -> {wanted[key]}"
+        for key in wanted
+        # As text, because mappings with another order are equal.
+        if repr(wanted[key]) != repr(kept.get(key)) and not key.startswith(free)
+    ]
+    if differing:
+        acceptable = all(change.startswith(_CHANGED_IF_ACCEPTED) for change in differing)
+        raise PolysegError(
+            f"{run.path}: --resume cannot change {'; '.join(differing)}; "
+            + ("--accept-changes allows it" if acceptable else "start a new run instead")
+        )
+    return config
+
+
+def refuse_changed_environment(
+    run: RunDirectory, changes: Sequence[str], training: TrainingConfig, accepted: bool
+) -> None:
+    """Raise PolysegError if the environment has changed so that results would differ."""
+    names = {change.partition(" ")[0]: change for change in changes}
+    # Another number of processes or threads changes results by rounding only.
+    exact = training.sync_batch_norm and training.accumulate == 1
+    decide = {*_DECISIVE, "processes"}
+    if "processes" in names and exact:
+        decide -= {"processes", "threads"}
+    decisive = [change for name, change in names.items() if name in decide]
+    if decisive and not accepted:
+        threads = " (OMP_NUM_THREADS sets the threads)" if "threads" in decisive[-1] else ""
+        raise PolysegError(
+            f"{run.path}: results would differ, because the environment has changed: "
+            f"{'; '.join(decisive)}{threads}; --accept-changes resumes nevertheless"
+        )
+
+
+def recorded_config(config: Config, epochs: int) -> Config:
+    """Return the settings that a run records.
+
+    Paths become absolute, and the first assessment is given in whole epochs, so that it stays the
+    same when the run is resumed for more epochs.
+    """
+    changes: dict[str, Any] = {}
+    given = {"path": config.data.path, "split_file": config.data.split_file}
+    paths = {
+        name: str(Path(path).resolve())
+        for name, path in given.items()
+        if path not in (None, "demo")
+    }
+    changes["data"] = config.data.model_copy(update=paths)
+    for setting, name in config.own_code.items():
+        module, _, attribute = name.rpartition(":")
+        if module.endswith(".py"):
+            section, _, key = setting.partition(".")
+            held = changes.get(section, getattr(config, section))
+            place = f"{Path(module).resolve()}:{attribute}"
+            changes[section] = held.model_copy(update={key: place})
+    config = config.model_copy(update=changes)
+    if config.control.replay is not None:
+        replay = str(Path(config.control.replay).resolve())
+        changes["control"] = config.control.model_copy(update={"replay": replay})
+    elif config.adaptive:
+        start = float(config.control.assessment_epochs(epochs)[0])
+        changes["control"] = config.control.model_copy(update={"start": start})
+    return config.model_copy(update=changes)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and not prefix
+        flat |= _flat(value, f"{key}.") if nested else {prefix + key: value}
+    return flat
