@@ -39,6 +39,7 @@ from polyseg.metrics.rank_stability import spearman
 from polyseg.montecarlo import assess
 from polyseg.records import Schedule, no_progress
 from polyseg.runs import read_schedule
+from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import write_schedule
 from polyseg.runs.trained_model import Inputs, images_for, open_model
 
@@ -141,8 +142,9 @@ class Study:
     def measure(self, run: Run) -> None:
         """Assess the training images of a run by each measure, with more and with fewer passes.
 
-        The row has D of each image by each measure with 200 passes, and the rank correlation of D
-        by fewer passes, of other masks, with that.
+        The row has D of each image by each measure with 200 passes, the loss of the last epoch
+        (`training_loss`), and the rank correlation of D by fewer passes, of other masks, with D by
+        200 passes.
         """
         if any(
             row.get("kind") == "measures" and Run(*(row[key] for key in KEYS)) == run
@@ -150,7 +152,8 @@ class Study:
         ):
             return
         started = time.process_time()
-        model = open_model(self.runs / run.name / "checkpoints/last.safetensors", "cpu", False)
+        last = self.runs / run.name / "checkpoints/last.safetensors"
+        model = open_model(last, "cpu", False)
         images, ids = images_for(model, Inputs(part="train"), "train", no_progress)
         batches = list(images.batches(ids, model.config.training.batch_size))
 
@@ -164,9 +167,13 @@ class Study:
         for samples in PASSES:
             for name, scores in difficulties(samples, seed=1000 + samples).items():
                 agreement[name][samples] = round(spearman(scores, reference[name]), 4)
+        checkpoint = read_checkpoint(last)
+        assert checkpoint.losses is not None and checkpoint.schedule is not None
+        losses = dict(zip(checkpoint.schedule.ids, checkpoint.losses, strict=True))
+        columns = reference | {"training_loss": [losses[identity] for identity in ids]}
         by_image = {
             name: {identity: float(f"{d:.6g}") for identity, d in zip(ids, column, strict=True)}
-            for name, column in reference.items()
+            for name, column in columns.items()
         }
         minutes = round((time.process_time() - started) / 60, 2)
         row = asdict(run) | {"kind": "measures", "polyseg": _version(), "cpu_minutes": minutes}
