@@ -179,6 +179,13 @@ class Study:
         row = asdict(run) | {"kind": "measures", "polyseg": _version(), "cpu_minutes": minutes}
         self._append(row | {"agreement": agreement, "scores": by_image})
 
+    def keep_groups(self, name: str) -> None:
+        """Append a row with the group of each image of a set, if it has groups and no such row."""
+        groups = self._groups(name)
+        known = any((row.get("kind"), row["set"]) == ("groups", name) for row in self._read())
+        if groups and not known:
+            self._append({"kind": "groups", "set": name, "groups": groups})
+
     def _append(self, row: Mapping[str, object]) -> None:
         with self._lock, self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -328,6 +335,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     study = Study(given.data, given.runs, given.rows)
+    for name in given.sets:
+        study.keep_groups(name)
     failed = 0
     for stage in gate(given.gate, given.sets):
         failed += each(study.go, stage, given.jobs)

@@ -1,26 +1,30 @@
 """Print the tables of a study from its rows: validity of measures, the oracle, and the arms.
 
-    python examples/study_analysis.py ROWS.jsonl --data DATA > tables.md
+    python examples/study_analysis.py ROWS.jsonl > tables.md
+    python examples/study_analysis.py ROWS.jsonl --page docs/results.md
     python examples/study_analysis.py --trial 1000
 
 ROWS.jsonl is what examples/study.py writes, a line for each run:
 
-    {"set", "fold", "seed", "arm", "images": [[id, dice, pixels], ...], "cpu_minutes", "groups"}
+    {"set", "fold", "seed", "arm", "images": [[id, dice, pixels], ...], "cpu_minutes"}
     {"kind": "measures", "set", "fold", "seed", "scores": {measure: {id: D}},
      "agreement": {measure: {N: rank correlation with 200 passes}}, "cpu_minutes"}
+    {"kind": "groups", "set", "groups": {id: group}}
 
-"groups" is optional, {id: group}, such as the patient; `--data` also takes groups from
-DATA/SET/groups.csv. Without either each image is a group. A row with "error" in place of "images"
-is a failed run. The end points, contrasts and rules below were fixed before the runs.
+A group is a patient, for example; an image without one is a group. A row with "error" in place of
+"images" is a failed run. The end points, contrasts and rules below were fixed before the runs.
+
+`--page` writes each table into a page, between the lines `<!-- study: NAME -->` and
+`<!-- study end -->`, where NAME is runs, measures, oracle, arms or contrasts.
 
 `--trial N` shuffles the labels of the arms within each set and fold N times, of the given rows or
 of simulated ones, and prints how often a claim is made although no arm differs.
 """
 
 import argparse
-import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,23 +152,22 @@ class Contrast:
         return float(np.maximum(self.found.p_value, self.found.p_over_runs))
 
 
-def read(lines: Iterable[str], groups: Mapping[str, Groups] | None = None) -> Study:
-    """Return the study of some rows.
-
-    Args:
-        lines: of JSON.
-        groups: known beforehand, by set; those of rows are added.
+def read(lines: Iterable[str]) -> Study:
+    """Return the study of some rows, which are lines of JSON.
 
     Raises:
         ValueError: names the line that is no row, or repeats a run.
     """
     runs, measures = dict[Any, Run](), dict[Any, Measures]()
-    failed, known = [], {name: dict(one) for name, one in (groups or {}).items()}
+    failed, groups = list[tuple[str, str]](), dict[str, Groups]()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if row.get("kind") == "groups":
+                groups[row["set"]] = dict(row["groups"])
+                continue
             key = (row["set"], int(row["fold"]), int(row["seed"]))
             minutes = float(row.get("cpu_minutes", 0))
             if row.get("kind") == "measures":
@@ -182,12 +185,11 @@ def read(lines: Iterable[str], groups: Mapping[str, Groups] | None = None) -> St
                 dice = {identity: float(value) for identity, value, _ in row["images"]}
                 pixels = {identity: int(size) for identity, _, size in row["images"]}
                 runs[*key, row["arm"]] = Run(*key, row["arm"], dice, pixels, minutes)
-                known.setdefault(row["set"], {}).update(row.get("groups") or {})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"line {number}: is no row of a study ({error!r})") from error
         if again:
             raise ValueError(f"line {number}: repeats a run of an earlier line; remove one")
-    return Study(list(runs.values()), list(measures.values()), failed, known)
+    return Study(list(runs.values()), list(measures.values()), failed, groups)
 
 
 # Gate A
@@ -508,19 +510,19 @@ def rate(count: int, number: int) -> str:
 
 
 def tables(study: Study) -> str:
-    """Return all tables of a study as Markdown."""
-    parts = [
-        _section("Runs", _runs_table(study)),
-        _section("Gate A: measures of difficulty", _validity_table(study)),
-        _section("Gate B: the oracle", _oracle_table(oracles(study))),
-        _section("Gate C: mean test Dice of the arms", _arms_table(study)),
-        _section("Gate C: contrasts", _contrast_table(contrasts(study))),
-    ]
-    return "\n".join(part for part in parts if part)
+    """Return all tables of a study as Markdown, each with its title."""
+    parts = [(title, make(study)) for title, make in TABLES.values()]
+    return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in parts if lines)
 
 
-def _section(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"## {title}", "", *lines, ""]) if lines else ""
+def fill(page: str, study: Study) -> str:
+    """Return a page with the tables of a study between its marks, in place of what was there."""
+
+    def table(found: re.Match[str]) -> str:
+        lines = TABLES[found[2]][1](study)
+        return "\n".join([found[1], *lines, found[3]])
+
+    return re.sub(r"(<!-- study: (\w+) -->)\n.*?(<!-- study end -->)", table, page, flags=re.S)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -657,6 +659,16 @@ def _contrast_table(found: Sequence[Contrast]) -> list[str]:
     ]
 
 
+TABLES: Mapping[str, tuple[str, Callable[[Study], list[str]]]] = {
+    "runs": ("Runs", _runs_table),
+    "measures": ("Gate A: measures of difficulty", _validity_table),
+    "oracle": ("Gate B: the oracle", lambda study: _oracle_table(oracles(study))),
+    "arms": ("Gate C: mean test Dice of the arms", _arms_table),
+    "contrasts": ("Gate C: contrasts", lambda study: _contrast_table(contrasts(study))),
+}
+"""Title of each table and the function that makes its lines."""
+
+
 def _p(value: float) -> str:
     return "–" if np.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
@@ -666,21 +678,11 @@ def _mean(values: Iterator[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def read_groups(data: Path) -> dict[str, Groups]:
-    """Return the groups in the manifests DATA/SET/groups.csv, by set."""
-    found: dict[str, Groups] = {}
-    for path in sorted(data.glob("*/groups.csv")):
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            found[path.parent.name] = {Path(row["image"]).stem: row["group"] for row in rows}
-    return found
-
-
 def main() -> None:
     """Print the tables of a study, or the result of the trial."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="?", help="JSON lines, a row for each run")
-    parser.add_argument("--data", type=Path, help="folder of the data sets, for their groups.csv")
+    parser.add_argument("--page", type=Path, help="write the tables into this page, not to stdout")
     parser.add_argument("--trial", type=int, metavar="N", help="shuffle the arms' labels N times")
     given = parser.parse_args()
     if given.rows is None and given.trial is None:
@@ -688,12 +690,14 @@ def main() -> None:
     study = None
     if given.rows is not None:
         try:
-            groups = read_groups(given.data) if given.data else {}
-            study = read(given.rows.read_text().splitlines(), groups)
+            study = read(given.rows.read_text().splitlines())
         except (OSError, ValueError) as error:
             sys.exit(f"error: {given.rows}: {error}")
     if given.trial is None and study is not None:
-        print(tables(study))
+        if given.page is None:
+            print(tables(study))
+        else:
+            given.page.write_text(fill(given.page.read_text(), study))
         return
     if study is not None and not contrasts(study, resamples=1):
         sys.exit(f"error: {given.rows}: has no pairs of arms; leave it out to simulate them")

@@ -36,14 +36,15 @@ def test_examples_in_docstrings_run():
 
 def test_rows_are_read_with_groups_and_failures():
     lines = [
-        run_row("a", 0, 1, "uniform", {"x": 0.5, "y": 1.0}, groups={"x": "p", "y": "p"}),
+        run_row("a", 0, 1, "uniform", {"x": 0.5, "y": 1.0}),
+        json.dumps({"kind": "groups", "set": "a", "groups": {"x": "p", "y": "p"}}),
         json.dumps({"set": "a", "fold": 0, "seed": 2, "arm": "uniform", "error": "killed"}),
         "",
     ]
-    study = analysis.read(lines, {"a": {"z": "q"}})
+    study = analysis.read(lines)
     (run,) = study.runs
     assert run.dice == {"x": 0.5, "y": 1.0} and run.pixels == {"x": 10, "y": 11}
-    assert study.groups == {"a": {"x": "p", "y": "p", "z": "q"}}
+    assert study.groups == {"a": {"x": "p", "y": "p"}}
     assert study.failed == [("a", "uniform")]
 
 
@@ -62,9 +63,8 @@ def test_lines_that_are_no_rows_are_named(line, said):
 
 
 def test_mean_test_dice_is_over_groups():
-    study = analysis.read(
-        [run_row("a", 0, 0, "uniform", {"x": 0.2, "y": 0.4, "z": 0.9}, groups={"x": 1, "y": 1})]
-    )
+    groups = json.dumps({"kind": "groups", "set": "a", "groups": {"x": 1, "y": 1}})
+    study = analysis.read([run_row("a", 0, 0, "uniform", {"x": 0.2, "y": 0.4, "z": 0.9}), groups])
     assert study.mean(study.runs[0]) == pytest.approx((0.3 + 0.9) / 2)
 
 
@@ -80,7 +80,7 @@ def test_runs_without_a_row_are_counted_as_missing():
 # Gate A
 
 
-def measured(seeds=2, images=40, groups=None):
+def measured(seeds=2, images=40):
     """Return a study with one measure that follows the error, and one of the size."""
     rng = np.random.default_rng(0)
     ids = [f"i{k}" for k in range(images)]
@@ -91,7 +91,7 @@ def measured(seeds=2, images=40, groups=None):
         for arm, part in (("donor-0", range(half)), ("donor-1", range(half, images))):
             dice = [[ids[k], 1 - error[seed, k], 5 + (7 * k) % images] for k in part]
             row = {"set": "a", "fold": 0, "seed": seed, "arm": arm, "images": dice}
-            lines.append(json.dumps(row | {"groups": groups}))
+            lines.append(json.dumps(row))
         scores = {"entropy": dict(zip(ids, d[seed], strict=True))}
         scores["size"] = {one: -np.log(5 + (7 * k) % images) for k, one in enumerate(ids)}
         agreement = {"entropy": {"5": 0.5, "20": 0.96, "50": 0.94, "100": 0.97 - 0.03 * seed}}
@@ -307,17 +307,11 @@ def test_the_script_prints_all_tables(tmp_path):
     for row in study.measures:
         record = {"kind": "measures", "set": "b", "fold": row.fold, "seed": row.seed}
         lines.append(json.dumps(record | {"scores": row.scores, "agreement": row.agreement}))
+    groups = {f"{fold}-{g}-{i}": f"{fold}-{g}" for fold, g, i in np.ndindex(5, 24, 5)}
+    lines.append(json.dumps({"kind": "groups", "set": "set0", "groups": groups}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "data/set0").mkdir(parents=True)
-    manifest = "image,mask,group\n" + "".join(
-        f"images/{fold}-{g}-{i}.png,m.png,{fold}-{g}\n"
-        for fold in range(5)
-        for g in range(24)
-        for i in range(5)
-    )
-    (tmp_path / "data/set0/groups.csv").write_text(manifest)
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "rows.jsonl", "--data", tmp_path / "data"],
+        [sys.executable, SCRIPT, tmp_path / "rows.jsonl"],
         capture_output=True,
         text=True,
         check=True,
@@ -337,6 +331,15 @@ def test_the_script_prints_all_tables(tmp_path):
     for table in done.stdout.split("\n\n"):
         widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1
+
+
+def test_results_page_has_the_tables_of_the_committed_rows():
+    """`python examples/study_analysis.py docs/study.jsonl --page docs/results.md` writes them."""
+    docs = SCRIPT.parent.parent / "docs"
+    study = analysis.read((docs / "study.jsonl").read_text().splitlines())
+    page = (docs / "results.md").read_text()
+    assert page.count("<!-- study: ") == 3
+    assert analysis.fill(page, study) == page
 
 
 @pytest.mark.parametrize(
