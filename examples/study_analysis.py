@@ -35,7 +35,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyseg.choices import FREE_SCORES
-from polyseg.metrics.rank_stability import partial_spearman, spearman
 from polyseg.metrics.significance import (
     Interval,
     PairedDifference,
@@ -270,44 +269,80 @@ def _validity(
     errors = np.array([[of_seed[one][0] for one in ids] for of_seed in known])
     size = np.array([known[0][one][1] for one in ids], dtype=np.float64)
 
-    def statistics(drawn: NDArray[np.intp]) -> list[float]:
-        pairs = itertools.combinations(d[:, drawn], 2)
-        by_seed = [(x[drawn], y[drawn]) for x, y in zip(d, errors, strict=True)]
-        return [
-            _mean(spearman(x, y) for x, y in by_seed),
-            _mean(partial_spearman(x, y, size[drawn]) for x, y in by_seed),
-            _mean(spearman(x, y) for x, y in pairs),
-        ]
+    def statistics(counts: Values) -> Values:
+        """Return the three correlations, (R, 3), for (R, n) counts of each image."""
+        by_seed = [_rank_correlations([x, y, size], counts) for x, y in zip(d, errors, strict=True)]
+        pairs = [_rank_correlations(pair, counts) for pair in itertools.combinations(d, 2)]
+        return np.stack(
+            [
+                _means([r[:, 0, 1] for r in by_seed]),
+                _means([_partial(r) for r in by_seed]),
+                _means([r[:, 0, 1] for r in pairs] or [np.full(len(counts), np.nan)]),
+            ],
+            axis=1,
+        )
 
     groups = study.groups.get(rows[0].set, {})
-    members = _members([groups.get(one) for one in ids])
-    intervals = _intervals(statistics, members, resamples, seed)
-    values = statistics(np.arange(len(ids)))
+    group = np.unique([groups.get(one, f"image {one}") for one in ids], return_inverse=True)[1]
+    values = statistics(np.ones((1, len(ids))))[0]
+    intervals = _intervals(statistics(_draws(group, resamples, seed)))
     passes = [passes_needed(row.agreement[measure]) for row in rows if measure in row.agreement]
-    error, at_equal_size, between = zip(values, intervals, strict=True)
+    error, at_equal_size, between = zip(map(float, values), intervals, strict=True)
     return Validity(
         *(rows[0].set, measure, len(ids), len(rows), error, at_equal_size, between),
         [] if measure in FREE_SCORES else passes,
     )
 
 
-def _members(groups: Sequence[str | None]) -> list[NDArray[np.intp]]:
-    """Return the rows of each group; an image without one is a group of its own."""
-    found: dict[object, list[int]] = {}
-    for i, group in enumerate(groups):
-        found.setdefault(i if group is None else group, []).append(i)
-    return [np.array(rows, dtype=np.intp) for rows in found.values()]
+def _rank_correlations(series: Sequence[Values], counts: Values) -> Values:
+    """Return Spearman's correlations of S series, (R, S, S), for (R, n) counts of each image.
+
+    Images with a value that is not finite are left out.
+    """
+    known = np.isfinite(series).all(axis=0)
+    counts = counts[:, known]
+    ranks = np.stack([_ranks(np.asarray(one)[known], counts) for one in series], axis=1)
+    total = counts.sum(axis=1)[:, None, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centred = ranks - (ranks * counts[:, None]).sum(axis=2, keepdims=True) / total
+        covariance = (centred * counts[:, None]) @ centred.transpose(0, 2, 1)
+        scale = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+        return np.asarray(covariance / scale[:, :, None] / scale[:, None])
 
 
-def _intervals(
-    statistics: Callable[[NDArray[np.intp]], list[float]],
-    members: Sequence[NDArray[np.intp]],
-    resamples: int,
-    seed: int,
-) -> list[Interval]:
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(members), (resamples, len(members)))
-    drawn = np.array([statistics(np.concatenate([members[k] for k in draw])) for draw in draws])
+def _ranks(values: Values, counts: Values) -> Values:
+    """Return the average ranks, (R, n), of values that occur as often as (R, n) counts say.
+
+    >>> _ranks(np.array([5.0, 7.0, 7.0]), np.array([[1.0, 1.0, 1.0], [2.0, 0.0, 1.0]])).tolist()
+    [[1.0, 2.5, 2.5], [1.5, 3.0, 3.0]]
+    """
+    different, place = np.unique(values, return_inverse=True)
+    of_value = counts @ np.eye(len(different))[place]
+    return np.asarray((of_value.cumsum(axis=1) - (of_value - 1) / 2)[:, place])
+
+
+def _partial(r: Values) -> Values:
+    """Return the correlation of the first two of three series at an equal third, (R,)."""
+    left = 1 - r[:, :2, 2] ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (r[:, 0, 1] - r[:, 0, 2] * r[:, 1, 2]) / np.sqrt(left.prod(axis=1))
+    return np.where(left.min(axis=1) < 1e-13, np.nan, found)
+
+
+def _means(columns: Sequence[Values]) -> Values:
+    """Return the mean of columns, without their NaN; NaN where none is left."""
+    return np.array([_mean(iter(row)) for row in np.transpose(columns)])
+
+
+def _draws(group: NDArray[np.intp], resamples: int, seed: int) -> Values:
+    """Return how often each image is drawn, (resamples, n), where whole groups are drawn."""
+    number = int(group.max()) + 1
+    drawn = np.random.default_rng(seed).integers(0, number, (resamples, number))
+    counts = np.stack([np.bincount(one, minlength=number) for one in drawn])
+    return counts[:, group].astype(np.float64)
+
+
+def _intervals(drawn: Values) -> list[Interval]:
     intervals = []
     for column in drawn.T:
         known = column[np.isfinite(column)]
