@@ -58,31 +58,32 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def config(tiny, folder, tmp_path):
-    def make(name, kind):
+def overrides(folder):
+    def of(kind):
         first = () if any("foreground" in one for one in SETTINGS[kind]) else ("data.foreground=1",)
-        cache = f"data.cache={tmp_path / 'cache'}"
-        return tiny(name, f"data.path={folder}", cache, *first, *SETTINGS[kind])
+        cache = f"data.cache={folder.parent / 'cache'}"
+        return f"data.path={folder}", cache, *first, *SETTINGS[kind]
 
-    return make
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_resumed_run_equals_one_that_was_not_stopped(config, kind):
-    whole = run_of(config("whole", kind))
-    stopped = config("stopped", kind)
+def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, overrides, kind):
+    stopped = tiny("stopped", *overrides(kind))
     with pytest.raises(Stop):
         train(stopped, progress=stop_after(2))
     train(stopped, resume=True)
+    whole = finished("whole", *overrides(kind))
     assert_same_run(whole, RunDirectory(whole.path.parent / "stopped"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_checkpoint_repeats_what_images_went_through(config, polyseg, tmp_path, kind):
-    """The command finds the scores that the run found, and also where the folder has moved."""
-    run = run_of(config("run", kind))
+def test_evaluate_and_estimate_read_images_as_the_run_did(
+    finished, overrides, polyseg, tmp_path, kind
+):
+    run = finished("run", *overrides(kind))
     expected = list(csv.DictReader((run.evaluation / "per_image.csv").open()))
     answer = polyseg("evaluate", run.path, "--out", tmp_path / "again", "--no-figures")
     assert answer.code == 0, answer.err
@@ -93,8 +94,8 @@ def test_a_checkpoint_repeats_what_images_went_through(config, polyseg, tmp_path
     assert ids == {row["id"] for row in expected}
 
 
-def test_levels_of_the_training_images_go_along(config, polyseg, tmp_path, folder):
-    run = run_of(config("run", "levels of the data set"))
+def test_checkpoint_has_the_levels_of_the_training_images(finished, overrides, folder):
+    run = finished("run", *overrides("levels of the data set"))
     levels = read_checkpoint(run.best).levels
     split, _ = run.read_split()
     pixels = np.concatenate(
@@ -110,8 +111,8 @@ def test_levels_of_the_training_images_go_along(config, polyseg, tmp_path, folde
     assert dataclasses.asdict(levels)["clipped"] is False
 
 
-def test_training_on_foreground_leaves_out_training_images_only(config):
-    run = run_of(config("run", "foreground only"))
+def test_training_on_foreground_leaves_out_training_images_only(finished, overrides):
+    run = finished("run", *overrides("foreground only"))
     split, _ = run.read_split()
     odd = [identity for identity in split["train"] if int(identity[-2:]) % 2]
     assert split["train"] == odd
@@ -119,27 +120,28 @@ def test_training_on_foreground_leaves_out_training_images_only(config):
 
 
 @pytest.mark.slow
-def test_a_split_goes_from_run_to_run_and_from_the_command(config, polyseg, tmp_path, folder):
-    run = run_of(config("run", "a fold"))
+def test_a_split_of_the_command_is_that_of_the_run(
+    tiny, finished, overrides, polyseg, tmp_path, folder
+):
+    run = finished("run", *overrides("a fold"))
     flags = ("--fold", 2, "--set", "data.folds=3", "--set", "data.foreground=1")
     answer = polyseg("data", "split", folder, *flags, "--out", tmp_path / "s.json")
     assert answer.code == 0, answer.err
     assert json.loads((tmp_path / "s.json").read_text()) == json.loads(run.split.read_text())
-    settings = config("other", "tiles")
-    data = settings.data.model_copy(update={"split_file": str(tmp_path / "s.json")})
-    other = run_of(settings.model_copy(update={"data": data}))
+    other = run_of(tiny("other", *overrides("tiles"), f"data.split_file={tmp_path / 's.json'}"))
     assert other.read_split()[0] == run.read_split()[0]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_left_its_run_shows_all_images(config, polyseg, tmp_path, folder):
+def test_a_checkpoint_that_left_its_run_shows_all_images(
+    tiny, overrides, polyseg, tmp_path, folder
+):
     """Whatever split it names: files and patterns of a checkpoint are not followed."""
     names = sorted(path.stem for path in (folder / "images").iterdir())
     folds = [{"train": names[:-4], "val": names[-4:]}] * 8
     (tmp_path / "s.json").write_text(json.dumps(folds))
-    settings = config("run", "tiles")
-    data = settings.data.model_copy(update={"split_file": str(tmp_path / "s.json"), "fold": 7})
-    run = run_of(settings.model_copy(update={"data": data}))
+    split = (f"data.split_file={tmp_path / 's.json'}", "data.fold=7")
+    run = run_of(tiny("run", *overrides("tiles"), *split))
     moved = tmp_path / "away" / "moved.safetensors"
     moved.parent.mkdir()
     moved.write_bytes(run.best.read_bytes())

@@ -50,6 +50,7 @@ def exported(tiny, tmp_path, polyseg):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["non-square", "rotated", "tiled", "anisotropic"])
 def test_exported_masks_have_the_metrics_of_the_run_to_the_digit(kind, exported, tmp_path, polyseg):
     data, masks, own, sets, _ = exported(kind)

@@ -258,8 +258,7 @@ def test_the_boundary_of_a_mask_that_fills_the_image_is_not_the_easiest(network)
     np.testing.assert_allclose(result.difficulty[[0, 2]], alone.difficulty[[0, 2]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("save_maps", [False, True])
-@pytest.mark.parametrize("target", [0.51, 0.9, 0.999])
+@pytest.mark.parametrize(("target", "save_maps"), [(0.51, False), (0.9, True), (0.999, False)])
 def test_automatic_samples_reach_the_rank_target(network, target, save_maps):
     batches = list(split(make_batch(9), [4, 5]))
     how = {"save_maps": save_maps, "metric": "entropy"}
@@ -365,9 +364,15 @@ def assert_alike(found, expected):
         np.testing.assert_array_equal(found[name], expected[name])
 
 
-@pytest.mark.parametrize("most", [2, 3, 5])
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
-@pytest.mark.parametrize("samples", [4, "auto"])
+@pytest.mark.parametrize(
+    ("samples", "masks", "most"),
+    [
+        (4, "consistent", 2),
+        (4, "independent", 5),
+        ("auto", "consistent", 5),
+        ("auto", "independent", 3),
+    ],
+)
 def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples, masks, most):
     batches = list(split(unlike_batch(13), [7, 6]))
     batches[0].masks[3] = 0

@@ -351,6 +351,7 @@ def of_upper_half(mask, predicted, _):
     return [half]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "registry", "row"),
     [

@@ -256,7 +256,7 @@ def epsilons_by_hand(record, difficulty, batches):
     return expected
 
 
-@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("labels", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arm", ARMS_OF_DIFFICULTY)
 def test_arms_of_difficulty_go_through_the_equations_in_the_real_batches(
     tiny, trained_once, tmp_path_factory, tmp_path, arm, labels
