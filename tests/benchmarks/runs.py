@@ -76,7 +76,10 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument(
-        "--samples", nargs="+", default=("20", "20:bf16", "6"), help="N, and another precision"
+        "--samples",
+        nargs="+",
+        default=("20", "20:bf16", "6", "expected_error/5", "training_loss/5"),
+        help="[METRIC/]N[:PRECISION]",
     )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--foreground", type=float, nargs=2, default=(0.1, 0.2))
@@ -89,9 +92,11 @@ def main():
     images, split = load(settings, arguments)
     kinds = {"without": ["control.enabled=false"]}
     for asked in arguments.samples:
-        count, _, precision = asked.partition(":")
-        name = " ".join(("N =", count, precision)).strip()
+        passes, _, precision = asked.partition(":")
+        metric, _, count = passes.rpartition("/")
+        name = " ".join((metric, "N =", count, precision)).strip()
         kinds[name] = [f"uncertainty.samples={count}"]
+        kinds[name] += [f"uncertainty.metric={metric}"] if metric else []
         kinds[name] += [f"uncertainty.precision={precision}"] if precision else []
     seconds, histories = ({name: [] for name in kinds} for _ in range(2))
     for _ in range(arguments.rounds):
