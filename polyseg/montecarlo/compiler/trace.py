@@ -3,9 +3,6 @@
 A dropout layer becomes a multiplication by a mask. Operations that do not depend on a mask have the
 same result in all passes of MC Dropout.
 """
-# The types of arguments of nodes in torch.fx are very general.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
-# mypy: disable-error-code="no-any-return, return-value"
 
 from collections import Counter
 from collections.abc import Mapping
@@ -25,6 +22,7 @@ from polyseg.montecarlo.compiler.operations import (
     channels_of,
     is_pointwise,
     replace_call,
+    results_of,
 )
 from polyseg.networks.dropout import dropout_types
 
@@ -115,8 +113,7 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
             network.graph.erase_node(node)  # Guards that torch inserts.
     odd = {node.op for node in network.graph.nodes}
     odd -= {"placeholder", "get_attr", "call_function", "output"}
-    results = next(node for node in network.graph.nodes if node.op == "output").args[0]
-    if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
+    if odd or len(results_of(network)) != 1:
         raise UntraceableError("it is not a graph of tensor operations with one output")
     _refuse_unknown_operations(network)
     _refuse_jumps(network)
@@ -208,7 +205,7 @@ def insert_masks(
     # By module, because a module may have several names.
     active, calls = {layer: name for name, layer in layers.items()}, Counter[str]()
     inputs: list[MaskInput] = []
-    first = next(node for node in network.graph.nodes if node.op == "placeholder")
+    first = network.graph.find_nodes(op="placeholder")[0]
     for node in calls_to(network, _DROPOUTS):
         source = arguments_of(node)["input"]
         path = list(node.meta["nn_module_stack"].values())[-1][0]
@@ -232,10 +229,10 @@ def insert_masks(
 
 def input_names(network: fx.GraphModule) -> list[str]:
     """Return the names of the inputs, the images first."""
-    return [node.name for node in network.graph.nodes if node.op == "placeholder"]
+    return [node.name for node in network.graph.find_nodes(op="placeholder")]
 
 
 def normalises_over_space(network: fx.GraphModule) -> bool:
     """Return whether a layer normalises by statistics over the whole image."""
     kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
-    return any(True for _ in calls_to(network, kinds))
+    return bool(calls_to(network, kinds))
