@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _SHOWN = 5
 
 Load = Callable[[DataConfig, Progress], ImageSet]
+"""Function that returns the images for some settings."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,7 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
     if seen:
         log.warning(
             "%d of these %d images are training or validation images of %s: this is not a test",
-            seen,
-            len(images.ids),
-            model.source,
+            *(seen, len(images.ids), model.source),
         )
 
 
