@@ -91,12 +91,9 @@ class EpsilonControl:
 def normalised_by(
     difficulty: NDArray[np.float64], statistics: NDArray[np.float64], config: ControlConfig
 ) -> NDArray[np.float64]:
-    """Return the normalised difficulties, (n,), of images of one label.
+    """Return the normalised difficulties, (n,), of images that are normalised together.
 
-    Args:
-        difficulty: (n,), of the images that are normalised together.
-        statistics: their D_pct and sigma_D, (2,).
-        config: settings; `reduction` names the normalisation.
+    `statistics` are their D_pct and sigma_D; `config.reduction` names the normalisation.
 
     >>> normalised_by(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0]), ControlConfig(delta=1e-12))
     array([-1.,  0.,  1.])

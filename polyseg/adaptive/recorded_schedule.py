@@ -143,10 +143,8 @@ def image_history(record: RunRecord, identity: str) -> list[Row]:
     assessment without a later epoch has a row without them. Statistics that were not recorded are
     NaN, and `epsilon` is that of the first epoch after the assessment. `rank` is 1 for the largest
     D, and equal ones share the lowest rank; `percentile` is the share of images, in percent, with
-    smaller D, where equal ones count half.
-
-    Raises:
-        PolysegError: the image is not a training image of the run.
+    smaller D, where equal ones count half. An image that is not a training image of the run raises
+    PolysegError.
     """
     if identity not in record.schedule.ids:
         near = difflib.get_close_matches(identity, dict.fromkeys(record.schedule.ids), n=1)
@@ -190,12 +188,9 @@ def validity(record: RunRecord, unseen: Mapping[tuple[str, str], float] | None =
     `with_previous` the correlation with the score of the previous assessment. They are NaN for
     fewer than 4 images.
 
-    Args:
-        record: record of the run.
-        unseen: 1 - Dice by (id, label), from networks that were not trained on the image. It adds
-            `with_unseen_error`, Spearman's correlation with these errors, with suffix `_low` and
-            `_high` the ends of its 95 % interval over the images, and with `_given_size` the
-            partial correlation given the size.
+    `unseen` is 1 - Dice by (id, label), from networks that were not trained on the image. It adds
+    `with_unseen_error`, the correlation with these errors, with suffix `_low` and `_high` the ends
+    of its 95 % interval over the images, and with `_given_size` the correlation given the size.
     """
     parts = list(_by_label(record))
     return [
@@ -271,12 +266,8 @@ def stability(record: RunRecord) -> dict[str, Values]:
 def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
     """Return a run's settings with changes to those that compute epsilon from a recorded D.
 
-    Args:
-        config: settings of the run.
-        overrides: changes such as "control.sensitivity=2"; the value is YAML.
-
-    Raises:
-        PolysegError: a setting cannot be changed, or a value is out of bounds.
+    `overrides` are such as "control.sensitivity=2", with YAML values. A setting that cannot be
+    changed, or a value out of bounds, raises PolysegError.
 
     >>> changed_settings(Config(), ["control.sensitivity=2"]).control.sensitivity
     2.0
@@ -296,17 +287,11 @@ def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def recompute(record: RunRecord, config: Config) -> Schedule:
-    """Return the schedule that settings give for the recorded difficulties.
+    """Return the schedule that settings from `changed_settings` give for the recorded difficulties.
 
     The run's own settings give its own schedule, bit by bit on the same machine. Other settings
-    give no forecast, because training with them would lead to other difficulties.
-
-    Args:
-        record: record of the run, with all its labels.
-        config: settings from `changed_settings`.
-
-    Raises:
-        PolysegError: a score or an assessment that the settings need was not recorded.
+    give no forecast, because training with them would lead to other difficulties. A score or an
+    assessment that they need and that was not recorded raises PolysegError.
     """
     arm, seed = "recorded", replay_seed(config)
     if config.control.replay_arm != record.config.control.replay_arm:
@@ -317,16 +302,11 @@ def recompute(record: RunRecord, config: Config) -> Schedule:
 def arm_schedule(
     record: RunRecord, config: Config, arm: str, ids: Sequence[str] | None = None
 ) -> Schedule:
-    """Return the schedule that follows from the recorded D, or from the D of an arm.
+    """Return the schedule that follows from the recorded D, or from the D of a replay arm.
 
-    Args:
-        record: record of the run, with all its labels.
-        config: settings for the computation of epsilon and for the batches.
-        arm: name in `choices.REPLAY_ARMS`; arms that change epsilons are treated as "recorded".
-        ids: training images, if not all of the record or in another order.
-
-    Raises:
-        PolysegError: a score or an assessment that the settings need was not recorded.
+    Arms that change epsilons are treated as "recorded". `ids` are the training images, if not all
+    of the record or in another order. A score or an assessment that the settings need and that was
+    not recorded raises PolysegError.
     """
     images = list(dict.fromkeys(record.schedule.ids)) if ids is None else list(ids)
     constant = EpsilonControl(config.control, config.loss.epsilon, labels=len(record.labels))

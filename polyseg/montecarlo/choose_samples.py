@@ -17,16 +17,10 @@ Extend = Callable[[Iterable[Measurement], int], Iterable[Measurement]]
 def choose_samples(
     measurements: Iterator[Measurement], target: float, metric: int, extend: Extend
 ) -> tuple[int, list[Measurement]]:
-    """Return the least N whose expected rank stability reaches the target.
+    """Return the least N whose expected rank stability reaches the target, and measurements.
 
-    Args:
-        measurements: measurements; the first ones are consumed and get N passes.
-        target: rank stability to reach, in (0, 1).
-        metric: index in `Wanted.streamed` of the score that ranks the images.
-        extend: function that runs the passes.
-
-    Returns:
-        N, and the consumed measurements.
+    These are the first ones, which are consumed and get N passes by `extend`. `target` is in (0,
+    1), and `metric` the index in `Wanted.streamed` of the score that ranks the images.
     """
     pilot = _first_of(measurements)
     samples = FEWEST

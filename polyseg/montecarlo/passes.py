@@ -55,14 +55,10 @@ class Passes:
         compiled: bool,
         kind: torch.dtype = torch.float32,
     ) -> None:
-        """Prepare the passes without running any.
+        """Prepare the passes of a network in evaluation mode without running any.
 
-        Args:
-            network: a network in evaluation mode.
-            layers: its active dropout layers by name.
-            streams: masks of these layers.
-            compiled: whether to try to make a program of the network.
-            kind: precision of the computation.
+        `layers` are its active dropout layers by name, `streams` their masks; `compiled` is whether
+        to try to make a program of the network, and `kind` the precision of the computation.
         """
         self.network, self.layers, self.streams = network, layers, streams
         self.compiled, self.kind = compiled, kind
@@ -108,15 +104,9 @@ class Passes:
         return torch.autocast(self.device.type, self.kind if reduced else None, enabled=reduced)
 
     def over(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "BatchPasses":
-        """Return the passes over a batch.
+        """Return the passes over a batch; `chosen` are the pixels, (B, K, H, W), None for all.
 
-        Args:
-            images: (B, C, H, W).
-            ids: ids of the images.
-            chosen: the pixels to compute, (B, K, H, W); None for all.
-
-        Raises:
-            ProgramFailedError: the program failed, or its result differs from the network's.
+        A program that fails, or whose result differs from the network's, raises ProgramFailedError.
         """
         images = images.to(self.device)
         if self.program is None:

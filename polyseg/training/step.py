@@ -106,14 +106,10 @@ class Steps:
     def take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
         """Take a step; the first one compiles the network with training.compile.
 
-        Args:
-            names: ids of all images of the batch.
-            images: images of this process's rows of the batch, (B, C, H, W).
-            masks: their masks, (B, K, H, W).
-            epsilon: epsilons of all images of the batch, with a column for each label.
-
-        Raises:
-            PolysegError: the network does not work with training.compile or channels_last.
+        `names` are the ids of all images of the batch, `images` (B, C, H, W) and `masks`
+        (B, K, H, W) this process's rows of it, and `epsilon` those of all images, with a column for
+        each label. A network that does not work with training.compile or channels_last raises
+        PolysegError.
         """
         start = time.perf_counter()
         with self._explaining_errors():

@@ -59,14 +59,10 @@ _traced: "WeakKeyDictionary[nn.Module, tuple[Any, fx.GraphModule | str]]" = Weak
 def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return a network as a graph of functions without side effects, with its current weights.
 
-    The graph is made once, and again if a setting of one of the network's modules has changed.
-
-    Args:
-        core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
-        images: an example with at least two images.
-
-    Raises:
-        UntraceableError: its operations depend on values, or it has other inputs or outputs.
+    The graph is made once, and again if a setting of one of the network's modules has changed. The
+    network is in evaluation mode and maps (B, C, H, W) to (B, K, H, W); the example has at least
+    two images. Operations that depend on values, and other inputs or outputs, raise
+    UntraceableError.
     """
     settings = _settings_of(core)
     known, traced = _traced.get(core, (None, ""))

@@ -64,11 +64,7 @@ class WindowedEnd:
     ) -> "WindowedEnd | None":
         """Return a network with the end after its maps of at most this width; None without one.
 
-        Args:
-            whole: the network.
-            width: largest width, in pixels, of maps that belong to the head.
-            frame: height and width of the output.
-            prepare: function that is applied to both parts.
+        `width` is in pixels, `frame` the size of the output; `prepare` is applied to both parts.
         """
         network = whole.function
         output = results_of(network)[0]
@@ -133,9 +129,7 @@ class WindowedEnd:
     def is_exact(self, values: Mapping[str, Tensor], kind: torch.dtype) -> bool:
         """Return whether small windows at borders, corners and off centre equal the whole image.
 
-        Args:
-            values: the inputs of a pass over one image, by name.
-            kind: precision of the computation.
+        `values` are the inputs of a pass over one image by name, `kind` is the precision.
         """
         reached = dict(values)
         self.head.run(reached)
