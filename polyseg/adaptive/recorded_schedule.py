@@ -73,7 +73,7 @@ class RunRecord:
         return replace(
             self,
             assessments=[assessment.of_label(label) for assessment in self.assessments],
-            schedule=_of_label(self.schedule, label),
+            schedule=self.schedule.of_label(label),
         )
 
     def fed(self, k: int) -> NDArray[np.bool_]:
@@ -96,28 +96,21 @@ class RunRecord:
 
     def next_normalised(self, k: int) -> Values:
         """Return D_norm behind the epsilons of `next_epsilon`, (n,), or NaN; for one label."""
+        fed = self.fed(k)
+        nothing = np.full(len(self.schedule.ids), math.nan)
+        return self.normalised(k, int(fed.argmax())) if fed.any() else nothing
+
+    def normalised(self, k: int, row: int) -> Values:
+        """Return D_norm of assessment k in a row of the schedule, (n,), or NaN; for one label."""
         normalised = np.full(len(self.schedule.ids), math.nan)
-        if self.fed(k).any() and self.schedule.group is not None:
-            epoch = int(self.fed(k).argmax())
-            for group in np.unique(self.schedule.group[epoch]):
-                together = self.schedule.group[epoch] == group
-                normalised[together] = self._normalised(k, epoch, together)
+        group, statistics = self.schedule.group, self.schedule.statistics
+        if group is None or statistics is None:
+            return normalised
+        for found in set(group[row].tolist()) - {-1}:
+            together = group[row] == found
+            difficulty = self.assessments[k].difficulty[together]
+            normalised[together] = normalised_by(difficulty, statistics[found], self.config.control)
         return normalised
-
-    def normalised_of(self, k: int, epoch: int, i: int) -> float:
-        """Return the normalised difficulty that image i had in a row of the schedule, or NaN."""
-        if self.schedule.group is None:
-            return math.nan
-        together = self.schedule.group[epoch] == self.schedule.group[epoch, i]
-        return float(self._normalised(k, epoch, together)[together[:i].sum()])
-
-    def _normalised(self, k: int, epoch: int, together: NDArray[np.bool_]) -> Values:
-        """Return the normalised difficulties of images that were normalised together."""
-        difficulty = self.assessments[k].difficulty[together]
-        statistics = self.schedule.percentile_and_sigma()[epoch, together][0]
-        if not np.isfinite(statistics).all():
-            return np.full(len(difficulty), math.nan)
-        return normalised_by(difficulty, statistics, self.config.control)
 
 
 def overview(record: RunRecord) -> list[Row]:
@@ -346,7 +339,7 @@ def compare(record: RunRecord, recomputed: Schedule) -> list[Row]:
     for period in filter(len, periods):
         ends = {"from_epoch": int(epochs[period[0]]), "to_epoch": int(epochs[period[-1]])}
         for own, part in parts:
-            after = _of_label(recomputed, own.get("label", "")).epsilon[period]
+            after = recomputed.of_label(own.get("label", "")).epsilon[period]
             rows.append(ends | own | _change(part.schedule.epsilon[period], after))
     return rows
 
@@ -376,17 +369,6 @@ def replay_seed(config: Config) -> int:
     """Return the random seed of replay arms."""
     own = config.control.replay_seed
     return config.training.seed if own is None else own
-
-
-def _of_label(schedule: Schedule, label: str) -> Schedule:
-    if schedule.labels is None:
-        return schedule
-    columns = [i for i, one in enumerate(schedule.labels) if one == label]
-    ids = [schedule.ids[i] for i in columns]
-    group = None if schedule.group is None else schedule.group[:, columns]
-    return replace(
-        schedule, ids=ids, epsilon=schedule.epsilon[:, columns], labels=None, group=group
-    )
 
 
 def _by_label(record: RunRecord) -> Iterator[tuple[Row, RunRecord]]:
@@ -458,14 +440,13 @@ def _periods(part: RunRecord, k: int, i: int) -> list[Row]:
     rows = []
     for first, after in itertools.pairwise([*starts, len(epochs)]):
         center, sigma = met[first].tolist()
-        row = int(fed.argmax()) + first
         rows.append(
             {
                 "from_epoch": epochs[first],
                 "to_epoch": epochs[after - 1],
                 "difficulty_percentile": center,
                 "sigma": sigma,
-                "normalised": part.normalised_of(k, row, i),
+                "normalised": float(part.normalised(k, int(fed.argmax()) + first)[i]),
                 "epsilon": epsilon[first],
             }
         )

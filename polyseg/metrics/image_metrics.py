@@ -12,7 +12,7 @@ background.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -157,6 +157,8 @@ class Metric(Row):
         return f"{self.title} ({unit})" if unit else self.title
 
 
+_error_of_probability = partial(Metric, decimals=4, higher_is_better=False, of_probability=True)
+
 METRICS = Registry(
     "metric",
     Metric(
@@ -241,41 +243,29 @@ METRICS = Registry(
         unit="{tolerance} {length}",
         in_figures=True,
     ),
-    Metric(
+    _error_of_probability(
         "brier",
         "Brier score, the mean squared difference of probability and mask",
         title="Brier",
         value=lambda case: brier(case.probability, case.truth),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
-    Metric(
+    _error_of_probability(
         "nll",
         "negative log-likelihood of the mask's pixels, in nats",
         title="NLL",
         value=lambda case: negative_log_likelihood(case.probability, case.truth),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
-    Metric(
+    _error_of_probability(
         "ece",
         "calibration error of the foreground probability in 15 bins of equal width",
         title="ECE",
         value=lambda case: calibration_error(case.probability, case.truth),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
-    Metric(
+    _error_of_probability(
         "ace",
         "calibration error of the foreground probability in 15 bins of equal mass",
         title="ACE",
         value=lambda case: case.ranking.calibration_error(),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
 )
 """Every metric, in the order of tables, CSV and summary.json."""
@@ -313,21 +303,10 @@ def image_metrics(
     if p.ndim != 2 or p.shape != truth.shape:
         raise ValueError(f"expected two arrays (H, W), got {p.shape} and {truth.shape}")
     check_probability(p, truth)
-    case = Segmentation(
-        p, truth, threshold, _checked_spacing(spacing), _checked_tolerance(tolerance)
-    )
-    return {name: float(metric.value(case)) for name, metric in METRICS.items()}
-
-
-def _checked_spacing(spacing: tuple[float, float] | None) -> tuple[float, float]:
-    if spacing is None:
-        return 1.0, 1.0
-    if len(spacing) != 2 or not all(0 < one < math.inf for one in spacing):
+    sides = (1.0, 1.0) if spacing is None else spacing
+    if len(sides) != 2 or not all(0 < one < math.inf for one in sides):
         raise PolysegError(f"spacing: {spacing} is invalid; give rows, columns in mm, above 0")
-    return float(spacing[0]), float(spacing[1])
-
-
-def _checked_tolerance(tolerance: float) -> float:
     if not 0 <= tolerance < math.inf:
         raise PolysegError(f"tolerance: {tolerance} is invalid; give a number of at least 0")
-    return float(tolerance)
+    case = Segmentation(p, truth, threshold, sides, tolerance)
+    return {name: float(metric.value(case)) for name, metric in METRICS.items()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, first_line
 from polyseg.montecarlo.compiler.run import Masks, PreparedBatch, Program
 from polyseg.montecarlo.compiler.trace import UntraceableError
 from polyseg.montecarlo.dropout_masks import MaskStreams
@@ -149,8 +149,7 @@ class Passes:
             with torch.inference_mode(mode=False), torch.no_grad():
                 self.program = Program(core, self.layers, example.clone(), kind=self.kind)
         except Exception as error:  # A user's network may fail in any way; plain passes remain.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.info("MC Dropout: the network is not compiled, because %s", reason[:200])
+            log.info("MC Dropout: the network is not compiled, because %s", first_line(error)[:200])
 
     def _is_sound(self, ours: "BatchPasses") -> bool:
         """Compare a program with the whole network, in a pass and without dropout.

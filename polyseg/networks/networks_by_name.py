@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from polyseg.choices import NETWORKS
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, first_line
 from polyseg.networks.dropout import stochastic_layers
 from polyseg.registry import resolve
 from polyseg.system.memory import refuse_beyond_memory
@@ -257,10 +257,9 @@ def _trace_dropout(
             seen.clear()
             output = trial.eval()(images)
     except Exception as error:  # Foreign code and settings may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
             f"network.name = {name}: fails on images of {size} x {size} with {in_channels} "
-            f"channels: {reason}"
+            f"channels: {first_line(error)}"
         ) from error
     for given in (output, in_training):
         if getattr(given, "shape", None) != (2, out_channels, size, size):
@@ -311,10 +310,9 @@ def _from_factory(
     try:
         factory = resolve(name)
     except Exception as error:  # Foreign code may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
-            f"network.name = {name}: {reason}; give package.module:factory that can be imported "
-            "from here (PYTHONPATH lists where Python looks)"
+            f"network.name = {name}: {first_line(error)}; give package.module:factory that "
+            "can be imported from here (PYTHONPATH lists where Python looks)"
         ) from error
     core = _call(
         name,
@@ -360,8 +358,7 @@ def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | 
     except PolysegError:
         raise
     except (Exception, SystemExit) as error:  # Foreign code may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
+        raise PolysegError(f"network.kwargs: {name} refuses them: {first_line(error)}") from error
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from polyseg.errors import first_line
 from polyseg.montecarlo.compiler.operations import (
     MULTIPLY,
     arguments_of,
@@ -135,8 +136,7 @@ def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
             exported = torch.export.export(core, (images,), dynamic_shapes=(batch,), strict=False)
         return exported.module()
     except Exception as error:  # A user's network may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UntraceableError(reason[:200]) from error
+        raise UntraceableError(first_line(error)[:200]) from error
     finally:
         for hook in hooks:
             hook.remove()
