@@ -43,9 +43,11 @@ def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
     names = len(dict.fromkeys(schedule.labels or [""]))
     epsilon = schedule.epsilon.reshape(len(schedule.epochs), -1, names)
     change: Callable[[Epsilons, np.random.Generator], Epsilons] = row.resolve()
-    changed = np.stack(
-        [change(one, _generator(schedule, i, seed)) for i, one in enumerate(epsilon)]
-    )
+    # All epochs between two assessments have the same generator.
+    moments = [0] * len(epsilon) if schedule.assessed is None else schedule.assessed.tolist()
+    seeds = [derive_seed(seed, "replay", moment) for moment in moments]
+    each = zip(epsilon, map(np.random.default_rng, seeds), strict=True)
+    changed = np.stack([change(one, generator) for one, generator in each])
     changed = changed.reshape(schedule.epsilon.shape)
     return replace(schedule, epsilon=changed, group=None, statistics=None)
 
@@ -94,15 +96,12 @@ def fit_schedule(
             f"{source}: has epsilons from {chosen.min():g} to {chosen.max():g}; they must be from "
             f"{least:.4g}, below which misalignment is rewarded, to {LARGEST_EPSILON}"
         )
-    several = len(labels) > 1
-    return Schedule(
+    return replace(
+        schedule,
         ids=[identity for identity, _ in wanted],
-        epochs=schedule.epochs,
         epsilon=chosen,
-        labels=[label for _, label in wanted] if several else None,
-        assessed=schedule.assessed,
+        labels=[label for _, label in wanted] if len(labels) > 1 else None,
         group=None if schedule.group is None else schedule.group[:, kept],
-        statistics=schedule.statistics,
     )
 
 
@@ -195,9 +194,3 @@ def mask_sizes(assessment: Assessment) -> Values:
     # For an empty mask the pixels are those of the region that replaced it.
     pixels: Values = np.where(assessment.fallback == 0, assessment.foreground_pixels, 0.0)
     return pixels
-
-
-def _generator(schedule: Schedule, row: int, seed: int) -> np.random.Generator:
-    """Return a random generator for an epoch, the same for all epochs between two assessments."""
-    moment = 0 if schedule.assessed is None else int(schedule.assessed[row])
-    return np.random.default_rng(derive_seed(seed, "replay", moment))

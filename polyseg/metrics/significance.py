@@ -158,10 +158,8 @@ def mean_interval(
     return _bootstrap(known, level, resamples, seed)
 
 
-def rank_correlation(
-    first: ArrayLike, second: ArrayLike, *, level: float = 0.95
-) -> RankCorrelation:
-    """Return Spearman's correlation of two series, (n,), with its confidence interval.
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
+    """Return Spearman's correlation of two series, (n,), with its 95 % confidence interval.
 
     By Fisher's z = artanh r with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
     Wright (2000), whose intervals hold their level for large r too. Images with a value that is not
@@ -181,8 +179,7 @@ def rank_correlation(
         return RankCorrelation(r, Interval(math.nan, math.nan), images)
     if abs(r) >= 1:
         return RankCorrelation(r, Interval(r, r), images)
-    error = math.sqrt((1 + r**2 / 2) / (images - 3))
-    half = float(ndtri((1 + level) / 2)) * error
+    half = float(ndtri((1 + 0.95) / 2)) * math.sqrt((1 + r**2 / 2) / (images - 3))
     z = math.atanh(r)
     return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
 
@@ -382,7 +379,6 @@ def _differences(baseline: ArrayLike, other: ArrayLike) -> tuple[Values, float]:
 
 
 def _rounded(values: Values, unit: float) -> Values:
-    """Return values without the noise of floating point."""
     rounded: Values = np.round(values / unit, _DIGITS) * unit
     return rounded + 0.0  # of -0 makes 0
 

@@ -137,7 +137,6 @@ def _with_fallback(
 
 
 def _wanted_of(settings: UncertaintyConfig, also: Sequence[str]) -> Wanted:
-    """Return the scores to compute: those of the settings and further ones."""
     own = [settings.metric] if score_of(settings.metric).of != "pixels" else []
     names = tuple(dict.fromkeys([*own, *also]))
     return Wanted(settings.region, settings.boundary_width, settings.save_maps, names)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from polyseg.metrics.rank_stability import passes_needed
-from polyseg.montecarlo.scores import Measurement, join_halves, stability_of
+from polyseg.montecarlo.scores import Measurement, Results, join_halves, stability_of
 
 FEWEST, MOST = 6, 100
 """Bounds of N."""
@@ -26,7 +26,7 @@ def choose_samples(
     samples = FEWEST
     while pilot:
         pilot = list(extend(pilot, samples))
-        parts = [measurement.results().halves() for measurement in pilot]
+        parts = [Results(measurement).halves() for measurement in pilot]
         labels = len(pilot[0].batch.labels)
         stability = stability_of(join_halves(parts)[:, :, metric], labels)
         if not stability < target or samples >= MOST:  # NaN ends the search too.
@@ -37,7 +37,6 @@ def choose_samples(
 
 
 def _first_of(measurements: Iterator[Measurement]) -> list[Measurement]:
-    """Return the first measurements, which choose N for all."""
     taken: list[Measurement] = []
     for measurement in measurements:
         taken.append(measurement)

@@ -278,7 +278,7 @@ class BatchPasses:
     @property
     def way(self) -> tuple[Any, ...]:
         """The way of computation: image size, chosen pixels, program, windowed end."""
-        end = None if self.inside is None else self.inside.end_number
+        end = self.inside and self.inside.end
         return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, end)
 
     def sample(self, index: int) -> Tensor:

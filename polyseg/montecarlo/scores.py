@@ -157,27 +157,6 @@ class Measurement:
         pairs = pixels * self.done // 8 if self.pairs else 0
         return 24 * pixels * len(self.groups) + pairs
 
-    def results(self) -> "Results":
-        """Return the scores of each row, with their errors and halves."""
-        assert self.plain is not None
-        groups = [group for group in self.groups if group.count]
-        records = [group.pixels for group in groups]
-        whole = UncertaintyAccumulator.merged(records) if records else None
-        if self.known is None:
-            mean = self.plain if whole is None else whole.mean
-            chosen, fallback = select_region(
-                self.wanted.region, self.truth, mean, boundary_width=self.wanted.boundary_width
-            )
-            framed = self.wanted.also_of("moments")
-            groups = [
-                Group(one.pixels.at(chosen), one.pixels if framed else None, one.sums)
-                for one in groups
-            ]
-        else:
-            chosen, fallback = self.known, torch.zeros(len(self.known), dtype=torch.int8)
-        owner = chosen.nonzero()[:, 0].numpy()
-        return Results(self, whole, groups, chosen, fallback, owner)
-
     def _known_region(self) -> Tensor | None:
         """Return the region, or None if it depends on the passes."""
         region, width = self.wanted.region, self.wanted.boundary_width
@@ -208,16 +187,30 @@ def extended(
         yield from portions.run(len(one.batch.ids), partial(extend, one), shown(one.batch))
 
 
-@dataclass(frozen=True)
 class Results:
     """The results of all passes over a batch."""
 
-    measurement: Measurement
-    whole: UncertaintyAccumulator | None
-    groups: list[Group]
-    chosen: Tensor
-    fallback: Tensor
-    owner: NDArray[np.int64]
+    def __init__(self, measurement: Measurement) -> None:
+        assert measurement.plain is not None
+        self.measurement, wanted = measurement, measurement.wanted
+        groups = [group for group in measurement.groups if group.count]
+        records = [group.pixels for group in groups]
+        self.whole = UncertaintyAccumulator.merged(records) if records else None
+        if measurement.known is None:
+            mean = measurement.plain if self.whole is None else self.whole.mean
+            self.chosen, self.fallback = select_region(
+                wanted.region, measurement.truth, mean, boundary_width=wanted.boundary_width
+            )
+            framed = wanted.also_of("moments")
+            groups = [
+                Group(one.pixels.at(self.chosen), one.pixels if framed else None, one.sums)
+                for one in groups
+            ]
+        else:
+            self.chosen = measurement.known
+            self.fallback = torch.zeros(len(self.chosen), dtype=torch.int8)
+        self.groups = groups
+        self.owner = self.chosen.nonzero()[:, 0].numpy()
 
     def scores(self, record: Group | None = None) -> NDArray[np.float64]:
         """Return the scores from the passes of a group, or from all passes, (metrics, rows)."""
@@ -291,7 +284,7 @@ class ScoreTable:
 
     def add(self, measurement: Measurement) -> None:
         """Add the results of a batch."""
-        results = measurement.results()
+        results = Results(measurement)
         self.images.extend(measurement.batch.ids)
         self.labels = measurement.batch.labels
         columns = {

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import le
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,8 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (B, out, H, W), of images (B, C, H, W)."""
-        if self.training or self.window is None or not self._is_larger(images, self.window):
+        window = self.window
+        if window is None or self.training or all(map(le, images.shape[-2:], window.size)):
             return self._at_once(images)
         from monai.inferers import sliding_window_inference
 
@@ -74,10 +76,10 @@ class SegmentationNetwork(nn.Module):
         parts = [
             sliding_window_inference(
                 image[None],
-                self.window.size,
+                window.size,
                 sw_batch_size=_WINDOWS_AT_ONCE,
                 predictor=self._at_once,
-                overlap=self.window.overlap,
+                overlap=window.overlap,
                 mode="gaussian",
                 padding_mode="replicate",
             )
@@ -85,22 +87,14 @@ class SegmentationNetwork(nn.Module):
         ]
         return torch.cat(parts)
 
-    @staticmethod
-    def _is_larger(images: Tensor, window: SlidingWindow) -> bool:
-        return any(
-            side > wanted for side, wanted in zip(images.shape[-2:], window.size, strict=True)
-        )
-
     def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
         """Return images padded for the core, and the numbers of rows and columns before them."""
         rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
+        top, left = rows // 2, columns // 2
         if rows or columns:
-            images = functional.pad(
-                images,
-                (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2),
-                mode="replicate",
-            )
-        return images, rows // 2, columns // 2
+            edges = (left, columns - left, top, rows - top)
+            images = functional.pad(images, edges, mode="replicate")
+        return images, top, left
 
     def _at_once(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -143,8 +137,7 @@ def build_network(
     >>> sum(isinstance(layer, nn.Dropout2d) for layer in network.modules())
     10
     """
-    own = ":" in name
-    if own:
+    if own := ":" in name:
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
         core, multiple = _by_name(name, in_channels, out_channels, dropout, settings)
@@ -335,7 +328,7 @@ def _by_name(
         build = NETWORKS.find(name).resolve()
     except ValueError as error:
         raise PolysegError(
-            f"network.name: {error}; one of your own is package.module:factory"
+            f"network.name: {error}; name your own as package.module:factory"
         ) from error
     if taken := sorted(set(_SET_ELSEWHERE) & (settings or {}).keys()):
         raise PolysegError(
@@ -380,20 +373,20 @@ def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults and peculiarities of one of MONAI's networks, small and in 2D."""
+    """The defaults of one of MONAI's networks, small and in 2D."""
 
     class_name: str
     settings: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
     wants_head: bool = False
-    """Whether it normalises its output, so that logits could hardly leave [-3, 3]: it then returns
-    features, from which a 1 x 1 convolution makes logits."""
+    """Whether it returns features, from which a 1 x 1 convolution makes logits, because it
+    normalises its output and logits could hardly leave [-3, 3]."""
 
     def __call__(
         self, in_channels: int, out_channels: int, dropout: float, **settings: Any
     ) -> tuple[nn.Module, int]:
-        """Return the network, and what the sides of its images must be multiples of."""
+        """Return the network, and the number that must divide the sides of its images."""
         from monai.networks import nets
 
         arguments = {**self.settings, **settings}

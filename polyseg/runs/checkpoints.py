@@ -244,7 +244,6 @@ def _tensors(tensors: Mapping[str, Stored], prefix: str) -> "dict[str, Tensor]":
 
 
 def _packed(tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a safetensors file."""
     import safetensors.torch
     import torch
 

@@ -152,7 +152,6 @@ class RunDirectory:
                     files.disk.remove(path)
 
     def _write_views(self, checkpoint: Checkpoint) -> None:
-        """Write history.csv and schedule.h5."""
         if checkpoint.history:
             rows = (completed(row).values() for row in checkpoint.history)
             cells = ([f"{value:.9g}" for value in row] for row in rows)

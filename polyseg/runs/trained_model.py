@@ -255,10 +255,10 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
 
 
 def passes_of(config: Config, *, masks: bool = True, **changes: Any) -> UncertaintyConfig:
-    """Return the settings of MC Dropout with changes, of which None leaves a setting as it is.
+    """Return the settings of MC Dropout with changes; those that are None change nothing.
 
-    A training whose difficulty takes no passes gets the default score here; so does one whose score
-    needs masks, where the images have none (`masks`).
+    The metric becomes mutual_information if the training's own takes no passes, or needs masks and
+    the images have none (`masks`).
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     metric = config.uncertainty.metric

@@ -101,7 +101,6 @@ def _check_map(config: Config) -> None:
 
 
 def _refuse(found: Any, shape: tuple[int, ...], what: str) -> None:
-    """Raise PolysegError if a result has another shape, or is not finite."""
     given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if given != shape:
         raise PolysegError(f"must return {what}, a tensor of shape {shape}, and returned {given}")

@@ -163,7 +163,6 @@ class Trainer:
         self.replay_sha256, self.split_sha256 = replay, split
 
     def _restore_record(self, checkpoint: Checkpoint) -> None:
-        """Restore history and schedule."""
         try:
             self.history = [completed(row) for row in checkpoint.history]
         except ValueError as error:
@@ -320,7 +319,6 @@ class Trainer:
         return loss, dice
 
     def _assess(self, epoch: int) -> None:
-        """Assess the training images, write the assessment, and use it for epsilon."""
         ids = self.split["train"]
         with _name_epoch_in_errors(epoch, self.config.uncertainty.metric):
             assessment = assess(
@@ -343,7 +341,7 @@ class Trainer:
             log.info("%s", line)
         if epoch == self.config.training.epochs:
             log.info("this assessment only records the final weights, because no epoch follows it")
-        # Bits that processes may compute otherwise must not lead them apart.
+        # Processes may round differently, so all of them use the same assessment.
         assessment = self.processes.from_leader(assessment)
         self._use_assessment(assessment)
         if self.config.control.statistics == "dataset":

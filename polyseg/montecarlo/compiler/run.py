@@ -150,11 +150,6 @@ class PreparedBatch:
         self.wanted = [part.flatten().nonzero().flatten() for part in parts]
         """Indices into the logits of the batch, or of each image's window."""
 
-    @property
-    def end_number(self) -> int | None:
-        """Index of the windowed end of the program that is used; None without windows."""
-        return None if self.end is None else self.program.ends.index(self.end)
-
     def __call__(self, masks: Masks, count: int = 1) -> Tensor:
         """Return the logits of passes: (passes n,) at the n chosen pixels, or (passes B, K, H, W).
 
