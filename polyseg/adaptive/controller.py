@@ -65,8 +65,7 @@ class EpsilonControl:
 
     @cached_property
     def _data_set(self) -> Adapted:
-        if self.assessment is None:
-            raise ValueError("there is no assessment yet")
+        assert self.assessment is not None
         return self._from_difficulty(self.assessment.difficulty)
 
     def _from_difficulty(self, difficulty: NDArray[np.float64]) -> Adapted:

@@ -24,16 +24,14 @@ from polyseg.config import UncertaintyConfig
 from polyseg.errors import PolysegError
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
 from polyseg.montecarlo.dropout_masks import MaskStreams
-from polyseg.montecarlo.passes import Passes, ProgramFailedError, stochastic_pass
+from polyseg.montecarlo.passes import Passes, ProgramFailedError
 from polyseg.montecarlo.scores import Measurement, ScoreTable, Wanted, extended
-from polyseg.networks.dropout import active_layers, stochastic_layers
+from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
 from polyseg.records import Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
-
-__all__ = ["assess", "spread", "stochastic_layers", "stochastic_pass"]
 
 log = logging.getLogger(__name__)
 

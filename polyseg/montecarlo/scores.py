@@ -98,7 +98,12 @@ class Measurement:
     def __init__(self, passes: Passes, batch: Batch, wanted: Wanted) -> None:
         self.passes, self.batch, self.wanted = passes, batch, wanted
         self.truth = None if batch.masks is None else batch.masks.cpu().flatten(0, 1)
-        self._refuse_missing_masks()
+        needing = [name for name in wanted.also if score_of(name).needs_mask]
+        if self.truth is None and needing:
+            raise PolysegError(
+                f"{needing[0]}: needs masks, and image {batch.ids[0]} has none; choose "
+                "another score"
+            )
         self.known = None if wanted.whole_frame else self._known_region()
         count = _GROUPS if self.known is not None else _GROUPS_OF_MAPS
         self.groups = [Group() for _ in range(count)]
@@ -134,14 +139,6 @@ class Measurement:
     def mask(self) -> Tensor | None:
         """The masks, (rows, H, W) bool; None without any."""
         return None if self.truth is None else self.truth > 0
-
-    def _refuse_missing_masks(self) -> None:
-        needing = [name for name in self.wanted.also if score_of(name).needs_mask]
-        if self.truth is None and needing:
-            raise PolysegError(
-                f"{needing[0]}: needs masks, and image {self.batch.ids[0]} has none; choose "
-                "another score"
-            )
 
     def of(self, rows: slice) -> "Measurement":
         """Return this record if it has just these images, else a new one without passes."""

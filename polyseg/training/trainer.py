@@ -305,8 +305,7 @@ class Trainer:
         mine = self.processes.share(ids)
         batches = self.images.batches(mine, self.config.training.batch_size)
         for batch, predicted in predict(self.network, batches):
-            if batch.masks is None:
-                raise ValueError("validation images have no masks")
+            assert batch.masks is not None
             target, logits = as_tasks(batch.masks).float(), as_tasks(predicted)
             epsilon = torch.full((len(logits),), self.config.loss.epsilon)
             losses = self.steps.objective(logits, target, epsilon).reshape(len(batch.ids), -1)
