@@ -116,17 +116,14 @@ def build_network(
 ) -> SegmentationNetwork:
     """Build a network, with random weights from torch's global generator.
 
+    `dropout`, `dropout_kind`, `dropout_layers` and `multiple_of` are the settings of these names in
+    `NetworkConfig`; the first two have no effect on the network of a factory.
+
     Args:
-        name: one of `network_names()`, or "package.module:factory"; the factory is called with
+        name: a row of `NETWORKS`, or "package.module:factory"; the factory is called with
             in_channels, out_channels and `settings`, and adds its own dropout layers.
         in_channels: channels of the images.
         out_channels: channels of the logits.
-        dropout: rate in [0, 1), for the networks by name.
-        dropout_kind: "channel" drops whole feature maps, "element" single values.
-        dropout_layers: "decoder" (from the bottleneck on), "bottleneck", "all", or patterns of
-            layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
-            and "all" for a factory's.
-        multiple_of: number of which a factory's network needs height and width to be multiples.
         settings: further arguments of the network.
 
     Raises:
@@ -172,11 +169,7 @@ def _drop_idle_biases(core: nn.Module) -> None:
 
 
 def network_names() -> list[str]:
-    """Return the names that `build_network` knows.
-
-    >>> network_names()
-    ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
-    """
+    """Return the names that `build_network` knows."""
     return list(NETWORKS)
 
 

@@ -173,8 +173,8 @@ class Trainer:
             raise PolysegError("checkpoint: has no record of its training, so it cannot be resumed")
         if (schedule.ids, schedule.labels) != columns:
             raise PolysegError("checkpoint: its record is of other training images or labels")
-        names = dict.fromkeys(schedule.ids)
         if checkpoint.losses is not None:
+            names = dict.fromkeys(schedule.ids)
             losses = checkpoint.losses.reshape(len(names), -1).tolist()
             self.losses = dict(zip(names, losses, strict=True))
         self.recorder.restore(schedule)
@@ -285,15 +285,9 @@ class Trainer:
     def _store_losses(self, steps: Sequence[Step]) -> None:
         """Store the losses of the images in these steps; other images keep their last losses."""
         labels = len(self.images.labels)
-        new = {
-            name: losses
-            for step in steps
-            for name, losses in zip(
-                step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
-            )
-        }
-        skipped = self.losses.keys() - new.keys()
-        self.losses = new | {name: self.losses[name] for name in skipped}
+        for step in steps:
+            losses = step.note.at_constant.reshape(-1, labels).tolist()
+            self.losses |= zip(step.names, losses, strict=True)
 
     def _validate(self) -> tuple[Tensor | None, Tensor | None]:
         """Return losses at the constant epsilon and Dice of the validation images.
@@ -428,13 +422,13 @@ class Trainer:
 
     def _stopped_early(self) -> bool:
         patience = self.config.training.early_stopping
-        stopped = patience > 0 and self.epoch - self.best_epoch >= patience
-        if stopped:
+        if 0 < patience <= self.epoch - self.best_epoch:
             log.info("early stopping: no better validation Dice for %d epochs", patience)
-        if not stopped and self.replay is not None and self.epoch >= len(self.replay.epochs):
+            return True
+        if self.replay is not None and self.epoch >= len(self.replay.epochs):
             log.info("early stopping after epoch %d, like the replayed run", self.epoch)
             return True
-        return stopped
+        return False
 
     def _raise_on_signal(self) -> None:
         if self.stop.number:
