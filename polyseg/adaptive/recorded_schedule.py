@@ -252,7 +252,9 @@ def stability(record: RunRecord) -> dict[str, Values]:
             [math.nan, *map(correlation, difficulties[1:], difficulties[:-1])]
         ),
         "last assessment": np.array([*last, math.nan]),
-        "endless passes (expected)": np.array([_rank_stability(a) for a in record.assessments]),
+        "infinitely many passes (expected)": np.array(
+            [_rank_stability(one) for one in record.assessments]
+        ),
     }
 
 

@@ -137,8 +137,8 @@ def images_for(
     config = model.config.data
     if inputs.cache is not None:
         config = config.model_copy(update={"cache": str(inputs.cache)})
-    own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
-    if not own and data is not None:
+    demo = config.path == "demo"
+    if data is not None and (demo or data.resolve() != Path(config.path).resolve()):
         # Another folder has the run's split only if it replaces a folder that is gone.
         if part not in (None, "all") and not is_gone(config):
             raise _not_trained_on(model, data, part)
@@ -147,11 +147,10 @@ def images_for(
     part = part or default
     refuse_gone(config, model.source)
     images = load(config, progress)
-    split = (
-        split_of_run(model.run, images, model.checkpoint.split)
-        if model.run
-        else _split_of_file(model, images, part)
-    )
+    if model.run is None:
+        split = _split_of_file(model, images, part)
+    else:
+        split = split_of_run(model.run, images, model.checkpoint.split)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     return images, part_of(split, part, images, model)
 
