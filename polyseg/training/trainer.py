@@ -285,9 +285,11 @@ class Trainer:
     def _store_losses(self, steps: Sequence[Step]) -> None:
         """Store the losses of the images in these steps; other images keep their last losses."""
         labels = len(self.images.labels)
+        new: dict[str, list[float]] = {}
         for step in steps:
             losses = step.note.at_constant.reshape(-1, labels).tolist()
-            self.losses |= zip(step.names, losses, strict=True)
+            new |= zip(step.names, losses, strict=True)
+        self.losses = new | {name: self.losses[name] for name in self.losses.keys() - new.keys()}
 
     def _validate(self) -> tuple[Tensor | None, Tensor | None]:
         """Return losses at the constant epsilon and Dice of the validation images.
