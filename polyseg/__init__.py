@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         polydice_loss,
         scale_and_angle,
     )
-    from polyseg.montecarlo.assessment import assess, stochastic_layers
+    from polyseg.montecarlo import assess, stochastic_layers
     from polyseg.runs import open_model, read_assessment, read_schedule
     from polyseg.uncertainty import (
         UncertaintyAccumulator,

@@ -147,13 +147,12 @@ def normalise_by_rank(
     array([-0.967,  0.967,  0.   ])
     """
     from scipy.special import ndtri
+    from scipy.stats import rankdata
 
     values = np.asarray(difficulty, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"difficulty {values.shape} must be (n,) with n at least 1")
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[place]
-    scores: NDArray[np.float64] = ndtri((ranks - 0.5) / len(values))
+    scores: NDArray[np.float64] = ndtri((rankdata(values) - 0.5) / len(values))
     return scores
 
 

@@ -46,3 +46,8 @@ def reason(error: OSError) -> str:
     message = error.strerror or str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0)
     return message if advice is None else f"{message}; {advice}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type without a message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -145,16 +145,19 @@ class Schedule:
     statistics: NDArray[np.float64] | None = None
     """(S, 2) D_pct and sigma_D of eq. 11, a row for each batch (or data set) and label."""
 
-    def epsilon_of(self, label: str) -> NDArray[np.float32]:
-        """Return the epsilons of one label, (E, n), of all images where there are no labels.
+    def of_label(self, label: str) -> "Schedule":
+        """Return the columns of one label.
 
         >>> schedule = Schedule(["a", "a"], np.array([1]), np.array([[0.0, 1.0]]), ["x", "y"])
-        >>> schedule.epsilon_of("y").tolist()
+        >>> schedule.of_label("y").epsilon.tolist()
         [[1.0]]
         """
         if self.labels is None:
-            return self.epsilon
-        return self.epsilon[:, [one == label for one in self.labels]]
+            return self
+        columns = [i for i, one in enumerate(self.labels) if one == label]
+        ids, epsilon = [self.ids[i] for i in columns], self.epsilon[:, columns]
+        group = None if self.group is None else self.group[:, columns]
+        return replace(self, ids=ids, epsilon=epsilon, labels=None, group=group)
 
     def __post_init__(self) -> None:
         """Raise ValueError unless `group` refers to rows of `statistics`."""

@@ -93,22 +93,18 @@ class Registry(dict[str, R]):
 def not_among(value: object, names: Iterable[str], kind: str) -> str:
     """Return the message for an unknown name, with the known names and the closest one.
 
-    Of names with help, the one whose help has the value as a word is nearest too.
+    A name whose help contains the value as a word counts as close.
 
     >>> not_among("dise", ["dice", "bce"], "loss")
     "'dise' is not a loss: choose dice or bce; did you mean dice?"
     >>> not_among("overlap", {"dice": "loss of overlap", "bce": "cross-entropy"}, "loss")
     "'overlap' is not a loss: choose dice or bce; did you mean dice?"
     """
-    said = names.choices() if isinstance(names, Registry) else names
-    helps = (
-        {str(name): str(text) for name, text in said.items()} if isinstance(said, Mapping) else {}
-    )
-    names = list(names)
-    article = "an" if kind[:1] in "aeiou" else "a"
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6) or [
-        name for name, text in helps.items() if str(value).lower() in words_of(text)
-    ]
+    helps = names.choices() if isinstance(names, Registry) else names
+    article, names = "an" if kind[:1] in "aeiou" else "a", list(names)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    if not near and isinstance(helps, Mapping):
+        near = [name for name, text in helps.items() if str(value).lower() in words_of(text)]
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{value!r:.60} is not {article} {kind}: choose {listed(names)}{hint}"
 

@@ -26,7 +26,7 @@ EQUATIONS = {
     "(eq. 3)": "losses.scale_and_angle",
     "(eq. 5)": "losses.polydice_loss",
     "(eq. 6)": "losses.polydice1_loss",
-    "(eq. 7)": "montecarlo.assessment.stochastic_pass",
+    "(eq. 7)": "montecarlo.passes.stochastic_pass",
     "(eq. 8)": "uncertainty.prediction_variance",
     "(eq. 9)": "uncertainty.predictive_entropy",
     "(eq. 10)": "uncertainty.mutual_information",

@@ -13,8 +13,9 @@ from polyseg.config import UncertaintyConfig
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.errors import PolysegError
 from polyseg.montecarlo import assessment, choose_samples, passes, scores
-from polyseg.montecarlo.assessment import assess, stochastic_pass
+from polyseg.montecarlo.assessment import assess
 from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.montecarlo.passes import stochastic_pass
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict
 from polyseg.networks.networks_by_name import build_network, hash_weights, network_names

@@ -50,8 +50,8 @@ from polyseg.figures.figures_by_name import (
 )
 from polyseg.figures.style import metric_name
 from polyseg.metrics.image_metrics import METRICS, Metric
-from polyseg.montecarlo.assessment import stochastic_pass
 from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.montecarlo.passes import stochastic_pass
 from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
 from polyseg.registry import Registry, Row
 from polyseg.report.document import Gallery

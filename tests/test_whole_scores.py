@@ -14,8 +14,9 @@ from polyseg.commands.train import train
 from polyseg.config import UncertaintyConfig
 from polyseg.errors import PolysegError
 from polyseg.montecarlo import assessment as module
-from polyseg.montecarlo.assessment import assess, stochastic_pass
+from polyseg.montecarlo.assessment import assess
 from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.montecarlo.passes import stochastic_pass
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.networks_by_name import build_network
 from polyseg.records import Batch

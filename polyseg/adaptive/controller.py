@@ -65,8 +65,7 @@ class EpsilonControl:
 
     @cached_property
     def _data_set(self) -> Adapted:
-        if self.assessment is None:
-            raise ValueError("there is no assessment yet")
+        assert self.assessment is not None
         return self._from_difficulty(self.assessment.difficulty)
 
     def _from_difficulty(self, difficulty: NDArray[np.float64]) -> Adapted:
@@ -91,12 +90,9 @@ class EpsilonControl:
 def normalised_by(
     difficulty: NDArray[np.float64], statistics: NDArray[np.float64], config: ControlConfig
 ) -> NDArray[np.float64]:
-    """Return the normalised difficulties, (n,), of images of one label.
+    """Return the normalised difficulties, (n,), of images that are normalised together.
 
-    Args:
-        difficulty: (n,), of the images that are normalised together.
-        statistics: their D_pct and sigma_D, (2,).
-        config: settings; `reduction` names the normalisation.
+    `statistics` are their D_pct and sigma_D; `config.reduction` names the normalisation.
 
     >>> normalised_by(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0]), ControlConfig(delta=1e-12))
     array([-1.,  0.,  1.])

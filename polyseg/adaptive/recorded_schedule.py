@@ -73,7 +73,7 @@ class RunRecord:
         return replace(
             self,
             assessments=[assessment.of_label(label) for assessment in self.assessments],
-            schedule=_of_label(self.schedule, label),
+            schedule=self.schedule.of_label(label),
         )
 
     def fed(self, k: int) -> NDArray[np.bool_]:
@@ -96,28 +96,21 @@ class RunRecord:
 
     def next_normalised(self, k: int) -> Values:
         """Return D_norm behind the epsilons of `next_epsilon`, (n,), or NaN; for one label."""
+        fed = self.fed(k)
+        nothing = np.full(len(self.schedule.ids), math.nan)
+        return self.normalised(k, int(fed.argmax())) if fed.any() else nothing
+
+    def normalised(self, k: int, row: int) -> Values:
+        """Return D_norm of assessment k in a row of the schedule, (n,), or NaN; for one label."""
         normalised = np.full(len(self.schedule.ids), math.nan)
-        if self.fed(k).any() and self.schedule.group is not None:
-            epoch = int(self.fed(k).argmax())
-            for group in np.unique(self.schedule.group[epoch]):
-                together = self.schedule.group[epoch] == group
-                normalised[together] = self._normalised(k, epoch, together)
+        group, statistics = self.schedule.group, self.schedule.statistics
+        if group is None or statistics is None:
+            return normalised
+        for found in set(group[row].tolist()) - {-1}:
+            together = group[row] == found
+            difficulty = self.assessments[k].difficulty[together]
+            normalised[together] = normalised_by(difficulty, statistics[found], self.config.control)
         return normalised
-
-    def normalised_of(self, k: int, epoch: int, i: int) -> float:
-        """Return the normalised difficulty that image i had in a row of the schedule, or NaN."""
-        if self.schedule.group is None:
-            return math.nan
-        together = self.schedule.group[epoch] == self.schedule.group[epoch, i]
-        return float(self._normalised(k, epoch, together)[together[:i].sum()])
-
-    def _normalised(self, k: int, epoch: int, together: NDArray[np.bool_]) -> Values:
-        """Return the normalised difficulties of images that were normalised together."""
-        difficulty = self.assessments[k].difficulty[together]
-        statistics = self.schedule.percentile_and_sigma()[epoch, together][0]
-        if not np.isfinite(statistics).all():
-            return np.full(len(difficulty), math.nan)
-        return normalised_by(difficulty, statistics, self.config.control)
 
 
 def overview(record: RunRecord) -> list[Row]:
@@ -143,10 +136,8 @@ def image_history(record: RunRecord, identity: str) -> list[Row]:
     assessment without a later epoch has a row without them. Statistics that were not recorded are
     NaN, and `epsilon` is that of the first epoch after the assessment. `rank` is 1 for the largest
     D, and equal ones share the lowest rank; `percentile` is the share of images, in percent, with
-    smaller D, where equal ones count half.
-
-    Raises:
-        PolysegError: the image is not a training image of the run.
+    smaller D, where equal ones count half. An image that is not a training image of the run raises
+    PolysegError.
     """
     if identity not in record.schedule.ids:
         near = difflib.get_close_matches(identity, dict.fromkeys(record.schedule.ids), n=1)
@@ -190,12 +181,9 @@ def validity(record: RunRecord, unseen: Mapping[tuple[str, str], float] | None =
     `with_previous` the correlation with the score of the previous assessment. They are NaN for
     fewer than 4 images.
 
-    Args:
-        record: record of the run.
-        unseen: 1 - Dice by (id, label), from networks that were not trained on the image. It adds
-            `with_unseen_error`, Spearman's correlation with these errors, with suffix `_low` and
-            `_high` the ends of its 95 % interval over the images, and with `_given_size` the
-            partial correlation given the size.
+    `unseen` is 1 - Dice by (id, label), from networks that were not trained on the image. It adds
+    `with_unseen_error`, the correlation with these errors, with suffix `_low` and `_high` the ends
+    of its 95 % interval over the images, and with `_given_size` the correlation given the size.
     """
     parts = list(_by_label(record))
     return [
@@ -264,19 +252,17 @@ def stability(record: RunRecord) -> dict[str, Values]:
             [math.nan, *map(correlation, difficulties[1:], difficulties[:-1])]
         ),
         "last assessment": np.array([*last, math.nan]),
-        "endless passes (expected)": np.array([_rank_stability(a) for a in record.assessments]),
+        "infinitely many passes (expected)": np.array(
+            [_rank_stability(one) for one in record.assessments]
+        ),
     }
 
 
 def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
     """Return a run's settings with changes to those that compute epsilon from a recorded D.
 
-    Args:
-        config: settings of the run.
-        overrides: changes such as "control.sensitivity=2"; the value is YAML.
-
-    Raises:
-        PolysegError: a setting cannot be changed, or a value is out of bounds.
+    `overrides` are such as "control.sensitivity=2", with YAML values. A setting that cannot be
+    changed, or a value out of bounds, raises PolysegError.
 
     >>> changed_settings(Config(), ["control.sensitivity=2"]).control.sensitivity
     2.0
@@ -296,17 +282,11 @@ def changed_settings(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def recompute(record: RunRecord, config: Config) -> Schedule:
-    """Return the schedule that settings give for the recorded difficulties.
+    """Return the schedule that settings from `changed_settings` give for the recorded difficulties.
 
     The run's own settings give its own schedule, bit by bit on the same machine. Other settings
-    give no forecast, because training with them would lead to other difficulties.
-
-    Args:
-        record: record of the run, with all its labels.
-        config: settings from `changed_settings`.
-
-    Raises:
-        PolysegError: a score or an assessment that the settings need was not recorded.
+    give no forecast, because training with them would lead to other difficulties. A score or an
+    assessment that they need and that was not recorded raises PolysegError.
     """
     arm, seed = "recorded", replay_seed(config)
     if config.control.replay_arm != record.config.control.replay_arm:
@@ -317,16 +297,11 @@ def recompute(record: RunRecord, config: Config) -> Schedule:
 def arm_schedule(
     record: RunRecord, config: Config, arm: str, ids: Sequence[str] | None = None
 ) -> Schedule:
-    """Return the schedule that follows from the recorded D, or from the D of an arm.
+    """Return the schedule that follows from the recorded D, or from the D of a replay arm.
 
-    Args:
-        record: record of the run, with all its labels.
-        config: settings for the computation of epsilon and for the batches.
-        arm: name in `choices.REPLAY_ARMS`; arms that change epsilons are treated as "recorded".
-        ids: training images, if not all of the record or in another order.
-
-    Raises:
-        PolysegError: a score or an assessment that the settings need was not recorded.
+    Arms that change epsilons are treated as "recorded". `ids` are the training images, if not all
+    of the record or in another order. A score or an assessment that the settings need and that was
+    not recorded raises PolysegError.
     """
     images = list(dict.fromkeys(record.schedule.ids)) if ids is None else list(ids)
     constant = EpsilonControl(config.control, config.loss.epsilon, labels=len(record.labels))
@@ -366,7 +341,7 @@ def compare(record: RunRecord, recomputed: Schedule) -> list[Row]:
     for period in filter(len, periods):
         ends = {"from_epoch": int(epochs[period[0]]), "to_epoch": int(epochs[period[-1]])}
         for own, part in parts:
-            after = _of_label(recomputed, own.get("label", "")).epsilon[period]
+            after = recomputed.of_label(own.get("label", "")).epsilon[period]
             rows.append(ends | own | _change(part.schedule.epsilon[period], after))
     return rows
 
@@ -396,17 +371,6 @@ def replay_seed(config: Config) -> int:
     """Return the random seed of replay arms."""
     own = config.control.replay_seed
     return config.training.seed if own is None else own
-
-
-def _of_label(schedule: Schedule, label: str) -> Schedule:
-    if schedule.labels is None:
-        return schedule
-    columns = [i for i, one in enumerate(schedule.labels) if one == label]
-    ids = [schedule.ids[i] for i in columns]
-    group = None if schedule.group is None else schedule.group[:, columns]
-    return replace(
-        schedule, ids=ids, epsilon=schedule.epsilon[:, columns], labels=None, group=group
-    )
 
 
 def _by_label(record: RunRecord) -> Iterator[tuple[Row, RunRecord]]:
@@ -478,14 +442,13 @@ def _periods(part: RunRecord, k: int, i: int) -> list[Row]:
     rows = []
     for first, after in itertools.pairwise([*starts, len(epochs)]):
         center, sigma = met[first].tolist()
-        row = int(fed.argmax()) + first
         rows.append(
             {
                 "from_epoch": epochs[first],
                 "to_epoch": epochs[after - 1],
                 "difficulty_percentile": center,
                 "sigma": sigma,
-                "normalised": part.normalised_of(k, row, i),
+                "normalised": float(part.normalised(k, int(fed.argmax()) + first)[i]),
                 "epsilon": epsilon[first],
             }
         )

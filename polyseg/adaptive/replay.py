@@ -26,16 +26,11 @@ _MOST_NAMED = 5
 
 
 def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
-    """Return the schedule with the epsilons of each epoch assigned to other images.
+    """Return the schedule with the epsilons of each epoch assigned to other images by an arm.
 
     The result has no statistics of eq. 11, because they explain the recorded epsilons only.
-
-    Args:
-        schedule: of n images, or n images with K labels each.
-        arm: a row of `choices.REPLAY_ARMS`; "recorded" and arms that change D (see
-            `arm_of_difficulty`) return the schedule unchanged. "shuffled" uses one permutation for
-            all epochs if the schedule does not record its assessments.
-        seed: random seed of the permutations.
+    "recorded" and arms that change D (see `arm_of_difficulty`) return the schedule unchanged.
+    "shuffled" uses one permutation for all epochs if the schedule does not record its assessments.
 
     >>> epsilon = np.array([[0.0, 0.5, 1.0]], np.float32)
     >>> schedule = Schedule(["a", "b", "c"], np.array([1]), epsilon)
@@ -48,23 +43,20 @@ def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
     names = len(dict.fromkeys(schedule.labels or [""]))
     epsilon = schedule.epsilon.reshape(len(schedule.epochs), -1, names)
     change: Callable[[Epsilons, np.random.Generator], Epsilons] = row.resolve()
-    changed = np.stack(
-        [change(one, _generator(schedule, i, seed)) for i, one in enumerate(epsilon)]
-    )
+    # All epochs between two assessments have the same generator.
+    moments = [0] * len(epsilon) if schedule.assessed is None else schedule.assessed.tolist()
+    seeds = [derive_seed(seed, "replay", moment) for moment in moments]
+    each = zip(epsilon, map(np.random.default_rng, seeds), strict=True)
+    changed = np.stack([change(one, generator) for one, generator in each])
     changed = changed.reshape(schedule.epsilon.shape)
     return replace(schedule, epsilon=changed, group=None, statistics=None)
 
 
 def arm_of_difficulty(assessment: Assessment, arm: str, seed: int) -> Assessment:
-    """Return an assessment with its D replaced as an arm says.
+    """Return an assessment with its D replaced as a row of `choices.REPLAY_ARMS` says.
 
-    Args:
-        assessment: of n images, or n images with K labels each.
-        arm: a row of `choices.REPLAY_ARMS`; arms that change epsilons return D unchanged.
-        seed: random seed of the permutation.
-
-    Raises:
-        PolysegError: the values that the arm needs were not recorded.
+    Arms that change epsilons return D unchanged. Values that the arm needs and that were not
+    recorded raise PolysegError.
     """
     row = REPLAY_ARMS[arm]
     if not row.of_difficulty:
@@ -84,17 +76,10 @@ def fit_schedule(
 ) -> Schedule:
     """Return a schedule with the columns of a run's training images, in the run's order.
 
-    Args:
-        schedule: the recorded schedule; it may have further images.
-        ids: ids of the training images.
-        labels: names of the labels of each image.
-        epochs: number of epochs that the schedule must have.
-        terms: number K of terms of the loss, which bounds epsilon from below.
-        source: origin of the schedule, for messages.
-
-    Raises:
-        PolysegError: an image, a label or an epoch is missing, or an epsilon would reward
-            misalignment.
+    The recorded schedule may have further images. `labels` are those of each image, `terms` the
+    number K of terms of the loss, which bounds epsilon from below, and `source` the origin of the
+    schedule for messages. A missing image, label or epoch, or an epsilon that would reward
+    misalignment, raises PolysegError.
     """
     columns: dict[tuple[str, str], int] = {}
     recorded = schedule.labels or [labels[0] if len(labels) == 1 else ""] * len(schedule.ids)
@@ -111,15 +96,12 @@ def fit_schedule(
             f"{source}: has epsilons from {chosen.min():g} to {chosen.max():g}; they must be from "
             f"{least:.4g}, below which misalignment is rewarded, to {LARGEST_EPSILON}"
         )
-    several = len(labels) > 1
-    return Schedule(
+    return replace(
+        schedule,
         ids=[identity for identity, _ in wanted],
-        epochs=schedule.epochs,
         epsilon=chosen,
-        labels=[label for _, label in wanted] if several else None,
-        assessed=schedule.assessed,
+        labels=[label for _, label in wanted] if len(labels) > 1 else None,
         group=None if schedule.group is None else schedule.group[:, kept],
-        statistics=schedule.statistics,
     )
 
 
@@ -189,11 +171,7 @@ def permuted(assessment: Assessment, generator: np.random.Generator) -> Values:
 
 
 def by_size(assessment: Assessment, _: np.random.Generator) -> Values:
-    """Return D by the size of each image's mask.
-
-    Raises:
-        PolysegError: sizes were not recorded.
-    """
+    """Return D by the size of each image's mask; PolysegError if sizes were not recorded."""
     pixels = mask_sizes(assessment)
     if np.isnan(pixels).any():
         raise PolysegError("control.replay_arm size: the run did not record the sizes of its masks")
@@ -201,11 +179,7 @@ def by_size(assessment: Assessment, _: np.random.Generator) -> Values:
 
 
 def by_loss(assessment: Assessment, _: np.random.Generator) -> Values:
-    """Return D by the training loss of each image.
-
-    Raises:
-        PolysegError: it was not recorded.
-    """
+    """Return D by the training loss of each image; PolysegError if it was not recorded."""
     if "training_loss" not in assessment.scores:
         raise PolysegError("control.replay_arm loss: the run did not record the training loss")
     return assessment.scores["training_loss"]
@@ -220,9 +194,3 @@ def mask_sizes(assessment: Assessment) -> Values:
     # For an empty mask the pixels are those of the region that replaced it.
     pixels: Values = np.where(assessment.fallback == 0, assessment.foreground_pixels, 0.0)
     return pixels
-
-
-def _generator(schedule: Schedule, row: int, seed: int) -> np.random.Generator:
-    """Return a random generator for an epoch, the same for all epochs between two assessments."""
-    moment = 0 if schedule.assessed is None else int(schedule.assessed[row])
-    return np.random.default_rng(derive_seed(seed, "replay", moment))

@@ -350,7 +350,7 @@ def _assessments(run: RunFiles) -> Table:
 def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: bool) -> list[str]:
     followed = np.empty(0)
     if run.schedule is not None:
-        epsilon = run.schedule.epsilon_of(label)
+        epsilon = run.schedule.of_label(label).epsilon
         followed = epsilon[run.schedule.epochs == one.epoch + 1].ravel()
     return [
         str(one.epoch),

@@ -73,7 +73,7 @@ def curves(records: RunRecords, _: str) -> Drawn:
 def epsilon(records: RunRecords, label: str) -> Drawn | None:
     """Draw the quantiles of epsilon over the epochs, if it moved."""
     assert records.schedule is not None
-    values = np.asarray(records.schedule.epsilon_of(label), dtype=np.float64)
+    values = np.asarray(records.schedule.of_label(label).epsilon, dtype=np.float64)
     known = values[np.isfinite(values)]
     if known.size == 0 or np.ptp(known) == 0:
         return None

@@ -218,12 +218,8 @@ def risk_coverage(risk: ArrayLike, uncertainty: ArrayLike) -> tuple[Values, Valu
     """Return coverage and selective risk, (n,) each, when only the most certain images are kept.
 
     The k most certain of n images are a coverage of k / n; the selective risk is their mean risk
-    (El-Yaniv and Wiener, JMLR 2010). Of equal uncertainties it is the expected value over their
-    random order.
-
-    Args:
-        risk: (n,) such as 1 - Dice.
-        uncertainty: (n,) in any unit.
+    (El-Yaniv and Wiener, JMLR 2010), such as 1 - Dice. Of equal uncertainties it is the expected
+    value over their random order.
 
     >>> risk_coverage([0.5, 0.1, 0.3], [9.0, 2.0, 2.0])
     (array([0.33333333, 0.66666667, 1.        ]), array([0.2, 0.2, 0.3]))

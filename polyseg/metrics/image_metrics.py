@@ -1,18 +1,17 @@
-"""The metrics of one image and label: a row in `METRICS` is all that a new one needs.
+"""The metrics of one image and label. To add one, add a row to `METRICS`.
 
-Which to report, and the weaknesses of each: Maier-Hein, Reinke et al., "Metrics reloaded", Nature
-Methods 2024.
+Maier-Hein, Reinke et al., "Metrics reloaded", Nature Methods 2024, say which to report, and the
+weaknesses of each.
 
-Empty cases: if mask and prediction are both empty, a metric has its best value; if one of them is,
-its worst (for distances the image's diagonal). What the mask alone leaves undefined is NaN:
-sensitivity, AUC-ROC and average precision without foreground, specificity and AUC-ROC without
-background.
+Empty cases: if mask and prediction are both empty, a metric has its best value; if only one of them
+is empty, its worst (for distances the image's diagonal). Sensitivity, AUC-ROC and average precision
+are NaN without foreground in the mask, specificity and AUC-ROC without background.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +51,7 @@ class Segmentation:
     spacing: tuple[float, float] = (1.0, 1.0)
     """Distance of rows and of columns, in mm or pixels."""
     tolerance: float = 2.0
-    """Distance up to which the normalised surface Dice takes two surfaces for one."""
+    """Largest distance at which the normalised surface Dice counts two surfaces as equal."""
 
     @cached_property
     def predicted(self) -> Binary:
@@ -75,13 +74,13 @@ class Segmentation:
         return matrix
 
     def by_confusion(self, name: str) -> float:
-        """Return what MONAI computes by that name from the confusion matrix; NaN for 0/0."""
+        """Return MONAI's metric of that name from the confusion matrix; NaN for 0/0."""
         from monai.metrics import compute_confusion_matrix_metric
 
         return float(compute_confusion_matrix_metric(name, self._confusion))
 
     def by_overlap(self, name: str) -> float:
-        """Return the same, but without a predicted pixel 1 for an empty mask and 0 for others."""
+        """Return `by_confusion`; without predicted pixels 1 for an empty mask and 0 for others."""
         return self.by_confusion(name) if self.predicted.any() else float(self.both_empty)
 
     @property
@@ -96,10 +95,10 @@ class Segmentation:
 
     @cached_property
     def distances(self) -> tuple[Values, Values]:
-        """The distances of each surface's pixels to the other surface.
+        """The distances of each surface's pixels to the other surface, as MONAI computes them.
 
-        As MONAI has them: a surface is the pixels of a region that the cross-shaped erosion
-        removes. Where only one of the two has a surface, the distance is the image's diagonal.
+        A surface is the pixels of a region that the cross-shaped erosion removes. If only one of
+        the two has a surface, the distance is the image's diagonal.
         """
         from monai.metrics import get_mask_edges, get_surface_distance
 
@@ -107,13 +106,12 @@ class Segmentation:
             diagonal = math.hypot(*np.multiply(self.truth.shape, self.spacing))
             worst = np.array([0.0 if self.both_empty else diagonal])
             return worst, worst
-        # No border is added: SciPy's erosion takes what lies outside the image for background, so
-        # a region has a surface where the image cuts it off.
-        there = get_mask_edges(self.predicted, self.truth, crop=False)
-        first, second = (
-            get_surface_distance(*edges, spacing=self.spacing) for edges in (there, there[::-1])
+        # No border is added, because outside the image is background for SciPy's erosion.
+        edges = get_mask_edges(self.predicted, self.truth, crop=False)
+        return (
+            get_surface_distance(*edges, spacing=self.spacing),
+            get_surface_distance(*edges[::-1], spacing=self.spacing),
         )
-        return first, second
 
 
 def _hd95(case: Segmentation) -> float:
@@ -156,6 +154,8 @@ class Metric(Row):
         unit = self.unit.format(length=length, tolerance=f"{tolerance:g}")
         return f"{self.title} ({unit})" if unit else self.title
 
+
+_error_of_probability = partial(Metric, decimals=4, higher_is_better=False, of_probability=True)
 
 METRICS = Registry(
     "metric",
@@ -241,41 +241,29 @@ METRICS = Registry(
         unit="{tolerance} {length}",
         in_figures=True,
     ),
-    Metric(
+    _error_of_probability(
         "brier",
         "Brier score, the mean squared difference of probability and mask",
         title="Brier",
         value=lambda case: brier(case.probability, case.truth),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
-    Metric(
+    _error_of_probability(
         "nll",
         "negative log-likelihood of the mask's pixels, in nats",
         title="NLL",
         value=lambda case: negative_log_likelihood(case.probability, case.truth),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
-    Metric(
+    _error_of_probability(
         "ece",
         "calibration error of the foreground probability in 15 bins of equal width",
         title="ECE",
         value=lambda case: calibration_error(case.probability, case.truth),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
-    Metric(
+    _error_of_probability(
         "ace",
         "calibration error of the foreground probability in 15 bins of equal mass",
         title="ACE",
         value=lambda case: case.ranking.calibration_error(),
-        decimals=4,
-        higher_is_better=False,
-        of_probability=True,
     ),
 )
 """Every metric, in the order of tables, CSV and summary.json."""
@@ -313,21 +301,10 @@ def image_metrics(
     if p.ndim != 2 or p.shape != truth.shape:
         raise ValueError(f"expected two arrays (H, W), got {p.shape} and {truth.shape}")
     check_probability(p, truth)
-    case = Segmentation(
-        p, truth, threshold, _checked_spacing(spacing), _checked_tolerance(tolerance)
-    )
-    return {name: float(metric.value(case)) for name, metric in METRICS.items()}
-
-
-def _checked_spacing(spacing: tuple[float, float] | None) -> tuple[float, float]:
-    if spacing is None:
-        return 1.0, 1.0
-    if len(spacing) != 2 or not all(0 < one < math.inf for one in spacing):
+    sides = (1.0, 1.0) if spacing is None else spacing
+    if len(sides) != 2 or not all(0 < one < math.inf for one in sides):
         raise PolysegError(f"spacing: {spacing} is invalid; give rows, columns in mm, above 0")
-    return float(spacing[0]), float(spacing[1])
-
-
-def _checked_tolerance(tolerance: float) -> float:
     if not 0 <= tolerance < math.inf:
         raise PolysegError(f"tolerance: {tolerance} is invalid; give a number of at least 0")
-    return float(tolerance)
+    case = Segmentation(p, truth, threshold, sides, tolerance)
+    return {name: float(metric.value(case)) for name, metric in METRICS.items()}

@@ -112,12 +112,9 @@ class SeedSpread:
 def group_means(values: ArrayLike, groups: Groups = None) -> Values:
     """Return the mean of the defined values of each group of images, such as a patient's.
 
-    Args:
-        values: (n,), NaN where undefined.
-        groups: n names; an image with None is a group of its own. None leaves values as they are.
-
-    Returns:
-        (g,) in order of appearance, NaN for a group without a defined value.
+    Values are (n,), NaN where undefined; an image whose group is None is a group of its own, and
+    without groups values stay as they are. Means are in order of appearance, NaN for a group
+    without a defined value.
 
     >>> group_means([0.2, 0.4, 0.9, np.nan], ["a", "a", "b", "c"]).round(3)
     array([0.3, 0.9, nan])
@@ -161,10 +158,8 @@ def mean_interval(
     return _bootstrap(known, level, resamples, seed)
 
 
-def rank_correlation(
-    first: ArrayLike, second: ArrayLike, *, level: float = 0.95
-) -> RankCorrelation:
-    """Return Spearman's correlation of two series, (n,), with its confidence interval.
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
+    """Return Spearman's correlation of two series, (n,), with its 95 % confidence interval.
 
     By Fisher's z = artanh r with the standard error sqrt((1 + r^2 / 2) / (n - 3)) of Bonett and
     Wright (2000), whose intervals hold their level for large r too. Images with a value that is not
@@ -184,8 +179,7 @@ def rank_correlation(
         return RankCorrelation(r, Interval(math.nan, math.nan), images)
     if abs(r) >= 1:
         return RankCorrelation(r, Interval(r, r), images)
-    error = math.sqrt((1 + r**2 / 2) / (images - 3))
-    half = float(ndtri((1 + level) / 2)) * error
+    half = float(ndtri((1 + 0.95) / 2)) * math.sqrt((1 + r**2 / 2) / (images - 3))
     z = math.atanh(r)
     return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
 
@@ -202,30 +196,25 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two networks on the same images: mean difference, its interval, Wilcoxon's test.
 
-    Where groups are known, such as patients, all of it is over the means of the groups: images of
-    one patient are no independent cases. The interval is then that of a cluster bootstrap, which
-    draws whole groups.
+    If groups are known, such as patients, all results are over the means of the groups, because
+    images of one patient are not independent. The interval is then that of a cluster bootstrap,
+    which draws whole groups.
 
-    Differences are rounded to 1e-12 of the largest value, against ranks made of rounding errors.
+    Differences are rounded to 1e-12 of the largest value, so that rounding errors get no ranks.
     Zeros get no rank (Wilcoxon, 1945) and are counted as `equal`. p is exact up to 13 differences,
     up to 50 without ties, and beyond by the normal approximation with correction for ties. Pratt's
     ranking of zeros (1959) would need the approximation also for few differing images: for four
-    that differ one way among sixteen zeros it gives p < 0.05, where the exact value is 1/8.
+    that differ one way among sixteen zeros it gives p < 0.05, where the exact value is 1/8. If no
+    two values differ, p is 1 and the interval (0, 0).
 
     Args:
         baseline: (n,), the metric of each image by one network.
-        other: (n,), of the same images by the other.
+        other: (n,), of the same images by the other; another number of images raises PolysegError.
         groups: n names, such as patients; None makes every image a case of its own.
-        higher_is_better: false where a small value is good, as of a distance.
-        level: of the interval, in (0, 1).
-        resamples: of the bootstrap over the cases, at least 1.
-        seed: of the resampling.
-
-    Returns:
-        p is 1 and the interval (0, 0) if no two values differ.
-
-    Raises:
-        PolysegError: the numbers of images differ.
+        higher_is_better: False where a small value is good, such as a distance.
+        level: level of the interval, in (0, 1).
+        resamples: number of resamples of the bootstrap over the cases, at least 1.
+        seed: random seed of the resampling.
 
     >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.6, np.nan])
     >>> found.images, round(found.mean, 3), found.better, found.worse, found.equal
@@ -249,14 +238,10 @@ def paired_difference(
 
 
 def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
-    """Return a comparison with the paired t-test over the runs of two arms.
+    """Return a comparison over images with the paired t-test over the runs of two arms.
 
     Images show whether these networks differ; only other seeds show whether two ways of training
-    do.
-
-    Args:
-        found: over the images, each its mean over an arm's runs.
-        differences: (m,), of the means of each pair of runs with equal seed and fold.
+    do. `differences` are (m,), of the means of each pair of runs with equal seed and fold.
 
     >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
     >>> round(over_runs(found, [0.1, 0.2, 0.0]).p_over_runs, 3)
@@ -394,7 +379,6 @@ def _differences(baseline: ArrayLike, other: ArrayLike) -> tuple[Values, float]:
 
 
 def _rounded(values: Values, unit: float) -> Values:
-    """Return values without the noise of floating point."""
     rounded: Values = np.round(values / unit, _DIGITS) * unit
     return rounded + 0.0  # of -0 makes 0
 

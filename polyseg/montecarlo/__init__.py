@@ -1,5 +1,6 @@
 """Measure uncertainty by MC Dropout (eq. 7)."""
 
-from polyseg.montecarlo.assessment import assess, stochastic_layers
+from polyseg.montecarlo.assessment import assess
+from polyseg.networks.dropout import stochastic_layers
 
 __all__ = ["assess", "stochastic_layers"]

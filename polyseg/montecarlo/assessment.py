@@ -10,13 +10,14 @@ fails.
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polyseg.choices import score_of
 from polyseg.config import UncertaintyConfig
@@ -25,14 +26,12 @@ from polyseg.montecarlo.choose_samples import MOST, choose_samples
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import Passes, ProgramFailedError
 from polyseg.montecarlo.scores import Measurement, ScoreTable, Wanted, extended
-from polyseg.networks.dropout import active_layers, stochastic_layers
+from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.networks_by_name import hash_weights
 from polyseg.records import Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes
-
-__all__ = ["assess", "spread", "stochastic_layers", "stochastic_pass"]
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +92,11 @@ def assess(
         settings = UncertaintyConfig(**settings.model_dump() | changes)
     layers = active_layers(network) if settings.takes_passes else {}
     streams = MaskStreams(settings.masks, seed, epoch)
-    kind, plain_pass = _KINDS[settings.precision], partial(stochastic_pass, network, layers)
+    kind = _KINDS[settings.precision]
 
     def attempt(batches: Iterable[Batch], *, compiled: bool) -> _Attempt:
-        passes = Passes(network, layers, streams, plain_pass, compiled=compiled, kind=kind)
-        found = _Attempt(passes, settings, wanted_of(settings, also), processes, progress, total)
+        passes = Passes(network, layers, streams, compiled=compiled, kind=kind)
+        found = _Attempt(passes, settings, _wanted_of(settings, also), processes, progress, total)
         found.measure(batches)
         return found
 
@@ -135,33 +134,26 @@ def _with_fallback(
         return attempt(batches, compiled=False)
 
 
-def wanted_of(settings: UncertaintyConfig, also: Sequence[str] = ()) -> Wanted:
-    """Return the scores to compute: those of the settings and further ones."""
+def _wanted_of(settings: UncertaintyConfig, also: Sequence[str]) -> Wanted:
     own = [settings.metric] if score_of(settings.metric).of != "pixels" else []
     names = tuple(dict.fromkeys([*own, *also]))
     return Wanted(settings.region, settings.boundary_width, settings.save_maps, names)
 
 
+@dataclass
 class _Attempt:
     """The measurement of all images by compiled or plain passes."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        settings: UncertaintyConfig,
-        wanted: Wanted,
-        processes: Processes,
-        progress: Progress,
-        total: int,
-    ) -> None:
-        self.passes, self.settings, self.processes = passes, settings, processes
-        self.wanted = wanted
-        self.progress, self.total = progress, total
-        self.table = ScoreTable(wanted)
-        self.given = list[str]()
-        """Ids of the images in the order of the batches."""
-        self.samples = 0
-        """Number of passes."""
+    passes: Passes
+    settings: UncertaintyConfig
+    wanted: Wanted
+    processes: Processes
+    progress: Progress
+    total: int
+    given: list[str] = field(default_factory=list)
+    """Ids of the images in the order of the batches."""
+    samples: int = 0
+    """Number of passes."""
 
     def measure(self, batches: Iterable[Batch]) -> None:
         """Fill the table with all images of all processes.
@@ -169,19 +161,18 @@ class _Attempt:
         Raises:
             ProgramFailedError: the program failed in one of the processes; raised in all of them.
         """
-        extend = partial(
-            extended, portions=Portions("MC Dropout", LESS_MEMORY), report=self._report
-        )
-        settings = self.settings
-        wanted = settings.samples if settings.takes_passes else 0
-        # All processes measure the images that choose N, in order to choose the same.
-        self.divided = ALONE if wanted == "auto" else self.processes
+        portions = Portions("MC Dropout", LESS_MEMORY)
+        extend = partial(extended, portions=portions, report=self._report)
+        self.table = ScoreTable(self.wanted)
         each, pilot = self._measurements(batches), list[Measurement]()
+        self.divided = self.processes
+        wanted = self.settings.samples if self.settings.takes_passes else 0
         if wanted == "auto":
-            target = settings.rank_target
-            metric = self.wanted.streamed.index(settings.metric)
+            # All processes measure the images that choose N, in order to choose the same.
+            self.divided = ALONE
+            metric = self.wanted.streamed.index(self.settings.metric)
             with _failing_in_all(self.processes):
-                found, pilot = choose_samples(each, target, metric, extend)
+                found, pilot = choose_samples(each, self.settings.rank_target, metric, extend)
             self.samples = self.processes.from_leader(found)
             self.divided = self.processes
         else:
@@ -221,42 +212,6 @@ def _failing_in_all(processes: Processes) -> Iterator[None]:
         raise error or ProgramFailedError("in another process")
 
 
-def stochastic_pass(
-    network: nn.Module, layers: dict[str, Any], images: Tensor, streams: MaskStreams, passes: range
-) -> Tensor:
-    """Return the probabilities of passes with dropout masks, p_n = f(x; z_n) (eq. 7).
-
-    z_n is Bernoulli(1 - rate), and kept values are divided by 1 - rate, so means are preserved. The
-    result is (passes B K, H, W): pass after pass, with the K labels of an image next to each other.
-    """
-    calls = dict.fromkeys(layers, 0)
-
-    def begin(*_: Any) -> None:
-        # A network that works window by window uses the same masks in all windows.
-        calls.update(dict.fromkeys(layers, 0))
-
-    def drop(name: str, layer: Any, features: Tensor) -> Tensor:
-        calls[name] += 1
-        shape = streams.shape_of(name, calls[name], layer, features)
-        mask = streams.mask(passes, name, calls[name], shape, layer.p)
-        dropped: Tensor = features * mask.to(features)
-        return dropped
-
-    hooks = [
-        layer.register_forward_hook(
-            lambda _module, _inputs, output, name=name, layer=layer: drop(name, layer, output)
-        )
-        for name, layer in layers.items()
-    ]
-    hooks.append(getattr(network, "core", network).register_forward_pre_hook(begin))
-    try:
-        logits: Tensor = network(images.repeat(len(passes), 1, 1, 1))
-        return logits.float().sigmoid().flatten(0, 1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def spread(ids: Sequence[str]) -> list[str]:
     """Return ids in an order whose first ones are spread evenly over the given order.
 
@@ -276,14 +231,12 @@ def _is_worth_compiling(
     """
     if settings.program == "plain" or not settings.takes_passes:
         return False, batches
-    following = iter(batches)
+    following, read, work = iter(batches), list[Batch](), 0
     if following is batches:
         log.info("MC Dropout: passes are not compiled, because the batches can be read only once")
         return False, batches
     # An N that is not known yet counts as the largest: compiling in vain costs about a second.
     passes = MOST if settings.samples == "auto" else settings.samples
-    read: list[Batch] = []
-    work = 0
     for batch in following:
         read.append(batch)
         work += batch.images[:, 0].numel() * passes

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from polyseg.metrics.rank_stability import passes_needed
-from polyseg.montecarlo.scores import Measurement, join_halves, stability_of
+from polyseg.montecarlo.scores import Measurement, Results, join_halves, stability_of
 
 FEWEST, MOST = 6, 100
 """Bounds of N."""
@@ -17,22 +17,16 @@ Extend = Callable[[Iterable[Measurement], int], Iterable[Measurement]]
 def choose_samples(
     measurements: Iterator[Measurement], target: float, metric: int, extend: Extend
 ) -> tuple[int, list[Measurement]]:
-    """Return the least N whose expected rank stability reaches the target.
+    """Return the least N whose expected rank stability reaches the target, and measurements.
 
-    Args:
-        measurements: measurements; the first ones are consumed and get N passes.
-        target: rank stability to reach, in (0, 1).
-        metric: index in `Wanted.streamed` of the score that ranks the images.
-        extend: function that runs the passes.
-
-    Returns:
-        N, and the consumed measurements.
+    These are the first ones, which are consumed and get N passes by `extend`. `target` is in (0,
+    1), and `metric` the index in `Wanted.streamed` of the score that ranks the images.
     """
     pilot = _first_of(measurements)
     samples = FEWEST
     while pilot:
         pilot = list(extend(pilot, samples))
-        parts = [measurement.results().halves() for measurement in pilot]
+        parts = [Results(measurement).halves() for measurement in pilot]
         labels = len(pilot[0].batch.labels)
         stability = stability_of(join_halves(parts)[:, :, metric], labels)
         if not stability < target or samples >= MOST:  # NaN ends the search too.
@@ -43,7 +37,6 @@ def choose_samples(
 
 
 def _first_of(measurements: Iterator[Measurement]) -> list[Measurement]:
-    """Return the first measurements, which choose N for all."""
     taken: list[Measurement] = []
     for measurement in measurements:
         taken.append(measurement)

@@ -7,14 +7,14 @@ passes.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, first_line
 from polyseg.montecarlo.compiler.run import Masks, PreparedBatch, Program
 from polyseg.montecarlo.compiler.trace import UntraceableError
 from polyseg.montecarlo.dropout_masks import MaskStreams
@@ -25,10 +25,6 @@ from polyseg.records import Batch
 from polyseg.system.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
-
-PlainPass = Callable[[Tensor, MaskStreams, range], Tensor]
-"""Function of (B, C, H, W) images, masks and pass numbers that returns probabilities,
-(passes B K, H, W)."""
 
 _TRIAL_SIDE = 512
 """Largest height and width of the image by which a network is checked, in pixels."""
@@ -55,23 +51,17 @@ class Passes:
         network: nn.Module,
         layers: dict[str, Any],
         streams: MaskStreams,
-        plain_pass: PlainPass,
         *,
         compiled: bool,
         kind: torch.dtype = torch.float32,
     ) -> None:
-        """Prepare the passes without running any.
+        """Prepare the passes of a network in evaluation mode without running any.
 
-        Args:
-            network: a network in evaluation mode.
-            layers: its active dropout layers by name.
-            streams: masks of these layers.
-            plain_pass: function that runs the whole network.
-            compiled: whether to try to make a program of the network.
-            kind: precision of the computation.
+        `layers` are its active dropout layers by name, `streams` their masks; `compiled` is whether
+        to try to make a program of the network, and `kind` the precision of the computation.
         """
         self.network, self.layers, self.streams = network, layers, streams
-        self.plain_pass, self.compiled, self.kind = plain_pass, compiled, kind
+        self.compiled, self.kind = compiled, kind
         self.program: Program | None = None
         self.device = device_of(network)
         # A network that works window by window would mistake passes for windows.
@@ -99,8 +89,9 @@ class Passes:
 
     def plainly(self, images: Tensor, ids: list[str], passes: range) -> Tensor:
         """Return the probabilities of passes of the whole network, (passes B K, H, W)."""
+        streams = self.streams.of(ids, images.shape[2:])
         with self._autocast():
-            return self.plain_pass(images, self.streams.of(ids, images.shape[2:]), passes)
+            return stochastic_pass(self.network, self.layers, images, streams, passes)
 
     def without_dropout(self, images: Tensor) -> Tensor:
         """Return the probabilities of the network without dropout, (B K, H, W)."""
@@ -113,15 +104,9 @@ class Passes:
         return torch.autocast(self.device.type, self.kind if reduced else None, enabled=reduced)
 
     def over(self, images: Tensor, ids: list[str], chosen: Tensor | None) -> "BatchPasses":
-        """Return the passes over a batch.
+        """Return the passes over a batch; `chosen` are the pixels, (B, K, H, W), None for all.
 
-        Args:
-            images: (B, C, H, W).
-            ids: ids of the images.
-            chosen: the pixels to compute, (B, K, H, W); None for all.
-
-        Raises:
-            ProgramFailedError: the program failed, or its result differs from the network's.
+        A program that fails, or whose result differs from the network's, raises ProgramFailedError.
         """
         images = images.to(self.device)
         if self.program is None:
@@ -164,8 +149,7 @@ class Passes:
             with torch.inference_mode(mode=False), torch.no_grad():
                 self.program = Program(core, self.layers, example.clone(), kind=self.kind)
         except Exception as error:  # A user's network may fail in any way; plain passes remain.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.info("MC Dropout: the network is not compiled, because %s", reason[:200])
+            log.info("MC Dropout: the network is not compiled, because %s", first_line(error)[:200])
 
     def _is_sound(self, ours: "BatchPasses") -> bool:
         """Compare a program with the whole network, in a pass and without dropout.
@@ -180,7 +164,7 @@ class Passes:
         plain = whole.sample(0)
         pairs = (
             (ours.part_of(ours.sample(0), rows), plain),
-            (_of_images(ours.without_dropout(), len(ours.ids), rows), whole.without_dropout()),
+            (_of_images(ours.without_dropout, len(ours.ids), rows), whole.without_dropout),
         )
         return all(
             _are_alike(found, wanted, rounding)
@@ -226,6 +210,42 @@ def _program_failing() -> Iterator[None]:
         raise ProgramFailedError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
+def stochastic_pass(
+    network: nn.Module, layers: dict[str, Any], images: Tensor, streams: MaskStreams, passes: range
+) -> Tensor:
+    """Return the probabilities of passes with dropout masks, p_n = f(x; z_n) (eq. 7).
+
+    z_n is Bernoulli(1 - rate), and kept values are divided by 1 - rate, so means are preserved. The
+    result is (passes B K, H, W): pass after pass, with the K labels of an image next to each other.
+    """
+    calls = dict.fromkeys(layers, 0)
+
+    def begin(*_: Any) -> None:
+        # A network that works window by window uses the same masks in all windows.
+        calls.update(dict.fromkeys(layers, 0))
+
+    def drop(name: str, layer: Any, features: Tensor) -> Tensor:
+        calls[name] += 1
+        shape = streams.shape_of(name, calls[name], layer, features)
+        mask = streams.mask(passes, name, calls[name], shape, layer.p)
+        dropped: Tensor = features * mask.to(features)
+        return dropped
+
+    hooks = [
+        layer.register_forward_hook(
+            lambda _module, _inputs, output, name=name, layer=layer: drop(name, layer, output)
+        )
+        for name, layer in layers.items()
+    ]
+    hooks.append(getattr(network, "core", network).register_forward_pre_hook(begin))
+    try:
+        logits: Tensor = network(images.repeat(len(passes), 1, 1, 1))
+        return logits.float().sigmoid().flatten(0, 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class BatchPasses:
     """The passes over one batch."""
 
@@ -258,7 +278,7 @@ class BatchPasses:
     @property
     def way(self) -> tuple[Any, ...]:
         """The way of computation: image size, chosen pixels, program, windowed end."""
-        end = None if self.inside is None else self.inside.end_number
+        end = self.inside and self.inside.end
         return (*self.images.shape[2:], self.chosen is not None, self.inside is not None, end)
 
     def sample(self, index: int) -> Tensor:
@@ -307,12 +327,9 @@ class BatchPasses:
         ours[rows] = True
         return sample[ours[self.chosen]]
 
-    def without_dropout(self) -> Tensor:
-        """Return the probabilities of the network without dropout, (B K, H, W) on the CPU."""
-        return self._without_dropout
-
     @cached_property
-    def _without_dropout(self) -> Tensor:
+    def without_dropout(self) -> Tensor:
+        """The probabilities of the network without dropout, (B K, H, W) on the CPU."""
         if self.inside is None:
             return self.passes.without_dropout(self.images).cpu()
         with _program_failing():

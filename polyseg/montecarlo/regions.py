@@ -17,17 +17,10 @@ def select_region(
     by the same region of the prediction, or if that is empty too by the whole prediction. If
     nothing is predicted, no pixel is chosen and D is 0.
 
-    Args:
-        region: name in `REGIONS`.
-        mask: (B, H, W) in {0, 1}, or None, which counts as empty.
-        mean: mean prediction, (B, H, W) in [0, 1].
-        boundary_width: width of "boundary" on each side of the edge, in pixels.
-
-    Returns:
-        (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`.
-
-    Raises:
-        ValueError: the region is unknown, or the shapes differ.
+    `mask` is (B, H, W) in {0, 1}, or None, which counts as empty, `mean` the mean prediction,
+    (B, H, W) in [0, 1], and `boundary_width` is in pixels on each side of the edge. The results are
+    (B, H, W) bool, and (B,) int8 codes into `FALLBACKS`. An unknown region, or shapes that differ,
+    raise ValueError.
 
     >>> mean = torch.tensor([[[0.9, 0.1]]])
     >>> select_region("mask", torch.zeros(1, 1, 2), mean)

@@ -73,13 +73,11 @@ class Group:
     def merged(cls, groups: "Sequence[Group]") -> "Group":
         """Return the record of the passes of several groups."""
         frames = [group.frame for group in groups if group.frame is not None]
+        sums = {name: [group.sums[name] for group in groups] for name in groups[0].sums}
         return cls(
             UncertaintyAccumulator.merged([group.pixels for group in groups]),
             UncertaintyAccumulator.merged(frames) if frames else None,
-            {
-                name: torch.stack([group.sums[name] for group in groups]).sum(dim=0)
-                for name in groups[0].sums
-            },
+            {name: torch.stack(each).sum(dim=0) for name, each in sums.items()},
         )
 
     def without(self, part: "Group") -> "Group":
@@ -100,11 +98,15 @@ class Measurement:
     def __init__(self, passes: Passes, batch: Batch, wanted: Wanted) -> None:
         self.passes, self.batch, self.wanted = passes, batch, wanted
         self.truth = None if batch.masks is None else batch.masks.cpu().flatten(0, 1)
-        self._refuse_missing_masks()
+        needing = [name for name in wanted.also if score_of(name).needs_mask]
+        if self.truth is None and needing:
+            raise PolysegError(
+                f"{needing[0]}: needs masks, and image {batch.ids[0]} has none; choose "
+                "another score"
+            )
         self.known = None if wanted.whole_frame else self._known_region()
         count = _GROUPS if self.known is not None else _GROUPS_OF_MAPS
-        self.groups = [UncertaintyAccumulator() for _ in range(count)]
-        self.sums: list[dict[Metric, Tensor]] = [{} for _ in range(count)]
+        self.groups = [Group() for _ in range(count)]
         self.pairs = {name: row.resolve()() for name, row in wanted.also_of("passes").items()}
         self.done = 0
         self.plain: Tensor | None = None
@@ -113,23 +115,23 @@ class Measurement:
         """Run further passes, up to `samples` in all, and call `report` before each."""
         if self.plain is not None and samples <= self.done:
             return
-        chosen = None
-        if self.known is not None:
-            chosen = self.known.reshape(len(self.batch.ids), -1, *self.known.shape[1:])
+        chosen = self.known
+        if chosen is not None:
+            chosen = chosen.reshape(len(self.batch.ids), -1, *chosen.shape[1:])
         passes = self.passes.over(self.batch.images, self.batch.ids, chosen)
         if self.plain is None:
-            self.plain = passes.without_dropout()
+            self.plain = passes.without_dropout
         each = passes.samples(range(self.done, samples))
         for index in range(self.done, samples):
             report()
-            self._add(next(each), index % len(self.groups))
+            self._add(next(each), self.groups[index % len(self.groups)])
         self.done = samples
 
-    def _add(self, sample: Tensor, group: int) -> None:
-        self.groups[group].update(sample)
+    def _add(self, sample: Tensor, group: Group) -> None:
+        group.pixels.update(sample)
         for name, row in self.wanted.also_of("pass").items():
             found = row.resolve()(sample, self.mask).double()
-            self.sums[group][name] = found + self.sums[group].get(name, 0)
+            group.sums[name] = found + group.sums.get(name, 0)
         for pairs in self.pairs.values():
             pairs.update(sample)
 
@@ -138,49 +140,19 @@ class Measurement:
         """The masks, (rows, H, W) bool; None without any."""
         return None if self.truth is None else self.truth > 0
 
-    def _refuse_missing_masks(self) -> None:
-        needing = [name for name in self.wanted.also if score_of(name).needs_mask]
-        if self.truth is None and needing:
-            raise PolysegError(
-                f"{needing[0]}: needs masks, and image {self.batch.ids[0]} has none; choose "
-                "another score"
-            )
-
     def of(self, rows: slice) -> "Measurement":
         """Return this record if it has just these images, else a new one without passes."""
         if rows == slice(0, len(self.batch.ids)):
             return self
-        part = images_of(self.batch, rows)
-        return Measurement(self.passes, part, self.wanted)
+        return Measurement(self.passes, images_of(self.batch, rows), self.wanted)
 
     @property
     def held(self) -> int:
         """Approximate size of the record, in bytes."""
-        pixels = self.batch.images[:, 0].numel()
-        if self.known is not None:
-            pixels = int(self.known.sum())
+        known = self.known
+        pixels = self.batch.images[:, 0].numel() if known is None else int(known.sum())
         pairs = pixels * self.done // 8 if self.pairs else 0
         return 24 * pixels * len(self.groups) + pairs
-
-    def results(self) -> "Results":
-        """Return the scores of each row, with their errors and halves."""
-        assert self.plain is not None
-        records = [record for record in self.groups if record.count]
-        whole = UncertaintyAccumulator.merged(records) if records else None
-        if self.known is None:
-            mean = self.plain if whole is None else whole.mean
-            chosen, fallback = select_region(
-                self.wanted.region, self.truth, mean, boundary_width=self.wanted.boundary_width
-            )
-            groups = [Group(record.at(chosen)) for record in records]
-        else:
-            chosen, fallback = self.known, torch.zeros(len(self.known), dtype=torch.int8)
-            groups = [Group(record) for record in records]
-        for group, record, sums in zip(groups, records, self.sums, strict=False):
-            group.frame = record if self.wanted.also_of("moments") else None
-            group.sums = sums
-        owner = chosen.nonzero()[:, 0].numpy()
-        return Results(self, whole, groups, chosen, fallback, owner)
 
     def _known_region(self) -> Tensor | None:
         """Return the region, or None if it depends on the passes."""
@@ -212,16 +184,30 @@ def extended(
         yield from portions.run(len(one.batch.ids), partial(extend, one), shown(one.batch))
 
 
-@dataclass(frozen=True)
 class Results:
     """The results of all passes over a batch."""
 
-    measurement: Measurement
-    whole: UncertaintyAccumulator | None
-    groups: list[Group]
-    chosen: Tensor
-    fallback: Tensor
-    owner: NDArray[np.int64]
+    def __init__(self, measurement: Measurement) -> None:
+        assert measurement.plain is not None
+        self.measurement, wanted = measurement, measurement.wanted
+        groups = [group for group in measurement.groups if group.count]
+        records = [group.pixels for group in groups]
+        self.whole = UncertaintyAccumulator.merged(records) if records else None
+        if measurement.known is None:
+            mean = measurement.plain if self.whole is None else self.whole.mean
+            self.chosen, self.fallback = select_region(
+                wanted.region, measurement.truth, mean, boundary_width=wanted.boundary_width
+            )
+            framed = wanted.also_of("moments")
+            groups = [
+                Group(one.pixels.at(self.chosen), one.pixels if framed else None, one.sums)
+                for one in groups
+            ]
+        else:
+            self.chosen = measurement.known
+            self.fallback = torch.zeros(len(self.chosen), dtype=torch.int8)
+        self.groups = groups
+        self.owner = self.chosen.nonzero()[:, 0].numpy()
 
     def scores(self, record: Group | None = None) -> NDArray[np.float64]:
         """Return the scores from the passes of a group, or from all passes, (metrics, rows)."""
@@ -295,7 +281,7 @@ class ScoreTable:
 
     def add(self, measurement: Measurement) -> None:
         """Add the results of a batch."""
-        results = measurement.results()
+        results = Results(measurement)
         self.images.extend(measurement.batch.ids)
         self.labels = measurement.batch.labels
         columns = {
@@ -361,11 +347,9 @@ class ScoreTable:
     def _stability(self) -> dict[Metric, float]:
         if not self.halves:
             return {}
-        together, several = join_halves(self.halves), len(self.labels)
-        return {
-            name: stability_of(together[:, :, i], several)
-            for i, name in enumerate(self.wanted.streamed)
-        }
+        by_score = np.moveaxis(join_halves(self.halves), 2, 0)
+        each = zip(self.wanted.streamed, by_score, strict=True)
+        return {name: stability_of(halves, len(self.labels)) for name, halves in each}
 
     @property
     def _names(self) -> list[Metric]:

@@ -20,10 +20,6 @@ from polyseg.networks.inference import held_in_mode
 from polyseg.registry import Registry, Row
 
 
-def _whole(shape: Sequence[int]) -> Sequence[int]:
-    return shape
-
-
 def _by_channel(shape: Sequence[int]) -> Sequence[int]:
     return (shape[0], *(1 for _ in shape[1:]))
 
@@ -35,7 +31,7 @@ class DropoutKind(Row):
     In evaluation mode it must return its input, which MC Dropout multiplies by a mask.
     """
 
-    mask_shape: Callable[[Sequence[int]], Sequence[int]] = _whole
+    mask_shape: Callable[[Sequence[int]], Sequence[int]] = tuple
     """Shape of an image's mask, from the shape (C, H, W) of its features."""
 
 
@@ -119,9 +115,8 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
 def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
     """Raise if something is random in training that MC Dropout would not repeat in its passes.
 
-    That is what is dropped outside dropout layers, an active layer that is not called in evaluation
-    mode or whose first dimension is not the image, and other randomness such as stochastic depth by
-    torch.bernoulli.
+    Examples are functional dropout, an active layer that is not called in evaluation mode or whose
+    first dimension is not the image, and stochastic depth by torch.bernoulli.
 
     A pass in training and one in evaluation mode count the dropout calls. Passes with several
     seeds, dropout layers in evaluation and all else in training mode, must then give equal outputs.
@@ -178,10 +173,7 @@ def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
 def _pass_without_dropout(
     network: nn.Module, images: Tensor, *, seed: int
 ) -> tuple[Tensor, set[str]]:
-    """Return the flat output with only the dropout layers in evaluation mode, and what drew.
-
-    The second is the names of the functions that drew random numbers.
-    """
+    """Return the output without dropout in training mode, flat, and the functions that drew."""
     with held_in_mode(network, training=True), _restored(network, images.device):
         for layer in stochastic_layers(network).values():
             layer.eval()

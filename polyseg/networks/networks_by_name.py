@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import le
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from polyseg.choices import NETWORKS
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, first_line
 from polyseg.networks.dropout import stochastic_layers
 from polyseg.registry import resolve
 from polyseg.system.memory import refuse_beyond_memory
@@ -66,7 +67,8 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (B, out, H, W), of images (B, C, H, W)."""
-        if self.training or self.window is None or not self._is_larger(images, self.window):
+        window = self.window
+        if window is None or self.training or all(map(le, images.shape[-2:], window.size)):
             return self._at_once(images)
         from monai.inferers import sliding_window_inference
 
@@ -74,10 +76,10 @@ class SegmentationNetwork(nn.Module):
         parts = [
             sliding_window_inference(
                 image[None],
-                self.window.size,
+                window.size,
                 sw_batch_size=_WINDOWS_AT_ONCE,
                 predictor=self._at_once,
-                overlap=self.window.overlap,
+                overlap=window.overlap,
                 mode="gaussian",
                 padding_mode="replicate",
             )
@@ -85,22 +87,14 @@ class SegmentationNetwork(nn.Module):
         ]
         return torch.cat(parts)
 
-    @staticmethod
-    def _is_larger(images: Tensor, window: SlidingWindow) -> bool:
-        return any(
-            side > wanted for side, wanted in zip(images.shape[-2:], window.size, strict=True)
-        )
-
     def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
         """Return images padded for the core, and the numbers of rows and columns before them."""
         rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
+        top, left = rows // 2, columns // 2
         if rows or columns:
-            images = functional.pad(
-                images,
-                (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2),
-                mode="replicate",
-            )
-        return images, rows // 2, columns // 2
+            edges = (left, columns - left, top, rows - top)
+            images = functional.pad(images, edges, mode="replicate")
+        return images, top, left
 
     def _at_once(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -122,17 +116,14 @@ def build_network(
 ) -> SegmentationNetwork:
     """Build a network, with random weights from torch's global generator.
 
+    `dropout`, `dropout_kind`, `dropout_layers` and `multiple_of` are the settings of these names in
+    `NetworkConfig`; the first two have no effect on the network of a factory.
+
     Args:
-        name: one of `network_names()`, or "package.module:factory"; the factory is called with
+        name: a row of `NETWORKS`, or "package.module:factory"; the factory is called with
             in_channels, out_channels and `settings`, and adds its own dropout layers.
         in_channels: channels of the images.
         out_channels: channels of the logits.
-        dropout: rate in [0, 1), for the networks by name.
-        dropout_kind: "channel" drops whole feature maps, "element" single values.
-        dropout_layers: "decoder" (from the bottleneck on), "bottleneck", "all", or patterns of
-            layer names such as "core.0.model.1.*"; "auto" is "decoder" for the networks by name
-            and "all" for a factory's.
-        multiple_of: number of which a factory's network needs height and width to be multiples.
         settings: further arguments of the network.
 
     Raises:
@@ -143,8 +134,7 @@ def build_network(
     >>> sum(isinstance(layer, nn.Dropout2d) for layer in network.modules())
     10
     """
-    own = ":" in name
-    if own:
+    if own := ":" in name:
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
         core, multiple = _by_name(name, in_channels, out_channels, dropout, settings)
@@ -179,11 +169,7 @@ def _drop_idle_biases(core: nn.Module) -> None:
 
 
 def network_names() -> list[str]:
-    """Return the names that `build_network` knows.
-
-    >>> network_names()
-    ['unet', 'basic-unet', 'attention-unet', 'dynunet', 'segresnet']
-    """
+    """Return the names that `build_network` knows."""
     return list(NETWORKS)
 
 
@@ -257,10 +243,9 @@ def _trace_dropout(
             seen.clear()
             output = trial.eval()(images)
     except Exception as error:  # Foreign code and settings may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
             f"network.name = {name}: fails on images of {size} x {size} with {in_channels} "
-            f"channels: {reason}"
+            f"channels: {first_line(error)}"
         ) from error
     for given in (output, in_training):
         if getattr(given, "shape", None) != (2, out_channels, size, size):
@@ -311,10 +296,9 @@ def _from_factory(
     try:
         factory = resolve(name)
     except Exception as error:  # Foreign code may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolysegError(
-            f"network.name = {name}: {reason}; give package.module:factory that can be imported "
-            "from here (PYTHONPATH lists where Python looks)"
+            f"network.name = {name}: {first_line(error)}; give package.module:factory that "
+            "can be imported from here (PYTHONPATH lists where Python looks)"
         ) from error
     core = _call(
         name,
@@ -337,7 +321,7 @@ def _by_name(
         build = NETWORKS.find(name).resolve()
     except ValueError as error:
         raise PolysegError(
-            f"network.name: {error}; one of your own is package.module:factory"
+            f"network.name: {error}; name your own as package.module:factory"
         ) from error
     if taken := sorted(set(_SET_ELSEWHERE) & (settings or {}).keys()):
         raise PolysegError(
@@ -360,8 +344,7 @@ def _call(name: str, factory: Callable[..., Any], settings: Mapping[str, Any] | 
     except PolysegError:
         raise
     except (Exception, SystemExit) as error:  # Foreign code may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PolysegError(f"network.kwargs: {name} refuses them: {reason}") from error
+        raise PolysegError(f"network.kwargs: {name} refuses them: {first_line(error)}") from error
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -383,20 +366,20 @@ def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults and peculiarities of one of MONAI's networks, small and in 2D."""
+    """The defaults of one of MONAI's networks, small and in 2D."""
 
     class_name: str
     settings: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
     wants_head: bool = False
-    """Whether it normalises its output, so that logits could hardly leave [-3, 3]: it then returns
-    features, from which a 1 x 1 convolution makes logits."""
+    """Whether it returns features, from which a 1 x 1 convolution makes logits, because it
+    normalises its output and logits could hardly leave [-3, 3]."""
 
     def __call__(
         self, in_channels: int, out_channels: int, dropout: float, **settings: Any
     ) -> tuple[nn.Module, int]:
-        """Return the network, and what the sides of its images must be multiples of."""
+        """Return the network, and the number that must divide the sides of its images."""
         from monai.networks import nets
 
         arguments = {**self.settings, **settings}

@@ -7,7 +7,6 @@ can run code.
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -174,8 +173,6 @@ def read_checkpoint(path: str | Path, *, with_weights: bool = True) -> Checkpoin
             schedule=_schedule(config, int(header["epoch"]), tensors),
             losses=_losses(tensors),
         )
-    except PolysegError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PolysegError(f"{path}: cannot be read as a checkpoint: {error}") from None
     except safetensors.SafetensorError as error:
@@ -240,17 +237,13 @@ def _tensors(tensors: Mapping[str, Stored], prefix: str) -> "dict[str, Tensor]":
     for name, (dtype, shape, data) in tensors.items():
         if name.startswith(prefix):
             kind = getattr(torch, dtype)
-            flat = (
-                torch.frombuffer(data, dtype=kind)
-                if math.prod(shape)
-                else torch.empty(0, dtype=kind)
-            )
+            empty = 0 in shape  # torch refuses an empty buffer.
+            flat = torch.empty(0, dtype=kind) if empty else torch.frombuffer(data, dtype=kind)
             found[name.removeprefix(prefix)] = flat.reshape(shape)
     return found
 
 
 def _packed(tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a safetensors file."""
     import safetensors.torch
     import torch
 
@@ -264,23 +257,16 @@ def _record_tensors(checkpoint: Checkpoint) -> "dict[str, Tensor]":
     """Return the history and the schedule of a checkpoint as tensors."""
     import torch
 
-    tensors = {}
+    arrays: dict[str, NDArray[Any] | None] = {}
     if checkpoint.history:
         rows = [list(row.values()) for row in checkpoint.history]
-        tensors["history"] = torch.tensor(rows, dtype=torch.float64)
-    schedule = checkpoint.schedule
-    if schedule is not None:
-        ids = "\n".join(dict.fromkeys(schedule.ids)).encode()
-        tensors["schedule/ids"] = torch.frombuffer(bytearray(ids), dtype=torch.uint8)
-        if checkpoint.losses is not None:
-            tensors["losses"] = torch.from_numpy(checkpoint.losses)
-        tensors["schedule/epsilon"] = torch.from_numpy(schedule.epsilon)
-        if schedule.assessed is not None:
-            tensors["schedule/assessed"] = torch.from_numpy(schedule.assessed)
-        if schedule.group is not None and schedule.statistics is not None:
-            tensors["schedule/group"] = torch.from_numpy(schedule.group)
-            tensors["schedule/statistics"] = torch.from_numpy(schedule.statistics)
-    return tensors
+        arrays["history"] = np.array(rows, np.float64)
+    if (schedule := checkpoint.schedule) is not None:
+        ids = bytearray("\n".join(dict.fromkeys(schedule.ids)).encode())
+        arrays |= {"schedule/ids": np.frombuffer(ids, np.uint8), "losses": checkpoint.losses}
+        for name in ("epsilon", "assessed", "group", "statistics"):
+            arrays[f"schedule/{name}"] = getattr(schedule, name)
+    return {name: torch.from_numpy(one) for name, one in arrays.items() if one is not None}
 
 
 def _losses(tensors: Mapping[str, Stored]) -> NDArray[np.float64] | None:
@@ -352,9 +338,8 @@ def columns_of(images: Sequence[str], labels: Sequence[str]) -> tuple[list[str],
 def _check_numbers(header: Mapping[str, Any]) -> None:
     """Raise if the header has numbers that no training writes."""
     epoch, best = header["epoch"], header["best_epoch"]
-    if not (
-        isinstance(epoch, int) and isinstance(best, int) and 0 <= best <= epoch <= _MOST_EPOCHS
-    ):
+    whole = isinstance(epoch, int) and isinstance(best, int)
+    if not (whole and 0 <= best <= epoch <= _MOST_EPOCHS):
         raise ValueError(f"epoch {epoch!r:.40} and best_epoch {best!r:.40} are inconsistent")
     channels = header["channels"]
     if not isinstance(channels, int) or not 1 <= channels <= MOST_CHANNELS:

@@ -9,7 +9,7 @@ opens the file, because the library does not notice most damage.
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
@@ -90,7 +90,7 @@ def read_assessment(
             errors = {name: np.full(n, np.nan) for name in measured}
             stability = dict.fromkeys(measured, float("nan"))
         else:
-            errors, stability = _columns(file, "scores_se", n, names), _rank_stability(file, names)
+            errors, stability = _columns(file, "scores_se", n, names), _rank_stability(file, scores)
         return Assessment(
             **attributes,
             ids=ids,
@@ -308,13 +308,10 @@ def _score_names(metric: Metric) -> list[Metric]:
     return list(dict.fromkeys([*score_names(), metric]))
 
 
-def _rank_stability(file: Any, names: list[Metric]) -> dict[Metric, float]:
-    places = {name: f"scores/{_key(name)}" for name in names}
-    return {
-        name: float(_attribute(file[place], "rank_stability"))
-        for name, place in places.items()
-        if _has(file, place) and "rank_stability" in file[place].attrs
-    }
+def _rank_stability(file: Any, scores: Iterable[Metric]) -> dict[Metric, float]:
+    held = {name: file[f"scores/{_key(name)}"] for name in scores}
+    judged = {name: one for name, one in held.items() if "rank_stability" in one.attrs}
+    return {name: float(_attribute(one, "rank_stability")) for name, one in judged.items()}
 
 
 def _write_rows(file: Any, ids: list[str], labels: list[str] | None) -> None:

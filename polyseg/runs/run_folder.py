@@ -52,8 +52,7 @@ class RunDirectory:
     """The paths in a run's folder, and the files that are written in every epoch."""
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        self.path = path
+        self.path = path = Path(path)
         self.last = path / "checkpoints" / "last.safetensors"
         self.previous = path / "checkpoints" / "previous.safetensors"
         self.best = path / "checkpoints" / "best.safetensors"
@@ -92,9 +91,9 @@ class RunDirectory:
 
     def _holds_nothing(self) -> bool:
         """Return whether the folder is empty, or holds a run that ended before its first epoch."""
-        entries = {entry.name for entry in self.path.iterdir()} - {".lock"}
-        names = {name for name in entries if not name.startswith(TEMPORARY_PREFIX)}
-        begun = names <= _BEFORE_EPOCH_1 and _is_ours(self.environment)
+        names = {entry.name for entry in self.path.iterdir()} - {".lock"}
+        names = {name for name in names if not name.startswith(TEMPORARY_PREFIX)}
+        begun = names <= _BEFORE_EPOCH_1 and _is_environment(self.environment)
         return not names or (begun and not any(self.last.parent.glob("[!.]*")))
 
     def refuse_missing(self) -> None:
@@ -153,7 +152,6 @@ class RunDirectory:
                     files.disk.remove(path)
 
     def _write_views(self, checkpoint: Checkpoint) -> None:
-        """Write history.csv and schedule.h5."""
         if checkpoint.history:
             rows = (completed(row).values() for row in checkpoint.history)
             cells = ([f"{value:.9g}" for value in row] for row in rows)
@@ -173,12 +171,9 @@ class RunDirectory:
     def begin(self, config: Config, split: str, now: Mapping[str, Any]) -> str:
         """Write the files that identify a run, and return the sha256 of its split.
 
-        Args:
-            config: its settings.
-            split: as `splits.split_json` gives it.
-            now: as `environment` gives it.
+        `split` is a result of `splits.split_json`, `now` of `environment`.
         """
-        # First the file by which a folder is recognised as a run's.
+        # First the file by which the folder of a run is recognised.
         write_text(self.environment, json.dumps(now, indent=2) + "\n")
         self.write_config(config)
         write_text(self.split, split)
@@ -225,11 +220,12 @@ class RunDirectory:
                 raise ValueError("it is not the file that the run recorded (its sha256 differs)")
             record = json.loads(text)
             split = {part: [str(row["id"]) for row in record[part]] for part in PARTS}
-            rows = [row for part in PARTS for row in record[part]]
-            if not split["train"] or not all(str(row["id"]).isprintable() for row in rows):
+            rows = (row for part in PARTS for row in record[part])
+            hashes = {str(row["id"]): str(row["sha256"]) for row in rows}
+            if not split["train"] or not all(map(str.isprintable, hashes)):
                 raise ValueError("it has no training images, or unprintable names")
             refuse_overlap(split, str(self.split))
-            return split, {str(row["id"]): str(row["sha256"]) for row in rows}
+            return split, hashes
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolysegError(f"{self.split}: cannot be read: {error}") from None
 
@@ -250,11 +246,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if run.last.is_file():
         log.warning("%s: has no best checkpoint; using the last one", path)
         return run.last
-    if not path.exists():
-        raise PolysegError(f"{path}: there is no such file or folder")
-    raise PolysegError(
-        f"{path}: is neither a checkpoint nor a run (it has no checkpoints/best.safetensors)"
-    )
+    what = "is neither a checkpoint nor a run (it has no checkpoints/best.safetensors)"
+    raise PolysegError(f"{path}: {what if path.exists() else 'there is no such file or folder'}")
 
 
 def in_order(assessments: Iterable[str]) -> list[str]:
@@ -281,11 +274,10 @@ def results_beside(source: str | Path, name: str) -> Path:
     return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _is_ours(environment: Path) -> bool:
+def _is_environment(path: Path) -> bool:
     """Return whether a file is the environment.json of a run of polyseg."""
     try:
-        found = json.loads(read_text(environment))
-        return isinstance(found, dict) and "polyseg" in found
+        return "polyseg" in dict(json.loads(read_text(path)))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 

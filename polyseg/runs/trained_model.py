@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _SHOWN = 5
 
 Load = Callable[[DataConfig, Progress], ImageSet]
+"""Function that returns the images for some settings."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def images_for(
     config = model.config.data
     if inputs.cache is not None:
         config = config.model_copy(update={"cache": str(inputs.cache)})
-    own = data is None or (config.path != "demo" and data.resolve() == Path(config.path).resolve())
-    if not own and data is not None:
+    demo = config.path == "demo"
+    if data is not None and (demo or data.resolve() != Path(config.path).resolve()):
         # Another folder has the run's split only if it replaces a folder that is gone.
         if part not in (None, "all") and not is_gone(config):
             raise _not_trained_on(model, data, part)
@@ -146,11 +147,10 @@ def images_for(
     part = part or default
     refuse_gone(config, model.source)
     images = load(config, progress)
-    split = (
-        split_of_run(model.run, images, model.checkpoint.split)
-        if model.run
-        else _split_of_file(model, images, part)
-    )
+    if model.run is None:
+        split = _split_of_file(model, images, part)
+    else:
+        split = split_of_run(model.run, images, model.checkpoint.split)
     images = dataclasses.replace(images, levels=model.checkpoint.levels)
     return images, part_of(split, part, images, model)
 
@@ -249,17 +249,15 @@ def _warn_of_known_images(model: Model, images: ImageSet) -> None:
     if seen:
         log.warning(
             "%d of these %d images are training or validation images of %s: this is not a test",
-            seen,
-            len(images.ids),
-            model.source,
+            *(seen, len(images.ids), model.source),
         )
 
 
 def passes_of(config: Config, *, masks: bool = True, **changes: Any) -> UncertaintyConfig:
-    """Return the settings of MC Dropout with changes, of which None leaves a setting as it is.
+    """Return the settings of MC Dropout with changes; those that are None change nothing.
 
-    A training whose difficulty takes no passes gets the default score here; so does one whose score
-    needs masks, where the images have none (`masks`).
+    The metric becomes mutual_information if the training's own takes no passes, or needs masks and
+    the images have none (`masks`).
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     metric = config.uncertainty.metric

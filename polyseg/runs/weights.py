@@ -35,16 +35,13 @@ def network_of(checkpoint: Checkpoint, *, trust: bool = False) -> SegmentationNe
 
 def new_network(config: Config, channels: int) -> SegmentationNetwork:
     """Build the network of a configuration, with random weights from torch's global generator."""
-    settings = config.network
+    given = dict(config.network)
     network = build_network(
-        settings.name,
+        given.pop("name"),
         in_channels=channels,
         out_channels=len(config.data.labels),
-        dropout=settings.dropout,
-        dropout_kind=settings.dropout_kind,
-        dropout_layers=settings.dropout_layers,
-        multiple_of=settings.multiple_of,
-        settings=settings.kwargs,
+        settings=given.pop("kwargs"),
+        **given,
     )
     size = config.data.size
     if config.data.fit == "tile" and size is not None and size != "auto":
@@ -63,13 +60,11 @@ def fit_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_misfits(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = network.state_dict()
-    wrong = sorted(expected.keys() ^ weights.keys()) + [
-        name
-        for name, values in expected.items()
-        if name in weights
-        and (weights[name].shape != values.shape or weights[name].dtype != values.dtype)
-    ]
+    expected, found = (
+        {name: (values.shape, values.dtype) for name, values in each.items()}
+        for each in (network.state_dict(), weights)
+    )
+    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
     if wrong:
         raise PolysegError(
             f"checkpoint: {len(wrong)} weights do not fit its configuration, such as {wrong[0]}"

@@ -147,5 +147,4 @@ def _mean_of_image(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
 
 
 def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy of each image, (B,)."""
     return binary_cross_entropy_with_logits(logits, mask, reduction="none").flatten(1).mean(dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from polyseg.adaptive.controller import epsilon_of
 from polyseg.choices import score_of
 from polyseg.config import LARGEST_EPSILON, Config, least_epsilon
-from polyseg.errors import PolysegError
+from polyseg.errors import PolysegError, first_line
 from polyseg.registry import resolve
 from polyseg.system.files import sha256_of_file
 from polyseg.training.losses_by_name import build_objective
@@ -37,16 +37,15 @@ def check_own_code(config: Config) -> None:
         except PolysegError as error:
             raise PolysegError(f"{setting} = {name}: {error}") from None
         except Exception as error:  # A user's code may fail in any way.
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise PolysegError(f"{setting} = {name}: fails on a small input: {why}") from error
+            raise PolysegError(
+                f"{setting} = {name}: fails on a small input: {first_line(error)}"
+            ) from error
 
 
 def recorded_code(config: Config) -> dict[str, Any]:
     """Return the name and the sha256 of the source file of each of the user's own functions."""
-    found = {
-        setting: {"name": name, "sha256": _sha256(name)}
-        for setting, name in config.own_code.items()
-    }
+    own = config.own_code.items()
+    found = {setting: {"name": name, "sha256": _sha256(name)} for setting, name in own}
     return {"own_code": found} if found else {}
 
 
@@ -102,10 +101,7 @@ def _check_map(config: Config) -> None:
 
 
 def _refuse(found: Any, shape: tuple[int, ...], what: str) -> None:
-    """Raise PolysegError if a result has another shape, or is not finite."""
-    given = (
-        tuple(getattr(found, "shape", ())) if isinstance(found, Tensor) else type(found).__name__
-    )
+    given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if given != shape:
         raise PolysegError(f"must return {what}, a tensor of shape {shape}, and returned {given}")
     if not found.isfinite().all():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from polyseg.config import Config
@@ -106,14 +107,10 @@ class Steps:
     def take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
         """Take a step; the first one compiles the network with training.compile.
 
-        Args:
-            names: ids of all images of the batch.
-            images: images of this process's rows of the batch, (B, C, H, W).
-            masks: their masks, (B, K, H, W).
-            epsilon: epsilons of all images of the batch, with a column for each label.
-
-        Raises:
-            PolysegError: the network does not work with training.compile or channels_last.
+        `names` are the ids of all images of the batch, `images` (B, C, H, W) and `masks`
+        (B, K, H, W) this process's rows of it, and `epsilon` those of all images, with a column for
+        each label. A network that does not work with training.compile or channels_last raises
+        PolysegError.
         """
         start = time.perf_counter()
         with self._explaining_errors():
@@ -134,8 +131,11 @@ class Steps:
                     "training.channels_last: the network uses view() on feature maps; "
                     "use reshape() instead, or set training.channels_last=false"
                 ) from None
-            if self.config.training.compile and _is_compiler_error(error):
-                raise _cannot_compile(error) from None
+            if self.config.training.compile:
+                from torch._dynamo.exc import TorchDynamoException
+
+                if isinstance(error, TorchDynamoException):
+                    raise _cannot_compile(error) from None
             raise
 
     def _take(self, names: list[str], images: Tensor, masks: Tensor, epsilon: Tensor) -> Step:
@@ -176,7 +176,11 @@ class Steps:
         self, images: Tensor, masks: Tensor, epsilon: Tensor, whole: int
     ) -> tuple[Tensor, Note]:
         """Add the gradients of some rows of a batch of `whole` losses; return losses and note."""
-        images, masks, epsilon = (self._send(values) for values in (images, masks, epsilon))
+        # A blocking copy to CUDA would wait for all earlier steps.
+        cuda = self.device.type == "cuda"
+        images, masks, epsilon = (
+            values.to(self.device, non_blocking=cuda) for values in (images, masks, epsilon)
+        )
         if self.channels_last:
             # A copy, because layers use the strides, and one channel counts as either order.
             images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
@@ -186,7 +190,10 @@ class Steps:
             logits = self.forward(images)
         logits = as_tasks(logits.float())
         losses = self.objective(logits, target, epsilon)
-        self.scaler.scale(self._mean(losses, whole)).backward()  # type: ignore[no-untyped-call]
+        # This part's share of the batch mean, before processes average gradients.
+        alone = self.processes.count == 1 and len(losses) == whole
+        mean = losses.mean() if alone else losses.sum() * self.processes.count / whole
+        self.scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
         return losses.detach(), take_note(self.config.loss, losses, logits, target, epsilon)
 
     def _exchange_only_if(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -194,16 +201,6 @@ class Steps:
         if last or not isinstance(self.forward, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.forward.no_sync()
-
-    def _mean(self, losses: Tensor, whole: int) -> Tensor:
-        """Return this part's share of the batch mean, before processes average gradients."""
-        if self.processes.count == 1 and len(losses) == whole:
-            return losses.mean()
-        return losses.sum() * self.processes.count / whole
-
-    def _send(self, values: Tensor) -> Tensor:
-        # A blocking copy to CUDA would wait for all earlier steps.
-        return values.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def _joined_notes(notes: Sequence[Note]) -> Note:
@@ -228,18 +225,10 @@ def _has_channels_last(network: nn.Module, config: Config) -> bool:
     asked = config.training.channels_last
     if asked != "auto":
         return asked
-    # A user's network may depend on the default order.
-    return (
-        device_of(network).type == "cpu"
-        and ":" not in config.network.name
-        and not _has_instance_norm(network)
-    )
-
-
-def _has_instance_norm(network: nn.Module) -> bool:
+    if device_of(network).type != "cpu" or ":" in config.network.name:
+        return False  # A user's network may depend on the default order.
     # For these layers torch copies feature maps into the default order and back.
-    kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    return any(isinstance(layer, kinds) for layer in network.modules())
+    return not any(isinstance(layer, _InstanceNorm) for layer in network.modules())
 
 
 def _put_channels_last(network: nn.Module) -> None:
@@ -249,12 +238,6 @@ def _put_channels_last(network: nn.Module) -> None:
             # A copy, so that kernels of one channel get the strides that their gradients have.
             ordered = torch.empty_like(weights.data, memory_format=torch.channels_last)
             weights.data = ordered.copy_(weights.data)
-
-
-def _is_compiler_error(error: RuntimeError) -> bool:
-    from torch._dynamo.exc import TorchDynamoException
-
-    return isinstance(error, TorchDynamoException)
 
 
 def _compiled(network: nn.Module) -> nn.Module:

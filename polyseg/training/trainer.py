@@ -163,7 +163,6 @@ class Trainer:
         self.replay_sha256, self.split_sha256 = replay, split
 
     def _restore_record(self, checkpoint: Checkpoint) -> None:
-        """Restore history and schedule."""
         try:
             self.history = [completed(row) for row in checkpoint.history]
         except ValueError as error:
@@ -174,8 +173,8 @@ class Trainer:
             raise PolysegError("checkpoint: has no record of its training, so it cannot be resumed")
         if (schedule.ids, schedule.labels) != columns:
             raise PolysegError("checkpoint: its record is of other training images or labels")
-        names = dict.fromkeys(schedule.ids)
         if checkpoint.losses is not None:
+            names = dict.fromkeys(schedule.ids)
             losses = checkpoint.losses.reshape(len(names), -1).tolist()
             self.losses = dict(zip(names, losses, strict=True))
         self.recorder.restore(schedule)
@@ -286,15 +285,11 @@ class Trainer:
     def _store_losses(self, steps: Sequence[Step]) -> None:
         """Store the losses of the images in these steps; other images keep their last losses."""
         labels = len(self.images.labels)
-        new = {
-            name: losses
-            for step in steps
-            for name, losses in zip(
-                step.names, step.note.at_constant.reshape(-1, labels).tolist(), strict=True
-            )
-        }
-        skipped = self.losses.keys() - new.keys()
-        self.losses = new | {name: self.losses[name] for name in skipped}
+        new: dict[str, list[float]] = {}
+        for step in steps:
+            losses = step.note.at_constant.reshape(-1, labels).tolist()
+            new |= zip(step.names, losses, strict=True)
+        self.losses = new | {name: self.losses[name] for name in self.losses.keys() - new.keys()}
 
     def _validate(self) -> tuple[Tensor | None, Tensor | None]:
         """Return losses at the constant epsilon and Dice of the validation images.
@@ -306,8 +301,7 @@ class Trainer:
         mine = self.processes.share(ids)
         batches = self.images.batches(mine, self.config.training.batch_size)
         for batch, predicted in predict(self.network, batches):
-            if batch.masks is None:
-                raise ValueError("validation images have no masks")
+            assert batch.masks is not None
             target, logits = as_tasks(batch.masks).float(), as_tasks(predicted)
             epsilon = torch.full((len(logits),), self.config.loss.epsilon)
             losses = self.steps.objective(logits, target, epsilon).reshape(len(batch.ids), -1)
@@ -320,7 +314,6 @@ class Trainer:
         return loss, dice
 
     def _assess(self, epoch: int) -> None:
-        """Assess the training images, write the assessment, and use it for epsilon."""
         ids = self.split["train"]
         with _name_epoch_in_errors(epoch, self.config.uncertainty.metric):
             assessment = assess(
@@ -343,7 +336,7 @@ class Trainer:
             log.info("%s", line)
         if epoch == self.config.training.epochs:
             log.info("this assessment only records the final weights, because no epoch follows it")
-        # Bits that processes may compute otherwise must not lead them apart.
+        # Processes may round differently, so all of them use the same assessment.
         assessment = self.processes.from_leader(assessment)
         self._use_assessment(assessment)
         if self.config.control.statistics == "dataset":
@@ -431,13 +424,13 @@ class Trainer:
 
     def _stopped_early(self) -> bool:
         patience = self.config.training.early_stopping
-        stopped = patience > 0 and self.epoch - self.best_epoch >= patience
-        if stopped:
+        if 0 < patience <= self.epoch - self.best_epoch:
             log.info("early stopping: no better validation Dice for %d epochs", patience)
-        if not stopped and self.replay is not None and self.epoch >= len(self.replay.epochs):
+            return True
+        if self.replay is not None and self.epoch >= len(self.replay.epochs):
             log.info("early stopping after epoch %d, like the replayed run", self.epoch)
             return True
-        return stopped
+        return False
 
     def _raise_on_signal(self) -> None:
         if self.stop.number:

@@ -1,7 +1,4 @@
 """Read single operations of a torch.fx graph, and replace them by others."""
-# The types of arguments of nodes in torch.fx are very general.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
-# mypy: disable-error-code="no-any-return, return-value"
 
 from dataclasses import dataclass
 from itertools import count
@@ -29,6 +26,11 @@ def arguments_of(node: Node) -> dict[str, Any]:
     given = {one.name: one.default_value for one in arguments}
     given.update(zip(given, node.args, strict=False))
     return given | node.kwargs
+
+
+def results_of(network: fx.GraphModule) -> list[Node]:
+    """Return the nodes that a graph returns."""
+    return list(next(reversed(network.graph.nodes)).args[0])
 
 
 def tensor_of(network: fx.GraphModule, node: Node | None) -> Any:
@@ -71,17 +73,11 @@ def is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
-def keep_shape(old: Node, *new: Node) -> None:
-    """Give nodes the recorded result shape of another."""
-    for node in new:
-        node.meta["val"] = old.meta["val"]
-
-
 def replace_call(node: Node, target: Any, *arguments: Any) -> Node:
     """Replace a node by another call, and return the new node."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, arguments)
-    keep_shape(node, new)
+    new.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(new)
     return new
 
@@ -140,32 +136,14 @@ class Convolution:
         simple = not self.transposed or self.settings["groups"] == 1
         return len(self.node.users) == 1 and simple and self.has_constant_weight(network)
 
-    def keeps_shape(self, network: fx.GraphModule) -> bool:
-        """Return whether its output has the shape of its input, including channels."""
-        weight = tensor_of(network, self.weight)
-        return self.is_centred(network) and weight.shape[0] == weight.shape[1]
-
-    def is_centred(self, network: fx.GraphModule) -> bool:
+    def is_centred(self) -> bool:
         """Return whether its kernel is centred, with stride 1, so that sides keep their size."""
         given = self.settings
-        if self.transposed or given["groups"] != 1:
+        if self.transposed or given["groups"] != 1 or pair(given["stride"]) != (1, 1):
             return False
-        sides = tensor_of(network, self.weight).shape[2:]
-        centred = all(
-            side % 2 == 1 and 2 * padding == dilation * (side - 1)
-            for side, padding, dilation in zip(
-                sides, pair(given["padding"]), pair(given["dilation"]), strict=True
-            )
-        )
-        return centred and pair(given["stride"]) == (1, 1)
-
-    def is_pointwise(self, network: fx.GraphModule) -> bool:
-        """Return whether it is a 1 x 1 convolution."""
-        if self.transposed or not self.has_constant_weight(network):
-            return False
-        still = pair(self.settings["stride"]) == (1, 1) and self.settings["groups"] == 1
-        sides = tensor_of(network, self.weight).shape[2:]
-        return still and tuple(sides) == (1, 1) and pair(self.settings["padding"]) == (0, 0)
+        sides, padding, dilation = self.kernel_shape[2:], given["padding"], given["dilation"]
+        axes = zip(sides, pair(padding), pair(dilation), strict=True)
+        return all(side % 2 == 1 and 2 * pad == step * (side - 1) for side, pad, step in axes)
 
     def with_weight(
         self, network: fx.GraphModule, weight: Tensor, bias: Tensor | None = None
@@ -209,5 +187,5 @@ class Convolution:
         given = {"input": source, "weight": weight, "bias": bias} | self.settings
         with network.graph.inserting_before(self.node):
             node = network.graph.call_function(self.node.target, tuple(given.values()))
-        keep_shape(self.node, node)
+        node.meta["val"] = self.node.meta["val"]
         return node

@@ -3,9 +3,6 @@
 Each changes a traced network to one with the same results, up to the rounding of floating-point
 sums.
 """
-# The types of arguments of nodes in torch.fx are very general.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
-# mypy: disable-error-code="no-any-return, return-value"
 
 from typing import Any
 
@@ -25,7 +22,6 @@ from polyseg.montecarlo.compiler.operations import (
     aten,
     calls_to,
     channels_of,
-    keep_shape,
     mask_of,
     pair,
     replace_call,
@@ -76,7 +72,9 @@ def fold_identities(network: fx.GraphModule) -> None:
             continue
         for one, other in (node.args[:2], node.args[1::-1]):
             conv = Convolution.of(one)
-            if conv and conv.input is other and conv.is_own(network) and conv.keeps_shape(network):
+            if not (conv and conv.input is other and conv.is_own(network) and conv.is_centred()):
+                continue
+            if conv.kernel_shape[0] == conv.kernel_shape[1]:
                 weight = tensor_of(network, conv.weight).clone()
                 middle = [side // 2 for side in weight.shape[2:]]
                 weight[:, :, middle[0], middle[1]] += torch.eye(len(weight)).to(weight)
@@ -89,8 +87,11 @@ def merge_pointwise(network: fx.GraphModule) -> None:
     """Merge a convolution with a 1 x 1 convolution after it, if the result costs less."""
     for node in calls_to(network, (aten.conv2d.default,)):
         outer = Convolution.of(node)
-        inner = outer and Convolution.of(outer.input)
-        if not (inner and inner.is_own(network) and outer.is_pointwise(network)):
+        inner = Convolution.of(outer.input)
+        pointwise = outer.kernel_shape[2:] == (1, 1) and outer.is_centred()
+        if not (inner and inner.is_own(network) and pointwise):
+            continue
+        if not outer.has_constant_weight(network):
             continue
         head = tensor_of(network, outer.weight)[:, :, 0, 0]
         weight = tensor_of(network, inner.weight)
@@ -103,7 +104,7 @@ def merge_pointwise(network: fx.GraphModule) -> None:
             bias = carried if bias is None else carried + bias
         merged = inner.with_weight(network, torch.einsum(pattern, head, weight), bias)
         node.replace_all_uses_with(merged)
-        keep_shape(node, merged)
+        merged.meta["val"] = node.meta["val"]
     network.graph.eliminate_dead_code()
 
 
@@ -138,7 +139,7 @@ def use_winograd(network: fx.GraphModule) -> None:
         if node not in stochastic or not conv.has_constant_weight(network):
             continue
         weight = tensor_of(network, conv.weight)
-        fits = conv.is_centred(network) and pair(conv.settings["dilation"]) == (1, 1)
+        fits = conv.is_centred() and pair(conv.settings["dilation"]) == (1, 1)
         if fits and winograd.is_worthwhile(weight):
             kernel = add_constant(network, node, winograd.transform_kernel(weight))
             replace_call(node, winograd.convolve, conv.input, kernel, conv.bias)

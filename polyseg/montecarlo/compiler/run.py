@@ -37,7 +37,7 @@ class Program:
         """Make the program of a network.
 
         Args:
-            core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
+            core: network in evaluation mode, which maps (B, C, H, W) to (B, K, H, W).
             layers: its active dropout layers by name.
             images: an example.
             kind: precision of the suffix; the prefix is computed in float32.
@@ -128,13 +128,10 @@ class PreparedBatch:
     def __init__(
         self, program: Program, images: Tensor, chosen: Tensor | None, *, crop: bool = True
     ) -> None:
-        """Compute the common results of all passes over (B, C, H, W) images.
+        """Compute the common results of all passes over padded images, (B, C, H, W).
 
-        Args:
-            program: program of the network.
-            images: images with padding.
-            chosen: the wanted pixels of these images, (B, K, H, W) bool; None for all.
-            crop: whether the last operations may run on windows.
+        `chosen` are the wanted pixels, (B, K, H, W) bool, None for all; with `crop` the last
+        operations may run on windows.
         """
         self.program, self.chosen = program, chosen
         self.features = program.begin(images)
@@ -152,11 +149,6 @@ class PreparedBatch:
             parts = [part[""] for part in crops]
         self.wanted = [part.flatten().nonzero().flatten() for part in parts]
         """Indices into the logits of the batch, or of each image's window."""
-
-    @property
-    def end_number(self) -> int | None:
-        """Index of the windowed end of the program that is used; None without windows."""
-        return None if self.end is None else self.program.ends.index(self.end)
 
     def __call__(self, masks: Masks, count: int = 1) -> Tensor:
         """Return the logits of passes: (passes n,) at the n chosen pixels, or (passes B, K, H, W).

@@ -1,18 +1,22 @@
 """Split a graph into the part that all passes have in common, and the part of each pass."""
-# The types of arguments of nodes in torch.fx are very general.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
-# mypy: disable-error-code="no-any-return, return-value"
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
 from polyseg.montecarlo.compiler import winograd
-from polyseg.montecarlo.compiler.operations import Convolution, channels_of, pair, sides_of
+from polyseg.montecarlo.compiler.operations import (
+    Convolution,
+    channels_of,
+    pair,
+    results_of,
+    sides_of,
+)
 
 
 def stochastic_nodes(network: fx.GraphModule) -> set[Node]:
@@ -73,34 +77,28 @@ class Part:
 
     def most_values(self) -> int:
         """Return the number of values in the largest feature map of an image."""
-        nodes = [node for node in self.function.graph.nodes if sides_of(node)]
-        sizes = [channels_of(node) * sides_of(node)[0] * sides_of(node)[1] for node in nodes]
-        return max(sizes, default=1)
+        return max((channels_of(node) * prod(sides_of(node)) for node in self._maps()), default=1)
 
     def widths(self) -> list[int]:
         """Return the widths of the maps, the smallest first."""
-        return sorted({sides_of(node)[1] for node in self.function.graph.nodes if sides_of(node)})
+        return sorted({sides_of(node)[1] for node in self._maps()})
 
     def up_to_width(self, width: int) -> set[Node]:
         """Return the operations on feature maps up to the last one of at most this width."""
-        nodes = list(self.function.graph.nodes)
-        small = [i for i, node in enumerate(nodes) if sides_of(node) and sides_of(node)[1] <= width]
-        small = [i for i in small if nodes[i].op == "call_function"]
-        if not small:
-            return set()
-        early = nodes[: max(small) + 1]
-        return {node for node in early if sides_of(node) and node.op == "call_function"}
+        calls = [node for node in self._maps() if node.op == "call_function"]
+        last = max((i for i, node in enumerate(calls) if sides_of(node)[1] <= width), default=-1)
+        return set(calls[: last + 1])
+
+    def _maps(self) -> list[Node]:
+        return [node for node in self.function.graph.nodes if sides_of(node)]
 
 
-def cut(network: fx.GraphModule, early: Collection[Node]) -> tuple[Part, Part]:
+def cut(network: fx.GraphModule, early: set[Node]) -> tuple[Part, Part]:
     """Split a graph into two parts: the early operations and the others."""
     calls = [node for node in network.graph.nodes if node.op == "call_function"]
-    output = next(node for node in network.graph.nodes if node.op == "output")
-    results = list(output.args[0])
+    results = results_of(network)
     first = [node for node in calls if node in early]
-    frontier = [
-        node for node in first if node in results or any(user not in early for user in node.users)
-    ]
+    frontier = [node for node in first if node in results or not node.users.keys() <= early]
     second = [node for node in calls if node not in early]
     return _part(network, first, frontier), _part(network, second, results)
 
@@ -132,13 +130,14 @@ def _cost(node: Node) -> float:
     sides = sides_of(node)
     if sides is None or node.op != "call_function":
         return 0.0
-    values = channels_of(node) * sides[0] * sides[1]
+    values = channels_of(node) * prod(sides)
     if node.target is winograd.convolve:
-        return winograd.products(node.args[1].meta["val"]) * sides[0] * sides[1] + 4.0 * values
+        return winograd.products(node.args[1].meta["val"]) * prod(sides) + 4.0 * values
     conv = Convolution.of(node)
     if conv is None:
         return 4.0 * values
-    shape = conv.kernel_shape
-    inputs = shape[0] if conv.transposed else shape[1]
-    stride = pair(conv.settings["stride"]) if conv.transposed else (1, 1)
-    return values * inputs * shape[2] * shape[3] / (stride[0] * stride[1]) + 4.0 * values
+    products = values * prod(conv.kernel_shape[1:])
+    if conv.transposed:
+        products = values * conv.kernel_shape[0] * prod(conv.kernel_shape[2:])
+        products /= prod(pair(conv.settings["stride"]))
+    return products + 4.0 * values

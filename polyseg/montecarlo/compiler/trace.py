@@ -3,9 +3,6 @@
 A dropout layer becomes a multiplication by a mask. Operations that do not depend on a mask have the
 same result in all passes of MC Dropout.
 """
-# The types of arguments of nodes in torch.fx are very general.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
-# mypy: disable-error-code="no-any-return, return-value"
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from polyseg.errors import first_line
 from polyseg.montecarlo.compiler.operations import (
     MULTIPLY,
     arguments_of,
@@ -25,6 +23,7 @@ from polyseg.montecarlo.compiler.operations import (
     channels_of,
     is_pointwise,
     replace_call,
+    results_of,
 )
 from polyseg.networks.dropout import dropout_types
 
@@ -61,14 +60,10 @@ _traced: "WeakKeyDictionary[nn.Module, tuple[Any, fx.GraphModule | str]]" = Weak
 def trace(core: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return a network as a graph of functions without side effects, with its current weights.
 
-    The graph is made once, and again if a setting of one of the network's modules has changed.
-
-    Args:
-        core: maps (B, C, H, W) to (B, K, H, W); in evaluation mode.
-        images: an example with at least two images.
-
-    Raises:
-        UntraceableError: its operations depend on values, or it has other inputs or outputs.
+    The graph is made once, and again if a setting of one of the network's modules has changed. The
+    network is in evaluation mode and maps (B, C, H, W) to (B, K, H, W); the example has at least
+    two images. Operations that depend on values, and other inputs or outputs, raise
+    UntraceableError.
     """
     settings = _settings_of(core)
     known, traced = _traced.get(core, (None, ""))
@@ -115,8 +110,7 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
             network.graph.erase_node(node)  # Guards that torch inserts.
     odd = {node.op for node in network.graph.nodes}
     odd -= {"placeholder", "get_attr", "call_function", "output"}
-    results = next(node for node in network.graph.nodes if node.op == "output").args[0]
-    if odd or not isinstance(results, (tuple, list)) or len(results) != 1:
+    if odd or len(results_of(network)) != 1:
         raise UntraceableError("it is not a graph of tensor operations with one output")
     _refuse_unknown_operations(network)
     _refuse_jumps(network)
@@ -142,8 +136,7 @@ def _exported(core: nn.Module, images: Tensor) -> fx.GraphModule:
             exported = torch.export.export(core, (images,), dynamic_shapes=(batch,), strict=False)
         return exported.module()
     except Exception as error:  # A user's network may fail in any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UntraceableError(reason[:200]) from error
+        raise UntraceableError(first_line(error)[:200]) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -208,7 +201,7 @@ def insert_masks(
     # By module, because a module may have several names.
     active, calls = {layer: name for name, layer in layers.items()}, Counter[str]()
     inputs: list[MaskInput] = []
-    first = next(node for node in network.graph.nodes if node.op == "placeholder")
+    first = network.graph.find_nodes(op="placeholder")[0]
     for node in calls_to(network, _DROPOUTS):
         source = arguments_of(node)["input"]
         path = list(node.meta["nn_module_stack"].values())[-1][0]
@@ -232,10 +225,10 @@ def insert_masks(
 
 def input_names(network: fx.GraphModule) -> list[str]:
     """Return the names of the inputs, the images first."""
-    return [node.name for node in network.graph.nodes if node.op == "placeholder"]
+    return [node.name for node in network.graph.find_nodes(op="placeholder")]
 
 
 def normalises_over_space(network: fx.GraphModule) -> bool:
     """Return whether a layer normalises by statistics over the whole image."""
     kinds = (aten.instance_norm.default, aten.group_norm.default, aten.layer_norm.default)
-    return any(True for _ in calls_to(network, kinds))
+    return bool(calls_to(network, kinds))

@@ -4,9 +4,6 @@ A window is exact if every operation between it and the output commutes with cro
 lists the operations that do, and how many pixels at the edge of a window each of them makes wrong.
 All other operations run on whole images before the window is cut out.
 """
-# The types of arguments of nodes in torch.fx are very general.
-# mypy: disable-error-code="union-attr, arg-type, assignment, index, misc"
-# mypy: disable-error-code="no-any-return, return-value, type-var, call-arg"
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from polyseg.montecarlo.compiler.operations import (
     aten,
     is_pointwise,
     pair,
+    results_of,
     sides_of,
 )
 from polyseg.montecarlo.compiler.split import Part, cut
@@ -66,14 +64,10 @@ class WindowedEnd:
     ) -> "WindowedEnd | None":
         """Return a network with the end after its maps of at most this width; None without one.
 
-        Args:
-            whole: the network.
-            width: largest width, in pixels, of maps that belong to the head.
-            frame: height and width of the output.
-            prepare: function that is applied to both parts.
+        `width` is in pixels, `frame` the size of the output; `prepare` is applied to both parts.
         """
         network = whole.function
-        output = next(node for node in network.graph.nodes if node.op == "output").args[0][0]
+        output = results_of(network)[0]
         early = _closed(whole.up_to_width(width))
         calls = [node for node in network.graph.nodes if node.op == "call_function"]
         while True:
@@ -135,9 +129,7 @@ class WindowedEnd:
     def is_exact(self, values: Mapping[str, Tensor], kind: torch.dtype) -> bool:
         """Return whether small windows at borders, corners and off centre equal the whole image.
 
-        Args:
-            values: the inputs of a pass over one image, by name.
-            kind: precision of the computation.
+        `values` are the inputs of a pass over one image by name, `kind` is the precision.
         """
         reached = dict(values)
         self.head.run(reached)
@@ -210,16 +202,12 @@ def _margin(node: Node, margins: Mapping[Node, int | None], frame: Frame) -> int
     maps = [one for one in node.all_input_nodes if sides_of(one) is not None]
     if not maps or any(sides_of(one) is None or not _step(one, frame) for one in (node, *maps)):
         return None
-    rule = _RULES.get(node.target, _pointwise if is_pointwise(node) else _unknown)
-    return rule(node, max(margins[one] or 0 for one in maps))
+    rule = _RULES.get(node.target, _pointwise if is_pointwise(node) else None)
+    return rule and rule(node, max(margins[one] or 0 for one in maps))
 
 
 # Each rule takes an operation and the number of wrong pixels at the edges of its inputs. It returns
 # the number for its output, or None if the operation does not commute with cropping.
-
-
-def _unknown(node: Node, margin: int) -> None:
-    return None
 
 
 def _pointwise(node: Node, margin: int) -> int | None:
@@ -229,11 +217,6 @@ def _pointwise(node: Node, margin: int) -> int | None:
         alike = sides_of(one) == sides_of(node) and one.op != "get_attr"
         if not alike and any(size != 1 for size in (shape[2:] if len(shape) == 4 else shape)):
             return None
-    return margin
-
-
-def _prelu(node: Node, margin: int) -> int | None:
-    """Parametric ReLU, with a slope for each channel."""
     return margin
 
 
@@ -310,19 +293,15 @@ def _upsampling(node: Node, margin: int) -> int | None:
     return margin * int(down) + between
 
 
-def _winograd(node: Node, margin: int) -> int:
-    return margin + 1
-
-
 _RULES: dict[Any, Callable[[Node, int], int | None]] = {
     aten.conv2d.default: _convolution,
     aten.conv_transpose2d.input: _convolution,
-    winograd.convolve: _winograd,
+    winograd.convolve: lambda _, margin: margin + 1,
     aten.max_pool2d.default: _pooling,
     aten.avg_pool2d.default: _pooling,
     aten.upsample_nearest2d.vec: _upsampling,
     aten.upsample_bilinear2d.vec: _upsampling,
     aten.batch_norm.default: _batch_norm,
-    aten.prelu.default: _prelu,
+    aten.prelu.default: lambda _, margin: margin,
     CONCATENATE: _concatenate,
 }

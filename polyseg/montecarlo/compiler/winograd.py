@@ -35,10 +35,7 @@ _OF_KERNEL = (
 
 
 def is_worthwhile(weight: Tensor) -> bool:
-    """Return whether `convolve` is faster on a CPU, which needs many channels.
-
-    Args:
-        weight: (K, C, h, w)
+    """Return whether `convolve` is faster on a CPU for a kernel (K, C, h, w): with many channels.
 
     >>> is_worthwhile(torch.zeros(64, 64, 3, 3)), is_worthwhile(torch.zeros(32, 64, 3, 3))
     (True, False)
@@ -49,13 +46,9 @@ def is_worthwhile(weight: Tensor) -> bool:
 
 
 def transform_kernel(weight: Tensor) -> Tensor:
-    """Return the kernel for `convolve`.
+    """Return the kernel of `torch.nn.functional.conv2d`, (K, C, 3, 3), as `convolve` takes it.
 
-    Args:
-        weight: the kernel for `torch.nn.functional.conv2d`, (K, C, 3, 3).
-
-    Returns:
-        (36, C, K) in the type of the kernel, computed in float64.
+    It is (36, C, K) in the same type, computed in float64.
 
     >>> transform_kernel(torch.zeros(5, 7, 3, 3)).shape
     torch.Size([36, 7, 5])
@@ -68,14 +61,9 @@ def transform_kernel(weight: Tensor) -> Tensor:
 def convolve(images: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the convolution with a 3 x 3 kernel, stride 1 and zero padding of 1.
 
-    Args:
-        images: (B, C, H, W), fastest with channels last in memory.
-        kernel: result of `transform_kernel`.
-        bias: (K,)
-
-    Returns:
-        (B, K, H, W), channels last in memory. It equals `torch.nn.functional.conv2d` up to
-        rounding, which is about three times as large in single precision.
+    `images` are (B, C, H, W), fastest with channels last in memory, which the result, (B, K, H, W),
+    has too; `kernel` is a result of `transform_kernel` and `bias` (K,). It equals
+    `torch.nn.functional.conv2d` up to rounding, which is about three times as large in float32.
 
     >>> images, weight = torch.rand(1, 2, 5, 6), torch.rand(3, 2, 3, 3)
     >>> expected = torch.nn.functional.conv2d(images, weight, padding=1)
