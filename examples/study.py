@@ -170,7 +170,8 @@ class Study:
         checkpoint = read_checkpoint(last)
         assert checkpoint.losses is not None and checkpoint.schedule is not None
         losses = dict(zip(checkpoint.schedule.ids, checkpoint.losses, strict=True))
-        columns = reference | {"training_loss": [losses[identity] for identity in ids]}
+        loss = np.array([losses[identity] for identity in ids])
+        columns = {**reference, "training_loss": loss}
         by_image = {
             name: {identity: float(f"{d:.6g}") for identity, d in zip(ids, column, strict=True)}
             for name, column in columns.items()
