@@ -6,21 +6,21 @@ from typing import Annotated
 import typer
 
 from polyseg.choices import MODALITIES
-from polyseg.cli import completion
-from polyseg.cli.display import talking
+from polyseg.cli.display import messages
 from polyseg.cli.options import (
-    HOW,
-    WHERE,
     App,
     AsJson,
     DataPath,
+    FigureFile,
     Fold,
     Overrides,
     Overwrite,
     Quiet,
     Verbose,
     as_overrides,
-    help_of,
+    in_out,
+    one_of,
+    setting,
 )
 from polyseg.cli.printing import print_mapping
 
@@ -42,7 +42,7 @@ def data_check(
     from polyseg.config import load_config
 
     settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import data
 
         found = data.check_data(settings, display)
@@ -52,9 +52,7 @@ def data_check(
 @data_app.command("split")
 def data_split(
     path: DataPath,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="File to write.", rich_help_panel=WHERE)
-    ] = Path("split.json"),
+    out: Annotated[Path, in_out(metavar="FILE", help="File to write.")] = Path("split.json"),
     overwrite: Overwrite = False,
     fold: Fold = None,
     overrides: Overrides = None,
@@ -70,7 +68,7 @@ def data_split(
 
     flags = as_overrides({"data.path": path, "data.fold": fold})
     settings = load_config(None, [*(overrides or []), *flags])
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import data
 
         found = data.make_split(settings, out, display, overwrite=overwrite)
@@ -80,21 +78,10 @@ def data_split(
 @data_app.command("preview")
 def data_preview(
     path: DataPath = "demo",
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
-            rich_help_panel=WHERE,
-        ),
-    ] = Path("preview"),
+    out: FigureFile = Path("preview"),
     overwrite: Overwrite = False,
-    images: Annotated[
-        int, typer.Option(help="Number of images, one a row.", rich_help_panel=HOW)
-    ] = 4,
-    samples: Annotated[
-        int, typer.Option(help="Number of augmented samples of each.", rich_help_panel=HOW)
-    ] = 5,
+    images: Annotated[int, setting(help="Number of images, one a row.")] = 4,
+    samples: Annotated[int, setting(help="Number of augmented samples of each.")] = 5,
     overrides: Overrides = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -106,7 +93,7 @@ def data_preview(
     from polyseg.config import load_config
 
     settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import data_preview
 
         for file in data_preview.preview(
@@ -123,9 +110,7 @@ def data_preview(
 @data_app.command("manifest")
 def data_manifest(
     path: DataPath,
-    out: Annotated[Path, typer.Option(help="CSV file to write.", rich_help_panel=WHERE)] = Path(
-        "set.csv"
-    ),
+    out: Annotated[Path, in_out(help="CSV file to write.")] = Path("set.csv"),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -135,7 +120,7 @@ def data_manifest(
 
     Example: polyseg data manifest my/images --out set.csv
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import data
 
         found = data.write_manifest(Path(path), out, overwrite=overwrite)
@@ -145,22 +130,10 @@ def data_manifest(
 @data_app.command("demo")
 def data_demo(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
-    images: Annotated[int, typer.Option(help="Number of images.", rich_help_panel=HOW)] = 160,
-    size: Annotated[
-        int, typer.Option(help="Height and width in pixels.", rich_help_panel=HOW)
-    ] = 128,
-    modality: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"{help_of(MODALITIES)}.",
-            autocompletion=completion.names(MODALITIES),
-            rich_help_panel=HOW,
-        ),
-    ] = "ultrasound",
-    seed: Annotated[
-        int, typer.Option(help="Random seed for the phantoms.", rich_help_panel=HOW)
-    ] = 0,
+    images: Annotated[int, setting(help="Number of images.")] = 160,
+    size: Annotated[int, setting(help="Height and width in pixels.")] = 128,
+    modality: Annotated[str, one_of(MODALITIES)] = "ultrasound",
+    seed: Annotated[int, setting(help="Random seed for the phantoms.")] = 0,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -168,7 +141,7 @@ def data_demo(
 
     Example: polyseg data demo phantoms --images 20 --modality endoscopy
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import data
 
         data.write_demo(path, count=images, size=size, modality=modality, seed=seed)

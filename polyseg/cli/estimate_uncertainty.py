@@ -2,12 +2,9 @@
 
 from typing import Annotated
 
-import typer
-
 from polyseg.choices import image_scores
-from polyseg.cli.display import talking
+from polyseg.cli.display import messages
 from polyseg.cli.options import (
-    HOW,
     AsJson,
     Cache,
     Device,
@@ -20,6 +17,7 @@ from polyseg.cli.options import (
     Trust,
     Verbose,
     help_of,
+    setting,
 )
 from polyseg.cli.printing import print_outcome
 from polyseg.system.process_group import rank_here
@@ -31,23 +29,19 @@ def estimate_uncertainty(
     part: Part = None,
     samples: Annotated[
         int | None,
-        typer.Option(
+        setting(
             metavar="N",
             help="Number of MC-Dropout passes (default: uncertainty.samples of the run).",
-            rich_help_panel=HOW,
         ),
     ] = None,
-    maps: Annotated[
-        bool, typer.Option("--maps", help="Keep the pixel maps as well.", rich_help_panel=HOW)
-    ] = False,
+    maps: Annotated[bool, setting("--maps", help="Keep the pixel maps as well.")] = False,
     score: Annotated[
         list[str] | None,
-        typer.Option(
+        setting(
             "--score",
             metavar="NAME",
             help=f"Measure this score of the whole image too; repeatable: "
             f"{help_of(image_scores())}",
-            rich_help_panel=HOW,
         ),
     ] = None,
     out: Out = None,
@@ -63,7 +57,7 @@ def estimate_uncertainty(
 
     Example: polyseg estimate-uncertainty runs/first --data new/images --samples 50
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import estimate_uncertainty
         from polyseg.runs.trained_model import Inputs
 

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polyseg.cli.display import talking
+from polyseg.cli.display import messages
 from polyseg.cli.options import (
-    HOW,
-    WHERE,
     AsJson,
     Cache,
     Device,
@@ -18,9 +16,12 @@ from polyseg.cli.options import (
     Overrides,
     Overwrite,
     Part,
+    Passes,
     Quiet,
     Trust,
     Verbose,
+    in_out,
+    setting,
 )
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
@@ -37,17 +38,13 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         list[Path] | None,
-        typer.Option(
+        in_out(
             metavar="DIR",
             help="Folder of masks from any tool, each named like its image; repeatable.",
-            rich_help_panel=WHERE,
         ),
     ] = None,
     name: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name of the masks in tables, one for each --predictions.", rich_help_panel=WHERE
-        ),
+        list[str] | None, in_out(help="Name of the masks in tables, one for each --predictions.")
     ] = None,
     overrides: Overrides = None,
     data: OtherData = None,
@@ -56,90 +53,64 @@ def evaluate(
     overwrite: Overwrite = False,
     baseline: Annotated[
         str | None,
-        typer.Option(
+        setting(
             metavar="RUN",
             help="Run, or arm, to compare the others with: paired differences, bootstrap "
             "intervals, Wilcoxon's test with Holm's correction, and for an adaptive arm a sentence "
             "that says whether it helped (default: no comparison).",
-            rich_help_panel=HOW,
         ),
     ] = None,
     group: Annotated[
-        bool,
-        typer.Option(
-            "--group",
-            help="Join runs that differ only by seed or fold into one arm.",
-            rich_help_panel=HOW,
-        ),
+        bool, setting("--group", help="Join runs that differ only by seed or fold into one arm.")
     ] = False,
     threshold: Annotated[
         str,
-        typer.Option(
+        setting(
             metavar="P",
             help="Probability from which a pixel is foreground, between 0 and 1; or val: the one "
             "with the best Dice on the validation images.",
-            rich_help_panel=HOW,
         ),
     ] = "0.5",
     at: Annotated[
         str,
-        typer.Option(
+        setting(
             metavar="SIZE",
             help="original (compare masks at the size of their files) or network (at data.size, "
             "as version 0.1 did).",
-            rich_help_panel=HOW,
         ),
     ] = "original",
     by: Annotated[
         str,
-        typer.Option(
+        setting(
             metavar="CASE",
             help="patient (means, intervals and tests over patients, if the data or data.group "
             "name them) or image (over images).",
-            rich_help_panel=HOW,
         ),
     ] = "patient",
     uncertainty: Annotated[
         bool,
-        typer.Option(
+        setting(
             "--uncertainty",
             help="Test the mean of the MC-Dropout passes as well, and whether D finds failures.",
-            rich_help_panel=HOW,
         ),
     ] = False,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
-            "the run).",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
+    samples: Passes = None,
     corrupt: Annotated[
         str | None,
-        typer.Option(
+        setting(
             metavar="KIND,...",
             help="Test on corrupted images as well: noise, blur, contrast, gamma, bias, motion, "
             "speckle, resolution, jpeg, or all.",
-            rich_help_panel=HOW,
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(
-            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels.",
-            rich_help_panel=HOW,
+        setting(
+            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels."
         ),
     ] = 2.0,
-    failure: Annotated[
-        float,
-        typer.Option(help="Dice below which an image counts as failed.", rich_help_panel=HOW),
-    ] = 0.7,
-    figures: Annotated[
-        bool,
-        typer.Option("--figures/--no-figures", help="Draw the figures.", rich_help_panel=WHERE),
-    ] = True,
+    failure: Annotated[float, setting(help="Dice below which an image counts as failed.")] = 0.7,
+    figures: Annotated[bool, in_out("--figures/--no-figures", help="Draw the figures.")] = True,
     cache: Cache = None,
     device: Device = "auto",
     trust: Trust = False,
@@ -151,7 +122,7 @@ def evaluate(
 
     Example: polyseg evaluate runs/dice runs/adaptive --baseline runs/dice --out runs/comparison
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import evaluate
         from polyseg.evaluation.testing_networks import EvaluationSettings
         from polyseg.runs.trained_model import Inputs

@@ -3,40 +3,21 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
+from polyseg.cli.display import messages
+from polyseg.cli.options import FigureFile, Overwrite, Quiet, Verbose, setting
 from polyseg.errors import PolysegError
 
 
 def plot_loss(
-    s: Annotated[
-        float, typer.Option("--s", help="Scale s, above 0 and up to 1.", rich_help_panel=HOW)
-    ] = 0.1,
+    s: Annotated[float, setting("--s", help="Scale s, above 0 and up to 1.")] = 0.1,
     epsilon: Annotated[
-        str,
-        typer.Option(
-            metavar="E,...", help="Values of epsilon, separated by commas.", rich_help_panel=HOW
-        ),
+        str, setting(metavar="E,...", help="Values of epsilon, separated by commas.")
     ] = "-0.4,0,0.5,1",
-    terms: Annotated[
-        int, typer.Option(help="Number of terms K of PolyDice.", rich_help_panel=HOW)
-    ] = 1,
+    terms: Annotated[int, setting(help="Number of terms K of PolyDice.")] = 1,
     gradient: Annotated[
-        bool,
-        typer.Option(
-            "--gradient", help="Draw the derivative with respect to theta.", rich_help_panel=HOW
-        ),
+        bool, setting("--gradient", help="Draw the derivative with respect to theta.")
     ] = False,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
-            rich_help_panel=WHERE,
-        ),
-    ] = Path("polydice"),
+    out: FigureFile = Path("polydice"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -45,7 +26,7 @@ def plot_loss(
 
     Example: polyseg plot-loss --epsilon=-0.4,0,1 --out fig2.pdf
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import plot_loss
 
         for path in plot_loss.plot_loss(

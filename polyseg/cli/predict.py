@@ -5,8 +5,19 @@ from typing import Annotated
 
 import typer
 
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, AsJson, Device, Overwrite, Quiet, Source, Trust, Verbose
+from polyseg.cli.display import messages
+from polyseg.cli.options import (
+    AsJson,
+    Device,
+    Overwrite,
+    Passes,
+    Quiet,
+    Source,
+    Trust,
+    Verbose,
+    in_out,
+    setting,
+)
 from polyseg.cli.printing import print_outcome
 from polyseg.system.process_group import rank_here
 
@@ -20,30 +31,16 @@ def predict(
             help="Images, folders of images, or a folder of a DICOM series.",
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="New folder for the masks.", rich_help_panel=WHERE
-        ),
-    ],
+    out: Annotated[Path, in_out("--out", metavar="DIR", help="New folder for the masks.")],
     overwrite: Overwrite = False,
     uncertainty: Annotated[
         bool,
-        typer.Option(
+        setting(
             "--uncertainty",
             help="Write maps of the uncertainty as well, and difficulties into the table.",
-            rich_help_panel=HOW,
         ),
     ] = False,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
-            "the run).",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
+    samples: Passes = None,
     device: Device = "auto",
     trust: Trust = False,
     as_json: AsJson = False,
@@ -54,7 +51,7 @@ def predict(
 
     Example: polyseg predict runs/first new/images --out masks
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import predict
 
         outcome = predict.predict_images(

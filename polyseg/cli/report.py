@@ -3,32 +3,27 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
+from polyseg.cli.display import messages
+from polyseg.cli.options import Overwrite, Quiet, Runs, Verbose, in_out, setting
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
+    runs: Runs,
     evaluations: Annotated[
         list[Path] | None,
-        typer.Option(
+        in_out(
             "--evaluation",
             metavar="DIR",
             help="Folder that `polyseg evaluate` wrote; repeatable (default: the newest comparison "
             "of exactly these runs, if it lies beside them).",
-            rich_help_panel=WHERE,
         ),
     ] = None,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="FILE", help="HTML file to write.", rich_help_panel=WHERE),
-    ] = Path("report.html"),
+    out: Annotated[Path, in_out("--out", metavar="FILE", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
     overwrite: Overwrite = False,
     title: Annotated[
-        str | None,
-        typer.Option(help="Title of the page (default: names of the runs).", rich_help_panel=HOW),
+        str | None, setting(help="Title of the page (default: names of the runs).")
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -37,7 +32,7 @@ def report(
 
     Example: polyseg report runs/dice runs/adaptive --evaluation results --out report.html
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import report
 
         written = report.make_page(
