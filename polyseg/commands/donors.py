@@ -26,10 +26,6 @@ def unseen_errors(
         donors: two runs.
         ids: the training images.
         labels: of each image, "" for a single one.
-
-    Raises:
-        PolysegError: a donor is not a tested run, or has other images with the same ids; or both
-            or neither of the donors have seen an image.
     """
     _, own = RunDirectory(run).read_split()
     seen = {donor: _seen(donor, run, own, ids) for donor in donors}

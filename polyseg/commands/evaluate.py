@@ -137,18 +137,8 @@ def evaluate_runs(
 ) -> Outcome:
     """Test networks, and masks of other tools, side by side on the same images.
 
+    `sources` are checkpoints or runs, `masks` folders of masks that other tools have written.
     Several processes share the images; the leading one compares, writes and draws.
-
-    Args:
-        sources: checkpoints or runs.
-        settings: what is measured of each network.
-        inputs: images and device.
-        comparison: baseline, arms and the folder for the results.
-        masks: folders of masks that other tools have written.
-        progress: of all tests.
-
-    Raises:
-        PolysegError: a checkpoint, the data or the folder is unusable, or the images differ.
     """
     folders = _checked_folders(settings, masks)
     places = [*sources, *folders.values()]
@@ -187,11 +177,7 @@ def _written(evaluation: Evaluation, found: _Found, folder: Path, *, figures: bo
 
 
 def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
-    """Return a new folder for results: in a single run, or in a folder that all runs share.
-
-    Raises:
-        PolysegError: the runs share no folder but the root.
-    """
+    """Return a new folder for results: in a single run, or in a folder that all runs share."""
     if len(sources) == 1 and not folders:
         return results_beside(sources[0], "evaluation")
     shared = Path(os.path.commonpath([one.resolve().parent for one in (*sources, *folders)]))
@@ -207,6 +193,15 @@ class _TestContext(NamedTuple):
     inputs: Inputs
     progress: Progress
     processes: Processes
+
+    def test(
+        self, name: str, images: ImageSet, ids: Sequence[str], config: DataConfig, batch_size: int
+    ) -> ImageTest:
+        """Return a test of some images, with their patients."""
+        groups = {} if self.settings.by == "image" else patients_of(images, config)
+        return ImageTest(
+            name, images, ids, batch_size, self.settings, self.progress, self.processes, groups
+        )
 
 
 def _compared(
@@ -256,63 +251,35 @@ def _test(compared: _Compared, how: _TestContext, masks: OtherMasks | None) -> _
                 part,
             )
         images = images or found
-        tested[name] = measure_network(
-            *(model, name, found, ids, how.settings, load, how.progress, how.processes)
-        )
+        size = model.config.training.batch_size
+        test = how.test(name, found, ids, model.config.data, size)
+        tested[name] = measure_network(model, test, load)
     if how.settings.at == "network":
         _warn_of_sizes(compared.configs)
-    config = next((one.data for one in compared.configs.values()), None)
-    known = (
-        None
-        if images is None
-        else (images, sorted({one for ids in hashes.values() for one in ids}))
-    )
     if masks is not None:
-        images, more = _test_masks(masks, config, known, how)
-        tested |= more
+        if images is None:
+            config = masks.config
+            images, ids = _images_without_run(config, how)
+        else:
+            config = next(iter(compared.configs.values())).data
+            ids = sorted({one for of_run in hashes.values() for one in of_run})
+        test = how.test("", images, ids, config, 1)
+        for name, folder in masks.folders.items():
+            tested[name] = measure_masks(folder, dataclasses.replace(test, name=name), config)
     if images is None:
         raise PolysegError("Missing argument: give runs, or --predictions with --data")
     return _Found(tested, compared, images, part or "test")
 
 
-def _test_masks(
-    masks: OtherMasks,
-    config: DataConfig | None,
-    known: tuple[ImageSet, list[str]] | None,
-    how: _TestContext,
-) -> tuple[ImageSet, dict[str, NetworkResults]]:
-    """Return the images, and the results of each folder of masks.
-
-    Args:
-        masks: the folders.
-        config: how the runs beside them read the true masks; None without runs.
-        known: the images of those runs, and the ids that they were tested on.
-        how: settings and surroundings.
-    """
-    if known is None or config is None:
-        config = masks.config
-        images = load_images(config, how.progress)
-        ids = _ids_without_run(images, config, how.inputs.part)
-    else:
-        images, ids = known
-    groups = {} if how.settings.by == "image" else patients_of(images, config)
-    found = {}
-    for name, folder in masks.folders.items():
-        test = ImageTest(
-            *(name, images, ids, 1, how.settings, how.progress, how.processes), groups=groups
-        )
-        found[name] = measure_masks(folder, test, config)
-    return images, found
-
-
-def _ids_without_run(images: ImageSet, config: DataConfig, part: str | None) -> list[str]:
-    """Return the ids of a part of a data set, or of all its images where none is named."""
+def _images_without_run(config: DataConfig, how: _TestContext) -> tuple[ImageSet, list[str]]:
+    """Return the images of a data set, and the ids of the tested part, of all if none is named."""
+    images, part = load_images(config, how.progress), how.inputs.part
     if part not in (None, "all", *PARTS):
         raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
     ids = images.ids if part in (None, "all") else split_by_settings(images.members(), config)[part]
     if not ids:
         raise PolysegError(f"--split {part}: {config.path} has no {part} images; choose another")
-    return ids
+    return images, ids
 
 
 def _promised(network: Trained, part: str | None) -> Hashes | None:
@@ -385,11 +352,7 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
 
 
 def _named(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
-    """Return the name in tables of the baseline that the user named.
-
-    Raises:
-        PolysegError: there is no such run, or nothing to compare it with.
-    """
+    """Return the name in tables of the baseline that the user named."""
     if len(arms) < 2:
         what = "one arm" if len(sources) > 1 else "one run"
         raise PolysegError(f"--baseline: there is {what}; also give what to compare with it")

@@ -20,11 +20,9 @@ from polyseg.report.document import (
     Block,
     Folded,
     Gallery,
-    Heading,
     Page,
     PageSection,
     Picture,
-    Preformatted,
     Table,
     Text,
     render,
@@ -89,14 +87,7 @@ def make_page(
         sources: folders of runs.
         evaluations: folders of `polyseg evaluate` that compare runs; without any, the newest
             comparison of exactly these runs in a folder that contains all of them.
-        out: the new file.
-        overwrite: whether to replace that file.
-        title: title of the page.
-        progress: called with the number of runs that were read.
-
-    Raises:
-        PolysegError: `out` exists or does not end in .html, a source is not a run, an evaluation
-            is not an evaluation, or one is given twice.
+        out: the file, a new one unless `overwrite`.
     """
     _check_place(out, overwrite)
     if len(sources) + len(evaluations) > MOST_RUNS:
@@ -152,7 +143,9 @@ def page_of(
         "Settings": _settings(runs),
         "Training": _training(runs),
         "Difficulty and ε": _each(runs, _difficulty),
-        "Images of largest and smallest D": _each(runs, _extremes),
+        "Images of largest and smallest D": _each(
+            runs, lambda run: _gallery(extreme_pictures(run))
+        ),
         "Test images": _each(runs, _tests),
         "How it was made": [*_machines(runs), *_each(runs, _command)],
     }
@@ -187,7 +180,7 @@ def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Se
     found: list[Block] = []
     for source in sources:
         if blocks := blocks_of(source):
-            found += [Heading(source.name)] if len(sources) > 1 else []
+            found += [Text(source.name, "h3")] if len(sources) > 1 else []
             found += blocks
     return found
 
@@ -277,7 +270,7 @@ def _settings(runs: Sequence[RunFiles]) -> list[Block]:
     known = [run for run in runs if run.settings]
     blocks: list[Block] = [_differing(known)] if len(known) > 1 else []
     return blocks + [
-        Folded(f"All settings of {run.name}", [Preformatted(run.config_text)])
+        Folded(f"All settings of {run.name}", [Text(run.config_text, "pre")])
         for run in runs
         if run.config_text
     ]
@@ -377,10 +370,6 @@ def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
     return [one.replace("-", "−") for one in shown]
 
 
-def _extremes(run: RunFiles) -> list[Block]:
-    return _gallery(extreme_pictures(run))
-
-
 def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
     """Return the worst images, with all images folded."""
     head, cells, order = _image_rows(evaluation)
@@ -391,12 +380,10 @@ def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
     if rows <= _WORST + 5:
         return [Table(f"Test images of {evaluation.name} {order}.", head, cells, sortable=True)]
     some = f"The first {_MOST_ROWS:,} of " if rows > _MOST_ROWS else ""
+    all_images = Table(f"{some}{total} {order}.", head, cells, sortable=True)
     return [
         Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
-        Folded(
-            f"{some or 'All '}{total}",
-            [Table(f"{some}{total} {order}.", head, cells, sortable=True)],
-        ),
+        Folded(f"{some or 'All '}{total}", [all_images]),
     ]
 
 
@@ -450,12 +437,12 @@ def _cell(cell: str, key: str) -> str:
 def _machines(runs: Sequence[RunFiles]) -> list[Block]:
     known = [run for run in runs if run.environment]
     keys = dict.fromkeys(key for run in known for key in run.environment if key != "command")
+    if not keys:
+        return []
     rows = [
         [brief(key), *(brief(run.environment.get(key, DASH)) for run in known)]
         for key in list(keys)[:_MOST_FACTS]
     ]
-    if not rows:
-        return []
     return [
         Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
         Text(
@@ -472,4 +459,4 @@ def _command(run: RunFiles) -> list[Block]:
         return []
     first, *others = map(str, words)
     program = "polyseg" if Path(first).name in ("polyseg", "__main__.py") else first
-    return [Preformatted(shlex.join([program, *others]))]
+    return [Text(shlex.join([program, *others]), "pre")]

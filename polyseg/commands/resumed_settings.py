@@ -1,6 +1,6 @@
 """The settings and the environment of a resumed run: what may differ from its beginning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def resumed_config(
     config = recorded_config(config, recorded.training.epochs)
     refuse_gone(config.data, run.path)
     config = config.model_copy(update={"data": settled(config.data)})
-    wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
+    wanted, kept = config.flat(), recorded.flat()
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
         for key in wanted
@@ -124,11 +124,3 @@ def recorded_config(config: Config, epochs: int) -> Config:
         start = float(config.control.assessment_epochs(epochs)[0])
         changes["control"] = config.control.model_copy(update={"start": start})
     return config.model_copy(update=changes)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and not prefix
-        flat |= _flat(value, f"{key}.") if nested else {prefix + key: value}
-    return flat

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,6 @@ def train(
         progress: called with the progress of each task.
 
     Raises:
-        PolysegError: there is a problem with data, settings or folder.
         Interrupted: a signal ended the training; its last epoch is committed.
     """
     keep_freed_memory()
@@ -107,7 +106,7 @@ def _start(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Tra
         stack.enter_context(run.writing(resume=False))
         now = environment(trainer.device, how.processes.count) | recorded_code(config)
         recorded = run.begin(config, split_json(split, images.hashes), now)
-        stack.enter_context(_LogFile(run.log))
+        stack.enter_context(_log_file(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
         trainer.record_hashes(replay=copied, split=recorded)
         _log_start(trainer)
@@ -121,7 +120,7 @@ def _resume(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Tr
         run.refuse_missing()
         # Lock the folder first, so that no other process writes while it is read.
         stack.enter_context(run.writing(resume=True))
-        stack.enter_context(_LogFile(run.log))
+        stack.enter_context(_log_file(run.log))
     trainer, checkpoint, changes = _restored(config, how)
     trainer.resume(checkpoint)
     if how.processes.leads:
@@ -176,9 +175,6 @@ def plan(
 
     A training image counts as three passes, one forward and two for the gradients, and each pass of
     MC Dropout as one, as without compilation.
-
-    Raises:
-        PolysegError: there is a problem with data, settings or folder.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
     done, asked = -1, config.data
@@ -251,11 +247,7 @@ def _schedule_to_replay(
     run: RunDirectory | None = None,
     sha256: str | None = None,
 ) -> Schedule | None:
-    """Return the schedule of control.replay, or its copy in a resumed run; None without replay.
-
-    Raises:
-        PolysegError: there is no such schedule, or it does not fit.
-    """
+    """Return the schedule of control.replay, or its copy in a resumed run; None without replay."""
     control = config.control
     if control.replay is None:
         return None
@@ -274,11 +266,7 @@ def _schedule_to_replay(
 
 
 def _arm_of_difficulty(config: Config, images: ImageSet, split: Split, path: Path) -> Schedule:
-    """Return the schedule from the D of an arm, with the settings and batches of the new run.
-
-    Raises:
-        PolysegError: the recorded run lacks assessments that the settings need.
-    """
+    """Return the schedule from the D of an arm, with the settings and batches of the new run."""
     arm = config.control.replay_arm
     if not path.is_dir():
         raise PolysegError(
@@ -307,25 +295,21 @@ class _LogHandler(logging.FileHandler):
         """Drop the line."""
 
 
-class _LogFile:
-    """Context in which the messages of the package also go to the run's log.txt."""
-
-    def __init__(self, path: Path) -> None:
-        # In a folder of somebody else a link may point to any file.
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise PolysegError(
-                f"{path}: is not a regular file, so no log can be written; remove it"
-            )
-        self.handler = _LogHandler(path, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        logging.getLogger("polyseg").addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("polyseg").removeHandler(self.handler)
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Write the messages of the package to the run's log.txt as well."""
+    # In a folder of somebody else a link may point to any file.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise PolysegError(f"{path}: is not a regular file, so no log can be written; remove it")
+    handler, logger = _LogHandler(path, encoding="utf-8"), logging.getLogger("polyseg")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
         with contextlib.suppress(OSError):
-            self.handler.close()
+            handler.close()
 
 
 def _log_start(trainer: Trainer) -> None:
@@ -409,7 +393,7 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
         )
     correlations: list[dict[str, Any]] = []
     notes: list[str] = []
-    assessments: Sequence[Assessment] = ()
+    assessments: list[Assessment] = []
     if trainer.assessments:
         assessments = read_assessments(run, trainer.assessments)
         correlations = difficulty_correlations(assessments[-1], images.known_difficulty)

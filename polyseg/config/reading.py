@@ -39,25 +39,19 @@ def load_config(
     3
     """
     tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
-    # An empty file is one of defaults.
+    # An empty file means the defaults.
     tree = {} if tree is None else tree
     _refuse_no_settings(tree, str(file))
-    for override in (*preset_settings(preset), *overrides):
+    try:
+        of_preset = () if preset is None else PRESETS.find(preset).settings
+    except ValueError as error:
+        raise PolysegError(f"--preset {error}") from None
+    for override in (*of_preset, *overrides):
         key, equals, value = override.partition("=")
         if not equals:
             raise PolysegError(f"--set {override}: write KEY=VALUE, such as loss.epsilon=0.5")
         _set_key(tree, key.strip(), _parse_override(value, f"--set {override}"))
     return build_config(tree, str(file) if file else "configuration")
-
-
-def preset_settings(preset: str | None) -> tuple[str, ...]:
-    """Return the settings of a preset, () for None; an unknown name is a PolysegError."""
-    if preset is None:
-        return ()
-    try:
-        return PRESETS.find(preset).settings
-    except ValueError as error:
-        raise PolysegError(f"--preset {error}") from None
 
 
 def build_config(tree: Any, source: str) -> Config:

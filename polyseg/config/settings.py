@@ -825,6 +825,14 @@ class Config(Section):
         """Whether the run itself assesses images in order to adapt epsilon."""
         return self.adaptive and self.control.replay is None
 
+    def flat(self) -> dict[str, Any]:
+        """Return the settings by section and name, such as "loss.name"."""
+        return {
+            f"{section}.{name}": value
+            for section, values in self.model_dump().items()
+            for name, value in values.items()
+        }
+
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""
         return dump_yaml(self.model_dump(mode="json"))

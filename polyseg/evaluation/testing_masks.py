@@ -34,7 +34,7 @@ _OF_PROBABILITIES = [name for name, one in METRICS.items() if one.of_probability
 
 Stack = NDArray[np.uint8]
 Files = dict[str, Path]
-"""Files of an image by label; "" is a label map of all labels."""
+"""Files of an image by label; "" is the label map of all labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
 def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Files]:
     """Return the files of each image or volume, by its id; log which files belong to none."""
     there = _index(folder)
-    wanted = dict.fromkeys(_case_of(identity, there) for identity in test.ids)
+    wanted = dict.fromkeys(one if one in there else volume_of(one) for one in test.ids)
     found = {case: _files_of_case(case, there, test.images.labels) for case in wanted}
     if not any(found.values()):
         found |= _by_pattern(folder, list(wanted), there, test.images.labels)
@@ -114,10 +114,6 @@ def _index(folder: Path) -> Files:
             found[key] = path
     raise_problems(problems)
     return found
-
-
-def _case_of(identity: str, there: Mapping[str, Path]) -> str:
-    return identity if identity in there else volume_of(identity)
 
 
 def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) -> Files:

@@ -137,12 +137,16 @@ class ImageTest:
     """A test of a network, or of a folder of masks."""
 
     name: str
+    """Name in tables."""
     images: ImageSet
+    """Images that include the tested ones."""
     ids: Sequence[str]
+    """Ids of the tested images."""
     batch_size: int
     settings: EvaluationSettings = EvaluationSettings()
     progress: Progress = no_progress
     processes: Processes = ALONE
+    """Processes that share the images; all get all results."""
     groups: Groups = field(default_factory=dict)
 
 
@@ -177,74 +181,42 @@ def score(
     return judge(test, _plain(network, test), dict.fromkeys(images.labels, 0.5))
 
 
-def choose_thresholds(
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    progress: Progress = no_progress,
-    processes: Processes = ALONE,
-    at: At = "original",
-) -> dict[str, float]:
+def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str, float]:
     """Return the threshold of each label, of `THRESHOLDS`, with the highest mean Dice.
 
     If several are equally good, it is the one nearest to 0.5.
     """
-    how = EvaluationSettings(at=at)
-    test = ImageTest("", images, ids, batch_size, how, progress, processes)
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
         for one in _plain(network, test, "choosing thresholds")
     ]
-    means = np.mean(processes.joined(dices), axis=0).round(9)
+    means = np.mean(test.processes.joined(dices), axis=0).round(9)
     nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
     return {
         label: max(zip(of_label.tolist(), nearness, THRESHOLDS, strict=True))[2]
-        for label, of_label in zip(images.labels, means, strict=True)
+        for label, of_label in zip(test.images.labels, means, strict=True)
     }
 
 
-def measure_network(
-    model: Model,
-    name: str,
-    images: ImageSet,
-    ids: Sequence[str],
-    settings: EvaluationSettings,
-    load: Load = load_images,
-    progress: Progress = no_progress,
-    processes: Processes = ALONE,
-) -> NetworkResults:
-    """Test one network as the settings say.
-
-    Args:
-        model: the network.
-        name: name of the network in tables.
-        images: images that include the tested ones.
-        ids: ids of the tested images.
-        settings: settings of the test.
-        load: function that reads the network's own data.
-        progress: called with the progress of each test.
-        processes: processes that share the images; all get all results.
+def measure_network(model: Model, test: ImageTest, load: Load = load_images) -> NetworkResults:
+    """Test one network as the settings of the test say; `load` reads its own data.
 
     Raises:
         PolysegError: the images have no masks, or there are no images to choose a threshold.
     """
-    size = model.config.training.batch_size
-    groups = {} if settings.by == "image" else patients_of(images, model.config.data)
-    test = ImageTest(name, images, ids, size, settings, progress, processes, groups)
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
-    if settings.uncertainty:
+    if test.settings.uncertainty:
         scores = judge(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
-    kept = MaskKeeper(name, images.labels, thresholds)
+    kept = MaskKeeper(test.name, test.images.labels, thresholds)
     predictions = (
         kept(one._replace(uncertainty=uncertainty.get(one.id, {})))
         for one in _plain(model.network, test)
     )
     plain = judge(test, predictions, thresholds)
     points = list(_under_damage(model, test, plain))
-    return NetworkResults(plain + scores, points, kept.masks(processes))
+    return NetworkResults(plain + scores, points, kept.masks(test.processes))
 
 
 def patients_of(images: ImageSet, config: DataConfig) -> Groups:
@@ -277,9 +249,7 @@ def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
         if split is None
         else (images, part_of(split, "val", images, model))
     )
-    found = choose_thresholds(
-        *(model.network, own, ids, test.batch_size, test.progress, test.processes), test.settings.at
-    )
+    found = choose_thresholds(model.network, dataclasses.replace(test, images=own, ids=ids))
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
         log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
@@ -486,7 +456,7 @@ def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
 
 
 def _dices(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
+    """Return the Dice at each of `THRESHOLDS`, 1 if mask and prediction are empty."""
     truth = mask > 0
     found = []
     for threshold in THRESHOLDS:

@@ -25,9 +25,6 @@ from polyseg.figures.style import (
     wrapped,
 )
 
-Intervals = tuple[Numbers, Numbers, Numbers]
-"""Means, and the lower and upper ends of their intervals, (R,) each."""
-
 _STARS = "* p < 0.05   ** p < 0.01   *** p < 0.001"
 
 
@@ -55,7 +52,7 @@ def comparison(names: Sequence[str], values: Mapping[str, Sequence[Numbers]]) ->
 @styled
 def differences(
     names: Sequence[str],
-    intervals: Mapping[str, Intervals],
+    intervals: Mapping[str, Numbers],
     *,
     stars: Mapping[str, Sequence[str]],
     higher_is_better: Mapping[str, bool],
@@ -66,10 +63,10 @@ def differences(
     Points are mean differences, bars their 95 % intervals; the shaded side is better than the
     baseline. Values that are not finite are left out.
 
-    By title of the metric, `intervals` are means and ends, (R,) each, `stars` R texts such as
-    `significance.stars` returns, and `higher_is_better` tells the better side.
+    By title of the metric, `intervals` are (3, R) means, lower and upper ends, `stars` R texts such
+    as `significance.stars` returns, and `higher_is_better` is the better side.
 
-    >>> found = {"Dice": (np.array([0.02]), np.array([0.01]), np.array([0.04]))}
+    >>> found = {"Dice": np.array([[0.02], [0.01], [0.04]])}
     >>> marks = {"stars": {"Dice": ["*"]}, "higher_is_better": {"Dice": True}}
     >>> differences(["adaptive"], found, **marks, baseline="Dice loss").get_supxlabel()
     'mean difference from Dice loss\\nand its 95 % interval'
@@ -124,14 +121,14 @@ def _draw_values(axes: Axes, runs: Sequence[Numbers]) -> None:
         axes.set_xlabel(f"{counted(lost, 'value')} not finite")
 
 
-def _draw_differences(axes: Axes, found: Intervals, stars: Sequence[str]) -> None:
+def _draw_differences(axes: Axes, found: Numbers, stars: Sequence[str]) -> None:
     for row, mean, low, high, mark in zip(axes.get_yticks(), *found, stars, strict=True):
         axes.plot([low, high], [row, row], color=BLACK)
         axes.plot(mean, row, "o", color=BLACK)
         axes.annotate(mark, (mean, row), (0, 3), textcoords="offset points", ha="center")
 
 
-def _shade_better(axes: Axes, found: Intervals, higher_is_better: bool) -> None:
+def _shade_better(axes: Axes, found: Numbers, higher_is_better: bool) -> None:
     """Shade the better side of zero; both sides are always visible."""
     ends = finite_values(np.concatenate(found))
     low, high = min(0.0, ends.min(initial=0)), max(0.0, ends.max(initial=0))

@@ -85,25 +85,25 @@ def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
 def draw_comparison(evaluation: Evaluation) -> Figure:
     """Draw the values of each image, a panel a metric and a row a run."""
     runs = evaluation.runs
-    shown = [metric for metric in METRICS.values() if metric.in_figures]
     values = {
-        evaluation.heading(metric): [run.column(metric.name) for run in runs] for metric in shown
+        evaluation.heading(metric): [run.column(metric.name) for run in runs]
+        for metric in METRICS.values()
+        if metric.in_figures
     }
     return comparison([run.title for run in runs], values)
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure | None:
     """Draw the reliability diagram of the runs that have one."""
-    runs = evaluation.runs
-    curves = [(run.title, run.reliability) for run in runs if run.reliability is not None]
+    curves = {run.title: run.reliability for run in evaluation.runs if run.reliability is not None}
     if not curves:
         return None
     return reliability_diagram(
-        [title for title, _ in curves],
-        [curve.mean_predicted for _, curve in curves],
-        [curve.observed for _, curve in curves],
-        [curve.count for _, curve in curves],
-        [curve.calibration_error for _, curve in curves],
+        list(curves),
+        [curve.mean_predicted for curve in curves.values()],
+        [curve.observed for curve in curves.values()],
+        [curve.count for curve in curves.values()],
+        [curve.calibration_error for curve in curves.values()],
     )
 
 
@@ -132,27 +132,21 @@ def draw_differences(evaluation: Evaluation) -> Figure | None:
     """Draw the mean differences from the baseline, a panel a metric."""
     if not evaluation.comparisons:
         return None
-    compared = [metric for metric in METRICS.values() if metric.in_figures]
-    found = evaluation.comparisons
-    baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
-    rows = {
-        evaluation.heading(metric): [one.differences[metric.name] for one in found]
-        for metric in compared
-    }
-    better = [metric.higher_is_better for metric in compared]
+    compared = evaluation.comparisons
+    intervals, marks, better = {}, {}, {}
+    for metric in METRICS.values():
+        if metric.in_figures:
+            title = evaluation.heading(metric)
+            found = [one.differences[metric.name] for one in compared]
+            intervals[title] = np.array([(one.mean, *one.interval) for one in found]).T
+            marks[title] = [stars(one.adjusted) for one in found]
+            better[title] = metric.higher_is_better
     return differences(
-        [one.run for one in found],
-        {
-            title: (
-                np.array([one.mean for one in of_metric]),
-                np.array([one.interval.low for one in of_metric]),
-                np.array([one.interval.high for one in of_metric]),
-            )
-            for title, of_metric in rows.items()
-        },
-        stars={title: [stars(one.adjusted) for one in ones] for title, ones in rows.items()},
-        higher_is_better=dict(zip(rows, better, strict=True)),
-        baseline=baselines,
+        [one.run for one in compared],
+        intervals,
+        stars=marks,
+        higher_is_better=better,
+        baseline=", ".join(dict.fromkeys(one.baseline for one in compared)),
     )
 
 

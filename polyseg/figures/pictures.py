@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -62,9 +63,7 @@ def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Fig
     figure.suptitle(title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for axes, sample in zip(panels.ravel(), (one for row in rows for one in row), strict=True):
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        axes.imshow(_displayable(sample.image), cmap="gray")
+        _show(axes, sample.image)
         for k, mask in enumerate(sample.masks):
             _outline(axes, mask, (YELLOW, *RUN_COLOURS)[k % (len(RUN_COLOURS) + 1)])
         axes.set_title(shorten(sample.title, 16), fontsize=7)
@@ -196,32 +195,27 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
 
 def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> list[AxesImage]:
     """Draw one row, and return the images for the two colour bars."""
-    for panel in axes:
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
     scores = f"D = {case.difficulty:.3g}\nDice = {case.dice:.3f}".replace("nan", "–")
     label = f"{shorten(case.id, 16)}\n{scores}"
     axes[0].annotate(
         label, (0, 0.5), (-82, 0), "axes fraction", "offset points", va="center", fontsize=8
     )
     for panel in axes[:2]:
-        panel.imshow(_displayable(case.image), cmap="gray")
+        _show(panel, case.image)
     for panel in axes[1:3]:
         _outline(panel, case.mask)
     if case.mask is None or not np.any(case.mask):
         _note(axes[1], "no mask" if case.mask is None else "empty mask")
     return [
-        axes[2].imshow(np.float32(case.mean), cmap="gray", vmin=0, vmax=1),
-        axes[3].imshow(np.float32(case.uncertainty), cmap="magma", vmin=0, vmax=highest),
+        _show(axes[2], case.mean.astype(np.float32), vmin=0, vmax=1),
+        _show(axes[3], case.uncertainty.astype(np.float32), cmap="magma", vmin=0, vmax=highest),
     ]
 
 
 def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
     texts = [shorten(case.id, 22), *(f"Dice {dice:.3f}".replace("nan", "–") for dice in case.dice)]
     for panel, predicted, text in zip(axes, [None, *case.predictions], texts, strict=True):
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-        panel.imshow(_displayable(case.image), cmap="gray")
+        _show(panel, case.image)
         _edge(panel, case.mask, *_LINES["mask"])
         _edge(panel, predicted, *_LINES["prediction"])
         panel.set_xlabel(text, fontsize=7, labelpad=2)
@@ -230,6 +224,13 @@ def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
     for panel, predicted in zip(axes[1:], case.predictions, strict=True):
         if not np.any(predicted):
             _note(panel, "nothing predicted")
+
+
+def _show(axes: Axes, image: Numbers, cmap: str = "gray", **limits: Any) -> AxesImage:
+    """Show an image without ticks and frame."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes.imshow(_displayable(image), cmap=cmap, **limits)
 
 
 def _outline(axes: Axes, mask: Numbers | None, colour: str = YELLOW) -> None:

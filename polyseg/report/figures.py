@@ -18,7 +18,7 @@ from polyseg.figures.figures_by_name import (
     RunRecords,
 )
 from polyseg.figures.run_figures import drawn_figures
-from polyseg.figures.style import ONE_COLUMN, formatted, save_figure
+from polyseg.figures.style import ONE_COLUMN, finite_values, formatted, save_figure
 from polyseg.figures.training import validation_curves
 from polyseg.report.document import Picture
 from polyseg.report.run_files import EvaluationFiles, RunFiles
@@ -48,13 +48,14 @@ def run_pictures(run: RunFiles, *sources: str) -> list[Picture]:
 
 def validation_picture(runs: Sequence[RunFiles]) -> Picture:
     """Draw the validation Dice of runs with at least one epoch each in one figure."""
-    best = [max(dice, default=np.nan) for dice in map(_finite_dice, runs)]
+    curves = [_column(run, "validation_dice") for run in runs]
+    best = [max(finite_values(dice), default=np.nan) for dice in curves]
     named = (f"{run.name} {formatted(dice, '.3f')}" for run, dice in zip(runs, best, strict=True))
     return _drawn(
         validation_curves(
             [run.name for run in runs],
             [_column(run, "epoch") for run in runs],
-            [_column(run, "validation_dice") for run in runs],
+            curves,
         ),
         "Validation Dice of all runs; circles mark the best epochs.",
         f"Curves of the validation Dice; the best: {', '.join(named)}.",
@@ -119,11 +120,6 @@ def _is_wide(data: bytes) -> bool:
 
 def _column(run: RunFiles, name: str) -> Any:
     return np.array([row.get(name, np.nan) for row in run.history], dtype=np.float64)
-
-
-def _finite_dice(run: RunFiles) -> Any:
-    dice = _column(run, "validation_dice")
-    return dice[np.isfinite(dice)]
 
 
 def _drawn(figure: Any, caption: str, alternative: str, *, wide: bool = False) -> Picture:
