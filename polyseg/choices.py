@@ -47,7 +47,7 @@ LAYOUTS = Registry(
     Row("bids", "BIDS: images in sub-*/ and masks in derivatives/", f"{_LAYOUTS}.bids:read_bids"),
     Row(
         "public-set",
-        "a public data set that is told by the paths of its files, such as PH2",
+        "a public data set recognised by the paths of its files, such as PH2",
         f"{_LAYOUTS}.known_paths:read_public_set",
     ),
     Row(

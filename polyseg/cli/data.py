@@ -80,7 +80,7 @@ def data_preview(
     path: DataPath = "demo",
     out: FigureFile = Path("preview"),
     overwrite: Overwrite = False,
-    images: Annotated[int, setting(help="Number of images, one a row.")] = 4,
+    images: Annotated[int, setting(help="Number of images, each in its own row.")] = 4,
     samples: Annotated[int, setting(help="Number of augmented samples of each.")] = 5,
     overrides: Overrides = None,
     quiet: Quiet = False,

@@ -20,7 +20,6 @@ from polyseg.cli.options import (
     setting,
 )
 from polyseg.cli.printing import print_outcome
-from polyseg.system.process_group import rank_here
 
 
 def estimate_uncertainty(
@@ -71,5 +70,4 @@ def estimate_uncertainty(
             overwrite=overwrite,
             progress=display,
         )
-    if rank_here() == 0:
-        print_outcome(outcome, as_json)
+    print_outcome(outcome, as_json)

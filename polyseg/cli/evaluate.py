@@ -25,7 +25,6 @@ from polyseg.cli.options import (
 )
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
-from polyseg.system.process_group import rank_here
 
 if TYPE_CHECKING:
     from polyseg.evaluation.testing_masks import OtherMasks
@@ -145,8 +144,7 @@ def evaluate(
             masks=_masks(sources, predictions or [], name or [], data, overrides or []),
             progress=display,
         )
-    if rank_here() == 0:
-        print_outcome(outcome, as_json)
+    print_outcome(outcome, as_json)
 
 
 def _masks(

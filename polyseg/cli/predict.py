@@ -19,7 +19,6 @@ from polyseg.cli.options import (
     setting,
 )
 from polyseg.cli.printing import print_outcome
-from polyseg.system.process_group import rank_here
 
 
 def predict(
@@ -65,5 +64,4 @@ def predict(
             trust=trust,
             progress=display,
         )
-    if rank_here() == 0:
-        print_outcome(outcome, as_json)
+    print_outcome(outcome, as_json)

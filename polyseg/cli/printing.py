@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyseg.system.files import without_nan
+from polyseg.system.process_group import rank_here
 
 if TYPE_CHECKING:
     from polyseg.commands.outcome import Outcome
@@ -23,7 +24,9 @@ _LONG = 24
 
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
-    """Print tables and paths, or all results as JSON, to stdout."""
+    """Print tables and paths, or all results as JSON, to stdout, in the leading process only."""
+    if rank_here():
+        return
     from polyseg.evaluation import export, tables
 
     if as_json:

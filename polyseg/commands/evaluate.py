@@ -89,8 +89,8 @@ class _Found:
         if reference is None:
             return found
         compared = compare(runs, reference)
-        said = conclusions(compared, roles_of(self.compared.configs, arms, reference))
-        return dataclasses.replace(found, comparisons=compared, conclusions=said)
+        sentences = conclusions(compared, roles_of(self.compared.configs, arms, reference))
+        return dataclasses.replace(found, comparisons=compared, conclusions=sentences)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class ComparisonSettings:
     out: Path | None = None
     """Folder for the results, new or empty; None for one beside the runs."""
     overwrite: bool = False
-    """Whether `out` may hold the results of a former evaluation, which are replaced."""
+    """Whether results of an earlier evaluation in `out` are replaced."""
     figures: bool = True
     """Whether to draw figures."""
 
@@ -140,7 +140,12 @@ def evaluate_runs(
     `sources` are checkpoints or runs, `masks` folders of masks that other tools have written.
     Several processes share the images; the leading one compares, writes and draws.
     """
-    folders = _checked_folders(settings, masks)
+    settings.check()
+    folders: Mapping[str, Path] = {} if masks is None else masks.folders
+    if folders and settings.at == "network":
+        raise PolysegError(
+            "--at network: masks of other tools have the original size; leave it out"
+        )
     places = [*sources, *folders.values()]
     place = comparison.out or _place(sources, list(folders.values()))
     with contextlib.ExitStack() as stack:
@@ -154,26 +159,12 @@ def evaluate_runs(
             return Outcome(place, [])
         paths = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
         evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
-        files = _written(evaluation, found, folder, figures=comparison.figures)
+        figures = comparison.figures
+        files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
+        if figures:
+            drawn = found.masks, found.images, folder
+            files += evaluation_files.draw_predictions(evaluation, *drawn)
     return Outcome(place, moved(files, folder, place), evaluation)
-
-
-def _checked_folders(settings: EvaluationSettings, masks: OtherMasks | None) -> Mapping[str, Path]:
-    """Return the folders of masks by name, after a check that they fit the settings."""
-    settings.check()
-    folders = {} if masks is None else masks.folders
-    if folders and settings.at == "network":
-        raise PolysegError(
-            "--at network: masks of other tools have the original size; leave it out"
-        )
-    return folders
-
-
-def _written(evaluation: Evaluation, found: _Found, folder: Path, *, figures: bool) -> list[Path]:
-    files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
-    if figures:
-        files += evaluation_files.draw_predictions(evaluation, found.masks, found.images, folder)
-    return files
 
 
 def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
@@ -306,9 +297,7 @@ def _refuse_other_tasks(configs: Mapping[str, Config]) -> None:
 def _refuse_other_images(arms: Arms, hashes: Mapping[str, Hashes]) -> None:
     """Raise PolysegError unless all arms, or runs, are tested on the same images and masks.
 
-    Args:
-        arms: names of the runs of each arm.
-        hashes: hashes of images by id, for each run whose images are known already.
+    `hashes` are those of the runs whose images are known already.
     """
     seen = {
         arm: _merged([(name, hashes[name]) for name in names if name in hashes])

@@ -99,7 +99,7 @@ class _Predicted(NamedTuple):
     files: list[Path]
     rows: Rows
     problem: str = ""
-    """Reason why the case could not be segmented; empty where it was."""
+    """Reason why the case could not be segmented; empty if it was."""
 
 
 def _write_table(found: Sequence[_Predicted], folder: Path) -> list[Path]:

@@ -223,7 +223,7 @@ def _amount_of_work(
 
 
 def _cost_of_size(asked: DataConfig, data: DataConfig, images: ImageSet, split: Split) -> str:
-    """Return in a line the size of what the network sees, what chose it, and what it costs."""
+    """Return one line with the size of the network's input, its origin and its cost."""
     if images.tiling is not None:
         size = f"tiles of {_range_of([images.tiling.size])}"
     else:
@@ -298,7 +298,7 @@ class _LogHandler(logging.FileHandler):
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Write the messages of the package to the run's log.txt as well."""
-    # In a folder of somebody else a link may point to any file.
+    # In a folder from a stranger a link may point to any file.
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise PolysegError(f"{path}: is not a regular file, so no log can be written; remove it")
     handler, logger = _LogHandler(path, encoding="utf-8"), logging.getLogger("polyseg")

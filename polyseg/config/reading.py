@@ -66,7 +66,7 @@ def build_config(tree: Any, source: str) -> Config:
     """
     _refuse_no_settings(tree, source)
     try:
-        # An empty section stands for its defaults.
+        # An empty section means its defaults.
         return Config.model_validate(
             {key: {} if value is None else value for key, value in tree.items()}
         )
@@ -136,8 +136,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
         if first["type"] == "extra_forbidden":
             yield f"{key}: unknown key; {_nearest(key, settings)}"
         elif first["type"] == "value_error":
-            said = first["msg"].removeprefix("Value error, ")
-            yield f"{key}: {said}" if key in settings else said
+            message = first["msg"].removeprefix("Value error, ")
+            yield f"{key}: {message}" if key in settings else message
         elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
             yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
         elif others:

@@ -74,11 +74,7 @@ class OneOf:
         return {name: text for one in self.registries for name, text in one.choices().items()}
 
     def check(self, value: str) -> str:
-        """Return the name if it is allowed.
-
-        Raises:
-            ValueError: it is not; the message names the nearest allowed one.
-        """
+        """Return the name if it is allowed, or raise ValueError with the nearest allowed one."""
         if value not in self.choices() and not (self.own and is_own(value)):
             also = "; your own function is package.module:function" if self.own else ""
             raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + also)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from polyseg.data.layouts.cases import counted
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import stars
 
@@ -78,7 +79,7 @@ class Network:
 
     @property
     def patients(self) -> int:
-        """Number of patients; 0 where none are known."""
+        """Number of patients; 0 if none are known."""
         return _whole(self.record.get("patients"))
 
     @property
@@ -91,7 +92,7 @@ class Network:
         return mapping(mapping(self.record, "metrics"), key)
 
     def mean(self, key: str) -> float:
-        """Return the mean of a metric; NaN where it is undefined."""
+        """Return the mean of a metric; NaN if it is undefined."""
         return _real(self.statistics(key).get("mean"))
 
 
@@ -295,11 +296,11 @@ def _comparison_sheet(one: Record, metrics: Sequence[_Metric], by_patient: bool)
     ]
     left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
     patients = max(_whole(_difference(one, metric.key).get("patients")) for metric in metrics)
-    counted = (f"{_count(patients, 'patient')}, " if by_patient else "") + _count(images, "image")
-    paired = f", {_count(runs, 'pair')} of runs" if runs else ""
+    cases = (f"{counted(patients, 'patient')}, " if by_patient else "") + counted(images, "image")
+    paired = f", {counted(runs, 'pair')} of runs" if runs else ""
     against = f"{one.get('run', DASH)} against {one.get('baseline', DASH)}"
     return Sheet(
-        f"{against} ({counted}{paired})",
+        f"{against} ({cases}{paired})",
         ["metric", *_comparison_heads(runs > 1)],
         [_comparison_row(one, metric, runs > 1) for metric in metrics],
         [*_meaning(runs > 1, by_patient), *([left_out] if fewer else [])],
@@ -441,13 +442,9 @@ def _details(one: Network, metric: _Metric) -> str:
 
 def _images(one: Network) -> str:
     members = one.record.get("members")
-    runs = f"{_count(len(members), 'run')}, " if isinstance(members, list) and members else ""
-    patients = f"{_count(one.patients, 'patient')}, " if one.patients else ""
-    return runs + patients + _count(one.images, "image")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+    runs = f"{counted(len(members), 'run')}, " if isinstance(members, list) and members else ""
+    patients = f"{counted(one.patients, 'patient')}, " if one.patients else ""
+    return runs + patients + counted(one.images, "image")
 
 
 def _real(value: Any) -> float:

@@ -130,11 +130,7 @@ def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) 
 def _by_pattern(
     folder: Path, cases: Sequence[str], there: Mapping[str, Path], labels: Sequence[str]
 ) -> dict[str, Files]:
-    """Return a label map for each case by the one pattern of names that fits all; none without.
-
-    Raises:
-        PolysegError: several patterns fit.
-    """
+    """Return a label map for each case by the one pattern of names that fits all; none without."""
     of_labels = {pattern for one in labels for pattern in (f"{one}/ID", f"ID_{one}")}
     patterns = {key.replace(cases[0], "ID") for key in there if cases[0] in key} - of_labels
     fitting = sorted(

@@ -100,11 +100,7 @@ class EvaluationSettings:
     """Dice below which an image counts as failed."""
 
     def check(self) -> None:
-        """Check that each value is within its bounds.
-
-        Raises:
-            PolysegError: names the option, the value and the bounds.
-        """
+        """Raise PolysegError for a value out of bounds."""
         if self.threshold != "val" and not 0 < float(self.threshold) < 1:
             raise PolysegError(
                 f"--threshold {self.threshold}: choose a number above 0 and below 1, or val"
@@ -172,11 +168,7 @@ def score(
     groups: Groups | None = None,
     progress: Progress = no_progress,
 ) -> list[RunScores]:
-    """Return the metrics of a network on some images, with a record for each label.
-
-    Raises:
-        PolysegError: the images have no masks.
-    """
+    """Return the metrics of a network on some images with masks, with a record for each label."""
     test = ImageTest(name, images, ids, batch_size, progress=progress, groups=groups or {})
     return judge(test, _plain(network, test), dict.fromkeys(images.labels, 0.5))
 
@@ -270,11 +262,7 @@ def _plain(
 
 
 def true_masks(test: ImageTest, identity: str) -> NDArray[np.uint8]:
-    """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test.
-
-    Raises:
-        PolysegError: it has none.
-    """
+    """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test."""
     masks = masks_at(test.images, identity, test.settings.at)
     if masks is None:
         raise PolysegError("evaluate: the images have no masks to compare with")

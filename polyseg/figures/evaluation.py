@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from polyseg.data.layouts.cases import counted
 from polyseg.figures.style import (
     BLACK,
     GRAY,
@@ -18,7 +19,6 @@ from polyseg.figures.style import (
     TWO_COLUMNS,
     Numbers,
     boxes,
-    counted,
     finite_values,
     shorten,
     styled,

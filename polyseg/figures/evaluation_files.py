@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from polyseg.data.dataset import ImageSet
 from polyseg.evaluation import export
-from polyseg.evaluation.scores import Evaluation
+from polyseg.evaluation.scores import Evaluation, mean_scores
 from polyseg.evaluation.testing_networks import PredictedMasks
 from polyseg.figures.calibration import reliability_diagram, risk_coverage_curves
 from polyseg.figures.evaluation import comparison, differences
@@ -83,7 +83,7 @@ def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def draw_comparison(evaluation: Evaluation) -> Figure:
-    """Draw the values of each image, a panel a metric and a row a run."""
+    """Draw the values of each image: a panel for each metric, a row for each run."""
     runs = evaluation.runs
     values = {
         evaluation.heading(metric): [run.column(metric.name) for run in runs]
@@ -129,7 +129,7 @@ def draw_risk_coverage(evaluation: Evaluation) -> Figure | None:
 
 
 def draw_differences(evaluation: Evaluation) -> Figure | None:
-    """Draw the mean differences from the baseline, a panel a metric."""
+    """Draw the mean differences from the baseline, a panel for each metric."""
     if not evaluation.comparisons:
         return None
     compared = evaluation.comparisons
@@ -151,7 +151,7 @@ def draw_differences(evaluation: Evaluation) -> Figure | None:
 
 
 def draw_robustness(evaluation: Evaluation) -> Figure | None:
-    """Draw the Dice of the images over the strength of each damage."""
+    """Draw the Dice of the images over the strength of each corruption."""
     points = evaluation.robustness
     if not points:
         return None
@@ -168,12 +168,8 @@ def draw_robustness(evaluation: Evaluation) -> Figure | None:
 
 def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
     """Return the mean Dice of each image over the runs."""
-    found: dict[str, list[float]] = {}
-    for run in evaluation.runs:
-        if run.label == label and run.prediction == "plain":
-            for image in run.scores:
-                found.setdefault(image.id, []).append(image.values["dice"])
-    return {identity: float(np.mean(values)) for identity, values in found.items()}
+    runs = [run for run in evaluation.runs if run.label == label and run.prediction == "plain"]
+    return {one.id: one.values["dice"] for one in mean_scores([run.scores for run in runs])}
 
 
 def _arms(
@@ -195,9 +191,9 @@ def _case(
     images: ImageSet,
     at: str,
 ) -> PredictionCase | None:
-    """Return an image and what the first run of each arm that tested it predicted.
+    """Return an image with the predictions of the first run of each arm that tested it.
 
-    None where an arm has no prediction of the size of the image.
+    None if an arm has no prediction of the size of the image.
     """
     if identity not in images.hashes:
         return None

@@ -40,7 +40,7 @@ _LINES: dict[str, tuple[str, float, withStroke]] = {
     "mask": (YELLOW, 0.9, withStroke(linewidth=1.4, foreground=BLACK)),
     "prediction": (BLUE, 0.5, withStroke(linewidth=0.8, foreground="white")),
 }
-"""Colour, width and border of the outlines in `predictions`; both are visible where they agree."""
+"""Colour, width and border of the outlines in `predictions`; both are visible if they agree."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def overlays(
     """Draw a row for each image: the image, its mask, the mean prediction and the uncertainty.
 
     Args:
-        cases: at least one. Heights are cut to between 0.4 and 2 widths, with room beside.
+        cases: at least one. Heights are limited to between 0.4 and 2 widths.
         metric: name of the uncertainty.
         title: of the figure.
         highest: uncertainty at the upper end of the colours, which start at 0; by default

@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from polyseg.data.layouts.cases import counted
 from polyseg.figures.style import (
     MARKERS,
     ONE_COLUMN,
     RUN_COLOURS,
     TWO_COLUMNS,
     Numbers,
-    counted,
     shorten,
     styled,
 )

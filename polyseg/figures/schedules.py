@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from polyseg.data.layouts.cases import counted
 from polyseg.figures.style import (
     BLUE,
     GRAY,
@@ -16,7 +17,6 @@ from polyseg.figures.style import (
     RUN_COLOURS,
     TWO_COLUMNS,
     Numbers,
-    counted,
     epochs_axis,
     finite_values,
     formatted,

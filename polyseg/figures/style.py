@@ -53,7 +53,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "polyseg",
 }
 
-# Entries that hold a date or a version, by which equal figures would differ.
+# Entries with a date or a version, in which equal figures would differ.
 METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -171,13 +171,8 @@ def formatted(value: float, form: str = "g") -> str:
     return f"{value:{form}}".replace("-", "−")
 
 
-def counted(number: int, thing: str) -> str:
-    """Return a number with a noun in singular or plural."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def shorten(name: str, length: int = 20) -> str:
-    """Return a name without its middle if it is long, since ends tell names apart.
+    """Return a name without its middle if it is long, because names mostly differ at their ends.
 
     >>> shorten("case_0001_left_view", 10)
     'case…_view'

@@ -37,7 +37,7 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     Args:
         rows: one for each epoch, with `epoch` and other columns of history.csv; NaN leaves a gap.
             `train_loss_constant`, which compares with `validation_loss`, is drawn instead of
-            `train_loss` where there is one. The first epoch with the highest Dice is marked, and
+            `train_loss` if it exists. The first epoch with the highest Dice is marked, and
             the first assessment, E0, by a dashed line.
 
     >>> figure = training_curves([{"epoch": 1, "train_loss": 0.6}, {"epoch": 2, "train_loss": 0.4}])
@@ -95,7 +95,7 @@ def validation_curves(
     axes = figure.add_subplot(ylabel="validation Dice")
     for i, (name, x, y) in enumerate(zip(names, epochs, dice, strict=True)):
         style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "label": shorten(name, 32)}
-        # The line style tells apart runs of equal colour.
+        # Runs of equal colour differ in their line style.
         _plot(axes, x, y, linestyle=_LINES[i // len(RUN_COLOURS) % len(_LINES)], **style)
         if np.isfinite(y).any():
             best = np.nanargmax(np.where(np.isfinite(y), y, np.nan))
@@ -163,7 +163,7 @@ def difficulty_distribution(
 
 
 def _legend_above(axes: Axes) -> None:
-    """Put the legend above a panel, where it hides no curve."""
+    """Put the legend above a panel, so that it hides no curve."""
     if axes.get_legend_handles_labels()[0]:
         above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0}
         spacing = {"columnspacing": 0.8, "handlelength": 1, "handletextpad": 0.5}

@@ -66,8 +66,9 @@ def validation_picture(runs: Sequence[RunFiles]) -> Picture:
 def extreme_pictures(run: RunFiles) -> list[Picture]:
     """Return the figures in a run's folder, except those that are drawn again from its records."""
     rows = RUN_FIGURES.values()
-    anew = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
-    found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
+    redrawn = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
+    names = [one for one in run.pictures if one.startswith("figures")]
+    found = [one for one in names if not one.startswith(redrawn)]
     # The largest D first.
     found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]

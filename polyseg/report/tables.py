@@ -62,11 +62,7 @@ def _metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
 
 
 def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
-    """Raise unless all evaluations compared masks at the same kind of size.
-
-    Raises:
-        PolysegError: names one of each, and the remedy.
-    """
+    """Raise PolysegError unless all evaluations compared masks at the same kind of size."""
     names = {size_of(one.summary): one.name for one in evaluations if one.summary}
     if len(names) > 1:
         raise PolysegError(
