@@ -6,34 +6,20 @@ from typing import Annotated
 import typer
 
 from polyseg.choices import MODALITIES
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import (
-    App,
-    AsJson,
-    DataPath,
-    FigureFile,
-    Fold,
-    Overrides,
-    Overwrite,
-    Quiet,
-    Verbose,
-    as_overrides,
-    in_out,
-    one_of,
-    setting,
-)
 from polyseg.cli.printing import print_mapping
 
-data_app = App(help="Check, divide, preview and make data sets.")
+data_app = options.App(help="Check, divide, preview and make data sets.")
 
 
 @data_app.command("check")
 def data_check(
-    path: DataPath,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Read every image and mask of a data set, and print what was found and what is wrong.
 
@@ -41,7 +27,7 @@ def data_check(
     """
     from polyseg.config import load_config
 
-    settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
+    settings = load_config(None, [*(overrides or []), *options.as_overrides({"data.path": path})])
     with messages(quiet, verbose) as display:
         from polyseg.commands import data
 
@@ -51,14 +37,16 @@ def data_check(
 
 @data_app.command("split")
 def data_split(
-    path: DataPath,
-    out: Annotated[Path, in_out(metavar="FILE", help="File to write.")] = Path("split.json"),
-    overwrite: Overwrite = False,
-    fold: Fold = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath,
+    out: Annotated[Path, options.in_out(metavar="FILE", help="File to write.")] = Path(
+        "split.json"
+    ),
+    overwrite: options.Overwrite = False,
+    fold: options.Fold = None,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Divide a data set into training, validation and test images, for `train --split`.
 
@@ -66,7 +54,7 @@ def data_split(
     """
     from polyseg.config import load_config
 
-    flags = as_overrides({"data.path": path, "data.fold": fold})
+    flags = options.as_overrides({"data.path": path, "data.fold": fold})
     settings = load_config(None, [*(overrides or []), *flags])
     with messages(quiet, verbose) as display:
         from polyseg.commands import data
@@ -77,14 +65,14 @@ def data_split(
 
 @data_app.command("preview")
 def data_preview(
-    path: DataPath = "demo",
-    out: FigureFile = Path("preview"),
-    overwrite: Overwrite = False,
-    images: Annotated[int, setting(help="Number of images, each in its own row.")] = 4,
-    samples: Annotated[int, setting(help="Number of augmented samples of each.")] = 5,
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath = "demo",
+    out: options.FigureFile = Path("preview"),
+    overwrite: options.Overwrite = False,
+    images: Annotated[int, options.setting(help="Number of images, each in its own row.")] = 4,
+    samples: Annotated[int, options.setting(help="Number of augmented samples of each.")] = 5,
+    overrides: options.Overrides = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw training images with their masks, plain and as augmented in the first epochs.
 
@@ -92,7 +80,7 @@ def data_preview(
     """
     from polyseg.config import load_config
 
-    settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
+    settings = load_config(None, [*(overrides or []), *options.as_overrides({"data.path": path})])
     with messages(quiet, verbose) as display:
         from polyseg.commands import data_preview
 
@@ -109,12 +97,12 @@ def data_preview(
 
 @data_app.command("manifest")
 def data_manifest(
-    path: DataPath,
-    out: Annotated[Path, in_out(help="CSV file to write.")] = Path("set.csv"),
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath,
+    out: Annotated[Path, options.in_out(help="CSV file to write.")] = Path("set.csv"),
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write a draft of a manifest of images and masks, to edit and give as --data.
 
@@ -130,12 +118,12 @@ def data_manifest(
 @data_app.command("demo")
 def data_demo(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
-    images: Annotated[int, setting(help="Number of images.")] = 160,
-    size: Annotated[int, setting(help="Height and width in pixels.")] = 128,
-    modality: Annotated[str, one_of(MODALITIES)] = "ultrasound",
-    seed: Annotated[int, setting(help="Random seed for the phantoms.")] = 0,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    images: Annotated[int, options.setting(help="Number of images.")] = 160,
+    size: Annotated[int, options.setting(help="Height and width in pixels.")] = 128,
+    modality: Annotated[str, options.one_of(MODALITIES)] = "ultrasound",
+    seed: Annotated[int, options.setting(help="Random seed for the phantoms.")] = 0,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write the images of the demo, phantoms of lesions of known difficulty, as PNG files.
 

@@ -3,54 +3,40 @@
 from typing import Annotated
 
 from polyseg.choices import image_scores
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import (
-    AsJson,
-    Cache,
-    Device,
-    OtherData,
-    Out,
-    Overwrite,
-    Part,
-    Quiet,
-    Source,
-    Trust,
-    Verbose,
-    help_of,
-    setting,
-)
 from polyseg.cli.printing import print_outcome
 
 
 def estimate_uncertainty(
-    source: Source,
-    data: OtherData = None,
-    part: Part = None,
+    source: options.Source,
+    data: options.OtherData = None,
+    part: options.Part = None,
     samples: Annotated[
         int | None,
-        setting(
+        options.setting(
             metavar="N",
             help="Number of MC-Dropout passes (default: uncertainty.samples of the run).",
         ),
     ] = None,
-    maps: Annotated[bool, setting("--maps", help="Keep the pixel maps as well.")] = False,
+    maps: Annotated[bool, options.setting("--maps", help="Keep the pixel maps as well.")] = False,
     score: Annotated[
         list[str] | None,
-        setting(
+        options.setting(
             "--score",
             metavar="NAME",
             help=f"Measure this score of the whole image too; repeatable: "
-            f"{help_of(image_scores())}",
+            f"{options.help_of(image_scores())}",
         ),
     ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    cache: Cache = None,
-    device: Device = "auto",
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    cache: options.Cache = None,
+    device: options.Device = "auto",
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure by MC Dropout how uncertain a network is about images, with or without masks.
 

@@ -6,23 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import (
-    AsJson,
-    Cache,
-    Device,
-    OtherData,
-    Out,
-    Overrides,
-    Overwrite,
-    Part,
-    Passes,
-    Quiet,
-    Trust,
-    Verbose,
-    in_out,
-    setting,
-)
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 
@@ -37,22 +22,23 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         list[Path] | None,
-        in_out(
+        options.in_out(
             metavar="DIR",
             help="Folder of masks from any tool, each named like its image; repeatable.",
         ),
     ] = None,
     name: Annotated[
-        list[str] | None, in_out(help="Name of the masks in tables, one for each --predictions.")
+        list[str] | None,
+        options.in_out(help="Name of the masks in tables, one for each --predictions."),
     ] = None,
-    overrides: Overrides = None,
-    data: OtherData = None,
-    part: Part = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    overrides: options.Overrides = None,
+    data: options.OtherData = None,
+    part: options.Part = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
     baseline: Annotated[
         str | None,
-        setting(
+        options.setting(
             metavar="RUN",
             help="Run, or arm, to compare the others with: paired differences, bootstrap "
             "intervals, Wilcoxon's test with Holm's correction, and for an adaptive arm a sentence "
@@ -60,11 +46,12 @@ def evaluate(
         ),
     ] = None,
     group: Annotated[
-        bool, setting("--group", help="Join runs that differ only by seed or fold into one arm.")
+        bool,
+        options.setting("--group", help="Join runs that differ only by seed or fold into one arm."),
     ] = False,
     threshold: Annotated[
         str,
-        setting(
+        options.setting(
             metavar="P",
             help="Probability from which a pixel is foreground, between 0 and 1; or val: the one "
             "with the best Dice on the validation images.",
@@ -72,7 +59,7 @@ def evaluate(
     ] = "0.5",
     at: Annotated[
         str,
-        setting(
+        options.setting(
             metavar="SIZE",
             help="original (compare masks at the size of their files) or network (at data.size, "
             "as version 0.1 did).",
@@ -80,7 +67,7 @@ def evaluate(
     ] = "original",
     by: Annotated[
         str,
-        setting(
+        options.setting(
             metavar="CASE",
             help="patient (means, intervals and tests over patients, if the data or data.group "
             "name them) or image (over images).",
@@ -88,15 +75,15 @@ def evaluate(
     ] = "patient",
     uncertainty: Annotated[
         bool,
-        setting(
+        options.setting(
             "--uncertainty",
             help="Test the mean of the MC-Dropout passes as well, and whether D finds failures.",
         ),
     ] = False,
-    samples: Passes = None,
+    samples: options.Passes = None,
     corrupt: Annotated[
         str | None,
-        setting(
+        options.setting(
             metavar="KIND,...",
             help="Test on corrupted images as well: noise, blur, contrast, gamma, bias, motion, "
             "speckle, resolution, jpeg, or all.",
@@ -104,18 +91,22 @@ def evaluate(
     ] = None,
     tolerance: Annotated[
         float,
-        setting(
+        options.setting(
             help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels."
         ),
     ] = 2.0,
-    failure: Annotated[float, setting(help="Dice below which an image counts as failed.")] = 0.7,
-    figures: Annotated[bool, in_out("--figures/--no-figures", help="Draw the figures.")] = True,
-    cache: Cache = None,
-    device: Device = "auto",
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    failure: Annotated[
+        float, options.setting(help="Dice below which an image counts as failed.")
+    ] = 0.7,
+    figures: Annotated[
+        bool, options.in_out("--figures/--no-figures", help="Draw the figures.")
+    ] = True,
+    cache: options.Cache = None,
+    device: options.Device = "auto",
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Test networks, and masks of other tools, on the same images: tables, tests, figures.
 

@@ -3,24 +3,24 @@
 from pathlib import Path
 from typing import Annotated
 
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import FigureFile, Overwrite, Quiet, Verbose, setting
 from polyseg.errors import PolysegError
 
 
 def plot_loss(
-    s: Annotated[float, setting("--s", help="Scale s, above 0 and up to 1.")] = 0.1,
+    s: Annotated[float, options.setting("--s", help="Scale s, above 0 and up to 1.")] = 0.1,
     epsilon: Annotated[
-        str, setting(metavar="E,...", help="Values of epsilon, separated by commas.")
+        str, options.setting(metavar="E,...", help="Values of epsilon, separated by commas.")
     ] = "-0.4,0,0.5,1",
-    terms: Annotated[int, setting(help="Number of terms K of PolyDice.")] = 1,
+    terms: Annotated[int, options.setting(help="Number of terms K of PolyDice.")] = 1,
     gradient: Annotated[
-        bool, setting("--gradient", help="Draw the derivative with respect to theta.")
+        bool, options.setting("--gradient", help="Draw the derivative with respect to theta.")
     ] = False,
-    out: FigureFile = Path("polydice"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    out: options.FigureFile = Path("polydice"),
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw the loss over the angle between prediction and mask, for several epsilon.
 

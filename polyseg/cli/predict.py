@@ -5,24 +5,13 @@ from typing import Annotated
 
 import typer
 
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import (
-    AsJson,
-    Device,
-    Overwrite,
-    Passes,
-    Quiet,
-    Source,
-    Trust,
-    Verbose,
-    in_out,
-    setting,
-)
 from polyseg.cli.printing import print_outcome
 
 
 def predict(
-    source: Source,
+    source: options.Source,
     paths: Annotated[
         list[Path],
         typer.Argument(
@@ -30,21 +19,21 @@ def predict(
             help="Images, folders of images, or a folder of a DICOM series.",
         ),
     ],
-    out: Annotated[Path, in_out("--out", metavar="DIR", help="New folder for the masks.")],
-    overwrite: Overwrite = False,
+    out: Annotated[Path, options.in_out("--out", metavar="DIR", help="New folder for the masks.")],
+    overwrite: options.Overwrite = False,
     uncertainty: Annotated[
         bool,
-        setting(
+        options.setting(
             "--uncertainty",
             help="Write maps of the uncertainty as well, and difficulties into the table.",
         ),
     ] = False,
-    samples: Passes = None,
-    device: Device = "auto",
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    samples: options.Passes = None,
+    device: options.Device = "auto",
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Segment images: write a mask of the size, spacing, orientation and format of each.
 

@@ -3,30 +3,30 @@
 from pathlib import Path
 from typing import Annotated
 
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import Overwrite, Quiet, Runs, Verbose, in_out, setting
 
 
 def report(
-    runs: Runs,
+    runs: options.Runs,
     evaluations: Annotated[
         list[Path] | None,
-        in_out(
+        options.in_out(
             "--evaluation",
             metavar="DIR",
             help="Folder that `polyseg evaluate` wrote; repeatable (default: the newest comparison "
             "of exactly these runs, if it lies beside them).",
         ),
     ] = None,
-    out: Annotated[Path, in_out("--out", metavar="FILE", help="HTML file to write.")] = Path(
-        "report.html"
-    ),
-    overwrite: Overwrite = False,
+    out: Annotated[
+        Path, options.in_out("--out", metavar="FILE", help="HTML file to write.")
+    ] = Path("report.html"),
+    overwrite: options.Overwrite = False,
     title: Annotated[
-        str | None, setting(help="Title of the page (default: names of the runs).")
+        str | None, options.setting(help="Title of the page (default: names of the runs).")
     ] = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write one HTML file on runs: results, comparisons, settings, curves, images, provenance.
 

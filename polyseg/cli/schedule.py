@@ -11,21 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyseg.cli import completion
+from polyseg.cli import completion, options
 from polyseg.cli.display import messages
-from polyseg.cli.options import (
-    App,
-    AsJson,
-    Out,
-    Overwrite,
-    Quiet,
-    Runs,
-    Trust,
-    Verbose,
-    in_out,
-    printed,
-    setting,
-)
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.system.files import without_nan
@@ -33,12 +20,14 @@ from polyseg.system.files import without_nan
 if TYPE_CHECKING:
     from polyseg.commands.schedule import TableWithNotes
 
-schedule_app = App(help="Show, draw, export and recompute the difficulty and epsilon of a run.")
+schedule_app = options.App(
+    help="Show, draw, export and recompute the difficulty and epsilon of a run."
+)
 
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run; it may still be training.")
 ]
-AsCsv = Annotated[bool, printed("--csv", help="Print the results as CSV.")]
+AsCsv = Annotated[bool, options.printed("--csv", help="Print the results as CSV.")]
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 """Heading of a column, and a function that returns its cell of a row."""
@@ -52,17 +41,17 @@ def schedule_show(
     run: Run,
     image: Annotated[
         str | None,
-        in_out(
+        options.in_out(
             "--image",
             metavar="ID",
             help="Show how the epsilons of this image follow from its difficulty (default: all "
             "images).",
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     as_csv: AsCsv = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Print difficulty and epsilon at each assessment, or those of one image.
 
@@ -83,12 +72,12 @@ def schedule_show(
 
 @schedule_app.command("plot")
 def schedule_plot(
-    runs: Runs,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    runs: options.Runs,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw epsilon over the epochs, in all and by image, D against Dice, and rank stability.
 
@@ -106,7 +95,7 @@ def schedule_recompute(
     run: Run,
     overrides: Annotated[
         list[str] | None,
-        setting(
+        options.setting(
             "--set",
             metavar="KEY=VALUE",
             help="A setting of control, uncertainty.metric or loss.epsilon; repeatable (default: "
@@ -116,17 +105,17 @@ def schedule_recompute(
     ] = None,
     out: Annotated[
         Path | None,
-        in_out(
+        options.in_out(
             "--out",
             metavar="FILE",
             help="HDF5 file for the new schedule (default: none is written).",
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    overwrite: options.Overwrite = False,
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compute the epsilons that other settings would have made of the recorded difficulties.
 
@@ -156,11 +145,12 @@ def schedule_recompute(
 def schedule_export(
     run: Run,
     out: Annotated[
-        Path | None, in_out("--out", metavar="FILE", help="CSV file to write (default: stdout).")
+        Path | None,
+        options.in_out("--out", metavar="FILE", help="CSV file to write (default: stdout)."),
     ] = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write difficulty, epsilon and Dice as CSV, a row for each assessment and image.
 
@@ -178,19 +168,19 @@ def schedule_validity(
     run: Run,
     donors: Annotated[
         tuple[Path, Path] | None,
-        in_out(
+        options.in_out(
             "--donors",
             metavar="RUN RUN",
             help="Two runs, each trained on half of RUN's training images: also correlate with the "
             "error of the one that did not see the image.",
         ),
     ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
     as_csv: AsCsv = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Correlate D with 1 - Dice, with size and with its previous value: is it difficulty?
 

@@ -4,21 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from polyseg.choices import DEVICES, LOSSES, REPLAY_ARMS
+from polyseg.cli import options
 from polyseg.cli.display import messages
-from polyseg.cli.options import (
-    AsJson,
-    ConfigFile,
-    Fold,
-    Overrides,
-    PresetName,
-    Quiet,
-    Trust,
-    Verbose,
-    as_overrides,
-    in_out,
-    one_of,
-    setting,
-)
 from polyseg.cli.printing import print_mapping, print_outcome
 from polyseg.errors import PolysegError
 from polyseg.registry import not_among
@@ -41,37 +28,38 @@ def _refuse_data_set(config: Path | None) -> None:
 
 
 def train(
-    config: ConfigFile = None,
+    config: options.ConfigFile = None,
     data: Annotated[
         str | None,
-        in_out(
+        options.in_out(
             metavar="PATH",
             help="Data set: a folder, a CSV manifest or demo, built-in images (default: demo).",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        in_out(
+        options.in_out(
             metavar="DIR", help="New folder for the run (default: one in runs/, named by the time)."
         ),
     ] = None,
     epochs: Annotated[
-        int | None, setting(metavar="N", help="Passes over the training images (default: 30).")
+        int | None,
+        options.setting(metavar="N", help="Passes over the training images (default: 30)."),
     ] = None,
     seed: Annotated[
         int | None,
-        setting(
+        options.setting(
             metavar="N",
             help="Random seed for weights, data order, augmentation and dropout (default: 0).",
         ),
     ] = None,
-    loss: Annotated[str | None, one_of(LOSSES.choices(), "polydice1")] = None,
-    device: Annotated[str | None, one_of(DEVICES, "auto")] = None,
-    preset: PresetName = None,
-    fold: Fold = None,
+    loss: Annotated[str | None, options.one_of(LOSSES.choices(), "polydice1")] = None,
+    device: Annotated[str | None, options.one_of(DEVICES, "auto")] = None,
+    preset: options.PresetName = None,
+    fold: options.Fold = None,
     split: Annotated[
         Path | None,
-        in_out(
+        options.in_out(
             "--split",
             metavar="FILE",
             help="File of a split: split.json of a run or of `data split`, or nnU-Net's "
@@ -80,7 +68,7 @@ def train(
     ] = None,
     replay: Annotated[
         Path | None,
-        setting(
+        options.setting(
             metavar="RUN|SCHEDULE.h5",
             help="Use the epsilons that a run recorded, without MC Dropout, and the settings of "
             "that run unless CONFIG.yaml is given.",
@@ -88,14 +76,14 @@ def train(
     ] = None,
     replay_arm: Annotated[
         str | None,
-        one_of(
+        options.one_of(
             REPLAY_ARMS.choices(), "recorded", "Which image gets which of the replayed epsilons: "
         ),
     ] = None,
-    overrides: Overrides = None,
+    overrides: options.Overrides = None,
     resume: Annotated[
         bool,
-        in_out(
+        options.in_out(
             "--resume",
             help="Continue the run in --out from its last committed epoch. With more --epochs it "
             "is continued for longer, and the learning rate follows the new number.",
@@ -103,20 +91,22 @@ def train(
     ] = False,
     accept_changes: Annotated[
         bool,
-        in_out(
+        options.in_out(
             "--accept-changes",
             help="Resume although versions, device, threads or learning rate differ; the result "
             "may then differ from an uninterrupted run.",
         ),
     ] = False,
-    trust: Trust = False,
+    trust: options.Trust = False,
     dry_run: Annotated[
         bool,
-        setting("--dry-run", help="Check data and settings and print the plan, without training."),
+        options.setting(
+            "--dry-run", help="Check data and settings and print the plan, without training."
+        ),
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Train a network with a steeper loss for images that it is uncertain about; test it.
 
@@ -155,7 +145,7 @@ def train(
         "control.replay": None if replay is None else str(replay),
         "control.replay_arm": None if replay is None else replay_arm or "recorded",
     }
-    settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)], preset)
+    settings = load_config(config, [*own, *(overrides or []), *options.as_overrides(flags)], preset)
     if from_run is not None and settings.own_code and not trust:
         key, name = next(iter(settings.own_code.items()))
         raise PolysegError(
