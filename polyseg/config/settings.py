@@ -10,25 +10,7 @@ from unicodedata import category
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 from pydantic_core import core_schema
 
-from polyseg.choices import (
-    DEVICES,
-    FREE_SCORES,
-    LAYOUTS,
-    LOSSES,
-    MAPS,
-    MODALITIES,
-    NETWORKS,
-    NORMALISATIONS,
-    OPTIMIZERS,
-    PAIR_SCORES,
-    REDUCTIONS,
-    REGIONS,
-    REPLAY_ARMS,
-    SCHEDULERS,
-    UNCERTAINTIES,
-    WHOLE_SCORES,
-    loss_of,
-)
+from polyseg import choices
 from polyseg.config.label_values import LARGEST_LABEL, name_of, parse_values
 from polyseg.registry import Registry, is_own, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
@@ -152,7 +134,7 @@ class DataConfig(Section):
     path: str = _setting(
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
-    layout: Annotated[str, OneOf(LAYOUTS)] = _setting(
+    layout: Annotated[str, OneOf(choices.LAYOUTS)] = _setting(
         "auto", "arrangement of image and mask files in the folder"
     )
     images: Names = _setting(
@@ -268,7 +250,7 @@ class DataConfig(Section):
         "such as '#FF0000'; for several labels a list or a mapping of names to values, where an "
         "inner list unites values; null: masks are 0/1 or 0/255",
     )
-    normalise: Annotated[str, OneOf(NORMALISATIONS)] = _setting(
+    normalise: Annotated[str, OneOf(choices.NORMALISATIONS)] = _setting(
         "zscore", "how the values of an image are normalised"
     )
     window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
@@ -298,7 +280,7 @@ class DataConfig(Section):
     )
     demo_images: int = _setting(160, "number of phantoms in the demo data", ge=8, le=100_000)
     demo_modality: Literal["ultrasound", "endoscopy"] = _setting(
-        "ultrasound", "imaging modality of the phantoms", choices=MODALITIES
+        "ultrasound", "imaging modality of the phantoms", choices=choices.MODALITIES
     )
     augment: AugmentConfig = AugmentConfig()
 
@@ -394,7 +376,7 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network and its dropout."""
 
-    name: Annotated[str, OneOf(NETWORKS, own=True)] = _setting(
+    name: Annotated[str, OneOf(choices.NETWORKS, own=True)] = _setting(
         "unet", "network by name, or your own factory as package.module:factory"
     )
     dropout: float = _setting(0.2, "dropout rate; 0: no dropout", ge=0, lt=1)
@@ -442,7 +424,7 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """The loss."""
 
-    name: Annotated[str, OneOf(LOSSES, own=True)] = _setting(
+    name: Annotated[str, OneOf(choices.LOSSES, own=True)] = _setting(
         "polydice1", f"loss by name, {_OR_OWN}, of (logits, mask, epsilon)"
     )
     epsilon: float = _setting(
@@ -477,7 +459,7 @@ class LossConfig(Section):
     @property
     def has_epsilon(self) -> bool:
         """Whether the loss depends on epsilon."""
-        return loss_of(self.name).has_epsilon
+        return choices.loss_of(self.name).has_epsilon
 
     @property
     def polydice_terms(self) -> int:
@@ -501,12 +483,14 @@ class UncertaintyConfig(Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES, own=True)] = _setting(
+    metric: Annotated[
+        str, OneOf(choices.UNCERTAINTIES, choices.WHOLE_SCORES, choices.FREE_SCORES, own=True)
+    ] = _setting(
         "mutual_information",
         "difficulty D: the mean of a pixel map over uncertainty.region, or a score of the whole "
         f"image, {_OR_OWN}, of (moments, mask), or of (probability, mask) for each pass",
     )
-    region: Annotated[str, OneOf(REGIONS)] = _setting(
+    region: Annotated[str, OneOf(choices.REGIONS)] = _setting(
         "mask", "pixels over which D is averaged; if there are none, those of the prediction"
     )
     boundary_width: int = _setting(
@@ -543,7 +527,7 @@ class UncertaintyConfig(Section):
     @field_validator("metric", mode="before")
     @classmethod
     def _refuse_pairs(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in PAIR_SCORES:
+        if isinstance(value, str) and value in choices.PAIR_SCORES:
             raise ValueError(
                 f"{value} compares all pairs of passes and cannot be the difficulty in training; "
                 f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` compute it"
@@ -553,7 +537,7 @@ class UncertaintyConfig(Section):
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric not in FREE_SCORES
+        return self.metric not in choices.FREE_SCORES
 
 
 class ControlConfig(Section):
@@ -566,13 +550,13 @@ class ControlConfig(Section):
         0.2, "epoch E0 of the first assessment; below 1: a share of training.epochs", "epochs", ge=0
     )
     every: int = _setting(5, "number tau of epochs between assessments", "epochs", ge=1)
-    reduction: Annotated[str, OneOf(REDUCTIONS)] = _setting(
+    reduction: Annotated[str, OneOf(choices.REDUCTIONS)] = _setting(
         "sigma", "how difficulties are normalised, D to D_norm"
     )
     percentile: float = _setting(
         50.0, "pct of eq. 11: percentile of D that is subtracted", "percent", ge=0, le=100
     )
-    map: Annotated[str, OneOf(MAPS, own=True)] = _setting(
+    map: Annotated[str, OneOf(choices.MAPS, own=True)] = _setting(
         "sigmoid",
         f"how epsilon is computed from D_norm: by name, {_OR_OWN}, of (normalised, epsilon_min, "
         "epsilon_max, sensitivity)",
@@ -601,7 +585,7 @@ class ControlConfig(Section):
         "run or schedule file whose recorded epsilons are used, without MC Dropout; null: adapt "
         "epsilon in this training",
     )
-    replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
+    replay_arm: Annotated[str, OneOf(choices.REPLAY_ARMS)] = _setting(
         "recorded", "how the replayed epsilons are assigned to the images"
     )
     replay_seed: int | None = _setting(
@@ -646,9 +630,11 @@ class TrainingConfig(Section):
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
     batch_size: int = _setting(8, "images in each training step", "images", ge=1, le=4096)
     learning_rate: float = _setting(3e-3, "learning rate of the first epoch", gt=0, le=10)
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = _setting("adamw", "optimizer of the weights")
+    optimizer: Annotated[str, OneOf(choices.OPTIMIZERS)] = _setting(
+        "adamw", "optimizer of the weights"
+    )
     weight_decay: float = _setting(1e-2, "weight decay of the optimizer", ge=0, le=1)
-    scheduler: Annotated[str, OneOf(SCHEDULERS)] = _setting(
+    scheduler: Annotated[str, OneOf(choices.SCHEDULERS)] = _setting(
         "cosine", "how the learning rate changes over the epochs"
     )
     early_stopping: int = _setting(
@@ -714,7 +700,7 @@ class TrainingConfig(Section):
         le=64,
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = _setting(
-        "auto", "device of training and MC Dropout", choices=DEVICES
+        "auto", "device of training and MC Dropout", choices=choices.DEVICES
     )
     seed: int = _setting(
         0, "random seed for weights, data order, augmentation and dropout", ge=0, le=2**31
@@ -764,7 +750,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_control(self) -> Self:
-        adaptable = listed(name for name, row in LOSSES.items() if row.has_epsilon)
+        adaptable = listed(name for name, row in choices.LOSSES.items() if row.has_epsilon)
         if self.control.enabled is True and not self.loss.has_epsilon:
             raise ValueError(
                 f"control.enabled: loss.name {self.loss.name} has no epsilon to adapt; "
