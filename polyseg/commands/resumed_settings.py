@@ -101,26 +101,15 @@ def recorded_config(config: Config, epochs: int) -> Config:
     Paths become absolute, and the first assessment is given in whole epochs, so that it stays the
     same when the run is resumed for more epochs.
     """
-    changes: dict[str, Any] = {}
-    given = {"path": config.data.path, "split_file": config.data.split_file}
-    paths = {
-        name: str(Path(path).resolve())
-        for name, path in given.items()
-        if path not in (None, "demo")
-    }
-    changes["data"] = config.data.model_copy(update=paths)
-    for setting, name in config.own_code.items():
+    settings = config.flat()
+    paths = [key for key in ("data.split_file", "control.replay") if settings[key] is not None]
+    if config.data.path != "demo":
+        paths.append("data.path")
+    changes: dict[str, Any] = {key: str(Path(settings[key]).resolve()) for key in paths}
+    for key, name in config.own_code.items():
         module, _, attribute = name.rpartition(":")
         if module.endswith(".py"):
-            section, _, key = setting.partition(".")
-            held = changes.get(section, getattr(config, section))
-            place = f"{Path(module).resolve()}:{attribute}"
-            changes[section] = held.model_copy(update={key: place})
-    config = config.model_copy(update=changes)
-    if config.control.replay is not None:
-        replay = str(Path(config.control.replay).resolve())
-        changes["control"] = config.control.model_copy(update={"replay": replay})
-    elif config.adaptive:
-        start = float(config.control.assessment_epochs(epochs)[0])
-        changes["control"] = config.control.model_copy(update={"start": start})
-    return config.model_copy(update=changes)
+            changes[key] = f"{Path(module).resolve()}:{attribute}"
+    if config.assesses:
+        changes["control.start"] = float(config.control.assessment_epochs(epochs)[0])
+    return config.changed(changes)

@@ -794,13 +794,9 @@ class Config(Section):
     @property
     def own_code(self) -> dict[str, str]:
         """The code outside polyseg that settings name, by setting."""
-        named = {
-            "network.name": self.network.name,
-            "loss.name": self.loss.name,
-            "uncertainty.metric": self.uncertainty.metric,
-            "control.map": self.control.map,
-        }
-        return {setting: name for setting, name in named.items() if ":" in name}
+        flat = self.flat()
+        keys = ("network.name", "loss.name", "uncertainty.metric", "control.map")
+        return {key: flat[key] for key in keys if ":" in flat[key]}
 
     @property
     def assesses(self) -> bool:
@@ -814,6 +810,15 @@ class Config(Section):
             for section, values in self.model_dump().items()
             for name, value in values.items()
         }
+
+    def changed(self, settings: Mapping[str, Any]) -> "Config":
+        """Return a copy with other values, unchecked, by section and name."""
+        copy = self
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            values = getattr(copy, section).model_copy(update={name: value})
+            copy = copy.model_copy(update={section: values})
+        return copy
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""
