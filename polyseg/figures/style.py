@@ -156,6 +156,11 @@ def boxes(
             across(median, *ends, colors=BLACK, linewidth=1.6)
 
 
+def run_colour(number: int) -> str:
+    """Return the colour of a run by its number; colours repeat."""
+    return RUN_COLOURS[number % len(RUN_COLOURS)]
+
+
 def finite_values(values: Numbers) -> Numbers:
     """Return the finite values, (m,), as floats."""
     values = np.asarray(values, dtype=float)
