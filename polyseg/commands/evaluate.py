@@ -24,7 +24,6 @@ from polyseg.evaluation.testing_networks import (
     EvaluationSettings,
     ImageTest,
     NetworkResults,
-    PredictedMasks,
     measure_network,
     patients_of,
 )
@@ -67,11 +66,6 @@ class _Found:
     """The images of the first network."""
     part: str
     """Name of the tested part."""
-
-    @property
-    def masks(self) -> list[PredictedMasks]:
-        """The predicted masks of all networks and folders."""
-        return [one for test in self.tested.values() for one in test.masks]
 
     def evaluation(self, settings: EvaluationSettings) -> Evaluation:
         """Return the results of each arm, and their comparison with the baseline."""
@@ -162,8 +156,8 @@ def evaluate_runs(
         figures = comparison.figures
         files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
         if figures:
-            drawn = found.masks, found.images, folder
-            files += evaluation_files.draw_predictions(evaluation, *drawn)
+            drawn = [one for test in found.tested.values() for one in test.masks]
+            files += evaluation_files.draw_predictions(evaluation, drawn, found.images, folder)
     return Outcome(place, moved(files, folder, place), evaluation)
 
 

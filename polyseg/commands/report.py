@@ -14,6 +14,7 @@ import numpy as np
 from polyseg import __version__
 from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import DASH, size_of
+from polyseg.figures.style import formatted
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report import tables
@@ -354,8 +355,7 @@ def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
     known = values[np.isfinite(values)]
     if known.size == 0:
         return [DASH] * len(which)
-    shown = (f"{value:{form}}".rstrip(".") for value in np.percentile(known, which))
-    return [one.replace("-", "−") for one in shown]
+    return [formatted(value, form).rstrip(".") for value in np.percentile(known, which)]
 
 
 def _worst_images(evaluation: EvaluationFiles) -> list[Block]:

@@ -78,7 +78,11 @@ def train(
             trainer.fit()
         if not processes.leads:
             return Outcome(trainer.run.path, [])
-        return _test_and_draw(trainer, progress)
+        try:
+            return _report(trainer, progress)
+        except Interrupted as end:
+            hint = f"`polyseg train --resume --out {trainer.run.path}` tests and draws figures"
+            raise Interrupted(end.number, f"{end} after the last epoch; {hint}") from None
 
 
 class _RunContext(NamedTuple):
@@ -154,14 +158,6 @@ def _restored(config: Config, how: _RunContext) -> tuple[Trainer, Checkpoint, li
     replay = _schedule_to_replay(config, images, split, run, checkpoint.replay)
     trainer = Trainer(config, images, split, run, how.progress, replay, processes)
     return trainer, checkpoint, changes
-
-
-def _test_and_draw(trainer: Trainer, progress: Progress) -> Outcome:
-    try:
-        return _report(trainer, progress)
-    except Interrupted as end:
-        how = f"`polyseg train --resume --out {trainer.run.path}` tests and draws figures"
-        raise Interrupted(end.number, f"{end} after the last epoch; {how}") from None
 
 
 def plan(

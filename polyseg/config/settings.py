@@ -298,8 +298,16 @@ class DataConfig(Section):
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
         if self.fit == "tile" and self.size is None:
             raise ValueError("data.fit tile needs a data.size")
-        if self.group_pattern is not None:
-            _check_pattern(self.group_pattern)
+        if len(self.group or "") > _LONGEST_PATTERN:
+            raise ValueError(
+                f"data.group: a pattern may have at most {_LONGEST_PATTERN} characters"
+            )
+        try:
+            re.compile(self.group or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"data.group {self.group!r}: not a regular expression: {error}"
+            ) from None
         return self
 
     @model_validator(mode="after")
@@ -827,15 +835,6 @@ class Config(Section):
 
 def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
     return (values,) if isinstance(values, int | str) else values
-
-
-def _check_pattern(pattern: str) -> None:
-    if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(f"data.group: a pattern may have at most {_LONGEST_PATTERN} characters")
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"data.group {pattern!r}: not a regular expression: {error}") from None
 
 
 def least_epsilon(terms: int) -> float:

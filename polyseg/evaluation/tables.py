@@ -126,6 +126,16 @@ def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
     return [*(sheet for sheet in found if sheet.rows), *further_sheets(summary)]
 
 
+def number(value: Any, digits: int, option: str = "") -> str:
+    """Return a number as tables show it, or a dash for any other value.
+
+    `option` is put in front of the format, such as "+" or ",".
+    """
+    found = _real(value)
+    form = f".{digits}f" if abs(found) < 1e9 else ".3g"
+    return DASH if math.isnan(found) else f"{found:{option}{form}}"
+
+
 def p_text(value: float) -> str:
     """Return a p-value as tables show it.
 
@@ -313,16 +323,16 @@ def _difference(one: Record, key: str) -> Record:
 
 def _comparison_row(one: Record, metric: _Metric, several: bool) -> list[Cell]:
     found, digits = _difference(one, metric.key), metric.decimals + 1
-    counts = "/".join(_number(found.get(name), 0) for name in ("better", "worse", "equal"))
-    low, high = (_number(found.get(end), digits, "+") for end in ("low", "high"))
+    counts = "/".join(number(found.get(name), 0) for name in ("better", "worse", "equal"))
+    low, high = (number(found.get(end), digits, "+") for end in ("low", "high"))
     interval = DASH if DASH in (low, high) else f"[{low}, {high}]"
     texts = [
-        f"{_number(found.get('mean'), digits, '+')} {interval}",
+        f"{number(found.get('mean'), digits, '+')} {interval}",
         counts,
         p_text(_real(found.get("p_value"))),
     ]
     if several:
-        deviation = _number(found.get("deviation_over_runs"), digits)
+        deviation = number(found.get("deviation_over_runs"), digits)
         texts += [f"± {deviation}", p_text(_real(found.get("p_over_runs")))]
     adjusted = _real(found.get("adjusted"))
     name = Cell(metric.title, marks=stars(adjusted))
@@ -362,9 +372,9 @@ def _failure_sheet(summary: Record) -> Sheet:
         [
             Cell(one.title),
             Cell(str(found.get("uncertainty", DASH)).replace("_", " ")),
-            Cell(_number(found.get("failed"), 0)),
-            *(Cell(_number(found.get(key), 3)) for key in ("auroc", "aurc", "excess_aurc")),
-            Cell(_number(found.get("spearman"), 2)),
+            Cell(number(found.get("failed"), 0)),
+            *(Cell(number(found.get(key), 3)) for key in ("auroc", "aurc", "excess_aurc")),
+            Cell(number(found.get("spearman"), 2)),
         ]
         for one in networks(summary)
         for found in records(one.record, "failure_detection")
@@ -385,13 +395,13 @@ def _robustness_sheet(summary: Record) -> Sheet:
     for line in dict.fromkeys(place[:2] for place in points):
         found = (points.get((*line, strength), {}) for strength in strengths)
         dice = (mapping(one, "metrics").get("dice") for one in found)
-        rows.append([*map(Cell, line), *(Cell(_number(one, 3)) for one in dice)])
+        rows.append([*map(Cell, line), *(Cell(number(one, 3)) for one in dice)])
     note = "0: the images as they are; 5: severe damage."
     return Sheet("Dice under damage", ["damage", "run", *strengths], rows, [note])
 
 
 def _of_images(stratum: Record) -> str:
-    dice = _number(mapping(stratum, "means").get("dice"), 3)
+    dice = number(mapping(stratum, "means").get("dice"), 3)
     return f"{dice} ({_whole(stratum.get('images'))})"
 
 
@@ -421,10 +431,10 @@ def _spread(one: Network, metric: _Metric) -> str:
     """Return "mean ± deviation (seeds s, folds f)" without undefined values."""
     found, digits = one.statistics(metric.key), metric.decimals
     deviation, *spreads = (
-        _number(found.get(name), digits)
+        number(found.get(name), digits)
         for name in ("deviation", "seed_deviation", "fold_deviation")
     )
-    text = _number(found.get("mean"), digits)
+    text = number(found.get("mean"), digits)
     text += "" if deviation == DASH else f" ± {deviation}"
     pairs = zip(("seeds", "folds"), spreads, strict=True)
     over = ", ".join(f"{what} {spread}" for what, spread in pairs if spread != DASH)
@@ -434,7 +444,7 @@ def _spread(one: Network, metric: _Metric) -> str:
 def _details(one: Network, metric: _Metric) -> str:
     """Return the interval of a mean, and the number of images if it is not that of all."""
     found = one.statistics(metric.key)
-    low, high = (_number(found.get(end), metric.decimals) for end in ("low", "high"))
+    low, high = (number(found.get(end), metric.decimals) for end in ("low", "high"))
     interval = [] if DASH in (low, high) else [f"{low} to {high}"]
     n = _whole(found.get("n", one.images))
     return ", ".join([*interval, *([] if n == one.images else [f"n = {n}"])])
@@ -449,16 +459,10 @@ def _images(one: Network) -> str:
 
 def _real(value: Any) -> float:
     """Return a value as a float, NaN if a table cannot show it."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and abs(value) < 1e300 else math.nan
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e300 else math.nan
 
 
 def _whole(value: Any) -> int:
     found = _real(value)
     return 0 if math.isnan(found) else int(found)
-
-
-def _number(value: Any, digits: int, sign: str = "") -> str:
-    found = _real(value)
-    form = f".{digits}f" if abs(found) < 1e9 else ".3g"
-    return DASH if math.isnan(found) else f"{found:{sign}{form}}"

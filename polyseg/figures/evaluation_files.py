@@ -46,7 +46,10 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> 
     for name, text in texts.items():
         write_text(folder / name, text)
     files = [folder / name for name in texts]
-    return files + (_draw_evaluation(evaluation, folder) if figures else [])
+    for name, row in EVALUATION_FIGURES.items() if figures else ():
+        if (figure := row.resolve()(evaluation)) is not None:
+            files += save_figure(figure, folder / name)
+    return files
 
 
 def draw_predictions(
@@ -71,15 +74,6 @@ def draw_predictions(
             path = place.with_name(f"{place.name}_{title}")
             files += save_figure(headed(figure, label), path)
     return files
-
-
-def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
-    return [
-        path
-        for name, row in EVALUATION_FIGURES.items()
-        if (figure := row.resolve()(evaluation)) is not None
-        for path in save_figure(figure, folder / name)
-    ]
 
 
 def draw_comparison(evaluation: Evaluation) -> Figure:

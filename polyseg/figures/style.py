@@ -87,10 +87,8 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     if not path.name or path.is_dir():
         raise PolysegError(f"{path}: is not a file name for a figure")
     if not path.suffix:
-        return [
-            *save_figure(figure, path.with_suffix(".png")),
-            *save_figure(figure, path.with_suffix(".pdf")),
-        ]
+        places = path.with_suffix(".png"), path.with_suffix(".pdf")
+        return [file for place in places for file in save_figure(figure, place)]
     suffix = path.suffix.lower()
     if suffix not in METADATA:
         raise PolysegError(f"{path}: figures are saved as .png, .pdf or .svg, not {path.suffix}")

@@ -100,15 +100,12 @@ def dice_tested(evaluation: EvaluationFiles) -> str:
 
 
 def number(value: Any, decimals: int = 3) -> str:
-    """Return a number as a table shows it, or a dash for any other value.
+    """Return a number with a minus sign as a table shows it, or a dash for any other value.
 
     >>> number(0.12345), number(-1, 1), number(None), number(float("nan")), number("0.1")
     ('0.123', '−1.0', '–', '–', '–')
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        return tables.DASH
-    form = f",.{decimals}f" if abs(value) < 1e9 else ".3g"
-    return f"{value:{form}}".replace("-", "−")
+    return tables.number(value, decimals, ",").replace("-", "−")
 
 
 def decimals_of(key: str) -> int:
