@@ -1,4 +1,4 @@
-"""Tables of what settings choose by name; settings, help and docs are made from their rows.
+"""Tables of the values that settings choose by name, from which help and docs are made.
 
 Each row names its function as "module:name", so that this module does not import the functions.
 """

@@ -21,7 +21,7 @@ def data_check(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Read every image and mask of a data set, and print what was found and what is wrong.
+    """Read every image and mask of a data set, and print a summary and all problems.
 
     Example: polyseg data check my/images
     """

@@ -12,7 +12,7 @@ from polyseg.registry import not_among
 from polyseg.system.process_group import rank_here
 
 _OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.device")
-"""Settings that say where and how, not what, so that those of another run are not taken over."""
+"""Settings of the machine, which are not taken over from a replayed run."""
 
 
 def _refuse_data_set(config: Path | None) -> None:

@@ -141,7 +141,7 @@ def evaluate_runs(
             "--at network: masks of other tools have the original size; leave it out"
         )
     places = [*sources, *folders.values()]
-    place = comparison.out or _place(sources, list(folders.values()))
+    place = comparison.out or _default_folder(sources, list(folders.values()))
     with contextlib.ExitStack() as stack:
         with together(choose_device(inputs.device), PATIENCE) as processes:
             held = whole_folder(place, overwrite=comparison.overwrite, known_by=_KNOWN_BY)
@@ -161,7 +161,7 @@ def evaluate_runs(
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
-def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
+def _default_folder(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
     """Return a new folder for results: in a single run, or in a folder that all runs share."""
     if len(sources) == 1 and not folders:
         return results_beside(sources[0], "evaluation")
@@ -208,12 +208,12 @@ def _compared(
     everything = [*sources, *folders.values()]
     all_names = [*names, *folders]
     baseline = comparison.baseline
-    reference = None if baseline is None else _named(baseline, everything, all_names, arms)
+    reference = None if baseline is None else _baseline_name(baseline, everything, all_names, arms)
     if configs:
         _refuse_other_tasks(configs)
     if not inputs.data:
-        promised = {name: _promised(one, inputs.part) for name, one in networks.items()}
-        _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
+        planned = {name: _planned_images(one, inputs.part) for name, one in networks.items()}
+        _refuse_other_images(arms, {name: found for name, found in planned.items() if found})
     return _Compared(networks, configs, arms, reference)
 
 
@@ -267,7 +267,7 @@ def _images_without_run(config: DataConfig, how: _TestContext) -> tuple[ImageSet
     return images, ids
 
 
-def _promised(network: Trained, part: str | None) -> Hashes | None:
+def _planned_images(network: Trained, part: str | None) -> Hashes | None:
     """Return the images that a run tests on by its split; None for a checkpoint without run."""
     if network.run is None:
         return None
@@ -334,7 +334,7 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
         )
 
 
-def _named(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
+def _baseline_name(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
     """Return the name in tables of the baseline that the user named."""
     if len(arms) < 2:
         what = "one arm" if len(sources) > 1 else "one run"

@@ -1,4 +1,4 @@
-"""The settings and the environment of a resumed run: what may differ from its beginning."""
+"""Check which settings and versions of a resumed run may differ from those of its start."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -339,7 +339,7 @@ class DataConfig(Section):
 
     @property
     def tasks(self) -> dict[str, tuple[int, ...]]:
-        """The values of each label by its name; empty where masks are 0/1 or 0/255.
+        """The values of each label by its name; empty if masks are 0/1 or 0/255.
 
         >>> DataConfig(foreground=(1, (2, 3))).tasks
         {'1': (1,), '2+3': (2, 3)}
@@ -390,7 +390,7 @@ class NetworkConfig(Section):
     dropout: float = _setting(0.2, "dropout rate; 0: no dropout", ge=0, lt=1)
     dropout_kind: Literal["channel", "element"] = _setting(
         "channel",
-        "what dropout sets to zero",
+        "values that dropout sets to zero together",
         choices={"channel": "whole feature maps", "element": "single values"},
     )
     dropout_layers: str | Annotated[tuple[str, ...], _FROM_A_LIST] = _setting(

@@ -69,7 +69,7 @@ class Network:
 
     @property
     def label(self) -> str:
-        """The label, empty where the network has one."""
+        """The label, empty if the network has only one."""
         return str(self.record.get("label", ""))
 
     @property

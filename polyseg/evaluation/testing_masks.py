@@ -117,7 +117,7 @@ def _index(folder: Path) -> Files:
 
 
 def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) -> Files:
-    """Return the label map of a case, or a file for each label; nothing where one is missing."""
+    """Return the label map of a case, or a file for each label; nothing if one is missing."""
     if case in there:
         return {"": there[case]}
     found = {

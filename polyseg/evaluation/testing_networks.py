@@ -95,7 +95,7 @@ class EvaluationSettings:
     by: Literal["patient", "image"] = "patient"
     """Unit of means, intervals and tests; "patient" is "image" if no patients are known."""
     tolerance: float = 2.0
-    """Tolerance of NSD, in pixels, or in mm where spacings are known."""
+    """Tolerance of NSD, in pixels, or in mm if spacings are known."""
     failure: float = 0.7
     """Dice below which an image counts as failed."""
 
