@@ -97,24 +97,30 @@ class _RunContext(NamedTuple):
 def _start(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
     """Return the trainer of a new run; the leading process locks and writes its folder."""
     run = how.run
-    config = recorded_config(config, config.training.epochs)
-    config = config.model_copy(update={"data": settled(config.data)})
-    if how.processes.leads:
-        run.refuse_occupied()
-    images = load_images(config.data, how.progress)
-    split = new_split(config, images)
     # Check everything before the first file is written, so that an error leaves no folder.
-    replay = _schedule_to_replay(config, images, split)
-    trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
+    trainer, replay = _new(recorded_config(config, config.training.epochs), how)
     if how.processes.leads:
         stack.enter_context(run.writing(resume=False))
-        now = environment(trainer.device, how.processes.count) | recorded_code(config)
-        recorded = run.begin(config, split_json(split, images.hashes), now)
+        now = environment(trainer.device, how.processes.count) | recorded_code(trainer.config)
+        split = split_json(trainer.split, trainer.images.hashes)
+        recorded = run.begin(trainer.config, split, now)
         stack.enter_context(_log_file(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
         trainer.record_hashes(replay=copied, split=recorded)
         _log_start(trainer)
     return trainer
+
+
+def _new(config: Config, how: _RunContext) -> tuple[Trainer, Schedule | None]:
+    """Return the trainer of a new run, and the schedule that it replays, without writing a file."""
+    config = config.model_copy(update={"data": settled(config.data)})
+    if how.processes.leads:
+        how.run.refuse_occupied()
+    images = load_images(config.data, how.progress)
+    split = new_split(config, images)
+    replay = _schedule_to_replay(config, images, split)
+    trainer = Trainer(config, images, split, how.run, how.progress, replay, how.processes)
+    return trainer, replay
 
 
 def _resume(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
@@ -173,29 +179,19 @@ def plan(
     MC Dropout as one, as without compilation.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
-    done, asked = -1, config.data
+    how = _RunContext(run, ALONE, accept_changes, progress)
     if resume:
         run.refuse_missing()
-        trainer, checkpoint, _ = _restored(
-            config, _RunContext(run, ALONE, accept_changes, progress)
-        )
-        config, images, split = trainer.config, trainer.images, trainer.split
+        trainer, checkpoint, _ = _restored(config, how)
         done = checkpoint.epoch
     else:
-        run.refuse_occupied()
-        config = config.model_copy(update={"data": settled(config.data)})
-        images = load_images(config.data, progress)
-        split = new_split(config, images)
-        _schedule_to_replay(config, images, split)
-        Trainer(config, images, split, run)  # It checks the network.
-    size = _cost_of_size(asked, config.data, images, split)
-    return _amount_of_work(config, images, split, done, size)
+        trainer, done = _new(config, how)[0], -1
+    return _amount_of_work(trainer, done, _cost_of_size(config.data, trainer))
 
 
-def _amount_of_work(
-    config: Config, images: ImageSet, split: Split, done: int, size: str
-) -> dict[str, Any]:
+def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
     """Return the work that is left after `done` epochs; -1 for a new run."""
+    config, split = trainer.config, trainer.split
     epochs = config.training.epochs - max(done, 0)
     moments = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
     moments = [epoch for epoch in moments if epoch > done]
@@ -207,7 +203,7 @@ def _amount_of_work(
     return {
         "images": {part: len(ids) for part, ids in split.items()},
         "size that the network sees": size,
-        "channels": images.channels,
+        "channels": trainer.images.channels,
         **({"epochs done": done} if done >= 0 else {}),
         "epochs": epochs,
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
@@ -218,17 +214,18 @@ def _amount_of_work(
     }
 
 
-def _cost_of_size(asked: DataConfig, data: DataConfig, images: ImageSet, split: Split) -> str:
+def _cost_of_size(asked: DataConfig, trainer: Trainer) -> str:
     """Return one line with the size of the network's input, its origin and its cost."""
+    images = trainer.images
     if images.tiling is not None:
         size = f"tiles of {_range_of([images.tiling.size])}"
     else:
         size = _range_of(list(images.sizes()))
     if asked.size == "auto":
-        rule = "the demo's size" if data.path == "demo" else "the images' median, at most 256"
+        rule = "the demo's size" if asked.path == "demo" else "the images' median, at most 256"
         size += f" (data.size=auto: {rule})"
     stored = sum(item.bytes for item in images.items) / MEGABYTE
-    pixels = sum(math.prod(images.item(identity).size) for identity in split["train"])
+    pixels = sum(math.prod(images.item(identity).size) for identity in trainer.split["train"])
     place = "memory" if isinstance(images.store, MemoryStore) else "a file"
     return (
         f"{size}; images and masks take {stored:.1f} MB in {place}; a pass "
