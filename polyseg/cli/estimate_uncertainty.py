@@ -23,7 +23,6 @@ def estimate_uncertainty(
     score: Annotated[
         list[str] | None,
         options.setting(
-            "--score",
             metavar="NAME",
             help=f"Measure this score of the whole image too; repeatable: "
             f"{options.help_of(image_scores())}",

@@ -19,7 +19,7 @@ def predict(
             help="Images, folders of images, or a folder of a DICOM series.",
         ),
     ],
-    out: Annotated[Path, options.in_out("--out", metavar="DIR", help="New folder for the masks.")],
+    out: Annotated[Path, options.in_out(metavar="DIR", help="New folder for the masks.")],
     overwrite: options.Overwrite = False,
     uncertainty: Annotated[
         bool,

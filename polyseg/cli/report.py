@@ -18,9 +18,9 @@ def report(
             "of exactly these runs, if it lies beside them).",
         ),
     ] = None,
-    out: Annotated[
-        Path, options.in_out("--out", metavar="FILE", help="HTML file to write.")
-    ] = Path("report.html"),
+    out: Annotated[Path, options.in_out(metavar="FILE", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
     overwrite: options.Overwrite = False,
     title: Annotated[
         str | None, options.setting(help="Title of the page (default: names of the runs).")

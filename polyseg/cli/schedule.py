@@ -42,7 +42,6 @@ def schedule_show(
     image: Annotated[
         str | None,
         options.in_out(
-            "--image",
             metavar="ID",
             help="Show how the epsilons of this image follow from its difficulty (default: all "
             "images).",
@@ -106,7 +105,6 @@ def schedule_recompute(
     out: Annotated[
         Path | None,
         options.in_out(
-            "--out",
             metavar="FILE",
             help="HDF5 file for the new schedule (default: none is written).",
         ),
@@ -146,7 +144,7 @@ def schedule_export(
     run: Run,
     out: Annotated[
         Path | None,
-        options.in_out("--out", metavar="FILE", help="CSV file to write (default: stdout)."),
+        options.in_out(metavar="FILE", help="CSV file to write (default: stdout)."),
     ] = None,
     overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
@@ -169,7 +167,6 @@ def schedule_validity(
     donors: Annotated[
         tuple[Path, Path] | None,
         options.in_out(
-            "--donors",
             metavar="RUN RUN",
             help="Two runs, each trained on half of RUN's training images: also correlate with the "
             "error of the one that did not see the image.",

@@ -60,7 +60,6 @@ def train(
     split: Annotated[
         Path | None,
         options.in_out(
-            "--split",
             metavar="FILE",
             help="File of a split: split.json of a run or of `data split`, or nnU-Net's "
             "splits_final.json (default: split by data.split).",

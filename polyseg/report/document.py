@@ -67,10 +67,6 @@ class Table:
     """Each as long as the head; text after a line break is shown smaller, in a second line."""
     sortable: bool = False
 
-    def __post_init__(self) -> None:
-        if any(len(row) != len(self.head) for row in self.rows):
-            raise ValueError(f"rows of {self.caption!r} differ in length from its head")
-
 
 @dataclass(frozen=True)
 class Folded:
