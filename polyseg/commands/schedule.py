@@ -124,10 +124,8 @@ def recompute(
 def validity(path: Path, donors: Sequence[Path] = ()) -> TableWithNotes:
     """Return the correlations of each score with error and size, for each assessment.
 
-    Args:
-        path: the run.
-        donors: two runs, each trained on half of the run's training images, which give errors of
-            networks that were not trained on the image.
+    `donors` are two runs, each trained on half of the run's training images, which give errors of
+    networks that were not trained on the image.
     """
     record = read_record(path)
     last = record.assessments[-1]

@@ -288,17 +288,7 @@ def image_scores(
     uncertainty: Mapping[str, float] | None = None,
     group: str | None = None,
 ) -> ImageScores:
-    """Return the metrics of one image; the predicted mask is probability >= threshold.
-
-    Args:
-        identity: id of the image.
-        probability: (H, W) in [0, 1].
-        mask: (H, W) in {0, 1}.
-        threshold: in (0, 1).
-        spacing: distance of rows and of columns, in mm; None for distances in pixels.
-        tolerance: tolerance of NSD, in the same unit.
-        uncertainty: uncertainties about the image, by name.
-        group: group of the image, such as its patient.
+    """Return the metrics of one image; `image_metrics` and `ImageScores` explain the arguments.
 
     >>> mask = np.array([[1, 1], [0, 0]])
     >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
