@@ -24,6 +24,10 @@ PARTS = {"val": "Validation metrics", "train": "Training metrics", "all": "Metri
 SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
 """Size at which masks were compared, in words."""
 
+_MARKS = (
+    "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. This is "
+    "about these trained networks; about other seeds only if arms of several runs are compared."
+)
 _OVER_RUNS = (
     "Over runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
     "their paired t-test, for other seeds or folds (which share training images)."
@@ -203,16 +207,9 @@ def metrics_sheet(summary: Record) -> Sheet:
             " (an image is its mean over an arm's runs that tested it); in brackets the standard "
             "deviations of the means over seeds and over folds"
         )
-    marked = (
-        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. "
-        "This is about these trained networks; about other seeds only if arms of several runs "
-        "are compared."
-    )
-    marks = [marked] if records(summary, "comparisons") else []
-    rule = summary.get("rule", RULE)
-    return Sheet(
-        metrics_title(summary), heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)]
-    )
+    marks = [_MARKS] if records(summary, "comparisons") else []
+    notes = [f"{spread}. {summary.get('rule', RULE)}", *marks, *_notes(found, metrics)]
+    return Sheet(metrics_title(summary), heads, rows, notes)
 
 
 def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:

@@ -67,7 +67,7 @@ def risk_coverage_curves(
     names: Sequence[str],
     curves: Sequence[Curve],
     *,
-    best: Sequence[Curve],
+    best: Sequence[Curve] | None = None,
     uncertainty: str = "",
 ) -> Figure:
     """Draw the mean risk, 1 - Dice, of the most certain images over how many are kept.
@@ -78,8 +78,7 @@ def risk_coverage_curves(
     is the same for all runs.
 
     >>> curve = np.array([0.5, 1.0]), np.array([0.1, 0.2])
-    >>> figure = risk_coverage_curves(["adaptive"], [curve], best=[curve])
-    >>> figure.legends[0].get_texts()[0].get_text()
+    >>> risk_coverage_curves(["adaptive"], [curve]).legends[0].get_texts()[0].get_text()
     '0.150  adaptive'
     """
     figure, panels = _panels(len(names), heights=(2.6, 1.9))
@@ -88,7 +87,8 @@ def risk_coverage_curves(
         _draw_runs(axes, runs, percent, spacing=0.1)
         for i, colour in zip(runs, style.RUN_COLOURS, strict=False):
             axes.axhline(curves[i][1][-1], color=colour, linestyle="--", linewidth=0.8)
-            axes.plot(100 * best[i][0], best[i][1], color=colour, linestyle=":")
+            if best is not None:
+                axes.plot(100 * best[i][0], best[i][1], color=colour, linestyle=":")
         axes.set(xlim=(0, 103))
         axes.xaxis.set_major_locator(MultipleLocator(25))
         axes.tick_params(labelbottom=True)
@@ -96,10 +96,9 @@ def risk_coverage_curves(
     by = f", by {uncertainty}" if uncertainty else ""
     figure.supxlabel(f"coverage: images kept (%){by}", fontsize=9)
     figure.supylabel("risk: their mean 1 − Dice", fontsize=9)
-    others = [
-        Line2D([], [], color=style.GRAY, linestyle="--", label="all images, or random order"),
-        Line2D([], [], color=style.GRAY, linestyle=":", label="best order"),
-    ]
+    others = [Line2D([], [], color=style.GRAY, linestyle="--", label="all images, or random order")]
+    if best is not None:
+        others.append(Line2D([], [], color=style.GRAY, linestyle=":", label="best order"))
     areas = [float(np.mean(risk)) for _, risk in curves]
     _name_runs(figure, panels, names, "AURC", areas, others)
     return figure
