@@ -27,7 +27,7 @@ from polyseg.data.pixel_store import MemoryStore
 from polyseg.data.splits import PARTS, Split, group_names, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
-from polyseg.evaluation.testing_networks import patients_of, score
+from polyseg.evaluation.testing_networks import ImageTest, patients_of, score
 from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
@@ -379,8 +379,8 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
         best = network_of(_best_of(trainer), trust=True).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
         groups = patients_of(images, config.data)
-        scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
-        evaluation = Evaluation(scores, part=part)
+        test = ImageTest(run.path.name, images, ids, size, progress=progress, groups=groups)
+        evaluation = Evaluation(score(best, test), part=part)
         files += evaluation_files.write_evaluation(
             evaluation, run.evaluation, figures=config.output.figures
         )

@@ -158,19 +158,9 @@ class ImagePrediction(NamedTuple):
     """Uncertainties by name, with a value for each label."""
 
 
-def score(
-    name: str,
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    *,
-    groups: Groups | None = None,
-    progress: Progress = no_progress,
-) -> list[RunScores]:
-    """Return the metrics of a network on some images with masks, with a record for each label."""
-    test = ImageTest(name, images, ids, batch_size, progress=progress, groups=groups or {})
-    return judge(test, _plain(network, test), dict.fromkeys(images.labels, 0.5))
+def score(network: SegmentationNetwork, test: ImageTest) -> list[RunScores]:
+    """Return the metrics of a network without dropout at threshold 0.5, a record for each label."""
+    return judge(test, _plain(network, test), dict.fromkeys(test.images.labels, 0.5))
 
 
 def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str, float]:
