@@ -19,7 +19,6 @@ from polyseg.choices import FREE_SCORES, PAIR_SCORES, UNCERTAINTIES, WHOLE_SCORE
 from polyseg.config import MOST_SAMPLES, DataConfig
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
-from polyseg.data.loading import load_images
 from polyseg.data.splits import groups_by_id
 from polyseg.errors import PolysegError
 from polyseg.evaluation.predictions import At, at_size, masks_at, probabilities
@@ -180,7 +179,7 @@ def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str
     }
 
 
-def measure_network(model: Model, test: ImageTest, load: Load = load_images) -> NetworkResults:
+def measure_network(model: Model, test: ImageTest, load: Load) -> NetworkResults:
     """Test one network as the settings of the test say; `load` reads its own data.
 
     Raises:
