@@ -1,4 +1,4 @@
-"""Tables of what settings choose by name; settings, help and docs are made from their rows.
+"""Tables of the values that settings choose by name, from which help and docs are made.
 
 Each row names its function as "module:name", so that this module does not import the functions.
 """
@@ -47,7 +47,7 @@ LAYOUTS = Registry(
     Row("bids", "BIDS: images in sub-*/ and masks in derivatives/", f"{_LAYOUTS}.bids:read_bids"),
     Row(
         "public-set",
-        "a public data set that is told by the paths of its files, such as PH2",
+        "a public data set recognised by the paths of its files, such as PH2",
         f"{_LAYOUTS}.known_paths:read_public_set",
     ),
     Row(

@@ -20,7 +20,12 @@ from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
 from polyseg.evaluation import testing_networks as room
 from polyseg.evaluation.arms import arms_of
-from polyseg.evaluation.testing_networks import THRESHOLDS, EvaluationSettings, choose_thresholds
+from polyseg.evaluation.testing_networks import (
+    THRESHOLDS,
+    EvaluationSettings,
+    ImageTest,
+    choose_thresholds,
+)
 from polyseg.metrics.dice import dice_coefficient
 from polyseg.runs import checkpoints, trained_model
 from polyseg.runs.trained_model import Inputs
@@ -176,7 +181,7 @@ def test_a_threshold_is_chosen_where_dice_is_best():
     for peak, expected in ((0.33, 0.3), (0.9, 0.5), (0.12, 0.1)):
         network = Blurred(masks, peak)
         # The nearest to a half of all that separate the two.
-        assert choose_thresholds(network, images, images.ids, 3) == {"": expected}
+        assert choose_thresholds(network, ImageTest("", images, images.ids, 3)) == {"": expected}
     probability = torch.rand(1, 9, 9, dtype=torch.float64)
     mask = torch.rand(1, 9, 9) > 0.5
     dices = room._dices(probability[0].numpy(), mask[0].numpy())

@@ -1,28 +1,28 @@
-"""What a shell offers at the tab key: the names of settings, of their values, and of choices."""
+"""Shell completion of the names of settings, of their values, and of choices."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Offers = list[tuple[str, str]]
-"""Words, each with a sentence on it, which bash does not show."""
+"""Words, each with a description, which bash does not show."""
 
 
 def names(choices: Mapping[str, str] | Iterable[str]) -> Callable[[str], Offers]:
-    """Return what completes an option that takes one of some names.
+    """Return the completion of an option that takes one of some names.
 
     >>> names({"dice": "Dice loss", "bce": "cross-entropy"})("d")
     [('dice', 'Dice loss')]
     """
-    told = choices if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
+    texts = choices if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
 
     def complete(incomplete: str) -> Offers:
-        return [(name, text) for name, text in told.items() if name.startswith(incomplete)]
+        return [(name, text) for name, text in texts.items() if name.startswith(incomplete)]
 
     return complete
 
 
 def setting(incomplete: str) -> Offers:
-    """Complete `--set`: keys, and where only one fits, it with each of its values or its default.
+    """Complete `--set`: keys, or if only one fits, that key with its values or its default.
 
     >>> [word for word, _ in setting("control.sta")]
     ['control.start', 'control.statistics']
@@ -43,7 +43,7 @@ def setting(incomplete: str) -> Offers:
 
 
 def _values(setting: Mapping[str, Any]) -> Offers:
-    """Return the values that a setting may have, or its default where they are not listed."""
+    """Return the values that a setting can have, or its default if they are not listed."""
     if setting["choices"]:
         return list(setting["choices"].items())
     values = ("true", "false") if setting["default"] in ("true", "false") else [setting["default"]]
@@ -51,9 +51,9 @@ def _values(setting: Mapping[str, Any]) -> Offers:
 
 
 def after_equals(environment: Mapping[str, str]) -> list[str] | None:
-    """Return the values for `--set KEY=` in bash, which takes KEY, = and VALUE for three words.
+    """Return the values for `--set KEY=` in bash, which splits KEY=VALUE into three words.
 
-    None where it is something else that is to be completed.
+    None if something else is completed.
 
     >>> words = {"COMP_WORDS": "polyseg train --set loss.name = d", "COMP_CWORD": "5"}
     >>> after_equals({"_POLYSEG_COMPLETE": "complete_bash", **words})

@@ -6,43 +6,29 @@ from typing import Annotated
 import typer
 
 from polyseg.choices import MODALITIES
-from polyseg.cli import completion
-from polyseg.cli.display import talking
-from polyseg.cli.options import (
-    HOW,
-    WHERE,
-    App,
-    AsJson,
-    DataPath,
-    Fold,
-    Overrides,
-    Overwrite,
-    Quiet,
-    Verbose,
-    as_overrides,
-    help_of,
-)
+from polyseg.cli import options
+from polyseg.cli.display import messages
 from polyseg.cli.printing import print_mapping
 
-data_app = App(help="Check, divide, preview and make data sets.")
+data_app = options.App(help="Check, divide, preview and make data sets.")
 
 
 @data_app.command("check")
 def data_check(
-    path: DataPath,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Read every image and mask of a data set, and print what was found and what is wrong.
+    """Read every image and mask of a data set, and print a summary and all problems.
 
     Example: polyseg data check my/images
     """
     from polyseg.config import load_config
 
-    settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
-    with talking(quiet, verbose) as display:
+    settings = load_config(None, [*(overrides or []), *options.as_overrides({"data.path": path})])
+    with messages(quiet, verbose) as display:
         from polyseg.commands import data
 
         found = data.check_data(settings, display)
@@ -51,16 +37,16 @@ def data_check(
 
 @data_app.command("split")
 def data_split(
-    path: DataPath,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="File to write.", rich_help_panel=WHERE)
-    ] = Path("split.json"),
-    overwrite: Overwrite = False,
-    fold: Fold = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath,
+    out: Annotated[Path, options.in_out(metavar="FILE", help="File to write.")] = Path(
+        "split.json"
+    ),
+    overwrite: options.Overwrite = False,
+    fold: options.Fold = None,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Divide a data set into training, validation and test images, for `train --split`.
 
@@ -68,9 +54,9 @@ def data_split(
     """
     from polyseg.config import load_config
 
-    flags = as_overrides({"data.path": path, "data.fold": fold})
+    flags = options.as_overrides({"data.path": path, "data.fold": fold})
     settings = load_config(None, [*(overrides or []), *flags])
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import data
 
         found = data.make_split(settings, out, display, overwrite=overwrite)
@@ -79,25 +65,14 @@ def data_split(
 
 @data_app.command("preview")
 def data_preview(
-    path: DataPath = "demo",
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
-            rich_help_panel=WHERE,
-        ),
-    ] = Path("preview"),
-    overwrite: Overwrite = False,
-    images: Annotated[
-        int, typer.Option(help="Number of images, one a row.", rich_help_panel=HOW)
-    ] = 4,
-    samples: Annotated[
-        int, typer.Option(help="Number of augmented samples of each.", rich_help_panel=HOW)
-    ] = 5,
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath = "demo",
+    out: options.FigureFile = Path("preview"),
+    overwrite: options.Overwrite = False,
+    images: Annotated[int, options.setting(help="Number of images, each in its own row.")] = 4,
+    samples: Annotated[int, options.setting(help="Number of augmented samples of each.")] = 5,
+    overrides: options.Overrides = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw training images with their masks, plain and as augmented in the first epochs.
 
@@ -105,8 +80,8 @@ def data_preview(
     """
     from polyseg.config import load_config
 
-    settings = load_config(None, [*(overrides or []), *as_overrides({"data.path": path})])
-    with talking(quiet, verbose) as display:
+    settings = load_config(None, [*(overrides or []), *options.as_overrides({"data.path": path})])
+    with messages(quiet, verbose) as display:
         from polyseg.commands import data_preview
 
         for file in data_preview.preview(
@@ -122,20 +97,18 @@ def data_preview(
 
 @data_app.command("manifest")
 def data_manifest(
-    path: DataPath,
-    out: Annotated[Path, typer.Option(help="CSV file to write.", rich_help_panel=WHERE)] = Path(
-        "set.csv"
-    ),
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    path: options.DataPath,
+    out: Annotated[Path, options.in_out(help="CSV file to write.")] = Path("set.csv"),
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write a draft of a manifest of images and masks, to edit and give as --data.
 
     Example: polyseg data manifest my/images --out set.csv
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import data
 
         found = data.write_manifest(Path(path), out, overwrite=overwrite)
@@ -145,30 +118,18 @@ def data_manifest(
 @data_app.command("demo")
 def data_demo(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
-    images: Annotated[int, typer.Option(help="Number of images.", rich_help_panel=HOW)] = 160,
-    size: Annotated[
-        int, typer.Option(help="Height and width in pixels.", rich_help_panel=HOW)
-    ] = 128,
-    modality: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"{help_of(MODALITIES)}.",
-            autocompletion=completion.names(MODALITIES),
-            rich_help_panel=HOW,
-        ),
-    ] = "ultrasound",
-    seed: Annotated[
-        int, typer.Option(help="Random seed for the phantoms.", rich_help_panel=HOW)
-    ] = 0,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    images: Annotated[int, options.setting(help="Number of images.")] = 160,
+    size: Annotated[int, options.setting(help="Height and width in pixels.")] = 128,
+    modality: Annotated[str, options.one_of(MODALITIES)] = "ultrasound",
+    seed: Annotated[int, options.setting(help="Random seed for the phantoms.")] = 0,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write the images of the demo, phantoms of lesions of known difficulty, as PNG files.
 
     Example: polyseg data demo phantoms --images 20 --modality endoscopy
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import data
 
         data.write_demo(path, count=images, size=size, modality=modality, seed=seed)

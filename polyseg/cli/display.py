@@ -1,4 +1,4 @@
-"""What a command says as it works, on stderr: the log, and progress."""
+"""Print the log and the progress of a command to stderr."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ class _Display:
         self.bars = _bars(console) if console.is_terminal and not console.quiet else None
         self.tasks: dict[str, Any] = {}
         if self.bars is not None:
-            # Imports take seconds; until the first progress there is at least this to see.
+            # Imports take seconds, in which nothing else is shown.
             self.tasks["starting"] = self.bars.add_task("starting", total=None)
         self.last_line = time.monotonic()
 
@@ -63,7 +63,7 @@ def _bars(console: Console) -> "Progress":
 
 
 class _PlainHandler(logging.Handler):
-    """Flushed lines without control codes, so that a log on a cluster is never behind."""
+    """Prints flushed lines without control codes, so that a log on a cluster is up to date."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -71,9 +71,11 @@ class _PlainHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
-    """Send the package's log and progress to stderr for the length of a command."""
-    # Of several processes one speaks.
+def messages(quiet: bool, verbose: bool) -> Iterator[_Display]:
+    """Print the package's log and progress to stderr during a command.
+
+    Of several processes only the leading one prints.
+    """
     leads = rank_here() == 0
     console = Console(stderr=True, quiet=quiet or not leads, emoji=False)
     logger = logging.getLogger("polyseg")
@@ -89,7 +91,7 @@ def talking(quiet: bool, verbose: bool) -> Iterator[_Display]:
             highlighter=None,
             log_time_format="%H:%M",
         )
-    # A run's own log says all that there is to say, however quiet the terminal is.
+    # The logger's level is unchanged, so that a run's log file is complete.
     handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     if not leads:
         handler = logging.NullHandler()

@@ -6,25 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polyseg.cli.display import talking
-from polyseg.cli.options import (
-    HOW,
-    WHERE,
-    AsJson,
-    Cache,
-    Device,
-    OtherData,
-    Out,
-    Overrides,
-    Overwrite,
-    Part,
-    Quiet,
-    Trust,
-    Verbose,
-)
+from polyseg.cli import options
+from polyseg.cli.display import messages
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
-from polyseg.system.process_group import rank_here
 
 if TYPE_CHECKING:
     from polyseg.evaluation.testing_masks import OtherMasks
@@ -37,121 +22,97 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.in_out(
             metavar="DIR",
             help="Folder of masks from any tool, each named like its image; repeatable.",
-            rich_help_panel=WHERE,
         ),
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Name of the masks in tables, one for each --predictions.", rich_help_panel=WHERE
-        ),
+        options.in_out(help="Name of the masks in tables, one for each --predictions."),
     ] = None,
-    overrides: Overrides = None,
-    data: OtherData = None,
-    part: Part = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    overrides: options.Overrides = None,
+    data: options.OtherData = None,
+    part: options.Part = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
     baseline: Annotated[
         str | None,
-        typer.Option(
+        options.setting(
             metavar="RUN",
             help="Run, or arm, to compare the others with: paired differences, bootstrap "
             "intervals, Wilcoxon's test with Holm's correction, and for an adaptive arm a sentence "
             "that says whether it helped (default: no comparison).",
-            rich_help_panel=HOW,
         ),
     ] = None,
     group: Annotated[
         bool,
-        typer.Option(
-            "--group",
-            help="Join runs that differ only by seed or fold into one arm.",
-            rich_help_panel=HOW,
-        ),
+        options.setting("--group", help="Join runs that differ only by seed or fold into one arm."),
     ] = False,
     threshold: Annotated[
         str,
-        typer.Option(
+        options.setting(
             metavar="P",
             help="Probability from which a pixel is foreground, between 0 and 1; or val: the one "
             "with the best Dice on the validation images.",
-            rich_help_panel=HOW,
         ),
     ] = "0.5",
     at: Annotated[
         str,
-        typer.Option(
+        options.setting(
             metavar="SIZE",
             help="original (compare masks at the size of their files) or network (at data.size, "
             "as version 0.1 did).",
-            rich_help_panel=HOW,
         ),
     ] = "original",
     by: Annotated[
         str,
-        typer.Option(
+        options.setting(
             metavar="CASE",
             help="patient (means, intervals and tests over patients, if the data or data.group "
             "name them) or image (over images).",
-            rich_help_panel=HOW,
         ),
     ] = "patient",
     uncertainty: Annotated[
         bool,
-        typer.Option(
+        options.setting(
             "--uncertainty",
             help="Test the mean of the MC-Dropout passes as well, and whether D finds failures.",
-            rich_help_panel=HOW,
         ),
     ] = False,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
-            "the run).",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
+    samples: options.Passes = None,
     corrupt: Annotated[
         str | None,
-        typer.Option(
+        options.setting(
             metavar="KIND,...",
             help="Test on corrupted images as well: noise, blur, contrast, gamma, bias, motion, "
             "speckle, resolution, jpeg, or all.",
-            rich_help_panel=HOW,
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(
-            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels.",
-            rich_help_panel=HOW,
+        options.setting(
+            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels."
         ),
     ] = 2.0,
     failure: Annotated[
-        float,
-        typer.Option(help="Dice below which an image counts as failed.", rich_help_panel=HOW),
+        float, options.setting(help="Dice below which an image counts as failed.")
     ] = 0.7,
     figures: Annotated[
-        bool,
-        typer.Option("--figures/--no-figures", help="Draw the figures.", rich_help_panel=WHERE),
+        bool, options.in_out("--figures/--no-figures", help="Draw the figures.")
     ] = True,
-    cache: Cache = None,
-    device: Device = "auto",
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    cache: options.Cache = None,
+    device: options.Device = "auto",
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Test networks, and masks of other tools, on the same images: tables, tests, figures.
 
     Example: polyseg evaluate runs/dice runs/adaptive --baseline runs/dice --out runs/comparison
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import evaluate
         from polyseg.evaluation.testing_networks import EvaluationSettings
         from polyseg.runs.trained_model import Inputs
@@ -174,8 +135,7 @@ def evaluate(
             masks=_masks(sources, predictions or [], name or [], data, overrides or []),
             progress=display,
         )
-    if rank_here() == 0:
-        print_outcome(outcome, as_json)
+    print_outcome(outcome, as_json)
 
 
 def _masks(

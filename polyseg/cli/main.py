@@ -1,4 +1,4 @@
-"""All commands together, and how they end: exit codes, and errors in one line."""
+"""The program: all commands, exit codes, and errors in one line."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from polyseg.cli.config import config_app
 from polyseg.cli.data import data_app
 from polyseg.cli.estimate_uncertainty import estimate_uncertainty
 from polyseg.cli.evaluate import evaluate
-from polyseg.cli.options import AROUND_IT, THE_PRODUCT, App
+from polyseg.cli.options import App
 from polyseg.cli.plot_loss import plot_loss
 from polyseg.cli.predict import predict
 from polyseg.cli.report import report
@@ -37,12 +37,11 @@ app = App(
 )
 
 for command in (train, estimate_uncertainty, evaluate, plot_loss):
-    app.command(rich_help_panel=THE_PRODUCT)(command)
-app.command(rich_help_panel=AROUND_IT)(predict)
-app.command(rich_help_panel=AROUND_IT)(report)
-app.add_typer(schedule_app, name="schedule", rich_help_panel=AROUND_IT)
-app.add_typer(data_app, name="data", rich_help_panel=AROUND_IT)
-app.add_typer(config_app, name="config", rich_help_panel=AROUND_IT)
+    app.command(rich_help_panel="Main commands")(command)
+app.command(rich_help_panel="Other commands")(predict)
+app.command(rich_help_panel="Other commands")(report)
+for group, name in ((schedule_app, "schedule"), (data_app, "data"), (config_app, "config")):
+    app.add_typer(group, name=name, rich_help_panel="Other commands")
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,13 +62,13 @@ def common(
         ),
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Take the options that are given before a command."""
 
 
 def main() -> None:
     """Run the command line; a user's error is one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a sign shows a question mark.
+        # A terminal that cannot show a character shows a question mark.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if (values := after_equals(os.environ)) is not None:
@@ -81,9 +80,9 @@ def main() -> None:
 
 
 def _end_of(stop: StopRequest) -> int:
-    """Run the command, say in a line what went wrong, and return the exit code.
+    """Run the command, print an error in one line, and return the exit code.
 
-    Once that is known no signal changes it any more.
+    Once the code is known, no signal changes it.
     """
     try:
         code = app(standalone_mode=False)
@@ -92,7 +91,7 @@ def _end_of(stop: StopRequest) -> int:
         return code if isinstance(code, int) else 0
     except (PolysegError, TyperException, OSError) as error:
         stop.done = True
-        return _tell(error)
+        return _print_error(error)
     except Interrupted as end:
         stop.done = True
         if rank_here() == 0:
@@ -102,29 +101,29 @@ def _end_of(stop: StopRequest) -> int:
         return 128 + signal.SIGINT
 
 
-def _tell(error: PolysegError | TyperException | OSError) -> int:
-    """Say in a line what went wrong, and return the exit code."""
+def _print_error(error: PolysegError | TyperException | OSError) -> int:
+    """Print an error in one line, and return the exit code."""
     if isinstance(error, PolysegError):
         text = "\n".join(_visible(str(line)) for line in error.args)
     elif isinstance(error, OSError):
-        # Names that are too long, links in circles, folders in place of files.
+        # Names that are too long, circular links, folders in place of files.
         where = f"{error.filename!s:.200}: " if error.filename else ""
         text = _visible(f"{where}{reason(error)}")
     else:
-        # A mistyped command or option; without a message the help has been printed instead.
+        # A mistyped command or option; without a message the help was printed instead.
         message = error.format_message()
         text = f"{_visible(message)} (see --help)" if message else ""
     if text:
-        who = f"process {rank_here()}: " if rank_here() else ""
-        print(f"{who}error: {text}", file=sys.stderr)
+        process = f"process {rank_here()}: " if rank_here() else ""
+        print(f"{process}error: {text}", file=sys.stderr)
     return 2
 
 
 def _visible(text: str) -> str:
-    """Return a text as one line, without what would steer a terminal: names in it may be anyone's.
+    """Return a text as one line without control characters, which names may contain.
 
     >>> _visible("gone\\n.png")
     'gone\\\\n.png'
     """
-    signs = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
-    return signs if len(signs) <= _LONGEST_LINE else f"{signs[:_LONGEST_LINE]}..."
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return shown if len(shown) <= _LONGEST_LINE else f"{shown[:_LONGEST_LINE]}..."

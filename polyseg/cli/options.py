@@ -1,7 +1,8 @@
-"""Options that several commands share, and the panels of the help that they stand in."""
+"""Options that several commands share, and the panels of the help that list them."""
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,20 +25,24 @@ def help_of(choices: Mapping[str, str]) -> str:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Command(TyperCommand):
-    """A command whose help shows no type beside flags."""
+class _PlainFlags:
+    """Base of commands whose help shows no type beside flags."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters."""
-        return _without_types_of_flags(super().get_params(ctx))
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
 
 
-class _Group(TyperGroup):
-    """A group of commands whose help shows no type beside flags."""
+class _Command(_PlainFlags, TyperCommand):
+    pass
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters."""
-        return _without_types_of_flags(super().get_params(ctx))
+
+class _Group(_PlainFlags, TyperGroup):
+    pass
 
 
 class App(typer.Typer):
@@ -51,46 +56,29 @@ class App(typer.Typer):
         return super().command(name, cls=_Command, **settings)
 
 
-def _without_types_of_flags(parameters: list[Any]) -> list[Any]:
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-    return parameters
+in_out = partial(typer.Option, rich_help_panel="Input and output")
+setting = partial(typer.Option, rich_help_panel="Settings")
+printed = partial(typer.Option, rich_help_panel="What is printed")
 
 
-THE_PRODUCT, AROUND_IT = "Main commands", "Other commands"
-WHERE, HOW, TALK = "Input and output", "Settings", "What is printed"
+def one_of(choices: Mapping[str, str], default: str = "", meaning: str = "") -> Any:
+    """Return a setting that takes one of some names."""
+    text = meaning + help_of(choices) + (f"; default: {default}" if default else "")
+    return setting(metavar="NAME", help=f"{text}.", autocompletion=completion.names(choices))
 
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Print only results and warnings.", rich_help_panel=TALK),
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print more details.", rich_help_panel=TALK)
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=TALK)
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help=f"{help_of(DEVICES)}.",
-        autocompletion=completion.names(DEVICES),
-        rich_help_panel=HOW,
-    ),
-]
+
+Quiet = Annotated[bool, printed("--quiet", "-q", help="Print only results and warnings.")]
+Verbose = Annotated[bool, printed("--verbose", "-v", help="Print more details.")]
+AsJson = Annotated[bool, printed("--json", help="Print the results as JSON.")]
+Device = Annotated[str, one_of(DEVICES)]
 Trust = Annotated[
     bool,
-    typer.Option(
+    setting(
         "--trust",
         help="Import and run the code outside polyseg that a run names (package.module:function).",
-        rich_help_panel=HOW,
     ),
 ]
-Sources = Annotated[
-    list[Path], typer.Argument(metavar="CHECKPOINT|RUN ...", help="Checkpoints or folders of runs.")
-]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")]
 Source = Annotated[
     Path,
     typer.Argument(
@@ -98,80 +86,85 @@ Source = Annotated[
         help="A checkpoint, or the folder of a run, of which the best checkpoint is used.",
     ),
 ]
+Passes = Annotated[
+    int | None,
+    setting(
+        "--samples",
+        metavar="N",
+        help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of the "
+        "run).",
+    ),
+]
 OtherData = Annotated[
     Path | None,
-    typer.Option(
+    in_out(
         "--data",
         metavar="PATH",
         help="Data set: a folder or a CSV manifest (default: the images of the run).",
-        rich_help_panel=WHERE,
     ),
 ]
 Part = Annotated[
     str | None,
-    typer.Option(
+    in_out(
         "--split",
         metavar="PART",
         help="Part of the images: train, val, test or all (default: test to evaluate, else all).",
         autocompletion=completion.names(("train", "val", "test", "all")),
-        rich_help_panel=WHERE,
     ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(
+    in_out(
         "--out",
         metavar="DIR",
         help="Folder for the results (default: a new one in the folder of the run).",
-        rich_help_panel=WHERE,
+    ),
+]
+FigureFile = Annotated[
+    Path,
+    in_out(
+        "--out",
+        metavar="FILE",
+        help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
     ),
 ]
 Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace the folder of --out, if this command has written it.",
-        rich_help_panel=WHERE,
-    ),
+    bool, in_out("--overwrite", help="Replace the folder of --out, if this command has written it.")
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option(
+    in_out(
         "--cache",
         metavar="DIR",
         help="Folder for decoded images that do not fit into memory (default: data.cache of the "
         "run).",
-        rich_help_panel=WHERE,
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
+    setting(
         "--set",
         metavar="KEY=VALUE",
         help="Any setting, such as loss.name=dice; repeatable. `polyseg config show` lists them.",
         autocompletion=completion.setting,
-        rich_help_panel=HOW,
     ),
 ]
 PresetName = Annotated[
     str | None,
-    typer.Option(
+    setting(
         "--preset",
         metavar="NAME",
         help=f"Named settings, which override CONFIG.yaml and are overridden by --set: "
         f"{help_of(PRESETS.choices())}",
-        rich_help_panel=HOW,
     ),
 ]
 Fold = Annotated[
     int | None,
-    typer.Option(
+    setting(
         "--fold",
         metavar="K",
         help="Fold to test on, counted from 0: of data.folds, or of the file of --split "
         "(default: no folds).",
-        rich_help_panel=HOW,
     ),
 ]
 DataPath = Annotated[

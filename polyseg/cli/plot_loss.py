@@ -3,49 +3,30 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
+from polyseg.cli import options
+from polyseg.cli.display import messages
 from polyseg.errors import PolysegError
 
 
 def plot_loss(
-    s: Annotated[
-        float, typer.Option("--s", help="Scale s, above 0 and up to 1.", rich_help_panel=HOW)
-    ] = 0.1,
+    s: Annotated[float, options.setting("--s", help="Scale s, above 0 and up to 1.")] = 0.1,
     epsilon: Annotated[
-        str,
-        typer.Option(
-            metavar="E,...", help="Values of epsilon, separated by commas.", rich_help_panel=HOW
-        ),
+        str, options.setting(metavar="E,...", help="Values of epsilon, separated by commas.")
     ] = "-0.4,0,0.5,1",
-    terms: Annotated[
-        int, typer.Option(help="Number of terms K of PolyDice.", rich_help_panel=HOW)
-    ] = 1,
+    terms: Annotated[int, options.setting(help="Number of terms K of PolyDice.")] = 1,
     gradient: Annotated[
-        bool,
-        typer.Option(
-            "--gradient", help="Draw the derivative with respect to theta.", rich_help_panel=HOW
-        ),
+        bool, options.setting("--gradient", help="Draw the derivative with respect to theta.")
     ] = False,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
-            rich_help_panel=WHERE,
-        ),
-    ] = Path("polydice"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    out: options.FigureFile = Path("polydice"),
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw the loss over the angle between prediction and mask, for several epsilon.
 
     Example: polyseg plot-loss --epsilon=-0.4,0,1 --out fig2.pdf
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import plot_loss
 
         for path in plot_loss.plot_loss(

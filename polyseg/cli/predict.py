@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, AsJson, Device, Overwrite, Quiet, Source, Trust, Verbose
+from polyseg.cli import options
+from polyseg.cli.display import messages
 from polyseg.cli.printing import print_outcome
-from polyseg.system.process_group import rank_here
 
 
 def predict(
-    source: Source,
+    source: options.Source,
     paths: Annotated[
         list[Path],
         typer.Argument(
@@ -20,41 +19,27 @@ def predict(
             help="Images, folders of images, or a folder of a DICOM series.",
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="New folder for the masks.", rich_help_panel=WHERE
-        ),
-    ],
-    overwrite: Overwrite = False,
+    out: Annotated[Path, options.in_out(metavar="DIR", help="New folder for the masks.")],
+    overwrite: options.Overwrite = False,
     uncertainty: Annotated[
         bool,
-        typer.Option(
+        options.setting(
             "--uncertainty",
             help="Write maps of the uncertainty as well, and difficulties into the table.",
-            rich_help_panel=HOW,
         ),
     ] = False,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of "
-            "the run).",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    device: Device = "auto",
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    samples: options.Passes = None,
+    device: options.Device = "auto",
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Segment images: write a mask of the size, spacing, orientation and format of each.
 
     Example: polyseg predict runs/first new/images --out masks
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import predict
 
         outcome = predict.predict_images(
@@ -68,5 +53,4 @@ def predict(
             trust=trust,
             progress=display,
         )
-    if rank_here() == 0:
-        print_outcome(outcome, as_json)
+    print_outcome(outcome, as_json)

@@ -1,4 +1,4 @@
-"""What a command found, on stdout: as tables for people, or as JSON."""
+"""Print the results of a command to stdout, as tables or as JSON."""
 
 import json
 import math
@@ -11,19 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyseg.system.files import without_nan
+from polyseg.system.process_group import rank_here
 
 if TYPE_CHECKING:
     from polyseg.commands.outcome import Outcome
     from polyseg.evaluation.tables import Cell, Sheet
 
 _MOST_FILES = 24
-"""Lines; who wants all of them has --json, or looks."""
+"""Largest number of files that are listed; --json lists all."""
 _LONG = 24
-"""Characters of a value from which on the values of a list have a line each."""
+"""Length of a value above which each value of a list has its own line."""
 
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
-    """Print tables and paths, or all of it as JSON, to stdout."""
+    """Print tables and paths, or all results as JSON, to stdout, in the leading process only."""
+    if rank_here():
+        return
     from polyseg.evaluation import export, tables
 
     if as_json:
@@ -72,7 +75,7 @@ def print_sheet(console: Console, sheet: "Sheet") -> None:
 
 
 def _parts(sheet: "Sheet", width: int) -> list[list[int]]:
-    """Return which columns stand together, the first in each part, so that no cell is cut."""
+    """Return the columns of each part, the first one in all parts, so that no cell is cut."""
     words = [
         [*head.split(), *(row[column].text + row[column].marks for row in sheet.rows)]
         for column, head in enumerate(sheet.heads)
@@ -93,7 +96,7 @@ def _shown(cell: "Cell") -> str:
 
 
 def print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of correlations, a row a metric; what is not defined is a dash."""
+    """Print a table of correlations with a row for each metric; a dash is an undefined value."""
     table = Table(title="Spearman's correlation of the difficulty D", title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "metric" else "right")
@@ -121,7 +124,7 @@ def print_mapping(title: str, values: Mapping[str, Any], as_json: bool) -> None:
         shown = str(value)
         if isinstance(value, list):
             texts = list(map(str, value))
-            # Sentences and names are read line by line, numbers and sizes side by side.
+            # Sentences and names have a line each; numbers and sizes are on one line.
             shown = ("\n" if max(map(len, texts), default=0) > _LONG else ", ").join(texts)
         elif isinstance(value, dict):
             shown = ", ".join(f"{count} {part}" for part, count in value.items())

@@ -3,41 +3,36 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, WHERE, Overwrite, Quiet, Verbose
+from polyseg.cli import options
+from polyseg.cli.display import messages
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
+    runs: options.Runs,
     evaluations: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.in_out(
             "--evaluation",
             metavar="DIR",
             help="Folder that `polyseg evaluate` wrote; repeatable (default: the newest comparison "
             "of exactly these runs, if it lies beside them).",
-            rich_help_panel=WHERE,
         ),
     ] = None,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="FILE", help="HTML file to write.", rich_help_panel=WHERE),
-    ] = Path("report.html"),
-    overwrite: Overwrite = False,
+    out: Annotated[Path, options.in_out(metavar="FILE", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
+    overwrite: options.Overwrite = False,
     title: Annotated[
-        str | None,
-        typer.Option(help="Title of the page (default: names of the runs).", rich_help_panel=HOW),
+        str | None, options.setting(help="Title of the page (default: names of the runs).")
     ] = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write one HTML file on runs: results, comparisons, settings, curves, images, provenance.
 
     Example: polyseg report runs/dice runs/adaptive --evaluation results --out report.html
     """
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import report
 
         written = report.make_page(

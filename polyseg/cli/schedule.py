@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyseg.cli import completion
-from polyseg.cli.display import talking
-from polyseg.cli.options import HOW, TALK, WHERE, App, AsJson, Out, Overwrite, Quiet, Trust, Verbose
+from polyseg.cli import completion, options
+from polyseg.cli.display import messages
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
 from polyseg.system.files import without_nan
@@ -21,19 +20,19 @@ from polyseg.system.files import without_nan
 if TYPE_CHECKING:
     from polyseg.commands.schedule import TableWithNotes
 
-schedule_app = App(help="Show, draw, export and recompute the difficulty and epsilon of a run.")
+schedule_app = options.App(
+    help="Show, draw, export and recompute the difficulty and epsilon of a run."
+)
 
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run; it may still be training.")
 ]
-AsCsv = Annotated[
-    bool, typer.Option("--csv", help="Print the results as CSV.", rich_help_panel=TALK)
-]
+AsCsv = Annotated[bool, options.printed("--csv", help="Print the results as CSV.")]
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
-"""Its head, and what it shows of a row."""
+"""Heading of a column, and a function that returns its cell of a row."""
 _ENDLESS = 100_000
-"""Characters of a line that nothing breaks."""
+"""Width in characters at which no line is broken."""
 _WORDS = ("score", "largest D", "smallest D", "fallback")
 
 
@@ -42,25 +41,23 @@ def schedule_show(
     run: Run,
     image: Annotated[
         str | None,
-        typer.Option(
-            "--image",
+        options.in_out(
             metavar="ID",
             help="Show how the epsilons of this image follow from its difficulty (default: all "
             "images).",
-            rich_help_panel=WHERE,
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     as_csv: AsCsv = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Print difficulty and epsilon at each assessment, or those of one image.
 
     Example: polyseg schedule show runs/first --image phantom_0007
     """
     _refuse_both(as_json, as_csv)
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import schedule
 
         found = schedule.show(run, image)
@@ -74,18 +71,18 @@ def schedule_show(
 
 @schedule_app.command("plot")
 def schedule_plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    runs: options.Runs,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw epsilon over the epochs, in all and by image, D against Dice, and rank stability.
 
     Example: polyseg schedule plot runs/first runs/second --out figures
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import schedule_figures
 
         outcome = schedule_figures.plot(runs, out, overwrite=overwrite)
@@ -97,35 +94,32 @@ def schedule_recompute(
     run: Run,
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
+        options.setting(
             "--set",
             metavar="KEY=VALUE",
             help="A setting of control, uncertainty.metric or loss.epsilon; repeatable (default: "
             "those of the run).",
             autocompletion=completion.setting,
-            rich_help_panel=HOW,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
+        options.in_out(
             metavar="FILE",
             help="HDF5 file for the new schedule (default: none is written).",
-            rich_help_panel=WHERE,
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    trust: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    overwrite: options.Overwrite = False,
+    trust: options.Trust = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compute the epsilons that other settings would have made of the recorded difficulties.
 
     Example: polyseg schedule recompute runs/first --set control.sensitivity=2 --out new.h5
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import schedule
 
         found = schedule.recompute(run, overrides or [], out, overwrite=overwrite, trust=trust)
@@ -150,22 +144,17 @@ def schedule_export(
     run: Run,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="CSV file to write (default: stdout).",
-            rich_help_panel=WHERE,
-        ),
+        options.in_out(metavar="FILE", help="CSV file to write (default: stdout)."),
     ] = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write difficulty, epsilon and Dice as CSV, a row for each assessment and image.
 
     Example: polyseg schedule export runs/first --out first.csv
     """
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import schedule
 
         text = schedule.export(run, out, overwrite=overwrite)
@@ -177,27 +166,25 @@ def schedule_validity(
     run: Run,
     donors: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
-            "--donors",
+        options.in_out(
             metavar="RUN RUN",
             help="Two runs, each trained on half of RUN's training images: also correlate with the "
             "error of the one that did not see the image.",
-            rich_help_panel=WHERE,
         ),
     ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
     as_csv: AsCsv = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Correlate D with 1 - Dice, with size and with its previous value: is it difficulty?
 
     Example: polyseg schedule validity runs/first --out validity
     """
     _refuse_both(as_json, as_csv)
-    with talking(quiet, verbose):
+    with messages(quiet, verbose):
         from polyseg.commands import schedule
 
         found = schedule.validity(run, donors or ())
@@ -280,7 +267,7 @@ def _print_overview(run: Path, found: "TableWithNotes") -> None:
 
 
 def _print_image(title: str, found: "TableWithNotes") -> None:
-    """Print what each assessment said of an image, and the numbers of eq. 11 and 12."""
+    """Print the assessments of an image, and the numbers of eq. 11 and 12."""
     assessed = [
         _whole("epoch"),
         ("D ± its error", lambda row: _with_error(row["difficulty"], row["difficulty_se"])),
@@ -307,7 +294,7 @@ def _print_table(
     *,
     whole: bool = False,
 ) -> None:
-    """Print a table a label, because a column more would be too wide for a terminal.
+    """Print a table for each label, because another column would be too wide for a terminal.
 
     With `whole` no cell is broken, however narrow the terminal, so that ids can be copied.
     """

@@ -3,32 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from polyseg.choices import DEVICES, LOSSES, REPLAY_ARMS
-from polyseg.cli import completion
-from polyseg.cli.display import talking
-from polyseg.cli.options import (
-    HOW,
-    WHERE,
-    AsJson,
-    ConfigFile,
-    Fold,
-    Overrides,
-    PresetName,
-    Quiet,
-    Trust,
-    Verbose,
-    as_overrides,
-    help_of,
-)
+from polyseg.cli import options
+from polyseg.cli.display import messages
 from polyseg.cli.printing import print_mapping, print_outcome
 from polyseg.errors import PolysegError
 from polyseg.registry import not_among
 from polyseg.system.process_group import rank_here
 
 _OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.device")
-"""Settings that say where and how, not what, so that those of another run are not taken over."""
+"""Settings of the machine, which are not taken over from a replayed run."""
 
 
 def _refuse_data_set(config: Path | None) -> None:
@@ -44,117 +28,84 @@ def _refuse_data_set(config: Path | None) -> None:
 
 
 def train(
-    config: ConfigFile = None,
+    config: options.ConfigFile = None,
     data: Annotated[
         str | None,
-        typer.Option(
+        options.in_out(
             metavar="PATH",
             help="Data set: a folder, a CSV manifest or demo, built-in images (default: demo).",
-            rich_help_panel=WHERE,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="New folder for the run (default: one in runs/, named by the time).",
-            rich_help_panel=WHERE,
+        options.in_out(
+            metavar="DIR", help="New folder for the run (default: one in runs/, named by the time)."
         ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", help="Passes over the training images (default: 30).", rich_help_panel=HOW
-        ),
+        options.setting(metavar="N", help="Passes over the training images (default: 30)."),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
+        options.setting(
             metavar="N",
             help="Random seed for weights, data order, augmentation and dropout (default: 0).",
-            rich_help_panel=HOW,
         ),
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"{help_of(LOSSES.choices())}; default: polydice1.",
-            autocompletion=completion.names(LOSSES.choices()),
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"{help_of(DEVICES)}; default: auto.",
-            autocompletion=completion.names(DEVICES),
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    preset: PresetName = None,
-    fold: Fold = None,
+    loss: Annotated[str | None, options.one_of(LOSSES.choices(), "polydice1")] = None,
+    device: Annotated[str | None, options.one_of(DEVICES, "auto")] = None,
+    preset: options.PresetName = None,
+    fold: options.Fold = None,
     split: Annotated[
         Path | None,
-        typer.Option(
-            "--split",
+        options.in_out(
             metavar="FILE",
             help="File of a split: split.json of a run or of `data split`, or nnU-Net's "
             "splits_final.json (default: split by data.split).",
-            rich_help_panel=WHERE,
         ),
     ] = None,
     replay: Annotated[
         Path | None,
-        typer.Option(
+        options.setting(
             metavar="RUN|SCHEDULE.h5",
             help="Use the epsilons that a run recorded, without MC Dropout, and the settings of "
             "that run unless CONFIG.yaml is given.",
-            rich_help_panel=HOW,
         ),
     ] = None,
     replay_arm: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Which image gets which of the replayed epsilons: "
-            f"{help_of(REPLAY_ARMS.choices())}; default: recorded.",
-            autocompletion=completion.names(REPLAY_ARMS.choices()),
-            rich_help_panel=HOW,
+        options.one_of(
+            REPLAY_ARMS.choices(), "recorded", "Which image gets which of the replayed epsilons: "
         ),
     ] = None,
-    overrides: Overrides = None,
+    overrides: options.Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option(
+        options.in_out(
             "--resume",
             help="Continue the run in --out from its last committed epoch. With more --epochs it "
             "is continued for longer, and the learning rate follows the new number.",
-            rich_help_panel=WHERE,
         ),
     ] = False,
     accept_changes: Annotated[
         bool,
-        typer.Option(
+        options.in_out(
             "--accept-changes",
             help="Resume although versions, device, threads or learning rate differ; the result "
             "may then differ from an uninterrupted run.",
-            rich_help_panel=WHERE,
         ),
     ] = False,
-    trust: Trust = False,
+    trust: options.Trust = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Check data and settings and print the plan, without training.",
-            rich_help_panel=HOW,
+        options.setting(
+            "--dry-run", help="Check data and settings and print the plan, without training."
         ),
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Train a network with a steeper loss for images that it is uncertain about; test it.
 
@@ -170,14 +121,16 @@ def train(
     from_run = None
     if resume and config is None and out is not None and (out / "checkpoints").is_dir():
         from_run = config = out / "config.yaml"
-    if replay_arm is not None and replay is None:
-        raise PolysegError("--replay-arm needs --replay, which names the run")
-    if replay_arm is not None and replay_arm not in REPLAY_ARMS:
-        raise PolysegError(f"--replay-arm {not_among(replay_arm, REPLAY_ARMS, REPLAY_ARMS.kind)}")
+    if replay_arm is not None:
+        if replay is None:
+            raise PolysegError("--replay-arm needs --replay, which names the run")
+        if replay_arm not in REPLAY_ARMS:
+            wrong = not_among(replay_arm, REPLAY_ARMS, REPLAY_ARMS.kind)
+            raise PolysegError(f"--replay-arm {wrong}")
     own: list[str] = []
     if replay is not None and config is None and (replay / "config.yaml").is_file():
         from_run = config = replay / "config.yaml"
-        defaults = {setting["key"]: setting["default"] for setting in settings_of()}
+        defaults = {one["key"]: one["default"] for one in settings_of()}
         own = ["output.path=null", *(f"{key}={defaults[key]}" for key in _OF_THE_MACHINE)]
     flags = {
         "data.path": data,
@@ -189,28 +142,21 @@ def train(
         "data.fold": fold,
         "data.split_file": None if split is None else str(split),
         "control.replay": None if replay is None else str(replay),
-        "control.replay_arm": None
-        if replay is None
-        else "recorded"
-        if replay_arm is None
-        else replay_arm,
+        "control.replay_arm": None if replay is None else replay_arm or "recorded",
     }
-    settings = load_config(config, [*own, *(overrides or []), *as_overrides(flags)], preset)
+    settings = load_config(config, [*own, *(overrides or []), *options.as_overrides(flags)], preset)
     if from_run is not None and settings.own_code and not trust:
-        setting, name = next(iter(settings.own_code.items()))
+        key, name = next(iter(settings.own_code.items()))
         raise PolysegError(
-            f"{from_run}: its {setting} {name} is code outside polyseg; --trust imports and runs "
+            f"{from_run}: its {key} {name} is code outside polyseg; --trust imports and runs "
             "it, if you know where it is from"
         )
     how = {"resume": resume, "accept_changes": accept_changes}
-    with talking(quiet, verbose) as display:
+    with messages(quiet, verbose) as display:
         from polyseg.commands import train
 
-        found = (
-            train.plan(settings, **how, progress=display)
-            if dry_run
-            else train.train(settings, **how, progress=display)
-        )
+        command = train.plan if dry_run else train.train
+        found = command(settings, **how, progress=display)
     if rank_here():
         return
     if isinstance(found, dict):

@@ -1,1 +1,4 @@
-"""What each command does, without a terminal: one module a command."""
+"""What each command does, without a terminal: one module a command.
+
+Functions raise PolysegError for a user's error, such as unusable data, settings, files or folders.
+"""

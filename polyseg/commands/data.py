@@ -1,7 +1,7 @@
 """`polyseg data check`, `split` and `demo`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ _SHOWN = 5
 
 
 def check_data(config: Config, progress: Progress = no_progress) -> dict[str, Any]:
-    """Read a whole data set as training would, and return a summary.
-
-    Raises:
-        PolysegError: there are problems that prevent training; one line for each.
-    """
+    """Read a whole data set as training would, and return a summary."""
     if config.data.path == "demo":
         raise PolysegError("data check: the demo has no files; give a folder or a manifest")
     layout = found_cases(config.data)
@@ -67,11 +63,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
 def make_split(
     config: Config, out: Path, progress: Progress = no_progress, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Split a data set by its settings, write the split to a file, and return the counts.
-
-    Raises:
-        PolysegError: there is a problem with the data, or the file exists.
-    """
+    """Split a data set by its settings, write the split to a file, and return the counts."""
     refuse_existing(out, overwrite=overwrite)
     images = load_images(config.data, progress)
     split = new_split(config, images)
@@ -89,11 +81,7 @@ def make_split(
 
 
 def write_manifest(path: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write a draft of a CSV manifest of a folder, and return its counts.
-
-    Raises:
-        PolysegError: the folder has no image, or the file exists.
-    """
+    """Write a draft of a CSV manifest of a folder, and return its counts."""
     if not path.is_dir():
         raise PolysegError(f"{path}: not a folder; give the folder of a data set")
     refuse_existing(out, overwrite=overwrite)
@@ -103,11 +91,7 @@ def write_manifest(path: Path, out: Path, *, overwrite: bool = False) -> dict[st
 
 
 def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -> None:
-    """Write phantoms as PNG files, with a table of their known difficulties.
-
-    Raises:
-        PolysegError: the folder is not empty, or an argument is out of bounds.
-    """
+    """Write phantoms as PNG files, with a table of their known difficulties."""
     if modality not in MODALITIES:
         raise PolysegError(f"--modality {modality}: choose {' or '.join(MODALITIES)}")
     if seed < 0:
@@ -141,11 +125,13 @@ def _parts_and_groups(items: Sequence[Item], config: DataConfig) -> dict[str, An
     return found
 
 
-def _most_common(values: Any) -> list[str]:
-    counts = Counter(values).most_common()
-    shown = [f"{value} ({number})" for value, number in counts[:_SHOWN]]
-    more = len(counts) - _SHOWN
-    return shown + ([f"and {more} more"] if more > 0 else [])
+def _most_common(values: Iterable[str]) -> list[str]:
+    return _first([f"{value} ({number})" for value, number in Counter(values).most_common()])
+
+
+def _first(texts: list[str]) -> list[str]:
+    more = len(texts) - _SHOWN
+    return texts[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _spacing(items: Sequence[Item]) -> dict[str, Any]:
@@ -155,9 +141,8 @@ def _spacing(items: Sequence[Item]) -> dict[str, Any]:
         if item.spacing is not None
         for height, width in [item.original_size]
     ]
-    if not known:
-        return {}
-    return {"spacing (mm)": _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)}
+    texts = _most_common(f"{rows:.3g} x {columns:.3g}" for rows, columns in known)
+    return {"spacing (mm)": texts} if texts else {}
 
 
 def _foreground(items: Sequence[Item], labels: Sequence[str]) -> dict[str, Any]:
@@ -177,13 +162,11 @@ def _copies(items: Sequence[Item]) -> dict[str, Any]:
     likeness = {item.id: item.likeness for item in items}
     exact = Counter(one.exact for one in likeness.values() if one.near)
     near = [
-        (one, other)
+        f"{one} and {other}"
         for one, other in near_pairs(likeness)
         if likeness[one].exact != likeness[other].exact
     ]
-    shown = [f"{one} and {other}" for one, other in near[:_SHOWN]]
-    more = len(near) - _SHOWN
     return {
         "copies of another image": sum(number - 1 for number in exact.values()),
-        "nearly copies": shown + ([f"and {more} more"] if more > 0 else []) or 0,
+        "nearly copies": _first(near) or 0,
     }

@@ -29,11 +29,7 @@ def preview(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """Draw some training images with their masks, before and after augmentation.
-
-    Raises:
-        PolysegError: there is a problem with the data, or the file exists.
-    """
+    """Draw some training images with their masks, before and after augmentation."""
     if not (1 <= count <= 50 and 1 <= samples <= 20):
         raise PolysegError("--images must be from 1 to 50, and --samples from 1 to 20")
     refuse_existing_figure(out, overwrite=overwrite)

@@ -19,17 +19,8 @@ def unseen_errors(
     """Return 1 - Dice of each image by the donor that has not seen it, by (id, label).
 
     A donor has seen the images of its training part and of its validation part, which chooses the
-    checkpoint. The Dice is from the evaluation at the end of its training; NaN if undefined.
-
-    Args:
-        run: the run whose training images these are.
-        donors: two runs.
-        ids: the training images.
-        labels: of each image, "" for a single one.
-
-    Raises:
-        PolysegError: a donor is not a tested run, or has other images with the same ids; or both
-            or neither of the donors have seen an image.
+    checkpoint. The Dice is from the evaluation at the end of its training; NaN if undefined. `ids`
+    are the training images of `run`.
     """
     _, own = RunDirectory(run).read_split()
     seen = {donor: _seen(donor, run, own, ids) for donor in donors}

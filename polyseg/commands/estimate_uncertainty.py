@@ -49,9 +49,6 @@ def estimate_uncertainty(
     """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
 
     Several processes share the images; the leading one writes. `also` names further scores.
-
-    Raises:
-        PolysegError: there is a problem with checkpoint, data or folder.
     """
     _check_options(samples, also)
     place = out or results_beside(source, "uncertainty-estimate")

@@ -24,7 +24,6 @@ from polyseg.evaluation.testing_networks import (
     EvaluationSettings,
     ImageTest,
     NetworkResults,
-    PredictedMasks,
     measure_network,
     patients_of,
 )
@@ -68,11 +67,6 @@ class _Found:
     part: str
     """Name of the tested part."""
 
-    @property
-    def masks(self) -> list[PredictedMasks]:
-        """The predicted masks of all networks and folders."""
-        return [one for test in self.tested.values() for one in test.masks]
-
     def evaluation(self, settings: EvaluationSettings) -> Evaluation:
         """Return the results of each arm, and their comparison with the baseline."""
         runs: list[RunScores] = []
@@ -89,8 +83,8 @@ class _Found:
         if reference is None:
             return found
         compared = compare(runs, reference)
-        said = conclusions(compared, roles_of(self.compared.configs, arms, reference))
-        return dataclasses.replace(found, comparisons=compared, conclusions=said)
+        sentences = conclusions(compared, roles_of(self.compared.configs, arms, reference))
+        return dataclasses.replace(found, comparisons=compared, conclusions=sentences)
 
 
 def kinds_of_damage(text: str | None) -> tuple[str, ...]:
@@ -121,7 +115,7 @@ class ComparisonSettings:
     out: Path | None = None
     """Folder for the results, new or empty; None for one beside the runs."""
     overwrite: bool = False
-    """Whether `out` may hold the results of a former evaluation, which are replaced."""
+    """Whether results of an earlier evaluation in `out` are replaced."""
     figures: bool = True
     """Whether to draw figures."""
 
@@ -137,22 +131,17 @@ def evaluate_runs(
 ) -> Outcome:
     """Test networks, and masks of other tools, side by side on the same images.
 
+    `sources` are checkpoints or runs, `masks` folders of masks that other tools have written.
     Several processes share the images; the leading one compares, writes and draws.
-
-    Args:
-        sources: checkpoints or runs.
-        settings: what is measured of each network.
-        inputs: images and device.
-        comparison: baseline, arms and the folder for the results.
-        masks: folders of masks that other tools have written.
-        progress: of all tests.
-
-    Raises:
-        PolysegError: a checkpoint, the data or the folder is unusable, or the images differ.
     """
-    folders = _checked_folders(settings, masks)
+    settings.check()
+    folders: Mapping[str, Path] = {} if masks is None else masks.folders
+    if folders and settings.at == "network":
+        raise PolysegError(
+            "--at network: masks of other tools have the original size; leave it out"
+        )
     places = [*sources, *folders.values()]
-    place = comparison.out or _place(sources, list(folders.values()))
+    place = comparison.out or _default_folder(sources, list(folders.values()))
     with contextlib.ExitStack() as stack:
         with together(choose_device(inputs.device), PATIENCE) as processes:
             held = whole_folder(place, overwrite=comparison.overwrite, known_by=_KNOWN_BY)
@@ -164,34 +153,16 @@ def evaluate_runs(
             return Outcome(place, [])
         paths = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
         evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
-        files = _written(evaluation, found, folder, figures=comparison.figures)
+        figures = comparison.figures
+        files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
+        if figures:
+            drawn = [one for test in found.tested.values() for one in test.masks]
+            files += evaluation_files.draw_predictions(evaluation, drawn, found.images, folder)
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
-def _checked_folders(settings: EvaluationSettings, masks: OtherMasks | None) -> Mapping[str, Path]:
-    """Return the folders of masks by name, after a check that they fit the settings."""
-    settings.check()
-    folders = {} if masks is None else masks.folders
-    if folders and settings.at == "network":
-        raise PolysegError(
-            "--at network: masks of other tools have the original size; leave it out"
-        )
-    return folders
-
-
-def _written(evaluation: Evaluation, found: _Found, folder: Path, *, figures: bool) -> list[Path]:
-    files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
-    if figures:
-        files += evaluation_files.draw_predictions(evaluation, found.masks, found.images, folder)
-    return files
-
-
-def _place(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
-    """Return a new folder for results: in a single run, or in a folder that all runs share.
-
-    Raises:
-        PolysegError: the runs share no folder but the root.
-    """
+def _default_folder(sources: Sequence[Path], folders: Sequence[Path]) -> Path:
+    """Return a new folder for results: in a single run, or in a folder that all runs share."""
     if len(sources) == 1 and not folders:
         return results_beside(sources[0], "evaluation")
     shared = Path(os.path.commonpath([one.resolve().parent for one in (*sources, *folders)]))
@@ -207,6 +178,15 @@ class _TestContext(NamedTuple):
     inputs: Inputs
     progress: Progress
     processes: Processes
+
+    def test(
+        self, name: str, images: ImageSet, ids: Sequence[str], config: DataConfig, batch_size: int
+    ) -> ImageTest:
+        """Return a test of some images, with their patients."""
+        groups = {} if self.settings.by == "image" else patients_of(images, config)
+        return ImageTest(
+            name, images, ids, batch_size, self.settings, self.progress, self.processes, groups
+        )
 
 
 def _compared(
@@ -228,12 +208,12 @@ def _compared(
     everything = [*sources, *folders.values()]
     all_names = [*names, *folders]
     baseline = comparison.baseline
-    reference = None if baseline is None else _named(baseline, everything, all_names, arms)
+    reference = None if baseline is None else _baseline_name(baseline, everything, all_names, arms)
     if configs:
         _refuse_other_tasks(configs)
     if not inputs.data:
-        promised = {name: _promised(one, inputs.part) for name, one in networks.items()}
-        _refuse_other_images(arms, {name: found for name, found in promised.items() if found})
+        planned = {name: _planned_images(one, inputs.part) for name, one in networks.items()}
+        _refuse_other_images(arms, {name: found for name, found in planned.items() if found})
     return _Compared(networks, configs, arms, reference)
 
 
@@ -256,66 +236,38 @@ def _test(compared: _Compared, how: _TestContext, masks: OtherMasks | None) -> _
                 part,
             )
         images = images or found
-        tested[name] = measure_network(
-            *(model, name, found, ids, how.settings, load, how.progress, how.processes)
-        )
+        size = model.config.training.batch_size
+        test = how.test(name, found, ids, model.config.data, size)
+        tested[name] = measure_network(model, test, load)
     if how.settings.at == "network":
         _warn_of_sizes(compared.configs)
-    config = next((one.data for one in compared.configs.values()), None)
-    known = (
-        None
-        if images is None
-        else (images, sorted({one for ids in hashes.values() for one in ids}))
-    )
     if masks is not None:
-        images, more = _test_masks(masks, config, known, how)
-        tested |= more
+        if images is None:
+            config = masks.config
+            images, ids = _images_without_run(config, how)
+        else:
+            config = next(iter(compared.configs.values())).data
+            ids = sorted({one for of_run in hashes.values() for one in of_run})
+        test = how.test("", images, ids, config, 1)
+        for name, folder in masks.folders.items():
+            tested[name] = measure_masks(folder, dataclasses.replace(test, name=name), config)
     if images is None:
         raise PolysegError("Missing argument: give runs, or --predictions with --data")
     return _Found(tested, compared, images, part or "test")
 
 
-def _test_masks(
-    masks: OtherMasks,
-    config: DataConfig | None,
-    known: tuple[ImageSet, list[str]] | None,
-    how: _TestContext,
-) -> tuple[ImageSet, dict[str, NetworkResults]]:
-    """Return the images, and the results of each folder of masks.
-
-    Args:
-        masks: the folders.
-        config: how the runs beside them read the true masks; None without runs.
-        known: the images of those runs, and the ids that they were tested on.
-        how: settings and surroundings.
-    """
-    if known is None or config is None:
-        config = masks.config
-        images = load_images(config, how.progress)
-        ids = _ids_without_run(images, config, how.inputs.part)
-    else:
-        images, ids = known
-    groups = {} if how.settings.by == "image" else patients_of(images, config)
-    found = {}
-    for name, folder in masks.folders.items():
-        test = ImageTest(
-            *(name, images, ids, 1, how.settings, how.progress, how.processes), groups=groups
-        )
-        found[name] = measure_masks(folder, test, config)
-    return images, found
-
-
-def _ids_without_run(images: ImageSet, config: DataConfig, part: str | None) -> list[str]:
-    """Return the ids of a part of a data set, or of all its images where none is named."""
+def _images_without_run(config: DataConfig, how: _TestContext) -> tuple[ImageSet, list[str]]:
+    """Return the images of a data set, and the ids of the tested part, of all if none is named."""
+    images, part = load_images(config, how.progress), how.inputs.part
     if part not in (None, "all", *PARTS):
         raise PolysegError(f"--split {part}: choose {', '.join(PARTS)} or all")
     ids = images.ids if part in (None, "all") else split_by_settings(images.members(), config)[part]
     if not ids:
         raise PolysegError(f"--split {part}: {config.path} has no {part} images; choose another")
-    return ids
+    return images, ids
 
 
-def _promised(network: Trained, part: str | None) -> Hashes | None:
+def _planned_images(network: Trained, part: str | None) -> Hashes | None:
     """Return the images that a run tests on by its split; None for a checkpoint without run."""
     if network.run is None:
         return None
@@ -339,9 +291,7 @@ def _refuse_other_tasks(configs: Mapping[str, Config]) -> None:
 def _refuse_other_images(arms: Arms, hashes: Mapping[str, Hashes]) -> None:
     """Raise PolysegError unless all arms, or runs, are tested on the same images and masks.
 
-    Args:
-        arms: names of the runs of each arm.
-        hashes: hashes of images by id, for each run whose images are known already.
+    `hashes` are those of the runs whose images are known already.
     """
     seen = {
         arm: _merged([(name, hashes[name]) for name in names if name in hashes])
@@ -384,12 +334,8 @@ def _warn_of_sizes(configs: Mapping[str, Config]) -> None:
         )
 
 
-def _named(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
-    """Return the name in tables of the baseline that the user named.
-
-    Raises:
-        PolysegError: there is no such run, or nothing to compare it with.
-    """
+def _baseline_name(baseline: str, sources: Sequence[Path], names: Sequence[str], arms: Arms) -> str:
+    """Return the name in tables of the baseline that the user named."""
     if len(arms) < 2:
         what = "one arm" if len(sources) > 1 else "one run"
         raise PolysegError(f"--baseline: there is {what}; also give what to compare with it")

@@ -23,12 +23,7 @@ def plot_loss(
     out: Path,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Draw the loss, or its derivative, over the angle, and return the files.
-
-    Raises:
-        PolysegError: s, an epsilon, the terms or the file's suffix are not allowed, or the file
-            exists.
-    """
+    """Draw the loss, or its derivative, over the angle, and return the files."""
     refuse_existing_figure(out, overwrite=overwrite)
     if not 0 < s <= 1:
         raise PolysegError(f"--s {s:g}: a scale is above 0 and at most 1")

@@ -63,16 +63,10 @@ def predict_images(
     Args:
         source: a checkpoint or a run.
         paths: images, and folders of images or of a DICOM series.
-        out: new or empty folder for the masks.
-        overwrite: whether to replace earlier predictions in that folder.
+        out: folder for the masks, new or empty, or with `overwrite` that of earlier predictions.
         uncertainty: whether to write uncertainty maps and difficulties too.
         samples: number of passes of MC Dropout; None for that of the training.
-        device: device for the computation.
-        trust: whether a checkpoint's own network code may run.
-        progress: called with the number of finished files.
-
-    Raises:
-        PolysegError: there is a problem with checkpoint or folder, or images cannot be read.
+        trust: whether code outside polyseg that the checkpoint names may run.
     """
     if samples is not None and not 2 <= samples <= MOST_SAMPLES:
         raise PolysegError(f"--samples {samples}: must be from 2 to {MOST_SAMPLES:,}")
@@ -105,7 +99,7 @@ class _Predicted(NamedTuple):
     files: list[Path]
     rows: Rows
     problem: str = ""
-    """Reason why the case could not be segmented; empty where it was."""
+    """Reason why the case could not be segmented; empty if it was."""
 
 
 def _write_table(found: Sequence[_Predicted], folder: Path) -> list[Path]:
@@ -175,8 +169,10 @@ def _predict_case(
         for name, written in maps.items()
     }
     files = list(labels.values())
-    assessment = None if passes is None else _assess(model, passes, images)
-    if assessment is not None:
+    assessment = None
+    if passes is not None:
+        batches, epoch = images.batches(images.ids, batch_size), model.checkpoint.epoch
+        assessment = assess(model.network, batches, passes, seed=config.training.seed, epoch=epoch)
         for label in assessment.label_names:
             pixels = assessment.of_label(label).maps[assessment.metric]
             stack = np.stack([resize_map(one.astype(np.float32), shape) for one in pixels])
@@ -221,17 +217,6 @@ def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:
     return np.asarray(written[chosen])
 
 
-def _assess(model: Model, passes: UncertaintyConfig, images: ImageSet) -> Assessment:
-    config = model.config
-    return assess(
-        model.network,
-        images.batches(images.ids, config.training.batch_size),
-        passes,
-        seed=config.training.seed,
-        epoch=model.checkpoint.epoch,
-    )
-
-
 def _rows(
     images: ImageSet,
     maps: Mapping[str, NDArray[Any]],
@@ -241,18 +226,15 @@ def _rows(
 ) -> Rows:
     """Return the rows of predictions.csv, one for each slice and label."""
     rows = []
-    firsts = config.written(1)
+    values, shared = config.written(1), "" in files
     for n, identity in enumerate(images.ids):
         for k, label in enumerate(images.labels):
-            one_for_all = "" in files
-            name = "" if one_for_all else f"_{label}"
+            name = "" if shared else f"_{label}"
             written = maps[name][n]
-            mine = written == firsts[label] if one_for_all and label else written > 0
-            pixels, file = int(mine.sum()), files[name]
-            row: dict[str, Any] = {"id": identity, "file": file.name}
+            mask = written == values[label] if shared and label else written > 0
+            row: dict[str, Any] = {"id": identity, "file": files[name].name}
             row |= {"label": label} if label else {}
-            row |= {"foreground_pixels": pixels}
-            row |= {"foreground": f"{pixels / mine.size:.6g}"}
+            row |= {"foreground_pixels": int(mask.sum()), "foreground": f"{mask.mean():.6g}"}
             if assessment is not None:
                 i = n * len(images.labels) + k
                 row |= {name: f"{assessment.scores[name][i]:.9g}" for name in UNCERTAINTIES}

@@ -14,17 +14,17 @@ import numpy as np
 from polyseg import __version__
 from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import DASH, size_of
+from polyseg.figures.style import formatted
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
+from polyseg.report import tables
 from polyseg.report.document import (
     Block,
     Folded,
     Gallery,
-    Heading,
     Page,
     PageSection,
     Picture,
-    Preformatted,
     Table,
     Text,
     render,
@@ -41,19 +41,6 @@ from polyseg.report.run_files import (
     read_evaluation,
     read_run,
     sources_of,
-)
-from polyseg.report.tables import (
-    brief,
-    comparison_tables,
-    decimals_of,
-    dice_comparison,
-    dice_tested,
-    further_tables,
-    heading,
-    images_tested,
-    metric_tables,
-    number,
-    refuse_other_sizes,
 )
 from polyseg.runs.assessment_text import describe_order
 from polyseg.system.files import short_names, write_text
@@ -89,14 +76,7 @@ def make_page(
         sources: folders of runs.
         evaluations: folders of `polyseg evaluate` that compare runs; without any, the newest
             comparison of exactly these runs in a folder that contains all of them.
-        out: the new file.
-        overwrite: whether to replace that file.
-        title: title of the page.
-        progress: called with the number of runs that were read.
-
-    Raises:
-        PolysegError: `out` exists or does not end in .html, a source is not a run, an evaluation
-            is not an evaluation, or one is given twice.
+        out: the file, a new one unless `overwrite`.
     """
     _check_place(out, overwrite)
     if len(sources) + len(evaluations) > MOST_RUNS:
@@ -152,7 +132,9 @@ def page_of(
         "Settings": _settings(runs),
         "Training": _training(runs),
         "Difficulty and ε": _each(runs, _difficulty),
-        "Images of largest and smallest D": _each(runs, _extremes),
+        "Images of largest and smallest D": _each(
+            runs, lambda run: _gallery(extreme_pictures(run))
+        ),
         "Test images": _each(runs, _tests),
         "How it was made": [*_machines(runs), *_each(runs, _command)],
     }
@@ -187,7 +169,7 @@ def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Se
     found: list[Block] = []
     for source in sources:
         if blocks := blocks_of(source):
-            found += [Heading(source.name)] if len(sources) > 1 else []
+            found += [Text(source.name, "h3")] if len(sources) > 1 else []
             found += blocks
     return found
 
@@ -197,7 +179,7 @@ def _facts(
 ) -> list[tuple[str, str]]:
     days = (re.match(r"\d{4}-\d\d-\d\d", str(run.environment.get("started"))) for run in runs)
     begun = sorted(day.group() for day in days if day)
-    versions = {brief(run.environment.get("polyseg", __version__)) for run in runs}
+    versions = {tables.brief(run.environment.get("polyseg", __version__)) for run in runs}
     return [
         ("Runs" if len(runs) > 1 else "Run", ", ".join(run.name for run in runs)),
         *([("Comparison", ", ".join(one.name for one in evaluations))] if evaluations else []),
@@ -213,23 +195,23 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
         rows.append(
             [
                 run.name,
-                brief(run.settings.get("loss.name", DASH)),
-                number(run.history[-1]["epoch"] if run.history else None, 0),
-                number(best.get("epoch"), 0),
-                number(best.get("validation_dice")),
-                images_tested(run.evaluation),
-                dice_tested(run.evaluation),
+                tables.brief(run.settings.get("loss.name", DASH)),
+                tables.number(run.history[-1]["epoch"] if run.history else None, 0),
+                tables.number(best.get("epoch"), 0),
+                tables.number(best.get("validation_dice")),
+                tables.images_tested(run.evaluation),
+                tables.dice_tested(run.evaluation),
             ]
         )
     head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
     overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
     own = [run.evaluation for run in runs]
     if not evaluations:
-        refuse_other_sizes(own)
+        tables.refuse_other_sizes(own)
     kept = [one for one in own if one.summary]
     # Tests at different sizes cannot share a table; a comparison has one size.
     mixed = len({size_of(one.summary) for one in kept}) > 1
-    metrics: list[Block] = [] if mixed else list(metric_tables(own))
+    metrics: list[Block] = [] if mixed else list(tables.metric_tables(own))
     if metrics and evaluations:
         metrics = [Folded("All metrics of the runs' own tests", metrics)]
     return [overview, *metrics]
@@ -238,7 +220,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
 def _comparison(evaluation: EvaluationFiles) -> list[Block]:
     return [
         *_differences(evaluation),
-        *metric_tables([evaluation]),
+        *tables.metric_tables([evaluation]),
         *_found(evaluation),
         *_each_image(evaluation),
     ]
@@ -251,8 +233,8 @@ def _tests(run: RunFiles) -> list[Block]:
 
 def _differences(evaluation: EvaluationFiles) -> list[Block]:
     """Return the paired comparisons; if there are several, in Dice, with the others folded."""
-    overview = list(dice_comparison(evaluation))
-    single: list[Block] = list(comparison_tables(evaluation))
+    overview = list(tables.dice_comparison(evaluation))
+    single: list[Block] = list(tables.comparison_tables(evaluation))
     folded = Folded("All metrics, comparison by comparison", single)
     return [*overview, folded] if overview else single
 
@@ -260,7 +242,7 @@ def _differences(evaluation: EvaluationFiles) -> list[Block]:
 def _found(evaluation: EvaluationFiles) -> list[Block]:
     """Return the figures, and the tables besides metrics and differences."""
     numbers, images = evaluation_pictures(evaluation)
-    return [*_gallery(numbers), *further_tables(evaluation), *_gallery(images)]
+    return [*_gallery(numbers), *tables.further_tables(evaluation), *_gallery(images)]
 
 
 def _gallery(pictures: Sequence[Picture]) -> list[Block]:
@@ -277,7 +259,7 @@ def _settings(runs: Sequence[RunFiles]) -> list[Block]:
     known = [run for run in runs if run.settings]
     blocks: list[Block] = [_differing(known)] if len(known) > 1 else []
     return blocks + [
-        Folded(f"All settings of {run.name}", [Preformatted(run.config_text)])
+        Folded(f"All settings of {run.name}", [Text(run.config_text, "pre")])
         for run in runs
         if run.config_text
     ]
@@ -297,7 +279,7 @@ def _differing(runs: Sequence[RunFiles]) -> Block:
 def _value(run: RunFiles, key: str) -> str:
     value = run.settings.get(key, DASH)
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-    return brief(written)
+    return tables.brief(written)
 
 
 def _without_folder(value: str) -> str:
@@ -360,12 +342,12 @@ def _assessment_row(run: RunFiles, one: Assessment, label: str, *, labelled: boo
         *_percentiles(one.difficulty, _QUANTILES, "#.3g"),
         *_percentiles(followed, _QUANTILES[::2], ".2f"),
         _with_interval(rank_correlation(one.difficulty, 1 - one.dice)),
-        number(one.rank_stability.get(one.metric), 2),
+        tables.number(one.rank_stability.get(one.metric), 2),
     ]
 
 
 def _with_interval(found: RankCorrelation) -> str:
-    value, *ends = (number(one, 2) for one in (found.value, *found.interval))
+    value, *ends = (tables.number(one, 2) for one in (found.value, *found.interval))
     return value if DASH in ends else f"{value}\n{' to '.join(ends)}"
 
 
@@ -373,12 +355,7 @@ def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
     known = values[np.isfinite(values)]
     if known.size == 0:
         return [DASH] * len(which)
-    shown = (f"{value:{form}}".rstrip(".") for value in np.percentile(known, which))
-    return [one.replace("-", "−") for one in shown]
-
-
-def _extremes(run: RunFiles) -> list[Block]:
-    return _gallery(extreme_pictures(run))
+    return [formatted(value, form).rstrip(".") for value in np.percentile(known, which)]
 
 
 def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
@@ -391,12 +368,10 @@ def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
     if rows <= _WORST + 5:
         return [Table(f"Test images of {evaluation.name} {order}.", head, cells, sortable=True)]
     some = f"The first {_MOST_ROWS:,} of " if rows > _MOST_ROWS else ""
+    all_images = Table(f"{some}{total} {order}.", head, cells, sortable=True)
     return [
         Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
-        Folded(
-            f"{some or 'All '}{total}",
-            [Table(f"{some}{total} {order}.", head, cells, sortable=True)],
-        ),
+        Folded(f"{some or 'All '}{total}", [all_images]),
     ]
 
 
@@ -421,7 +396,7 @@ def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]]
         rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
         order = "by Dice, the worst first"
     cells = [[_cell(*pair) for pair in zip(row, keys, strict=True)] for row in rows[:_MOST_ROWS]]
-    return [heading(key) for key in keys], cells, order
+    return [tables.heading(key) for key in keys], cells, order
 
 
 def _shown_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -443,19 +418,19 @@ def _sort_key(cell: str) -> float:
 
 def _cell(cell: str, key: str) -> str:
     if key in _TEXT_COLUMNS:
-        return brief(cell)
-    return number(_sort_key(cell), 0 if key.endswith("_pixels") else decimals_of(key))
+        return tables.brief(cell)
+    return tables.number(_sort_key(cell), 0 if key.endswith("_pixels") else tables.decimals_of(key))
 
 
 def _machines(runs: Sequence[RunFiles]) -> list[Block]:
     known = [run for run in runs if run.environment]
     keys = dict.fromkeys(key for run in known for key in run.environment if key != "command")
+    if not keys:
+        return []
     rows = [
-        [brief(key), *(brief(run.environment.get(key, DASH)) for run in known)]
+        [tables.brief(key), *(tables.brief(run.environment.get(key, DASH)) for run in known)]
         for key in list(keys)[:_MOST_FACTS]
     ]
-    if not rows:
-        return []
     return [
         Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
         Text(
@@ -472,4 +447,4 @@ def _command(run: RunFiles) -> list[Block]:
         return []
     first, *others = map(str, words)
     program = "polyseg" if Path(first).name in ("polyseg", "__main__.py") else first
-    return [Preformatted(shlex.join([program, *others]))]
+    return [Text(shlex.join([program, *others]), "pre")]

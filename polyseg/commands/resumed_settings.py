@@ -1,6 +1,6 @@
-"""The settings and the environment of a resumed run: what may differ from its beginning."""
+"""Check which settings and versions of a resumed run may differ from those of its start."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def resumed_config(
     config = recorded_config(config, recorded.training.epochs)
     refuse_gone(config.data, run.path)
     config = config.model_copy(update={"data": settled(config.data)})
-    wanted, kept = _flat(config.model_dump()), _flat(recorded.model_dump())
+    wanted, kept = config.flat(), recorded.flat()
     differing = [
         f"{key} {kept[key]} -> {wanted[key]}"
         for key in wanted
@@ -101,34 +101,15 @@ def recorded_config(config: Config, epochs: int) -> Config:
     Paths become absolute, and the first assessment is given in whole epochs, so that it stays the
     same when the run is resumed for more epochs.
     """
-    changes: dict[str, Any] = {}
-    given = {"path": config.data.path, "split_file": config.data.split_file}
-    paths = {
-        name: str(Path(path).resolve())
-        for name, path in given.items()
-        if path not in (None, "demo")
-    }
-    changes["data"] = config.data.model_copy(update=paths)
-    for setting, name in config.own_code.items():
+    settings = config.flat()
+    paths = [key for key in ("data.split_file", "control.replay") if settings[key] is not None]
+    if config.data.path != "demo":
+        paths.append("data.path")
+    changes: dict[str, Any] = {key: str(Path(settings[key]).resolve()) for key in paths}
+    for key, name in config.own_code.items():
         module, _, attribute = name.rpartition(":")
         if module.endswith(".py"):
-            section, _, key = setting.partition(".")
-            held = changes.get(section, getattr(config, section))
-            place = f"{Path(module).resolve()}:{attribute}"
-            changes[section] = held.model_copy(update={key: place})
-    config = config.model_copy(update=changes)
-    if config.control.replay is not None:
-        replay = str(Path(config.control.replay).resolve())
-        changes["control"] = config.control.model_copy(update={"replay": replay})
-    elif config.adaptive:
-        start = float(config.control.assessment_epochs(epochs)[0])
-        changes["control"] = config.control.model_copy(update={"start": start})
-    return config.model_copy(update=changes)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and not prefix
-        flat |= _flat(value, f"{key}.") if nested else {prefix + key: value}
-    return flat
+            changes[key] = f"{Path(module).resolve()}:{attribute}"
+    if config.assesses:
+        changes["control.start"] = float(config.control.assessment_epochs(epochs)[0])
+    return config.changed(changes)

@@ -61,11 +61,7 @@ def read_record(path: str | Path) -> RunRecord:
 
 
 def show(path: Path, image: str | None = None) -> TableWithNotes:
-    """Return a row for each assessment, or the history of D and epsilon of one image.
-
-    Raises:
-        PolysegError: there is no such run or image.
-    """
+    """Return a row for each assessment, or the history of D and epsilon of one image."""
     record = read_record(path)
     if image is not None:
         rows = recorded_schedule.image_history(record, image)
@@ -82,11 +78,7 @@ def show(path: Path, image: str | None = None) -> TableWithNotes:
 
 
 def export(path: Path, out: Path | None = None, *, overwrite: bool = False) -> str:
-    """Return a row for each assessment and image as CSV, and write it to `out` if given.
-
-    Raises:
-        PolysegError: there is no such run, or the file exists.
-    """
+    """Return a row for each assessment and image as CSV, and write it to `out` if given."""
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
     text = recorded_schedule.csv_text(recorded_schedule.tidy(read_record(path)))
@@ -103,12 +95,7 @@ def recompute(
     overwrite: bool = False,
     trust: bool = False,
 ) -> TableWithNotes:
-    """Return how other settings would change the schedule, and write it to `out` if given.
-
-    Raises:
-        PolysegError: there is a problem with run or settings, the record lacks values that they
-            need, or the file exists.
-    """
+    """Return how other settings would change the schedule, and write it to `out` if given."""
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
     _refuse_unknown(overrides)
@@ -137,13 +124,8 @@ def recompute(
 def validity(path: Path, donors: Sequence[Path] = ()) -> TableWithNotes:
     """Return the correlations of each score with error and size, for each assessment.
 
-    Args:
-        path: the run.
-        donors: two runs, each trained on half of the run's training images, which give errors of
-            networks that were not trained on the image.
-
-    Raises:
-        PolysegError: there is no such run, a file of it is damaged, or the donors do not fit.
+    `donors` are two runs, each trained on half of the run's training images, which give errors of
+    networks that were not trained on the image.
     """
     record = read_record(path)
     last = record.assessments[-1]

@@ -35,11 +35,7 @@ _PANELS = {
 
 
 def plot(paths: Sequence[Path], out: Path | None = None, *, overwrite: bool = False) -> Outcome:
-    """Draw the schedules of runs, and of several runs also in one figure.
-
-    Raises:
-        PolysegError: there is a problem with a run, labels differ, or the folder is not empty.
-    """
+    """Draw the schedules of runs, and of several runs also in one figure."""
     records = [read_record(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         if record.labels != records[0].labels:
@@ -69,11 +65,7 @@ def plot(paths: Sequence[Path], out: Path | None = None, *, overwrite: bool = Fa
 def draw_validity(
     rows: Sequence[Row], path: Path, out: Path | None = None, *, overwrite: bool = False
 ) -> Outcome:
-    """Draw the correlations that `validity` returned, with a figure for each label.
-
-    Raises:
-        PolysegError: the folder is not empty.
-    """
+    """Draw the correlations that `validity` returned, with a figure for each label."""
     labels = list(dict.fromkeys(row.get("label", "") for row in rows))
     epochs = sorted({row["epoch"] for row in rows})
     files = []

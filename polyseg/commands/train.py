@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from polyseg.data.pixel_store import MemoryStore
 from polyseg.data.splits import PARTS, Split, group_names, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
-from polyseg.evaluation.testing_networks import patients_of, score
+from polyseg.evaluation.testing_networks import ImageTest, patients_of, score
 from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
@@ -66,7 +66,6 @@ def train(
         progress: called with the progress of each task.
 
     Raises:
-        PolysegError: there is a problem with data, settings or folder.
         Interrupted: a signal ended the training; its last epoch is committed.
     """
     keep_freed_memory()
@@ -79,7 +78,11 @@ def train(
             trainer.fit()
         if not processes.leads:
             return Outcome(trainer.run.path, [])
-        return _test_and_draw(trainer, progress)
+        try:
+            return _report(trainer, progress)
+        except Interrupted as end:
+            hint = f"`polyseg train --resume --out {trainer.run.path}` tests and draws figures"
+            raise Interrupted(end.number, f"{end} after the last epoch; {hint}") from None
 
 
 class _RunContext(NamedTuple):
@@ -94,24 +97,30 @@ class _RunContext(NamedTuple):
 def _start(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
     """Return the trainer of a new run; the leading process locks and writes its folder."""
     run = how.run
-    config = recorded_config(config, config.training.epochs)
-    config = config.model_copy(update={"data": settled(config.data)})
-    if how.processes.leads:
-        run.refuse_occupied()
-    images = load_images(config.data, how.progress)
-    split = new_split(config, images)
     # Check everything before the first file is written, so that an error leaves no folder.
-    replay = _schedule_to_replay(config, images, split)
-    trainer = Trainer(config, images, split, run, how.progress, replay, how.processes)
+    trainer, replay = _new(recorded_config(config, config.training.epochs), how)
     if how.processes.leads:
         stack.enter_context(run.writing(resume=False))
-        now = environment(trainer.device, how.processes.count) | recorded_code(config)
-        recorded = run.begin(config, split_json(split, images.hashes), now)
-        stack.enter_context(_LogFile(run.log))
+        now = environment(trainer.device, how.processes.count) | recorded_code(trainer.config)
+        split = split_json(trainer.split, trainer.images.hashes)
+        recorded = run.begin(trainer.config, split, now)
+        stack.enter_context(_log_file(run.log))
         copied = "" if replay is None else write_schedule(run.replay, replay)
         trainer.record_hashes(replay=copied, split=recorded)
         _log_start(trainer)
     return trainer
+
+
+def _new(config: Config, how: _RunContext) -> tuple[Trainer, Schedule | None]:
+    """Return the trainer of a new run, and the schedule that it replays, without writing a file."""
+    config = config.model_copy(update={"data": settled(config.data)})
+    if how.processes.leads:
+        how.run.refuse_occupied()
+    images = load_images(config.data, how.progress)
+    split = new_split(config, images)
+    replay = _schedule_to_replay(config, images, split)
+    trainer = Trainer(config, images, split, how.run, how.progress, replay, how.processes)
+    return trainer, replay
 
 
 def _resume(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Trainer:
@@ -121,7 +130,7 @@ def _resume(config: Config, how: _RunContext, stack: contextlib.ExitStack) -> Tr
         run.refuse_missing()
         # Lock the folder first, so that no other process writes while it is read.
         stack.enter_context(run.writing(resume=True))
-        stack.enter_context(_LogFile(run.log))
+        stack.enter_context(_log_file(run.log))
     trainer, checkpoint, changes = _restored(config, how)
     trainer.resume(checkpoint)
     if how.processes.leads:
@@ -157,14 +166,6 @@ def _restored(config: Config, how: _RunContext) -> tuple[Trainer, Checkpoint, li
     return trainer, checkpoint, changes
 
 
-def _test_and_draw(trainer: Trainer, progress: Progress) -> Outcome:
-    try:
-        return _report(trainer, progress)
-    except Interrupted as end:
-        how = f"`polyseg train --resume --out {trainer.run.path}` tests and draws figures"
-        raise Interrupted(end.number, f"{end} after the last epoch; {how}") from None
-
-
 def plan(
     config: Config,
     *,
@@ -176,34 +177,21 @@ def plan(
 
     A training image counts as three passes, one forward and two for the gradients, and each pass of
     MC Dropout as one, as without compilation.
-
-    Raises:
-        PolysegError: there is a problem with data, settings or folder.
     """
     run = RunDirectory(Path(config.output.path) if config.output.path else new_run_path())
-    done, asked = -1, config.data
+    how = _RunContext(run, ALONE, accept_changes, progress)
     if resume:
         run.refuse_missing()
-        trainer, checkpoint, _ = _restored(
-            config, _RunContext(run, ALONE, accept_changes, progress)
-        )
-        config, images, split = trainer.config, trainer.images, trainer.split
+        trainer, checkpoint, _ = _restored(config, how)
         done = checkpoint.epoch
     else:
-        run.refuse_occupied()
-        config = config.model_copy(update={"data": settled(config.data)})
-        images = load_images(config.data, progress)
-        split = new_split(config, images)
-        _schedule_to_replay(config, images, split)
-        Trainer(config, images, split, run)  # It checks the network.
-    size = _cost_of_size(asked, config.data, images, split)
-    return _amount_of_work(config, images, split, done, size)
+        trainer, done = _new(config, how)[0], -1
+    return _amount_of_work(trainer, done, _cost_of_size(config.data, trainer))
 
 
-def _amount_of_work(
-    config: Config, images: ImageSet, split: Split, done: int, size: str
-) -> dict[str, Any]:
+def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
     """Return the work that is left after `done` epochs; -1 for a new run."""
+    config, split = trainer.config, trainer.split
     epochs = config.training.epochs - max(done, 0)
     moments = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
     moments = [epoch for epoch in moments if epoch > done]
@@ -215,7 +203,7 @@ def _amount_of_work(
     return {
         "images": {part: len(ids) for part, ids in split.items()},
         "size that the network sees": size,
-        "channels": images.channels,
+        "channels": trainer.images.channels,
         **({"epochs done": done} if done >= 0 else {}),
         "epochs": epochs,
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
@@ -226,17 +214,18 @@ def _amount_of_work(
     }
 
 
-def _cost_of_size(asked: DataConfig, data: DataConfig, images: ImageSet, split: Split) -> str:
-    """Return in a line the size of what the network sees, what chose it, and what it costs."""
+def _cost_of_size(asked: DataConfig, trainer: Trainer) -> str:
+    """Return one line with the size of the network's input, its origin and its cost."""
+    images = trainer.images
     if images.tiling is not None:
         size = f"tiles of {_range_of([images.tiling.size])}"
     else:
         size = _range_of(list(images.sizes()))
     if asked.size == "auto":
-        rule = "the demo's size" if data.path == "demo" else "the images' median, at most 256"
+        rule = "the demo's size" if asked.path == "demo" else "the images' median, at most 256"
         size += f" (data.size=auto: {rule})"
     stored = sum(item.bytes for item in images.items) / MEGABYTE
-    pixels = sum(math.prod(images.item(identity).size) for identity in split["train"])
+    pixels = sum(math.prod(images.item(identity).size) for identity in trainer.split["train"])
     place = "memory" if isinstance(images.store, MemoryStore) else "a file"
     return (
         f"{size}; images and masks take {stored:.1f} MB in {place}; a pass "
@@ -251,11 +240,7 @@ def _schedule_to_replay(
     run: RunDirectory | None = None,
     sha256: str | None = None,
 ) -> Schedule | None:
-    """Return the schedule of control.replay, or its copy in a resumed run; None without replay.
-
-    Raises:
-        PolysegError: there is no such schedule, or it does not fit.
-    """
+    """Return the schedule of control.replay, or its copy in a resumed run; None without replay."""
     control = config.control
     if control.replay is None:
         return None
@@ -274,11 +259,7 @@ def _schedule_to_replay(
 
 
 def _arm_of_difficulty(config: Config, images: ImageSet, split: Split, path: Path) -> Schedule:
-    """Return the schedule from the D of an arm, with the settings and batches of the new run.
-
-    Raises:
-        PolysegError: the recorded run lacks assessments that the settings need.
-    """
+    """Return the schedule from the D of an arm, with the settings and batches of the new run."""
     arm = config.control.replay_arm
     if not path.is_dir():
         raise PolysegError(
@@ -307,25 +288,21 @@ class _LogHandler(logging.FileHandler):
         """Drop the line."""
 
 
-class _LogFile:
-    """Context in which the messages of the package also go to the run's log.txt."""
-
-    def __init__(self, path: Path) -> None:
-        # In a folder of somebody else a link may point to any file.
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise PolysegError(
-                f"{path}: is not a regular file, so no log can be written; remove it"
-            )
-        self.handler = _LogHandler(path, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        logging.getLogger("polyseg").addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("polyseg").removeHandler(self.handler)
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Write the messages of the package to the run's log.txt as well."""
+    # In a folder from a stranger a link may point to any file.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise PolysegError(f"{path}: is not a regular file, so no log can be written; remove it")
+    handler, logger = _LogHandler(path, encoding="utf-8"), logging.getLogger("polyseg")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
         with contextlib.suppress(OSError):
-            self.handler.close()
+            handler.close()
 
 
 def _log_start(trainer: Trainer) -> None:
@@ -402,14 +379,14 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
         best = network_of(_best_of(trainer), trust=True).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
         groups = patients_of(images, config.data)
-        scores = score(run.path.name, best, images, ids, size, groups=groups, progress=progress)
-        evaluation = Evaluation(scores, part=part)
+        test = ImageTest(run.path.name, images, ids, size, progress=progress, groups=groups)
+        evaluation = Evaluation(score(best, test), part=part)
         files += evaluation_files.write_evaluation(
             evaluation, run.evaluation, figures=config.output.figures
         )
     correlations: list[dict[str, Any]] = []
     notes: list[str] = []
-    assessments: Sequence[Assessment] = ()
+    assessments: list[Assessment] = []
     if trainer.assessments:
         assessments = read_assessments(run, trainer.assessments)
         correlations = difficulty_correlations(assessments[-1], images.known_difficulty)

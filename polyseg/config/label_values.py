@@ -13,11 +13,11 @@ Values = tuple[int, ...]
 _LONGEST_NAME = 64
 
 
-def parse_values(said: int | str) -> Values:
-    """Return the label values that one entry of data.foreground stands for.
+def parse_values(entry: int | str) -> Values:
+    """Return the label values of one entry of data.foreground.
 
     Args:
-        said: a number, "nonzero", a range such as "1-300", or a colour such as "#FF0000".
+        entry: a number, "nonzero", a range such as "1-300", or a colour such as "#FF0000".
 
     Raises:
         ValueError: it is something else.
@@ -27,19 +27,19 @@ def parse_values(said: int | str) -> Values:
     >>> parse_values("#0000ff") == (COLOUR + 255,)
     True
     """
-    if isinstance(said, int):
-        return (_bounded(said),)
-    if said == "nonzero":
+    if isinstance(entry, int):
+        return (_bounded(entry),)
+    if entry == "nonzero":
         return (NONZERO,)
-    if match := re.fullmatch(r"#([0-9A-Fa-f]{6})", said):
+    if match := re.fullmatch(r"#([0-9A-Fa-f]{6})", entry):
         return (COLOUR + int(match[1], 16),)
-    if match := re.fullmatch(r"(\d{1,5})-(\d{1,5})", said):
+    if match := re.fullmatch(r"(\d{1,5})-(\d{1,5})", entry):
         first, last = _bounded(int(match[1])), _bounded(int(match[2]))
         if first < last:
             return tuple(range(first, last + 1))
     raise ValueError(
-        f"data.foreground: {said!r:.40} is not a label value; give a number, nonzero, a range such "
-        "as 1-300, or a colour such as '#FF0000'"
+        f"data.foreground: {entry!r:.40} is not a label value; give a number, nonzero, a range "
+        "such as 1-300, or a colour such as '#FF0000'"
     )
 
 

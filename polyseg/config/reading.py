@@ -39,25 +39,19 @@ def load_config(
     3
     """
     tree = None if file is None else parse_yaml(_read(Path(file)), str(file))
-    # An empty file is one of defaults.
+    # An empty file means the defaults.
     tree = {} if tree is None else tree
     _refuse_no_settings(tree, str(file))
-    for override in (*preset_settings(preset), *overrides):
+    try:
+        of_preset = () if preset is None else PRESETS.find(preset).settings
+    except ValueError as error:
+        raise PolysegError(f"--preset {error}") from None
+    for override in (*of_preset, *overrides):
         key, equals, value = override.partition("=")
         if not equals:
             raise PolysegError(f"--set {override}: write KEY=VALUE, such as loss.epsilon=0.5")
         _set_key(tree, key.strip(), _parse_override(value, f"--set {override}"))
     return build_config(tree, str(file) if file else "configuration")
-
-
-def preset_settings(preset: str | None) -> tuple[str, ...]:
-    """Return the settings of a preset, () for None; an unknown name is a PolysegError."""
-    if preset is None:
-        return ()
-    try:
-        return PRESETS.find(preset).settings
-    except ValueError as error:
-        raise PolysegError(f"--preset {error}") from None
 
 
 def build_config(tree: Any, source: str) -> Config:
@@ -72,7 +66,7 @@ def build_config(tree: Any, source: str) -> Config:
     """
     _refuse_no_settings(tree, source)
     try:
-        # An empty section stands for its defaults.
+        # An empty section means its defaults.
         return Config.model_validate(
             {key: {} if value is None else value for key, value in tree.items()}
         )
@@ -142,8 +136,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
         if first["type"] == "extra_forbidden":
             yield f"{key}: unknown key; {_nearest(key, settings)}"
         elif first["type"] == "value_error":
-            said = first["msg"].removeprefix("Value error, ")
-            yield f"{key}: {said}" if key in settings else said
+            message = first["msg"].removeprefix("Value error, ")
+            yield f"{key}: {message}" if key in settings else message
         elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
             yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
         elif others:

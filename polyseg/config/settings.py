@@ -10,25 +10,7 @@ from unicodedata import category
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 from pydantic_core import core_schema
 
-from polyseg.choices import (
-    DEVICES,
-    FREE_SCORES,
-    LAYOUTS,
-    LOSSES,
-    MAPS,
-    MODALITIES,
-    NETWORKS,
-    NORMALISATIONS,
-    OPTIMIZERS,
-    PAIR_SCORES,
-    REDUCTIONS,
-    REGIONS,
-    REPLAY_ARMS,
-    SCHEDULERS,
-    UNCERTAINTIES,
-    WHOLE_SCORES,
-    loss_of,
-)
+from polyseg import choices
 from polyseg.config.label_values import LARGEST_LABEL, name_of, parse_values
 from polyseg.registry import Registry, is_own, listed, not_among
 from polyseg.system.yaml import dump_yaml, parts
@@ -74,11 +56,7 @@ class OneOf:
         return {name: text for one in self.registries for name, text in one.choices().items()}
 
     def check(self, value: str) -> str:
-        """Return the name if it is allowed.
-
-        Raises:
-            ValueError: it is not; the message names the nearest allowed one.
-        """
+        """Return the name if it is allowed, or raise ValueError with the nearest allowed one."""
         if value not in self.choices() and not (self.own and is_own(value)):
             also = "; your own function is package.module:function" if self.own else ""
             raise ValueError(not_among(value, self.choices(), self.registries[0].kind) + also)
@@ -156,7 +134,7 @@ class DataConfig(Section):
     path: str = _setting(
         "demo", "folder of a data set, CSV manifest, or 'demo' for generated phantoms"
     )
-    layout: Annotated[str, OneOf(LAYOUTS)] = _setting(
+    layout: Annotated[str, OneOf(choices.LAYOUTS)] = _setting(
         "auto", "arrangement of image and mask files in the folder"
     )
     images: Names = _setting(
@@ -272,7 +250,7 @@ class DataConfig(Section):
         "such as '#FF0000'; for several labels a list or a mapping of names to values, where an "
         "inner list unites values; null: masks are 0/1 or 0/255",
     )
-    normalise: Annotated[str, OneOf(NORMALISATIONS)] = _setting(
+    normalise: Annotated[str, OneOf(choices.NORMALISATIONS)] = _setting(
         "zscore", "how the values of an image are normalised"
     )
     window: Annotated[tuple[float, float], _FROM_A_LIST] = _setting(
@@ -302,7 +280,7 @@ class DataConfig(Section):
     )
     demo_images: int = _setting(160, "number of phantoms in the demo data", ge=8, le=100_000)
     demo_modality: Literal["ultrasound", "endoscopy"] = _setting(
-        "ultrasound", "imaging modality of the phantoms", choices=MODALITIES
+        "ultrasound", "imaging modality of the phantoms", choices=choices.MODALITIES
     )
     augment: AugmentConfig = AugmentConfig()
 
@@ -320,8 +298,16 @@ class DataConfig(Section):
             raise ValueError(f"data.window {list(self.window)}: the first must be the lower")
         if self.fit == "tile" and self.size is None:
             raise ValueError("data.fit tile needs a data.size")
-        if self.group_pattern is not None:
-            _check_pattern(self.group_pattern)
+        if len(self.group or "") > _LONGEST_PATTERN:
+            raise ValueError(
+                f"data.group: a pattern may have at most {_LONGEST_PATTERN} characters"
+            )
+        try:
+            re.compile(self.group or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"data.group {self.group!r}: not a regular expression: {error}"
+            ) from None
         return self
 
     @model_validator(mode="after")
@@ -353,7 +339,7 @@ class DataConfig(Section):
 
     @property
     def tasks(self) -> dict[str, tuple[int, ...]]:
-        """The values of each label by its name; empty where masks are 0/1 or 0/255.
+        """The values of each label by its name; empty if masks are 0/1 or 0/255.
 
         >>> DataConfig(foreground=(1, (2, 3))).tasks
         {'1': (1,), '2+3': (2, 3)}
@@ -398,13 +384,13 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network and its dropout."""
 
-    name: Annotated[str, OneOf(NETWORKS, own=True)] = _setting(
+    name: Annotated[str, OneOf(choices.NETWORKS, own=True)] = _setting(
         "unet", "network by name, or your own factory as package.module:factory"
     )
     dropout: float = _setting(0.2, "dropout rate; 0: no dropout", ge=0, lt=1)
     dropout_kind: Literal["channel", "element"] = _setting(
         "channel",
-        "what dropout sets to zero",
+        "values that dropout sets to zero together",
         choices={"channel": "whole feature maps", "element": "single values"},
     )
     dropout_layers: str | Annotated[tuple[str, ...], _FROM_A_LIST] = _setting(
@@ -446,7 +432,7 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """The loss."""
 
-    name: Annotated[str, OneOf(LOSSES, own=True)] = _setting(
+    name: Annotated[str, OneOf(choices.LOSSES, own=True)] = _setting(
         "polydice1", f"loss by name, {_OR_OWN}, of (logits, mask, epsilon)"
     )
     epsilon: float = _setting(
@@ -481,7 +467,7 @@ class LossConfig(Section):
     @property
     def has_epsilon(self) -> bool:
         """Whether the loss depends on epsilon."""
-        return loss_of(self.name).has_epsilon
+        return choices.loss_of(self.name).has_epsilon
 
     @property
     def polydice_terms(self) -> int:
@@ -505,12 +491,14 @@ class UncertaintyConfig(Section):
         gt=0.5,
         lt=1,
     )
-    metric: Annotated[str, OneOf(UNCERTAINTIES, WHOLE_SCORES, FREE_SCORES, own=True)] = _setting(
+    metric: Annotated[
+        str, OneOf(choices.UNCERTAINTIES, choices.WHOLE_SCORES, choices.FREE_SCORES, own=True)
+    ] = _setting(
         "mutual_information",
         "difficulty D: the mean of a pixel map over uncertainty.region, or a score of the whole "
         f"image, {_OR_OWN}, of (moments, mask), or of (probability, mask) for each pass",
     )
-    region: Annotated[str, OneOf(REGIONS)] = _setting(
+    region: Annotated[str, OneOf(choices.REGIONS)] = _setting(
         "mask", "pixels over which D is averaged; if there are none, those of the prediction"
     )
     boundary_width: int = _setting(
@@ -547,7 +535,7 @@ class UncertaintyConfig(Section):
     @field_validator("metric", mode="before")
     @classmethod
     def _refuse_pairs(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in PAIR_SCORES:
+        if isinstance(value, str) and value in choices.PAIR_SCORES:
             raise ValueError(
                 f"{value} compares all pairs of passes and cannot be the difficulty in training; "
                 f"`polyseg evaluate` and `polyseg estimate-uncertainty --score {value}` compute it"
@@ -557,7 +545,7 @@ class UncertaintyConfig(Section):
     @property
     def takes_passes(self) -> bool:
         """Whether the difficulty comes from MC Dropout."""
-        return self.metric not in FREE_SCORES
+        return self.metric not in choices.FREE_SCORES
 
 
 class ControlConfig(Section):
@@ -570,13 +558,13 @@ class ControlConfig(Section):
         0.2, "epoch E0 of the first assessment; below 1: a share of training.epochs", "epochs", ge=0
     )
     every: int = _setting(5, "number tau of epochs between assessments", "epochs", ge=1)
-    reduction: Annotated[str, OneOf(REDUCTIONS)] = _setting(
+    reduction: Annotated[str, OneOf(choices.REDUCTIONS)] = _setting(
         "sigma", "how difficulties are normalised, D to D_norm"
     )
     percentile: float = _setting(
         50.0, "pct of eq. 11: percentile of D that is subtracted", "percent", ge=0, le=100
     )
-    map: Annotated[str, OneOf(MAPS, own=True)] = _setting(
+    map: Annotated[str, OneOf(choices.MAPS, own=True)] = _setting(
         "sigmoid",
         f"how epsilon is computed from D_norm: by name, {_OR_OWN}, of (normalised, epsilon_min, "
         "epsilon_max, sensitivity)",
@@ -605,7 +593,7 @@ class ControlConfig(Section):
         "run or schedule file whose recorded epsilons are used, without MC Dropout; null: adapt "
         "epsilon in this training",
     )
-    replay_arm: Annotated[str, OneOf(REPLAY_ARMS)] = _setting(
+    replay_arm: Annotated[str, OneOf(choices.REPLAY_ARMS)] = _setting(
         "recorded", "how the replayed epsilons are assigned to the images"
     )
     replay_seed: int | None = _setting(
@@ -650,9 +638,11 @@ class TrainingConfig(Section):
     epochs: int = _setting(30, "passes over the training images", "epochs", ge=1, le=100_000)
     batch_size: int = _setting(8, "images in each training step", "images", ge=1, le=4096)
     learning_rate: float = _setting(3e-3, "learning rate of the first epoch", gt=0, le=10)
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = _setting("adamw", "optimizer of the weights")
+    optimizer: Annotated[str, OneOf(choices.OPTIMIZERS)] = _setting(
+        "adamw", "optimizer of the weights"
+    )
     weight_decay: float = _setting(1e-2, "weight decay of the optimizer", ge=0, le=1)
-    scheduler: Annotated[str, OneOf(SCHEDULERS)] = _setting(
+    scheduler: Annotated[str, OneOf(choices.SCHEDULERS)] = _setting(
         "cosine", "how the learning rate changes over the epochs"
     )
     early_stopping: int = _setting(
@@ -718,7 +708,7 @@ class TrainingConfig(Section):
         le=64,
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = _setting(
-        "auto", "device of training and MC Dropout", choices=DEVICES
+        "auto", "device of training and MC Dropout", choices=choices.DEVICES
     )
     seed: int = _setting(
         0, "random seed for weights, data order, augmentation and dropout", ge=0, le=2**31
@@ -768,7 +758,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_control(self) -> Self:
-        adaptable = listed(name for name, row in LOSSES.items() if row.has_epsilon)
+        adaptable = listed(name for name, row in choices.LOSSES.items() if row.has_epsilon)
         if self.control.enabled is True and not self.loss.has_epsilon:
             raise ValueError(
                 f"control.enabled: loss.name {self.loss.name} has no epsilon to adapt; "
@@ -812,18 +802,31 @@ class Config(Section):
     @property
     def own_code(self) -> dict[str, str]:
         """The code outside polyseg that settings name, by setting."""
-        named = {
-            "network.name": self.network.name,
-            "loss.name": self.loss.name,
-            "uncertainty.metric": self.uncertainty.metric,
-            "control.map": self.control.map,
-        }
-        return {setting: name for setting, name in named.items() if ":" in name}
+        flat = self.flat()
+        keys = ("network.name", "loss.name", "uncertainty.metric", "control.map")
+        return {key: flat[key] for key in keys if ":" in flat[key]}
 
     @property
     def assesses(self) -> bool:
         """Whether the run itself assesses images in order to adapt epsilon."""
         return self.adaptive and self.control.replay is None
+
+    def flat(self) -> dict[str, Any]:
+        """Return the settings by section and name, such as "loss.name"."""
+        return {
+            f"{section}.{name}": value
+            for section, values in self.model_dump().items()
+            for name, value in values.items()
+        }
+
+    def changed(self, settings: Mapping[str, Any]) -> "Config":
+        """Return a copy with other values, unchecked, by section and name."""
+        copy = self
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            values = getattr(copy, section).model_copy(update={name: value})
+            copy = copy.model_copy(update={section: values})
+        return copy
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML."""
@@ -832,15 +835,6 @@ class Config(Section):
 
 def _as_tuple(values: LabelValues) -> tuple[LabelValue, ...]:
     return (values,) if isinstance(values, int | str) else values
-
-
-def _check_pattern(pattern: str) -> None:
-    if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(f"data.group: a pattern may have at most {_LONGEST_PATTERN} characters")
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"data.group {pattern!r}: not a regular expression: {error}") from None
 
 
 def least_epsilon(terms: int) -> float:

@@ -42,8 +42,8 @@ def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
     short = [_common_name(names) for names in found.values()]
     arms: dict[str, list[str]] = {}
     for number, (arm, names) in enumerate(zip(short, found.values(), strict=True), start=1):
-        told_apart = arm and short.count(arm) == 1
-        arms[arm if told_apart else names[0] if len(names) == 1 else f"arm {number}"] = names
+        unique = arm and short.count(arm) == 1
+        arms[arm if unique else names[0] if len(names) == 1 else f"arm {number}"] = names
     return arms
 
 
@@ -52,8 +52,8 @@ def roles_of(
 ) -> dict[str, str]:
     """Return the arms that show whether the adaptive one helps, by role: "dice" and "permuted".
 
-    They have the settings of the reference in everything else. A role is left out where no arm has
-    it, or more than one; there is none where the reference is no adaptive arm.
+    They have the settings of the reference in everything else. A role is left out if no arm has it,
+    or more than one; there is none if the reference is not an adaptive arm.
     """
     first = {arm: configs[names[0]] for arm, names in arms.items() if names[0] in configs}
     if reference not in first or not first[reference].assesses:
@@ -111,14 +111,9 @@ def _key(config: Config) -> str:
 
 def _settings(config: Config, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the settings, by key, without those that may differ within an arm and some more."""
-    settings: dict[str, Any] = {
-        f"{section}.{name}": value
-        for section, values in config.model_dump().items()
-        for name, value in values.items()
-    }
     kept = {
         key: value
-        for key, value in settings.items()
+        for key, value in config.flat().items()
         if key not in _OF_ONE_ARM and not key.startswith(("output.", *without))
     }
     # On different machines a data set has different paths, but the same name.

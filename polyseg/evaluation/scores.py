@@ -96,13 +96,13 @@ class RunScores:
 
     @property
     def groups(self) -> list[str | None] | None:
-        """Group of each image, such as its patient; None where no image has one."""
+        """Group of each image, such as its patient; None if no image has one."""
         found = [image.group for image in self.scores]
         return found if any(group is not None for group in found) else None
 
     @property
     def patients(self) -> int | None:
-        """Number of groups, where an image without one is its own; None where none are known."""
+        """Number of groups, of which an image without one is its own; None if none are known."""
         groups = self.groups
         return None if groups is None else group_means(np.zeros(len(groups)), groups).size
 
@@ -152,23 +152,20 @@ class RunScores:
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of empty masks and predictions; for an arm in any of its runs."""
-        if self.members:
-            each = [run.cases() for run in self.members]
-            return {name: len(set().union(*(one[name] for one in each))) for name in each[0]}
-        return {name: len(ids) for name, ids in self.cases().items()}
+        each = [run.cases() for run in self.members or [self]]
+        return {name: len(set().union(*(one[name] for one in each))) for name in each[0]}
 
     def cases(self) -> dict[str, set[str]]:
         """Return the ids of images with empty masks or predictions."""
-        masks = np.array([image.mask_pixels > 0 for image in self.scores], dtype=bool)
-        predictions = np.array([image.predicted_pixels > 0 for image in self.scores], dtype=bool)
-        chosen = {
-            "images": np.ones_like(masks),
-            "both empty": ~masks & ~predictions,
-            "mask empty": ~masks & predictions,
-            "prediction empty": masks & ~predictions,
+        images = {image.id for image in self.scores}
+        masks = {image.id for image in self.scores if image.mask_pixels > 0}
+        predictions = {image.id for image in self.scores if image.predicted_pixels > 0}
+        return {
+            "images": images,
+            "both empty": images - masks - predictions,
+            "mask empty": predictions - masks,
+            "prediction empty": masks - predictions,
         }
-        ids = [image.id for image in self.scores]
-        return {name: {ids[int(i)] for i in np.flatnonzero(rows)} for name, rows in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -291,17 +288,7 @@ def image_scores(
     uncertainty: Mapping[str, float] | None = None,
     group: str | None = None,
 ) -> ImageScores:
-    """Return the metrics of one image; the predicted mask is probability >= threshold.
-
-    Args:
-        identity: id of the image.
-        probability: (H, W) in [0, 1].
-        mask: (H, W) in {0, 1}.
-        threshold: in (0, 1).
-        spacing: distance of rows and of columns, in mm; None for distances in pixels.
-        tolerance: tolerance of NSD, in the same unit.
-        uncertainty: uncertainties about the image, by name.
-        group: group of the image, such as its patient.
+    """Return the metrics of one image; `image_metrics` and `ImageScores` explain the arguments.
 
     >>> mask = np.array([[1, 1], [0, 0]])
     >>> image_scores("a", np.array([[0.9, 0.4], [0.1, 0.2]]), mask).values["sensitivity"]
@@ -320,7 +307,7 @@ def image_scores(
 
 
 def pool(name: str, members: Sequence[RunScores]) -> RunScores:
-    """Combine runs that differ by seed or fold to an arm, with the mean of each image.
+    """Combine runs that differ by seed or fold into an arm, with the mean of each image.
 
     The mean is over the runs that tested the image, because folds test different images.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from polyseg.data.layouts.cases import counted
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import stars
 
@@ -23,6 +24,10 @@ PARTS = {"val": "Validation metrics", "train": "Training metrics", "all": "Metri
 SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
 """Size at which masks were compared, in words."""
 
+_MARKS = (
+    "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. This is "
+    "about these trained networks; about other seeds only if arms of several runs are compared."
+)
 _OVER_RUNS = (
     "Over runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
     "their paired t-test, for other seeds or folds (which share training images)."
@@ -68,7 +73,7 @@ class Network:
 
     @property
     def label(self) -> str:
-        """The label, empty where the network has one."""
+        """The label, empty if the network has only one."""
         return str(self.record.get("label", ""))
 
     @property
@@ -78,7 +83,7 @@ class Network:
 
     @property
     def patients(self) -> int:
-        """Number of patients; 0 where none are known."""
+        """Number of patients; 0 if none are known."""
         return _whole(self.record.get("patients"))
 
     @property
@@ -91,7 +96,7 @@ class Network:
         return mapping(mapping(self.record, "metrics"), key)
 
     def mean(self, key: str) -> float:
-        """Return the mean of a metric; NaN where it is undefined."""
+        """Return the mean of a metric; NaN if it is undefined."""
         return _real(self.statistics(key).get("mean"))
 
 
@@ -123,6 +128,16 @@ def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
     dice, single = comparison_sheets(summary)
     found = [metrics_sheet(summary), *dice, *([] if brief and dice else single)]
     return [*(sheet for sheet in found if sheet.rows), *further_sheets(summary)]
+
+
+def number(value: Any, digits: int, option: str = "") -> str:
+    """Return a number as tables show it, or a dash for any other value.
+
+    `option` is put in front of the format, such as "+" or ",".
+    """
+    found = _real(value)
+    form = f".{digits}f" if abs(found) < 1e9 else ".3g"
+    return DASH if math.isnan(found) else f"{found:{option}{form}}"
 
 
 def p_text(value: float) -> str:
@@ -192,16 +207,9 @@ def metrics_sheet(summary: Record) -> Sheet:
             " (an image is its mean over an arm's runs that tested it); in brackets the standard "
             "deviations of the means over seeds and over folds"
         )
-    marked = (
-        "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. "
-        "This is about these trained networks; about other seeds only if arms of several runs "
-        "are compared."
-    )
-    marks = [marked] if records(summary, "comparisons") else []
-    rule = summary.get("rule", RULE)
-    return Sheet(
-        metrics_title(summary), heads, rows, [f"{spread}. {rule}", *marks, *_notes(found, metrics)]
-    )
+    marks = [_MARKS] if records(summary, "comparisons") else []
+    notes = [f"{spread}. {summary.get('rule', RULE)}", *marks, *_notes(found, metrics)]
+    return Sheet(metrics_title(summary), heads, rows, notes)
 
 
 def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
@@ -295,11 +303,11 @@ def _comparison_sheet(one: Record, metrics: Sequence[_Metric], by_patient: bool)
     ]
     left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
     patients = max(_whole(_difference(one, metric.key).get("patients")) for metric in metrics)
-    counted = (f"{_count(patients, 'patient')}, " if by_patient else "") + _count(images, "image")
-    paired = f", {_count(runs, 'pair')} of runs" if runs else ""
+    cases = (f"{counted(patients, 'patient')}, " if by_patient else "") + counted(images, "image")
+    paired = f", {counted(runs, 'pair')} of runs" if runs else ""
     against = f"{one.get('run', DASH)} against {one.get('baseline', DASH)}"
     return Sheet(
-        f"{against} ({counted}{paired})",
+        f"{against} ({cases}{paired})",
         ["metric", *_comparison_heads(runs > 1)],
         [_comparison_row(one, metric, runs > 1) for metric in metrics],
         [*_meaning(runs > 1, by_patient), *([left_out] if fewer else [])],
@@ -312,16 +320,16 @@ def _difference(one: Record, key: str) -> Record:
 
 def _comparison_row(one: Record, metric: _Metric, several: bool) -> list[Cell]:
     found, digits = _difference(one, metric.key), metric.decimals + 1
-    counts = "/".join(_number(found.get(name), 0) for name in ("better", "worse", "equal"))
-    low, high = (_number(found.get(end), digits, "+") for end in ("low", "high"))
+    counts = "/".join(number(found.get(name), 0) for name in ("better", "worse", "equal"))
+    low, high = (number(found.get(end), digits, "+") for end in ("low", "high"))
     interval = DASH if DASH in (low, high) else f"[{low}, {high}]"
     texts = [
-        f"{_number(found.get('mean'), digits, '+')} {interval}",
+        f"{number(found.get('mean'), digits, '+')} {interval}",
         counts,
         p_text(_real(found.get("p_value"))),
     ]
     if several:
-        deviation = _number(found.get("deviation_over_runs"), digits)
+        deviation = number(found.get("deviation_over_runs"), digits)
         texts += [f"± {deviation}", p_text(_real(found.get("p_over_runs")))]
     adjusted = _real(found.get("adjusted"))
     name = Cell(metric.title, marks=stars(adjusted))
@@ -361,9 +369,9 @@ def _failure_sheet(summary: Record) -> Sheet:
         [
             Cell(one.title),
             Cell(str(found.get("uncertainty", DASH)).replace("_", " ")),
-            Cell(_number(found.get("failed"), 0)),
-            *(Cell(_number(found.get(key), 3)) for key in ("auroc", "aurc", "excess_aurc")),
-            Cell(_number(found.get("spearman"), 2)),
+            Cell(number(found.get("failed"), 0)),
+            *(Cell(number(found.get(key), 3)) for key in ("auroc", "aurc", "excess_aurc")),
+            Cell(number(found.get("spearman"), 2)),
         ]
         for one in networks(summary)
         for found in records(one.record, "failure_detection")
@@ -384,13 +392,13 @@ def _robustness_sheet(summary: Record) -> Sheet:
     for line in dict.fromkeys(place[:2] for place in points):
         found = (points.get((*line, strength), {}) for strength in strengths)
         dice = (mapping(one, "metrics").get("dice") for one in found)
-        rows.append([*map(Cell, line), *(Cell(_number(one, 3)) for one in dice)])
+        rows.append([*map(Cell, line), *(Cell(number(one, 3)) for one in dice)])
     note = "0: the images as they are; 5: severe damage."
     return Sheet("Dice under damage", ["damage", "run", *strengths], rows, [note])
 
 
 def _of_images(stratum: Record) -> str:
-    dice = _number(mapping(stratum, "means").get("dice"), 3)
+    dice = number(mapping(stratum, "means").get("dice"), 3)
     return f"{dice} ({_whole(stratum.get('images'))})"
 
 
@@ -420,10 +428,10 @@ def _spread(one: Network, metric: _Metric) -> str:
     """Return "mean ± deviation (seeds s, folds f)" without undefined values."""
     found, digits = one.statistics(metric.key), metric.decimals
     deviation, *spreads = (
-        _number(found.get(name), digits)
+        number(found.get(name), digits)
         for name in ("deviation", "seed_deviation", "fold_deviation")
     )
-    text = _number(found.get("mean"), digits)
+    text = number(found.get("mean"), digits)
     text += "" if deviation == DASH else f" ± {deviation}"
     pairs = zip(("seeds", "folds"), spreads, strict=True)
     over = ", ".join(f"{what} {spread}" for what, spread in pairs if spread != DASH)
@@ -433,7 +441,7 @@ def _spread(one: Network, metric: _Metric) -> str:
 def _details(one: Network, metric: _Metric) -> str:
     """Return the interval of a mean, and the number of images if it is not that of all."""
     found = one.statistics(metric.key)
-    low, high = (_number(found.get(end), metric.decimals) for end in ("low", "high"))
+    low, high = (number(found.get(end), metric.decimals) for end in ("low", "high"))
     interval = [] if DASH in (low, high) else [f"{low} to {high}"]
     n = _whole(found.get("n", one.images))
     return ", ".join([*interval, *([] if n == one.images else [f"n = {n}"])])
@@ -441,27 +449,17 @@ def _details(one: Network, metric: _Metric) -> str:
 
 def _images(one: Network) -> str:
     members = one.record.get("members")
-    runs = f"{_count(len(members), 'run')}, " if isinstance(members, list) and members else ""
-    patients = f"{_count(one.patients, 'patient')}, " if one.patients else ""
-    return runs + patients + _count(one.images, "image")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+    runs = f"{counted(len(members), 'run')}, " if isinstance(members, list) and members else ""
+    patients = f"{counted(one.patients, 'patient')}, " if one.patients else ""
+    return runs + patients + counted(one.images, "image")
 
 
 def _real(value: Any) -> float:
     """Return a value as a float, NaN if a table cannot show it."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and abs(value) < 1e300 else math.nan
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e300 else math.nan
 
 
 def _whole(value: Any) -> int:
     found = _real(value)
     return 0 if math.isnan(found) else int(found)
-
-
-def _number(value: Any, digits: int, sign: str = "") -> str:
-    found = _real(value)
-    form = f".{digits}f" if abs(found) < 1e9 else ".3g"
-    return DASH if math.isnan(found) else f"{found:{sign}{form}}"

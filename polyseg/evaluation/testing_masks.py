@@ -34,7 +34,7 @@ _OF_PROBABILITIES = [name for name, one in METRICS.items() if one.of_probability
 
 Stack = NDArray[np.uint8]
 Files = dict[str, Path]
-"""Files of an image by label; "" is a label map of all labels."""
+"""Files of an image by label; "" is the label map of all labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
 def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Files]:
     """Return the files of each image or volume, by its id; log which files belong to none."""
     there = _index(folder)
-    wanted = dict.fromkeys(_case_of(identity, there) for identity in test.ids)
+    wanted = dict.fromkeys(one if one in there else volume_of(one) for one in test.ids)
     found = {case: _files_of_case(case, there, test.images.labels) for case in wanted}
     if not any(found.values()):
         found |= _by_pattern(folder, list(wanted), there, test.images.labels)
@@ -116,12 +116,8 @@ def _index(folder: Path) -> Files:
     return found
 
 
-def _case_of(identity: str, there: Mapping[str, Path]) -> str:
-    return identity if identity in there else volume_of(identity)
-
-
 def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) -> Files:
-    """Return the label map of a case, or a file for each label; nothing where one is missing."""
+    """Return the label map of a case, or a file for each label; nothing if one is missing."""
     if case in there:
         return {"": there[case]}
     found = {
@@ -134,11 +130,7 @@ def _files_of_case(case: str, there: Mapping[str, Path], labels: Sequence[str]) 
 def _by_pattern(
     folder: Path, cases: Sequence[str], there: Mapping[str, Path], labels: Sequence[str]
 ) -> dict[str, Files]:
-    """Return a label map for each case by the one pattern of names that fits all; none without.
-
-    Raises:
-        PolysegError: several patterns fit.
-    """
+    """Return a label map for each case by the one pattern of names that fits all; none without."""
     of_labels = {pattern for one in labels for pattern in (f"{one}/ID", f"ID_{one}")}
     patterns = {key.replace(cases[0], "ID") for key in there if cases[0] in key} - of_labels
     fitting = sorted(

@@ -19,7 +19,6 @@ from polyseg.choices import FREE_SCORES, PAIR_SCORES, UNCERTAINTIES, WHOLE_SCORE
 from polyseg.config import MOST_SAMPLES, DataConfig
 from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
-from polyseg.data.loading import load_images
 from polyseg.data.splits import groups_by_id
 from polyseg.errors import PolysegError
 from polyseg.evaluation.predictions import At, at_size, masks_at, probabilities
@@ -95,16 +94,12 @@ class EvaluationSettings:
     by: Literal["patient", "image"] = "patient"
     """Unit of means, intervals and tests; "patient" is "image" if no patients are known."""
     tolerance: float = 2.0
-    """Tolerance of NSD, in pixels, or in mm where spacings are known."""
+    """Tolerance of NSD, in pixels, or in mm if spacings are known."""
     failure: float = 0.7
     """Dice below which an image counts as failed."""
 
     def check(self) -> None:
-        """Check that each value is within its bounds.
-
-        Raises:
-            PolysegError: names the option, the value and the bounds.
-        """
+        """Raise PolysegError for a value out of bounds."""
         if self.threshold != "val" and not 0 < float(self.threshold) < 1:
             raise PolysegError(
                 f"--threshold {self.threshold}: choose a number above 0 and below 1, or val"
@@ -137,12 +132,16 @@ class ImageTest:
     """A test of a network, or of a folder of masks."""
 
     name: str
+    """Name in tables."""
     images: ImageSet
+    """Images that include the tested ones."""
     ids: Sequence[str]
+    """Ids of the tested images."""
     batch_size: int
     settings: EvaluationSettings = EvaluationSettings()
     progress: Progress = no_progress
     processes: Processes = ALONE
+    """Processes that share the images; all get all results."""
     groups: Groups = field(default_factory=dict)
 
 
@@ -158,93 +157,47 @@ class ImagePrediction(NamedTuple):
     """Uncertainties by name, with a value for each label."""
 
 
-def score(
-    name: str,
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    *,
-    groups: Groups | None = None,
-    progress: Progress = no_progress,
-) -> list[RunScores]:
-    """Return the metrics of a network on some images, with a record for each label.
-
-    Raises:
-        PolysegError: the images have no masks.
-    """
-    test = ImageTest(name, images, ids, batch_size, progress=progress, groups=groups or {})
-    return judge(test, _plain(network, test), dict.fromkeys(images.labels, 0.5))
+def score(network: SegmentationNetwork, test: ImageTest) -> list[RunScores]:
+    """Return the metrics of a network without dropout at threshold 0.5, a record for each label."""
+    return judge(test, _plain(network, test), dict.fromkeys(test.images.labels, 0.5))
 
 
-def choose_thresholds(
-    network: SegmentationNetwork,
-    images: ImageSet,
-    ids: Sequence[str],
-    batch_size: int,
-    progress: Progress = no_progress,
-    processes: Processes = ALONE,
-    at: At = "original",
-) -> dict[str, float]:
+def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str, float]:
     """Return the threshold of each label, of `THRESHOLDS`, with the highest mean Dice.
 
     If several are equally good, it is the one nearest to 0.5.
     """
-    how = EvaluationSettings(at=at)
-    test = ImageTest("", images, ids, batch_size, how, progress, processes)
     dices = [
         [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
         for one in _plain(network, test, "choosing thresholds")
     ]
-    means = np.mean(processes.joined(dices), axis=0).round(9)
+    means = np.mean(test.processes.joined(dices), axis=0).round(9)
     nearness = [-abs(threshold - 0.5) for threshold in THRESHOLDS]
     return {
         label: max(zip(of_label.tolist(), nearness, THRESHOLDS, strict=True))[2]
-        for label, of_label in zip(images.labels, means, strict=True)
+        for label, of_label in zip(test.images.labels, means, strict=True)
     }
 
 
-def measure_network(
-    model: Model,
-    name: str,
-    images: ImageSet,
-    ids: Sequence[str],
-    settings: EvaluationSettings,
-    load: Load = load_images,
-    progress: Progress = no_progress,
-    processes: Processes = ALONE,
-) -> NetworkResults:
-    """Test one network as the settings say.
-
-    Args:
-        model: the network.
-        name: name of the network in tables.
-        images: images that include the tested ones.
-        ids: ids of the tested images.
-        settings: settings of the test.
-        load: function that reads the network's own data.
-        progress: called with the progress of each test.
-        processes: processes that share the images; all get all results.
+def measure_network(model: Model, test: ImageTest, load: Load) -> NetworkResults:
+    """Test one network as the settings of the test say; `load` reads its own data.
 
     Raises:
         PolysegError: the images have no masks, or there are no images to choose a threshold.
     """
-    size = model.config.training.batch_size
-    groups = {} if settings.by == "image" else patients_of(images, model.config.data)
-    test = ImageTest(name, images, ids, size, settings, progress, processes, groups)
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
-    if settings.uncertainty:
+    if test.settings.uncertainty:
         scores = judge(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
-    kept = MaskKeeper(name, images.labels, thresholds)
+    kept = MaskKeeper(test.name, test.images.labels, thresholds)
     predictions = (
         kept(one._replace(uncertainty=uncertainty.get(one.id, {})))
         for one in _plain(model.network, test)
     )
     plain = judge(test, predictions, thresholds)
     points = list(_under_damage(model, test, plain))
-    return NetworkResults(plain + scores, points, kept.masks(processes))
+    return NetworkResults(plain + scores, points, kept.masks(test.processes))
 
 
 def patients_of(images: ImageSet, config: DataConfig) -> Groups:
@@ -277,9 +230,7 @@ def _thresholds(model: Model, test: ImageTest, load: Load) -> dict[str, float]:
         if split is None
         else (images, part_of(split, "val", images, model))
     )
-    found = choose_thresholds(
-        *(model.network, own, ids, test.batch_size, test.progress, test.processes), test.settings.at
-    )
+    found = choose_thresholds(model.network, dataclasses.replace(test, images=own, ids=ids))
     for label, threshold in found.items():
         what = f" of {label}" if label else ""
         log.info("%s: threshold%s %g, chosen on %d images", model.source, what, threshold, len(ids))
@@ -300,11 +251,7 @@ def _plain(
 
 
 def true_masks(test: ImageTest, identity: str) -> NDArray[np.uint8]:
-    """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test.
-
-    Raises:
-        PolysegError: it has none.
-    """
+    """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test."""
     masks = masks_at(test.images, identity, test.settings.at)
     if masks is None:
         raise PolysegError("evaluate: the images have no masks to compare with")
@@ -486,7 +433,7 @@ def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
 
 
 def _dices(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the Dice at each of `THRESHOLDS`, 1 where mask and prediction are empty."""
+    """Return the Dice at each of `THRESHOLDS`, 1 if mask and prediction are empty."""
     truth = mask > 0
     found = []
     for threshold in THRESHOLDS:

@@ -12,18 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MultipleLocator, NullLocator
 
-from polyseg.figures.style import (
-    GRAY,
-    MARKERS,
-    ONE_COLUMN,
-    RUN_COLOURS,
-    TWO_COLUMNS,
-    Numbers,
-    formatted,
-    shorten,
-    styled,
-    wrapped,
-)
+from polyseg.figures import style
+from polyseg.figures.style import Numbers, styled
 
 Curve = tuple[Numbers, Numbers]
 """x and y, (n,) each."""
@@ -57,7 +47,7 @@ def reliability_diagram(
     curves = list(zip(mean_predicted, observed, strict=True))
     most = max(np.max(values, initial=1) for values in counts)
     for axes, runs in panels:
-        axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color=style.GRAY, linestyle="--", linewidth=0.8)
         _draw_runs(axes, runs, curves, spacing=0)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axes.tick_params(labelbottom=False)
@@ -95,7 +85,7 @@ def risk_coverage_curves(
     percent = [(100 * coverage, risk) for coverage, risk in curves]
     for axes, runs in panels:
         _draw_runs(axes, runs, percent, spacing=0.1)
-        for i, colour in zip(runs, RUN_COLOURS, strict=False):
+        for i, colour in zip(runs, style.RUN_COLOURS, strict=False):
             axes.axhline(curves[i][1][-1], color=colour, linestyle="--", linewidth=0.8)
             if best is not None:
                 axes.plot(100 * best[i][0], best[i][1], color=colour, linestyle=":")
@@ -106,9 +96,9 @@ def risk_coverage_curves(
     by = f", by {uncertainty}" if uncertainty else ""
     figure.supxlabel(f"coverage: images kept (%){by}", fontsize=9)
     figure.supylabel("risk: their mean 1 − Dice", fontsize=9)
-    others = [Line2D([], [], color=GRAY, linestyle="--", label="all images, or random order")]
+    others = [Line2D([], [], color=style.GRAY, linestyle="--", label="all images, or random order")]
     if best is not None:
-        others.append(Line2D([], [], color=GRAY, linestyle=":", label="best order"))
+        others.append(Line2D([], [], color=style.GRAY, linestyle=":", label="best order"))
     areas = [float(np.mean(risk)) for _, risk in curves]
     _name_runs(figure, panels, names, "AURC", areas, others)
     return figure
@@ -126,9 +116,9 @@ def _panels(
     lines = math.ceil(len(shown) / _COLUMNS)
     columns = math.ceil(len(shown) / lines)
     if together:
-        size = ONE_COLUMN, heights[0] + 0.17 * (runs + 2)
+        size = style.ONE_COLUMN, heights[0] + 0.17 * (runs + 2)
     else:
-        size = TWO_COLUMNS, 0.5 + heights[1] * lines
+        size = style.TWO_COLUMNS, 0.5 + heights[1] * lines
     figure = Figure(figsize=size)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes in grid[len(shown) :]:
@@ -141,14 +131,14 @@ def _draw_runs(axes: Axes, runs: Sequence[int], curves: Sequence[Curve], *, spac
     for i, curve in enumerate(curves):
         if i not in runs:
             axes.plot(*curve, color=_OTHERS, linewidth=0.8, zorder=1)
-    for i, colour, marker in zip(runs, RUN_COLOURS, MARKERS, strict=False):
+    for i, colour, marker in zip(runs, style.RUN_COLOURS, style.MARKERS, strict=False):
         step = max(math.ceil(spacing * len(curves[i][0])), 1)
         marks = (step * i // _TOGETHER % step, step)  # not above those of the other curves
         axes.plot(*curves[i], color=colour, marker=marker, markevery=marks, label=str(i))
 
 
 def _draw_counts(axes: Axes, counts: Sequence[Numbers], most: float) -> None:
-    for values, colour in zip(counts, RUN_COLOURS, strict=False):
+    for values, colour in zip(counts, style.RUN_COLOURS, strict=False):
         edges = np.linspace(0, 1, len(values) + 1)
         axes.stairs(values, edges, color=colour, linewidth=0.8)
     axes.set_ylim(0.5, 3 * most)
@@ -167,15 +157,15 @@ def _name_runs(
     others: Sequence[Line2D] = (),
 ) -> None:
     """Show the names and values of the runs, in the legend of a shared panel or above each."""
-    shown = [formatted(value, ".3f").replace("nan", "–") for value in values]
+    shown = [style.formatted(value, ".3f").replace("nan", "–") for value in values]
     if len(names) > _TOGETHER:
         for (axes, _), name, value in zip(panels, names, shown, strict=True):
-            axes.set_title(f"{wrapped(name)}\n{title} {value}", fontsize=8)
+            axes.set_title(f"{style.wrapped(name)}\n{title} {value}", fontsize=8)
         if others:
             figure.legend(handles=others, loc="outside upper center", ncols=2)
         return
     handles = panels[0][0].get_legend_handles_labels()[0]
     for handle, name, value in zip(handles, names, shown, strict=True):
-        handle.set_label(f"{value}  {shorten(name, 34)}")
+        handle.set_label(f"{value}  {style.shorten(name, 34)}")
     handles += others
     figure.legend(handles=handles, loc="outside upper center", title=title, alignment="left")

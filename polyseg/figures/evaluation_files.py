@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from polyseg.data.dataset import ImageSet
 from polyseg.evaluation import export
-from polyseg.evaluation.scores import Evaluation
+from polyseg.evaluation.scores import Evaluation, mean_scores
 from polyseg.evaluation.testing_networks import PredictedMasks
 from polyseg.figures.calibration import reliability_diagram, risk_coverage_curves
 from polyseg.figures.evaluation import comparison, differences
@@ -46,7 +46,10 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, figures: bool) -> 
     for name, text in texts.items():
         write_text(folder / name, text)
     files = [folder / name for name in texts]
-    return files + (_draw_evaluation(evaluation, folder) if figures else [])
+    for name, row in EVALUATION_FIGURES.items() if figures else ():
+        if (figure := row.resolve()(evaluation)) is not None:
+            files += save_figure(figure, folder / name)
+    return files
 
 
 def draw_predictions(
@@ -73,37 +76,28 @@ def draw_predictions(
     return files
 
 
-def _draw_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
-    return [
-        path
-        for name, row in EVALUATION_FIGURES.items()
-        if (figure := row.resolve()(evaluation)) is not None
-        for path in save_figure(figure, folder / name)
-    ]
-
-
 def draw_comparison(evaluation: Evaluation) -> Figure:
-    """Draw the values of each image, a panel a metric and a row a run."""
+    """Draw the values of each image: a panel for each metric, a row for each run."""
     runs = evaluation.runs
-    shown = [metric for metric in METRICS.values() if metric.in_figures]
     values = {
-        evaluation.heading(metric): [run.column(metric.name) for run in runs] for metric in shown
+        evaluation.heading(metric): [run.column(metric.name) for run in runs]
+        for metric in METRICS.values()
+        if metric.in_figures
     }
     return comparison([run.title for run in runs], values)
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure | None:
     """Draw the reliability diagram of the runs that have one."""
-    runs = evaluation.runs
-    curves = [(run.title, run.reliability) for run in runs if run.reliability is not None]
+    curves = {run.title: run.reliability for run in evaluation.runs if run.reliability is not None}
     if not curves:
         return None
     return reliability_diagram(
-        [title for title, _ in curves],
-        [curve.mean_predicted for _, curve in curves],
-        [curve.observed for _, curve in curves],
-        [curve.count for _, curve in curves],
-        [curve.calibration_error for _, curve in curves],
+        list(curves),
+        [curve.mean_predicted for curve in curves.values()],
+        [curve.observed for curve in curves.values()],
+        [curve.count for curve in curves.values()],
+        [curve.calibration_error for curve in curves.values()],
     )
 
 
@@ -129,35 +123,29 @@ def draw_risk_coverage(evaluation: Evaluation) -> Figure | None:
 
 
 def draw_differences(evaluation: Evaluation) -> Figure | None:
-    """Draw the mean differences from the baseline, a panel a metric."""
+    """Draw the mean differences from the baseline, a panel for each metric."""
     if not evaluation.comparisons:
         return None
-    compared = [metric for metric in METRICS.values() if metric.in_figures]
-    found = evaluation.comparisons
-    baselines = ", ".join(dict.fromkeys(one.baseline for one in found))
-    rows = {
-        evaluation.heading(metric): [one.differences[metric.name] for one in found]
-        for metric in compared
-    }
-    better = [metric.higher_is_better for metric in compared]
+    compared = evaluation.comparisons
+    intervals, marks, better = {}, {}, {}
+    for metric in METRICS.values():
+        if metric.in_figures:
+            title = evaluation.heading(metric)
+            found = [one.differences[metric.name] for one in compared]
+            intervals[title] = np.array([(one.mean, *one.interval) for one in found]).T
+            marks[title] = [stars(one.adjusted) for one in found]
+            better[title] = metric.higher_is_better
     return differences(
-        [one.run for one in found],
-        {
-            title: (
-                np.array([one.mean for one in of_metric]),
-                np.array([one.interval.low for one in of_metric]),
-                np.array([one.interval.high for one in of_metric]),
-            )
-            for title, of_metric in rows.items()
-        },
-        stars={title: [stars(one.adjusted) for one in ones] for title, ones in rows.items()},
-        higher_is_better=dict(zip(rows, better, strict=True)),
-        baseline=baselines,
+        [one.run for one in compared],
+        intervals,
+        stars=marks,
+        higher_is_better=better,
+        baseline=", ".join(dict.fromkeys(one.baseline for one in compared)),
     )
 
 
 def draw_robustness(evaluation: Evaluation) -> Figure | None:
-    """Draw the Dice of the images over the strength of each damage."""
+    """Draw the Dice of the images over the strength of each corruption."""
     points = evaluation.robustness
     if not points:
         return None
@@ -174,12 +162,8 @@ def draw_robustness(evaluation: Evaluation) -> Figure | None:
 
 def _mean_dice(evaluation: Evaluation, label: str) -> dict[str, float]:
     """Return the mean Dice of each image over the runs."""
-    found: dict[str, list[float]] = {}
-    for run in evaluation.runs:
-        if run.label == label and run.prediction == "plain":
-            for image in run.scores:
-                found.setdefault(image.id, []).append(image.values["dice"])
-    return {identity: float(np.mean(values)) for identity, values in found.items()}
+    runs = [run for run in evaluation.runs if run.label == label and run.prediction == "plain"]
+    return {one.id: one.values["dice"] for one in mean_scores([run.scores for run in runs])}
 
 
 def _arms(
@@ -201,9 +185,9 @@ def _case(
     images: ImageSet,
     at: str,
 ) -> PredictionCase | None:
-    """Return an image and what the first run of each arm that tested it predicted.
+    """Return an image with the predictions of the first run of each arm that tested it.
 
-    None where an arm has no prediction of the size of the image.
+    None if an arm has no prediction of the size of the image.
     """
     if identity not in images.hashes:
         return None

@@ -1,6 +1,6 @@
-"""The figures of a run and of an evaluation: a row here and its function are all that one needs.
+"""Tables of the figures of a run and of an evaluation.
 
-A run or an evaluation keeps each as a file of the row's name, and the report shows it.
+Each is saved as a file of the row's name, and the report shows it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,8 +49,8 @@ class Drawn:
 class RunFigure(Row):
     """A figure of a run.
 
-    Its function takes `RunRecords` and a label, and returns `Drawn`, or None where there is nothing
-    to show.
+    Its function takes `RunRecords` and a label, and returns `Drawn`, or None if there is nothing to
+    show.
     """
 
     source: Literal["history", "schedule", "assessments"] = "history"
@@ -115,7 +115,7 @@ EVALUATION_FIGURES = Registry(
         f"{_EVALUATION}:draw_robustness",
     ),
 )
-"""Functions of an `Evaluation` that return a figure, or None where there is nothing to show.
+"""Functions of an `Evaluation` that return a figure, or None if there is nothing to show.
 
 The help is the caption in the report.
 """

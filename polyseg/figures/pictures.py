@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,21 +11,8 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from polyseg.figures.style import (
-    BLACK,
-    BLUE,
-    ONE_COLUMN,
-    RUN_COLOURS,
-    TWO_COLUMNS,
-    YELLOW,
-    Numbers,
-    finite_values,
-    metric_name,
-    place_axes,
-    shorten,
-    styled,
-    wrapped,
-)
+from polyseg.figures import style
+from polyseg.figures.style import Numbers, styled
 
 LABELS, CELL, GAP = 1.2, 1.39, 0.07
 """Widths of the parts of a row of `overlays`, in inches."""
@@ -36,10 +24,10 @@ _OVERLAY_NOTE = (
 )
 
 _LINES: dict[str, tuple[str, float, withStroke]] = {
-    "mask": (YELLOW, 0.9, withStroke(linewidth=1.4, foreground=BLACK)),
-    "prediction": (BLUE, 0.5, withStroke(linewidth=0.8, foreground="white")),
+    "mask": (style.YELLOW, 0.9, withStroke(linewidth=1.4, foreground=style.BLACK)),
+    "prediction": (style.BLUE, 0.5, withStroke(linewidth=0.8, foreground="white")),
 }
-"""Colour, width and border of the outlines in `predictions`; both are visible where they agree."""
+"""Colour, width and border of the outlines in `predictions`; both are visible if they agree."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +45,17 @@ class OutlinedImage:
 def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Figure:
     """Draw rows of images, at least one and of equal length, with the outlines of their masks."""
     columns = len(rows[0])
-    cell = max(TWO_COLUMNS / columns, 0.9)
+    cell = max(style.TWO_COLUMNS / columns, 0.9)
     figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
     figure.suptitle(title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for axes, sample in zip(panels.ravel(), (one for row in rows for one in row), strict=True):
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        axes.imshow(_displayable(sample.image), cmap="gray")
+        _show(axes, sample.image)
         for k, mask in enumerate(sample.masks):
-            _outline(axes, mask, (YELLOW, *RUN_COLOURS)[k % (len(RUN_COLOURS) + 1)])
-        axes.set_title(shorten(sample.title, 16), fontsize=7)
+            _outline(
+                axes, mask, (style.YELLOW, *style.RUN_COLOURS)[k % (len(style.RUN_COLOURS) + 1)]
+            )
+        axes.set_title(style.shorten(sample.title, 16), fontsize=7)
     return figure
 
 
@@ -96,7 +84,7 @@ def overlays(
     """Draw a row for each image: the image, its mask, the mean prediction and the uncertainty.
 
     Args:
-        cases: at least one. Heights are cut to between 0.4 and 2 widths, with room beside.
+        cases: at least one. Heights are limited to between 0.4 and 2 widths.
         metric: name of the uncertainty.
         title: of the figure.
         highest: uncertainty at the upper end of the colours, which start at 0; by default
@@ -114,11 +102,11 @@ def overlays(
         highest = highest_uncertainty([case.uncertainty for case in cases])
     lefts = [LABELS + column * (CELL + GAP) for column in range(4)]
     top = 0.55  # space for the titles; 0.75 below is for the colour bars
-    figure = Figure(figsize=(TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
+    figure = Figure(figsize=(style.TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
     figure.set_layout_engine("none")
     figure.suptitle(title, y=1 - 0.08 / figure.get_figheight(), va="top")
     for case, height in zip(cases, heights, strict=True):
-        row = [place_axes(figure, left, top, CELL, height) for left in lefts]
+        row = [style.place_axes(figure, left, top, CELL, height) for left in lefts]
         mean, uncertainty = _overlay_row(row, case, highest)
         top += height + GAP
     names = ("image", "mask", "mean prediction", "uncertainty")
@@ -126,9 +114,9 @@ def overlays(
         axes.set_title(name)
     for left, shown, label in (
         (lefts[2], mean, "probability"),
-        (lefts[3], uncertainty, metric_name(metric).replace(" (", "\n(")),
+        (lefts[3], uncertainty, style.metric_name(metric).replace(" (", "\n(")),
     ):
-        bar = place_axes(figure, left + 0.1 * CELL, top + 0.05, 0.8 * CELL, 0.08)
+        bar = style.place_axes(figure, left + 0.1 * CELL, top + 0.05, 0.8 * CELL, 0.08)
         end = "max" if shown is uncertainty else "neither"
         figure.colorbar(shown, cax=bar, orientation="horizontal", label=label, extend=end)
     note = figure.text(0.02, 0.1 / figure.get_figheight(), _OVERLAY_NOTE, fontsize=8)
@@ -144,7 +132,7 @@ def highest_uncertainty(maps: Sequence[Numbers]) -> float:
     >>> highest_uncertainty([np.arange(101.0)])
     99.0
     """
-    values = np.concatenate([finite_values(one).ravel() for one in maps])
+    values = np.concatenate([style.finite_values(one).ravel() for one in maps])
     return float(np.percentile(values, 99)) or 1.0 if values.size else 1.0
 
 
@@ -170,10 +158,10 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
     `names` are those of the runs, at least one. Heights are limited to between 0.4 and 1.25 widths.
     """
     columns = 1 + len(names)
-    cell = float(np.clip(TWO_COLUMNS / columns, 1.2, ONE_COLUMN / 2))
+    cell = float(np.clip(style.TWO_COLUMNS / columns, 1.2, style.ONE_COLUMN / 2))
     shapes = [case.mask.shape for case in cases]
     heights = [cell * float(np.clip(height / width, 0.4, 1.25)) for height, width in shapes]
-    heads = ["mask", *(wrapped(name) for name in names)]
+    heads = ["mask", *(style.wrapped(name) for name in names)]
     top, below, bottom = 0.6, 0.24, 0.25
     size = cell * columns, top + sum(heights) + below * len(cases) + bottom
     figure = Figure(figsize=size)
@@ -181,7 +169,7 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
     figure.suptitle(title, y=1 - 0.08 / size[1], va="top")
     for case, height in zip(cases, heights, strict=True):
         lefts = cell * np.arange(columns) + GAP / 2
-        row = [place_axes(figure, left, top, cell - GAP, height) for left in lefts]
+        row = [style.place_axes(figure, left, top, cell - GAP, height) for left in lefts]
         _prediction_row(row, case)
         top += height + below
     for axes, head in zip(figure.axes, heads, strict=False):
@@ -196,32 +184,30 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
 
 def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> list[AxesImage]:
     """Draw one row, and return the images for the two colour bars."""
-    for panel in axes:
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
     scores = f"D = {case.difficulty:.3g}\nDice = {case.dice:.3f}".replace("nan", "–")
-    label = f"{shorten(case.id, 16)}\n{scores}"
+    label = f"{style.shorten(case.id, 16)}\n{scores}"
     axes[0].annotate(
         label, (0, 0.5), (-82, 0), "axes fraction", "offset points", va="center", fontsize=8
     )
     for panel in axes[:2]:
-        panel.imshow(_displayable(case.image), cmap="gray")
+        _show(panel, case.image)
     for panel in axes[1:3]:
         _outline(panel, case.mask)
     if case.mask is None or not np.any(case.mask):
         _note(axes[1], "no mask" if case.mask is None else "empty mask")
     return [
-        axes[2].imshow(np.float32(case.mean), cmap="gray", vmin=0, vmax=1),
-        axes[3].imshow(np.float32(case.uncertainty), cmap="magma", vmin=0, vmax=highest),
+        _show(axes[2], case.mean.astype(np.float32), vmin=0, vmax=1),
+        _show(axes[3], case.uncertainty.astype(np.float32), cmap="magma", vmin=0, vmax=highest),
     ]
 
 
 def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
-    texts = [shorten(case.id, 22), *(f"Dice {dice:.3f}".replace("nan", "–") for dice in case.dice)]
+    texts = [
+        style.shorten(case.id, 22),
+        *(f"Dice {dice:.3f}".replace("nan", "–") for dice in case.dice),
+    ]
     for panel, predicted, text in zip(axes, [None, *case.predictions], texts, strict=True):
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-        panel.imshow(_displayable(case.image), cmap="gray")
+        _show(panel, case.image)
         _edge(panel, case.mask, *_LINES["mask"])
         _edge(panel, predicted, *_LINES["prediction"])
         panel.set_xlabel(text, fontsize=7, labelpad=2)
@@ -232,9 +218,16 @@ def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
             _note(panel, "nothing predicted")
 
 
-def _outline(axes: Axes, mask: Numbers | None, colour: str = YELLOW) -> None:
+def _show(axes: Axes, image: Numbers, cmap: str = "gray", **limits: Any) -> AxesImage:
+    """Show an image without ticks and frame."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes.imshow(_displayable(image), cmap=cmap, **limits)
+
+
+def _outline(axes: Axes, mask: Numbers | None, colour: str = style.YELLOW) -> None:
     """Draw the outline of a mask with a black border, visible on any image."""
-    _edge(axes, mask, colour, 0.5, withStroke(linewidth=0.8, foreground=BLACK))
+    _edge(axes, mask, colour, 0.5, withStroke(linewidth=0.8, foreground=style.BLACK))
 
 
 def _edge(axes: Axes, mask: Numbers | None, colour: str, width: float, seam: withStroke) -> None:
@@ -252,6 +245,6 @@ def _displayable(image: Numbers) -> Numbers:
     """Return an image for imshow, with colours scaled to [0, 1] if they exceed it."""
     if image.ndim == 2 or image.dtype == np.uint8:
         return image
-    finite = finite_values(image)
+    finite = style.finite_values(image)
     low, high = finite.min(initial=0), finite.max(initial=1)
     return np.asarray(np.nan_to_num((image - low) / (high - low)))

@@ -8,16 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from polyseg.figures.style import (
-    MARKERS,
-    ONE_COLUMN,
-    RUN_COLOURS,
-    TWO_COLUMNS,
-    Numbers,
-    counted,
-    shorten,
-    styled,
-)
+from polyseg.data.layouts.cases import counted
+from polyseg.figures import style
+from polyseg.figures.style import Numbers, styled
 from polyseg.metrics.significance import mean_interval
 
 
@@ -40,7 +33,7 @@ def robustness_curves(
     """
     columns = min(len(values), 3)
     lines = math.ceil(len(values) / columns)
-    width, entries = (ONE_COLUMN, 1) if columns == 1 else (TWO_COLUMNS, 3)
+    width, entries = (style.ONE_COLUMN, 1) if columns == 1 else (style.TWO_COLUMNS, 3)
     legend_lines = math.ceil(max(map(len, values.values())) / entries)
     figure = Figure(figsize=(width, 0.4 + 0.17 * legend_lines + 1.6 * lines))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -59,12 +52,12 @@ def _panel(axes: Axes, title: str, strengths: Sequence[int], runs: Mapping[str, 
     whole = np.isfinite(list(runs.values())).all(axis=(0, 1))
     for i, (name, values) in enumerate(runs.items()):
         known = values[:, whole]
-        colour, marker = RUN_COLOURS[i % len(RUN_COLOURS)], MARKERS[i % len(MARKERS)]
+        colour, marker = style.run_colour(i), style.MARKERS[i % len(style.MARKERS)]
         if known.size:
             low, high = zip(*map(mean_interval, known), strict=True)
             axes.fill_between(strengths, low, high, color=colour, alpha=0.15, linewidth=0)
         mean = known.mean(axis=1) if known.size else np.full(len(strengths), math.nan)
-        axes.plot(strengths, mean, color=colour, marker=marker, label=shorten(name))
+        axes.plot(strengths, mean, color=colour, marker=marker, label=style.shorten(name))
     lost = int((~whole).sum())
     axes.set_title(f"{title} ({counted(lost, 'image')} left out)" if lost else title)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))

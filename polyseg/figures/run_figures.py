@@ -105,7 +105,7 @@ def difficulty(records: RunRecords, label: str) -> Drawn:
 
 
 def difficulty_dice(records: RunRecords, label: str) -> Drawn | None:
-    """Draw the Dice of each image over its D at the last assessment, where there are masks."""
+    """Draw the Dice of each image over its D at the last assessment, if there are masks."""
     last = records.assessments[-1].of_label(label)
     if not np.isfinite(last.dice).any():
         return None
@@ -143,7 +143,7 @@ def draw_extremes(
     if shown == 0:
         return []
     found = {
-        which: _measured_anew(network, config, images, assessment, rows)
+        which: _measured_again(network, config, images, assessment, rows)
         for which, rows in (("largest", order[:shown]), ("smallest", order[::-1][:shown]))
     }
     highest = highest_uncertainty(
@@ -153,28 +153,24 @@ def draw_extremes(
     for which, (again, rows) in found.items():
         chosen = rows if which == "largest" else rows[::-1]
         path, title = folder / f"overlays_{which}_d", f"The {shown} images of {which} D{since}"
-        files += draw_overlays(again, chosen, images, path, title, highest)
+        files += _draw_overlays(again, chosen, images, path, title, highest)
     return files
 
 
-def _measured_anew(
+def _measured_again(
     network: "SegmentationNetwork",
     config: Config,
     images: ImageSet,
     assessment: Assessment,
     rows: NDArray[np.int64],
 ) -> tuple[Assessment, list[int]]:
-    """Return an assessment, with maps, of the images of some rows, and its rows by falling D.
+    """Return a new assessment, with maps, of the images of some rows, and its rows by falling D.
 
-    Measured anew they may stand in another order, and a figure goes by what it shows.
+    The order follows the new D, which a figure shows.
     """
     from polyseg.montecarlo.assessment import assess
 
-    changes = {
-        "samples": assessment.samples,
-        "save_maps": True,
-        "metric": assessment.metric,
-    }
+    changes = {"samples": assessment.samples, "save_maps": True, "metric": assessment.metric}
     again = assess(
         network,
         images.batches(list(dict.fromkeys(assessment.ids[i] for i in rows)), 1),
@@ -188,7 +184,7 @@ def _measured_anew(
     return again, sorted(chosen, key=lambda i: again.difficulty[i], reverse=True)
 
 
-def draw_overlays(
+def _draw_overlays(
     assessment: Assessment,
     rows: Sequence[int],
     images: ImageSet,

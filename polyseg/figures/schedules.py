@@ -9,21 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from polyseg.figures.style import (
-    BLUE,
-    GRAY,
-    ONE_COLUMN,
-    RUN_COLOURS,
-    TWO_COLUMNS,
-    Numbers,
-    counted,
-    epochs_axis,
-    finite_values,
-    formatted,
-    metric_name,
-    shorten,
-    styled,
-)
+from polyseg.data.layouts.cases import counted
+from polyseg.figures import style
+from polyseg.figures.style import Numbers, styled
 
 _MARKERS = "osD^vP"
 _COLUMNS = 3
@@ -41,19 +29,19 @@ def epsilon_bands(runs: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
     [0.1, 0.1, 0.5, 0.5]
     """
     lines = math.ceil(len(runs) / 2)
-    figure = Figure(figsize=(ONE_COLUMN, 2.5 + 0.17 * lines))
+    figure = Figure(figsize=(style.ONE_COLUMN, 2.5 + 0.17 * lines))
     axes = figure.add_subplot(ylabel="ε")
     edges = []
     for i, (name, (epochs, epsilon)) in enumerate(runs.items()):
         steps = np.add.outer(epochs, (-0.5, 0.5)).ravel()
         low, median, high = np.percentile(epsilon, (5, 50, 95), axis=1).repeat(2, axis=1)
-        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
-        axes.plot(steps, median, color=colour, label=shorten(name, 24))
+        colour = style.run_colour(i)
+        axes.plot(steps, median, color=colour, label=style.shorten(name, 24))
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
         for edge in (low, high):
             axes.plot(steps, edge, color=colour, linewidth=0.6)
         edges.append(steps)
-    epochs_axis(axes, np.concatenate(edges), legend=False)
+    style.epochs_axis(axes, np.concatenate(edges), legend=False)
     title = "median, and band from 5 to 95 % of the images"
     figure.legend(loc="outside upper center", ncols=2, handlelength=1.4, title=title)
     return figure
@@ -86,7 +74,7 @@ def epsilon_map(
     """
     order = np.argsort(-difficulty, kind="stable")
     named = range(0, len(ids), math.ceil(len(ids) / _MOST_IDS) or 1)
-    figure = Figure(figsize=(ONE_COLUMN + 0.8 * bool(ids), max(3.2, 1 + 0.11 * len(named))))
+    figure = Figure(figsize=(style.ONE_COLUMN + 0.8 * bool(ids), max(3.2, 1 + 0.11 * len(named))))
     axes = figure.add_subplot(ylabel="image (largest D at the end on top)")
     shown = axes.imshow(
         epsilon[:, order].T,
@@ -102,7 +90,7 @@ def epsilon_map(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     if ids:
-        names = [shorten(ids[order[row]], 20) for row in named]
+        names = [style.shorten(ids[order[row]], 20) for row in named]
         axes.set_yticks([row + 1 for row in named], names, fontsize=6)
     marks = [epoch + 0.5 for epoch in assessed if epochs[0] - 1 <= epoch <= epochs[-1]]
     axes.secondary_xaxis("top", xlabel="assessments").set_xticks(marks, [""] * len(marks))
@@ -133,20 +121,22 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
     """
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    width = ONE_COLUMN if columns == 1 else TWO_COLUMNS
+    width = style.ONE_COLUMN if columns == 1 else style.TWO_COLUMNS
     figure = Figure(figsize=(width, 0.9 + 1.6 * rows + 0.4 * (columns == 1)))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.remove()
     for axes, panel in zip(grid, panels, strict=False):
-        axes.scatter(panel.difficulty, panel.dice, s=9, color=BLUE, alpha=0.5, linewidth=0)
+        axes.scatter(panel.difficulty, panel.dice, s=9, color=style.BLUE, alpha=0.5, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        known = formatted(panel.correlation, ".2f") if math.isfinite(panel.correlation) else "–"
+        known = (
+            style.formatted(panel.correlation, ".2f") if math.isfinite(panel.correlation) else "–"
+        )
         axes.set_title(f"epoch {panel.epoch}: {known}")
     images, joint = counted(len(panels[0].difficulty), "image"), "\n" if columns == 1 else " "
     title = f"{images}; Spearman's correlation{joint}of D with 1 − Dice"
     figure.suptitle(title, fontsize=9)
-    figure.supxlabel(f"difficulty D, {metric_name(metric)}", fontsize=9)
+    figure.supxlabel(f"difficulty D, {style.metric_name(metric)}", fontsize=9)
     figure.supylabel("Dice", fontsize=9)
     return figure
 
@@ -160,10 +150,12 @@ def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
     >>> rank_curves([1, 2], {"last assessment": np.array([0.5, np.nan])}).axes[0].get_ylabel()
     'rank correlation of D with'
     """
-    figure = Figure(figsize=(ONE_COLUMN, 2.8))
+    figure = Figure(figsize=(style.ONE_COLUMN, 2.8))
     axes = figure.add_subplot(ylabel="rank correlation of D with")
     _correlations(axes, epochs, curves)
-    lowest = min((finite_values(values).min(initial=0) for values in curves.values()), default=0)
+    lowest = min(
+        (style.finite_values(values).min(initial=0) for values in curves.values()), default=0
+    )
     axes.set_ylim(-1.05 if lowest < -0.5 else min(1.1 * lowest, 0) - 0.05, 1.05)
     figure.legend(loc="outside upper center", ncols=2, handlelength=1.6)
     return figure
@@ -179,7 +171,7 @@ def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Num
     >>> [text.get_text() for text in validity_curves([1, 2], panels).legends[0].get_texts()]
     ['entropy']
     """
-    figure = Figure(figsize=(TWO_COLUMNS, 3))
+    figure = Figure(figsize=(style.TWO_COLUMNS, 3))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
     for axes, (title, curves) in zip(grid, panels.items(), strict=True):
         named = {name.replace("_", " "): values for name, values in curves.items()}
@@ -194,10 +186,10 @@ def validity_curves(epochs: Sequence[int], panels: Mapping[str, Mapping[str, Num
 
 def _correlations(axes: Axes, epochs: Sequence[int], curves: Mapping[str, Numbers]) -> None:
     """Draw lines with markers, all different in colour and shape."""
-    axes.axhline(0, color=GRAY, linewidth=0.6)
+    axes.axhline(0, color=style.GRAY, linewidth=0.6)
     for i, (name, values) in enumerate(curves.items()):
-        colour, marker = RUN_COLOURS[i % len(RUN_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = style.run_colour(i), _MARKERS[i % len(_MARKERS)]
         # Each smaller than the one before, so that equal values stay visible.
         size = max(6 - 0.8 * i, 2.5)
         axes.plot(epochs, values, color=colour, marker=marker, markersize=size, label=name)
-    epochs_axis(axes, np.asarray(epochs), legend=False)
+    style.epochs_axis(axes, np.asarray(epochs), legend=False)

@@ -53,7 +53,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "polyseg",
 }
 
-# Entries that hold a date or a version, by which equal figures would differ.
+# Entries with a date or a version, in which equal figures would differ.
 METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -87,10 +87,8 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     if not path.name or path.is_dir():
         raise PolysegError(f"{path}: is not a file name for a figure")
     if not path.suffix:
-        return [
-            *save_figure(figure, path.with_suffix(".png")),
-            *save_figure(figure, path.with_suffix(".pdf")),
-        ]
+        places = path.with_suffix(".png"), path.with_suffix(".pdf")
+        return [file for place in places for file in save_figure(figure, place)]
     suffix = path.suffix.lower()
     if suffix not in METADATA:
         raise PolysegError(f"{path}: figures are saved as .png, .pdf or .svg, not {path.suffix}")
@@ -156,6 +154,11 @@ def boxes(
             across(median, *ends, colors=BLACK, linewidth=1.6)
 
 
+def run_colour(number: int) -> str:
+    """Return the colour of a run by its number; colours repeat."""
+    return RUN_COLOURS[number % len(RUN_COLOURS)]
+
+
 def finite_values(values: Numbers) -> Numbers:
     """Return the finite values, (m,), as floats."""
     values = np.asarray(values, dtype=float)
@@ -171,13 +174,8 @@ def formatted(value: float, form: str = "g") -> str:
     return f"{value:{form}}".replace("-", "−")
 
 
-def counted(number: int, thing: str) -> str:
-    """Return a number with a noun in singular or plural."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def shorten(name: str, length: int = 20) -> str:
-    """Return a name without its middle if it is long, since ends tell names apart.
+    """Return a name without its middle if it is long, because names mostly differ at their ends.
 
     >>> shorten("case_0001_left_view", 10)
     'case…_view'

@@ -9,23 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from polyseg.figures.style import (
-    BLACK,
-    BLUE,
-    GRAY,
-    ONE_COLUMN,
-    PURPLE,
-    RED,
-    RUN_COLOURS,
-    TWO_COLUMNS,
-    Numbers,
-    boxes,
-    epochs_axis,
-    finite_values,
-    metric_name,
-    shorten,
-    styled,
-)
+from polyseg.figures import style
+from polyseg.figures.style import Numbers, styled
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -37,7 +22,7 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     Args:
         rows: one for each epoch, with `epoch` and other columns of history.csv; NaN leaves a gap.
             `train_loss_constant`, which compares with `validation_loss`, is drawn instead of
-            `train_loss` where there is one. The first epoch with the highest Dice is marked, and
+            `train_loss` if it exists. The first epoch with the highest Dice is marked, and
             the first assessment, E0, by a dashed line.
 
     >>> figure = training_curves([{"epoch": 1, "train_loss": 0.6}, {"epoch": 2, "train_loss": 0.4}])
@@ -48,31 +33,33 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     def column(name: str) -> Numbers:
         return np.array([row.get(name, math.nan) for row in rows], dtype=float)
 
-    figure = Figure(figsize=(TWO_COLUMNS, 2.4))
+    figure = Figure(figsize=(style.TWO_COLUMNS, 2.4))
     losses, overlap, rate = figure.subplots(1, 3)
     epochs, dice = column("epoch"), column("validation_dice")
     constant = column("train_loss_constant")
     comparable = bool(np.isfinite(constant).any())
     training = constant if comparable else column("train_loss")
-    _plot(losses, epochs, training, color=BLUE, label="training")
-    _plot(losses, epochs, column("validation_loss"), color=RED, label="validation")
-    _plot(overlap, epochs, dice, color=RED, label="Dice")
-    _plot(overlap, epochs, column("validation_iou"), color=PURPLE, label="IoU")
-    _plot(rate, epochs, column("learning_rate"), color=BLACK)
+    _plot(losses, epochs, training, color=style.BLUE, label="training")
+    _plot(losses, epochs, column("validation_loss"), color=style.RED, label="validation")
+    _plot(overlap, epochs, dice, color=style.RED, label="Dice")
+    _plot(overlap, epochs, column("validation_iou"), color=style.PURPLE, label="IoU")
+    _plot(rate, epochs, column("learning_rate"), color=style.BLACK)
     if np.isfinite(dice).any():
         best = np.nanargmax(dice)
         label = f"best Dice {dice[best]:.3f},\nepoch {epochs[best]:g}"
-        overlap.plot(epochs[best], dice[best], "o", color=BLACK, fillstyle="none", label=label)
+        overlap.plot(
+            epochs[best], dice[best], "o", color=style.BLACK, fillstyle="none", label=label
+        )
     assessed = epochs[column("assessed") == 1]
     if assessed.size:
         foot = {"ymin": 0, "ymax": 0.04, "transform": losses.get_xaxis_transform()}
-        losses.vlines(assessed, **foot, color=GRAY, linewidth=0.8, label="assessment")
+        losses.vlines(assessed, **foot, color=style.GRAY, linewidth=0.8, label="assessment")
         for axes in (losses, overlap):
-            axes.axvline(assessed[0], color=GRAY, linestyle="--", linewidth=0.8, label="E0")
+            axes.axvline(assessed[0], color=style.GRAY, linestyle="--", linewidth=0.8, label="E0")
     loss = "loss at constant ε" if comparable and assessed.size else "loss"
     for axes, ylabel in ((losses, loss), (overlap, "validation"), (rate, "learning rate")):
         axes.set_ylabel(ylabel)
-        epochs_axis(axes, epochs, legend=False)
+        style.epochs_axis(axes, epochs, legend=False)
         _legend_above(axes)
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
@@ -91,16 +78,16 @@ def validation_curves(
     [0.6, 0.8]
     """
     lines = math.ceil(len(names) / 3)
-    figure = Figure(figsize=(TWO_COLUMNS, 2.6 + 0.17 * lines))
+    figure = Figure(figsize=(style.TWO_COLUMNS, 2.6 + 0.17 * lines))
     axes = figure.add_subplot(ylabel="validation Dice")
     for i, (name, x, y) in enumerate(zip(names, epochs, dice, strict=True)):
-        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "label": shorten(name, 32)}
-        # The line style tells apart runs of equal colour.
-        _plot(axes, x, y, linestyle=_LINES[i // len(RUN_COLOURS) % len(_LINES)], **style)
+        line = {"color": style.run_colour(i), "label": style.shorten(name, 32)}
+        # Runs of equal colour differ in their line style.
+        _plot(axes, x, y, linestyle=_LINES[i // len(style.RUN_COLOURS) % len(_LINES)], **line)
         if np.isfinite(y).any():
             best = np.nanargmax(np.where(np.isfinite(y), y, np.nan))
-            axes.plot(x[best], y[best], "o", color=style["color"], fillstyle="none")
-    epochs_axis(axes, np.concatenate([*epochs, np.empty(0)]), legend=False)
+            axes.plot(x[best], y[best], "o", color=line["color"], fillstyle="none")
+    style.epochs_axis(axes, np.concatenate([*epochs, np.empty(0)]), legend=False)
     figure.legend(loc="outside upper center", ncols=3, handlelength=1.8)
     return figure
 
@@ -116,20 +103,20 @@ def epsilon_quantiles(epochs: Numbers, epsilon: Numbers, *, limits: tuple[float,
     >>> figure.axes[0].lines[0].get_ydata().round(2).tolist()
     [0.1, 0.1, 0.5, 0.5]
     """
-    figure = Figure(figsize=(ONE_COLUMN, 2.6))
+    figure = Figure(figsize=(style.ONE_COLUMN, 2.6))
     axes = figure.add_subplot(ylabel="ε")
     quantiles = np.full((len(epochs), 5), np.nan)
     for row, values in zip(quantiles, epsilon, strict=True):
-        if (finite := finite_values(values)).size:
+        if (finite := style.finite_values(values)).size:
             row[:] = np.percentile(finite, (50, 5, 95, 25, 75))
     steps = np.add.outer(epochs, (-0.5, 0.5)).ravel()
     median, low, high, lower, upper = quantiles.repeat(2, axis=0).T
-    axes.plot(steps, median, color=BLUE, label="median")
-    axes.fill_between(steps, lower, upper, color=BLUE, alpha=0.35, lw=0, label="25–75 %")
-    axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, lw=0, label="5–95 %")
+    axes.plot(steps, median, color=style.BLUE, label="median")
+    axes.fill_between(steps, lower, upper, color=style.BLUE, alpha=0.35, lw=0, label="25–75 %")
+    axes.fill_between(steps, low, high, color=style.BLUE, alpha=0.15, lw=0, label="5–95 %")
     for limit, label in zip(limits, ("limits", None), strict=True):
-        axes.axhline(limit, color=GRAY, linestyle="--", linewidth=0.8, label=label)
-    epochs_axis(axes, steps, legend=False)
+        axes.axhline(limit, color=style.GRAY, linestyle="--", linewidth=0.8, label=label)
+    style.epochs_axis(axes, steps, legend=False)
     figure.legend(loc="outside upper center", ncols=4, columnspacing=1.2, handlelength=1.4)
     return figure
 
@@ -147,13 +134,13 @@ def difficulty_distribution(
     >>> figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()
     ('difficulty D', 'linear')
     """
-    figure = Figure(figsize=(ONE_COLUMN, 2.6))
+    figure = Figure(figsize=(style.ONE_COLUMN, 2.6))
     axes = figure.add_subplot(ylabel=_difficulty_label(metric))
-    samples = [finite_values(values) for values in difficulties]
+    samples = [style.finite_values(values) for values in difficulties]
     axes.set_title("box: quartiles; whiskers: 5 to 95 %", fontsize=8)
     width = 0.6 * min(np.diff(epochs), default=1)
-    boxes(axes, samples, epochs, [BLUE] * len(samples), width=width)
-    epochs_axis(axes, np.add.outer(epochs, (-width / 2, width / 2)))
+    style.boxes(axes, samples, epochs, [style.BLUE] * len(samples), width=width)
+    style.epochs_axis(axes, np.add.outer(epochs, (-width / 2, width / 2)))
     everything = np.concatenate([*samples, np.empty(0)])
     if everything.size and everything.max() > 30 * everything.min() > 0:
         axes.set_yscale("log", subs=[])
@@ -163,21 +150,21 @@ def difficulty_distribution(
 
 
 def _legend_above(axes: Axes) -> None:
-    """Put the legend above a panel, where it hides no curve."""
+    """Put the legend above a panel, so that it hides no curve."""
     if axes.get_legend_handles_labels()[0]:
         above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0}
         spacing = {"columnspacing": 0.8, "handlelength": 1, "handletextpad": 0.5}
         axes.legend(loc="lower left", ncols=2, **above, **spacing)
 
 
-def _plot(axes: Axes, x: Numbers, y: Numbers, **style: Any) -> None:
+def _plot(axes: Axes, x: Numbers, y: Numbers, **line: Any) -> None:
     """Draw a line with gaps at NaN, and a dot for a value without neighbours."""
     finite = np.isfinite(y)
     if finite.any():
         left, right = np.append(False, finite[:-1]), np.append(finite[1:], False)
         alone = np.flatnonzero(finite & ~left & ~right)
-        axes.plot(x, y, marker="." if alone.size else "", markevery=alone, **style)
+        axes.plot(x, y, marker="." if alone.size else "", markevery=alone, **line)
 
 
 def _difficulty_label(metric: str | None) -> str:
-    return f"difficulty D\n{metric_name(metric)}" if metric else "difficulty D"
+    return f"difficulty D\n{style.metric_name(metric)}" if metric else "difficulty D"

@@ -29,16 +29,11 @@ _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A text."""
 
     words: str
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading within a section."""
-
-    words: str
+    tag: Literal["p", "h3", "pre"] = "p"
+    """HTML element: a paragraph, a heading within a section, or preformatted text."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +67,6 @@ class Table:
     """Each as long as the head; text after a line break is shown smaller, in a second line."""
     sortable: bool = False
 
-    def __post_init__(self) -> None:
-        if any(len(row) != len(self.head) for row in self.rows):
-            raise ValueError(f"rows of {self.caption!r} differ in length from its head")
-
-
-@dataclass(frozen=True)
-class Preformatted:
-    """Preformatted text, such as a command or a file."""
-
-    words: str
-
 
 @dataclass(frozen=True)
 class Folded:
@@ -92,7 +76,7 @@ class Folded:
     blocks: "Sequence[Block]"
 
 
-Block: TypeAlias = Text | Heading | Gallery | Table | Preformatted | Folded
+Block: TypeAlias = Text | Gallery | Table | Folded
 
 
 @dataclass(frozen=True)
@@ -212,11 +196,7 @@ def _contents(sections: Sequence[PageSection]) -> str:
 def _block(block: Block, numbers: _Numbers) -> str:
     match block:
         case Text():
-            return f"<p>{_text(block.words)}</p>"
-        case Heading():
-            return f"<h3>{_text(block.words)}</h3>"
-        case Preformatted():
-            return f"<pre>{_text(block.words)}</pre>"
+            return f"<{block.tag}>{_text(block.words)}</{block.tag}>"
         case Table():
             return _table(block, next(numbers.table))
         case Gallery():

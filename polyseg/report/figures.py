@@ -18,7 +18,7 @@ from polyseg.figures.figures_by_name import (
     RunRecords,
 )
 from polyseg.figures.run_figures import drawn_figures
-from polyseg.figures.style import ONE_COLUMN, formatted, save_figure
+from polyseg.figures.style import ONE_COLUMN, finite_values, formatted, save_figure
 from polyseg.figures.training import validation_curves
 from polyseg.report.document import Picture
 from polyseg.report.run_files import EvaluationFiles, RunFiles
@@ -48,13 +48,14 @@ def run_pictures(run: RunFiles, *sources: str) -> list[Picture]:
 
 def validation_picture(runs: Sequence[RunFiles]) -> Picture:
     """Draw the validation Dice of runs with at least one epoch each in one figure."""
-    best = [max(dice, default=np.nan) for dice in map(_finite_dice, runs)]
+    curves = [_column(run, "validation_dice") for run in runs]
+    best = [max(finite_values(dice), default=np.nan) for dice in curves]
     named = (f"{run.name} {formatted(dice, '.3f')}" for run, dice in zip(runs, best, strict=True))
     return _drawn(
         validation_curves(
             [run.name for run in runs],
             [_column(run, "epoch") for run in runs],
-            [_column(run, "validation_dice") for run in runs],
+            curves,
         ),
         "Validation Dice of all runs; circles mark the best epochs.",
         f"Curves of the validation Dice; the best: {', '.join(named)}.",
@@ -65,8 +66,9 @@ def validation_picture(runs: Sequence[RunFiles]) -> Picture:
 def extreme_pictures(run: RunFiles) -> list[Picture]:
     """Return the figures in a run's folder, except those that are drawn again from its records."""
     rows = RUN_FIGURES.values()
-    anew = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
-    found = [one for one in run.pictures if one.startswith("figures") and not one.startswith(anew)]
+    redrawn = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
+    names = [one for one in run.pictures if one.startswith("figures")]
+    found = [one for one in names if not one.startswith(redrawn)]
     # The largest D first.
     found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]
@@ -119,11 +121,6 @@ def _is_wide(data: bytes) -> bool:
 
 def _column(run: RunFiles, name: str) -> Any:
     return np.array([row.get(name, np.nan) for row in run.history], dtype=np.float64)
-
-
-def _finite_dice(run: RunFiles) -> Any:
-    dice = _column(run, "validation_dice")
-    return dice[np.isfinite(dice)]
 
 
 def _drawn(figure: Any, caption: str, alternative: str, *, wide: bool = False) -> Picture:

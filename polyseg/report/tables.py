@@ -5,37 +5,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from polyseg.errors import PolysegError
-from polyseg.evaluation.tables import (
-    DASH,
-    Cell,
-    Network,
-    Record,
-    Sheet,
-    comparison_sheets,
-    further_sheets,
-    mapping,
-    metrics_sheet,
-    metrics_title,
-    networks,
-    records,
-    size_of,
-)
+from polyseg.evaluation import tables
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.report.document import Table
 from polyseg.report.run_files import EvaluationFiles
 
 _MOST = 200
 _LONGEST = 200
-TEST = metrics_title({})
+TEST = tables.metrics_title({})
 
 
-def tested(evaluation: EvaluationFiles) -> list[Network]:
+def tested(evaluation: EvaluationFiles) -> list[tables.Network]:
     """Return the networks and labels in an evaluation's summary.
 
     >>> tested(EvaluationFiles("a", summary={"runs": [{"name": "last", "metrics": {}}]}))[0].title
     'a'
     """
-    return networks(_summary([evaluation]))
+    return tables.networks(_summary([evaluation]))
 
 
 def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
@@ -46,7 +32,7 @@ def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
     """
     parts: dict[str, list[EvaluationFiles]] = {}
     for one in evaluations:
-        parts.setdefault(metrics_title(one.summary), []).append(one)
+        parts.setdefault(tables.metrics_title(one.summary), []).append(one)
     for of_part in parts.values():
         yield from _metric_tables(of_part)
 
@@ -54,20 +40,16 @@ def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
 def _metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
     refuse_other_sizes(evaluations)
     summary = _summary(evaluations)
-    for label in dict.fromkeys(one.label for one in networks(summary)):
-        runs = [one.record for one in networks(summary) if one.label == label]
-        sheet = metrics_sheet({**summary, "runs": runs})
+    for label in dict.fromkeys(one.label for one in tables.networks(summary)):
+        runs = [one.record for one in tables.networks(summary) if one.label == label]
+        sheet = tables.metrics_sheet({**summary, "runs": runs})
         if sheet.rows:
             yield _table(sheet, f"{sheet.title} of {label}" if label else sheet.title)
 
 
 def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
-    """Raise unless all evaluations compared masks at the same kind of size.
-
-    Raises:
-        PolysegError: names one of each, and the remedy.
-    """
-    names = {size_of(one.summary): one.name for one in evaluations if one.summary}
+    """Raise PolysegError unless all evaluations compared masks at the same kind of size."""
+    names = {tables.size_of(one.summary): one.name for one in evaluations if one.summary}
     if len(names) > 1:
         raise PolysegError(
             f"report: {names['network']} has metrics at the network's size and {names['original']} "
@@ -78,55 +60,52 @@ def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
 
 def comparison_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
     """Yield a table of paired differences from the baseline for each other network."""
-    for sheet in comparison_sheets(_summary([evaluation]))[1]:
+    for sheet in tables.comparison_sheets(_summary([evaluation]))[1]:
         yield _table(sheet, sheet.title)
 
 
 def dice_comparison(evaluation: EvaluationFiles) -> Iterator[Table]:
     """Yield a table of the paired differences in Dice, if several networks are compared."""
-    for sheet in comparison_sheets(_summary([evaluation]))[0]:
+    for sheet in tables.comparison_sheets(_summary([evaluation]))[0]:
         yield _table(sheet, sheet.title)
 
 
 def further_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
     """Yield the tables of strata, failures and robustness."""
-    for sheet in further_sheets(_summary([evaluation])):
+    for sheet in tables.further_sheets(_summary([evaluation])):
         yield _table(sheet, f"{evaluation.name}: {sheet.title}")
 
 
 def images_tested(evaluation: EvaluationFiles) -> str:
     """Return the number of test images."""
-    if metrics_title(evaluation.summary) != TEST:
-        return DASH
-    counts = (mapping(one.record, "counts").get("images") for one in tested(evaluation))
-    return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or DASH
+    if tables.metrics_title(evaluation.summary) != TEST:
+        return tables.DASH
+    counts = (tables.mapping(one.record, "counts").get("images") for one in tested(evaluation))
+    return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or tables.DASH
 
 
 def dice_tested(evaluation: EvaluationFiles) -> str:
     """Return the mean Dice ± deviation, label by label; a dash for several networks."""
-    if metrics_title(evaluation.summary) != TEST:
-        return DASH
+    if tables.metrics_title(evaluation.summary) != TEST:
+        return tables.DASH
     summary = _summary([evaluation])
-    found = networks(summary)
+    found = tables.networks(summary)
     if len({one.name for one in found}) != 1:
-        return DASH
-    rows = {row[0].text: row[1:] for row in metrics_sheet(summary).rows}
-    title = mapping(mapping(summary, "metrics"), "dice").get("title", heading("dice"))
-    cells = rows.get(str(title), [Cell(DASH)] * len(found))
+        return tables.DASH
+    rows = {row[0].text: row[1:] for row in tables.metrics_sheet(summary).rows}
+    title = tables.mapping(tables.mapping(summary, "metrics"), "dice").get("title", heading("dice"))
+    cells = rows.get(str(title), [tables.Cell(tables.DASH)] * len(found))
     named = zip((one.label for one in found), cells, strict=True)
     return ", ".join(" ".join(filter(None, (label, cell.text))) for label, cell in named)
 
 
 def number(value: Any, decimals: int = 3) -> str:
-    """Return a number as a table shows it, or a dash for any other value.
+    """Return a number with a minus sign as a table shows it, or a dash for any other value.
 
     >>> number(0.12345), number(-1, 1), number(None), number(float("nan")), number("0.1")
     ('0.123', '−1.0', '–', '–', '–')
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        return DASH
-    form = f",.{decimals}f" if abs(value) < 1e9 else ".3g"
-    return f"{value:{form}}".replace("-", "−")
+    return tables.number(value, decimals, ",").replace("-", "−")
 
 
 def decimals_of(key: str) -> int:
@@ -149,21 +128,21 @@ def brief(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
+def _summary(evaluations: Sequence[EvaluationFiles]) -> tables.Record:
     """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
         found = {key: _bounded(value) for key, value in evaluation.summary.items()}
-        entries = records(found, "runs")
+        entries = tables.records(found, "runs")
         if not evaluation.compares:
-            own, several = evaluation.name, len({Network(one).name for one in entries}) > 1
+            own, several = evaluation.name, len({tables.Network(one).name for one in entries}) > 1
             names = [f"{own}: {one.get('name', '')}" if several else own for one in entries]
             pairs = zip(entries, names, strict=True)
             entries = [
                 {**one, "name": name} | ({} if several else {"prediction": "plain"})
                 for one, name in pairs
             ]
-        metrics = {**merged["metrics"], **mapping(found, "metrics")}
+        metrics = {**merged["metrics"], **tables.mapping(found, "metrics")}
         merged |= found | {"runs": [*merged["runs"], *entries], "metrics": metrics}
     return merged
 
@@ -177,11 +156,11 @@ def _bounded(value: Any) -> Any:
     return value if isinstance(value, int | float | None) else brief(value)
 
 
-def _table(sheet: Sheet, title: str) -> Table:
+def _table(sheet: tables.Sheet, title: str) -> Table:
     rows = [[row[0].text + row[0].marks, *map(_shown, row[1:])] for row in sheet.rows]
     return Table(" ".join([f"{title}.", *sheet.notes]), sheet.heads, rows)
 
 
-def _shown(cell: Cell) -> str:
+def _shown(cell: tables.Cell) -> str:
     text = "\n".join(filter(None, (cell.text + cell.marks, cell.details)))
     return re.sub(r"(?<![^\s\[])-(?=\d)", "−", text)
