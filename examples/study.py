@@ -1,6 +1,7 @@
-"""Run gates A and B of a study: does it help to place a steep loss on difficult images?
+"""Run a gate of a study: does it help to place a steep loss on difficult images?
 
     python examples/study.py RUNS ROWS.jsonl --data DATA --gate b --sets kvasir-polyps
+    python examples/study.py RUNS ROWS.jsonl --data DATA --gate c --measure expected_error
 
 Gate A trains networks only: for fold 0 and seeds 0 to 2, one with epsilon 0 for all ("uniform") and
 two donors, each trained on half of its training images and tested on the other half, so that each
@@ -10,6 +11,9 @@ difficulty is taken of the training images.
 Gate B gives each image, in all epochs, the epsilon that this error asks for ("oracle", folds 0 to
 2, seed = fold, sensitivities 0.3 and 1), beside the same epsilons permuted over the images by three
 fixed permutations, and beside "uniform".
+
+Gate C compares the arms of ARMS and REPLAYS (folds 0 to 4, seed = fold), where "chosen" is adaptive
+by `--measure` with `--samples` passes and `--sensitivity`, which gates A and B choose.
 
 A run whose row is in ROWS.jsonl is not repeated, and one that was stopped is resumed. Each run
 takes one thread, and `--jobs` of them run at once. `python examples/study_analysis.py ROWS.jsonl`
@@ -27,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,23 @@ REFERENCE = 200
 SCORES = ("dispersion", "expected_error", "pairwise_dice", "size")
 EPSILON_MIN, EPSILON_MAX = -0.4, 1.0
 KEYS = ("set", "fold", "seed", "arm")
+_CONSTANT = ("--loss", "polydice1", "--set", "control.enabled=false")
+ARMS = {
+    "uniform": _CONSTANT,
+    "dice": ("--loss", "dice", "--set", "control.enabled=false"),
+    "dice_bce": ("--loss", "dice_bce", "--set", "control.enabled=false"),
+    "epsilon-0": _CONSTANT,
+    "epsilon-1": (*_CONSTANT, "--set", "loss.epsilon=1"),
+    "thesis": ("--preset", "thesis"),
+}
+"""Options of `polyseg train` for the arms that need no other run."""
+REPLAYS = {
+    "thesis-mean": ("thesis", "mean"),
+    "thesis-permuted": ("thesis", "permuted"),
+    "chosen-permuted": ("chosen", "permuted"),
+    "inverted": ("chosen", "inverted"),
+}
+"""The arm whose run is replayed, and how."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,7 @@ class Run:
     fold: int
     seed: int
     arm: str
-    """uniform, donor-0, donor-1, oracle-LAMBDA or permuted-K-LAMBDA."""
+    """donor-0, donor-1, oracle-LAMBDA, permuted-K-LAMBDA, chosen, or one of ARMS and REPLAYS."""
 
     @property
     def name(self) -> str:
@@ -84,12 +105,17 @@ def gate(name: str, sets: list[str]) -> list[list[Run]]:
     [9]
     >>> [len(stage) for stage in gate("b", ["kvasir-polyps"])]
     [9, 24]
+    >>> [len(stage) for stage in gate("c", ["kvasir-polyps"])]
+    [30, 20]
     """
     places = [(0, seed) for seed in range(3)] if name == "a" else [(k, k) for k in range(3)]
     first = ["uniform", "donor-0", "donor-1"]
     second = [f"oracle-{x:g}" for x in SENSITIVITIES]
     second += [f"permuted-{k}-{x:g}" for x in SENSITIVITIES for k in PERMUTATIONS]
     stages = [first] if name == "a" else [first, second]
+    if name == "c":
+        places = [(k, k) for k in range(5)]
+        stages = [[*(arm for arm in ARMS if arm != "uniform"), "chosen"], list(REPLAYS)]
     return [
         [Run(data, fold, seed, arm) for data in sets for fold, seed in places for arm in arms]
         for arms in stages
@@ -99,8 +125,10 @@ def gate(name: str, sets: list[str]) -> list[list[Run]]:
 class Study:
     """Folders, rows and commands of the runs."""
 
-    def __init__(self, data: Path, runs: Path, rows: Path) -> None:
+    def __init__(self, data: Path, runs: Path, rows: Path, chosen: Sequence[str] = ()) -> None:
         self.data, self.runs, self.rows = data, runs, rows
+        self.chosen = [word for setting in chosen for word in ("--set", setting)]
+        """Options of the arm that gates A and B choose."""
         self._lock = threading.Lock()
 
     def done(self) -> dict[str, dict[str, Any]]:
@@ -198,27 +226,28 @@ class Study:
 
     def _arguments(self, run: Run) -> list[object]:
         path, size = SETS[run.set]
-        settings = [
-            "control.enabled=false",
-            f"data.size={size}",
-            f"network.kwargs={NETWORK}",
-            "output.figures=false",
+        settings = [f"data.size={size}", f"network.kwargs={NETWORK}", "output.figures=false"]
+        return [
+            *("--data", self.data / path, "--split", self._split(run)),
+            *("--seed", run.seed, "--epochs", EPOCHS),
+            *(word for setting in settings for word in ("--set", setting)),
+            *self._arm(run),
         ]
-        arguments: list[object] = [
-            "--data",
-            self.data / path,
-            "--seed",
-            run.seed,
-            "--epochs",
-            EPOCHS,
-        ]
-        arguments += ["--loss", "polydice1", "--split", self._split(run)]
+
+    def _arm(self, run: Run) -> Sequence[object]:
+        """Return the options in which the arms differ."""
+        if run.arm.startswith("donor"):
+            return _CONSTANT
+        if run.arm == "chosen":
+            return "--loss", "polydice1", *self.chosen
+        if run.arm in REPLAYS:
+            arm, how = REPLAYS[run.arm]
+            original = self.runs / replace(run, arm=arm).name
+            same = self._arm(replace(run, arm=arm))
+            return *same, "--replay", original, "--replay-arm", how
         if run.arm.startswith(("oracle", "permuted")):
-            arguments += ["--replay", self._schedule(run)]
-            settings = settings[1:]
-        for setting in settings:
-            arguments += ["--set", setting]
-        return arguments
+            return "--loss", "polydice1", "--replay", self._schedule(run)
+        return ARMS[run.arm]
 
     def _split(self, run: Run) -> Path:
         """Return the split of a run: the fold's, or for a donor half of its training images."""
@@ -331,11 +360,20 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder for the runs, outside the repository")
     parser.add_argument("rows", type=Path, help="JSON lines, a row for each run")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--gate", choices=["a", "b"], required=True)
+    parser.add_argument("--gate", choices=["a", "b", "c"], required=True)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--measure", help="of the chosen arm of gate C")
+    parser.add_argument("--samples", type=int, default=5, help="passes of the chosen arm")
+    parser.add_argument("--sensitivity", type=float, default=SENSITIVITIES[0])
     given = parser.parse_args()
-    study = Study(given.data, given.runs, given.rows)
+    if given.gate == "c" and given.measure is None:
+        parser.error("--gate c needs --measure, which gate A chooses")
+    chosen = [f"uncertainty.metric={given.measure}", f"uncertainty.samples={given.samples}"]
+    chosen += ["control.reduction=rank", "control.map=weight", "control.statistics=dataset"]
+    chosen += [f"control.sensitivity={given.sensitivity}"]
+    chosen += [f"control.epsilon_min={EPSILON_MIN}", f"control.epsilon_max={EPSILON_MAX}"]
+    study = Study(given.data, given.runs, given.rows, chosen)
     for name in given.sets:
         study.keep_groups(name)
     failed = 0
