@@ -11,14 +11,14 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.data.formats.images import encoded_sides, one_channel
+from polyseg.data.formats.file_formats import is_dicom
+from polyseg.data.formats.images import as_stack, encoded_sides
 from polyseg.data.formats.stacks import (
-    MISSING,
     MOST_SLICES,
+    Plane,
     Stack,
     guarded,
-    image_pixels,
-    label_pixels,
+    imported,
     refuse_if_large,
     refuse_if_no_file,
     refuse_other_shape,
@@ -66,7 +66,7 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
     Traceback (most recent call last):
     polyseg.errors.PolysegError: /dev/null: is no file; expected an image
     """
-    _pydicom(path)
+    imported("pydicom", path, "DICOM")
     with guarded(path):
         parts = _parts(path)
         _refuse_large_series(path, parts)
@@ -74,46 +74,20 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
         pixels = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
         del stacks
         spacing = _dicom_spacing(parts[0].header)
-        if labels:
-            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-        return Stack(image_pixels(path, whole_numbers(pixels)), spacing)
+        pixels = pixels if labels else whole_numbers(pixels)
+        return as_stack(path, pixels, labels=labels, spacing=spacing)
 
 
-def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as DICOM does.
-
-    >>> is_dicom(Path("/dev/null"))
-    False
-    """
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def is_unnamed_dicom(path: Path) -> bool:
-    """Return whether a folder, or a file without a known suffix, is read as DICOM."""
-    ending = path.suffix.lower().removeprefix(".")
-    bare = not ending or ending.isdigit() or ending == "ima"
-    return path.is_dir() or (bare and is_dicom(path))
-
-
-def write_dicom(source: Path, labels: NDArray[Any], target: Path, *, description: str) -> None:
+def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, description: str) -> Path:
     """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
 
-    Args:
-        source: the file or folder that the labels belong to.
-        labels: slices in the order in which `source` is read.
-        target: the file, or for a folder the folder of as many files of the same names.
-        description: what the new series is.
+    For a folder the result is a folder of as many files of the same names.
 
     Raises:
         PolysegError: the source has other slices, or a file cannot be written.
     """
-    _pydicom(source)
+    imported("pydicom", source, "DICOM")
+    target = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
     with guarded(source):
         parts = _parts(source)
         sides = (int(parts[0].header.Rows), int(parts[0].header.Columns))
@@ -127,6 +101,7 @@ def write_dicom(source: Path, labels: NDArray[Any], target: Path, *, description
         name = target / part.path.name if source.is_dir() else target
         with atomic_path(name) as temporary, temporary.open("wb") as stream:
             derived.save_as(stream, enforce_file_format=True)
+    return target
 
 
 def _parts(path: Path) -> list[_Part]:
@@ -230,9 +205,13 @@ def _refuse_large_series(path: Path, parts: Sequence[_Part]) -> None:
 
 def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
     """Decode the pixels of a file, (N, H, W, C)."""
+    import pydicom
+
     with guarded(part.path):
         _refuse_undecodable(part)
-        dataset = _whole(part)
+        dataset = pydicom.dcmread(part.path)
+        if dataset.file_meta.TransferSyntaxUID.is_compressed:
+            _refuse_outgrown_frames(part, dataset)
         kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
         pixels = _decoded(part, dataset)
         if kind == "MONOCHROME1" and not labels:
@@ -265,15 +244,6 @@ def _refuse_undecodable(part: _Part) -> None:
             f"{part.path}: is compressed as {syntax.name}, which needs another package: "
             "pip install python-gdcm, or pylibjpeg with pylibjpeg-libjpeg"
         )
-
-
-def _whole(part: _Part) -> Any:
-    import pydicom
-
-    dataset = pydicom.dcmread(part.path)
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        _refuse_outgrown_frames(part, dataset)
-    return dataset
 
 
 def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
@@ -312,7 +282,7 @@ def _inverted(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
 
 
 def _rescaled(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
-    """Apply slope and intercept, or the table that stands for them."""
+    """Apply slope and intercept, or the table given in their place."""
     if dataset.get("ModalityLUTSequence"):
         from pydicom.pixels import apply_modality_lut
 
@@ -322,19 +292,11 @@ def _rescaled(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
         return pixels
     if not np.isfinite(factors).all():
         raise ValueError("its rescale slope or intercept is not a number")
-    if all(one.is_integer() for pair in factors for one in pair) and pixels.dtype.kind in "iu":
-        return _rescaled_whole(pixels, factors)
-    scaled = np.empty(pixels.shape, np.float32)
-    for k, (slope, intercept) in enumerate(factors):
-        scaled[k] = pixels[k] * slope + intercept
-    return scaled
-
-
-def _rescaled_whole(pixels: NDArray[Any], factors: Sequence[tuple[float, float]]) -> NDArray[Any]:
-    """Keep 16 bit where the results fit, as those of computed tomography do."""
-    low, high = float(pixels.min()), float(pixels.max())
-    ends = [slope * value + shift for slope, shift in factors for value in (low, high)]
-    fits = min(ends) >= -(2**15) and max(ends) < 2**15
+    whole = all(one.is_integer() for pair in factors for one in pair) and pixels.dtype.kind in "iu"
+    extremes = float(pixels.min()), float(pixels.max())
+    ends = [slope * value + shift for slope, shift in factors for value in extremes]
+    # Results that fit keep 16 bit, as those of computed tomography do.
+    fits = whole and min(ends) >= -(2**15) and max(ends) < 2**15
     scaled = np.empty(pixels.shape, np.int16 if fits else np.float32)
     for k, (slope, intercept) in enumerate(factors):
         scaled[k] = pixels[k] * slope + intercept
@@ -432,11 +394,3 @@ def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) ->
 
     digest = hashlib.sha256(labels.tobytes()).hexdigest()
     return str(generate_uid(entropy_srcs=[str(source.get(name, "")), digest, purpose]))
-
-
-def _pydicom(path: Path) -> Any:
-    try:
-        import pydicom
-    except ImportError:
-        raise PolysegError(MISSING.format(path=path, kind="DICOM", name="pydicom")) from None
-    return pydicom

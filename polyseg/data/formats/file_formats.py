@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyseg.registry import Registry, Row, resolve
+from polyseg.registry import Registry, Row
 
 _FORMATS = "polyseg.data.formats"
 
@@ -22,8 +22,8 @@ class Format(Row):
     """First bytes that only files of this kind have; they count more than the name."""
     has_planes: bool = False
     """True where files are volumes that can be sliced in several planes, given as `plane=`."""
-    is_unnamed: str = ""
-    """Function that says whether a folder, or a file with no known suffix, is of this kind."""
+    holds_series: bool = False
+    """True where a folder can hold one image, a slice in each file."""
     voxels: str = ""
     """Function that returns the file that holds the voxels, where headers may name another."""
     write: str = ""
@@ -66,7 +66,7 @@ FORMATS = Registry(
         f"{_FORMATS}.nifti:read_nifti",
         (".nii", ".nii.gz"),
         has_planes=True,
-        write=f"{_FORMATS}.writers:write_nifti_like",
+        write=f"{_FORMATS}.nifti:write_nifti",
         holds_maps=True,
     ),
     Format(
@@ -74,8 +74,8 @@ FORMATS = Registry(
         "DICOM file, or folder of a series",
         f"{_FORMATS}.dicom:read_dicom",
         (".dcm", ".ima"),
-        is_unnamed=f"{_FORMATS}.dicom:is_unnamed_dicom",
-        write=f"{_FORMATS}.writers:write_dicom_like",
+        holds_series=True,
+        write=f"{_FORMATS}.dicom:write_dicom",
     ),
     Format(
         "itk",
@@ -116,7 +116,7 @@ def format_of(path: Path) -> Format | None:
     ('picture', None)
     """
     start, suffix = _start_of(path), suffix_of(path)
-    if start[128:] == b"DICM":  # What stands before it may be the start of a TIFF.
+    if _is_marked(start):  # The bytes before the mark may be the start of a TIFF.
         return FORMATS["dicom"]
     for row in FORMATS.values():
         if row.starts and start.startswith(row.starts):
@@ -125,9 +125,22 @@ def format_of(path: Path) -> Format | None:
         if suffix in row.suffixes:
             return row
     for row in FORMATS.values():
-        if row.is_unnamed and resolve(row.is_unnamed)(path):
+        if row.holds_series and path.is_dir():
             return row
     return None
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as DICOM does.
+
+    >>> is_dicom(Path("/dev/null"))
+    False
+    """
+    return _is_marked(_start_of(path))
+
+
+def _is_marked(start: bytes) -> bool:
+    return start[128:] == b"DICM"
 
 
 def _start_of(path: Path) -> bytes:

@@ -198,7 +198,10 @@ def as_stack(
     spacing: tuple[float, float] | None = None,
     turned: int = 1,
 ) -> Stack:
-    """Return a stack of pixels, (N, H, W, C), that were turned by an orientation tag."""
+    """Return a stack of pixels, (N, H, W, C), of images or labels.
+
+    `turned` is the orientation tag (EXIF) by which they were turned.
+    """
     if labels:
         return Stack(label_pixels(path, one_channel(path, pixels)), spacing, turned)
     return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing, turned)

@@ -12,16 +12,14 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.data.formats.images import one_channel
+from polyseg.data.formats.images import as_stack
 from polyseg.data.formats.nifti import AS_STORED, lie, plane_of, spacing_of
 from polyseg.data.formats.stacks import (
-    MISSING,
     MOST_CHANNELS,
     Plane,
     Stack,
     guarded,
-    image_pixels,
-    label_pixels,
+    imported,
     refuse_if_large,
     refuse_if_no_file,
     refuse_other_shape,
@@ -82,9 +80,8 @@ def read_itk(
         shown = plane_of(voxels.shape, affine, plane)
         pixels = np.ascontiguousarray(lie(voxels, affine, shown))
         spacing = spacing_of(affine, shown)
-        if labels:
-            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-        return Stack(image_pixels(path, whole_numbers(pixels)), spacing)
+        pixels = pixels if labels else whole_numbers(pixels)
+        return as_stack(path, pixels, labels=labels, spacing=spacing)
 
 
 def write_itk(
@@ -270,10 +267,7 @@ def _stored(image: Any, itk: Any) -> tuple[NDArray[Any], NDArray[np.float64]]:
 
 
 def _simpleitk(path: Path) -> Any:
-    try:
-        import SimpleITK
-    except ImportError:
-        kind = "NRRD" if path.suffix.lower() == ".nrrd" else "MetaImage"
-        raise PolysegError(MISSING.format(path=path, kind=kind, name="SimpleITK")) from None
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
+    kind = "NRRD" if path.suffix.lower() == ".nrrd" else "MetaImage"
+    itk = imported("SimpleITK", path, kind)
+    itk.ProcessObject.SetGlobalWarningDisplay(False)
+    return itk

@@ -16,15 +16,14 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.data.formats.images import one_channel
+from polyseg.data.formats.file_formats import suffix_of
+from polyseg.data.formats.images import as_stack
 from polyseg.data.formats.stacks import (
-    MISSING,
     MOST_CHANNELS,
     Plane,
     Stack,
     guarded,
-    image_pixels,
-    label_pixels,
+    imported,
     refuse_if_large,
     refuse_if_no_file,
     refuse_other_shape,
@@ -65,7 +64,7 @@ def read_nifti(
     >>> stack.pixels.shape, [round(one, 2) for one in stack.spacing]
     ((5, 20, 30, 1), [0.8, 0.7])
     """
-    nibabel = _nibabel(path)
+    nibabel = imported("nibabel", path, "NIfTI")
     with guarded(path):
         refuse_if_no_file(path)
         with _unpacked(path) as stream:
@@ -79,22 +78,19 @@ def read_nifti(
         spacing = spacing_of(affine, plane_of(shape, affine, plane), unit)
         pixels = _copied(view, scaling)
         del voxels, view
-        if labels:
-            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-        return Stack(image_pixels(path, whole_numbers(_without_nan(pixels))), spacing)
+        pixels = pixels if labels else whole_numbers(_without_nan(pixels))
+        return as_stack(path, pixels, labels=labels, spacing=spacing)
 
 
 def write_nifti(
-    source: Path, values: NDArray[Any], path: Path, plane: Plane, *, description: str
-) -> None:
-    """Write slices, (N, H, W), as a NIfTI volume that lies where the source's does.
-
-    The three axes, their lengths and orientation are the source's; so is its version.
+    source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
+) -> Path:
+    """Write slices, (N, H, W), as a NIfTI volume with the geometry and version of the source.
 
     Raises:
         PolysegError: the source has other slices, is damaged, or the file cannot be written.
     """
-    nibabel = _nibabel(source)
+    nibabel = imported("nibabel", source, "NIfTI")
     with guarded(source):
         refuse_if_no_file(source)
         with _unpacked(source) as stream:
@@ -106,10 +102,11 @@ def write_nifti(
         refuse_other_shape(source, view.shape, values)
         view[...] = values
         content = _nifti_bytes(header, volume[..., 0], affine, description, nibabel)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(
-            gzip.compress(content, 6, mtime=0) if path.suffix == ".gz" else content
-        )
+    target = path.with_name(path.name + suffix_of(source))
+    packed = gzip.compress(content, 6, mtime=0) if target.suffix == ".gz" else content
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(packed)
+    return target
 
 
 def _nifti_bytes(
@@ -303,11 +300,3 @@ def _without_nan(pixels: NDArray[Any]) -> NDArray[Any]:
         for one in pixels:
             one[np.isnan(one)] = lowest
     return pixels
-
-
-def _nibabel(path: Path) -> Any:
-    try:
-        import nibabel
-    except ImportError:
-        raise PolysegError(MISSING.format(path=path, kind="NIfTI", name="nibabel")) from None
-    return nibabel

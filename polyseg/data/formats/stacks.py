@@ -1,6 +1,7 @@
 """Define the stack of slices that readers return, and the limits of its size."""
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,6 @@ SMALL = 2**26
 RATIO = 100
 SMALL_VOLUME = 2**29
 VOLUME_RATIO = 1100
-
-MISSING = "{path}: {kind} is read by {name}, which is not installed; pip install 'polyseg[medical]'"
 
 _IMAGE_TYPES = (np.uint8, np.uint16, np.int16, np.float32)
 
@@ -78,6 +77,21 @@ def guarded(path: Path) -> Iterator[None]:
         raise PolysegError(_line(path, reason(error))) from None
     except Exception as error:  # Decoders fail on damaged files in many ways, all alike to users.
         raise PolysegError(_line(path, str(error) or type(error).__name__)) from None
+
+
+def imported(name: str, path: Path, kind: str) -> Any:
+    """Return an optional library that reads a kind of file.
+
+    Raises:
+        PolysegError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise PolysegError(
+            f"{path}: {kind} is read by {name}, which is not installed; "
+            "pip install 'polyseg[medical]'"
+        ) from None
 
 
 def _line(path: Path, why: str) -> str:
@@ -142,10 +156,7 @@ def refuse_if_large(
     held = path.stat().st_size if held is None else held
     packed = min(VOLUME_RATIO * held, SMALL_VOLUME) if slices > 1 else 0
     decoded = slices * height * width * bytes_per_pixel
-    _refuse_if_blown_up(path, decoded, held, max(SMALL, RATIO * held, packed))
-
-
-def _refuse_if_blown_up(path: Path, decoded: int, held: int, most: int) -> None:
+    most = max(SMALL, RATIO * held, packed)
     if decoded > LARGEST_DECODED:
         raise PolysegError(
             f"{path}: takes {decoded:,} bytes in memory; at most "

@@ -8,9 +8,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from polyseg.data.formats.dicom import write_dicom
-from polyseg.data.formats.file_formats import Format, format_of, suffix_of
-from polyseg.data.formats.nifti import write_nifti
+from polyseg.data.formats.file_formats import format_of, suffix_of
 from polyseg.data.formats.stacks import Plane
 from polyseg.data.formats.tiff import tiff_resolution
 from polyseg.errors import PolysegError
@@ -55,7 +53,8 @@ def write_labels(
         raise ValueError(f"labels are {labels.dtype}; expected uint8 or uint16")
     kind = format_of(source)
     if kind is not None and kind.write:
-        return _written(kind, source, labels, folder / name, plane, _LABELS)
+        written: Path = resolve(kind.write)(source, labels, folder / name, plane, _LABELS)
+        return written
     keeps = suffix_of(source) == ".bmp" and labels.dtype == np.uint8
     path = folder / f"{name}{'.bmp' if keeps else '.png'}"
     _write_picture(path, source, labels)
@@ -87,27 +86,10 @@ def write_map(
     values = np.asarray(values, np.float32)
     kind = format_of(source)
     if kind is not None and kind.holds_maps:
-        return _written(kind, source, values, folder / name, plane, _MAP)
+        written: Path = resolve(kind.write)(source, values, folder / name, plane, _MAP)
+        return written
     path = folder / f"{name}.tif"
     _write_tiff(path, values, None)
-    return path
-
-
-def write_nifti_like(
-    source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
-) -> Path:
-    """Write a volume with the geometry of its source."""
-    path = path.with_name(path.name + suffix_of(source))
-    write_nifti(source, values, path, plane, description=description)
-    return path
-
-
-def write_dicom_like(
-    source: Path, values: NDArray[Any], path: Path, _: Plane, description: str
-) -> Path:
-    """Write a file, or for the folder of a series a folder, of the same patient and study."""
-    path = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
-    write_dicom(source, values, path, description=description)
     return path
 
 
@@ -118,13 +100,6 @@ def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __
     path = path.with_name(path.name + (suffix if kept else ".tif"))
     _write_tiff(path, values, source)
     return path
-
-
-def _written(
-    kind: Format, source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
-) -> Path:
-    written: Path = resolve(kind.write)(source, values, path, plane, description)
-    return written
 
 
 def _write_picture(path: Path, source: Path, labels: NDArray[Any]) -> None:

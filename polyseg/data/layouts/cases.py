@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from polyseg.data.formats.file_formats import suffix_of
+from polyseg.data.formats.file_formats import is_dicom, suffix_of
 from polyseg.errors import PolysegError, reason
 
 LARGEST_SET = 1_000_000
@@ -288,7 +288,7 @@ def is_readable(path: Path) -> bool:
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
     """
-    return bool(suffix_of(path)) or _begins_as_dicom(path)
+    return bool(suffix_of(path)) or is_dicom(path)
 
 
 def is_junk(name: str) -> bool:
@@ -432,13 +432,3 @@ def _leads_back(entry: os.DirEntry[str]) -> bool:
 def _is_dicom_name(path: Path) -> bool:
     """Return whether a readable file is DICOM by its name: no other kind has a suffix like it."""
     return suffix_of(path) in ("", ".dcm", ".ima")
-
-
-def _begins_as_dicom(path: Path) -> bool:
-    if not exists(path, "file"):
-        return False
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
