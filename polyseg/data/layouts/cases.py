@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ from polyseg.errors import PolysegError, reason
 
 LARGEST_SET = 1_000_000
 """Largest number of files and folders of a data set."""
+DEEPEST = 4
+"""Largest depth of a data set below the given path, in folders."""
 
 Unmasked = Literal["refuse", "empty", "skip"]
 """Treatment of images without a mask: an error, a case without foreground, or no case."""
@@ -46,13 +48,10 @@ class Case:
     id: str
     images: tuple[Path, ...]
     """One file, or several of one channel each; a folder holds the slices of one DICOM series."""
-
     masks: tuple[Path, ...] | None
     """Mask files, which the reader unites; () for an empty mask, None without a mask."""
-
     part: str | None = None
     """"train", "val" or "test" if the data set assigns a part, else None."""
-
     group: str | None = None
     """Name of the patient, if the data set gives it."""
 
@@ -63,19 +62,14 @@ class Layout:
 
     name: str
     """Name of the layout, for messages."""
-
     cases: list[Case]
     """Cases in order of their ids, which are unique and printable."""
-
     labels: Mapping[str, int]
     """Names of label values where a dataset.json gives them, without the background."""
-
     notes: tuple[str, ...] = ()
     """Lines for the log."""
-
     problems: tuple[str, ...] = ()
     """Lines about wrong names and missing files; the content of files is checked later."""
-
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Label values of each task that the data set declares; empty where it declares none."""
 
@@ -113,6 +107,13 @@ class Folders:
         if folder not in self._known:
             self._known[folder] = self._read(folder)
         return self._known[folder]
+
+    def files_below(self, folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+        """Yield the readable files of a folder, then those of its sub-folders up to a depth."""
+        listing = self.list(folder)
+        yield from listing.files
+        for each in listing.folders if depth else ():
+            yield from self.files_below(each, depth - 1)
 
     def series(self, folder: Path) -> Path | None:
         """Return where the DICOM series is that a folder holds and that is all it holds.
@@ -182,20 +183,20 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     _cases: list[tuple[str, Case]] = field(default_factory=list)
 
-    def add(self, case: Case, prefix: str = "") -> None:
-        """Add a case; the prefix precedes its id where ids would be the same without."""
-        self._cases.append((prefix, case))
+    def add(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
+        """Add cases, those without a mask as `unmasked` says.
 
-    def add_unmasked(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
-        """Treat images without a mask as `unmasked` says.
+        The prefix precedes their ids where two ids would be equal without it.
 
         >>> findings = Findings("empty")
-        >>> findings.add_unmasked("a/images", [Case("1", (Path("a/images/1.png"),), None)])
+        >>> findings.add("a/images", [Case("1", (Path("a/images/1.png"),), None)])
         >>> findings.finish("a", "images/ and masks/").cases[0].masks
         ()
         >>> findings.notes
         ['a/images: 1 image without a mask: taken as empty']
         """
+        self._cases += [(prefix, case) for case in cases if case.masks is not None]
+        cases = [case for case in cases if case.masks is None]
         if not cases:
             return
         what = f"{where}: {some('image', [case.images[0].name for case in cases])} without a mask"
@@ -208,8 +209,7 @@ class Findings:
             self.notes.append(f"{count}: left out")
         else:
             self.notes.append(f"{count}: taken as empty")
-            for case in cases:
-                self.add(replace(case, masks=()), prefix)
+            self._cases += [(prefix, replace(case, masks=())) for case in cases]
 
     def problem(self, where: str, noun: str, names: Iterable[str], what: str) -> None:
         """Add a problem with some files, if there are any, as one line."""
@@ -223,8 +223,8 @@ class Findings:
             PolysegError: nothing was found at all.
 
         >>> findings = Findings()
-        >>> findings.add(Case("1", (Path("a/1.png"),), ()), "a")
-        >>> findings.add(Case("1", (Path("b/1.png"),), ()), "b")
+        >>> findings.add("set", [Case("1", (Path("a/1.png"),), ())], "a")
+        >>> findings.add("set", [Case("1", (Path("b/1.png"),), ())], "b")
         >>> [case.id for case in findings.finish("set", "classes").cases]
         ['a/1', 'b/1']
         """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
+    DEEPEST,
     Case,
     Findings,
     Folders,
@@ -29,7 +30,7 @@ from polyseg.data.layouts.names import (
     without_mask_endings,
 )
 from polyseg.data.layouts.pairing import Pairs, match, split_by_suffix
-from polyseg.data.layouts.source import DEEPEST, Source, ask, several_sets
+from polyseg.data.layouts.source import Source, ask, several_sets
 from polyseg.errors import PolysegError
 
 _FIELD_OF_VIEW = re.compile(r"\d+_(training|test)_mask")
@@ -77,15 +78,11 @@ def _read_listed(source: Source) -> Layout:
     pairs = [match(pictures, items) for items in masks.values()]
     for name, pair in zip(masks, pairs, strict=True):
         findings.problem(name, "mask", pair.lost, "without an image")
-    bare = []
+    cases = []
     for stem, files in pictures.items():
         found = tuple(file for pair in pairs for file in pair.masks.get(stem, []))
-        case = Case(stem, (files[0],), found or None)
-        if found:
-            findings.add(case)
-        else:
-            bare.append(case)
-    findings.add_unmasked(", ".join(images), bare)
+        cases.append(Case(stem, (files[0],), found or None))
+    findings.add(", ".join(images), cases)
     names = (" + ".join(items) for items in (images, masks))
     return findings.finish(str(source.path), " and ".join(names))
 
@@ -189,11 +186,9 @@ class _Search:
     def _chosen(self) -> bool:
         return bool(self.source.images or self.source.masks)
 
-    def holds_files(self, folder: Path, depth: int = 0) -> bool:
+    def holds_files(self, folder: Path) -> bool:
         """Return whether a folder, or one up to four levels below it, holds a file to read."""
-        listing = self.folders.list(folder)
-        below = listing.folders if depth < DEEPEST else ()
-        return bool(listing.files) or any(self.holds_files(each, depth + 1) for each in below)
+        return any(self.folders.files_below(folder))
 
     def _named(self, folder: Path, names: Sequence[str], chosen: Sequence[str]) -> list[Path]:
         wanted = [plain(name) for name in chosen] or names
@@ -404,10 +399,16 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
     _refuse_twice(str(mask_folder), masks, findings)
     findings.problem(str(mask_folder), "mask", pairs.lost, f"without an image in {where}")
     _note_rule(str(mask_folder), pairs, findings)
-    for stem, files in pairs.masks.items():
-        findings.add(_case(stem, pictures, unit, tuple(sorted(files))), unit.prefix)
-    bare = [_case(stem, pictures, unit, None) for stem in pictures if stem not in pairs.masks]
-    _add_bare(unit, bare, findings)
+    cases = [
+        Case(stem, (files[0],), tuple(sorted(pairs.masks.get(stem, ()))) or None, unit.part)
+        for stem, files in pictures.items()
+    ]
+    bare = sum(case.masks is None for case in cases)
+    if bare and plain(unit.images.name) == _WITHOUT_LESION:
+        cases = [replace(case, masks=case.masks or ()) for case in cases]
+        count = counted(bare, "image")
+        findings.notes.append(f"{where}: {count} without a mask: normal, so taken as empty")
+    findings.add(where, cases, unit.prefix)
 
 
 def _without_second_observer(folder: Path, items: _Files, findings: Findings) -> _Files:
@@ -433,22 +434,6 @@ def _with_lost_masks(images: _Files, masks: _Files) -> tuple[_Files, _Files]:
     lost = {stem for stem in images if without_mask_endings(stem)[1:] and stem not in found}
     kept = {stem: files for stem, files in images.items() if stem not in lost}
     return kept, masks | {stem: images[stem] for stem in lost}
-
-
-def _case(
-    stem: str, images: Mapping[str, Sequence[Path]], unit: _Unit, masks: tuple[Path, ...] | None
-) -> Case:
-    return Case(stem, (images[stem][0],), masks, unit.part)
-
-
-def _add_bare(unit: _Unit, cases: list[Case], findings: Findings) -> None:
-    if cases and plain(unit.images.name) == _WITHOUT_LESION:
-        for case in cases:
-            findings.add(replace(case, masks=()), unit.prefix)
-        count = counted(len(cases), "image")
-        findings.notes.append(f"{unit.images}: {count} without a mask: normal, so taken as empty")
-    else:
-        findings.add_unmasked(str(unit.images), cases, unit.prefix)
 
 
 def _name(units: Sequence[_Unit]) -> str:

@@ -10,9 +10,6 @@ from polyseg.errors import PolysegError
 Names = str | Sequence[str] | None
 """Value of data.images or data.masks: a name or path, several, or none."""
 
-DEEPEST = 4
-"""Largest depth of a data set below the given path, in folders."""
-
 
 @dataclass
 class Source:
