@@ -1,4 +1,4 @@
-"""Read and write DICOM files and series; alone in importing pydicom."""
+"""Read and write DICOM files and series; the only module that imports pydicom."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,6 @@ from polyseg.data.formats.stacks import (
     guarded,
     imported,
     refuse_if_large,
-    refuse_if_no_file,
     refuse_other_shape,
     whole_numbers,
 )
@@ -54,17 +53,9 @@ _SECONDARY_FRAMES = {8: f"{_SECONDARY}.2", 16: f"{_SECONDARY}.3"}
 def read_dicom(path: Path, *, labels: bool = False) -> Stack:
     """Read a DICOM file, of one or many frames, or a folder that holds one series of files.
 
-    The files of a series lie in order along the normal of their slices, else by InstanceNumber,
-    else by name. Rescale slope and intercept are applied; images of MONOCHROME1, where 0 is white,
+    The files of a series are sorted along the normal of their slices, else by InstanceNumber, else
+    by name. Rescale slope and intercept are applied; images of MONOCHROME1, where 0 is white,
     are inverted first, so that pixels are as displayed; labels are not. Colours become RGB.
-
-    Raises:
-        PolysegError: something is damaged, too large, of several series or of a kind not read, or
-            pydicom is missing.
-
-    >>> read_dicom(Path("/dev/null"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: /dev/null: is no file; expected an image
     """
     imported("pydicom", path, "DICOM")
     with guarded(path):
@@ -82,9 +73,6 @@ def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, descri
     """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
 
     For a folder the result is a folder of as many files of the same names.
-
-    Raises:
-        PolysegError: the source has other slices, or a file cannot be written.
     """
     imported("pydicom", source, "DICOM")
     target = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
@@ -106,7 +94,6 @@ def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, descri
 
 def _parts(path: Path) -> list[_Part]:
     if not path.is_dir():
-        refuse_if_no_file(path)
         return [_Part(path, _dicom_header(path))]
     files = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
     found = [one for one in files if one.suffix.lower() == ".dcm" or is_dicom(one)]
@@ -157,18 +144,16 @@ def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
 def _in_order(parts: list[_Part]) -> list[_Part]:
     """Sort by position along the normal, else by number, else leave the order of names."""
     numbers = [part.header.get("InstanceNumber") for part in parts]
-    ranks: list[Any] = [0 if number is None else int(number) for number in numbers]
     positions = _positions(parts)
-    if positions is not None:
-        ranks = list(zip(positions, ranks, strict=True))
-    elif None in numbers:
+    if positions is None and None in numbers:
         return parts
-    order = sorted(range(len(parts)), key=lambda i: (ranks[i], parts[i].path.name))
-    return [parts[i] for i in order]
+    ranks = zip(positions or [0.0] * len(parts), (int(one or 0) for one in numbers), strict=True)
+    ranked = zip(ranks, parts, strict=True)
+    return [part for _, part in sorted(ranked, key=lambda pair: (pair[0], pair[1].path.name))]
 
 
 def _positions(parts: Sequence[_Part]) -> list[float] | None:
-    """Return millimetres along the normal of the slices, if all are parallel and say so."""
+    """Return millimetres along the normal of the slices, or None unless all are parallel."""
     found = [
         (part.header.get("ImageOrientationPatient"), part.header.get("ImagePositionPatient"))
         for part in parts
@@ -206,6 +191,7 @@ def _refuse_large_series(path: Path, parts: Sequence[_Part]) -> None:
 def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
     """Decode the pixels of a file, (N, H, W, C)."""
     import pydicom
+    from pydicom.pixels import apply_color_lut, pixel_array
 
     with guarded(part.path):
         _refuse_undecodable(part)
@@ -213,12 +199,15 @@ def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
         if dataset.file_meta.TransferSyntaxUID.is_compressed:
             _refuse_outgrown_frames(part, dataset)
         kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
-        pixels = _decoded(part, dataset)
+        frames, rows, columns = _frames_of(dataset), int(dataset.Rows), int(dataset.Columns)
+        shape = frames, rows, columns, int(dataset.get("SamplesPerPixel") or 1)
+        pixels = np.asarray(pixel_array(dataset))
+        if pixels.size != math.prod(shape):
+            raise PolysegError(f"{part.path}: is damaged: it holds pixels of shape {pixels.shape}")
+        pixels = pixels.reshape(shape)
         if kind == "MONOCHROME1" and not labels:
             pixels = _inverted(pixels, dataset)
         if kind == "PALETTE COLOR" and not labels:
-            from pydicom.pixels import apply_color_lut
-
             return np.asarray(apply_color_lut(pixels[..., 0], dataset))[..., :3]
         return _rescaled(pixels, dataset)
 
@@ -259,17 +248,6 @@ def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
             raise PolysegError(
                 f"{part.path}: is damaged: a frame holds more than {rows} x {columns} pixels"
             )
-
-
-def _decoded(part: _Part, dataset: Any) -> NDArray[Any]:
-    from pydicom.pixels import pixel_array
-
-    rows, columns, frames = int(dataset.Rows), int(dataset.Columns), _frames_of(dataset)
-    samples = int(dataset.get("SamplesPerPixel") or 1)
-    pixels = np.asarray(pixel_array(dataset))
-    if pixels.size != frames * rows * columns * samples:
-        raise PolysegError(f"{part.path}: is damaged: it holds pixels of shape {pixels.shape}")
-    return pixels.reshape(frames, rows, columns, samples)
 
 
 def _inverted(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
@@ -355,7 +333,7 @@ def _derived(part: _Part, labels: NDArray[Any], series: str, description: str) -
     if len(labels) > 1:
         _add_frames(derived, source, len(labels))
     content = np.ascontiguousarray(labels, f"<u{bits // 8}").tobytes()
-    # Values have even length.
+    # A value must have an even length.
     derived.PixelData = content + b"\0" * (len(content) % 2)
     derived["PixelData"].VR = "OB" if bits == 8 else "OW"
     derived.file_meta = FileMetaDataset()
@@ -369,11 +347,9 @@ def _add_frames(derived: Any, source: Any, count: int) -> None:
     derived.NumberOfFrames = count
     derived.PageNumberVector = list(range(1, count + 1))
     derived.FrameIncrementPointer = 0x00182001  # the pages' numbers
-    shared = source.get("SharedFunctionalGroupsSequence")
-    if shared:
+    if shared := source.get("SharedFunctionalGroupsSequence"):
         derived.SharedFunctionalGroupsSequence = list(_geometry_of(shared[:1]))
-    each = source.get("PerFrameFunctionalGroupsSequence")
-    if each:
+    if each := source.get("PerFrameFunctionalGroupsSequence"):
         derived.PerFrameFunctionalGroupsSequence = list(_geometry_of(each[:count]))
 
 

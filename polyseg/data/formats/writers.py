@@ -1,4 +1,4 @@
-"""Write predictions as files of the kind, and in the place, of the images they are of."""
+"""Write predictions as files of the kind and with the geometry of their images."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def write_labels(
     name: str,
     plane: Plane = "axial",
 ) -> Path:
-    """Write labels, (N, H, W), beside the kind and geometry of their source; return the file.
+    """Write labels, (N, H, W), as a file of the kind and geometry of their source; return its path.
 
     PNG, TIFF, NIfTI and DICOM stay what they are, a DICOM series becomes a folder of files of the
     same names; BMP stays BMP if 8 bit are enough; others become PNG. Nothing is lost.
@@ -57,7 +57,10 @@ def write_labels(
         return written
     keeps = suffix_of(source) == ".bmp" and labels.dtype == np.uint8
     path = folder / f"{name}{'.bmp' if keeps else '.png'}"
-    _write_picture(path, source, labels)
+    if len(labels) != 1:
+        raise PolysegError(f"{source}: is one picture; what was made of it has {len(labels)}")
+    with atomic_path(path) as temporary:
+        Image.fromarray(labels[0]).save(temporary, format=path.suffix[1:].upper())
     return path
 
 
@@ -66,15 +69,7 @@ def write_map(
 ) -> Path:
     """Write maps, (N, H, W) of float32, as their source where that can hold them, else as TIFF.
 
-    Args:
-        source: the image's file, or the folder of its series.
-        values: slices in the order in which `source` is read.
-        folder: where to write.
-        name: of the file, without suffix.
-        plane: how `source` was sliced.
-
-    Raises:
-        PolysegError: the source has other slices, or the file cannot be written.
+    All else is as in `write_labels`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +89,7 @@ def write_map(
 
 
 def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __: str) -> Path:
-    """Write a page a slice, with the resolution of the source; maps end in .tif."""
+    """Write a page for each slice, with the resolution of the source; maps end in .tif."""
     suffix = suffix_of(source)
     kept = suffix.endswith((".tif", ".tiff")) and values.dtype != np.float32
     path = path.with_name(path.name + (suffix if kept else ".tif"))
@@ -102,15 +97,8 @@ def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __
     return path
 
 
-def _write_picture(path: Path, source: Path, labels: NDArray[Any]) -> None:
-    if len(labels) != 1:
-        raise PolysegError(f"{source}: is one picture; what was made of it has {len(labels)}")
-    with atomic_path(path) as temporary:
-        Image.fromarray(labels[0]).save(temporary, format=path.suffix[1:].upper())
-
-
 def _write_tiff(path: Path, values: NDArray[Any], source: Path | None) -> None:
-    """Write a page a slice, with the resolution of the source."""
+    """Write a page for each slice, with the resolution of the source."""
     resolution = None if source is None else tiff_resolution(source)
     scale, unit = (None, None) if resolution is None else resolution
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as writer:

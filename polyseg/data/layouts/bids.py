@@ -15,7 +15,7 @@ _ENTITIES = re.compile(r"(?:sub|ses|task|acq|run|sample|chunk|slice)-[A-Za-z0-9]
 def read_bids(source: Source) -> Layout | None:
     """Read images of sub-*/ and masks of derivatives/, paired by subject, session and run.
 
-    Images and masks are told apart by what follows the last _ of their names: T1w, mask. Where
+    Images and masks are distinguished by the end of their names after the last _: T1w, mask. Where
     there are several, data.images and data.masks name one.
     """
     folders, root = source.folders, source.path
@@ -62,9 +62,5 @@ def _kind(source: Source, side: str, kinds: Mapping[str, list[Path]]) -> str | N
 
 
 def _entities(file: Path) -> str:
-    """Return subject, session, run, ... of a file.
-
-    >>> _entities(Path("sub-01_ses-1_space-T1w_desc-brain_mask.nii.gz"))
-    'sub-01_ses-1'
-    """
+    """Return subject, session, run, ... of a file."""
     return "_".join(_ENTITIES.findall(stem_of(file)))

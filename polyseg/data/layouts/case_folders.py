@@ -110,11 +110,7 @@ def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]], masks: Sequ
 
 
 def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[str]] | None:
-    """Return the names of the images' files and of the masks' in each case.
-
-    Raises:
-        PolysegError: several names may be those of the images or of the masks.
-    """
+    """Return the names of the images' files and of the masks' in each case."""
     names = Counter(name for root in roots for files in root.cases.values() for name in files)
     chosen = {side: list(getattr(source, side)) for side in ("images", "masks")}
     if not names.keys() >= {name for one in chosen.values() for name in one}:
@@ -131,10 +127,6 @@ def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[s
 
 
 def _part_of_words(name: str) -> str | None:
-    """Return the part that one word of a name stands for.
-
-    >>> _part_of_words("stage1_train"), _part_of_words("nuclei")
-    ('train', None)
-    """
+    """Return the part that one word of a name means, such as train for stage1_train."""
     parts = {part for word in re.split(r"[ _-]+", name) if (part := part_of(word))}
     return parts.pop() if len(parts) == 1 else None

@@ -15,14 +15,8 @@ def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
     """Return a manifest as text, and how many images it lists and how many have no mask.
 
     Of a known layout it lists what is found. Otherwise it lists every file that can be read; files
-    whose name or folder is a mask's are put beside the image that fits best.
-
-    Args:
-        path: the data set.
-        folder: where the manifest will be, so that its paths are relative to it where they can be.
-
-    Raises:
-        PolysegError: the folder holds no file that can be read.
+    whose name or folder is a mask's are put beside the image that fits best. Paths in `folder`,
+    where the manifest will be, are relative to it.
     """
     try:
         cases = find_cases(path, unmasked="skip").cases

@@ -29,7 +29,7 @@ from polyseg.data.layouts.names import (
     meaning_of,
     without_mask_endings,
 )
-from polyseg.data.layouts.pairing import Pairs, match, split_by_suffix
+from polyseg.data.layouts.pairing import match, split_by_suffix
 from polyseg.data.layouts.source import Source, ask, several_sets
 from polyseg.errors import PolysegError
 
@@ -223,7 +223,7 @@ class _Search:
         return self._nested(only_images, only_masks, part, prefix)
 
     def _compounds(self, folder: Path, part: str | None, prefix: str) -> list[_Unit]:
-        """Find folders whose names tell the part as well, such as ISIC's or train_images/."""
+        """Find folders whose names give the part as well, such as ISIC's or train_images/."""
         found: dict[str, dict[str, list[Path]]] = {}
         for each in self.folders.list(folder).folders:
             if (meaning := meaning_of(each.name)) and self.holds_files(each):
@@ -250,7 +250,12 @@ class _Search:
         several = [each for each in others.values() if self.holds_files(each)]
         own = items_of(self.folders, images), items_of(self.folders, masks)
         if several and own[0] and not own[1] and not groups:
-            raise self._several_masks(masks, several)
+            names = [str(each.relative_to(self.source.path)) for each in several]
+            united = f"[{', '.join(names)}] to unite them, or =" if names[1:] else ""
+            raise PolysegError(
+                f"{masks}: holds no mask, but {some('folder', [each.name for each in several])}; "
+                f"set data.masks={united}{names[0]}"
+            )
         if any(own) or not groups:
             units.append(_Unit(images, masks, part, prefix))
         for group in groups:
@@ -265,16 +270,6 @@ class _Search:
                 f"{twin}: there are no images for these masks; expected {images / twin.name}"
             )
         return units
-
-    def _several_masks(self, masks: Path, found: Sequence[Path]) -> PolysegError:
-        """Return the error that masks of the same images lie in several folders."""
-        root = self.source.path
-        names = [str(each.relative_to(root)) for each in found]
-        united = f"[{', '.join(names)}] to unite them, or =" if names[1:] else ""
-        return PolysegError(
-            f"{masks}: holds no mask, but {some('folder', [each.name for each in found])}; set "
-            f"data.masks={united}{names[0]}"
-        )
 
     def _parts(
         self, folder: Path, part: str | None, prefix: str, depth: int, with_others: bool
@@ -368,7 +363,7 @@ def items_of(folders: Folders, folder: Path, *, series: bool = True) -> dict[str
 
 
 def _refuse_two_kinds(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
-    """Raise where each name is of two files and nothing tells which is the mask."""
+    """Raise where each name is of two files and their endings do not show which is the mask."""
     kinds = {tuple(file.suffix for file in files) for files in items.values()}
     if len(items) > 1 and len(kinds) == 1 and len(pair := kinds.pop()) == 2:
         raise PolysegError(
@@ -398,7 +393,12 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
     _refuse_twice(where, pictures, findings)
     _refuse_twice(str(mask_folder), masks, findings)
     findings.problem(str(mask_folder), "mask", pairs.lost, f"without an image in {where}")
-    _note_rule(str(mask_folder), pairs, findings)
+    if pairs.rule.name != "equal":
+        image, files = next(iter(pairs.masks.items()))
+        findings.notes.append(
+            f"{mask_folder}: masks and images are paired by this rule: {pairs.rule.help} "
+            f"({files[0].name} is the mask of {image})"
+        )
     cases = [
         Case(stem, (files[0],), tuple(sorted(pairs.masks.get(stem, ()))) or None, unit.part)
         for stem, files in pictures.items()
@@ -419,17 +419,8 @@ def _without_second_observer(folder: Path, items: _Files, findings: Findings) ->
     return {stem: files for stem, files in items.items() if stem not in others}
 
 
-def _note_rule(where: str, pairs: Pairs, findings: Findings) -> None:
-    if pairs.rule.name != "equal":
-        image, files = next(iter(pairs.masks.items()))
-        findings.notes.append(
-            f"{where}: masks and images are paired by this rule: {pairs.rule.help} "
-            f"({files[0].name} is the mask of {image})"
-        )
-
-
 def _with_lost_masks(images: _Files, masks: _Files) -> tuple[_Files, _Files]:
-    """Count as masks what ends as masks do, though there is neither image nor mask of it."""
+    """Move images that are named as masks, and have no mask themselves, to the masks."""
     found = match(images, masks).masks
     lost = {stem for stem in images if without_mask_endings(stem)[1:] and stem not in found}
     kept = {stem: files for stem, files in images.items() if stem not in lost}
@@ -441,7 +432,7 @@ def _name(units: Sequence[_Unit]) -> str:
     name = "images with masks beside them"
     if first.masks is not None:
         images, masks = first.images, first.masks
-        # In images/train/ and masks/train/ it is the upper folders that tell the two apart.
+        # In images/train/ and masks/train/ the upper folders have the names of the two sides.
         while _twin_key(images) == _twin_key(masks) and images != masks:
             images, masks = images.parent, masks.parent
         name = f"{images.name}/ and {masks.name}/"

@@ -62,11 +62,8 @@ def holds_masks(path: Path) -> bool:
 def _first(source: Source) -> Layout | None:
     """Return the result of the chosen layout, or of the first one that applies."""
     rows = [LAYOUTS[source.layout]] if source.chosen else LAYOUTS.values()
-    for row in rows:
-        if row.function and (found := row.resolve()(source)) is not None:
-            layout: Layout = found
-            return layout
-    return None
+    found = (row.resolve()(source) for row in rows if row.function)
+    return next((layout for layout in found if layout is not None), None)
 
 
 def _check_settings(source: Source) -> None:

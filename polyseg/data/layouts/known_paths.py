@@ -1,4 +1,4 @@
-"""Read public data sets that are told by the paths of their files; a new one needs a row here."""
+"""Recognise public data sets by the paths of their files; a new one needs a row here."""
 
 import re
 from collections.abc import Sequence

@@ -47,11 +47,8 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
 
     Several masks of an image, or several files of one channel each, are separated by ";".
     Columns are separated by commas or tabs. An id that is not given is the image's stem, or its
-    path as written where stems are not unique.
-
-    Args:
-        path: the file.
-        unmasked: treatment of images whose mask cell is empty.
+    path as written where stems are not unique. `unmasked` is the treatment of images whose mask
+    cell is empty.
 
     Raises:
         PolysegError: there are problems; one line for each.

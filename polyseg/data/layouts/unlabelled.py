@@ -37,9 +37,6 @@ def find_unlabelled(paths: Sequence[Path]) -> list[Case]:
     images/. In imagesTs/ and imagesTr/ the files CASE_0000, CASE_0001, ... are channels of one
     image.
 
-    Args:
-        paths: images and folders.
-
     Returns:
         Cases in order of their ids, which have names of folders before them where they need it.
 
@@ -115,12 +112,11 @@ def _with_unique_ids(cases: Sequence[Case]) -> list[Case]:
     """Return cases whose ids are unique by the names of the folders before them."""
     once = {case.images: case for case in cases}
     for count in range(DEEPEST * 2):
-        found = [replace(case, id=_long_id(case, count)) for case in once.values()]
+        found = []
+        for case in once.values():
+            above = case.images[0].absolute().parent.parts[1:]
+            names = above[len(above) - min(count, len(above)) :]
+            found.append(replace(case, id="/".join([*names, case.id])))
         if not (twice := repeated(case.id for case in found)):
             return sorted(found, key=lambda case: case.id)
     raise PolysegError(f"{some('name', twice)} of two images each, but for the suffix; rename one")
-
-
-def _long_id(case: Case, count: int) -> str:
-    above = case.images[0].absolute().parent.parts[1:]
-    return "/".join([*above[len(above) - min(count, len(above)) :], case.id])
