@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from polyseg.config import DataConfig, load_config
 from polyseg.data.formats.readers import read_label_stack
 from polyseg.data.loading import load_images
-from polyseg.data.masks import UnclearValuesError, to_masks, lines_about_unclear, unite
+from polyseg.data.masks import UnclearValuesError, lines_about_unclear, to_masks, unite
 from polyseg.errors import PolysegError
 
 PATH = Path("m.png")
