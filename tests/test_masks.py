@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from polyseg.config import DataConfig, load_config
 from polyseg.data.formats.readers import read_label_stack
 from polyseg.data.loading import load_images
-from polyseg.data.masks import UnclearValuesError, to_masks, told_once, unite
+from polyseg.data.masks import UnclearValuesError, lines_about_unclear, to_masks, unite
 from polyseg.errors import PolysegError
 
 PATH = Path("m.png")
@@ -235,7 +235,7 @@ def test_colours_that_are_not_named_are_refused_with_their_shares(tmp_path):
     for named in (None, [(255,)]):
         with pytest.raises(UnclearValuesError) as caught:
             to_masks(labels, PATH, named)
-        (line,) = told_once([caught.value] * 3)
+        (line,) = lines_about_unclear([caught.value] * 3)
         assert "m.png and 2 more: masks contain the colours" in line
         assert "'#000000' (50 %), '#FF0000' (50 %)" in line
         assert "data.foreground='#FF0000'" in line

@@ -72,14 +72,8 @@ def changes_of(config: DataConfig) -> Changes | None:
 def augment(image: Tensor, masks: Tensor, changes: Changes, seed: int) -> tuple[Tensor, Tensor]:
     """Return an image and its masks with the same random change, which depends on the seed only.
 
-    Args:
-        image: (C, H, W) float32, normalised.
-        masks: (K, H, W) uint8 in {0, 1}.
-        changes: kinds of change and their largest strengths.
-        seed: random seed.
-
-    Returns:
-        An image and masks of the same shapes and types.
+    The image is (C, H, W) float32 and normalised; the masks are (K, H, W) uint8 in {0, 1}. The
+    results have the same shapes and types.
 
     >>> image, masks = torch.rand(1, 8, 8), torch.ones(1, 8, 8).byte()
     >>> image, masks = augment(image, masks, PRESETS["light"], seed=1)

@@ -49,13 +49,7 @@ CORRUPTIONS = tuple(AMOUNTS)
 
 
 def check_corruption(name: str, strength: int) -> None:
-    """Raise if there is no such corruption or strength.
-
-    Raises:
-        PolysegError: names those that there are.
-
-    >>> check_corruption("blur", 5)
-    """
+    """Raise PolysegError if there is no such corruption or strength."""
     if name not in AMOUNTS:
         choices = ", ".join(CORRUPTIONS)
         raise PolysegError(f"{name}: is not a corruption; choose {choices}")
@@ -117,9 +111,6 @@ def corrupted(
         seed: random seed of the noise, together with name and id.
         config: settings of the normalisation.
         ids: ids of the images to return, in this order; None for all.
-
-    Raises:
-        PolysegError: there is no such corruption or strength.
 
     >>> from polyseg.data.dataset import arrays_as_set
     >>> clean = arrays_as_set(["a"], [200 * np.eye(8, dtype=np.uint8)], [None], DataConfig())
@@ -203,7 +194,7 @@ def _gamma(gray: Gray, exponent: float, _: Generator, __: int) -> Gray:
 
 
 def _bias(gray: Gray, factor: float, generator: Generator, _: int) -> Gray:
-    """Return the image under a smooth field between 1 / factor and factor, which is one of them."""
+    """Return the image times a smooth field in [1 / factor, factor], one of which it reaches."""
     weights = generator.standard_normal((3, 3))
     weights[0, 0] = 0
     rows, columns = (np.linspace(-1, 1, length) for length in gray.shape[:2])
@@ -218,7 +209,7 @@ def _resolution(gray: Gray, factor: float, _: Generator, __: int) -> Gray:
 
 
 def _jpeg(gray: Gray, quality: float, _: Generator, __: int) -> Gray:
-    """Return the image with what compression and its 8 bits change between the percentiles."""
+    """Return the image plus the changes by 8 bits and compression between the percentiles."""
     shown = gray.clip(0, 1)
     levels = np.rint(255 * shown).astype(np.uint8)
     if levels.shape[2] == 3:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from polyseg.config import DataConfig
 from polyseg.data.duplicates import Likeness, likeness_of
 from polyseg.data.pixel_store import Image, Masks, MemoryStore, Store
-from polyseg.data.preprocessing import Kept, Levels, cut_patch, levels_of, pooled_levels
+from polyseg.data.preprocessing import Kept, Levels, cut_patch, levels_of, pooled_levels, sides_of
 from polyseg.data.splits import Member
 from polyseg.errors import PolysegError
 from polyseg.records import Batch
@@ -191,32 +192,22 @@ class ImageSet:
         return Repeatable(partial(self._batches, ids, batch_size))
 
     def _batches(self, ids: Sequence[str], batch_size: int) -> Iterator[Batch]:
+        import torch
+
         batch_size = 1 if self.tiling is not None else batch_size
-        start = 0
-        sizes = [self.item(identity).size for identity in ids]
-        while start < len(ids):
-            end = start + 1
-            while end < min(len(ids), start + batch_size) and sizes[end] == sizes[start]:
-                end += 1
-            yield self._batch(ids[start:end])
-            start = end
+        for _, run in groupby(ids, key=lambda identity: self.item(identity).size):
+            alike = list(run)
+            for start in range(0, len(alike), batch_size):
+                names = alike[start : start + batch_size]
+                images, masks = zip(*map(self.sample, names), strict=True)
+                stacked = torch.stack(masks) if self.has_masks else None
+                yield Batch(names, torch.stack(images), stacked, self.labels)
 
     def pooled_over(self, ids: Sequence[str]) -> Levels:
         """Return mean and deviation over all pixels of some images."""
         items = [self.item(identity) for identity in ids]
         levels = [self._repeated(item.levels) for item in items]
         return pooled_levels(levels, [item.size[0] * item.size[1] for item in items])
-
-    def _batch(self, ids: Sequence[str]) -> Batch:
-        import torch
-
-        images, masks = zip(*(self.sample(identity) for identity in ids), strict=True)
-        return Batch(
-            list(ids),
-            torch.stack(images),
-            torch.stack(masks) if self.has_masks else None,
-            self.labels,
-        )
 
     def _tensors(self, i: int, image: Image, masks: Masks | None) -> "tuple[Tensor, Tensor]":
         import torch
@@ -250,16 +241,9 @@ def item_of(
     sliced: bool = False,
     **more: Any,
 ) -> Item:
-    """Return the facts about an image.
+    """Return the facts about an image, `pixels` as read, (H, W, C), and `image` as stored.
 
-    Args:
-        identity: id of the image.
-        pixels: image as read, (H, W, C).
-        image: image as stored, (h, w, C).
-        masks: masks as read, (K, H, W), or None.
-        config: settings of the normalisation.
-        sliced: whether it is a slice of a volume.
-        more: further fields of the item.
+    `masks` are as read, (K, H, W); `more` are further fields of the item.
     """
     return Item(
         id=identity,
@@ -295,7 +279,7 @@ def image_set(
             "each gray"
         )
     tiled = config.fit == "tile" and config.size is not None
-    tiling = Tiling(_pair(config.size), config.tile_foreground) if tiled else None
+    tiling = Tiling(sides_of(config.size), config.tile_foreground) if tiled else None
     return ImageSet(items, store, channels, config.labels, tiling)
 
 
@@ -340,7 +324,7 @@ def make_demo(config: DataConfig) -> ImageSet:
     if len(config.labels) > 1:
         raise PolysegError("data.foreground: the demo's masks are 0/1; leave it out")
     sized = config.size not in (None, "auto") and config.fit == "resize"
-    size = _pair(config.size) if sized else (128, 128)
+    size = sides_of(config.size) if sized else (128, 128)
     refuse_beyond_memory(
         config.demo_images * size[0] * size[1] * _BYTES_OF_PHANTOMS[config.demo_modality],
         f"data.demo_images: {config.demo_images:,} images of {size[0]} x {size[1]}, with masks,",
@@ -354,9 +338,3 @@ def make_demo(config: DataConfig) -> ImageSet:
         config,
         [phantom.difficulty for phantom in phantoms],
     )
-
-
-def _pair(size: int | tuple[int, int] | str | None) -> tuple[int, int]:
-    if size is None or isinstance(size, str):
-        raise ValueError(f"data.size is {size}; expected a number, or height and width")
-    return (size, size) if isinstance(size, int) else size

@@ -25,11 +25,7 @@ MOST_PAIRS = 1000
 
 
 def likeness_of(pixels: NDArray[Any], *, sliced: bool = False) -> "Likeness":
-    """Return what an image, (H, W, C) or (H, W), is compared with others by.
-
-    >>> likeness_of(np.ones((9, 9))).flat, likeness_of(np.eye(9), sliced=True).near
-    (True, '')
-    """
+    """Return the hashes by which an image, (H, W, C) or (H, W), is compared with others."""
     near = perceptual_hash(pixels)
     return Likeness(content_hash(pixels), "" if sliced else near, flat=not near)
 
@@ -48,27 +44,18 @@ class Likeness:
 
 
 def content_hash(pixels: NDArray[Any]) -> str:
-    """Return the sha256 of an image's pixels, whatever file format held them.
-
-    >>> content_hash(np.zeros((2, 2), np.uint8)) == content_hash(np.zeros((4, 1), np.uint8))
-    False
-    """
+    """Return the sha256 of an image's pixels, whatever file format held them."""
     digest = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
     digest.update(np.ascontiguousarray(pixels).tobytes())
     return digest.hexdigest()
 
 
 def perceptual_hash(pixels: NDArray[Any]) -> str:
-    """Return 256 bits that hardly change with size, compression, brightness and noise.
+    """Return 256 bits that hardly change with size, compression, brightness and noise, as hex.
 
-    They tell which of the 16 x 16 lowest frequencies of the gray image, shrunk to 64 x 64, are
-    above their median (the "pHash" of the field). Flips and crops do change them.
-
-    Args:
-        pixels: (H, W, C) or (H, W).
-
-    Returns:
-        64 hexadecimal digits, or none for an image of one value.
+    Each bit says whether one of the 16 x 16 lowest frequencies of the gray image, shrunk to
+    64 x 64, is above their median (known as "pHash"). Flips and crops do change them. The image is
+    (H, W, C) or (H, W); if all its pixels have one value, the result is empty.
 
     >>> len(perceptual_hash(np.eye(9))), perceptual_hash(np.ones((9, 9)))
     (64, '')
@@ -80,18 +67,16 @@ def perceptual_hash(pixels: NDArray[Any]) -> str:
     small = np.asarray(Image.fromarray(gray).resize((_SIDE, _SIDE), Image.Resampling.BOX))
     cosines = _cosines()
     frequencies = (cosines @ small.astype(np.float64) @ cosines.T).ravel()
-    # The first is the mean brightness, which tells nothing of what is seen. What is 0 but for
-    # rounding, as much of a symmetric image, is not above a median of 0.
+    # The first is the mean brightness, which says nothing about the content. Rounding errors,
+    # such as in a symmetric image, are not above a median of 0.
     above = frequencies - np.median(frequencies[1:]) > 1e-9 * np.abs(frequencies).max()
     above[0] = False
     return np.packbits(above).tobytes().hex()
 
 
+# Importing scipy.fft would take longer than hashing many a data set.
 def _cosines() -> NDArray[np.float64]:
-    """Return the lowest frequencies of the orthonormal discrete cosine transform (type II).
-
-    They are the rows of a (16, 64) matrix. Importing scipy.fft takes longer than many a data set.
-    """
+    """Return the lowest frequencies of the orthonormal cosine transform (type II), (16, 64)."""
     frequency, place = np.arange(_KEPT)[:, None], np.arange(_SIDE)
     cosines: NDArray[np.float64] = np.sqrt(2 / _SIDE) * np.cos(
         np.pi * frequency * (2 * place + 1) / (2 * _SIDE)
@@ -103,16 +88,13 @@ def _cosines() -> NDArray[np.float64]:
 def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str) -> list[str]:
     """Raise if equal or nearly equal images are in different parts of a split.
 
-    Args:
-        split: ids by part.
-        likeness: by id.
-        duplicates: "refuse", "allow-near" or "allow".
+    `likeness` is by id; `duplicates` is "refuse", "allow-near" or "allow".
 
     Returns:
-        What was allowed, a sentence a pair; some of it, where it is much.
+        A sentence about each pair that was allowed; nearly equal pairs are limited in number.
 
     Raises:
-        PolysegError: names the pairs and their parts, and what mends or allows it.
+        PolysegError: names the pairs and their parts, and what corrects or allows it.
 
     >>> twin = Likeness("1", 64 * "0")
     >>> refuse_leaks({"train": ["a"], "val": [], "test": ["b"]}, {"a": twin, "b": twin}, "allow")

@@ -53,27 +53,20 @@ class Guess:
 def with_groups(cases: Sequence[Case], split_given: bool) -> tuple[list[Case], Guess | None]:
     """Return cases with the groups that are certain from folders and names, and the guess.
 
-    Groups in the data are kept. If the data give the parts of a split, and a group would be in two
-    of them, no group is added.
-
-    Args:
-        cases: cases of a data set.
-        split_given: whether a file gives the split; then no group is added.
+    Groups in the data are kept. No group is added if a file gives the split, or if a group would be
+    in two parts that the data give.
     """
-    if any(case.group for case in cases) or not cases:
-        return list(cases), None
-    guess = _by_folders(cases) or _by_names(cases)
+    known = not cases or any(case.group for case in cases)
+    guess = None if known else _by_folders(cases) or _by_names(cases)
     if guess is None:
         return list(cases), None
-    parts: dict[str, set[str | None]] = {}
-    for case, group in zip(cases, guess.groups, strict=True):
-        parts.setdefault(group, set()).add(case.part)
-    if split_given or any(len(found) > 1 for found in parts.values()):
+    pairs = {(group, case.part) for group, case in zip(guess.groups, cases, strict=True)}
+    if split_given or len(pairs) > len(set(guess.groups)):
         guess = replace(guess, sure=False)
     if not guess.sure:
         return list(cases), guess
-    pairs = zip(cases, guess.groups, strict=True)
-    return [replace(case, group=group) for case, group in pairs], guess
+    grouped = zip(cases, guess.groups, strict=True)
+    return [replace(case, group=group) for case, group in grouped], guess
 
 
 def _by_folders(cases: Sequence[Case]) -> Guess | None:
@@ -92,11 +85,7 @@ def _by_folders(cases: Sequence[Case]) -> Guess | None:
 
 
 def _is_of_images(name: str) -> bool:
-    """Return whether a folder is of images or of a part by its name, and so not of a patient.
-
-    >>> _is_of_images("ISIC2018_Task1-2_Test_Input"), _is_of_images("case_01")
-    (True, False)
-    """
+    """Return whether a folder is of images or of a part by its name, and so not of a patient."""
     words = [plain(name), *map(plain, re.split(r"[ _-]+", name))]
     return any(word in (*IMAGE_FOLDERS, *MASK_FOLDERS) or part_of(word) for word in words)
 
@@ -129,10 +118,6 @@ def _by_names(cases: Sequence[Case]) -> Guess | None:
 
 
 def _are_groups(keys: Sequence[str]) -> bool:
-    """Return whether there are several groups and half of the images or more share theirs.
-
-    >>> _are_groups(["a", "a", "b", "b", "c"]), _are_groups(["a", "a", "b", "c", "d"])
-    (True, False)
-    """
+    """Return whether there are several groups and half of the images or more share theirs."""
     sizes = Counter(keys).values()
     return len(sizes) >= _FEWEST_GROUPS and 2 * sum(n for n in sizes if n > 1) >= len(keys)

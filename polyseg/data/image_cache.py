@@ -11,14 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from polyseg import __version__
 from polyseg.config import DataConfig
 from polyseg.data.dataset import Item
-from polyseg.data.duplicates import Likeness
 from polyseg.data.formats.file_formats import format_of
 from polyseg.data.layouts.cases import Case
 from polyseg.data.pixel_store import Shape, index_of
-from polyseg.data.preprocessing import Kept, Levels
 from polyseg.errors import PolysegError
 from polyseg.registry import resolve
 from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
@@ -31,6 +31,7 @@ _DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "wi
 _SCHEMA = 2
 """Version of decoded images, raised when the same files and settings give another content."""
 _STALE_SECONDS = 24 * 3600
+_ITEM = TypeAdapter(Item)
 _NAME = re.compile(r"[0-9a-f]{64}\.images")
 _UNUSED_DAYS = 30
 """Age after which unused decoded images are removed, in days; they can be made again."""
@@ -106,45 +107,24 @@ def remove_unused(folder: Path, *, keep: Path) -> None:
                 index.unlink(missing_ok=True)
                 path.unlink()
     if freed:
-        log.info(
-            "%s: removed %.0f MB of decoded images that were not used for %d days",
-            folder,
-            freed / MEGABYTE,
-            _UNUSED_DAYS,
-        )
+        what = f"{freed / MEGABYTE:.0f} MB of decoded images"
+        log.info("%s: removed %s that were not used for %d days", folder, what, _UNUSED_DAYS)
 
 
 def item_from_row(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
-    """Return an item from its row in the index of decoded images.
-
-    Raises:
-        PolysegError: the index is damaged.
-    """
+    """Return an item from its row in the index of decoded images."""
     about, shape = row
     try:
-        levels, likeness = about["levels"], Likeness(**about["likeness"])
-        item = Item(
-            **about
-            | {
-                "size": tuple(about["size"]),
-                "original_size": tuple(about["original_size"]),
-                "shares": None if about["shares"] is None else tuple(about["shares"]),
-                "likeness": likeness,
-                "levels": Levels(
-                    tuple(levels["offset"]), tuple(levels["scale"]), levels["clipped"]
-                ),
-                "spacing": tuple(about["spacing"]) if about["spacing"] else None,
-                "kept": Kept(**about["kept"]) if about["kept"] else None,
-            }
-        )
+        item = _ITEM.validate_python(about)
         masks = 0 if item.shares is None else len(item.shares)
         described = (*item.size, item.channels, masks)
         if described != (shape.height, shape.width, shape.channels, shape.masks):
             raise ValueError("sizes differ")
-        if len(bytes.fromhex(likeness.near)) not in (0, 32):
+        if len(bytes.fromhex(item.likeness.near)) not in (0, 32):
             raise ValueError("a hash has another length")
         return item
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
+        why = " ".join(str(error).split())[:120]
         raise PolysegError(
-            f"{index_of(path)}: is damaged ({error}); remove it, and it will be made again"
+            f"{index_of(path)}: is damaged ({why}); remove it, and it will be made again"
         ) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -29,7 +30,7 @@ from polyseg.data.image_cache import (
 from polyseg.data.layouts.cases import Case, Layout
 from polyseg.data.layouts.known_layouts import find_cases, holds_masks
 from polyseg.data.layouts.unlabelled import find_unlabelled
-from polyseg.data.masks import UnclearValuesError, to_masks, told_once, unite
+from polyseg.data.masks import UnclearValuesError, lines_about_unclear, to_masks, unite
 from polyseg.data.pixel_store import (
     DTYPES,
     DiskStore,
@@ -46,6 +47,7 @@ from polyseg.data.preprocessing import (
     kept_foreground,
     resize_image,
     resize_mask,
+    sides_of,
 )
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
@@ -57,7 +59,6 @@ _FEWEST_MERGED = 4
 """Smallest number of files with the same problem that share one line."""
 _SAMPLED = 101
 _SMALL_LOSS = 0.03
-LAYOUT_SETTINGS = ("layout", "images", "masks", "unmasked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +95,9 @@ def load_images(config: DataConfig, progress: Progress = no_progress) -> ImageSe
 
 
 def found_cases(config: DataConfig) -> Layout:
-    """Return the cases that the settings name.
-
-    Raises:
-        PolysegError: the folder has no known layout, or its layout is ambiguous.
-    """
-    return find_cases(
-        Path(config.path), **{name: getattr(config, name) for name in LAYOUT_SETTINGS}
-    )
+    """Return the cases that the settings name."""
+    names = ("layout", "images", "masks", "unmasked")
+    return find_cases(Path(config.path), **{name: getattr(config, name) for name in names})
 
 
 def grouped(cases: Sequence[Case], config: DataConfig) -> tuple[list[Case], str]:
@@ -116,9 +112,6 @@ def settled(config: DataConfig, layout: Layout | None = None) -> DataConfig:
     """Return the settings with values from the data: data.size of auto, and regions as labels.
 
     A run records them, so that predictions of other images use the same.
-
-    Raises:
-        PolysegError: the folder has no known layout, or its layout is ambiguous.
     """
     auto = config.size == "auto"
     if config.path == "demo":
@@ -145,11 +138,7 @@ def _auto_size(cases: Sequence[Case], config: DataConfig) -> tuple[int, int]:
 def load_others(
     path: Path, config: DataConfig, channels: int, progress: Progress = no_progress
 ) -> ImageSet:
-    """Read other images, with masks if they have them, for a network with `channels` channels.
-
-    Raises:
-        PolysegError: there are problems with them; one line for each.
-    """
+    """Read other images, with masks if they have them, for a network with `channels` channels."""
     config = config.model_copy(
         update={"path": str(path), "layout": "auto", "images": None, "masks": None}
     )
@@ -196,9 +185,8 @@ class _OriginalReader:
         if identity not in self.last:
             case = self.cases.get(identity) or self.cases[identity.rpartition("#")[0]]
             self.last = {}  # Free memory first, so that it never holds two volumes.
-            self.last = {
-                name: (pixels, masks) for name, pixels, masks, _ in read_case(case, self.config)
-            }
+            slices = read_case(case, self.config)
+            self.last = {name: (pixels, masks) for name, pixels, masks, _ in slices}
         return self.last[identity]
 
 
@@ -208,11 +196,7 @@ def scan_cases(
     progress: Progress = no_progress,
     problems: Sequence[str] = (),
 ) -> list[Item]:
-    """Read cases and return facts about the images, without keeping pixels.
-
-    Raises:
-        PolysegError: there are problems; one line for each, after the given `problems`.
-    """
+    """Read cases and return facts about the images, without keeping pixels."""
     found = list(problems)
     items = [sample.item for sample in _samples(cases, config, found, progress)]
     _refuse(found)
@@ -251,12 +235,7 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
 def _of_one_orientation(
     case: Case, images: list[Stack], labels: list[Stack], config: DataConfig
 ) -> tuple[list[Stack], list[Stack]]:
-    """Return images and labels, rotated by their orientation tags (EXIF) or as stored.
-
-    Raises:
-        PolysegError: image and mask have different tags, and their sizes do not show which is
-            right.
-    """
+    """Return images and labels, rotated by their orientation tags (EXIF) or as stored."""
     if config.orientation == "stored":
         return list(map(as_stored, images)), list(map(as_stored, labels))
     for path, label in zip(case.masks or (), labels, strict=True):
@@ -309,7 +288,7 @@ def _samples(
         except PolysegError as error:
             problems.append(str(error))
         progress("reading images", done, len(cases))
-    problems += told_once(unclear)
+    problems += lines_about_unclear(unclear)
 
 
 def _prepare(
@@ -325,7 +304,7 @@ def _prepare(
     image, kept_masks, kept = pixels, masks, None
     height, width = pixels.shape[:2]
     if config.size is not None and config.fit == "resize":
-        size = _pair(config.size)
+        size = sides_of(config.size)
         image = resize_image(pixels, size)
         if masks is not None:
             kept_masks = np.stack([resize_mask(mask, size) for mask in masks])
@@ -383,10 +362,8 @@ def _on_disk(
     remove_unused(folder, keep=path)
     if not (path.is_file() and index_of(path).is_file()):
         with writing_store(path) as file:
-            while held:
-                sample = held.pop(0)
-                file.add(sample.image, sample.masks, dataclasses.asdict(sample.item))
-            for sample in rest:
+            held.reverse()  # Popped from its end, it frees memory while the file is written.
+            for sample in itertools.chain((held.pop() for _ in range(len(held))), rest):
                 file.add(sample.image, sample.masks, dataclasses.asdict(sample.item))
             _refuse(problems)
     store = DiskStore(path)
@@ -458,10 +435,6 @@ def _merged(lines: Sequence[str]) -> list[str]:
         count = f"so are {len(found) - 1} more files: {', '.join(names)}{more}"
         merged.append(f"{found[0]} ({count})")
     return merged
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _sides(shape: Sequence[int]) -> str:

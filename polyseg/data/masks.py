@@ -89,10 +89,10 @@ class UnclearValuesError(PolysegError):
         super().__init__(f"{path}: {what}, or set data.foreground to the values that count")
 
 
-def told_once(unclear: Sequence[UnclearValuesError]) -> list[str]:
+def lines_about_unclear(unclear: Sequence[UnclearValuesError]) -> list[str]:
     """Return a line about all masks with unclear values, and one about all with colours.
 
-    >>> told_once([UnclearValuesError(Path("a.png"), np.array([0, 0, 0, 7]))])
+    >>> lines_about_unclear([UnclearValuesError(Path("a.png"), np.array([0, 0, 0, 7]))])
     ['a.png: masks contain the values 0 (75 %), 7 (25 %); say which are foreground, such as data.foreground=nonzero or data.foreground=7']
     """  # noqa: E501
     lines = []
@@ -150,10 +150,7 @@ def _as_in(labels: NDArray[Any], value: int, coloured: bool) -> int:
 
 
 def unite(masks: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return the union of the masks of an image, which have the same shape.
-
-    Raises:
-        PolysegError: the shapes differ.
+    """Return the union of the masks of an image, which must have the same shape.
 
     >>> unite([np.array([0, 1, 0], np.uint8), np.array([0, 1, 1], np.uint8)])
     array([0, 1, 1], dtype=uint8)
@@ -203,7 +200,7 @@ def _distinct(labels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _distinct_of_block(block: NDArray[Any]) -> NDArray[Any]:
-    if block.min() == block.max():  # Most of most masks, and far faster than sorting.
+    if block.min() == block.max():  # True of most blocks, and far faster than sorting.
         return block[:1]
     if block.dtype in (np.uint8, np.uint16):
         return np.flatnonzero(np.bincount(block)).astype(block.dtype)
@@ -229,13 +226,13 @@ def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
         return False
     if edges.size and between.size < _FEWEST_VALUES:
         return False
-    found = [_strays(one, scale) for one in labels]
+    found = [_misplaced(one, scale) for one in labels]
     soft = sum(count for count, _ in found)
     few = soft <= _FEW_PIXELS or soft < _EDGE_SHARE * labels.size
     return few and not any(stray for _, stray in found)
 
 
-def _strays(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
+def _misplaced(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
     """Return the number of edge pixels of a slice, (H, W), and whether a value is misplaced."""
     count = 0
     rows = max(4 * _NOISE_REACH, _BLOCK // labels.shape[1])

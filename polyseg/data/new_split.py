@@ -36,24 +36,20 @@ def new_split(config: Config, images: ImageSet) -> Split:
             "maps has one; set data.size"
         )
     split = split_by_settings(images.members(), config.data)
-    refuse_sides(split, images.items, config.data)
+    _refuse_shared(split, images.items, config.data)
     _warn_of_many_windows(images)
     if config.data.training_slices == "foreground":
         split["train"] = [one for one in split["train"] if images.item(one).foreground]
     if not split["train"]:
         raise PolysegError("data: there are no training images; see data.split")
-    _warn_of_no_test(split)
-    _refuse_without_foreground(split["train"], images)
-    return split
-
-
-def _warn_of_no_test(split: Split) -> None:
     if not split["test"]:
         log.warning(
             "there are no test images, so training ends without test metrics; give some by "
             "data.split_file, data.fold or a folder test/; `polyseg evaluate --split val` tests "
             "the validation images"
         )
+    _refuse_without_foreground(split["train"], images)
+    return split
 
 
 def _refuse_without_foreground(training: Sequence[str], images: ImageSet) -> None:
@@ -74,7 +70,7 @@ def _refuse_without_foreground(training: Sequence[str], images: ImageSet) -> Non
             )
 
 
-def refuse_sides(split: Split, items: Sequence[Item], config: DataConfig) -> None:
+def _refuse_shared(split: Split, items: Sequence[Item], config: DataConfig) -> None:
     """Raise PolysegError if equal images, or images of one group, are in two parts of a split."""
     likeness = {item.id: item.likeness for item in items}
     for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:

@@ -34,11 +34,7 @@ DTYPES = ("uint8", "uint16", "int16", "float32")
 
 @dataclass(frozen=True)
 class Shape:
-    """Size and type of an image and its masks.
-
-    >>> shape_of(np.zeros((4, 4, 3), np.uint16), np.zeros((1, 4, 4), np.uint8)).bytes
-    112
-    """
+    """Size and type of an image and its masks."""
 
     height: int
     width: int
@@ -73,11 +69,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Images in memory.
-
-    >>> MemoryStore([np.zeros((2, 2, 1))], [None]).get(0)[0].shape
-    (2, 2, 1)
-    """
+    """Images in memory."""
 
     images: Sequence[Image]
     masks: Sequence[Masks | None]
@@ -93,9 +85,6 @@ class DiskStore:
     Pixels stay in the system's page cache, not in this process. The file stays open, so that it may
     be removed. Forked processes read the same open file; processes that receive a pickled store
     open the file when they first read.
-
-    Raises:
-        PolysegError: a file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,11 +96,11 @@ class DiskStore:
             self._checksums = [int(row["checksum"]) for row in rows]
             if not all(_plausible(shape) for shape in self.shapes):
                 raise ValueError("the shape of an image is not valid")
-            # By whole numbers of any size, which a lie cannot overflow.
+            # Python integers, which false sizes in the index cannot overflow.
             self._offsets = list(
                 itertools.accumulate((one.bytes for one in self.shapes), initial=0)
             )
-            if self.size != path.stat().st_size:
+            if self._offsets[-1] != path.stat().st_size:
                 raise ValueError("its size is not that of its images")
             self._file  # noqa: B018 - opened, now that it is there
         except OSError as error:
@@ -119,24 +108,15 @@ class DiskStore:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(" ".join(str(error).split())[:120]) from None
 
-    @property
-    def size(self) -> int:
-        """Size of all images and masks, in bytes."""
-        return self._offsets[-1]
-
     @cached_property
     def _file(self) -> IO[bytes]:
         return self.path.open("rb")
 
     def get(self, i: int) -> tuple[Image, Masks | None]:
-        """Return image i, (H, W, C), and its masks, (K, H, W), or None where there are none.
-
-        Raises:
-            PolysegError: it cannot be read, or its checksum is wrong.
-        """
+        """Return image i and its masks after checking their checksum."""
         shape = self.shapes[i]
         try:
-            # pread has no position of its own, which processes would move under one another.
+            # pread uses no file position, which forked processes would share.
             values = os.pread(self._file.fileno(), shape.bytes, self._offsets[i])
         except OSError as error:
             raise self._unreadable(error) from None

@@ -64,11 +64,7 @@ def mean_and_deviation(image: NDArray[Any], _: DataConfig) -> Levels:
 
 
 def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
-    """Return 0 and the largest value that the pixels can have.
-
-    Raises:
-        PolysegError: the pixels have no full range.
-    """
+    """Return 0 and the largest value that the pixels can have."""
     if image.dtype not in (np.uint8, np.uint16):
         raise PolysegError(
             f"data.normalise=unit: {image.dtype} pixels have no full range; choose zscore, "
@@ -91,11 +87,7 @@ def window(image: NDArray[Any], config: DataConfig) -> Levels:
 
 
 def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
-    """Return mean and deviation over all pixels of several images, from those of each.
-
-    Args:
-        levels: levels of each image.
-        pixels: number of pixels of each image.
+    """Return mean and deviation over all pixels of images, from those and the pixels of each.
 
     >>> pooled_levels([Levels((0.0,), (1.0,)), Levels((2.0,), (1.0,))], [1, 1])
     Levels(offset=(1.0,), scale=(1.4142135623730951,), clipped=False)
@@ -185,13 +177,17 @@ def kept_foreground(masks: NDArray[np.uint8], resized: NDArray[np.uint8]) -> Kep
     for mask, small in zip(masks, resized, strict=True):
         numbers, count = label(mask)
         rows, columns = np.nonzero(mask)
-        seen = small[
-            rows * small.shape[0] // mask.shape[0], columns * small.shape[1] // mask.shape[1]
-        ]
+        (height, width), (low, narrow) = mask.shape, small.shape
+        seen = small[rows * low // height, columns * narrow // width]
         objects += count
         lost += count - np.unique(numbers[rows, columns][seen == 1]).size
     before = masks.mean(dtype=np.float64)
     return Kept(objects, lost, float(resized.mean(dtype=np.float64) / before) if before else 1.0)
+
+
+def sides_of(size: Any) -> tuple[int, int]:
+    """Return the height and width of data.size, which may be one number."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def auto_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -212,23 +208,17 @@ def as_gray(pixels: NDArray[Any]) -> NDArray[Any]:
     >>> as_gray(np.array([[[[255, 0, 0]]]], np.uint8))[0, 0, 0, 0]
     np.uint8(76)
     """
-    if pixels.shape[3] == 1:
-        return pixels
     count = pixels.shape[3]
+    if count == 1:
+        return pixels
     weights = (0.299, 0.587, 0.114) if count == 3 else (1 / count,) * count
     gray = (pixels * np.array(weights, np.float32)).sum(axis=3, keepdims=True)
     return np.asarray(gray.round() if pixels.dtype.kind in "iu" else gray, pixels.dtype)
 
 
 def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize a map of real values, (H, W), bilinear.
-
-    >>> resize_map(np.ones((2, 2), np.float32), (3, 1)).shape
-    (3, 1)
-    """
-    if values.shape == size:
-        return values
-    return _resize_plane(values, size, "BILINEAR")
+    """Resize a map of real values, (H, W), bilinear."""
+    return values if values.shape == size else _resize_plane(values, size, "BILINEAR")
 
 
 def cut_patch(
@@ -238,14 +228,10 @@ def cut_patch(
     foreground_share: float,
     seed: int,
 ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
-    """Cut a random patch; beyond the edge, the image is mirrored and the mask is 0.
+    """Cut a random patch of an image, (H, W, C), and its masks, (K, H, W) in {0, 1}.
 
-    Args:
-        image: (H, W, C).
-        masks: (K, H, W) in {0, 1}.
-        size: height and width of the patch.
-        foreground_share: chance that the patch is centred on a pixel of the foreground.
-        seed: equal seeds give equal patches.
+    Beyond the edge, the image is mirrored and the mask is 0. `foreground_share` is the probability
+    that the patch is centred on foreground. Equal seeds give equal patches.
 
     >>> image, masks = np.zeros((9, 9, 1)), np.ones((1, 9, 9), np.uint8)
     >>> [part.shape for part in cut_patch(image, masks, (4, 12), 0.5, seed=0)]

@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ Split = dict[str, list[str]]
 
 _LONGEST_MATCHED = 300
 _LONGEST_MATCHING = 5.0
-"""Seconds for all images; a pattern, which may be anyone's, may never end on a single one."""
+"""Seconds for all images, because a pattern from another user may never end on one of them."""
 _SLICE = re.compile(r"#\d{3,}$")
 
 
@@ -44,14 +45,10 @@ class Member:
 
 
 def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
-    """Split images by a file, by the parts in the data, by folds, or by shares.
+    """Split images, of unique ids, by a file, by the parts in the data, by folds, or by shares.
 
     Where the data name test images but none for validation, those are drawn from the others. A
-    fold is the test part, unless the data bring one of their own: then it is the validation part.
-
-    Args:
-        members: with unique ids.
-        config: the settings of the data.
+    fold is the test part, or the validation part if the data have a test part.
 
     Raises:
         PolysegError: too few images or groups, or a file that does not fit.
@@ -69,13 +66,13 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
         free += placed["val"] if held_out == "val" else []
         placed["val"] = [] if held_out == "val" else placed["val"]
     if not free:
-        # All have their part; what is lacking can only come from those for training.
+        # All have their part, so a missing part can only be drawn from the training images.
         free, placed["train"] = placed["train"], []
     if config.fold is not None:
         fold = set(divide(free, [1 / config.folds] * config.folds, config)[config.fold])
         placed[held_out] = [member for member in free if member.id in fold]
         free = [member for member in free if member.id not in fold]
-    # A test set is not made up beside validation images that are given.
+    # If validation images are given, no test images are drawn.
     closed = {"test"} if placed["val"] or placed["test"] else set()
     open_parts = [part for part in PARTS if part == "train" or not placed[part]]
     open_parts = [part for part in open_parts if part not in closed]
@@ -120,8 +117,7 @@ def groups_by_id(members: Sequence[Member], config: DataConfig) -> dict[str, str
     >>> groups_by_id([Member("p1_a"), Member("p2_a")], DataConfig(group="^(p.)_"))
     {'p1_a': 'p1', 'p2_a': 'p2'}
     """
-    grouped = _all_grouped(members, config.group_pattern)
-    return {member.id: member.group for member in grouped}
+    return {one.id: one.group for one in _all_grouped(members, config.group_pattern)}
 
 
 def group_names(members: Sequence[Member], config: DataConfig) -> list[str]:
@@ -130,8 +126,7 @@ def group_names(members: Sequence[Member], config: DataConfig) -> list[str]:
     >>> group_names([Member("a", group="x"), Member("b", group="x"), Member("c")], DataConfig())
     ['x']
     """
-    groups = {member.group for member in _all_grouped(members, config.group_pattern)}
-    return sorted(group for group in groups if group is not None)
+    return sorted({group for group in groups_by_id(members, config).values() if group is not None})
 
 
 def divide(
@@ -139,17 +134,16 @@ def divide(
 ) -> list[list[str]]:
     """Split images at random by shares, with whole groups and similar parts.
 
-    Groups are put in order of their share of foreground and shuffled in runs of about one a part
-    and a half, then each is dealt to the part that lacks most of its share: so every part gets
-    its small, middle and large ones.
+    Groups are sorted by their share of foreground and shuffled within short runs; then each goes to
+    the part that lacks most of its share. So every part gets small, middle and large foregrounds.
 
     Args:
-        members: in any order, which does not matter.
-        shares: of the parts, sum 1; every share above 0 gets at least one group.
+        members: images in any order, which does not change the result.
+        shares: shares of the parts, sum 1; every share above 0 gets at least one group.
         config: its split_seed and stratify.
 
     Returns:
-        Sorted ids, a list a part.
+        Sorted ids of each part.
 
     Raises:
         PolysegError: there are fewer groups than parts.
@@ -185,10 +179,6 @@ def read_split_file(path: Path, fold: int | None = None) -> Split:
 
     Raises:
         PolysegError: there is no such file, it is neither, or the fold is not in it.
-
-    >>> read_split_file(Path("nowhere.json"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere.json: cannot be read: No such file or directory
     """
     try:
         record = json.loads(read_text(path))
@@ -235,20 +225,16 @@ def split_json(split: Split, hashes: Mapping[str, str]) -> str:
 
 
 def refuse_overlap(split: Split, source: str) -> None:
-    """Raise if a split contains an id twice.
-
-    Raises:
-        PolysegError: starts with `source` and names the id.
+    """Raise PolysegError, which starts with `source`, if a split contains an id twice.
 
     >>> refuse_overlap({"train": ["a"], "val": ["a"], "test": []}, "split.json")
     Traceback (most recent call last):
     polyseg.errors.PolysegError: split.json: a is in it twice; an image belongs to one part
     """
-    seen: set[str] = set()
-    for identity in (identity for ids in split.values() for identity in ids):
-        if identity in seen:
+    counts = Counter(identity for ids in split.values() for identity in ids)
+    for identity, count in counts.items():
+        if count > 1:
             raise PolysegError(f"{source}: {identity} is in it twice; an image belongs to one part")
-        seen.add(identity)
 
 
 def _id_of(row: Any) -> str:
@@ -264,10 +250,8 @@ def _from_file(path: Path, members: Sequence[Member], fold: int | None) -> Split
     refuse_overlap(named, str(path))
     slices: dict[str, list[str]] = {}
     for member in members:
-        slices.setdefault(member.id, []).append(member.id)
-        volume = volume_of(member.id)
-        if volume != member.id:
-            slices.setdefault(volume, []).append(member.id)
+        for name in {member.id, volume_of(member.id)}:
+            slices.setdefault(name, []).append(member.id)
     missing = [identity for ids in named.values() for identity in ids if identity not in slices]
     if missing:
         raise PolysegError(
@@ -310,10 +294,7 @@ def _all_grouped(members: Sequence[Member], pattern: str | None) -> list[Member]
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so many seconds, by a signal, which `re` looks for.
-
-    Only the main thread is sent signals; elsewhere the block takes as long as it takes.
-    """
+    """Raise TimeoutError in the block after some seconds; only in the main thread, by a signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -3,12 +3,13 @@
 import contextlib
 import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from polyseg.data.augmentation import Changes, augment
 from polyseg.data.dataset import ImageSet
@@ -39,27 +40,23 @@ def training_batches(
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Yield the batches of an epoch: shuffled by (seed, epoch), cut and changed by id as well.
 
-    Each is the names of all of its images, and the images and masks that are this process's rows
-    of it. The number of workers changes nothing in them, nor does the batch size in a sample, and
-    torch's global random stream is not used. Pinned ones lie where CUDA copies from while it
-    computes.
+    Each has the names of all of its images, and this process's rows of its images and masks. The
+    number of workers changes no batch, the batch size changes no sample, and torch's global random
+    stream is not used. CUDA can copy pinned batches while it computes.
 
     Raises:
         PolysegError: an image cannot be read, or the system does not give the workers what they
             need.
     """
-    places = {identity: i for i, identity in enumerate(ids)}
     order = epoch_order(ids, batch_size=batch_size, seed=seed, epoch=epoch)
     loader = DataLoader[Any](
-        _Augmented(images, list(ids), seed, epoch, changes),
-        # A process without rows of a batch reads one all the same, for its shape.
-        batch_sampler=[
-            [places[one] for one in _rows(names, processes) or names[:1]] for names in order
-        ],
+        _Samples(images, seed, epoch, changes),
+        # A process without rows of a batch reads one image, for its shape.
+        batch_sampler=[_rows(names, processes) or names[:1] for names in order],
         # Separate, because workers' seeds would otherwise use torch's global generator.
         generator=torch.Generator().manual_seed(derive_seed(seed, epoch, "workers")),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=default_convert,  # `_Samples` returns whole batches.
         pin_memory=pinned,
     )
     with _explaining_workers():
@@ -68,7 +65,7 @@ def training_batches(
             if isinstance(batch, PolysegError):
                 raise batch
             count = len(_rows(names, processes))
-            yield names, *(part[:count] for part in batch[1:])
+            yield names, *(part[:count] for part in batch)
 
 
 def _rows(names: list[str], processes: Processes) -> list[str]:
@@ -76,58 +73,43 @@ def _rows(names: list[str], processes: Processes) -> list[str]:
     return names[processes.rows(len(names))]
 
 
-class _Augmented(Dataset[tuple[str, Tensor, Tensor]]):
-    def __init__(
-        self, images: ImageSet, ids: list[str], seed: int, epoch: int, changes: Changes | None
-    ) -> None:
-        self.images, self.ids = images, ids
-        self.seed, self.epoch, self.changes = seed, epoch, changes
+@dataclass(frozen=True)
+class _Samples(Dataset[tuple[Tensor, Tensor]]):
+    images: ImageSet
+    seed: int
+    epoch: int
+    changes: Changes | None
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def __getitems__(self, ids: list[str]) -> tuple[Tensor, Tensor] | PolysegError:
+        """Return the images and masks of a batch, or the error for the user.
 
-    def __getitem__(self, i: int) -> tuple[str, Tensor, Tensor]:
-        identity = self.ids[i]
-        key = (self.seed, self.epoch)
-        image, masks = self.images.patch(identity, derive_seed(*key, "patch", identity))
-        if self.changes is not None:
-            seed = derive_seed(*key, "augmentation", identity)
-            image, masks = augment(image, masks, self.changes, seed)
-        return identity, image, masks
-
-    def __getitems__(self, places: list[int]) -> "_Samples | PolysegError":
-        """Return the samples of a batch, or the error for the user.
-
-        What is raised in a worker arrives with the whole way that it came; what is returned, not.
+        An error that is raised in a worker would arrive with its traceback.
         """
         try:
             with explaining_memory("reading and augmenting", "lower training.workers or data.size"):
-                return [self[i] for i in places]
+                images, masks = zip(*(self._sample(identity) for identity in ids), strict=True)
+                return torch.stack(images), torch.stack(masks)
         except PolysegError as error:
             return error
 
-
-_Samples = list[tuple[str, Tensor, Tensor]]
-
-
-def _collate(samples: _Samples | PolysegError) -> tuple[list[str], Tensor, Tensor] | PolysegError:
-    if isinstance(samples, PolysegError):
-        return samples
-    ids, images, masks = zip(*samples, strict=True)
-    return list(ids), torch.stack(images), torch.stack(masks)
+    def _sample(self, identity: str) -> tuple[Tensor, Tensor]:
+        key = (self.seed, self.epoch)
+        image, masks = self.images.patch(identity, derive_seed(*key, "patch", identity))
+        if self.changes is None:
+            return image, masks
+        return augment(image, masks, self.changes, derive_seed(*key, "augmentation", identity))
 
 
 def _make_room_for_files(workers: int) -> None:
     """Raise the number of files that may be open at once to what the workers need.
 
-    A worker that cannot open another can tell nobody, and would be waited for in vain.
+    A worker that cannot open another file cannot report it, and would be waited for forever.
     """
     if workers == 0:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(list(_OPEN_FILES.iterdir())) + _FILES_OF_A_WORKER * workers + _FILES_BESIDES
-    bounds = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    if needed <= min(bounds, default=needed):
+    if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise PolysegError(

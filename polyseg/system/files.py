@@ -93,7 +93,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise PolysegError(f"{path}: cannot be written: {reason(error)}") from error
     try:
         yield temporary
-        _readable_by_umask(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private.
         disk.flush(temporary)
         disk.rename(temporary, path)
         disk.flush(path.parent)
@@ -200,7 +202,7 @@ def sha256_of_file(path: str | Path) -> str:
 def exclusive_lock(path: Path, *, owner: str) -> Iterator[None]:
     """Hold the lock file `path` of `owner` during the block; a killed process frees its lock."""
     try:
-        # O_NOFOLLOW: a link in somebody else's folder may point anywhere.
+        # O_NOFOLLOW: a link in another user's folder may point anywhere.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise PolysegError(f"{path}: cannot be locked: {reason(error)}") from error
@@ -229,13 +231,6 @@ def lock(descriptor: int, path: Path, *, owner: str) -> None:
             path.parent,
             error.strerror,
         )
-
-
-def _readable_by_umask(path: Path) -> None:
-    """Give a file the permissions of other new files, in place of mkstemp's private ones."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 def short_names(sources: Sequence[Path]) -> list[str]:

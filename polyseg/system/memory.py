@@ -125,7 +125,7 @@ class Portions:
     def __init__(self, task: str, advice: str) -> None:
         """Set the task, for the log and for errors, and what to do if one image does not fit."""
         self.task, self.advice = task, advice
-        self.most = self.told = sys.maxsize
+        self.most = self.reported = sys.maxsize
 
     def run(self, count: int, work: Callable[[slice], Result], what: str) -> Iterator[Result]:
         """Yield the result for each part of `count` images in order.
@@ -140,8 +140,8 @@ class Portions:
             if not results:
                 self._divide(rows.stop - rows.start, what)
                 continue
-            if self.most < self.told:
-                self.told = self.most
+            if self.most < self.reported:
+                self.reported = self.most
                 log.warning("%s: memory suffices for only %d images at once", self.task, self.most)
             start = rows.stop
             yield from results

@@ -41,7 +41,12 @@ def whole_folder(
             new = [parent for parent in temporary.parents if not parent.exists()]
             stack.callback(_remove_empty, new)
             stack.callback(os.close, _locked(temporary, path))
-        stack.enter_context(_removed_on_error(temporary))
+
+        @stack.push
+        def remove_on_error(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is not None:
+                files.disk.remove_folder(temporary)
+
         with _in_one_line(path):
             _restore(place, older)
             stack.callback(_restore, place, older)
@@ -142,15 +147,6 @@ def _locked(temporary: Path, path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-@contextlib.contextmanager
-def _removed_on_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        files.disk.remove_folder(folder)
-        raise
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

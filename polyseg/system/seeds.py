@@ -15,7 +15,7 @@ def derive_seed(*key: int | str) -> int:
     >>> derive_seed(0, 3, "order") == derive_seed(0, 4, "order")
     False
     """
-    # repr tells 1 from "1", and escapes line breaks.
+    # repr distinguishes 1 from "1", and escapes line breaks.
     text = "\n".join(repr(part) for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
@@ -24,7 +24,7 @@ def derive_seed(*key: int | str) -> int:
 def permutation(n: int, seed: int) -> list[int]:
     """Return the permutation of 0 to n - 1 that `torch.randperm` draws from a CPU generator.
 
-    Schedules can so be recomputed without torch, and whatever its version.
+    So schedules can be recomputed without torch, and do not depend on its version.
 
     >>> permutation(5, seed=0)
     [4, 0, 1, 3, 2]

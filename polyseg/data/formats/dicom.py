@@ -1,4 +1,4 @@
-"""Read and write DICOM files and series; alone in importing pydicom."""
+"""Read and write DICOM files and series; the only module that imports pydicom."""
 
 import dataclasses
 import hashlib
@@ -11,16 +11,15 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.data.formats.images import encoded_sides, one_channel
+from polyseg.data.formats.file_formats import is_dicom
+from polyseg.data.formats.images import as_stack, encoded_sides
 from polyseg.data.formats.stacks import (
-    MISSING,
     MOST_SLICES,
+    Plane,
     Stack,
     guarded,
-    image_pixels,
-    label_pixels,
+    imported,
     refuse_if_large,
-    refuse_if_no_file,
     refuse_other_shape,
     whole_numbers,
 )
@@ -54,19 +53,11 @@ _SECONDARY_FRAMES = {8: f"{_SECONDARY}.2", 16: f"{_SECONDARY}.3"}
 def read_dicom(path: Path, *, labels: bool = False) -> Stack:
     """Read a DICOM file, of one or many frames, or a folder that holds one series of files.
 
-    The files of a series lie in order along the normal of their slices, else by InstanceNumber,
-    else by name. Rescale slope and intercept are applied; images of MONOCHROME1, where 0 is white,
+    The files of a series are sorted along the normal of their slices, else by InstanceNumber, else
+    by name. Rescale slope and intercept are applied; images of MONOCHROME1, where 0 is white,
     are inverted first, so that pixels are as displayed; labels are not. Colours become RGB.
-
-    Raises:
-        PolysegError: something is damaged, too large, of several series or of a kind not read, or
-            pydicom is missing.
-
-    >>> read_dicom(Path("/dev/null"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: /dev/null: is no file; expected an image
     """
-    _pydicom(path)
+    imported("pydicom", path, "DICOM")
     with guarded(path):
         parts = _parts(path)
         _refuse_large_series(path, parts)
@@ -74,46 +65,17 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
         pixels = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
         del stacks
         spacing = _dicom_spacing(parts[0].header)
-        if labels:
-            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-        return Stack(image_pixels(path, whole_numbers(pixels)), spacing)
+        pixels = pixels if labels else whole_numbers(pixels)
+        return as_stack(path, pixels, labels=labels, spacing=spacing)
 
 
-def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as DICOM does.
-
-    >>> is_dicom(Path("/dev/null"))
-    False
-    """
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def is_unnamed_dicom(path: Path) -> bool:
-    """Return whether a folder, or a file without a known suffix, is read as DICOM."""
-    ending = path.suffix.lower().removeprefix(".")
-    bare = not ending or ending.isdigit() or ending == "ima"
-    return path.is_dir() or (bare and is_dicom(path))
-
-
-def write_dicom(source: Path, labels: NDArray[Any], target: Path, *, description: str) -> None:
+def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, description: str) -> Path:
     """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
 
-    Args:
-        source: the file or folder that the labels belong to.
-        labels: slices in the order in which `source` is read.
-        target: the file, or for a folder the folder of as many files of the same names.
-        description: what the new series is.
-
-    Raises:
-        PolysegError: the source has other slices, or a file cannot be written.
+    For a folder the result is a folder of as many files of the same names.
     """
-    _pydicom(source)
+    imported("pydicom", source, "DICOM")
+    target = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
     with guarded(source):
         parts = _parts(source)
         sides = (int(parts[0].header.Rows), int(parts[0].header.Columns))
@@ -127,11 +89,11 @@ def write_dicom(source: Path, labels: NDArray[Any], target: Path, *, description
         name = target / part.path.name if source.is_dir() else target
         with atomic_path(name) as temporary, temporary.open("wb") as stream:
             derived.save_as(stream, enforce_file_format=True)
+    return target
 
 
 def _parts(path: Path) -> list[_Part]:
     if not path.is_dir():
-        refuse_if_no_file(path)
         return [_Part(path, _dicom_header(path))]
     files = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
     found = [one for one in files if one.suffix.lower() == ".dcm" or is_dicom(one)]
@@ -182,18 +144,16 @@ def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
 def _in_order(parts: list[_Part]) -> list[_Part]:
     """Sort by position along the normal, else by number, else leave the order of names."""
     numbers = [part.header.get("InstanceNumber") for part in parts]
-    ranks: list[Any] = [0 if number is None else int(number) for number in numbers]
     positions = _positions(parts)
-    if positions is not None:
-        ranks = list(zip(positions, ranks, strict=True))
-    elif None in numbers:
+    if positions is None and None in numbers:
         return parts
-    order = sorted(range(len(parts)), key=lambda i: (ranks[i], parts[i].path.name))
-    return [parts[i] for i in order]
+    ranks = zip(positions or [0.0] * len(parts), (int(one or 0) for one in numbers), strict=True)
+    ranked = zip(ranks, parts, strict=True)
+    return [part for _, part in sorted(ranked, key=lambda pair: (pair[0], pair[1].path.name))]
 
 
 def _positions(parts: Sequence[_Part]) -> list[float] | None:
-    """Return millimetres along the normal of the slices, if all are parallel and say so."""
+    """Return millimetres along the normal of the slices, or None unless all are parallel."""
     found = [
         (part.header.get("ImageOrientationPatient"), part.header.get("ImagePositionPatient"))
         for part in parts
@@ -230,16 +190,24 @@ def _refuse_large_series(path: Path, parts: Sequence[_Part]) -> None:
 
 def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
     """Decode the pixels of a file, (N, H, W, C)."""
+    import pydicom
+    from pydicom.pixels import apply_color_lut, pixel_array
+
     with guarded(part.path):
         _refuse_undecodable(part)
-        dataset = _whole(part)
+        dataset = pydicom.dcmread(part.path)
+        if dataset.file_meta.TransferSyntaxUID.is_compressed:
+            _refuse_outgrown_frames(part, dataset)
         kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
-        pixels = _decoded(part, dataset)
+        frames, rows, columns = _frames_of(dataset), int(dataset.Rows), int(dataset.Columns)
+        shape = frames, rows, columns, int(dataset.get("SamplesPerPixel") or 1)
+        pixels = np.asarray(pixel_array(dataset))
+        if pixels.size != math.prod(shape):
+            raise PolysegError(f"{part.path}: is damaged: it holds pixels of shape {pixels.shape}")
+        pixels = pixels.reshape(shape)
         if kind == "MONOCHROME1" and not labels:
             pixels = _inverted(pixels, dataset)
         if kind == "PALETTE COLOR" and not labels:
-            from pydicom.pixels import apply_color_lut
-
             return np.asarray(apply_color_lut(pixels[..., 0], dataset))[..., :3]
         return _rescaled(pixels, dataset)
 
@@ -267,15 +235,6 @@ def _refuse_undecodable(part: _Part) -> None:
         )
 
 
-def _whole(part: _Part) -> Any:
-    import pydicom
-
-    dataset = pydicom.dcmread(part.path)
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        _refuse_outgrown_frames(part, dataset)
-    return dataset
-
-
 def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
     """Raise if a frame would decode to more than its rows and columns."""
     from pydicom.encaps import generate_frames
@@ -291,17 +250,6 @@ def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
             )
 
 
-def _decoded(part: _Part, dataset: Any) -> NDArray[Any]:
-    from pydicom.pixels import pixel_array
-
-    rows, columns, frames = int(dataset.Rows), int(dataset.Columns), _frames_of(dataset)
-    samples = int(dataset.get("SamplesPerPixel") or 1)
-    pixels = np.asarray(pixel_array(dataset))
-    if pixels.size != frames * rows * columns * samples:
-        raise PolysegError(f"{part.path}: is damaged: it holds pixels of shape {pixels.shape}")
-    return pixels.reshape(frames, rows, columns, samples)
-
-
 def _inverted(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
     if pixels.dtype.kind == "i":
         return ~pixels
@@ -312,7 +260,7 @@ def _inverted(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
 
 
 def _rescaled(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
-    """Apply slope and intercept, or the table that stands for them."""
+    """Apply slope and intercept, or the table given in their place."""
     if dataset.get("ModalityLUTSequence"):
         from pydicom.pixels import apply_modality_lut
 
@@ -322,19 +270,11 @@ def _rescaled(pixels: NDArray[Any], dataset: Any) -> NDArray[Any]:
         return pixels
     if not np.isfinite(factors).all():
         raise ValueError("its rescale slope or intercept is not a number")
-    if all(one.is_integer() for pair in factors for one in pair) and pixels.dtype.kind in "iu":
-        return _rescaled_whole(pixels, factors)
-    scaled = np.empty(pixels.shape, np.float32)
-    for k, (slope, intercept) in enumerate(factors):
-        scaled[k] = pixels[k] * slope + intercept
-    return scaled
-
-
-def _rescaled_whole(pixels: NDArray[Any], factors: Sequence[tuple[float, float]]) -> NDArray[Any]:
-    """Keep 16 bit where the results fit, as those of computed tomography do."""
-    low, high = float(pixels.min()), float(pixels.max())
-    ends = [slope * value + shift for slope, shift in factors for value in (low, high)]
-    fits = min(ends) >= -(2**15) and max(ends) < 2**15
+    whole = all(one.is_integer() for pair in factors for one in pair) and pixels.dtype.kind in "iu"
+    extremes = float(pixels.min()), float(pixels.max())
+    ends = [slope * value + shift for slope, shift in factors for value in extremes]
+    # Results that fit keep 16 bit, as those of computed tomography do.
+    fits = whole and min(ends) >= -(2**15) and max(ends) < 2**15
     scaled = np.empty(pixels.shape, np.int16 if fits else np.float32)
     for k, (slope, intercept) in enumerate(factors):
         scaled[k] = pixels[k] * slope + intercept
@@ -393,7 +333,7 @@ def _derived(part: _Part, labels: NDArray[Any], series: str, description: str) -
     if len(labels) > 1:
         _add_frames(derived, source, len(labels))
     content = np.ascontiguousarray(labels, f"<u{bits // 8}").tobytes()
-    # Values have even length.
+    # A value must have an even length.
     derived.PixelData = content + b"\0" * (len(content) % 2)
     derived["PixelData"].VR = "OB" if bits == 8 else "OW"
     derived.file_meta = FileMetaDataset()
@@ -407,11 +347,9 @@ def _add_frames(derived: Any, source: Any, count: int) -> None:
     derived.NumberOfFrames = count
     derived.PageNumberVector = list(range(1, count + 1))
     derived.FrameIncrementPointer = 0x00182001  # the pages' numbers
-    shared = source.get("SharedFunctionalGroupsSequence")
-    if shared:
+    if shared := source.get("SharedFunctionalGroupsSequence"):
         derived.SharedFunctionalGroupsSequence = list(_geometry_of(shared[:1]))
-    each = source.get("PerFrameFunctionalGroupsSequence")
-    if each:
+    if each := source.get("PerFrameFunctionalGroupsSequence"):
         derived.PerFrameFunctionalGroupsSequence = list(_geometry_of(each[:count]))
 
 
@@ -432,11 +370,3 @@ def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) ->
 
     digest = hashlib.sha256(labels.tobytes()).hexdigest()
     return str(generate_uid(entropy_srcs=[str(source.get(name, "")), digest, purpose]))
-
-
-def _pydicom(path: Path) -> Any:
-    try:
-        import pydicom
-    except ImportError:
-        raise PolysegError(MISSING.format(path=path, kind="DICOM", name="pydicom")) from None
-    return pydicom

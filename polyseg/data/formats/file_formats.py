@@ -4,42 +4,39 @@ Rows name their functions as "module:name", so that finding files imports no dec
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from polyseg.registry import Registry, Row, resolve
+from polyseg.registry import Registry, Row
 
 _FORMATS = "polyseg.data.formats"
 
 
 @dataclass(frozen=True)
 class Format(Row):
-    """A kind of file; its function reads one as a `Stack`, given the path and `labels=`."""
+    """A kind of file; its function reads one as a `Stack`, given the path and `labels=`.
+
+    It raises PolysegError if the file is damaged, too large or of a kind that is not read.
+    """
 
     suffixes: tuple[str, ...] = ()
     """How names of files end, in lower case."""
     starts: tuple[bytes, ...] = ()
     """First bytes that only files of this kind have; they count more than the name."""
     has_planes: bool = False
-    """True where files are volumes that can be sliced in several planes, given as `plane=`."""
-    is_unnamed: str = ""
-    """Function that says whether a folder, or a file with no known suffix, is of this kind."""
+    """True where files are volumes; `plane=` and `stored=` then give how they are sliced."""
+    holds_series: bool = False
+    """True where a folder can hold one image, a slice in each file."""
     voxels: str = ""
     """Function that returns the file that holds the voxels, where headers may name another."""
     write: str = ""
     """Function that writes (N, H, W) values beside the geometry of their source.
 
-    It takes source, values, path without suffix, plane and description, and returns the path.
-    Without one predictions are PNG files.
+    It takes source, values, path without suffix, plane and description, and returns the path. It
+    raises PolysegError if the source has other slices. Without one predictions are PNG files.
     """
     holds_maps: bool = False
     """True where `write` takes float32 maps too; those of other formats are TIFF files."""
-
-    def read(self, path: Path, plane: str, *, labels: bool, stored: bool = False) -> Any:
-        """Return a file as a stack of slices, those of volumes as stored if asked for."""
-        how: dict[str, Any] = {"plane": plane} if self.has_planes else {}
-        how |= {"stored": True} if stored and self.has_planes else {}
-        return self.resolve()(path, labels=labels, **how)
 
 
 FORMATS = Registry(
@@ -66,7 +63,7 @@ FORMATS = Registry(
         f"{_FORMATS}.nifti:read_nifti",
         (".nii", ".nii.gz"),
         has_planes=True,
-        write=f"{_FORMATS}.writers:write_nifti_like",
+        write=f"{_FORMATS}.nifti:write_nifti",
         holds_maps=True,
     ),
     Format(
@@ -74,8 +71,8 @@ FORMATS = Registry(
         "DICOM file, or folder of a series",
         f"{_FORMATS}.dicom:read_dicom",
         (".dcm", ".ima"),
-        is_unnamed=f"{_FORMATS}.dicom:is_unnamed_dicom",
-        write=f"{_FORMATS}.writers:write_dicom_like",
+        holds_series=True,
+        write=f"{_FORMATS}.dicom:write_dicom",
     ),
     Format(
         "itk",
@@ -91,11 +88,7 @@ FORMATS = Registry(
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Return how the names of images and masks end; DICOM files may have no suffix at all.
-
-    >>> readable_suffixes()[:2]
-    ('.png', '.jpg')
-    """
+    """Return how the names of images and masks end; DICOM files may have no suffix at all."""
     return tuple(suffix for row in FORMATS.values() for suffix in row.suffixes)
 
 
@@ -116,18 +109,22 @@ def format_of(path: Path) -> Format | None:
     ('picture', None)
     """
     start, suffix = _start_of(path), suffix_of(path)
-    if start[128:] == b"DICM":  # What stands before it may be the start of a TIFF.
+    if _is_marked(start):  # The bytes before the mark may be the start of a TIFF.
         return FORMATS["dicom"]
-    for row in FORMATS.values():
-        if row.starts and start.startswith(row.starts):
-            return row
-    for row in FORMATS.values():
-        if suffix in row.suffixes:
-            return row
-    for row in FORMATS.values():
-        if row.is_unnamed and resolve(row.is_unnamed)(path):
-            return row
-    return None
+    rows = FORMATS.values()
+    by_start = (row for row in rows if start.startswith(row.starts))
+    by_name = (row for row in rows if suffix in row.suffixes)
+    of_series = (row for row in rows if row.holds_series and path.is_dir())
+    return next(chain(by_start, by_name, of_series), None)
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as DICOM does."""
+    return _is_marked(_start_of(path))
+
+
+def _is_marked(start: bytes) -> bool:
+    return start[128:] == b"DICM"
 
 
 def _start_of(path: Path) -> bytes:

@@ -16,12 +16,11 @@ from polyseg.data.formats.stacks import (
     image_pixels,
     label_pixels,
     refuse_if_large,
-    refuse_if_no_file,
 )
 from polyseg.errors import PolysegError
 
 _COLOUR_MODES = ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
-# By name, because Pillow would also run Ghostscript on what it finds to be PostScript.
+# Named, because Pillow would otherwise open PostScript files too, by running Ghostscript.
 _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 _STRIP = 2**20
 ORIENTATION_TAG = 0x0112
@@ -30,12 +29,8 @@ ORIENTATION_TAG = 0x0112
 def read_picture(path: Path, *, labels: bool = False) -> Stack:
     """Read PNG, JPEG, BMP, GIF or WebP as a stack of one slice; alpha is dropped.
 
-    Images and masks are rotated by their orientation tag (EXIF). For
-    labels the numbers of a palette count (of a gray GIF the grays), for images its colours. No
-    spacing is taken from dots per inch.
-
-    Raises:
-        PolysegError: the file is damaged, too large, animated or of another kind.
+    Images and masks are rotated by their orientation tag (EXIF). Of a palette, labels are the
+    numbers (the grays of a gray GIF), images the colours. No spacing is taken from dots per inch.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +40,6 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
     (1, 20, 30, 3)
     """
     with guarded(path):
-        refuse_if_no_file(path)
         pixels, turned = _read_with_pillow(path, keep_palette=labels)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if pixels.shape[2] in (2, 4):
@@ -56,7 +50,7 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
 
 
 def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
-    """Refuse a mask, (H, W, C), that is all of one colour, and drawn by its transparency."""
+    """Raise on a mask, (H, W, C), of one colour, which is drawn by its transparency."""
     colours, alpha = pixels[..., :-1], pixels[..., -1]
     if (colours == colours[:1, :1]).all() and alpha.min() != alpha.max():
         raise PolysegError(
@@ -120,7 +114,7 @@ def _bytes_per_pixel(image: Image.Image, *, deep: bool, keep_palette: bool) -> i
     """Return the bytes that a pixel takes during decoding."""
     if deep:
         return 8
-    # Runs of a BMP are decoded to two copies besides, before any of them is looked at.
+    # A run-length encoded BMP is decoded to two more copies.
     if image.format == "BMP" and image.info.get("compression", 0) in (1, 2):
         return 12
     if image.mode == "P" and keep_palette:
@@ -134,7 +128,7 @@ def _mode_to_read(image: Image.Image, *, keep_palette: bool) -> str:
         return "RGB" if image.mode in _COLOUR_MODES else image.mode
     colours = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
     gray = bool((colours == colours[:, :1]).all())
-    # A GIF has no gray but by a palette, which says nothing else.
+    # A GIF stores gray values by a palette, so its numbers mean nothing else.
     if keep_palette and not (gray and image.format == "GIF"):
         return "P"
     return "L" if gray else "RGB"
@@ -149,7 +143,7 @@ def _is_deep_colour(path: Path) -> bool:
 def _orientation(image: Image.Image) -> int:
     try:
         value = int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # What cannot be understood is shown as stored, as programs do.
+    except Exception:  # With a damaged tag the picture is taken as stored, as viewers do.
         return 1
     return value if 1 <= value <= 8 else 1
 
@@ -157,18 +151,15 @@ def _orientation(image: Image.Image) -> int:
 def _copied(image: Image.Image, mode: str) -> NDArray[Any]:
     """Copy strip by strip, because Pillow would otherwise need twice the memory."""
     rows = max(1, _STRIP // image.width)
-    strips = (
-        image.crop((0, top, image.width, min(image.height, top + rows)))
-        for top in range(0, image.height, rows)
-    )
     pixels: NDArray[Any] | None = None
-    for k, strip in enumerate(strips):
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
         part = np.asarray(strip if strip.mode == mode else strip.convert(mode))
         if part.dtype == bool:  # Pillow's are 0 and 255.
             part = part.view(np.uint8) > 0
         if pixels is None:
             pixels = np.empty((image.height, *part.shape[1:]), part.dtype)
-        pixels[k * rows : k * rows + len(part)] = part
+        pixels[top : top + rows] = part
     assert pixels is not None
     return pixels
 
@@ -198,7 +189,10 @@ def as_stack(
     spacing: tuple[float, float] | None = None,
     turned: int = 1,
 ) -> Stack:
-    """Return a stack of pixels, (N, H, W, C), that were turned by an orientation tag."""
+    """Return a stack of pixels, (N, H, W, C), of images or labels.
+
+    `turned` is the orientation tag (EXIF) by which they were turned.
+    """
     if labels:
         return Stack(label_pixels(path, one_channel(path, pixels)), spacing, turned)
     return Stack(image_pixels(path, np.ascontiguousarray(pixels)), spacing, turned)
@@ -223,9 +217,6 @@ def one_channel(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     """Return the one channel, (N, H, W), of labels, (N, H, W, C), that have equal ones.
 
     Colours of 8 bit become numbers, COLOUR + 65536 R + 256 G + B.
-
-    Raises:
-        PolysegError: the channels differ and are no such colours.
     """
     for channel in range(1, pixels.shape[3]):
         if not np.array_equal(pixels[..., channel], pixels[..., 0]):

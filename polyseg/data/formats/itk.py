@@ -1,4 +1,4 @@
-"""Read and write NRRD and MetaImage volumes; alone in importing SimpleITK."""
+"""Read and write NRRD and MetaImage volumes; the only module that imports SimpleITK."""
 
 import contextlib
 import os
@@ -12,18 +12,15 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.data.formats.images import one_channel
-from polyseg.data.formats.nifti import AS_STORED, lie, plane_of, spacing_of
+from polyseg.data.formats.images import as_stack
+from polyseg.data.formats.nifti import AS_STORED, plane_of, slices_of, spacing_of
 from polyseg.data.formats.stacks import (
-    MISSING,
     MOST_CHANNELS,
     Plane,
     Stack,
     guarded,
-    image_pixels,
-    label_pixels,
+    imported,
     refuse_if_large,
-    refuse_if_no_file,
     refuse_other_shape,
     whole_numbers,
 )
@@ -35,7 +32,7 @@ _READERS = {
     **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
 }
 _IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
-"""Suffixes of what is written for headers whose voxels lie in another file."""
+"""Suffixes of the files that are written for headers with their voxels in another file."""
 _LONGEST_HEADER = 2**16
 _BLOCK = 2**20
 _LINES = re.MULTILINE | re.IGNORECASE
@@ -57,18 +54,10 @@ def read_itk(
 ) -> Stack:
     """Read an NRRD or MetaImage volume of two or three axes, sliced as NIfTI volumes are.
 
-    With `stored` the voxels are shown in their order, wherever the header says that they lie.
-
-    Raises:
-        PolysegError: the file is damaged, too large or of a kind not read, or SimpleITK is missing.
-
-    >>> read_itk(Path("/dev/null"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: /dev/null: is no file; expected an image
+    With `stored` the voxels are shown in their order, and the orientation in the header is ignored.
     """
     itk = _simpleitk(path)
     with guarded(path):
-        refuse_if_no_file(path)
         reader = _header(path, itk)
         try:
             with _without_its_lines():
@@ -80,27 +69,22 @@ def read_itk(
         voxels, affine = _stored(image, itk)
         affine = AS_STORED if stored else affine
         shown = plane_of(voxels.shape, affine, plane)
-        pixels = np.ascontiguousarray(lie(voxels, affine, shown))
+        pixels = np.ascontiguousarray(slices_of(voxels, affine, shown))
         spacing = spacing_of(affine, shown)
-        if labels:
-            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-        return Stack(image_pixels(path, whole_numbers(pixels)), spacing)
+        pixels = pixels if labels else whole_numbers(pixels)
+        return as_stack(path, pixels, labels=labels, spacing=spacing)
 
 
 def write_itk(
     source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
 ) -> Path:
-    """Write slices, (N, H, W), as a volume of the source's kind that lies where it does.
-
-    Raises:
-        PolysegError: the source has other slices, is damaged, or the file cannot be written.
-    """
+    """Write slices, (N, H, W), as a volume of the source's kind, with its geometry."""
     itk = _simpleitk(source)
     with guarded(source):
         image = _header(source, itk).Execute()
         stored, affine = _stored(image, itk)
         volume = np.zeros((*stored.shape[:3], 1), values.dtype)
-        view = lie(volume, affine, plane_of(stored.shape, affine, plane))[..., 0]
+        view = slices_of(volume, affine, plane_of(stored.shape, affine, plane))[..., 0]
         refuse_other_shape(source, view.shape, values)
         view[...] = values
         array = np.ascontiguousarray(volume[..., 0].T)
@@ -121,7 +105,7 @@ def write_itk(
 
 @contextlib.contextmanager
 def _without_its_lines() -> Iterator[None]:
-    """Drop the lines that MetaImage's reader prints about damaged files, past Python's streams."""
+    """Drop the lines about damaged files that MetaImage's reader writes to file descriptor 2."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -164,15 +148,15 @@ def _header(path: Path, itk: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Voxels:
-    """Where a header says that its voxels are."""
+    """The place of the voxels by their header."""
 
     file: Path
     start: int
-    """Bytes of the file before them."""
+    """Number of bytes of the file before them."""
     encoding: str
     """"raw", "gzip" (also zlib's) or another."""
     packed: int | None = None
-    """Bytes that are packed by what a MetaImage header says; None goes to the end of the file."""
+    """Number of packed bytes in a MetaImage header; None for all up to the end of the file."""
 
 
 def voxels_of(path: Path) -> Path:
@@ -185,11 +169,7 @@ def voxels_of(path: Path) -> Path:
 
 
 def _voxels(path: Path) -> _Voxels:
-    """Return where voxels are; headers of strangers may name any file, so only one beside them.
-
-    Raises:
-        PolysegError: the header names several files, or one that is not in its folder.
-    """
+    """Return where voxels are; a header may name any file, so only one beside it is accepted."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER)
     packed = None
@@ -198,7 +178,7 @@ def _voxels(path: Path) -> _Voxels:
         names, start = ([found[1]], found.end() + 1) if found else ([b""], 0)
         encoding = "raw" if _META_BINARY.search(header[:start]) else "text"
         if _META_PACKED.search(header[:start]):
-            # By these bytes SimpleITK unpacks; without them it returns what memory happens to hold.
+            # SimpleITK unpacks this many bytes; without the number it returns random memory.
             sizes = _META_SIZE.findall(header[:start])
             encoding, packed = "gzip", int(sizes[0]) if len(sizes) == 1 else 0
         names = [name for name in names if name.lower() != b"local"]
@@ -223,7 +203,7 @@ def _voxels(path: Path) -> _Voxels:
 
 
 def _refuse_damaged(path: Path, voxels: _Voxels, expected: int) -> None:
-    """Raise where voxels are cut short or do not unpack, which SimpleITK does not always notice."""
+    """Raise if voxels are cut short or do not unpack, which SimpleITK does not always notice."""
     held = voxels.file.stat().st_size - voxels.start
     if voxels.encoding == "gzip":
         packed = held if voxels.packed is None else voxels.packed
@@ -240,7 +220,7 @@ def _refuse_damaged(path: Path, voxels: _Voxels, expected: int) -> None:
 
 
 def _unpacked(stream: BinaryIO, left: int, most: int) -> int:
-    """Return to how many bytes the next `left` ones unpack: 0 if damaged, at most about `most`."""
+    """Return the size of the next `left` bytes unpacked: 0 if damaged, at most about `most`."""
     unpacker, count = zlib.decompressobj(wbits=47), 0
     try:
         while not unpacker.eof and count <= most:
@@ -270,10 +250,7 @@ def _stored(image: Any, itk: Any) -> tuple[NDArray[Any], NDArray[np.float64]]:
 
 
 def _simpleitk(path: Path) -> Any:
-    try:
-        import SimpleITK
-    except ImportError:
-        kind = "NRRD" if path.suffix.lower() == ".nrrd" else "MetaImage"
-        raise PolysegError(MISSING.format(path=path, kind=kind, name="SimpleITK")) from None
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
+    kind = "NRRD" if path.suffix.lower() == ".nrrd" else "MetaImage"
+    itk = imported("SimpleITK", path, kind)
+    itk.ProcessObject.SetGlobalWarningDisplay(False)
+    return itk

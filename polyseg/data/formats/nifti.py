@@ -1,9 +1,9 @@
-"""Read and write NIfTI volumes; alone in importing nibabel.
+"""Read and write NIfTI volumes; the only module that imports nibabel.
 
-Slices are laid out as radiologists look at them, whatever the order of the voxels on disk: axial
-ones from the feet up, rows to the back, columns to the patient's left; coronal ones from front to
-back, rows downward, columns to the left; sagittal ones from right to left, rows downward, columns
-to the back. A volume that is one slice thick is shown as that slice, whatever plane is asked for.
+Slices are laid out as radiologists look at them, and do not depend on the order of the voxels on
+disk: axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones
+from front to back, rows downward, columns to the left; sagittal ones from right to left, rows
+downward, columns to the back. A volume of a single slice is shown as that slice in every plane.
 """
 
 import gzip
@@ -16,17 +16,15 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.data.formats.images import one_channel
+from polyseg.data.formats.file_formats import suffix_of
+from polyseg.data.formats.images import as_stack
 from polyseg.data.formats.stacks import (
-    MISSING,
     MOST_CHANNELS,
     Plane,
     Stack,
     guarded,
-    image_pixels,
-    label_pixels,
+    imported,
     refuse_if_large,
-    refuse_if_no_file,
     refuse_other_shape,
     whole_numbers,
 )
@@ -51,10 +49,7 @@ def read_nifti(
 
     Images are scaled by slope and intercept where the header has them. NaN, which some scanners'
     programs write where nothing was measured, becomes the smallest value. With `stored` the voxels
-    are shown in their order, wherever the header says that they lie.
-
-    Raises:
-        PolysegError: the file is damaged, too large or of a kind not read, or nibabel is missing.
+    are shown in their order, and the orientation in the header is ignored.
 
     >>> import tempfile, nibabel
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -65,51 +60,44 @@ def read_nifti(
     >>> stack.pixels.shape, [round(one, 2) for one in stack.spacing]
     ((5, 20, 30, 1), [0.8, 0.7])
     """
-    nibabel = _nibabel(path)
+    nibabel = imported("nibabel", path, "NIfTI")
     with guarded(path):
-        refuse_if_no_file(path)
         with _unpacked(path) as stream:
             header = _nifti_header(path, stream, nibabel)
             shape = _nifti_shape(path, header)
             affine = AS_STORED if stored else _affine_of(path, header)
             scaling = _scaling(path, header)
             voxels = _read_voxels(path, stream, header, shape, scaled=scaling is not None)
-        view = lie(voxels, affine, plane_of(shape, affine, plane))
+        shown = plane_of(shape, affine, plane)
+        view = slices_of(voxels, affine, shown)
         unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
-        spacing = spacing_of(affine, plane_of(shape, affine, plane), unit)
+        spacing = spacing_of(affine, shown, unit)
         pixels = _copied(view, scaling)
         del voxels, view
-        if labels:
-            return Stack(label_pixels(path, one_channel(path, pixels)), spacing)
-        return Stack(image_pixels(path, whole_numbers(_without_nan(pixels))), spacing)
+        pixels = pixels if labels else whole_numbers(_without_nan(pixels))
+        return as_stack(path, pixels, labels=labels, spacing=spacing)
 
 
 def write_nifti(
-    source: Path, values: NDArray[Any], path: Path, plane: Plane, *, description: str
-) -> None:
-    """Write slices, (N, H, W), as a NIfTI volume that lies where the source's does.
-
-    The three axes, their lengths and orientation are the source's; so is its version.
-
-    Raises:
-        PolysegError: the source has other slices, is damaged, or the file cannot be written.
-    """
-    nibabel = _nibabel(source)
+    source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
+) -> Path:
+    """Write slices, (N, H, W), as a NIfTI volume with the geometry and version of the source."""
+    nibabel = imported("nibabel", source, "NIfTI")
     with guarded(source):
-        refuse_if_no_file(source)
         with _unpacked(source) as stream:
             header = _nifti_header(source, stream, nibabel)
         shape = _nifti_shape(source, header)[:3]
         affine = _affine_of(source, header)
         volume = np.zeros((*shape, 1), values.dtype, order="F")
-        view = lie(volume, affine, plane_of(shape, affine, plane))[..., 0]
+        view = slices_of(volume, affine, plane_of(shape, affine, plane))[..., 0]
         refuse_other_shape(source, view.shape, values)
         view[...] = values
         content = _nifti_bytes(header, volume[..., 0], affine, description, nibabel)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(
-            gzip.compress(content, 6, mtime=0) if path.suffix == ".gz" else content
-        )
+    target = path.with_name(path.name + suffix_of(source))
+    packed = gzip.compress(content, 6, mtime=0) if target.suffix == ".gz" else content
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(packed)
+    return target
 
 
 def _nifti_bytes(
@@ -174,16 +162,12 @@ def _read_voxels(
     kind = header.get_data_dtype()
     if kind.kind not in "biuf":
         raise PolysegError(f"{path}: holds {kind} voxels, such as colours; save integers or floats")
-    width, height, depth, channels = shape
+    *sides, channels = shape
     held = path.stat().st_size
-    # The thinnest axis counts the slices, because any may.
-    depth, height, width = sorted((width, height, depth))
-    refuse_if_large(
-        path,
-        (height, width),
-        slices=depth,
-        bytes_per_pixel=channels * max(kind.itemsize, 4 if scaled else 1),
-    )
+    # The shortest axis counts the slices, because any axis may.
+    depth, height, width = sorted(sides)
+    each = channels * max(kind.itemsize, 4 if scaled else 1)
+    refuse_if_large(path, (height, width), slices=depth, bytes_per_pixel=each)
     offset = int(header["vox_offset"]) or stream.tell()
     size = math.prod(shape) * kind.itemsize
     if not stream.tell() <= offset <= _LARGEST_OFFSET:
@@ -203,11 +187,11 @@ def _fill(path: Path, stream: IO[bytes], target: NDArray[np.uint8]) -> None:
         if not chunk:
             raise PolysegError(f"{path}: is cut short: it has {filled:,} bytes of {target.size:,}")
         part = np.frombuffer(chunk, np.uint8)
-        # Zeros are there already: most of a volume of labels, which so takes no memory.
+        # The target is 0 already; zeros, most of a volume of labels, need no memory if not written.
         if part.any():
             target[filled : filled + len(chunk)] = part
         filled += len(chunk)
-    # At its end a gzip stream says whether all was as it was packed.
+    # At its end a gzip stream checks its checksum.
     stream.read(1)
 
 
@@ -221,7 +205,7 @@ def _affine_of(path: Path, header: Any) -> NDArray[Any]:
 
 
 def _axes_of(affine: NDArray[Any]) -> NDArray[Any]:
-    """Return how stored axes become left, posterior, superior: for each its place and sign."""
+    """Return how stored axes become left, posterior, superior: the position and sign of each."""
     from nibabel import orientations
 
     return cast(
@@ -232,7 +216,7 @@ def _axes_of(affine: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def lie(stored: NDArray[Any], affine: NDArray[Any], plane: Plane) -> NDArray[Any]:
+def slices_of(stored: NDArray[Any], affine: NDArray[Any], plane: Plane) -> NDArray[Any]:
     """Return a view, (N, H, W, C), of a volume as it is stored, (X, Y, Z, C)."""
     from nibabel import orientations
 
@@ -246,19 +230,14 @@ def lie(stored: NDArray[Any], affine: NDArray[Any], plane: Plane) -> NDArray[Any
 
 
 def plane_of(shape: Sequence[int], affine: NDArray[Any], plane: Plane) -> Plane:
-    """Return the plane asked for, or that of the only slice there is."""
+    """Return the requested plane, or that of the only slice there is."""
     thin = [int(_axes_of(affine)[axis, 0]) for axis in range(3) if shape[axis] == 1]
     planes: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
     return planes[thin[0]] if len(thin) == 1 else plane
 
 
 def spacing_of(affine: NDArray[Any], plane: Plane, millimetres: float = 1.0) -> tuple[float, float]:
-    """Return millimetres between rows and columns of slices.
-
-    Args:
-        affine: from voxels to a unit of length.
-        plane: of the slices.
-        millimetres: in a unit.
+    """Return millimetres between rows and columns of slices, by those in a unit of the affine.
 
     >>> spacing_of(np.diag([0.7, 0.8, 3.0, 1.0]), "axial")
     (0.8, 0.7)
@@ -283,7 +262,7 @@ def _copied(view: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[
     """Copy slices in order, scaled to float32 or in native byte order."""
     kind = view.dtype.newbyteorder("=") if scaling is None else np.dtype(np.float32)
     copied = np.zeros(view.shape, kind)
-    # Where rows run across the order on disk, a few columns at a time: ten times as fast.
+    # Where rows cross the order on disk, a few columns at a time are ten times as fast.
     fastest = min(range(3), key=lambda axis: (view.shape[axis] == 1, abs(view.strides[axis])))
     step = view.shape[2] if fastest == 2 else _COLUMNS
     other = 1 if fastest == 0 else 0
@@ -303,11 +282,3 @@ def _without_nan(pixels: NDArray[Any]) -> NDArray[Any]:
         for one in pixels:
             one[np.isnan(one)] = lowest
     return pixels
-
-
-def _nibabel(path: Path) -> Any:
-    try:
-        import nibabel
-    except ImportError:
-        raise PolysegError(MISSING.format(path=path, kind="NIfTI", name="nibabel")) from None
-    return nibabel

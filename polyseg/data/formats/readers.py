@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from polyseg.data.formats.file_formats import format_of, readable_suffixes
-from polyseg.data.formats.stacks import Plane, Stack, guarded
+from polyseg.data.formats.stacks import Plane, Stack, guarded, refuse_if_no_file
 from polyseg.errors import PolysegError
 
 
@@ -16,10 +16,6 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
 
     Raises:
         PolysegError: it is damaged, too large or of a kind that is not read.
-
-    >>> read_image_stack(Path("notes.txt"))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: notes.txt: is of no supported kind: .png, .jpg, ...
     """
     return _read(Path(path), plane, labels=False)
 
@@ -27,14 +23,8 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
 def read_label_stack(path: str | Path, plane: Plane = "axial", *, stored: bool = False) -> Stack:
     """Read a mask or labels as slices, (N, H, W), of the values that the file holds.
 
-    Args:
-        path: a file, or a folder that holds one DICOM series; colours have equal channels.
-        plane: how a NIfTI volume is sliced; all else is as stored.
-        stored: whether the voxels of such a volume are shown in their order, x to the right and
-            y down, whatever orientation and spacing the header has.
-
-    Raises:
-        PolysegError: it is damaged, too large or of a kind that is not read.
+    With `stored` the voxels of a volume are shown in their order, x to the right and y down, and
+    its orientation and spacing are ignored. All else is as in `read_image_stack`.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -51,7 +41,10 @@ def read_label_stack(path: str | Path, plane: Plane = "axial", *, stored: bool =
 def _read(path: Path, plane: Plane, *, labels: bool, stored: bool = False) -> Stack:
     with guarded(path):
         kind = format_of(path)
+        if kind is not None and not (kind.holds_series and path.is_dir()):
+            refuse_if_no_file(path)
     if kind is None:
         raise PolysegError(f"{path}: is of no supported kind: {', '.join(readable_suffixes())}")
-    stack: Stack = kind.read(path, plane, labels=labels, stored=stored)
+    how = {"plane": plane, "stored": stored} if kind.has_planes else {}
+    stack: Stack = kind.resolve()(path, labels=labels, **how)
     return stack

@@ -1,6 +1,7 @@
 """Define the stack of slices that readers return, and the limits of its size."""
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,26 +26,20 @@ LARGEST_DECODED = 2**31
 MOST_SLICES = 2**14
 MOST_CHANNELS = 64
 
-# What little may unpack to: this many bytes, or so many times what the file holds. No picture of
-# anything is packed to below 1 %. Volumes of labels are, by what gzip can do at its best, but the
-# larger ones are not worth the seconds that it takes to find them empty.
+# A file may unpack to this many bytes, or to so many times its own size. No real picture is packed
+# to below 1 %. Volumes of labels may be, up to the limit of gzip, but unpacking larger ones only to
+# find them empty would take too long.
 SMALL = 2**26
 RATIO = 100
 SMALL_VOLUME = 2**29
 VOLUME_RATIO = 1100
-
-MISSING = "{path}: {kind} is read by {name}, which is not installed; pip install 'polyseg[medical]'"
 
 _IMAGE_TYPES = (np.uint8, np.uint16, np.int16, np.float32)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The slices of a file; a 2D file has one.
-
-    >>> Stack(np.zeros((1, 20, 30, 3), np.uint8)).spacing is None
-    True
-    """
+    """The slices of a file; a 2D file has one."""
 
     pixels: NDArray[Any]
     """Images: (N, H, W, C), uint8, uint16, int16 or float32; labels: (N, H, W), raw values."""
@@ -57,9 +52,6 @@ class Stack:
 @contextlib.contextmanager
 def guarded(path: Path) -> Iterator[None]:
     """Turn errors of a decoder into one PolysegError, and suppress its other messages.
-
-    Raises:
-        PolysegError: the block raised; the line names the file.
 
     >>> with guarded(Path("a.png")):
     ...     raise ValueError("broken")
@@ -76,8 +68,19 @@ def guarded(path: Path) -> Iterator[None]:
         raise PolysegError(f"{path}: does not fit into memory") from None
     except OSError as error:
         raise PolysegError(_line(path, reason(error))) from None
-    except Exception as error:  # Decoders fail on damaged files in many ways, all alike to users.
+    except Exception as error:  # Decoders fail on damaged files in many ways.
         raise PolysegError(_line(path, str(error) or type(error).__name__)) from None
+
+
+def imported(name: str, path: Path, kind: str) -> Any:
+    """Return an optional library that reads a kind of file."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise PolysegError(
+            f"{path}: {kind} is read by {name}, which is not installed; "
+            "pip install 'polyseg[medical]'"
+        ) from None
 
 
 def _line(path: Path, why: str) -> str:
@@ -87,10 +90,7 @@ def _line(path: Path, why: str) -> str:
 
 
 def refuse_if_no_file(path: Path) -> None:
-    """Refuse pipes, devices and folders, which opening would wait for or misread.
-
-    Raises:
-        PolysegError: it is there but no file.
+    """Raise on pipes, devices and folders, which cannot be read or would be waited for.
 
     >>> refuse_if_no_file(Path("/dev/zero"))
     Traceback (most recent call last):
@@ -110,15 +110,8 @@ def refuse_if_large(
 ) -> None:
     """Refuse a file by the sizes that it declares, before anything is decoded.
 
-    Args:
-        path: the file.
-        sides: height and width in pixels.
-        slices: how many of these.
-        bytes_per_pixel: what one takes in memory while it is decoded, all channels together.
-        held: bytes that hold it, by default those of the file.
-
-    Raises:
-        PolysegError: it is too large, or far larger than its bytes could say.
+    Sides are height and width; `bytes_per_pixel` is the memory that all channels of a pixel take
+    while they are decoded, and `held` the size of the files, by default that of this one.
 
     >>> refuse_if_large(Path("a.png"), (10**5, 10**5), held=100)
     Traceback (most recent call last):
@@ -142,10 +135,7 @@ def refuse_if_large(
     held = path.stat().st_size if held is None else held
     packed = min(VOLUME_RATIO * held, SMALL_VOLUME) if slices > 1 else 0
     decoded = slices * height * width * bytes_per_pixel
-    _refuse_if_blown_up(path, decoded, held, max(SMALL, RATIO * held, packed))
-
-
-def _refuse_if_blown_up(path: Path, decoded: int, held: int, most: int) -> None:
+    most = max(SMALL, RATIO * held, packed)
     if decoded > LARGEST_DECODED:
         raise PolysegError(
             f"{path}: takes {decoded:,} bytes in memory; at most "
@@ -159,13 +149,7 @@ def _refuse_if_blown_up(path: Path, decoded: int, held: int, most: int) -> None:
 
 
 def refuse_other_shape(path: Path, expected: Sequence[int], values: NDArray[Any]) -> None:
-    """Raise where what was made of a file has other slices than the file.
-
-    Raises:
-        PolysegError: it has.
-
-    >>> refuse_other_shape(Path("a.nii"), (1, 2, 3), np.zeros((1, 2, 3)))
-    """
+    """Raise where values that belong to a file have another shape than its slices."""
     if tuple(expected) != values.shape:
         shown, found = (" x ".join(map(str, shape)) for shape in (expected, values.shape))
         raise PolysegError(f"{path}: has slices of {shown}; what was made of it has {found}")
@@ -214,7 +198,7 @@ def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     near = all((abs(one - np.rint(one)) <= 1e-3).all() for one in pixels)
     if not near or _type_for(pixels, (np.int32,)) is None:
         return pixels.astype(np.float32, copy=False)
-    # In the same memory where it can be, because there may be a lot.
+    # In the same memory where possible, because a volume of labels may be large.
     reused = pixels.dtype == np.float32 and pixels.flags.writeable
     rounded = pixels.view(np.int32) if reused else np.empty(pixels.shape, np.int32)
     for k, one in enumerate(pixels):
@@ -223,7 +207,7 @@ def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def whole_numbers(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return float64 as int16 where every one of them is such a number, others as they are.
+    """Return float64 as int16 if all values are whole and fit, other pixels unchanged.
 
     >>> whole_numbers(np.array([[1.0, -7.0]])).dtype, whole_numbers(np.array([[0.5]])).dtype
     (dtype('int16'), dtype('float64'))
@@ -237,7 +221,7 @@ def whole_numbers(pixels: NDArray[Any]) -> NDArray[Any]:
 def _native(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     if pixels.dtype.kind not in "biuf":
         raise PolysegError(f"{path}: holds {pixels.dtype} pixels; expected integers or floats")
-    # Smallest and largest are NaN where anything is; no copy, as isfinite would make.
+    # min and max are NaN if any value is; isfinite of all values would make a copy.
     if pixels.dtype.kind == "f" and not (np.isfinite(pixels.min()) and np.isfinite(pixels.max())):
         raise PolysegError(f"{path}: holds NaN or infinite values; replace them by numbers")
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)

@@ -1,4 +1,4 @@
-"""Read TIFF, pictures and stacks of them, guarded against files that are not what they seem."""
+"""Read TIFF pictures and stacks, and refuse damaged and malicious files."""
 
 import logging
 import math
@@ -20,43 +20,19 @@ from polyseg.data.formats.stacks import (
     Stack,
     guarded,
     refuse_if_large,
-    refuse_if_no_file,
 )
 from polyseg.errors import PolysegError
 
 # The error already reports problems of damaged files.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-_COMPRESSIONS = (
-    COMPRESSION.NONE,
-    COMPRESSION.LZW,
-    COMPRESSION.JPEG,
-    COMPRESSION.ADOBE_DEFLATE,
-    COMPRESSION.DEFLATE,
-    COMPRESSION.PACKBITS,
-    COMPRESSION.LZMA,
-    COMPRESSION.ZSTD,
-)
-# Their readers trust what such files say of themselves; without them the pages still count.
+_COMPRESSIONS = ("NONE", "LZW", "JPEG", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD")
+_SHADES = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
+_UNSIGNED = ("bool", "uint8", "uint16")
+# tifffile's readers of these kinds trust the metadata; without them it reads the pages.
 _FOREIGN_KINDS = (
-    "ome",
-    "lsm",
-    "mmstack",
-    "ndtiff",
-    "fluoview",
-    "stk",
-    "sis",
-    "svs",
-    "scn",
-    "qpi",
-    "ndpi",
-    "bif",
-    "avs",
-    "eer",
-    "philips",
-    "scanimage",
-    "nih",
-    "mdgel",
+    *("ome", "lsm", "mmstack", "ndtiff", "fluoview", "stk", "sis", "svs", "scn", "qpi", "ndpi"),
+    *("bif", "avs", "eer", "philips", "scanimage", "nih", "mdgel"),
 )
 _MOST_TAGS = 4096
 _MOST_SUBIMAGES = 16
@@ -65,7 +41,7 @@ _BYTES_OF_TYPE = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
 _SUBIMAGES_TAG = 330
 
 _MILLIMETRES = {"mm": 1.0, "cm": 10.0, "inch": 25.4, "micron": 1e-3, "um": 1e-3, "µm": 1e-3}
-# Dots per inch that programs write when nobody measured anything.
+# Dots per inch that programs write for printing.
 _PRINTERS = (1, 72, 75, 90, 96, 100, 120, 144, 150, 180, 200, 240, 300, 360, 400, 600, 720, 1200)
 
 
@@ -74,11 +50,8 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
 
     Of its axes Y and X are those of a slice, S and C are channels, all others are slices. Images
     in which 0 is white, of 1, 8 or 16 bit, are inverted, so that they are as displayed; bits that
-    tifffile wrote are as they were given to it. Labels are the values as stored, whatever 0 or the
-    palette looks like. The spacing is that of the resolution tags, unless these are a printer's.
-
-    Raises:
-        PolysegError: the file is damaged, too large, of unequal pages or of a kind not read.
+    tifffile wrote are not. Labels are the values as stored, without palette or inversion. The
+    spacing is that of the resolution tags, unless these are a printer's.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +61,6 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
     (5, 20, 30, 1)
     """
     with guarded(path):
-        refuse_if_no_file(path)
         _refuse_tangled_tiff(path)
         with _opened_tiff(path) as file:
             series = _only_series(path, file)
@@ -103,13 +75,8 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
 
 
 def tiff_resolution(path: Path) -> tuple[tuple[float, float], int] | None:
-    """Return pixels per unit, across and down, and the unit's number of a TIFF that was read.
-
-    Raises:
-        PolysegError: the file is damaged.
-    """
+    """Return pixels per unit, across and down, and the unit's number of a TIFF that was read."""
     with guarded(path):
-        refuse_if_no_file(path)
         _refuse_tangled_tiff(path)
         with _opened_tiff(path) as file:
             return _resolution(file.pages.first)
@@ -149,8 +116,8 @@ def _directories(path: Path) -> Iterator[tuple[int, list[tuple[int, int, int]]]]
         if len(start) < 8 or start[:2] not in (b"II", b"MM"):
             return
         big = struct.unpack_from(f"{order}H", start, 2)[0] == 43
-        number, pointer, entry = ("Q", "Q", "HHQQ") if big else ("H", "I", "HHII")
-        number, pointer, entry = order + number, order + pointer, order + entry
+        kinds = ("Q", "Q", "HHQQ") if big else ("H", "I", "HHII")
+        number, pointer, entry = (order + kind for kind in kinds)
         offset = struct.unpack_from(pointer, start.ljust(16, b"\0"), 8 if big else 4)[0]
         while offset:
             stream.seek(min(offset, 2**62))
@@ -170,7 +137,7 @@ def _directories(path: Path) -> Iterator[tuple[int, list[tuple[int, int, int]]]]
 
 def _only_series(path: Path, file: Any) -> Any:
     """Return the one series of equal pages; a reduced copy of it does not count."""
-    # Pages of half the size are levels of one series to tifffile; pages that say so are no images.
+    # tifffile takes pages of half the size as levels of a series; only marked ones are no images.
     levels = [level for one in file.series for level in one.levels]
     series = [one for one in levels if not one.keyframe.is_reduced] or levels
     if len(series) != 1:
@@ -185,19 +152,14 @@ def _only_series(path: Path, file: Any) -> Any:
 
 
 def _refuse_misleading_tiff(path: Path, page: Any) -> None:
-    """Raise where pixels would not mean what they seem to."""
-    if page.compression not in _COMPRESSIONS:
-        kind = getattr(page.compression, "name", page.compression)
+    """Raise on compressions and kinds of pixels that are not read."""
+    kind = getattr(page.compression, "name", page.compression)
+    if kind not in _COMPRESSIONS:
         raise PolysegError(
             f"{path}: TIFF compression {kind} is not read; save it with LZW, Deflate or none"
         )
-    as_shown = page.photometric in (
-        PHOTOMETRIC.MINISBLACK,
-        PHOTOMETRIC.MINISWHITE,
-        PHOTOMETRIC.RGB,
-        PHOTOMETRIC.PALETTE,
-    )
-    # The decoder of JPEG makes RGB of it.
+    as_shown = page.photometric in (*_SHADES, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE)
+    # The decoder of JPEG converts it to RGB.
     converted = page.photometric == PHOTOMETRIC.YCBCR and page.compression == COMPRESSION.JPEG
     white = page.photometric == PHOTOMETRIC.MINISWHITE
     if not (as_shown or converted) or (white and str(page.dtype) not in _UNSIGNED):
@@ -205,9 +167,6 @@ def _refuse_misleading_tiff(path: Path, page: Any) -> None:
         raise PolysegError(
             f"{path}: a TIFF of kind {kind} is not read; save it as gray (0 is black) or RGB"
         )
-
-
-_UNSIGNED = ("bool", "uint8", "uint16")
 
 
 def _refuse_incomplete_tiff(path: Path, series: Any) -> None:
@@ -232,7 +191,7 @@ def _refuse_incomplete_tiff(path: Path, series: Any) -> None:
 
 
 def _refuse_outgrown_jpeg(path: Path, series: Any) -> None:
-    """Raise where the JPEG of a strip or tile is larger than this is said to be."""
+    """Raise where the JPEG of a strip or tile is larger than the strip or tile itself."""
     page = series.keyframe
     height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
     width = page.tilewidth if page.is_tiled else page.imagewidth
@@ -270,7 +229,7 @@ def _stack_of(path: Path, file: Any, series: Any, *, labels: bool) -> NDArray[An
         raise PolysegError(f"{path}: has axes {axes}; expected rows (Y) and columns (X)")
     pixels, axes = _with_ome_axes(page, series.asarray(maxworkers=1), axes)
     stack = _slices(_without_alpha(page, pixels, axes), axes)
-    # tifffile writes bits so, whatever is foreground in them.
+    # tifffile writes bits with this tag, whichever value is foreground.
     raw_bits = stack.dtype == bool and str(page.software).startswith("tifffile")
     if page.photometric == PHOTOMETRIC.MINISWHITE and not raw_bits and not labels:
         stack = ~stack
@@ -281,7 +240,7 @@ def _stack_of(path: Path, file: Any, series: Any, *, labels: bool) -> NDArray[An
 
 
 def _with_ome_axes(page: Any, pixels: NDArray[Any], axes: str) -> tuple[NDArray[Any], str]:
-    """Tell channels from slices among the pages of an OME-TIFF, as its one `Pixels` says."""
+    """Return pixels and axes with the channels of an OME-TIFF apart from its slices."""
     text = page.description or ""
     found = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", text) if page.is_ome else []
     said = dict(re.findall(r'(\w+)="(\w+)"', found[0])) if len(found) == 1 else {}
@@ -298,8 +257,8 @@ def _with_ome_axes(page: Any, pixels: NDArray[Any], axes: str) -> tuple[NDArray[
 def _without_alpha(page: Any, pixels: NDArray[Any], axes: str) -> NDArray[Any]:
     if "S" not in axes:
         return pixels
-    colours = 1 if page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE) else 3
-    # A fourth sample beside RGB is alpha, whether it says so or not.
+    colours = 1 if page.photometric in _SHADES else 3
+    # A fourth sample beside RGB is alpha, even if it is not declared.
     undeclared = colours == 3 and page.samplesperpixel == 4
     declared = sum(int(kind) in (1, 2) for kind in page.extrasamples)
     kept = page.samplesperpixel - max(declared, int(undeclared))
@@ -342,18 +301,17 @@ def _resolution(page: Any) -> tuple[tuple[float, float], int] | None:
 
 
 def _spacing_of_tiff(page: Any, imagej: dict[str, Any]) -> tuple[float, float] | None:
-    """Return millimetres between rows and columns, if somebody measured them."""
+    """Return millimetres between rows and columns, or None where they were not measured."""
     found = _resolution(page)
     if found is None:
         return None
     (across, down), number = found
     name = str(imagej.get("unit", "")).replace("\\u00B5", "µ")
     unit = _MILLIMETRES.get(name) or {2: 25.4, 3: 10.0}.get(number)
-    if unit is None or (not name and _is_printed(across * 25.4 / unit)):
+    if unit is None:
+        return None
+    dots_per_inch = across * 25.4 / unit
+    if not name and any(abs(dots_per_inch / usual - 1) < 0.01 for usual in _PRINTERS):
         return None
     spacing = unit / down, unit / across
     return spacing if all(1e-6 <= one <= 20 for one in spacing) else None
-
-
-def _is_printed(dots_per_inch: float) -> bool:
-    return any(abs(dots_per_inch / usual - 1) < 0.01 for usual in _PRINTERS)

@@ -1,4 +1,4 @@
-"""Write predictions as files of the kind, and in the place, of the images they are of."""
+"""Write predictions as files of the kind and with the geometry of their images."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from polyseg.data.formats.dicom import write_dicom
-from polyseg.data.formats.file_formats import Format, format_of, suffix_of
-from polyseg.data.formats.nifti import write_nifti
+from polyseg.data.formats.file_formats import format_of, suffix_of
 from polyseg.data.formats.stacks import Plane
 from polyseg.data.formats.tiff import tiff_resolution
 from polyseg.errors import PolysegError
@@ -29,7 +27,7 @@ def write_labels(
     name: str,
     plane: Plane = "axial",
 ) -> Path:
-    """Write labels, (N, H, W), beside the kind and geometry of their source; return the file.
+    """Write labels, (N, H, W), as a file of the kind and geometry of their source; return its path.
 
     PNG, TIFF, NIfTI and DICOM stay what they are, a DICOM series becomes a folder of files of the
     same names; BMP stays BMP if 8 bit are enough; others become PNG. Nothing is lost.
@@ -55,10 +53,14 @@ def write_labels(
         raise ValueError(f"labels are {labels.dtype}; expected uint8 or uint16")
     kind = format_of(source)
     if kind is not None and kind.write:
-        return _written(kind, source, labels, folder / name, plane, _LABELS)
+        written: Path = resolve(kind.write)(source, labels, folder / name, plane, _LABELS)
+        return written
     keeps = suffix_of(source) == ".bmp" and labels.dtype == np.uint8
     path = folder / f"{name}{'.bmp' if keeps else '.png'}"
-    _write_picture(path, source, labels)
+    if len(labels) != 1:
+        raise PolysegError(f"{source}: is one picture; what was made of it has {len(labels)}")
+    with atomic_path(path) as temporary:
+        Image.fromarray(labels[0]).save(temporary, format=path.suffix[1:].upper())
     return path
 
 
@@ -67,15 +69,7 @@ def write_map(
 ) -> Path:
     """Write maps, (N, H, W) of float32, as their source where that can hold them, else as TIFF.
 
-    Args:
-        source: the image's file, or the folder of its series.
-        values: slices in the order in which `source` is read.
-        folder: where to write.
-        name: of the file, without suffix.
-        plane: how `source` was sliced.
-
-    Raises:
-        PolysegError: the source has other slices, or the file cannot be written.
+    All else is as in `write_labels`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -87,32 +81,15 @@ def write_map(
     values = np.asarray(values, np.float32)
     kind = format_of(source)
     if kind is not None and kind.holds_maps:
-        return _written(kind, source, values, folder / name, plane, _MAP)
+        written: Path = resolve(kind.write)(source, values, folder / name, plane, _MAP)
+        return written
     path = folder / f"{name}.tif"
     _write_tiff(path, values, None)
     return path
 
 
-def write_nifti_like(
-    source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
-) -> Path:
-    """Write a volume with the geometry of its source."""
-    path = path.with_name(path.name + suffix_of(source))
-    write_nifti(source, values, path, plane, description=description)
-    return path
-
-
-def write_dicom_like(
-    source: Path, values: NDArray[Any], path: Path, _: Plane, description: str
-) -> Path:
-    """Write a file, or for the folder of a series a folder, of the same patient and study."""
-    path = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
-    write_dicom(source, values, path, description=description)
-    return path
-
-
 def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __: str) -> Path:
-    """Write a page a slice, with the resolution of the source; maps end in .tif."""
+    """Write a page for each slice, with the resolution of the source; maps end in .tif."""
     suffix = suffix_of(source)
     kept = suffix.endswith((".tif", ".tiff")) and values.dtype != np.float32
     path = path.with_name(path.name + (suffix if kept else ".tif"))
@@ -120,22 +97,8 @@ def write_tiff_like(source: Path, values: NDArray[Any], path: Path, _: Plane, __
     return path
 
 
-def _written(
-    kind: Format, source: Path, values: NDArray[Any], path: Path, plane: Plane, description: str
-) -> Path:
-    written: Path = resolve(kind.write)(source, values, path, plane, description)
-    return written
-
-
-def _write_picture(path: Path, source: Path, labels: NDArray[Any]) -> None:
-    if len(labels) != 1:
-        raise PolysegError(f"{source}: is one picture; what was made of it has {len(labels)}")
-    with atomic_path(path) as temporary:
-        Image.fromarray(labels[0]).save(temporary, format=path.suffix[1:].upper())
-
-
 def _write_tiff(path: Path, values: NDArray[Any], source: Path | None) -> None:
-    """Write a page a slice, with the resolution of the source."""
+    """Write a page for each slice, with the resolution of the source."""
     resolution = None if source is None else tiff_resolution(source)
     scale, unit = (None, None) if resolution is None else resolution
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as writer:

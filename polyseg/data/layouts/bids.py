@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from polyseg.data.layouts.cases import Case, Findings, Folders, Layout, exists, stem_of
+from polyseg.data.layouts.cases import DEEPEST, Case, Findings, Layout, exists, stem_of
 from polyseg.data.layouts.names import is_mask_name
-from polyseg.data.layouts.source import DEEPEST, Source, ask
+from polyseg.data.layouts.source import Source, ask
 
 _ENTITIES = re.compile(r"(?:sub|ses|task|acq|run|sample|chunk|slice)-[A-Za-z0-9]+")
 """Parts of a name that a mask shares with its image, unlike space-, desc- and label-."""
@@ -15,15 +15,16 @@ _ENTITIES = re.compile(r"(?:sub|ses|task|acq|run|sample|chunk|slice)-[A-Za-z0-9]
 def read_bids(source: Source) -> Layout | None:
     """Read images of sub-*/ and masks of derivatives/, paired by subject, session and run.
 
-    Images and masks are told apart by what follows the last _ of their names: T1w, mask. Where
+    Images and masks are distinguished by the end of their names after the last _: T1w, mask. Where
     there are several, data.images and data.masks name one.
     """
     folders, root = source.folders, source.path
     if not exists(root / "derivatives", "folder"):
         return None
     subjects = [each for each in folders.list(root).folders if each.name.startswith("sub-")]
-    images = _by_kind(_files(folders, subjects))
-    derived = _by_kind(_files(folders, [root / "derivatives"]))
+    below = [file for each in subjects for file in folders.files_below(each, DEEPEST + 1)]
+    images = _by_kind(below)
+    derived = _by_kind(folders.files_below(root / "derivatives", DEEPEST + 1))
     masks = {kind: files for kind, files in derived.items() if is_mask_name(kind) or kind == "dseg"}
     kind, mask_kind = _kind(source, "images", images), _kind(source, "masks", masks or derived)
     if kind is None or mask_kind is None:
@@ -32,29 +33,15 @@ def read_bids(source: Source) -> Layout | None:
     by_entities: dict[str, list[Path]] = {}
     for file in derived[mask_kind]:
         by_entities.setdefault(_entities(file), []).append(file)
-    bare = []
+    cases = []
     for file in images[kind]:
         entities = _entities(file)
-        found = tuple(by_entities.pop(entities, ()))
-        case = Case(entities, (file,), found or None, group=entities.partition("_")[0])
-        if found:
-            findings.add(case)
-        else:
-            bare.append(case)
+        found = tuple(by_entities.pop(entities, ())) or None
+        cases.append(Case(entities, (file,), found, group=entities.partition("_")[0]))
     lost = [file.name for files in by_entities.values() for file in files]
     findings.problem(str(root / "derivatives"), "mask", lost, f"without an image _{kind}")
-    findings.add_unmasked(str(root), bare)
+    findings.add(str(root), cases)
     return findings.finish(str(root), f"BIDS, {kind} and {mask_kind}")
-
-
-def _files(folders: Folders, places: Iterable[Path], depth: int = 0) -> list[Path]:
-    found: list[Path] = []
-    for place in places:
-        listing = folders.list(place)
-        found += listing.files
-        if depth < DEEPEST + 1:
-            found += _files(folders, listing.folders, depth + 1)
-    return found
 
 
 def _by_kind(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -75,9 +62,5 @@ def _kind(source: Source, side: str, kinds: Mapping[str, list[Path]]) -> str | N
 
 
 def _entities(file: Path) -> str:
-    """Return subject, session, run, ... of a file.
-
-    >>> _entities(Path("sub-01_ses-1_space-T1w_desc-brain_mask.nii.gz"))
-    'sub-01_ses-1'
-    """
+    """Return subject, session, run, ... of a file."""
     return "_".join(_ENTITIES.findall(stem_of(file)))

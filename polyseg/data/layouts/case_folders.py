@@ -6,10 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyseg.data.layouts.cases import Case, Findings, Folders, Layout, part_of, plain, stem_of
+from polyseg.data.layouts.cases import (
+    DEEPEST,
+    Case,
+    Findings,
+    Folders,
+    Layout,
+    part_of,
+    plain,
+    stem_of,
+)
 from polyseg.data.layouts.folders import items_of
 from polyseg.data.layouts.names import IMAGE_FOLDERS, MASK_FOLDERS, is_mask_name
-from polyseg.data.layouts.source import DEEPEST, Source, ask
+from polyseg.data.layouts.source import Source, ask
 
 _FEWEST = 2
 _MOST_NAMES = 12
@@ -38,20 +47,19 @@ def read_case_folders(source: Source) -> Layout | None:
     findings = Findings(source.unmasked)
     for root in roots:
         part = _part_of_words(root.folder.name) if root.folder != source.path else None
-        bare = []
+        cases = []
         for folder, files in root.cases.items():
             image = tuple(file for name in images for file in files.get(name, []))
             mask = tuple(file for name in masks for file in files.get(name, []))
             if len(image) < len(images):
                 findings.problems.append(f"{folder}: holds no {' and '.join(images)}")
-            elif mask:
-                findings.add(Case(folder.name, image, mask, part), root.folder.name)
             else:
-                bare.append(Case(folder.name, image, None, part))
-        if part == "test" and len(bare) == len(root.cases):
+                cases.append(Case(folder.name, image, mask or None, part))
+        masked = len(cases) < len(root.cases) or any(case.masks for case in cases)
+        if part == "test" and not masked:
             findings.notes.append(f"{root.folder} has no masks and was left out")
         else:
-            findings.add_unmasked(str(root.folder), bare, root.folder.name)
+            findings.add(str(root.folder), cases, root.folder.name)
     shown = f"a folder for each case: {' + '.join(images)} and {' + '.join(masks)}"
     return findings.finish(str(source.path), shown)
 
@@ -102,11 +110,7 @@ def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]], masks: Sequ
 
 
 def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[str]] | None:
-    """Return the names of the images' files and of the masks' in each case.
-
-    Raises:
-        PolysegError: several names may be those of the images or of the masks.
-    """
+    """Return the names of the images' files and of the masks' in each case."""
     names = Counter(name for root in roots for files in root.cases.values() for name in files)
     chosen = {side: list(getattr(source, side)) for side in ("images", "masks")}
     if not names.keys() >= {name for one in chosen.values() for name in one}:
@@ -123,10 +127,6 @@ def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[s
 
 
 def _part_of_words(name: str) -> str | None:
-    """Return the part that one word of a name stands for.
-
-    >>> _part_of_words("stage1_train"), _part_of_words("nuclei")
-    ('train', None)
-    """
+    """Return the part that one word of a name means, such as train for stage1_train."""
     parts = {part for word in re.split(r"[ _-]+", name) if (part := part_of(word))}
     return parts.pop() if len(parts) == 1 else None

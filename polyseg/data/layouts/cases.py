@@ -4,16 +4,18 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from polyseg.data.formats.file_formats import suffix_of
+from polyseg.data.formats.file_formats import is_dicom, suffix_of
 from polyseg.errors import PolysegError, reason
 
 LARGEST_SET = 1_000_000
 """Largest number of files and folders of a data set."""
+DEEPEST = 4
+"""Largest depth of a data set below the given path, in folders."""
 
 Unmasked = Literal["refuse", "empty", "skip"]
 """Treatment of images without a mask: an error, a case without foreground, or no case."""
@@ -46,13 +48,10 @@ class Case:
     id: str
     images: tuple[Path, ...]
     """One file, or several of one channel each; a folder holds the slices of one DICOM series."""
-
     masks: tuple[Path, ...] | None
     """Mask files, which the reader unites; () for an empty mask, None without a mask."""
-
     part: str | None = None
     """"train", "val" or "test" if the data set assigns a part, else None."""
-
     group: str | None = None
     """Name of the patient, if the data set gives it."""
 
@@ -63,19 +62,14 @@ class Layout:
 
     name: str
     """Name of the layout, for messages."""
-
     cases: list[Case]
     """Cases in order of their ids, which are unique and printable."""
-
     labels: Mapping[str, int]
     """Names of label values where a dataset.json gives them, without the background."""
-
     notes: tuple[str, ...] = ()
     """Lines for the log."""
-
     problems: tuple[str, ...] = ()
     """Lines about wrong names and missing files; the content of files is checked later."""
-
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Label values of each task that the data set declares; empty where it declares none."""
 
@@ -106,28 +100,31 @@ class Folders:
 
         Raises:
             PolysegError: it cannot be listed, a name is not valid text, or there are too many.
-
-        >>> Folders().list(Path(__file__).parent).files
-        ()
         """
         if folder not in self._known:
             self._known[folder] = self._read(folder)
         return self._known[folder]
 
+    def files_below(self, folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+        """Yield the readable files of a folder, then those of its sub-folders up to a depth."""
+        listing = self.list(folder)
+        yield from listing.files
+        for each in listing.folders if depth else ():
+            yield from self.files_below(each, depth - 1)
+
     def series(self, folder: Path) -> Path | None:
-        """Return where the DICOM series is that a folder holds and that is all it holds.
+        """Return the folder of a DICOM series, or None if `folder` holds anything else.
 
-        It may lie in a folder of its own (patient/study/series); of one slice it is the file.
-
-        >>> Folders().series(Path(__file__).parent) is None
-        True
+        The series may be in sub-folders (patient/study/series); of one slice it is the file.
         """
         for _ in range(_DEEPEST_SERIES):
             listing = self.list(folder)
             if listing.files or len(listing.folders) != 1:
                 break
             folder = listing.folders[0]
-        if not listing.files or listing.folders or not all(map(_is_dicom_name, listing.files)):
+        # No other kind has such suffixes, or none at all.
+        named = all(suffix_of(file) in ("", ".dcm", ".ima") for file in listing.files)
+        if not listing.files or listing.folders or not named:
             return None
         return folder if len(listing.files) > 1 else listing.files[0]
 
@@ -139,15 +136,20 @@ class Folders:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    self._count(folder)
+                    self._left -= 1
+                    if self._left < 0:
+                        raise PolysegError(
+                            f"{folder}: over {LARGEST_SET:,} files and folders were found up to "
+                            "here; give the folder of one data set"
+                        )
                     if is_junk(entry.name):
                         continue
-                    if _is_kind(entry, "folder") and not _leads_back(entry):
+                    if exists(entry, "folder") and not _leads_back(entry):
                         folders.append(entry.name)
-                    elif _is_kind(entry, "file"):
+                    elif exists(entry, "file"):
                         readable = is_readable(folder / entry.name)
                         (files if readable else unread).append(entry.name)
-                    elif entry.is_symlink() and not _is_kind(entry, "folder"):
+                    elif entry.is_symlink() and not exists(entry, "folder"):
                         broken.append(entry.name)
         except (OSError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else error
@@ -161,16 +163,8 @@ class Folders:
             if Path(name).suffix.lower() not in _DOCUMENTS
             and not (_VOXELS.search(name) and _VOXELS.sub("", name) in headers)
         )
-        listed = _paths(folder, files), _paths(folder, folders)
-        return Listing(*listed, tuple(sorted(broken)), tuple(others))
-
-    def _count(self, folder: Path) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise PolysegError(
-                f"{folder}: over {LARGEST_SET:,} files and folders were found up to here; give the "
-                "folder of one data set"
-            )
+        own, below = (tuple(folder / name for name in sorted(names)) for names in (files, folders))
+        return Listing(own, below, tuple(sorted(broken)), tuple(others))
 
 
 @dataclass
@@ -182,20 +176,20 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     _cases: list[tuple[str, Case]] = field(default_factory=list)
 
-    def add(self, case: Case, prefix: str = "") -> None:
-        """Add a case; the prefix precedes its id where ids would be the same without."""
-        self._cases.append((prefix, case))
+    def add(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
+        """Add cases, those without a mask as `unmasked` says.
 
-    def add_unmasked(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
-        """Treat images without a mask as `unmasked` says.
+        The prefix precedes their ids where two ids would be equal without it.
 
         >>> findings = Findings("empty")
-        >>> findings.add_unmasked("a/images", [Case("1", (Path("a/images/1.png"),), None)])
+        >>> findings.add("a/images", [Case("1", (Path("a/images/1.png"),), None)])
         >>> findings.finish("a", "images/ and masks/").cases[0].masks
         ()
         >>> findings.notes
         ['a/images: 1 image without a mask: taken as empty']
         """
+        self._cases += [(prefix, case) for case in cases if case.masks is not None]
+        cases = [case for case in cases if case.masks is None]
         if not cases:
             return
         what = f"{where}: {some('image', [case.images[0].name for case in cases])} without a mask"
@@ -208,8 +202,7 @@ class Findings:
             self.notes.append(f"{count}: left out")
         else:
             self.notes.append(f"{count}: taken as empty")
-            for case in cases:
-                self.add(replace(case, masks=()), prefix)
+            self._cases += [(prefix, replace(case, masks=())) for case in cases]
 
     def problem(self, where: str, noun: str, names: Iterable[str], what: str) -> None:
         """Add a problem with some files, if there are any, as one line."""
@@ -223,44 +216,36 @@ class Findings:
             PolysegError: nothing was found at all.
 
         >>> findings = Findings()
-        >>> findings.add(Case("1", (Path("a/1.png"),), ()), "a")
-        >>> findings.add(Case("1", (Path("b/1.png"),), ()), "b")
+        >>> findings.add("set", [Case("1", (Path("a/1.png"),), ())], "a")
+        >>> findings.add("set", [Case("1", (Path("b/1.png"),), ())], "b")
         >>> [case.id for case in findings.finish("set", "classes").cases]
         ['a/1', 'b/1']
         """
-        cases = self._with_unique_ids(source)
-        if not cases:
-            raise_problems(self.problems)
-            raise PolysegError(f"{source}: has no image with a mask ({name})")
-        return Layout(name, cases, labels or {}, tuple(self.notes), tuple(self.problems))
-
-    def _with_unique_ids(self, source: str) -> list[Case]:
         cases = [case for _, case in self._cases]
-        if repeated([case.id for case in cases]):
+        if repeated(case.id for case in cases):
             cases = [
                 replace(case, id=f"{prefix}/{case.id}") if prefix else case
                 for prefix, case in self._cases
             ]
-        self.problem(
-            source, "id", repeated([case.id for case in cases]), "stand for two images; rename one"
-        )
-        return sorted(cases, key=lambda case: case.id)
+        twice = repeated(case.id for case in cases)
+        self.problem(source, "id", twice, "stand for two images; rename one")
+        if not cases:
+            raise_problems(self.problems)
+            raise PolysegError(f"{source}: has no image with a mask ({name})")
+        cases.sort(key=lambda case: case.id)
+        return Layout(name, cases, labels or {}, tuple(self.notes), tuple(self.problems))
 
 
 def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[str]]:
-    """Return notes on what folders hold and cannot be read, and problems where that is most.
-
-    Args:
-        folders: lister of folders.
-        places: where the images and masks of a data set are.
-    """
+    """Return notes on what folders hold and cannot be read, and problems where that is most."""
     notes: list[str] = []
     problems: list[str] = []
     for folder in sorted(set(places)):
         listing = folders.list(folder) if exists(folder, "folder") else Listing((), ())
+        kinds = ", ".join(sorted({Path(name).suffix.lower() for name in listing.unread}))
         for names, noun, remedy in (
             (listing.broken, "broken link", "fetch the files, such as by `git annex get`"),
-            (listing.unread, "file", f"their kinds are not read ({_kinds(listing.unread)})"),
+            (listing.unread, "file", f"their kinds are not read ({kinds})"),
         ):
             if names:
                 most = len(names) > len(listing.files)
@@ -288,7 +273,7 @@ def is_readable(path: Path) -> bool:
     >>> is_readable(Path("a.JPG")), is_readable(Path("notes.txt"))
     (True, False)
     """
-    return bool(suffix_of(path)) or _begins_as_dicom(path)
+    return bool(suffix_of(path)) or is_dicom(path)
 
 
 def is_junk(name: str) -> bool:
@@ -300,8 +285,8 @@ def is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK
 
 
-def exists(path: Path, kind: Literal["file", "folder"]) -> bool:
-    """Return whether a file or folder exists; False for a path that is too long.
+def exists(path: Path | os.DirEntry[str], kind: Literal["file", "folder"]) -> bool:
+    """Return whether a file or folder exists; False where a path is too long or circular.
 
     >>> exists(Path("x" * 5000), "file")
     False
@@ -322,7 +307,7 @@ def plain(name: str) -> str:
 
 
 def part_of(name: str) -> str | None:
-    """Return the part of the data that a name stands for.
+    """Return the part of the data that a name means.
 
     >>> [part_of(name) for name in ("Training", "valid", "TestDataset", "images")]
     ['train', 'val', 'test', None]
@@ -332,11 +317,7 @@ def part_of(name: str) -> str | None:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that occur more than once, in order.
-
-    >>> repeated(["a", "b", "a"])
-    ['a']
-    """
+    """Return the names that occur more than once, in order."""
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
@@ -353,11 +334,7 @@ def shown(name: object) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun.
-
-    >>> counted(1, "image"), counted(2, "image")
-    ('1 image', '2 images')
-    """
+    """Return a number with its noun."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -374,9 +351,6 @@ def some(noun: str, names: Sequence[str]) -> str:
 def raise_problems(problems: Sequence[str]) -> None:
     """Raise one error with a line for each problem, if there are any.
 
-    Raises:
-        PolysegError: there are problems.
-
     >>> raise_problems(["a: is no image", "b: is no mask"])
     Traceback (most recent call last):
     polyseg.errors.PolysegError: a: is no image
@@ -388,17 +362,13 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def seen_in(folder: Path) -> str:
-    """Return the names of a few entries of a folder, with a slash after folders.
-
-    >>> seen_in(Path(__file__).parent / "nowhere")
-    'nothing'
-    """
+    """Return the names of a few entries of a folder, with a slash after folders."""
     names = []
     try:
         with os.scandir(folder) as entries:
             for entry, _ in zip(entries, range(LARGEST_SET), strict=False):
                 if not is_junk(entry.name):
-                    names.append(f"{entry.name}/" if _is_kind(entry, "folder") else entry.name)
+                    names.append(f"{entry.name}/" if exists(entry, "folder") else entry.name)
     except (OSError, ValueError):
         return "nothing"
     # Folders identify a layout better than files.
@@ -407,38 +377,8 @@ def seen_in(folder: Path) -> str:
     return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"
 
 
-def _kinds(names: Iterable[str]) -> str:
-    return ", ".join(sorted({Path(name).suffix.lower() for name in names}))
-
-
-def _paths(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    return tuple(folder / name for name in sorted(names))
-
-
-def _is_kind(entry: os.DirEntry[str], kind: Literal["file", "folder"]) -> bool:
-    try:
-        return entry.is_file() if kind == "file" else entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
-
-
 def _leads_back(entry: os.DirEntry[str]) -> bool:
     if not entry.is_symlink():
         return False
     target, here = Path(entry.path).resolve(), Path(entry.path).parent.resolve()
     return target == here or target in here.parents
-
-
-def _is_dicom_name(path: Path) -> bool:
-    """Return whether a readable file is DICOM by its name: no other kind has a suffix like it."""
-    return suffix_of(path) in ("", ".dcm", ".ima")
-
-
-def _begins_as_dicom(path: Path) -> bool:
-    if not exists(path, "file"):
-        return False
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False

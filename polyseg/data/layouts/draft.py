@@ -7,7 +7,6 @@ from polyseg.data.layouts.known_layouts import find_cases
 from polyseg.data.layouts.manifest import COLUMNS
 from polyseg.data.layouts.names import is_for_masks, is_mask_name
 from polyseg.data.layouts.pairing import match
-from polyseg.data.layouts.source import DEEPEST
 from polyseg.errors import PolysegError
 from polyseg.system.files import csv_table
 
@@ -16,14 +15,8 @@ def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
     """Return a manifest as text, and how many images it lists and how many have no mask.
 
     Of a known layout it lists what is found. Otherwise it lists every file that can be read; files
-    whose name or folder is a mask's are put beside the image that fits best.
-
-    Args:
-        path: the data set.
-        folder: where the manifest will be, so that its paths are relative to it where they can be.
-
-    Raises:
-        PolysegError: the folder holds no file that can be read.
+    whose name or folder is a mask's are put beside the image that fits best. Paths in `folder`,
+    where the manifest will be, are relative to it.
     """
     try:
         cases = find_cases(path, unmasked="skip").cases
@@ -40,7 +33,7 @@ def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
 
 
 def _guessed(path: Path) -> list[tuple[Path, tuple[Path, ...]]]:
-    files = _all_files(Folders(), path)
+    files = list(Folders().files_below(path))
     masks: dict[str, list[Path]] = {}
     images: dict[str, list[Path]] = {}
     for file in files:
@@ -51,15 +44,6 @@ def _guessed(path: Path) -> list[tuple[Path, tuple[Path, ...]]]:
     found = match(images, masks).masks if images else {}
     pairs = [(file, tuple(found.get(stem, ()))) for stem, one in images.items() for file in one]
     return sorted(pairs or [(file, ()) for file in files])
-
-
-def _all_files(folders: Folders, folder: Path, depth: int = 0) -> list[Path]:
-    listing = folders.list(folder)
-    below = listing.folders if depth < DEEPEST else ()
-    return [
-        *listing.files,
-        *(file for each in below for file in _all_files(folders, each, depth + 1)),
-    ]
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
+    DEEPEST,
     Case,
     Findings,
     Folders,
@@ -28,8 +29,8 @@ from polyseg.data.layouts.names import (
     meaning_of,
     without_mask_endings,
 )
-from polyseg.data.layouts.pairing import Pairs, match, split_by_suffix
-from polyseg.data.layouts.source import DEEPEST, Source, ask, several_sets
+from polyseg.data.layouts.pairing import match, split_by_suffix
+from polyseg.data.layouts.source import Source, ask, several_sets
 from polyseg.errors import PolysegError
 
 _FIELD_OF_VIEW = re.compile(r"\d+_(training|test)_mask")
@@ -77,15 +78,11 @@ def _read_listed(source: Source) -> Layout:
     pairs = [match(pictures, items) for items in masks.values()]
     for name, pair in zip(masks, pairs, strict=True):
         findings.problem(name, "mask", pair.lost, "without an image")
-    bare = []
+    cases = []
     for stem, files in pictures.items():
         found = tuple(file for pair in pairs for file in pair.masks.get(stem, []))
-        case = Case(stem, (files[0],), found or None)
-        if found:
-            findings.add(case)
-        else:
-            bare.append(case)
-    findings.add_unmasked(", ".join(images), bare)
+        cases.append(Case(stem, (files[0],), found or None))
+    findings.add(", ".join(images), cases)
     names = (" + ".join(items) for items in (images, masks))
     return findings.finish(str(source.path), " and ".join(names))
 
@@ -189,11 +186,9 @@ class _Search:
     def _chosen(self) -> bool:
         return bool(self.source.images or self.source.masks)
 
-    def holds_files(self, folder: Path, depth: int = 0) -> bool:
+    def holds_files(self, folder: Path) -> bool:
         """Return whether a folder, or one up to four levels below it, holds a file to read."""
-        listing = self.folders.list(folder)
-        below = listing.folders if depth < DEEPEST else ()
-        return bool(listing.files) or any(self.holds_files(each, depth + 1) for each in below)
+        return any(self.folders.files_below(folder))
 
     def _named(self, folder: Path, names: Sequence[str], chosen: Sequence[str]) -> list[Path]:
         wanted = [plain(name) for name in chosen] or names
@@ -228,7 +223,7 @@ class _Search:
         return self._nested(only_images, only_masks, part, prefix)
 
     def _compounds(self, folder: Path, part: str | None, prefix: str) -> list[_Unit]:
-        """Find folders whose names tell the part as well, such as ISIC's or train_images/."""
+        """Find folders whose names give the part as well, such as ISIC's or train_images/."""
         found: dict[str, dict[str, list[Path]]] = {}
         for each in self.folders.list(folder).folders:
             if (meaning := meaning_of(each.name)) and self.holds_files(each):
@@ -255,7 +250,12 @@ class _Search:
         several = [each for each in others.values() if self.holds_files(each)]
         own = items_of(self.folders, images), items_of(self.folders, masks)
         if several and own[0] and not own[1] and not groups:
-            raise self._several_masks(masks, several)
+            names = [str(each.relative_to(self.source.path)) for each in several]
+            united = f"[{', '.join(names)}] to unite them, or =" if names[1:] else ""
+            raise PolysegError(
+                f"{masks}: holds no mask, but {some('folder', [each.name for each in several])}; "
+                f"set data.masks={united}{names[0]}"
+            )
         if any(own) or not groups:
             units.append(_Unit(images, masks, part, prefix))
         for group in groups:
@@ -270,16 +270,6 @@ class _Search:
                 f"{twin}: there are no images for these masks; expected {images / twin.name}"
             )
         return units
-
-    def _several_masks(self, masks: Path, found: Sequence[Path]) -> PolysegError:
-        """Return the error that masks of the same images lie in several folders."""
-        root = self.source.path
-        names = [str(each.relative_to(root)) for each in found]
-        united = f"[{', '.join(names)}] to unite them, or =" if names[1:] else ""
-        return PolysegError(
-            f"{masks}: holds no mask, but {some('folder', [each.name for each in found])}; set "
-            f"data.masks={united}{names[0]}"
-        )
 
     def _parts(
         self, folder: Path, part: str | None, prefix: str, depth: int, with_others: bool
@@ -373,7 +363,7 @@ def items_of(folders: Folders, folder: Path, *, series: bool = True) -> dict[str
 
 
 def _refuse_two_kinds(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
-    """Raise where each name is of two files and nothing tells which is the mask."""
+    """Raise where each name is of two files and their endings do not show which is the mask."""
     kinds = {tuple(file.suffix for file in files) for files in items.values()}
     if len(items) > 1 and len(kinds) == 1 and len(pair := kinds.pop()) == 2:
         raise PolysegError(
@@ -403,11 +393,22 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
     _refuse_twice(where, pictures, findings)
     _refuse_twice(str(mask_folder), masks, findings)
     findings.problem(str(mask_folder), "mask", pairs.lost, f"without an image in {where}")
-    _note_rule(str(mask_folder), pairs, findings)
-    for stem, files in pairs.masks.items():
-        findings.add(_case(stem, pictures, unit, tuple(sorted(files))), unit.prefix)
-    bare = [_case(stem, pictures, unit, None) for stem in pictures if stem not in pairs.masks]
-    _add_bare(unit, bare, findings)
+    if pairs.rule.name != "equal":
+        image, files = next(iter(pairs.masks.items()))
+        findings.notes.append(
+            f"{mask_folder}: masks and images are paired by this rule: {pairs.rule.help} "
+            f"({files[0].name} is the mask of {image})"
+        )
+    cases = [
+        Case(stem, (files[0],), tuple(sorted(pairs.masks.get(stem, ()))) or None, unit.part)
+        for stem, files in pictures.items()
+    ]
+    bare = sum(case.masks is None for case in cases)
+    if bare and plain(unit.images.name) == _WITHOUT_LESION:
+        cases = [replace(case, masks=case.masks or ()) for case in cases]
+        count = counted(bare, "image")
+        findings.notes.append(f"{where}: {count} without a mask: normal, so taken as empty")
+    findings.add(where, cases, unit.prefix)
 
 
 def _without_second_observer(folder: Path, items: _Files, findings: Findings) -> _Files:
@@ -418,37 +419,12 @@ def _without_second_observer(folder: Path, items: _Files, findings: Findings) ->
     return {stem: files for stem, files in items.items() if stem not in others}
 
 
-def _note_rule(where: str, pairs: Pairs, findings: Findings) -> None:
-    if pairs.rule.name != "equal":
-        image, files = next(iter(pairs.masks.items()))
-        findings.notes.append(
-            f"{where}: masks and images are paired by this rule: {pairs.rule.help} "
-            f"({files[0].name} is the mask of {image})"
-        )
-
-
 def _with_lost_masks(images: _Files, masks: _Files) -> tuple[_Files, _Files]:
-    """Count as masks what ends as masks do, though there is neither image nor mask of it."""
+    """Move images that are named as masks, and have no mask themselves, to the masks."""
     found = match(images, masks).masks
     lost = {stem for stem in images if without_mask_endings(stem)[1:] and stem not in found}
     kept = {stem: files for stem, files in images.items() if stem not in lost}
     return kept, masks | {stem: images[stem] for stem in lost}
-
-
-def _case(
-    stem: str, images: Mapping[str, Sequence[Path]], unit: _Unit, masks: tuple[Path, ...] | None
-) -> Case:
-    return Case(stem, (images[stem][0],), masks, unit.part)
-
-
-def _add_bare(unit: _Unit, cases: list[Case], findings: Findings) -> None:
-    if cases and plain(unit.images.name) == _WITHOUT_LESION:
-        for case in cases:
-            findings.add(replace(case, masks=()), unit.prefix)
-        count = counted(len(cases), "image")
-        findings.notes.append(f"{unit.images}: {count} without a mask: normal, so taken as empty")
-    else:
-        findings.add_unmasked(str(unit.images), cases, unit.prefix)
 
 
 def _name(units: Sequence[_Unit]) -> str:
@@ -456,7 +432,7 @@ def _name(units: Sequence[_Unit]) -> str:
     name = "images with masks beside them"
     if first.masks is not None:
         images, masks = first.images, first.masks
-        # In images/train/ and masks/train/ it is the upper folders that tell the two apart.
+        # In images/train/ and masks/train/ the upper folders have the names of the two sides.
         while _twin_key(images) == _twin_key(masks) and images != masks:
             images, masks = images.parent, masks.parent
         name = f"{images.name}/ and {masks.name}/"

@@ -33,32 +33,25 @@ def find_cases(
         unmasked: treatment of images without a mask (data.unmasked).
 
     Returns:
-        The cases in order of their ids, and the problems: images and masks that do not match, so
-        that they can be told together with those of the files' content. An id is the image's stem;
-        where two are the same in different parts or classes, each has its folder's name before it.
+        The cases in order of their ids, and the problems: images and masks that do not match, to be
+        reported together with those of the files' content. An id is the image's stem; where two
+        are the same in different parts or classes, each has its folder's name before it.
 
     Raises:
         PolysegError: it has none of the layouts, or its layout is ambiguous.
-
-    >>> find_cases(Path("nowhere"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere: there is no such file or folder
     """
     source = Source(Path(path), layout, as_names(images), as_names(masks), unmasked)
     _check_settings(source)
     found = _first(source)
     if found is None:
         raise PolysegError(*_unknown(source))
-    return _with_left_out(source, found)
+    files = [file for case in found.cases for file in (*case.images, *(case.masks or ()))]
+    notes, problems = left_out(source.folders, (file.parent for file in files))
+    return replace(found, notes=(*found.notes, *notes), problems=(*found.problems, *problems))
 
 
 def holds_masks(path: Path) -> bool:
-    """Return whether a folder or file is a data set of images with masks, or only of images.
-
-    >>> holds_masks(Path("nowhere"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere: there is no such file or folder
-    """
+    """Return whether a folder or file is a data set of images with masks, or only of images."""
     source = Source(path, unmasked="skip")
     if exists(path, "file"):
         return path.suffix.lower() in MANIFEST_SUFFIXES
@@ -69,17 +62,8 @@ def holds_masks(path: Path) -> bool:
 def _first(source: Source) -> Layout | None:
     """Return the result of the chosen layout, or of the first one that applies."""
     rows = [LAYOUTS[source.layout]] if source.chosen else LAYOUTS.values()
-    for row in rows:
-        if row.function and (found := row.resolve()(source)) is not None:
-            layout: Layout = found
-            return layout
-    return None
-
-
-def _with_left_out(source: Source, layout: Layout) -> Layout:
-    files = [file for case in layout.cases for file in (*case.images, *(case.masks or ()))]
-    notes, problems = left_out(source.folders, (file.parent for file in files))
-    return replace(layout, notes=(*layout.notes, *notes), problems=(*layout.problems, *problems))
+    found = (row.resolve()(source) for row in rows if row.function)
+    return next((layout for layout in found if layout is not None), None)
 
 
 def _check_settings(source: Source) -> None:

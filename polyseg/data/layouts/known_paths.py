@@ -1,12 +1,12 @@
-"""Read public data sets that are told by the paths of their files; a new one needs a row here."""
+"""Recognise public data sets by the paths of their files; a new one needs a row here."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyseg.data.layouts.cases import Case, Findings, Folders, Layout, part_of, some, stem_of
-from polyseg.data.layouts.source import DEEPEST, Source
+from polyseg.data.layouts.cases import DEEPEST, Case, Findings, Layout, part_of, some, stem_of
+from polyseg.data.layouts.source import Source
 from polyseg.registry import Registry, Row
 
 
@@ -56,19 +56,20 @@ def read_public_set(source: Source) -> Layout | None:
     """Read a data set whose paths fit a row of `PUBLIC_SETS`."""
     if source.settings():
         return None
-    files = list(_files(source.folders, source.path))
+    files = list(source.folders.files_below(source.path, DEEPEST + 1))
     found = (_read(row, files, source) for row in PUBLIC_SETS.values())
     return next(filter(None, found), None)
 
 
-def _read(row: PublicSet, files: Sequence[tuple[str, Path]], source: Source) -> Layout | None:
+def _read(row: PublicSet, files: Sequence[Path], source: Source) -> Layout | None:
     """Return the cases of a data set, or None where not both images and masks are there."""
     image, mask = _compiled(row.images), _compiled(row.masks)
     shared = sorted(image.groupindex.keys() & mask.groupindex.keys())
     masks: dict[tuple[str, ...], list[Path]] = {}
     images: list[tuple[tuple[str, ...], Path, dict[str, str]]] = []
     others: list[str] = []
-    for name, file in files:
+    for file in files:
+        name = (file.parent.relative_to(source.path) / stem_of(file)).as_posix()
         found = mask.search(name) or image.search(name)
         if found is None:
             others.append(file.name)
@@ -81,6 +82,7 @@ def _read(row: PublicSet, files: Sequence[tuple[str, Path]], source: Source) -> 
             images.append((key, file, fields))
     if not images or not masks:
         return None
+    where = str(source.path)
     findings, bare = Findings(source.unmasked), []
     for key, file, fields in images:
         own = tuple(masks.pop(key, ()))
@@ -88,15 +90,15 @@ def _read(row: PublicSet, files: Sequence[tuple[str, Path]], source: Source) -> 
         part = next(filter(None, map(part_of, above)), None)
         case = Case(stem_of(file), (file,), own or None, part, fields.get("group"))
         if own:
-            findings.add(case, file.parent.name)
+            findings.add(where, [case], file.parent.name)
         else:
             bare.append(case)
     lost = [file.name for own in masks.values() for file in own]
-    findings.problem(str(source.path), "mask", lost, "without an image")
-    findings.add_unmasked(str(source.path), bare)
+    findings.problem(where, "mask", lost, "without an image")
+    findings.add(where, bare)
     if others:
-        findings.notes.append(f"{source.path}: {some('file', others)} of other names left out")
-    return findings.finish(str(source.path), row.name)
+        findings.notes.append(f"{where}: {some('file', others)} of other names left out")
+    return findings.finish(where, row.name)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -114,12 +116,3 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             regex += f"(?P={field})" if field in known else f"(?P<{field}>[^/]+)"
             known.add(field)
     return re.compile(f"(?:^|/){regex}$")
-
-
-def _files(folders: Folders, folder: Path, before: str = "") -> Iterator[tuple[str, Path]]:
-    """Yield the files of a folder and below, with their paths in it, without suffixes."""
-    listing = folders.list(folder)
-    for file in listing.files:
-        yield f"{before}{stem_of(file)}", file
-    for each in listing.folders if before.count("/") <= DEEPEST else ():
-        yield from _files(folders, each, f"{before}{each.name}/")

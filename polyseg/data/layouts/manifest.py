@@ -37,9 +37,8 @@ _LONGEST_ID = 200
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that is not empty, and the line of the file that it ends in."""
-
     line: int
+    """Number of the line in which the row ends."""
     cells: dict[str, str]
 
 
@@ -48,18 +47,11 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
 
     Several masks of an image, or several files of one channel each, are separated by ";".
     Columns are separated by commas or tabs. An id that is not given is the image's stem, or its
-    path as written where stems are not unique.
-
-    Args:
-        path: the file.
-        unmasked: treatment of images whose mask cell is empty.
+    path as written where stems are not unique. `unmasked` is the treatment of images whose mask
+    cell is empty.
 
     Raises:
         PolysegError: there are problems; one line for each.
-
-    >>> read_manifest(Path("nowhere.csv"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere.csv: cannot be read: No such file or directory
     """
     path = Path(path)
     rows = list(_rows(path))
@@ -68,10 +60,7 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
     cases = _with_ids([_case(path, row, folders, findings) for row in rows], path.parent)
     _refuse_repeated_ids(path, cases, rows, findings)
     raise_problems(findings.problems)
-    for case in cases:
-        if case.masks:
-            findings.add(case)
-    findings.add_unmasked(str(path), [case for case in cases if not case.masks])
+    findings.add(str(path), cases)
     others = [shown(name) for name in (rows[0].cells if rows else ()) if name not in COLUMNS]
     if others:
         findings.notes.append(f"{path}: columns that are not used: {', '.join(others)}")
@@ -80,8 +69,7 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
 
 def read_manifest_file(source: Source) -> Layout | None:
     """Read a CSV manifest, or return None for a folder."""
-    is_file = exists(source.path, "file")
-    return read_manifest(source.path, source.unmasked) if is_file else None
+    return read_manifest(source.path, source.unmasked) if exists(source.path, "file") else None
 
 
 def _rows(path: Path) -> Iterator[_Row]:
@@ -120,13 +108,13 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    problems = []
-    for name in columns:
-        if name not in COLUMNS:
-            near = difflib.get_close_matches(name[:50], COLUMNS, n=1, cutoff=0.78)
-            # Other columns are additional data, such as age, site, scanner.
-            if near:
-                problems.append(f"{path}: unknown column {shown(name)!r}; did you mean {near[0]}?")
+    # Columns that resemble none of these are additional data, such as age, site, scanner.
+    problems = [
+        f"{path}: unknown column {shown(name)!r}; did you mean {near[0]}?"
+        for name in columns
+        if name not in COLUMNS
+        and (near := difflib.get_close_matches(name[:50], COLUMNS, n=1, cutoff=0.78))
+    ]
     if len(columns) == 1 and ";" in columns[0]:
         problems = [f"{path}: separate the columns by commas (or tabs), not by semicolons"]
     elif missing := [name for name in ("image", "mask") if name not in columns]:
@@ -181,13 +169,9 @@ def _misfit(path: Path, folders: Folders) -> str | None:
 
 
 def _is_id(text: str) -> bool:
-    """Refuse ids that as file names would leave their folder."""
-    parts = text.split("/")
-    return (
-        len(text) <= _LONGEST_ID
-        and text.isprintable()
-        and not any(part.strip() in ("", ".", "..") for part in parts)
-    )
+    """Return whether a text can be an id, which as a file name must not leave its folder."""
+    inside = not any(part.strip() in ("", ".", "..") for part in text.split("/"))
+    return inside and len(text) <= _LONGEST_ID and text.isprintable()
 
 
 def _with_ids(cases: Sequence[Case], folder: Path) -> list[Case]:

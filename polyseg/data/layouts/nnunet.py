@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
+    DEEPEST,
     Case,
     Findings,
     Folders,
     Layout,
-    Unmasked,
     counted,
     exists,
     is_readable,
@@ -23,7 +23,7 @@ from polyseg.data.layouts.cases import (
     stem_of,
 )
 from polyseg.data.layouts.names import IMAGE_FOLDERS, MASK_FOLDERS
-from polyseg.data.layouts.source import DEEPEST, Source, several_sets
+from polyseg.data.layouts.source import Source, several_sets
 from polyseg.errors import PolysegError, reason
 from polyseg.system.files import read_text
 
@@ -34,19 +34,61 @@ _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _LARGEST_LABEL = 65535
 
 _Json = dict[str, Any]
-Regions = dict[str, tuple[int, ...]]
+_Regions = dict[str, tuple[int, ...]]
 
 
 def read_if_nnunet(source: Source) -> Layout | None:
-    """Read nnU-Net's raw layout, or return None where imagesTr/ and dataset.json are not so."""
+    """Read nnU-Net's raw layout, versions 1 and 2: imagesTr, labelsTr, imagesTs, labelsTs.
+
+    Cases of imagesTr are of no part, since nnU-Net leaves training and validation to splits;
+    those of imagesTs are the test part if labelsTs is there, else left out.
+    """
     root = _root_of_kind(source, "nnunet")
-    return None if root is None else read_nnunet(source.folders, root, source.unmasked)
+    if root is None:
+        return None
+    folders, findings = source.folders, Findings(source.unmasked)
+    description = _read_description(root)
+    labels, regions = _label_values(root, description)
+    ending, channels = _file_ending(root, description), _channels(root, description)
+    if not exists(root / TRAINING_IMAGES, "folder"):
+        raise PolysegError(f"{root}: has no folder imagesTr (it holds {seen_in(root)})")
+    for end, part in (("Tr", None), ("Ts", "test")):
+        images, masks = root / f"images{end}", root / f"labels{end}"
+        if part and _files(folders, images) and not _files(folders, masks):
+            findings.notes.append(f"{images} has no labels and was left out")
+        else:
+            side = _Side(images, masks, part, ending, channels)
+            _add_side(folders, side, findings)
+    said = description.get("numTraining")
+    cases = by_channels(_files(folders, root / TRAINING_IMAGES))
+    if isinstance(said, int) and cases is not None and len(cases) != said:
+        findings.notes.append(
+            f"{DESCRIPTION} speaks of {shown(said)} training cases, imagesTr holds {len(cases)}"
+        )
+    return replace(findings.finish(str(root), "nnU-Net raw", labels), regions=regions)
 
 
 def read_if_decathlon(source: Source) -> Layout | None:
-    """Read a task of the Medical Segmentation Decathlon, or return None where it is none."""
+    """Read a task of the Medical Segmentation Decathlon: the images that dataset.json lists."""
     root = _root_of_kind(source, "decathlon")
-    return None if root is None else read_decathlon(source.folders, root, source.unmasked)
+    if root is None:
+        return None
+    findings, where = Findings(source.unmasked), root / DESCRIPTION
+    description = _read_description(root)
+    labels, regions = _label_values(root, description)
+    entries = description.get("training")
+    if not isinstance(entries, list) or not entries:
+        raise PolysegError(f'{where}: training: expected a list of {{"image", "label"}}')
+    found = [
+        _listed_case(root, f"{where}: training, entry {index}", entry, findings)
+        for index, entry in enumerate(entries, start=1)
+    ]
+    findings.add(str(where), [case for case in found if case is not None])
+    tests = description.get("test")
+    if isinstance(tests, list) and tests:
+        findings.notes.append(f"{counted(len(tests), 'test image')} without labels left out")
+    layout = findings.finish(str(root), "Medical Segmentation Decathlon", labels)
+    return replace(layout, regions=regions)
 
 
 def _root_of_kind(source: Source, kind: str) -> Path | None:
@@ -55,7 +97,7 @@ def _root_of_kind(source: Source, kind: str) -> Path | None:
     if source.images or source.masks:
         return None
     root = _described_root(source.folders, source.path)
-    return root if root is not None and kind_of(source.folders, root) == kind else None
+    return root if root is not None and _kind_of(source.folders, root) == kind else None
 
 
 def _described_root(folders: Folders, path: Path) -> Path | None:
@@ -75,16 +117,8 @@ def _described_root(folders: Folders, path: Path) -> Path | None:
     return None
 
 
-def kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
-    """Return which it is: nnU-Net's images carry a channel (_0000), the Decathlon's are listed.
-
-    Raises:
-        PolysegError: a folder or dataset.json cannot be read.
-
-    >>> kind_of(Folders(), Path("nowhere"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere: has no dataset.json (it holds nothing)
-    """
+def _kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
+    """Return which it is: nnU-Net's images carry a channel (_0000), the Decathlon's are listed."""
     description = _read_description(root)
     images = {stem_of(file) for file in _files(folders, root / TRAINING_IMAGES)}
     labels = {stem_of(file) for file in _files(folders, root / "labelsTr")}
@@ -93,78 +127,6 @@ def kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
     by_name = len(channels) == len(images) and any(match[2] == "0000" for match in channels)
     listed = isinstance(description.get("training"), list)
     return "decathlon" if listed and not by_label and not by_name else "nnunet"
-
-
-def read_nnunet(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> Layout:
-    """Read nnU-Net's raw layout, versions 1 and 2: imagesTr, labelsTr, imagesTs, labelsTs.
-
-    Cases of imagesTr are of no part, since nnU-Net leaves training and validation to splits;
-    those of imagesTs are the test part if labelsTs is there, else left out.
-
-    Args:
-        folders: lister of folders.
-        root: the folder of dataset.json.
-        unmasked: treatment of images without labels.
-
-    Raises:
-        PolysegError: there are problems; one line for each.
-
-    >>> read_nnunet(Folders(), Path("nowhere"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere: has no dataset.json (it holds nothing)
-    """
-    description = _read_description(root)
-    findings = Findings(unmasked)
-    labels, regions = _label_values(root, description)
-    ending, channels = _file_ending(root, description), _channels(root, description)
-    if not exists(root / TRAINING_IMAGES, "folder"):
-        raise PolysegError(f"{root}: has no folder imagesTr (it holds {seen_in(root)})")
-    for end, part in (("Tr", None), ("Ts", "test")):
-        images, masks = root / f"images{end}", root / f"labels{end}"
-        if part and _files(folders, images) and not _files(folders, masks):
-            findings.notes.append(f"{images} has no labels and was left out")
-        else:
-            side = _Side(images, masks, part, ending, channels)
-            _add_side(folders, side, findings)
-    _note_number(root, description, folders, channels, findings)
-    return replace(findings.finish(str(root), "nnU-Net raw", labels), regions=regions)
-
-
-def read_decathlon(folders: Folders, root: Path, unmasked: Unmasked = "refuse") -> Layout:
-    """Read a task of the Medical Segmentation Decathlon: the images that dataset.json lists.
-
-    Args:
-        folders: lister of folders.
-        root: the folder of dataset.json.
-        unmasked: treatment of images without labels.
-
-    Raises:
-        PolysegError: there are problems; one line for each.
-
-    >>> read_decathlon(Folders(), Path("nowhere"))
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere: has no dataset.json (it holds nothing)
-    """
-    description = _read_description(root)
-    where = root / DESCRIPTION
-    findings = Findings(unmasked)
-    labels, regions = _label_values(root, description)
-    entries = description.get("training")
-    if not isinstance(entries, list) or not entries:
-        raise PolysegError(f'{where}: training: expected a list of {{"image", "label"}}')
-    bare = []
-    for index, entry in enumerate(entries):
-        case = _listed_case(root, f"{where}: training, entry {index + 1}", entry, findings)
-        if case and case.masks:
-            findings.add(case)
-        elif case:
-            bare.append(case)
-    findings.add_unmasked(str(where), bare)
-    tests = description.get("test")
-    if isinstance(tests, list) and tests:
-        findings.notes.append(f"{counted(len(tests), 'test image')} without labels left out")
-    layout = findings.finish(str(root), "Medical Segmentation Decathlon", labels)
-    return replace(layout, regions=regions)
 
 
 def by_channels(files: Sequence[Path]) -> dict[str, dict[int, Path]] | None:
@@ -204,14 +166,11 @@ def _add_side(folders: Folders, side: _Side, findings: Findings) -> None:
     labels = {stem_of(file): file for file in masks}
     lost = sorted(labels.keys() - cases.keys())
     findings.problem(str(side.masks), "mask", lost, f"without an image in {side.images.name}/")
-    bare = []
+    found = []
     for name, channels in cases.items():
         files = tuple(channels[number] for number in sorted(channels))
-        if name in labels:
-            findings.add(Case(name, files, (labels[name],), side.part), side.images.name)
-        else:
-            bare.append(Case(name, files, None, side.part))
-    findings.add_unmasked(str(side.images), bare, side.images.name)
+        found.append(Case(name, files, (labels[name],) if name in labels else None, side.part))
+    findings.add(str(side.images), found, side.images.name)
 
 
 def _check_channels(
@@ -236,17 +195,6 @@ def _of_ending(folders: Folders, folder: Path, ending: str, findings: Findings) 
 
 def _files(folders: Folders, folder: Path) -> tuple[Path, ...]:
     return folders.list(folder).files if exists(folder, "folder") else ()
-
-
-def _note_number(
-    root: Path, description: _Json, folders: Folders, channels: int | None, findings: Findings
-) -> None:
-    said = description.get("numTraining")
-    cases = by_channels(_files(folders, root / TRAINING_IMAGES))
-    if isinstance(said, int) and cases is not None and len(cases) != said:
-        findings.notes.append(
-            f"{DESCRIPTION} speaks of {shown(said)} training cases, imagesTr holds {len(cases)}"
-        )
 
 
 def _read_description(root: Path) -> _Json:
@@ -288,13 +236,10 @@ def _channels(root: Path, description: _Json) -> int | None:
     return len(names)
 
 
-def _label_values(root: Path, description: _Json) -> tuple[dict[str, int], Regions]:
+def _label_values(root: Path, description: _Json) -> tuple[dict[str, int], _Regions]:
     """Return labels, {"tumour": 1} of version 2 or {"1": "tumour"} of version 1, and regions.
 
     A region is a task of several values; where there is one, each other label is a task too.
-
-    Raises:
-        PolysegError: a label is no whole number, or pixels are to be ignored.
     """
     where = f"{root / DESCRIPTION}: labels"
     said = description.get("labels", {})

@@ -36,11 +36,7 @@ def as_it_is(stem: str) -> str:
 
 
 def in_small_letters(stem: str) -> str:
-    """Return a stem in lower case.
-
-    >>> in_small_letters("A1")
-    'a1'
-    """
+    """Return a stem in lower case."""
     return stem.casefold()
 
 
@@ -113,7 +109,7 @@ def _matched_by(rule: Row, images: Sequence[str], masks: Files) -> Pairs:
 def image_keys(stems: Iterable[str], rule: Callable[[str], str] = as_it_is) -> dict[str, str]:
     """Return images by what a rule makes of their stem, and of their stem without _test.
 
-    A key that several images have stands for none of them.
+    A key that several images share is left out.
 
     >>> image_keys(["1_test", "2"])
     {'1': '1_test', '2': '2', '1_test': '1_test'}

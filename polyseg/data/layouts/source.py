@@ -10,9 +10,6 @@ from polyseg.errors import PolysegError
 Names = str | Sequence[str] | None
 """Value of data.images or data.masks: a name or path, several, or none."""
 
-DEEPEST = 4
-"""Largest depth of a data set below the given path, in folders."""
-
 
 @dataclass
 class Source:
@@ -41,24 +38,15 @@ class Source:
         ['data.masks=[a, b]']
         """
         sides = (("images", self.images), ("masks", self.masks))
-        return [f"data.{side}={written(names)}" for side, names in sides if names]
-
-
-def written(names: Sequence[str]) -> str:
-    """Return names as the value of a setting.
-
-    >>> written(["a b"]), written(["a", "b"])
-    ("'a b'", '[a, b]')
-    """
-    return repr(names[0]) if len(names) == 1 else f"[{', '.join(names)}]"
+        return [
+            f"data.{side}=" + (f"[{', '.join(names)}]" if names[1:] else repr(names[0]))
+            for side, names in sides
+            if names
+        ]
 
 
 def as_names(value: Names) -> tuple[str, ...]:
-    """Return the names that a setting holds.
-
-    >>> as_names(None), as_names("a"), as_names(["a", "b"])
-    ((), ('a',), ('a', 'b'))
-    """
+    """Return the names that a setting holds."""
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)

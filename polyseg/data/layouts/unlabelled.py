@@ -7,6 +7,7 @@ from pathlib import Path
 
 from polyseg.data.formats.file_formats import readable_suffixes
 from polyseg.data.layouts.cases import (
+    DEEPEST,
     Case,
     Folders,
     exists,
@@ -23,7 +24,6 @@ from polyseg.data.layouts.folders import items_of
 from polyseg.data.layouts.names import IMAGE_FOLDERS, is_for_masks
 from polyseg.data.layouts.nnunet import TRAINING_IMAGES, by_channels
 from polyseg.data.layouts.pairing import split_by_suffix
-from polyseg.data.layouts.source import DEEPEST
 from polyseg.errors import PolysegError
 
 log = logging.getLogger(__name__)
@@ -37,18 +37,11 @@ def find_unlabelled(paths: Sequence[Path]) -> list[Case]:
     images/. In imagesTs/ and imagesTr/ the files CASE_0000, CASE_0001, ... are channels of one
     image.
 
-    Args:
-        paths: images and folders.
-
     Returns:
         Cases in order of their ids, which have names of folders before them where they need it.
 
     Raises:
         PolysegError: one cannot be read or holds no image; all of them are named, a line each.
-
-    >>> find_unlabelled([Path("nowhere.png")])
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: nowhere.png: there is no such file or folder
     """
     folders = Folders()
     cases: list[Case] = []
@@ -64,7 +57,7 @@ def find_unlabelled(paths: Sequence[Path]) -> list[Case]:
     raise_problems(problems)
     for note in notes:
         log.warning("%s", note)
-    return _told_apart(cases)
+    return _with_unique_ids(cases)
 
 
 def _unlabelled(folders: Folders, path: Path) -> list[Case]:
@@ -87,7 +80,9 @@ def _images_of(folders: Folders, folder: Path, depth: int = 0) -> list[Case]:
     """Return the images of a folder's images/, else its own, else those of its sub-folders."""
     below = folders.list(folder).folders
     named = [each for each in below if plain(each.name) in IMAGE_FOLDERS]
-    named = [_only_images(folder, named)] if named else []
+    if len(named) > 1:
+        names = ", ".join(f"{each.name}/" for each in named)
+        raise PolysegError(f"{folder}: several folders may hold the images ({names}); name one")
     named += [each for each in below if each.name == "imagesTs"]
     named = named or [each for each in below if each.name == TRAINING_IMAGES]
     own = [] if named else _images_in(folders, folder)
@@ -95,13 +90,6 @@ def _images_of(folders: Folders, folder: Path, depth: int = 0) -> list[Case]:
         return own
     others = [each for each in below if not is_for_masks(each.name)]
     return [case for each in named or others for case in _images_of(folders, each, depth + 1)]
-
-
-def _only_images(folder: Path, found: Sequence[Path]) -> Path:
-    if len(found) > 1:
-        names = ", ".join(f"{each.name}/" for each in found)
-        raise PolysegError(f"{folder}: several folders may hold the images ({names}); name one")
-    return found[0]
 
 
 def _images_in(folders: Folders, folder: Path) -> list[Case]:
@@ -114,22 +102,21 @@ def _images_in(folders: Folders, folder: Path) -> list[Case]:
     if place := folders.series(folder):
         names = (folder.name, *place.relative_to(folder).parts)
         if not any(plain(name) in IMAGE_FOLDERS for name in names):
-            # The name of "." is told by where it is.
+            # Path(".") has no name before it is resolved.
             return [Case(folder.name or folder.resolve().name, (place,), None)]
     images, _ = split_by_suffix(items_of(folders, folder), by_kind=False)
     return [Case(stem, (file,), None) for stem, found in images.items() for file in found]
 
 
-def _told_apart(cases: Sequence[Case]) -> list[Case]:
+def _with_unique_ids(cases: Sequence[Case]) -> list[Case]:
     """Return cases whose ids are unique by the names of the folders before them."""
     once = {case.images: case for case in cases}
     for count in range(DEEPEST * 2):
-        found = [replace(case, id=_long_id(case, count)) for case in once.values()]
+        found = []
+        for case in once.values():
+            above = case.images[0].absolute().parent.parts[1:]
+            names = above[len(above) - min(count, len(above)) :]
+            found.append(replace(case, id="/".join([*names, case.id])))
         if not (twice := repeated(case.id for case in found)):
             return sorted(found, key=lambda case: case.id)
     raise PolysegError(f"{some('name', twice)} of two images each, but for the suffix; rename one")
-
-
-def _long_id(case: Case, count: int) -> str:
-    above = case.images[0].absolute().parent.parts[1:]
-    return "/".join([*above[len(above) - min(count, len(above)) :], case.id])

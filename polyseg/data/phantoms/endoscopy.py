@@ -88,7 +88,7 @@ def _add_distractors(
     rng: np.random.Generator, height: Field, color: Field, polyp: Blob, factors: Factors
 ) -> None:
     """Add bulges of the wall's own colour and flat red patches: each a half of a polyp."""
-    size = (height.shape[0], height.shape[1])
+    size = height.shape
     taken = [center_of(polyp)]
     likeness = (0.4 + 0.1 * factors.distractors) * factors.contrast
     for _ in range(round(factors.distractors)):
@@ -114,14 +114,13 @@ def _dome(blob: Blob, factors: Factors) -> Field:
     bulge = soften(blob, 0.4 * radius)
     inward = np.clip(2 * bulge / bulge.max() - 1, 0, 1)
     ball = radius * np.sqrt(1 - (1 - inward) ** 3) * blob
-    return soften(ball, factors.blur * pixel_unit((blob.shape[0], blob.shape[1])))
+    return soften(ball, factors.blur * pixel_unit(blob.shape))
 
 
 def _light(height: Field, lumen: Place, warp: Field) -> Field:
     """Return the light reflected by the wall, less where it is tilted or far away."""
-    size = (height.shape[0], height.shape[1])
     down, across = np.gradient(height)
-    distance, direction = _polar(size, lumen)
+    distance, direction = _polar(height.shape, lumen)
     toward = down * np.sin(direction) + across * np.cos(direction)
     distance = distance * np.exp(warp)
     facing = (1 + 0.7 * toward - 0.3 * down) / np.sqrt(1 + down**2 + across**2)
@@ -131,7 +130,7 @@ def _light(height: Field, lumen: Place, warp: Field) -> Field:
 
 def _draw_glints(rng: np.random.Generator, height: Field, light: Field) -> Field:
     """Return white highlights where the wet wall reflects the lamp."""
-    size = (height.shape[0], height.shape[1])
+    size = height.shape
     wet = smooth_noise(rng, size, 30, 24) + 0.6 * smooth_noise(rng, size, 8, 8)
     mirror = np.clip((wet + 3 * light - 5.3) * 3, 0, 1)
     return 0.9 * soften(mirror, 0.5 * pixel_unit(size))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Size = tuple[int, int]
+Size = tuple[int, ...]
+"""Height and width."""
 Place = tuple[float, float]
 Field = NDArray[np.float64]
 Blob = NDArray[np.bool_]
@@ -54,13 +55,9 @@ def draw_blob(
 ) -> Blob:
     """Draw a ragged ellipse that covers exactly a share of the image, and one pixel at least.
 
-    Args:
-        rng: source of the shape.
-        size: height and width of the image in pixels.
-        area: share of the image.
-        raggedness: standard deviation of the radius, as a share of its mean.
-        elongation: width over height; limited so that the blob fits into a narrow image.
-        center: row and column as shares of the height and width; moved if the border is too near.
+    Area and center are shares of the image, and raggedness, the standard deviation of the radius,
+    is a share of its mean. Elongation is width over height. Elongation and center are changed where
+    the blob would not fit into the image.
 
     >>> rng = np.random.default_rng(0)
     >>> shape = {"area": 0.1, "raggedness": 0.1, "elongation": 1.5}

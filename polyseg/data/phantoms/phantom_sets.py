@@ -87,14 +87,7 @@ def make_phantoms(
 ) -> list[Phantom]:
     """Make a set of phantoms whose difficulties are spread evenly over [0, 1], in random order.
 
-    Args:
-        count: number of phantoms.
-        seed: of the order and of every phantom, 0 or more.
-        size: height and width in pixels, 32 to 512 each.
-        modality: one of `MODALITIES`.
-
-    Raises:
-        ValueError: the modality is none of these.
+    `seed` is that of the order too; all else is as in `make_phantom`.
 
     >>> [phantom.difficulty for phantom in make_phantoms(3, size=(32, 32))]
     [0.5, 1.0, 0.0]
@@ -110,11 +103,7 @@ def make_phantoms(
 def write_phantoms(directory: str | Path, phantoms: Sequence[Phantom]) -> None:
     """Write images/ID.png, masks/ID.png (0 and 255) and phantoms.csv into a new directory.
 
-    Either all files are written, or none.
-
-    Args:
-        directory: must not exist, or be empty.
-        phantoms: of distinct ids.
+    Either all files are written, or none; ids must be distinct.
 
     Raises:
         PolysegError: the directory is not empty, or cannot be written.
@@ -135,17 +124,10 @@ def write_phantoms(directory: str | Path, phantoms: Sequence[Phantom]) -> None:
                 _save(folder / "masks" / f"{phantom.id}.png", phantom.mask * np.uint8(255))
         except OSError as error:
             raise PolysegError(f"{directory}: cannot be written: {reason(error)}") from error
-        write_text(folder / "phantoms.csv", _table(phantoms))
+        names = [field.name for field in fields(Factors)]
+        rows = ([one.id, one.difficulty, *map(one.factors.get, names)] for one in phantoms)
+        write_text(folder / "phantoms.csv", csv_table(["id", "difficulty", *names], rows))
 
 
 def _save(path: Path, pixels: NDArray[np.uint8]) -> None:
     Image.fromarray(pixels).save(path)
-
-
-def _table(phantoms: Sequence[Phantom]) -> str:
-    names = [field.name for field in fields(Factors)]
-    rows = (
-        [phantom.id, phantom.difficulty, *(phantom.factors[name] for name in names)]
-        for phantom in phantoms
-    )
-    return csv_table(["id", "difficulty", *names], rows)

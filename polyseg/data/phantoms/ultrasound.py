@@ -92,17 +92,16 @@ def _add_distractors(rng: np.random.Generator, echo: Field, lesion: Blob, factor
 def _add_lobule(
     rng: np.random.Generator, echo: Field, center: Place, drop: float, factors: Factors
 ) -> None:
-    """Paint a flat dark lobule in a bright capsule, which tells it from a lesion."""
+    """Paint a flat dark lobule in a bright capsule, which a lesion does not have."""
     lobule = draw_blob(
         rng,
-        (echo.shape[0], echo.shape[1]),
+        echo.shape,
         area=factors.area * rng.uniform(0.5, 1.1),
         raggedness=0.06,
         elongation=rng.uniform(1.7, 2.6),
         center=center,
     )
-    unit = pixel_unit((echo.shape[0], echo.shape[1]))
-    inside = soften(lobule, 0.8 * unit)
+    inside = soften(lobule, 0.8 * pixel_unit(echo.shape))
     capsule = 4 * inside * (1 - inside)
     echo += inside * (echo[lobule].mean() - drop - echo) * 0.9 + 0.12 * capsule
 
@@ -122,8 +121,7 @@ def _add_shadow(
 
 def _add_lesion(rng: np.random.Generator, echo: Field, lesion: Blob, factors: Factors) -> None:
     """Paint the lesion, and what lies behind it brighter (a cyst) or darker (a scirrhus)."""
-    size = (echo.shape[0], echo.shape[1])
-    unit = pixel_unit(size)
+    size, unit = echo.shape, pixel_unit(echo.shape)
     inside = soften(lesion, factors.blur * unit)
     before = np.cumsum(inside, axis=0) / np.maximum(inside.sum(axis=0).max(), 1)
     behind = soften(before, (0, 1.5 * unit)) * (1 - inside)
