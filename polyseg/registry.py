@@ -91,9 +91,9 @@ class Registry(dict[str, R]):
 
 
 def not_among(value: object, names: Iterable[str], kind: str) -> str:
-    """Return the message for an unknown name, with the known names and the closest one.
+    """Return the message for an unknown name, with the known names and the closest ones.
 
-    A name whose help contains the value as a word counts as close.
+    One or two names whose help contains the value as a word come before similar names.
 
     >>> not_among("dise", ["dice", "bce"], "loss")
     "'dise' is not a loss: choose dice or bce; did you mean dice?"
@@ -102,10 +102,11 @@ def not_among(value: object, names: Iterable[str], kind: str) -> str:
     """
     helps = names.choices() if isinstance(names, Registry) else names
     article, names = "an" if kind[:1] in "aeiou" else "a", list(names)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
-    if not near and isinstance(helps, Mapping):
-        near = [name for name, text in helps.items() if str(value).lower() in words_of(text)]
-    hint = f"; did you mean {near[0]}?" if near else ""
+    explained = helps.items() if isinstance(helps, Mapping) else ()
+    near = [name for name, text in explained if str(value).lower() in words_of(text)]
+    if len(near) not in (1, 2):
+        near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    hint = f"; did you mean {listed(near)}?" if near else ""
     return f"{value!r:.60} is not {article} {kind}: choose {listed(names)}{hint}"
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from polyseg import __version__
+from polyseg.choices import LOSSES
 from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import DASH, size_of
 from polyseg.figures.style import formatted
@@ -195,7 +196,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
         rows.append(
             [
                 run.name,
-                tables.brief(run.settings.get("loss.name", DASH)),
+                _loss(run.settings),
                 tables.number(run.history[-1]["epoch"] if run.history else None, 0),
                 tables.number(best.get("epoch"), 0),
                 tables.number(best.get("validation_dice")),
@@ -215,6 +216,17 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
     if metrics and evaluations:
         metrics = [Folded("All metrics of the runs' own tests", metrics)]
     return [overview, *metrics]
+
+
+def _loss(settings: Mapping[str, object]) -> str:
+    """Return the name of the loss, and where epsilon comes from if the loss has one."""
+    name, enabled = settings.get("loss.name", DASH), settings.get("control.enabled")
+    row = LOSSES.get(name) if isinstance(name, str) else None
+    if row is None or not row.has_epsilon:
+        return tables.brief(name)
+    if settings.get("control.replay"):
+        return f"{name}, replayed ε"
+    return f"{name}, {'adaptive' if enabled in (True, 'auto') else 'constant'} ε"
 
 
 def _comparison(evaluation: EvaluationFiles) -> list[Block]:
