@@ -822,7 +822,7 @@ class Placed(nn.Module):
 
 
 class OfBatch(nn.Module):
-    """A network that normalises over its batch, so that other images or passes change the result."""
+    """A network that normalises over its batch, so that results depend on the other images."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()

@@ -631,7 +631,7 @@ def test_in_place_operations_are_replaced(flow):
     ids=["of the images", "read later", "read before", "joined"],
 )
 def test_dropout_affects_only_its_own_output(flow, kind):
-    """In evaluation mode the layer returns its input tensor itself, which can mislead the exporter."""
+    """In evaluation mode the layer returns its input tensor, which can mislead the exporter."""
     check_traced(Flow(flow, a=conv(), b=conv(), d=drop(kind)))
 
 

@@ -39,7 +39,7 @@ def margin_of(layer, size=(48, 48)):
 
 
 def reached_beyond(layer, size=48):
-    """Return the largest number of outputs beside a cell, over four sides, that its inputs change."""
+    """Return how far beyond a cell outputs change with its inputs: the largest of four sides."""
     layer.double().eval()
     images = torch.rand(1, 4, size, size, dtype=torch.float64) + 1
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Estimates, evaluations and predictions that two processes share: what one process finds."""
+"""Estimates, evaluations and predictions by two processes equal those of one process."""
 
 import csv
 import json
@@ -29,12 +29,12 @@ from tests.test_train import run_of
 
 SETTINGS = (*TINY, "output.figures=false", "loss.name=dice", "training.learning_rate=0.02")
 IMAGES = 17
-"""Which two processes do not divide evenly."""
+"""Number of images, which two processes cannot divide evenly."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return two runs, of which one has a fixed number of passes and the other's choose it."""
+    """Return a run with a fixed number of passes and one with an automatic number."""
     folder = tmp_path_factory.mktemp("runs")
     settings = (*SETTINGS, f"data.demo_images={IMAGES}", "training.epochs=1")
     return [
@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def in_two(tmp_path):
-    """Run a command in two processes; return the exit code and all that they said."""
+    """Return a function that runs a command in two processes and returns exit code and output."""
 
     def run(*arguments, **environment):
         log = tmp_path / "log"
@@ -60,7 +60,7 @@ def in_two(tmp_path):
 
 
 def assert_equal_to_rounding(one, other, where=""):
-    """Texts are equal, and so are numbers but for their last digits."""
+    """Check that texts are equal and numbers agree up to rounding."""
     if isinstance(one, dict):
         assert list(one) == list(other), where
         for key, value in one.items():
@@ -76,7 +76,7 @@ def assert_equal_to_rounding(one, other, where=""):
 
 
 def rows_of(path):
-    """Return a table with its numbers as such."""
+    """Return the rows of a table with numbers converted."""
 
     def value(text):
         try:
@@ -93,7 +93,7 @@ def files_of(folder):
 
 
 def assert_same_results(one, other):
-    """Two folders have the same files, and their tables and records the same in them."""
+    """Check that two folders have the same files with equal tables and records."""
     assert files_of(one) == files_of(other)
     for name in files_of(one):
         pair = one / name, other / name
@@ -111,7 +111,7 @@ def left_in(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
+def test_two_processes_estimate_like_one(runs, polyseg, in_two, tmp_path):
     command = ("estimate-uncertainty", runs[1], "--maps", "--quiet", "--json", "--out")
     assert polyseg(*command, tmp_path / "one").code == 0
     code, said = in_two(*command, tmp_path / "two")
@@ -123,7 +123,7 @@ def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
+def test_two_processes_evaluate_like_one(runs, polyseg, in_two, tmp_path):
     command = (
         *("evaluate", *runs, "--baseline", "s3", "--split", "all", "--threshold", "val"),
         *("--uncertainty", "--corrupt", "noise", "--quiet", "--json", "--out"),
@@ -134,7 +134,7 @@ def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
     assert_same_results(tmp_path / "one", tmp_path / "two")
     record = json.loads((tmp_path / "two/summary.json").read_text())
     assert len(record["runs"]) == 4 and record["comparisons"] and record["robustness"]
-    # Of all images there is a mask to draw, whichever process has predicted it.
+    # Every image has a mask to draw, whichever process predicted it.
     for name in ("predictions_worst.png", "predictions_best.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert said.count('"folder"') == 1
@@ -142,7 +142,7 @@ def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
 
 
 def write_images(folder):
-    """Write five pictures, two volumes, and files of either kind that are none."""
+    """Write five pictures, two volumes, and unreadable files of both kinds."""
     folder.mkdir()
     phantoms = make_phantoms(7, seed=5, size=(40, 48))
     for i, phantom in enumerate(phantoms[:5]):
@@ -158,8 +158,8 @@ def write_images(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_predict_what_one_does(runs, polyseg, in_two, tmp_path):
-    """What neither could read is named in the order of the files, once."""
+def test_two_processes_predict_like_one(runs, polyseg, in_two, tmp_path):
+    """Unreadable files are named once, in the order of the files."""
     command = (
         *("predict", runs[0], write_images(tmp_path / "in"), "--uncertainty", "--samples", 4),
         *("--quiet", "--out"),
@@ -197,7 +197,7 @@ def make(in_channels, out_channels):
 
 
 @pytest.mark.slow
-def test_where_one_process_fails_all_end_and_leave_nothing(in_two, tmp_path, monkeypatch):
+def test_failure_of_one_process_ends_all_without_output(in_two, tmp_path, monkeypatch):
     (tmp_path / "failing_module.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
     of_it = ("network.name=failing_module:make", "network.kwargs={}", f"output.path={tmp_path}/run")
@@ -213,11 +213,11 @@ def test_where_one_process_fails_all_end_and_leave_nothing(in_two, tmp_path, mon
     assert left_in(tmp_path) == before
 
 
-# In this process.
+# Without child processes.
 
 
 class Played(Processes):
-    """One of several processes of which the others' parts are given."""
+    """One of several processes, with given values for the parts of the others."""
 
     others = ()
 
@@ -232,7 +232,7 @@ def played(rank, *others):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_what_came_of_shares_is_joined_in_the_order_of_the_items(count):
+def test_results_of_shares_are_joined_in_order(count):
     for total in range(9):
         shares = [Processes(rank, count).share(range(total)) for rank in range(count)]
         for rank, mine in enumerate(shares):
@@ -240,7 +240,7 @@ def test_what_came_of_shares_is_joined_in_the_order_of_the_items(count):
             assert one.joined(mine) == list(range(total))
 
 
-def test_an_error_waits_for_the_others_and_ends_all():
+def test_error_in_one_process_ends_all():
     with played(1, True).failing_together():
         pass
     with pytest.raises(PolysegError, match="another process"), played(0, False).failing_together():
@@ -268,7 +268,7 @@ def test_each_process_computes_only_its_share(runs, tmp_path):
         assert len(files_of(folder)) == len(whole) > 0
 
 
-def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeypatch):
+def test_images_for_choosing_passes_are_read_by_all_processes(monkeypatch):
     images = make_demo(load_config(overrides=["data.demo_images=60", "data.size=16"]).data)
     monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 20 * 16 * 16)
     count, ids = 3, images.ids
@@ -277,7 +277,7 @@ def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeyp
     rest = [identity for one in parts for part in one[1:] for identity in part]
     assert sorted(rest) == sorted(ids[7:])
     assert max(len(part) for one in parts for part in one) <= 20
-    # Never more than one process would have chosen by, and all that it would.
+    # Exactly the images by which one process would choose.
     assert next(room._parts(images, ids, 50, Processes(1, count))) == ids[:20]
     assert list(room._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
     assert room._CHOOSING >= choose_samples._IMAGES
@@ -286,7 +286,7 @@ def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeyp
 
 
 def test_rounding_comparison_detects_differences():
-    """The comparison itself, which would otherwise pass whatever it is given."""
+    """Check that assert_equal_to_rounding can fail."""
     base = {"a": [1.0, "x", None, math.nan], "b": np.array([1.0, 2.0])}
     assert_equal_to_rounding(base, {"a": [1.0 + 1e-9, "x", None, math.nan], "b": base["b"]})
     for wrong in (
