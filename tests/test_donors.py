@@ -186,7 +186,7 @@ class TestRefusals:
         total = len(parts_of(runs / "run")["train"])
         error = self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         assert f"both donors saw {seen} of {total}" in error
-        # Both donors are trained on the same half, so neither has seen the first.
+        # This run trains on the half on which neither donor was trained.
         record = make_run(tmp_path / "half", GROUPS, f"data.split_file={runs / 'donor-b.json'}")
         error = self.refused(polyseg, record, runs / "donor-a", copy)
         assert f"neither donor saw {total - seen} of {total - seen}" in error

@@ -198,7 +198,7 @@ def stop_after(epoch):
         pytest.param("sgd", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, optimizer, epoch):
+def test_resumed_run_equals_uninterrupted_run(tiny, finished, optimizer, epoch):
     whole = finished("whole", *[f"training.optimizer={optimizer}"] * (optimizer != "adamw"))
     config = tiny("stopped", f"training.optimizer={optimizer}")
     with pytest.raises(Stop):
