@@ -1,4 +1,4 @@
-"""Folders of results: whole or not at all, and what may be replaced."""
+"""Output folders: complete or absent, and rules for replacing results."""
 
 import contextlib
 import errno
@@ -26,19 +26,19 @@ from polyseg.system.output_folder import (
 
 
 def fill(path, text, **settings):
-    """Write results of two files, one of them in a folder."""
+    """Write results of two files, one of them in a subfolder."""
     with whole_folder(path, **settings) as folder:
         write_text(folder / "summary.json", text)
         write_text(folder / "figures" / "a.png", text)
 
 
 def names(path):
-    """Return what is in a folder."""
+    """Return the sorted names in a folder."""
     return sorted(one.name for one in path.iterdir())
 
 
 def contents(path):
-    """Return what each file below a folder holds, by its name."""
+    """Return the content of each file below a folder by its path."""
     return {str(one.relative_to(path)): one.read_text() for one in path.rglob("*") if one.is_file()}
 
 
@@ -47,7 +47,7 @@ def whole(text):
 
 
 def said(path, **settings):
-    """Return in which line something is refused."""
+    """Return the error message for a folder without the path."""
     with pytest.raises(PolysegError) as caught, whole_folder(path, **settings):
         pass
     message = str(caught.value)
@@ -76,7 +76,7 @@ def test_early_end_leaves_no_files(tmp_path, ending):
     assert names(tmp_path) == []
 
 
-def test_errors_name_the_folder_that_was_asked_for(tmp_path, monkeypatch):
+def test_errors_name_the_requested_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with (
         pytest.raises(PolysegError, match=r"^out/a\.txt: is full$"),
@@ -96,7 +96,7 @@ def test_empty_folder_keeps_its_mode(tmp_path):
     assert contents(path) == whole("new") and path.stat().st_mode & 0o777 == 0o750
 
 
-def test_overwriting_needs_overwrite(tmp_path):
+def test_existing_results_need_the_overwrite_flag(tmp_path):
     path = tmp_path / "out"
     fill(path, "old")
     assert "nothing is overwritten" in said(path)
@@ -108,7 +108,7 @@ def test_overwriting_needs_overwrite(tmp_path):
     assert contents(path) == whole("new") and names(tmp_path) == ["out"]
 
 
-def test_an_error_leaves_the_former_results(tmp_path):
+def test_error_keeps_the_previous_results(tmp_path):
     path = tmp_path / "out"
     fill(path, "old")
     with pytest.raises(ValueError), whole_folder(path, **OURS) as folder:
@@ -180,14 +180,14 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog
 
 
 class Died(BaseException):
-    """The process is no more."""
+    """Raised in place of the death of the process."""
 
 
 STEPS = {name for name in vars(files.Disk) if not name.startswith("_")}
 
 
 class Mortal(files.Disk):
-    """A disk whose process dies before a step, after which nothing is written or removed."""
+    """A disk whose process dies before one step; no later step takes effect."""
 
     def __init__(self, steps):
         self.left, self.dead = steps, False
@@ -222,7 +222,7 @@ def test_killed_at_any_step_leaves_old_or_new_folder_complete(tmp_path, monkeypa
             patch.setattr(files, "disk", disk)
             with contextlib.suppress(Died):
                 fill(path, "new", **OURS)
-        # The next one to write finds what there is, and ends badly.
+        # The next writer finds the leftovers and fails.
         with pytest.raises(ValueError), whole_folder(path, **OURS):
             raise ValueError
         found = contents(path)
@@ -247,13 +247,13 @@ def test_full_disk_at_any_step_keeps_old_results(tmp_path, monkeypatch):
                 assert str(error).startswith(str(path)) and "No space left" in str(error)
                 assert "\n" not in str(error) and ".partial" not in str(error)
         if contents(path) == whole("new"):
-            break  # Only the flushing of the final name has failed.
+            break  # Only the flush of the final name has failed.
         assert contents(path) == whole("old") and names(tmp_path) == ["out"]
     assert steps > 8 and contents(path) == whole("new")
 
 
 class Full(files.Disk):
-    """A disk that fails at one step of those that need space."""
+    """A disk that is full at one of the steps that need space."""
 
     def __init__(self, steps):
         self.left = steps
@@ -316,18 +316,18 @@ def test_link_to_a_folder_is_kept(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_is_one_line(tmp_path):
+def test_folder_without_write_permission_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
     assert "Permission denied" in said(tmp_path / "out")
     tmp_path.chmod(0o700)
 
 
-def test_paths_follow_their_folder(tmp_path):
+def test_moved_paths_point_into_the_new_folder(tmp_path):
     old, new = tmp_path / ".partial-a", tmp_path / "a"
     assert moved([old / "b" / "c.png"], old, new) == [new / "b" / "c.png"]
 
 
-def test_a_file_is_replaced_only_if_asked_for(tmp_path):
+def test_existing_file_needs_the_overwrite_flag(tmp_path):
     path = tmp_path / "a.txt"
     refuse_existing(path, overwrite=False)
     path.write_text("old")
@@ -341,7 +341,7 @@ def test_a_file_is_replaced_only_if_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["fig.png", "fig.pdf"])
-def test_of_a_figure_without_suffix_both_files_count(tmp_path, there):
+def test_figure_without_suffix_checks_both_files(tmp_path, there):
     (tmp_path / there).touch()
     with pytest.raises(PolysegError, match=f"{there}: exists already"):
         refuse_existing_figure(tmp_path / "fig", overwrite=False)
@@ -358,7 +358,7 @@ def test_incomplete_phantom_set_is_removed(tmp_path, monkeypatch):
 
 
 def full_after(count, write=lambda path, pixels: Image.fromarray(pixels).save(path)):
-    """Return a writer of files that finds the disk full after so many."""
+    """Return a writer that finds the disk full after `count` files."""
     written = []
 
     def limited(*arguments, **settings):
@@ -392,7 +392,9 @@ class TestCommands:
             ("schedule validity RUN", "validity.png"),
         ],
     )
-    def test_results_are_replaced_by_themselves_only(self, run, polyseg, tmp_path, words, known):
+    def test_commands_replace_their_results_only_with_overwrite(
+        self, run, polyseg, tmp_path, words, known
+    ):
         if not (copy := run.parent / "copy").exists():
             copy.symlink_to(run)
         if "copy" in words:
@@ -431,7 +433,7 @@ class TestCommands:
             "data preview IMAGES HALVES --images 1 --samples 1 --out OUT/a.png",
         ],
     )
-    def test_files_are_replaced_if_asked_for(self, run, polyseg, tmp_path, words):
+    def test_commands_replace_their_file_only_with_overwrite(self, run, polyseg, tmp_path, words):
         images = str(run.parent / "images")
         given = words.replace("RUN", str(run)).replace("IMAGES", images)
         given = given.replace("HALVES", "--set data.split=[0.5,0.5,0]")
@@ -447,7 +449,7 @@ class TestCommands:
         assert third.code == 0, third.err
         assert written.read_bytes() != b"mine" and list(tmp_path.iterdir()) == [written]
 
-    def test_a_full_disk_ends_predictions_in_one_line(self, run, polyseg, tmp_path, monkeypatch):
+    def test_full_disk_ends_predict_in_one_line(self, run, polyseg, tmp_path, monkeypatch):
         def full(temporary, *_, **__):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
