@@ -386,7 +386,7 @@ RAS = np.diag([1.0, 2.0, 3.0, 1.0])
 
 
 def landmark(codes):
-    """Return a volume of 10 x 12 x 8 voxels of 1, 2, 3 mm (right, front, up) in this axis order.
+    """Return a volume of 10 x 12 x 8 voxels of 1, 2, 3 mm (right, front, up), reordered.
 
     One voxel is bright: third from the right side, fifth from the back, seventh from below.
     """

@@ -1,4 +1,4 @@
-"""Steps with channels last and by deterministic algorithms: what is equal, what torch is asked."""
+"""Training steps with channels last and with deterministic algorithms."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ LAST, PLAIN = (f"training.channels_last={value}" for value in ("true", "false"))
 WHERE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def test_channels_last_change_an_epoch_by_rounding_only(tiny):
+def test_channels_last_changes_an_epoch_by_rounding_only(tiny):
     settings = ("training.epochs=1", "training.optimizer=sgd")
     plain, last = (run_of(tiny(*names, *settings)) for names in (("plain", PLAIN), ("last", LAST)))
     for name, values in weights_of(plain).items():
@@ -46,7 +46,7 @@ def laid_out_apart(weights):
     return weights.is_contiguous(memory_format=torch.channels_last) and not weights.is_contiguous()
 
 
-def test_channels_last_reach_kernels_feature_maps_and_gradients(tiny):
+def test_channels_last_applies_to_kernels_feature_maps_and_gradients(tiny):
     trainer = Trainer(*trainer_arguments(tiny("run", LAST, "control.enabled=false")))
     layer = next(
         one
@@ -64,7 +64,7 @@ def test_channels_last_reach_kernels_feature_maps_and_gradients(tiny):
     assert all(weights.is_contiguous() for weights in plain.network.parameters())
 
 
-def test_a_checkpoint_has_its_weights_in_plain_order(tiny):
+def test_checkpoint_stores_weights_in_contiguous_order(tiny):
     config, images, split, _ = trainer_arguments(tiny("run", LAST, "training.epochs=1"))
     run = RunDirectory(Path(config.output.path))
     trainer = Trainer(config, images, split, run)
@@ -79,8 +79,8 @@ def test_a_checkpoint_has_its_weights_in_plain_order(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
-    """Adam that is fused goes by the order in memory, whatever that of the weights is."""
+def test_run_with_channels_last_resumes_bit_for_bit(tiny, optimizer):
+    """Fused Adam depends on the memory order of its state, whatever that of the weights is."""
     settings = (LAST, f"training.optimizer={optimizer}")
     whole = run_of(tiny("whole", *settings))
     config = tiny("stopped", *settings)
@@ -91,7 +91,7 @@ def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
 
 
 @pytest.mark.parametrize("override", [PLAIN, "training.deterministic=false"])
-def test_settings_that_change_digits_need_accept_changes(tiny, finished, override):
+def test_settings_that_change_rounding_need_accept_changes(tiny, finished, override):
     run = finished("run", "training.epochs=1")
     changed = tiny("run", "training.epochs=2", override)
     with pytest.raises(PolysegError, match=r"cannot change training\..*--accept-changes allows"):
@@ -116,7 +116,7 @@ def test_view_on_channels_last_names_the_setting(tiny):
         train(tiny("last", *settings, LAST))
 
 
-def test_a_network_of_polysegs_has_channels_last_on_a_cpu_and_another_has_not(tiny):
+def test_channels_last_is_automatic_on_cpu_for_suitable_built_in_networks_only(tiny):
     ours = Trainer(*trainer_arguments(tiny("ours", "control.enabled=false")))
     assert ours.steps.channels_last
     assert any(laid_out_apart(one) for one in ours.network.parameters() if one.dim() == 4)
@@ -128,7 +128,7 @@ def test_a_network_of_polysegs_has_channels_last_on_a_cpu_and_another_has_not(ti
 
 @pytest.mark.parametrize("kind", ["channel", "element"])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_processes_drop_what_torchs_layers_drop_in_each_order_of_memory(kind, order):
+def test_processes_draw_the_dropout_of_torch_in_each_memory_format(kind, order):
     network = build_network("unet", in_channels=1, dropout=0.5, dropout_kind=kind)
     layer = next(iter(stochastic_layers(network).values())).train()
     features = torch.randn(4, 6, 5, 5).contiguous(memory_format=order)
@@ -144,7 +144,7 @@ def test_processes_drop_what_torchs_layers_drop_in_each_order_of_memory(kind, or
 
 @pytest.fixture
 def choices_restored(monkeypatch):
-    """Give torch's global choices back as they were."""
+    """Restore torch's global settings after the test."""
     cudnn, utils = torch.backends.cudnn, torch.utils.deterministic
     flags = cudnn.deterministic, cudnn.benchmark, utils.fill_uninitialized_memory
     asked = torch.are_deterministic_algorithms_enabled()
@@ -188,12 +188,12 @@ def test_cublas_environment_variable_is_kept(monkeypatch):
 @pytest.mark.usefixtures("choices_restored")
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_other_devices_leave_torch_as_it_is(device, deterministic):
+def test_other_devices_do_not_change_torch_settings(device, deterministic):
     before = choices()
     choose_algorithms(torch.device(device), deterministic=deterministic)
     assert choices() == before
 
 
 @pytest.mark.slow
-def test_a_cpu_trains_the_same_without_deterministic(tiny, finished):
+def test_cpu_training_is_equal_without_deterministic(tiny, finished):
     assert_same_run(finished("one"), run_of(tiny("two", "training.deterministic=false")))

@@ -1,4 +1,4 @@
-"""`polyseg evaluate`: thresholds, passes, damage, arms, millimetres, and what is refused."""
+"""`polyseg evaluate`: thresholds, passes, corruptions, arms, millimetres, and errors."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ from tests.test_train import run_of
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two runs on the same images with the Dice loss, of two seeds."""
+    """Return two runs with the Dice loss on the same images, with different seeds."""
     folder = tmp_path_factory.mktemp("two")
     settings = [*TINY, "output.figures=false", "loss.name=dice", "training.epochs=2"]
     return [
@@ -54,14 +54,14 @@ def summary_of(outcome):
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
-def test_a_list_of_no_damage_is_refused(text):
+def test_empty_list_of_corruptions_is_refused(text):
     assert job.kinds_of_damage(None) == ()
     with pytest.raises(PolysegError, match=r"--corrupt: the list is empty; choose .*noise"):
         job.kinds_of_damage(text)
 
 
 @pytest.mark.slow
-def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
+def test_comparison_writes_tables_and_figures(two, tmp_path):
     outcome = evaluate_runs(
         two,
         EvaluationSettings(corruptions=("noise",), uncertainty=True, samples=3, tolerance=1.5),
@@ -109,7 +109,7 @@ def test_runs_with_different_seeds_are_one_arm(two, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
+def test_folds_must_be_grouped_and_complete(tiny, tmp_path):
     folds = [
         run_of(tiny(f"f{i}", "loss.name=dice", "data.folds=4", f"data.fold={i}")).path
         for i in (0, 1)
@@ -127,7 +127,7 @@ def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def test_passes_are_judged_beside_the_plain_prediction(finished, tmp_path):
+def test_mean_over_passes_is_evaluated_beside_the_plain_prediction(finished, tmp_path):
     run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=4)
     outcome = evaluate_runs([run], settings, out=tmp_path / "out")
@@ -146,7 +146,7 @@ def test_passes_are_judged_beside_the_plain_prediction(finished, tmp_path):
     assert all(float(row["mutual_information"]) >= 0 for row in rows)
 
 
-def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(finished, tmp_path, monkeypatch):
+def test_mean_over_passes_does_not_depend_on_batch_division(finished, tmp_path, monkeypatch):
     run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=3)
     whole = summary_of(evaluate_runs([run], settings, out=tmp_path / "whole"))
@@ -158,7 +158,7 @@ def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(finished, tmp_pa
 
 
 class Blurred(torch.nn.Module):
-    """Says of the foreground that it has a chance of `peak`, of all else that it has none."""
+    """A network that predicts `peak` for foreground pixels and 0 for all others."""
 
     def __init__(self, masks, peak):
         super().__init__()
@@ -170,12 +170,12 @@ class Blurred(torch.nn.Module):
         return torch.logit(0.01 + (self.peak - 0.01) * masks)
 
 
-def test_a_threshold_is_chosen_where_dice_is_best():
+def test_chosen_threshold_maximises_dice():
     images = make_demo(Config().data.model_copy(update={"demo_images": 8, "size": 32}))
     masks = [images.sample(identity)[1] for identity in images.ids]
     for peak, expected in ((0.33, 0.3), (0.9, 0.5), (0.12, 0.1)):
         network = Blurred(masks, peak)
-        # The nearest to a half of all that separate the two.
+        # Of all thresholds that separate the two, the one closest to 0.5.
         assert choose_thresholds(network, images, images.ids, 3) == {"": expected}
     probability = torch.rand(1, 9, 9, dtype=torch.float64)
     mask = torch.rand(1, 9, 9) > 0.5
@@ -185,7 +185,7 @@ def test_a_threshold_is_chosen_where_dice_is_best():
         assert dice == pytest.approx(float(expected))
 
 
-def test_a_chosen_threshold_is_that_of_the_validation_images(two, tmp_path):
+def test_chosen_threshold_is_computed_on_validation_images(two, tmp_path):
     outcome = evaluate_runs(two[:1], EvaluationSettings(threshold="val"), out=tmp_path / "out")
     threshold = summary_of(outcome)["runs"][0]["threshold"]
     fixed = evaluate_runs(two[:1], EvaluationSettings(threshold=threshold), out=tmp_path / "two")
@@ -193,7 +193,7 @@ def test_a_chosen_threshold_is_that_of_the_validation_images(two, tmp_path):
 
 
 def write_volumes(folder, spacing):
-    """Write twelve slices with a box each, as NIfTI."""
+    """Write twelve slices with one box each as NIfTI."""
     rng = np.random.default_rng(0)
     for i in range(12):
         mask = np.zeros((32, 32, 1), np.uint8)
@@ -206,7 +206,7 @@ def write_volumes(folder, spacing):
     return folder
 
 
-def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
+def test_distances_are_in_millimetres_if_spacing_is_known(tmp_path, tiny):
     fine, coarse = (write_volumes(tmp_path / f"set{size}", float(size)) for size in (1, 3))
     run = run_of(tiny("run", f"data.path={fine}", "loss.name=dice")).path
     found = [
@@ -223,7 +223,7 @@ def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
     assert alike[0] == alike[1]
 
 
-def test_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_path):
+def test_networks_trained_on_different_labels_are_not_compared(tiny, tmp_path):
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (tmp_path / "set" / folder).mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_invalid_options_give_one_line(polyseg, two, tmp_path, arguments, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_its_tables(polyseg, two, tmp_path):
+def test_evaluate_command_prints_its_tables(polyseg, two, tmp_path):
     answer = polyseg(
         "evaluate", *two, "--baseline", "dice_s1", "--out", tmp_path / "out", "--threshold", "0.4",
         "--no-figures",
@@ -332,7 +332,7 @@ def test_moved_run_is_recognised(two, tmp_path):
     assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]
 
 
-def test_runs_with_the_same_images_read_them_once(two, tiny, tmp_path, monkeypatch):
+def test_runs_on_the_same_images_read_them_once(two, tiny, tmp_path, monkeypatch):
     read = []
 
     def counted(config, progress):
