@@ -412,9 +412,8 @@ class TestRecompute:
             self.recomputed(record, "control.every=1")
         with pytest.raises(PolysegError, match="not assessed after epoch 1,"):
             self.recomputed(record, "control.start=1", "control.every=3")
-        self.recomputed(
-            record, "control.start=6", "control.every=2"
-        )  # epoch 8 would determine no epsilon
+        # An assessment after epoch 8 would determine no epsilon.
+        self.recomputed(record, "control.start=6", "control.every=2")
 
     @pytest.mark.parametrize(
         "override",
@@ -861,9 +860,8 @@ class TestCommands:
         assert answer.code == 0, answer.err
         assert "mutual information" in answer.out and "training loss" in answer.out
         assert sorted(path.name for path in out.iterdir()) == ["validity.pdf", "validity.png"]
-        assert set(figures_job._PANELS) == set(
-            recorded_schedule.MEASURES
-        )  # the figure shows the measures of the table
+        # The figure shows the measures of the table.
+        assert set(figures_job._PANELS) == set(recorded_schedule.MEASURES)
         rows = json.loads(polyseg("schedule", "validity", runs / "batch", "--json").out)
         assert {row["score"] for row in rows} == set(
             job.read_record(runs / "batch").assessments[0].scores

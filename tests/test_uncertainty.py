@@ -95,9 +95,8 @@ def test_accumulator_is_accurate_for_a_thousand_samples_in_constant_memory():
     record, samples = UncertaintyAccumulator(), []
     sizes = set()
     for _ in range(1000):
-        sample = (
-            torch.rand(4, 9, generator=generator) * 0.01 + 0.99
-        )  # where cancellation is largest
+        # Cancellation is largest near 1.
+        sample = torch.rand(4, 9, generator=generator) * 0.01 + 0.99
         samples.append(sample)
         record.update(sample)
         tensors = [value for value in vars(record).values() if isinstance(value, torch.Tensor)]
@@ -182,7 +181,7 @@ def test_merged_without_and_at_can_be_combined():
 
 
 def test_accumulator_is_accurate_under_cancellation():
-    """Probabilities next to one, float32 as networks give them, and most passes taken out."""
+    """Probabilities close to 1, in float32 as from networks, with most passes removed."""
     samples = torch.rand(100, 50) * 1e-3 + 0.999
     left = recorded(samples).without(recorded(samples[:90]))
     exact = samples[90:].double()

@@ -87,7 +87,7 @@ def test_scores_equal_numpy(monkeypatch, labels, program):
     for name in ALL:
         np.testing.assert_allclose(found.scores[name], expected[name], rtol=1e-5, atol=1e-7)
         assert np.ptp(found.scores[name]) > 0
-    # Scores over the region equal those measured on windows alone.
+    # Measuring whole scores does not change the scores over the region.
     alone = assess(network, [batch], settings)
     for name, values in alone.scores.items():
         np.testing.assert_allclose(found.scores[name], values, rtol=1e-4, atol=1e-7)

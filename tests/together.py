@@ -41,7 +41,7 @@ class Process(subprocess.Popen):
 
 
 class Group(list):
-    """Processes of one command, and their rendezvous port."""
+    """Processes of one command, and their rendezvous store."""
 
     store: TCPStore
 

@@ -1,4 +1,4 @@
-"""Runs that are killed at any instant: they go on to the same end, or say that there is none."""
+"""Runs that are killed at any instant: they resume to the same result, or have no checkpoint."""
 
 import random
 import signal
@@ -9,7 +9,7 @@ from tests.stress import runs
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Kill so many runs, some of them several times; return what failed."""
+    """Kill `count` runs, some of them several times; return the failures."""
     hit: Counter[str] = Counter()
 
     def trial(chance: random.Random, number: int, place: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Signals that ask for the end at any instant: a code, a line, no traceback, a run to go on."""
+"""Signals at any instant: exit code, one line, no traceback, and a run that can be resumed."""
 
 import random
 import signal
@@ -18,11 +18,11 @@ KINDS = (
 )
 BETWEEN_TWO = 0.05
 LONGEST = 2.0
-"""Seconds from a signal to the end, without those in which others had the processor."""
+"""Seconds allowed from a signal to the end, without time spent waiting for a processor."""
 
 
 class _Asked(NamedTuple):
-    """What was known when a signal was sent, and how long the end took."""
+    """State of a run when a signal was sent, and the time until its end."""
 
     number: int
     begun: bool
@@ -31,7 +31,7 @@ class _Asked(NamedTuple):
 
 
 def check(count: int, seed: int) -> list[str]:
-    """End so many runs by signals; return what failed."""
+    """End `count` runs by signals; return the failures."""
     codes: Counter[int | None] = Counter()
 
     def trial(chance: random.Random, number: int, place: Path) -> list[str]:
@@ -74,11 +74,11 @@ def _end(process: runs.Running, run: Path, numbers: Sequence[int]) -> tuple[_Ask
 
 
 def _wrong(asked: _Asked, answer: runs.Answer, run: Path) -> list[str]:
-    """Return what is wrong with the end of a command that was asked to."""
+    """Return the faults of a command that was ended by signals."""
     if asked.seconds > LONGEST:
         return [f"took {asked.seconds:.1f} s to end"]
     if answer.code == 0 and "in " + str(run) in answer.out:
-        return []  # The results were out, and there was nothing left to end.
+        return []  # The results were complete, and nothing was left to end.
     if answer.code == -asked.number and not asked.begun:
         return []
     wrong = []
@@ -86,7 +86,7 @@ def _wrong(asked: _Asked, answer: runs.Answer, run: Path) -> list[str]:
         wrong.append(f"ended otherwise than with code {128 + asked.number}: {answer}")
     if "Traceback" in answer.err:
         wrong.append(f"a traceback: {answer.err}")
-    tested = (run / "evaluation" / "summary.json").exists()  # Then there is nothing to go on with.
+    tested = (run / "evaluation" / "summary.json").exists()  # Then nothing is left to resume.
     told = "--resume" in answer.err and str(run) in answer.err
     if asked.epoch >= 0 and not tested and not told:
         wrong.append(f"does not tell how to go on after epoch {asked.epoch}: {answer}")
