@@ -383,7 +383,7 @@ def test_evaluate_accepts_data_in_a_new_place(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_file_names_are_escaped_as_formulas_in_all_tables(polyseg, tmp_path, images):
+def test_file_names_like_formulas_are_escaped_in_all_csv_files(polyseg, tmp_path, images):
     """Only CSV cells are escaped; JSON files and HTML pages hold the names unchanged."""
     for kind in ("images", "masks"):
         for number in range(16):

@@ -173,7 +173,7 @@ def test_shared_convolution_is_folded_with_each_batch_norm():
     ],
     ids=["grouped transposed", "relu between", "no statistics", "used", "product used", "masked"],
 )
-def test_batch_norm_stays_where_it_cannot_be_folded(core):
+def test_batch_norm_is_kept_if_it_cannot_be_folded(core):
     check_nothing(core, rewrite.fold_batch_norms)
 
 

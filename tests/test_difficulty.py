@@ -34,7 +34,7 @@ def test_foreground_mean_is_the_mean_over_the_foreground():
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-def test_an_empty_region_has_difficulty_zero():
+def test_empty_region_has_difficulty_zero():
     assert foreground_mean(np.ones((1, 2, 2)), np.zeros((1, 2, 2))).tolist() == [0.0]
 
 
@@ -170,7 +170,7 @@ def test_fallback_is_chosen_for_each_image():
         assert torch.equal(together[i : i + 1], alone) and codes[i] == code[0]
 
 
-def test_an_unknown_region_is_refused():
+def test_unknown_region_is_refused():
     with pytest.raises(ValueError, match="'edge' is not a region: choose mask, prediction"):
         select_region("edge", None, torch.zeros(1, 2, 2))
 

@@ -206,7 +206,7 @@ def to_rgba(colour):
     return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] + [1]
 
 
-def test_empty_outlines_are_noted():
+def test_empty_outlines_get_a_note():
     blank = np.zeros((24, 32), dtype=bool)
     given = case(mask=blank, predictions=[blank, ~blank], dice=[1.0, np.nan])
     figure = predictions([given], ["a", "b"], title="x")

@@ -169,12 +169,12 @@ def test_user_network_keeps_its_dropout():
         (f"{__name__}:not_a_module", "must return a torch.nn.Module"),
     ],
 )
-def test_wrong_names_are_explained(name, match):
+def test_invalid_network_name_error_states_the_cause(name, match):
     with pytest.raises(PolysegError, match=match):
         build_network(name, in_channels=1)
 
 
-def test_wrong_settings_are_explained():
+def test_invalid_network_argument_error_states_the_cause():
     with pytest.raises(PolysegError, match=r"network\.kwargs: unet refuses them"):
         build_network("unet", in_channels=1, settings={"colour": "red"})
 

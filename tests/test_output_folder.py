@@ -289,7 +289,7 @@ def test_mount_points_and_working_folder_are_refused(tmp_path, monkeypatch):
     fill(tmp_path / "disk" / "out", "new")
 
 
-def test_impossible_names_are_refused(tmp_path):
+def test_invalid_folder_names_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / ".partial-there").write_text("mine")

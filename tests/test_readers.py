@@ -1002,7 +1002,7 @@ def test_hostile_files_give_one_line_within_time_and_memory(tmp_path):
         assert faults(path) == [], path
 
 
-def test_hostile_files_are_the_same_for_the_same_seed(tmp_path):
+def test_hostile_files_depend_on_the_seed_only(tmp_path):
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -246,7 +246,7 @@ class TestTidy:
         rows = recorded_schedule.tidy(make_record({1: np.arange(4.0)}, 2, **one))
         assert all(math.isnan(row["difficulty_se"]) for row in rows)
 
-    def test_names_are_escaped_as_formulas(self):
+    def test_names_like_formulas_are_escaped(self):
         names = ['a"b', "=1+1", "c,d", "-e", "@f"]
         text = recorded_schedule.csv_text(
             [{"id": name, "dice": dice} for name, dice in zip(names, range(5), strict=True)]
