@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polyseg.config import load_config
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
-from polyseg.runs import checkpoints as room
+from polyseg.runs import checkpoints as checkpoints_module
 from polyseg.runs.checkpoints import (
     Checkpoint,
     read_checkpoint,
@@ -121,8 +121,8 @@ def test_checkpoint_can_be_read_without_weights(tmp_path, checkpoint):
 def with_header(path, header):
     tensors = {"weights/a": torch.zeros(1)}
     # A forged header can carry a valid hash.
-    stored = {name: room.stored_of(one) for name, one in tensors.items()}
-    metadata = {"polyseg": header, "sha256": room.digest_of(header, stored)}
+    stored = {name: checkpoints_module.stored_of(one) for name, one in tensors.items()}
+    metadata = {"polyseg": header, "sha256": checkpoints_module.digest_of(header, stored)}
     safetensors.torch.save_file(tensors, path, metadata)
 
 

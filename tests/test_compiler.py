@@ -44,7 +44,7 @@ AS_IT_IS = assessment._FEWEST_COMPILED
 
 
 @pytest.fixture(autouse=True)
-def _is_worth_compiling(monkeypatch):
+def _always_compile(monkeypatch):
     """Compile networks even for the few small images of these tests."""
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
 
@@ -66,12 +66,12 @@ def program_of(core, layers, images, *, kind=torch.float32):
 
 @pytest.fixture(autouse=True)
 def _trace_each_network_once(request, monkeypatch):
-    if "traced_anew" not in request.fixturenames:
+    if "fresh_programs" not in request.fixturenames:
         monkeypatch.setattr(passes, "Program", program_of)
 
 
 @pytest.fixture
-def traced_anew():
+def fresh_programs():
     """Make each assessment compile its own program, as it does outside these tests."""
 
 
@@ -260,7 +260,7 @@ def test_saved_maps_equal_plain_passes(caplog):
         np.testing.assert_allclose(ours.maps[name], maps, atol=1e-3)
 
 
-def test_next_assessment_uses_changed_weights(caplog, traced_anew):
+def test_next_assessment_uses_changed_weights(caplog, fresh_programs):
     network, batch = build("unet"), make_batch()
     check(network, [batch], caplog)
     with torch.no_grad():
@@ -416,7 +416,7 @@ def masks_of(program, network, images, kind, shared):
     return masks
 
 
-def plainly(network, program, masks, images):
+def masked_reference(network, program, masks, images):
     """Run the network with each dropout layer replaced by its mask."""
     by_layer = {one.layer: masks[one.node] for one in program.masks}
     hooks = [
@@ -445,7 +445,7 @@ def test_selected_pixels_equal_those_of_the_whole_pass(name, kind, shared):
     with torch.no_grad():
         program = make_program(network, images)
         masks = masks_of(program, network, images, kind, shared)
-        expected = plainly(network, program, masks, images)
+        expected = masked_reference(network, program, masks, images)
         largest = expected.abs().max()
         everywhere = PreparedBatch(program, images, None)(masks)
         assert (everywhere - expected).abs().max() / largest < CLOSE
@@ -475,7 +475,7 @@ def test_pixels_can_be_selected_in_some_images_only():
         program = make_program(network, images)
         masks = masks_of(program, network, images, "channel", True)
         found = PreparedBatch(program, images, chosen)(masks)
-        expected = plainly(network, program, masks, images)[chosen]
+        expected = masked_reference(network, program, masks, images)[chosen]
     assert (found - expected).abs().max() / expected.abs().max() < CLOSE
 
 
@@ -537,7 +537,7 @@ def broken_logits(self, masks, count):
     ],
     ids=["rewrite", "numbers", "sizes"],
 )
-def test_wrong_program_is_detected(owner, name, wrong, monkeypatch, caplog, traced_anew):
+def test_wrong_program_is_detected(owner, name, wrong, monkeypatch, caplog, fresh_programs):
     monkeypatch.setattr(PreparedBatch, "original", PreparedBatch.__call__, raising=False)
     monkeypatch.setattr(owner, name, wrong)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
@@ -594,7 +594,7 @@ def test_program_failure_in_another_process_stops_this_one():
         pass
 
 
-def test_too_small_windows_are_detected(monkeypatch, caplog, traced_anew):
+def test_too_small_windows_are_detected(monkeypatch, caplog, fresh_programs):
     caplog.set_level(logging.INFO, "polyseg")
     monkeypatch.setattr(window, "_strided", lambda *_: 0)
     network, batches = build("unet"), [make_batch(size=(96, 96))]
@@ -604,7 +604,7 @@ def test_too_small_windows_are_detected(monkeypatch, caplog, traced_anew):
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_wrong_masks_without_dropout_are_detected(monkeypatch, traced_anew):
+def test_wrong_masks_without_dropout_are_detected(monkeypatch, fresh_programs):
     monkeypatch.setattr(Program, "all_kept", broken_masks)
     network, batches = build("unet"), [make_batch()]
     ours = assess(network, batches, UncertaintyConfig(samples=2))
@@ -644,7 +644,7 @@ def in_batches(batch, sizes):
 
 
 @pytest.fixture
-def tried(monkeypatch):
+def compiled(monkeypatch):
     """List the compiled networks, with a threshold that three images and two passes reach."""
     made = []
 
@@ -661,22 +661,22 @@ def tried(monkeypatch):
 @pytest.mark.parametrize(
     ("images", "samples", "worth"), [(3, 2, 1), (2, 2, 0), (1, 5, 0), (1, 6, 1), (6, 4, 1)]
 )
-def test_pixels_times_passes_decide_whether_to_compile(sizes, images, samples, worth, tried):
+def test_pixels_times_passes_decide_whether_to_compile(sizes, images, samples, worth, compiled):
     sizes = np.diff(np.minimum(np.cumsum([0, *sizes]), images))
     batches = in_batches(make_batch(images), sizes[sizes > 0])
     result = assess(build("unet"), batches, UncertaintyConfig(samples=samples))
-    assert len(tried) == worth
+    assert len(compiled) == worth
     assert result.ids == [f"image{i}" for i in range(images)]
 
 
 @pytest.mark.parametrize(("bound", "worth"), [(WORTH * 50, 1), (WORTH * 50 + 1, 0)])
-def test_unknown_number_of_passes_counts_as_the_largest(bound, worth, tried, monkeypatch):
+def test_unknown_number_of_passes_counts_as_the_largest(bound, worth, compiled, monkeypatch):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", bound)
     assess(build("unet"), [make_batch(3)], UncertaintyConfig(samples="auto", rank_target=0.51))
-    assert len(tried) == worth
+    assert len(compiled) == worth
 
 
-def test_assessment_reads_ahead_only_what_the_choice_needs(tried):
+def test_assessment_reads_ahead_only_what_the_choice_needs(compiled):
     read = []
 
     def batches():
@@ -714,13 +714,13 @@ def test_assessment_of_common_size_is_compiled(monkeypatch):
     assert worth and [batch.ids[0] for batch in again] == ["0", "1", "2"]
 
 
-def test_scores_without_passes_are_not_compiled(tried):
+def test_scores_without_passes_are_not_compiled(compiled):
     assess(
         build("unet"),
         [make_batch(9)],
         UncertaintyConfig(metric="deterministic_entropy", samples=20),
     )
-    assert not tried
+    assert not compiled
 
 
 # Memory.
@@ -883,7 +883,7 @@ def test_bfloat16_gives_the_same_ranking(name, masks, caplog):
 
 
 @pytest.mark.parametrize("deviation", [3.0, 16.0])
-def test_wrong_program_is_detected_with_bfloat16(deviation, monkeypatch, caplog, traced_anew):
+def test_wrong_program_is_detected_with_bfloat16(deviation, monkeypatch, caplog, fresh_programs):
     network = build("unet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
     monkeypatch.setattr(rewrite, "fold_batch_norms", broken_fold)

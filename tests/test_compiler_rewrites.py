@@ -122,7 +122,7 @@ def check(core, rewrite, *before, **how):
     return count, kinds(network), network
 
 
-def check_nothing(core, rewrite, *before, **how):
+def check_unchanged(core, rewrite, *before, **how):
     count, after, _ = check(core, rewrite, *before, **how)
     assert after == count
 
@@ -174,7 +174,7 @@ def test_shared_convolution_is_folded_with_each_batch_norm():
     ids=["grouped transposed", "relu between", "no statistics", "used", "product used", "masked"],
 )
 def test_batch_norm_is_kept_if_it_cannot_be_folded(core):
-    check_nothing(core, rewrite.fold_batch_norms)
+    check_unchanged(core, rewrite.fold_batch_norms)
 
 
 # Masks behind activations.
@@ -229,7 +229,7 @@ def test_residual_sum_is_folded_into_the_kernel(layer, first):
     ],
 )
 def test_other_sums_are_kept(core):
-    check_nothing(core, rewrite.fold_identities)
+    check_unchanged(core, rewrite.fold_identities)
 
 
 # Pointwise convolutions.
@@ -289,7 +289,7 @@ def test_consecutive_pointwise_convolutions_are_merged():
     ],
 )
 def test_convolutions_that_cannot_be_merged_are_kept(core):
-    check_nothing(core, rewrite.merge_pointwise)
+    check_unchanged(core, rewrite.merge_pointwise)
 
 
 # Concatenations.
@@ -342,7 +342,7 @@ def test_split_groups_separated_parts_with_and_without_masks():
     ids=["all moving", "sum moving", "groups", "groups transposed", "along rows", "relu between"],
 )
 def test_concatenations_are_kept_if_splitting_saves_nothing(core):
-    check_nothing(core, rewrite.split_concatenations)
+    check_unchanged(core, rewrite.split_concatenations)
 
 
 # Masks into weights.

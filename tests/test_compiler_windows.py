@@ -23,7 +23,7 @@ NETWORKS = range(6)
 
 
 @pytest.fixture(autouse=True)
-def _always_made_a_program(monkeypatch):
+def _always_compile(monkeypatch):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from polyseg.montecarlo.compiler import rewrite, winograd
-from tests.test_compiler_rewrites import begin, check_nothing, conv, drop, kinds, run, worst
+from tests.test_compiler_rewrites import begin, check_unchanged, conv, drop, kinds, run, worst
 
 WIDE = 64  # Channels; enough for maps of 6 x 8.
 
@@ -65,5 +65,5 @@ def test_wide_convolutions_use_winograd(layers):
     ids=["done once", "thin", "stride", "dilation", "groups", "5 x 5", "not padded"],
 )
 def test_other_convolutions_are_kept(core):
-    check_nothing(core, rewrite.use_winograd, shared=True)
+    check_unchanged(core, rewrite.use_winograd, shared=True)
     assert "convolve" not in kinds(begin(core)[0])

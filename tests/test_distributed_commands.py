@@ -16,7 +16,7 @@ from polyseg.data.dataset import make_demo
 from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.errors import PolysegError
-from polyseg.evaluation import testing_networks as room
+from polyseg.evaluation import testing_networks as testing_module
 from polyseg.evaluation.testing_networks import EvaluationSettings
 from polyseg.montecarlo import choose_samples
 from polyseg.records import no_progress
@@ -106,7 +106,7 @@ def assert_same_results(one, other):
             assert_equal_to_rounding(*found, name)
 
 
-def left_in(folder):
+def entries_of(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "log")
 
 
@@ -119,7 +119,7 @@ def test_two_processes_estimate_like_one(runs, polyseg, in_two, tmp_path):
     assert_same_results(tmp_path / "one", tmp_path / "two")
     assert read_assessment(tmp_path / "two/assessment.h5").samples >= choose_samples.FEWEST
     assert said.count('"folder"') == 1
-    assert left_in(tmp_path) == ["one", "two"]
+    assert entries_of(tmp_path) == ["one", "two"]
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_two_processes_evaluate_like_one(runs, polyseg, in_two, tmp_path):
     for name in ("predictions_worst.png", "predictions_best.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert said.count('"folder"') == 1
-    assert left_in(tmp_path) == ["one", "two"]
+    assert entries_of(tmp_path) == ["one", "two"]
 
 
 def write_images(folder):
@@ -176,7 +176,7 @@ def test_two_processes_predict_like_one(runs, polyseg, in_two, tmp_path):
     for name in masks:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert len({(tmp_path / "two" / name).read_bytes() for name in masks}) == 14
-    assert left_in(tmp_path) == ["in", "one", "two"]
+    assert entries_of(tmp_path) == ["in", "one", "two"]
 
 
 FAILING = """
@@ -203,20 +203,20 @@ def test_failure_of_one_process_ends_all_without_output(in_two, tmp_path, monkey
     of_it = ("network.name=failing_module:make", "network.kwargs={}", f"output.path={tmp_path}/run")
     run = run_of(load_config(overrides=[*SETTINGS, "control.enabled=false", *of_it])).path
     sys.modules.pop("failing_module")
-    before = left_in(tmp_path)
+    before = entries_of(tmp_path)
     code, said = in_two(
         *("evaluate", run, "--trust", "--out", tmp_path / "out"), PYTHONPATH=str(tmp_path)
     )
     assert code != 0
     assert "process 1: error: images: too much for this one; choose others" in said
     assert "Dice" not in said
-    assert left_in(tmp_path) == before
+    assert entries_of(tmp_path) == before
 
 
 # Without child processes.
 
 
-class Played(Processes):
+class FakeProcesses(Processes):
     """One of several processes, with given values for the parts of the others."""
 
     others = ()
@@ -225,8 +225,8 @@ class Played(Processes):
         return [*self.others[: self.rank], mine, *self.others[self.rank :]]
 
 
-def played(rank, *others):
-    one = Played(rank, len(others) + 1)
+def fake_processes(rank, *others):
+    one = FakeProcesses(rank, len(others) + 1)
     object.__setattr__(one, "others", others)
     return one
 
@@ -236,16 +236,19 @@ def test_results_of_shares_are_joined_in_order(count):
     for total in range(9):
         shares = [Processes(rank, count).share(range(total)) for rank in range(count)]
         for rank, mine in enumerate(shares):
-            one = played(rank, *shares[:rank], *shares[rank + 1 :])
+            one = fake_processes(rank, *shares[:rank], *shares[rank + 1 :])
             assert one.joined(mine) == list(range(total))
 
 
 def test_error_in_one_process_ends_all():
-    with played(1, True).failing_together():
+    with fake_processes(1, True).failing_together():
         pass
-    with pytest.raises(PolysegError, match="another process"), played(0, False).failing_together():
+    with (
+        pytest.raises(PolysegError, match="another process"),
+        fake_processes(0, False).failing_together(),
+    ):
         pass
-    for one in (played(0, True), played(0, False), ALONE):
+    for one in (fake_processes(0, True), fake_processes(0, False), ALONE):
         with pytest.raises(KeyError, match="mine"), one.failing_together():
             raise KeyError("mine")
 
@@ -257,8 +260,11 @@ def test_each_process_computes_only_its_share(runs, tmp_path):
     settings = EvaluationSettings(uncertainty=True, samples=2)
     cases = find_unlabelled([write_images(tmp_path / "in")])
     for one in several:
-        test = room.ImageTest("", images, ids, 4, settings, processes=one)
-        plain, passes = room._plain(model.network, test), room._passes(model, test)
+        test = testing_module.ImageTest("", images, ids, 4, settings, processes=one)
+        plain, passes = (
+            testing_module._plain(model.network, test),
+            testing_module._passes(model, test),
+        )
         assert [found.id for found in plain] == one.share(ids)
         assert [found.id for found in passes] == one.share(ids)
         folder = tmp_path / f"of{one.rank}"
@@ -270,19 +276,21 @@ def test_each_process_computes_only_its_share(runs, tmp_path):
 
 def test_images_for_choosing_passes_are_read_by_all_processes(monkeypatch):
     images = make_demo(load_config(overrides=["data.demo_images=60", "data.size=16"]).data)
-    monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 20 * 16 * 16)
+    monkeypatch.setattr(testing_module, "_PIXELS_AT_ONCE", 20 * 16 * 16)
     count, ids = 3, images.ids
-    parts = [list(room._parts(images, ids, 7, Processes(rank, count))) for rank in range(count)]
+    parts = [
+        list(testing_module._parts(images, ids, 7, Processes(rank, count))) for rank in range(count)
+    ]
     assert [one[0] for one in parts] == [ids[:7]] * count
     rest = [identity for one in parts for part in one[1:] for identity in part]
     assert sorted(rest) == sorted(ids[7:])
     assert max(len(part) for one in parts for part in one) <= 20
     # Exactly the images by which one process would choose.
-    assert next(room._parts(images, ids, 50, Processes(1, count))) == ids[:20]
-    assert list(room._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
-    assert room._CHOOSING >= choose_samples._IMAGES
+    assert next(testing_module._parts(images, ids, 50, Processes(1, count))) == ids[:20]
+    assert list(testing_module._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
+    assert testing_module._CHOOSING >= choose_samples._IMAGES
     # Fewer images than processes, and no passes to choose.
-    assert list(room._parts(images, ids[:1], 0, Processes(1, 2))) == []
+    assert list(testing_module._parts(images, ids[:1], 0, Processes(1, 2))) == []
 
 
 def test_rounding_comparison_detects_differences():

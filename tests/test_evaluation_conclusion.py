@@ -36,7 +36,7 @@ def arm(name, gain, label="", seeds=5, groups=None):
     return pool(name, members)
 
 
-def said(dice, permuted, **more):
+def conclusions_for(dice, permuted, **more):
     arms = [arm("adaptive", 0.0, **more), arm("dice", dice, **more)]
     arms.append(arm("permuted", permuted, **more))
     return conclusions(compare(arms, "adaptive"), ROLES), arms
@@ -45,7 +45,7 @@ def said(dice, permuted, **more):
 @pytest.mark.parametrize("dice", GAINS)
 @pytest.mark.parametrize("permuted", GAINS)
 def test_conclusion_states_better_worse_or_not_shown_for_each_arm(dice, permuted):
-    (sentence,), arms = said(GAINS[dice], GAINS[permuted])
+    (sentence,), arms = conclusions_for(GAINS[dice], GAINS[permuted])
     text = sentence[0].lower() + sentence[1:]
     for role, wanted in (("dice", dice), ("permuted", permuted)):
         assert [kind for of, kind in CLAUSES if of == role and CLAUSES[of, kind] in text] == [
@@ -85,7 +85,7 @@ def test_conclusion_shows_no_difference_for_one_image_or_equal_runs():
 @pytest.mark.parametrize(("patients", "enough"), [(6, False), (7, True)])
 def test_conclusion_reports_too_few_patients_for_significance(patients, enough):
     """Wilcoxon's smallest p is 2 / 2^n: adjusted for two arms, 0.0625 or 0.031."""
-    (sentence,), _ = said(0.05, 0.05, groups=[f"p{i % patients}" for i in range(40)])
+    (sentence,), _ = conclusions_for(0.05, 0.05, groups=[f"p{i % patients}" for i in range(40)])
     assert ("was better than the Dice loss" in sentence) == enough
     few = "; 6 patients are too few for an adjusted p below 0.05 in 2 comparisons."
     assert sentence.endswith(few) == (not enough)
@@ -103,7 +103,7 @@ def test_each_label_has_a_conclusion():
 
 
 def test_tables_show_the_conclusion_below_the_differences():
-    sentences, arms = said(0.05, 0.0)
+    sentences, arms = conclusions_for(0.05, 0.0)
     evaluation = Evaluation(arms, compare(arms, "adaptive"), conclusions=sentences)
     part = markdown(summary(evaluation)).split("## Dice against adaptive")[1].split("##")[0]
     assert sentences[0] in part.splitlines()

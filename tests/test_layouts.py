@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyseg.data.layouts import cases as cases_room
+from polyseg.data.layouts import cases as cases_module
 from polyseg.data.layouts import known_layouts
 from polyseg.data.layouts.cases import Case, raise_problems, stem_of
 from polyseg.data.layouts.known_layouts import holds_masks
@@ -924,7 +924,7 @@ def test_file_names_that_are_not_text_are_refused(tmp_path):
 
 def test_too_many_files_are_refused(tmp_path, monkeypatch):
     make(tmp_path, *many("images/#.png", 9), *many("masks/#.png", 9))
-    monkeypatch.setattr(cases_room, "LARGEST_SET", 15)
+    monkeypatch.setattr(cases_module, "LARGEST_SET", 15)
     assert "over 15 files and folders" in error_of(tmp_path)
 
 

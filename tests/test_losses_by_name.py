@@ -92,12 +92,12 @@ def test_wrong_sign_share_is_reported_for_polydice_losses():
     logits = torch.tensor([[[[9.0, -9.0]]], [[[-9.0, 9.0]]]])
     epsilon = torch.zeros(2)
 
-    def told(config, epsilon):
+    def reported(config, epsilon):
         return note_of(config, logits, mask, epsilon).wrong_sign.tolist()
 
-    assert told(LossConfig(), epsilon) == [True, False]
-    assert told(LossConfig(), epsilon - 0.5) == [False, False]
-    assert told(LossConfig(name="dice"), epsilon) == [False, False]
+    assert reported(LossConfig(), epsilon) == [True, False]
+    assert reported(LossConfig(), epsilon - 0.5) == [False, False]
+    assert reported(LossConfig(name="dice"), epsilon) == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def network():
 
 
 @pytest.fixture(params=[0, np.inf], ids=["program", "plain"])
-def _either_way(request, monkeypatch):
+def _compiled_or_plain(request, monkeypatch):
     """Compile networks even for the few small images of these tests, or never."""
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", request.param)
 
@@ -108,7 +108,7 @@ def test_scores_follow_the_equations_from_the_passes(network):
     assert (result.foreground_pixels == 144).all()
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("_compiled_or_plain")
 @pytest.mark.parametrize("name", network_names())
 def test_assessment_changes_neither_network_nor_random_state(name):
     network = build_network(name, in_channels=1).train()
@@ -125,7 +125,7 @@ def test_assessment_changes_neither_network_nor_random_state(name):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("_compiled_or_plain")
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
 @pytest.mark.parametrize("kind", ["channel", "element"])
 def test_difficulty_does_not_depend_on_batches_or_order(masks, kind):
@@ -222,7 +222,7 @@ def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
     network, samples, with_masks, save_maps
 ):
     """Half of 2 or 3 passes is a single pass, which has no disagreement."""
-    batch, how = unlike_batch(6), {"samples": samples, "save_maps": save_maps}
+    batch, how = varied_batch(6), {"samples": samples, "save_maps": save_maps}
     if not with_masks:
         batch, how = batch._replace(masks=None), how | {"region": "image"}
     result = assess(network, split(batch, [4, 2]), UncertaintyConfig(**how))
@@ -346,7 +346,7 @@ def refuse_more(network, most):
     return network.register_forward_pre_hook(refuse)
 
 
-def unlike_batch(n):
+def varied_batch(n):
     """Return images of clearly different difficulty, so that rounding changes no rank."""
     batch = make_batch(n)
     return batch._replace(images=batch.images * torch.linspace(0.2, 4, n)[:, None, None, None])
@@ -374,7 +374,7 @@ def assert_alike(found, expected):
     ],
 )
 def test_out_of_memory_divides_batches_and_keeps_scores(network, samples, masks, most):
-    batches = list(split(unlike_batch(13), [7, 6]))
+    batches = list(split(varied_batch(13), [7, 6]))
     batches[0].masks[3] = 0
     how = {"samples": samples, "masks": masks, "rank_target": 0.97}
     expected = assess(network, batches, UncertaintyConfig(**how))
@@ -387,7 +387,7 @@ def test_out_of_memory_divides_batches_and_keeps_scores(network, samples, masks,
 @pytest.mark.parametrize("save_maps", [False, True])
 def test_out_of_memory_runs_the_program_on_parts(network, monkeypatch, save_maps):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
-    batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
+    batch, how = varied_batch(6), {"samples": 3, "save_maps": save_maps}
     expected = assess(network, [batch], UncertaintyConfig(**how))
     whole, sizes = passes.PreparedBatch, []
 
@@ -405,7 +405,7 @@ def test_out_of_memory_runs_the_program_on_parts(network, monkeypatch, save_maps
 
 def test_out_of_memory_after_the_first_passes_keeps_scores(network, monkeypatch):
     """Images that already had passes are measured again in parts."""
-    batches = list(split(unlike_batch(9), [4, 5]))
+    batches = list(split(varied_batch(9), [4, 5]))
     how = {"samples": "auto", "rank_target": 0.9999}
     expected = assess(network, batches, UncertaintyConfig(**how))
     assert expected.samples > choose_samples.FEWEST

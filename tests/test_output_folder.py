@@ -42,11 +42,11 @@ def contents(path):
     return {str(one.relative_to(path)): one.read_text() for one in path.rglob("*") if one.is_file()}
 
 
-def whole(text):
+def expected_files(text):
     return {"summary.json": text, "figures/a.png": text}
 
 
-def said(path, **settings):
+def refusal_of(path, **settings):
     """Return the error message for a folder without the path."""
     with pytest.raises(PolysegError) as caught, whole_folder(path, **settings):
         pass
@@ -93,19 +93,19 @@ def test_empty_folder_keeps_its_mode(tmp_path):
         raise ValueError
     assert path.is_dir() and names(tmp_path) == ["out"]
     fill(path, "new")
-    assert contents(path) == whole("new") and path.stat().st_mode & 0o777 == 0o750
+    assert contents(path) == expected_files("new") and path.stat().st_mode & 0o777 == 0o750
 
 
 def test_existing_results_need_the_overwrite_flag(tmp_path):
     path = tmp_path / "out"
     fill(path, "old")
-    assert "nothing is overwritten" in said(path)
-    assert "or add --overwrite" in said(path, known_by=("summary.json",))
-    assert "add --overwrite" not in said(path, known_by=("other.json",))
-    assert contents(path) == whole("old")
+    assert "nothing is overwritten" in refusal_of(path)
+    assert "or add --overwrite" in refusal_of(path, known_by=("summary.json",))
+    assert "add --overwrite" not in refusal_of(path, known_by=("other.json",))
+    assert contents(path) == expected_files("old")
     (path / "stale.txt").write_text("of the former run")
     fill(path, "new", **OURS)
-    assert contents(path) == whole("new") and names(tmp_path) == ["out"]
+    assert contents(path) == expected_files("new") and names(tmp_path) == ["out"]
 
 
 def test_error_keeps_the_previous_results(tmp_path):
@@ -114,18 +114,18 @@ def test_error_keeps_the_previous_results(tmp_path):
     with pytest.raises(ValueError), whole_folder(path, **OURS) as folder:
         write_text(folder / "summary.json", "new")
         raise ValueError
-    assert contents(path) == whole("old") and names(tmp_path) == ["out"]
+    assert contents(path) == expected_files("old") and names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("run", ["checkpoints/note.txt", "fold/checkpoints/a", "best.safetensors"])
 def test_runs_and_foreign_files_are_never_overwritten(tmp_path, run):
     path = tmp_path / "out"
     write_text(path / "note.txt", "mine")
-    assert "has no summary.json" in said(path, **OURS)
+    assert "has no summary.json" in refusal_of(path, **OURS)
     write_text(path / "summary.json", "{}")
     write_text(path / run, "weights")
-    assert "--overwrite removes no runs" in said(path, **OURS)
-    assert "add --overwrite" not in said(path, known_by=OURS["known_by"])
+    assert "--overwrite removes no runs" in refusal_of(path, **OURS)
+    assert "add --overwrite" not in refusal_of(path, known_by=OURS["known_by"])
     assert len(contents(path)) == 3 and names(tmp_path) == ["out"]
 
 
@@ -166,7 +166,7 @@ def test_second_writer_is_refused_and_leftovers_are_removed(tmp_path):
     writer.communicate()
     assert (tmp_path / ".partial-out" / "torn").is_dir() and not path.exists()
     fill(path, "new")
-    assert contents(path) == whole("new") and contents(precious) == {"a.txt": "mine"}
+    assert contents(path) == expected_files("new") and contents(precious) == {"a.txt": "mine"}
     assert names(tmp_path) == ["out", "precious"]
 
 
@@ -176,7 +176,9 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(fcntl, "flock", none)
     fill(tmp_path / "out", "new")
-    assert "does not support locks" in caplog.text and contents(tmp_path / "out") == whole("new")
+    assert "does not support locks" in caplog.text and contents(tmp_path / "out") == expected_files(
+        "new"
+    )
 
 
 class Died(BaseException):
@@ -186,7 +188,7 @@ class Died(BaseException):
 STEPS = {name for name in vars(files.Disk) if not name.startswith("_")}
 
 
-class Mortal(files.Disk):
+class DyingDisk(files.Disk):
     """A disk whose process dies before one step; no later step takes effect."""
 
     def __init__(self, steps):
@@ -218,7 +220,7 @@ def test_killed_at_any_step_leaves_old_or_new_folder_complete(tmp_path, monkeypa
         if former:
             fill(path, former)
         with monkeypatch.context() as patch:
-            disk = Mortal(steps)
+            disk = DyingDisk(steps)
             patch.setattr(files, "disk", disk)
             with contextlib.suppress(Died):
                 fill(path, "new", **OURS)
@@ -226,7 +228,7 @@ def test_killed_at_any_step_leaves_old_or_new_folder_complete(tmp_path, monkeypa
         with pytest.raises(ValueError), whole_folder(path, **OURS):
             raise ValueError
         found = contents(path)
-        assert found in (whole(former) if former else {}, whole("new")), steps
+        assert found in (expected_files(former) if former else {}, expected_files("new")), steps
         assert [one for one in names(path.parent) if one != "out"] == [], steps
         seen.add(found.get("summary.json"))
         if not disk.dead:
@@ -239,20 +241,20 @@ def test_full_disk_at_any_step_keeps_old_results(tmp_path, monkeypatch):
     fill(path, "old")
     for steps in range(100):
         with monkeypatch.context() as patch:
-            patch.setattr(files, "disk", Full(steps))
+            patch.setattr(files, "disk", FullDisk(steps))
             try:
                 fill(path, "new", **OURS)
                 break
             except PolysegError as error:
                 assert str(error).startswith(str(path)) and "No space left" in str(error)
                 assert "\n" not in str(error) and ".partial" not in str(error)
-        if contents(path) == whole("new"):
+        if contents(path) == expected_files("new"):
             break  # Only the flush of the final name has failed.
-        assert contents(path) == whole("old") and names(tmp_path) == ["out"]
-    assert steps > 8 and contents(path) == whole("new")
+        assert contents(path) == expected_files("old") and names(tmp_path) == ["out"]
+    assert steps > 8 and contents(path) == expected_files("new")
 
 
-class Full(files.Disk):
+class FullDisk(files.Disk):
     """A disk that is full at one of the steps that need space."""
 
     def __init__(self, steps):
@@ -279,13 +281,13 @@ class Full(files.Disk):
 def test_mount_points_and_working_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
-    assert "working folder" in said(files.Path())
-    assert "is not empty" in said(files.Path(".."))
-    assert "is not empty" in said(files.Path("/"))
-    assert "has no summary.json" in said(files.Path("/"), **OURS)
+    assert "working folder" in refusal_of(files.Path())
+    assert "is not empty" in refusal_of(files.Path(".."))
+    assert "is not empty" in refusal_of(files.Path("/"))
+    assert "has no summary.json" in refusal_of(files.Path("/"), **OURS)
     monkeypatch.setattr(files.Path, "is_mount", lambda self: self == tmp_path / "disk")
     (tmp_path / "disk").mkdir()
-    assert said(tmp_path / "disk") == "is a mount point; give a new folder in it"
+    assert refusal_of(tmp_path / "disk") == "is a mount point; give a new folder in it"
     fill(tmp_path / "disk" / "out", "new")
 
 
@@ -296,13 +298,13 @@ def test_invalid_folder_names_are_refused(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / ".partial-led").symlink_to("target")
     before = names(tmp_path)
-    assert said(tmp_path / "file") == "is not a folder; choose another one"
-    assert said(tmp_path / "link") == "is not a folder; choose another one"
-    assert "File exists (file)" in said(tmp_path / "file" / "out")
-    assert "Not a directory (.partial-there)" in said(tmp_path / "there")
-    assert "Not a directory (.partial-led)" in said(tmp_path / "led")
+    assert refusal_of(tmp_path / "file") == "is not a folder; choose another one"
+    assert refusal_of(tmp_path / "link") == "is not a folder; choose another one"
+    assert "File exists (file)" in refusal_of(tmp_path / "file" / "out")
+    assert "Not a directory (.partial-there)" in refusal_of(tmp_path / "there")
+    assert "Not a directory (.partial-led)" in refusal_of(tmp_path / "led")
     for length in (250, 255, 256):
-        assert "File name too long" in said(tmp_path / "new" / ("n" * length))
+        assert "File name too long" in refusal_of(tmp_path / "new" / ("n" * length))
     assert names(tmp_path) == before
 
 
@@ -311,14 +313,16 @@ def test_link_to_a_folder_is_kept(tmp_path):
     (tmp_path / "here").symlink_to("there")
     fill(tmp_path / "here", "old")
     fill(tmp_path / "here", "new", **OURS)
-    assert (tmp_path / "here").is_symlink() and contents(tmp_path / "there") == whole("new")
+    assert (tmp_path / "here").is_symlink() and contents(tmp_path / "there") == expected_files(
+        "new"
+    )
     assert names(tmp_path) == ["here", "there"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_folder_without_write_permission_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
-    assert "Permission denied" in said(tmp_path / "out")
+    assert "Permission denied" in refusal_of(tmp_path / "out")
     tmp_path.chmod(0o700)
 
 

@@ -11,7 +11,7 @@ from polyseg.system.signals import ENDING, ending_at_once, ending_when_asked
 
 
 @pytest.fixture(autouse=True)
-def _hanging_up_is_heeded():
+def _default_sighup():
     """Restore the default handler of SIGHUP, which `nohup` disables."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -50,7 +50,7 @@ def test_forked_process_leaves_signals_to_its_parent():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-class Freed:
+class SignalInFinalizer:
     """Send a signal from a finalizer, where Python discards exceptions."""
 
     def __del__(self):
@@ -59,7 +59,7 @@ class Freed:
 
 def test_signal_during_a_finalizer_is_not_lost(capsys):
     with pytest.raises(Interrupted), ending_at_once():
-        Freed()
+        SignalInFinalizer()
         time.sleep(30)
     assert capsys.readouterr().err == ""
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

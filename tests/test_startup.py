@@ -27,7 +27,7 @@ def start(*arguments, redirect="", **how):
 
 
 @pytest.fixture
-def gone():
+def closed_pipe():
     """Yield a pipe whose reader is closed."""
     read_end, write_end = os.pipe()
     os.close(read_end)
@@ -92,27 +92,30 @@ def test_closed_streams_do_not_change_the_exit_code(arguments, code, redirect):
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_closed_readers_do_not_change_the_exit_code(gone, arguments, code, unbuffered):
+def test_closed_readers_do_not_change_the_exit_code(closed_pipe, arguments, code, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    done = start(*arguments, stdout=gone, env=environment)
+    done = start(*arguments, stdout=closed_pipe, env=environment)
     assert done.returncode == code and "Traceback" not in done.stderr
-    assert start(*arguments, stdout=gone, stderr=gone, env=environment).returncode == code
+    assert (
+        start(*arguments, stdout=closed_pipe, stderr=closed_pipe, env=environment).returncode
+        == code
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirect", ["", ">&-", "2>&-", ">&- 2>&-"])
-def test_figure_is_drawn_despite_closed_streams(tmp_path, gone, redirect):
-    done = start("plot-loss", "--out", tmp_path / "a.png", redirect=redirect, stdout=gone)
+def test_figure_is_drawn_despite_closed_streams(tmp_path, closed_pipe, redirect):
+    done = start("plot-loss", "--out", tmp_path / "a.png", redirect=redirect, stdout=closed_pipe)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 @full_device
-def test_training_succeeds_without_streams(tmp_path, gone):
+def test_training_succeeds_without_streams(tmp_path, closed_pipe):
     done = start(*TRAIN, tmp_path / "closed", redirect=">&- 2>&-")
     assert done.returncode == 0
-    done = start(*TRAIN, tmp_path / "gone", "--json", redirect="2>/dev/full", stdout=gone)
+    done = start(*TRAIN, tmp_path / "gone", "--json", redirect="2>/dev/full", stdout=closed_pipe)
     assert done.returncode == 0
     first, second = (
         json.loads((tmp_path / name / "evaluation/summary.json").read_text())["runs"][0]["metrics"]

@@ -42,7 +42,7 @@ def test_channels_last_changes_an_epoch_by_rounding_only(tiny):
         )
 
 
-def laid_out_apart(weights):
+def is_channels_last_only(weights):
     return weights.is_contiguous(memory_format=torch.channels_last) and not weights.is_contiguous()
 
 
@@ -56,10 +56,12 @@ def test_channels_last_applies_to_kernels_feature_maps_and_gradients(tiny):
     seen = []
     layer.register_forward_hook(lambda _, given, made: seen.extend((given[0], made)))
     trainer._train(1)
-    assert seen and all(laid_out_apart(features) for features in seen)
-    assert laid_out_apart(layer.weight) and laid_out_apart(layer.weight.grad)
+    assert seen and all(is_channels_last_only(features) for features in seen)
+    assert is_channels_last_only(layer.weight) and is_channels_last_only(layer.weight.grad)
     moments = trainer.steps.optimizer.state[layer.weight]
-    assert laid_out_apart(moments["exp_avg"]) and laid_out_apart(moments["exp_avg_sq"])
+    assert is_channels_last_only(moments["exp_avg"]) and is_channels_last_only(
+        moments["exp_avg_sq"]
+    )
     plain = Trainer(*trainer_arguments(tiny("run", PLAIN, "control.enabled=false")))
     assert all(weights.is_contiguous() for weights in plain.network.parameters())
 
@@ -70,7 +72,7 @@ def test_checkpoint_stores_weights_in_contiguous_order(tiny):
     trainer = Trainer(config, images, split, run)
     with run.writing(resume=False):
         trainer.fit()
-    assert any(laid_out_apart(one) for one in trainer.network.parameters() if one.dim() == 4)
+    assert any(is_channels_last_only(one) for one in trainer.network.parameters() if one.dim() == 4)
     written = safetensors.numpy.load_file(run.last)
     for name, weights in trainer.network.state_dict().items():
         assert written[f"weights/{name}"].flags.c_contiguous
@@ -119,7 +121,7 @@ def test_view_on_channels_last_names_the_setting(tiny):
 def test_channels_last_is_automatic_on_cpu_for_suitable_built_in_networks_only(tiny):
     ours = Trainer(*trainer_arguments(tiny("ours", "control.enabled=false")))
     assert ours.steps.channels_last
-    assert any(laid_out_apart(one) for one in ours.network.parameters() if one.dim() == 4)
+    assert any(is_channels_last_only(one) for one in ours.network.parameters() if one.dim() == 4)
     settings = (f"network.name={__name__}:viewing", "network.kwargs={}", "control.enabled=false")
     assert not Trainer(*trainer_arguments(tiny("other", *settings))).steps.channels_last
     normalised = tiny("third", "network.kwargs.norm=instance", "control.enabled=false")
@@ -143,7 +145,7 @@ def test_processes_draw_the_dropout_of_torch_in_each_memory_format(kind, order):
 
 
 @pytest.fixture
-def choices_restored(monkeypatch):
+def torch_settings_restored(monkeypatch):
     """Restore torch's global settings after the test."""
     cudnn, utils = torch.backends.cudnn, torch.utils.deterministic
     flags = cudnn.deterministic, cudnn.benchmark, utils.fill_uninitialized_memory
@@ -156,7 +158,7 @@ def choices_restored(monkeypatch):
     torch.use_deterministic_algorithms(asked, warn_only=warns)
 
 
-def choices():
+def torch_settings():
     return {
         "deterministic": torch.backends.cudnn.deterministic,
         "benchmark": torch.backends.cudnn.benchmark,
@@ -167,31 +169,31 @@ def choices():
     }
 
 
-@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.usefixtures("torch_settings_restored")
 def test_deterministic_sets_gpu_algorithms():
     choose_algorithms(torch.device("cuda"), deterministic=True)
     everywhere = dict.fromkeys(("deterministic", "everywhere", "only warns"), True)
     same_bits = {"benchmark": False, "fills": False, "cuBLAS": ":4096:8", **everywhere}
-    assert choices() == same_bits
+    assert torch_settings() == same_bits
     choose_algorithms(torch.device("cuda:1"), deterministic=False)
     fast = dict.fromkeys(everywhere, False)
-    assert choices() == {"benchmark": True, "fills": False, "cuBLAS": ":4096:8", **fast}
+    assert torch_settings() == {"benchmark": True, "fills": False, "cuBLAS": ":4096:8", **fast}
 
 
-@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.usefixtures("torch_settings_restored")
 def test_cublas_environment_variable_is_kept(monkeypatch):
     monkeypatch.setenv(WHERE, ":16:8")
     choose_algorithms(torch.device("cuda"), deterministic=True)
-    assert choices()["cuBLAS"] == ":16:8"
+    assert torch_settings()["cuBLAS"] == ":16:8"
 
 
-@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.usefixtures("torch_settings_restored")
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_other_devices_do_not_change_torch_settings(device, deterministic):
-    before = choices()
+    before = torch_settings()
     choose_algorithms(torch.device(device), deterministic=deterministic)
-    assert choices() == before
+    assert torch_settings() == before
 
 
 @pytest.mark.slow

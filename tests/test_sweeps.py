@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 AT_ONCE = 3
 SETTINGS = (*TINY, "output.figures=false", "training.device=cpu")
 POLYSEG = f'#!/bin/sh\nexec "{sys.executable}" -m polyseg "$@"\n'
-PRETENDING = """#!/bin/bash
+FAKE_POLYSEG = """#!/bin/bash
 echo "$CUDA_VISIBLE_DEVICES $*" >> "$NOTES"
 while [ $# -gt 0 ] && [ "$1" != --out ]; do shift; done
 [[ $2 != *"$FAILING"* ]] && mkdir -p "$2/evaluation" && touch "$2/evaluation/summary.json"
@@ -160,7 +160,7 @@ def test_sweep_distributes_arms_seeds_folds_and_gpus(tmp_path, script):
         *("parallel_sweep.sh", "my data", out, "0 5", "network.kwargs={channels: [4, 8]}"),
         **variables,
         ARMS="dice fixed",
-        programs={"polyseg": PRETENDING},
+        programs={"polyseg": FAKE_POLYSEG},
     )
     assert sweep.communicate(timeout=60)[1] == "" and sweep.returncode == 0
     *trained, evaluated = notes.read_text().splitlines()
@@ -181,7 +181,7 @@ def test_failed_run_of_a_sweep_does_not_stop_the_others(tmp_path, script):
     notes, out = tmp_path / "notes", tmp_path / "sweep"
     variables = {"NOTES": str(notes), "FAILING": "fixed-s0", "JOBS": "1"}
     sweep = script(
-        "parallel_sweep.sh", "demo", out, "0 1", **variables, programs={"polyseg": PRETENDING}
+        "parallel_sweep.sh", "demo", out, "0 1", **variables, programs={"polyseg": FAKE_POLYSEG}
     )
     _, complaint = sweep.communicate(timeout=60)
     assert complaint.splitlines()[0] == f"fixed-s0: failed, see {out}/logs/fixed-s0.txt"
@@ -251,7 +251,7 @@ def test_control_arms_refuse_other_settings_in_the_same_folder(tmp_path, script)
     notes, out = tmp_path / "notes", tmp_path / "arms"
     (out / "comparison").mkdir(parents=True)
     (out / "comparison/table.md").write_text("## Dice against adaptive\n\na\n\n## bias\n")
-    variables = {"NOTES": str(notes), "FAILING": "nothing", "programs": {"polyseg": PRETENDING}}
+    variables = {"NOTES": str(notes), "FAILING": "nothing", "programs": {"polyseg": FAKE_POLYSEG}}
     asked = ("control_arms.sh", "demo", out)
     first = script(*asked, "0 3", "data.size=32", **variables)
     said, complaint = first.communicate(timeout=60)

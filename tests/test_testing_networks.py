@@ -18,7 +18,7 @@ from polyseg.config import Config, load_config
 from polyseg.data.dataset import make_demo
 from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
-from polyseg.evaluation import testing_networks as room
+from polyseg.evaluation import testing_networks as testing_module
 from polyseg.evaluation.arms import arms_of
 from polyseg.evaluation.testing_networks import THRESHOLDS, EvaluationSettings, choose_thresholds
 from polyseg.metrics.dice import dice_coefficient
@@ -29,7 +29,7 @@ from tests.test_train import run_of
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two_runs(tmp_path_factory):
     """Return two runs with the Dice loss on the same images, with different seeds."""
     folder = tmp_path_factory.mktemp("two")
     settings = [*TINY, "output.figures=false", "loss.name=dice", "training.epochs=2"]
@@ -61,11 +61,11 @@ def test_empty_list_of_corruptions_is_refused(text):
 
 
 @pytest.mark.slow
-def test_comparison_writes_tables_and_figures(two, tmp_path):
+def test_comparison_writes_tables_and_figures(two_runs, tmp_path):
     outcome = evaluate_runs(
-        two,
+        two_runs,
         EvaluationSettings(corruptions=("noise",), uncertainty=True, samples=3, tolerance=1.5),
-        baseline=str(two[0]),
+        baseline=str(two_runs[0]),
         out=tmp_path / "out",
         figures=True,
     )
@@ -94,10 +94,10 @@ def test_comparison_writes_tables_and_figures(two, tmp_path):
     assert float(rows[0]["dice"]) == pytest.approx(means[0])
 
 
-def test_runs_with_different_seeds_are_one_arm(two, finished, tmp_path):
+def test_runs_with_different_seeds_are_one_arm(two_runs, finished, tmp_path):
     other = finished("plain", "control.enabled=false", "training.epochs=2").path
-    record = summary_of(evaluate_runs([*two, other], group=True, out=tmp_path / "arms"))
-    alone = summary_of(evaluate_runs([*two, other], out=tmp_path / "alone"))
+    record = summary_of(evaluate_runs([*two_runs, other], group=True, out=tmp_path / "arms"))
+    alone = summary_of(evaluate_runs([*two_runs, other], out=tmp_path / "alone"))
     assert [(run["name"], run["members"]) for run in record["runs"]] == [
         ("dice", ["dice_s0", "dice_s1"]), ("plain", ["plain"]),
     ]  # fmt: skip
@@ -150,7 +150,7 @@ def test_mean_over_passes_does_not_depend_on_batch_division(finished, tmp_path, 
     run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=3)
     whole = summary_of(evaluate_runs([run], settings, out=tmp_path / "whole"))
-    monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 32 * 32)
+    monkeypatch.setattr(testing_module, "_PIXELS_AT_ONCE", 32 * 32)
     parts = summary_of(evaluate_runs([run], settings, out=tmp_path / "parts"))
     for one, other in zip(whole["runs"], parts["runs"], strict=True):
         for key, found in one["metrics"].items():
@@ -179,16 +179,18 @@ def test_chosen_threshold_maximises_dice():
         assert choose_thresholds(network, images, images.ids, 3) == {"": expected}
     probability = torch.rand(1, 9, 9, dtype=torch.float64)
     mask = torch.rand(1, 9, 9) > 0.5
-    dices = room._dices(probability[0].numpy(), mask[0].numpy())
+    dices = testing_module._dices(probability[0].numpy(), mask[0].numpy())
     for threshold, dice in zip(THRESHOLDS, dices, strict=True):
         expected = dice_coefficient(probability >= threshold, mask)
         assert dice == pytest.approx(float(expected))
 
 
-def test_chosen_threshold_is_computed_on_validation_images(two, tmp_path):
-    outcome = evaluate_runs(two[:1], EvaluationSettings(threshold="val"), out=tmp_path / "out")
+def test_chosen_threshold_is_computed_on_validation_images(two_runs, tmp_path):
+    outcome = evaluate_runs(two_runs[:1], EvaluationSettings(threshold="val"), out=tmp_path / "out")
     threshold = summary_of(outcome)["runs"][0]["threshold"]
-    fixed = evaluate_runs(two[:1], EvaluationSettings(threshold=threshold), out=tmp_path / "two")
+    fixed = evaluate_runs(
+        two_runs[:1], EvaluationSettings(threshold=threshold), out=tmp_path / "two"
+    )
     assert summary_of(outcome)["runs"][0]["metrics"] == summary_of(fixed)["runs"][0]["metrics"]
 
 
@@ -237,7 +239,7 @@ def test_networks_trained_on_different_labels_are_not_compared(tiny, tmp_path):
         evaluate_runs(runs, out=tmp_path / "out")
 
 
-def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monkeypatch):
+def test_errors_are_raised_before_networks_are_tested(two_runs, tiny, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("tested")
 
@@ -246,16 +248,16 @@ def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monke
     full.mkdir()
     (full / "file").touch()
     with pytest.raises(PolysegError, match="full: is not empty"):
-        evaluate_runs(two, out=full)
+        evaluate_runs(two_runs, out=full)
     with pytest.raises(PolysegError, match="dice_s0: is given twice"):
-        evaluate_runs([two[0], two[0]], out=tmp_path / "out")
+        evaluate_runs([two_runs[0], two_runs[0]], out=tmp_path / "out")
     with pytest.raises(PolysegError, match="nowhere: there is no such file or folder"):
-        evaluate_runs([two[0], tmp_path / "nowhere"], out=tmp_path / "out")
+        evaluate_runs([two_runs[0], tmp_path / "nowhere"], out=tmp_path / "out")
     monkeypatch.undo()
     other = run_of(tiny("other", "loss.name=dice", "data.split_seed=3")).path
     monkeypatch.setattr(trained_model.Trained, "build", never)
     with pytest.raises(PolysegError, match="other: would be tested on other images"):
-        evaluate_runs([*two, other], out=tmp_path / "out")
+        evaluate_runs([*two_runs, other], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -271,16 +273,16 @@ def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monke
         (["--baseline", "dice_s0"], "--baseline: there is one run"),
     ],
 )
-def test_invalid_options_give_one_line(polyseg, two, tmp_path, arguments, said):
-    answer = polyseg("evaluate", two[0], "--out", tmp_path / "out", *arguments)
+def test_invalid_options_give_one_line(polyseg, two_runs, tmp_path, arguments, said):
+    answer = polyseg("evaluate", two_runs[0], "--out", tmp_path / "out", *arguments)
     assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_command_prints_its_tables(polyseg, two, tmp_path):
+def test_evaluate_command_prints_its_tables(polyseg, two_runs, tmp_path):
     answer = polyseg(
-        "evaluate", *two, "--baseline", "dice_s1", "--out", tmp_path / "out", "--threshold", "0.4",
-        "--no-figures",
+        "evaluate", *two_runs, "--baseline", "dice_s1", "--out", tmp_path / "out",
+        "--threshold", "0.4", "--no-figures",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     for text in (
@@ -291,8 +293,8 @@ def test_evaluate_command_prints_its_tables(polyseg, two, tmp_path):
         "NSD (2 px)",
     ):
         assert text in answer.out
-    assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
-    wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")
+    assert polyseg("evaluate", two_runs[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
+    wrong = polyseg("evaluate", *two_runs, "--baseline", "x", "--out", tmp_path / "b")
     assert "error: --baseline x: is not one of the arms; choose dice_s0, dice_s1" in wrong.err
 
 
@@ -325,14 +327,14 @@ def test_arms_differ_by_relevant_settings_only():
     assert arms_of(alike) == {"x/run_0": ["x/run_0"], "x/run_1": ["x/run_1"]}
 
 
-def test_moved_run_is_recognised(two, tmp_path):
+def test_moved_run_is_recognised(two_runs, tmp_path):
     moved = tmp_path / "elsewhere"
-    shutil.copytree(two[0], moved)
-    record = summary_of(evaluate_runs([two[0], moved], out=tmp_path / "out"))
+    shutil.copytree(two_runs[0], moved)
+    record = summary_of(evaluate_runs([two_runs[0], moved], out=tmp_path / "out"))
     assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]
 
 
-def test_runs_on_the_same_images_read_them_once(two, tiny, tmp_path, monkeypatch):
+def test_runs_on_the_same_images_read_them_once(two_runs, tiny, tmp_path, monkeypatch):
     read = []
 
     def counted(config, progress):
@@ -341,14 +343,14 @@ def test_runs_on_the_same_images_read_them_once(two, tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(trained_model, "load_images", counted)
     cached = Inputs(cache=tmp_path / "cache")
-    evaluate_runs(two, EvaluationSettings(threshold="val"), cached, out=tmp_path / "one")
+    evaluate_runs(two_runs, EvaluationSettings(threshold="val"), cached, out=tmp_path / "one")
     assert len(read) == 1
     other = run_of(tiny("other", "loss.name=dice", "data.normalise=unit")).path
-    evaluate_runs([*two, other], out=tmp_path / "two")
+    evaluate_runs([*two_runs, other], out=tmp_path / "two")
     assert len(read) == 3
 
 
-def test_commands_read_each_checkpoint_once(two, tmp_path, monkeypatch):
+def test_commands_read_each_checkpoint_once(two_runs, tmp_path, monkeypatch):
     read, content = [], checkpoints._content
 
     def counted(path):
@@ -356,17 +358,19 @@ def test_commands_read_each_checkpoint_once(two, tmp_path, monkeypatch):
         return content(path)
 
     monkeypatch.setattr(checkpoints, "_content", counted)
-    evaluate_runs(two, EvaluationSettings(threshold="val"), baseline="dice_s0", out=tmp_path / "a")
+    evaluate_runs(
+        two_runs, EvaluationSettings(threshold="val"), baseline="dice_s0", out=tmp_path / "a"
+    )
     assert read == ["dice_s0/best", "dice_s1/best"]
     read.clear()
-    estimate_uncertainty(two[0], Inputs(part="test"), samples=2, out=tmp_path / "b")
+    estimate_uncertainty(two_runs[0], Inputs(part="test"), samples=2, out=tmp_path / "b")
     assert read == ["dice_s0/best"]
     read.clear()
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "image.png")
-    predict_images(two[0], [tmp_path / "image.png"], out=tmp_path / "c")
+    predict_images(two_runs[0], [tmp_path / "image.png"], out=tmp_path / "c")
     assert read == ["dice_s0/best"]
     read.clear()
-    shutil.copytree(two[0], tmp_path / "again")
+    shutil.copytree(two_runs[0], tmp_path / "again")
     settings = [f"output.path={tmp_path / 'again'}", "training.epochs=3"]
-    train(load_config(two[0] / "config.yaml", settings), resume=True)
+    train(load_config(two_runs[0] / "config.yaml", settings), resume=True)
     assert read == ["again/last", "again/best"]

@@ -23,7 +23,7 @@ from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.metrics.significance import rank_correlation
 from polyseg.networks.networks_by_name import hash_weights
-from polyseg.runs import run_folder as run_room
+from polyseg.runs import run_folder as run_folder_module
 from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.runs.history import COLUMNS, row_of
@@ -32,8 +32,8 @@ from polyseg.runs.run_folder import RunDirectory
 from polyseg.runs.weights import network_of
 from polyseg.system.files import sha256_of_file
 from polyseg.training import nonfinite, optimizers
-from polyseg.training import step as steps_room
-from polyseg.training import trainer as room
+from polyseg.training import step as step_module
+from polyseg.training import trainer as trainer_module
 
 
 def run_of(config):
@@ -376,14 +376,14 @@ def test_every_network_trains(tiny, name):
 def test_crash_between_the_two_checkpoints_is_repaired(tiny, finished, monkeypatch):
     whole = finished("whole")
     config = tiny("stopped")
-    write = run_room.write_checkpoint
+    write = run_folder_module.write_checkpoint
 
     def crash_before_best(path, checkpoint):
         if path.name.startswith("best") and checkpoint.epoch == checkpoint.best_epoch == 2:
             raise Stop
         write(path, checkpoint)
 
-    monkeypatch.setattr(run_room, "write_checkpoint", crash_before_best)
+    monkeypatch.setattr(run_folder_module, "write_checkpoint", crash_before_best)
     with pytest.raises(Stop):
         train(config)
     monkeypatch.undo()
@@ -521,7 +521,7 @@ def test_early_stopping_counts_epochs_without_a_better_dice(tiny):
 def test_non_finite_loss_names_its_images(tiny, monkeypatch, between_looks, bad_step):
     """An epoch has three steps; the first bad one is reported, whenever they are checked."""
     shown, steps = [], itertools.count(1)
-    batches = room.training_batches
+    batches = trainer_module.training_batches
 
     def broken(_):
         def objective(logits, mask, epsilon):
@@ -538,15 +538,15 @@ def test_non_finite_loss_names_its_images(tiny, monkeypatch, between_looks, bad_
             yield batch
 
     monkeypatch.setattr(nonfinite, "_STEPS_BETWEEN_CHECKS", between_looks)
-    monkeypatch.setattr(room, "training_batches", remembered)
-    monkeypatch.setattr(steps_room, "build_objective", broken)
+    monkeypatch.setattr(trainer_module, "training_batches", remembered)
+    monkeypatch.setattr(step_module, "build_objective", broken)
     with pytest.raises(PolysegError, match=f"epoch 1, step {bad_step}: the loss of") as error:
         train(tiny("run"))
     assert f"loss of {shown[bad_step - 1][1]} is not finite" in str(error.value)
     assert len(shown) == min(-(-bad_step // between_looks) * between_looks, 3)
 
 
-def spoiling(bad_step, spoil):
+def spoiled_objective(bad_step, spoil):
     """Return a factory of an objective that spoils the losses of one step."""
     steps = itertools.count(1)
 
@@ -576,7 +576,7 @@ SPOILS = {"losses": lambda losses: losses * float("nan"), "gradients": Unbounded
 
 
 def test_non_finite_gradients_end_the_run(tiny, monkeypatch):
-    monkeypatch.setattr(steps_room, "build_objective", spoiling(5, SPOILS["gradients"]))
+    monkeypatch.setattr(step_module, "build_objective", spoiled_objective(5, SPOILS["gradients"]))
     with pytest.raises(PolysegError, match="epoch 2, step 2: the gradients of phantom"):
         train(tiny("run"))
     run = RunDirectory(Path(tiny("run").output.path))
@@ -593,20 +593,20 @@ def test_skipped_step_leaves_weights_and_statistics_unchanged(tiny, monkeypatch,
         "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1, norm: BATCH}",
         "data.augmentation=none",
     )
-    monkeypatch.setattr(steps_room, "build_objective", spoiling(5, SPOILS[what]))
+    monkeypatch.setattr(step_module, "build_objective", spoiled_objective(5, SPOILS[what]))
     skipping = run_of(tiny("skipping", *settings))
     assert [row["skipped_steps"] for row in history_of(skipping)] == ["0", "1", "0"]
     named = {"losses": "the loss of", "gradients": "the gradients of"}[what]
     assert f"epoch 2, step 2 is skipped: {named} phantom" in caplog.text
 
-    taken, take = [], steps_room.Steps.take
+    taken, take = [], step_module.Steps.take
 
     def without_the_fifth(self, *batch):
         taken.append(taken[-1] if len(taken) == 4 else take(self, *batch))
         return taken[-1]
 
-    monkeypatch.setattr(steps_room.Steps, "take", without_the_fifth)
-    monkeypatch.setattr(steps_room, "build_objective", spoiling(-1, None))
+    monkeypatch.setattr(step_module.Steps, "take", without_the_fifth)
+    monkeypatch.setattr(step_module, "build_objective", spoiled_objective(-1, None))
     assert_same_weights(weights_of(skipping), weights_of(run_of(tiny("without", *settings))))
 
 
@@ -614,7 +614,7 @@ def test_epoch_without_a_finite_step_ends_the_run(tiny, monkeypatch):
     def endless(logits, *_):
         return logits.mean(dim=(1, 2, 3)) / 0
 
-    monkeypatch.setattr(steps_room, "build_objective", lambda _: endless)
+    monkeypatch.setattr(step_module, "build_objective", lambda _: endless)
     with pytest.raises(PolysegError, match="epoch 1: no step had finite loss"):
         train(tiny("run", "training.on_nonfinite=skip"))
 
@@ -627,7 +627,7 @@ def trainer_of_two_labels(config):
     masks = generator.integers(0, 2, (7, 2, 32, 32), dtype=np.uint8)
     images = arrays_as_set(ids, pixels, masks, config.data)
     split = {"train": ids, "val": [], "test": []}
-    return room.Trainer(config, images, split, RunDirectory(Path(config.output.path)))
+    return trainer_module.Trainer(config, images, split, RunDirectory(Path(config.output.path)))
 
 
 class Growing:
@@ -665,7 +665,7 @@ def test_recorded_losses_use_the_constant_epsilon(tiny, monkeypatch, constant):
             assert torch.equal(found, torch.cat(last))
             assert row["train_loss"] == row["train_loss_constant"]
         assert row["train_loss_constant"] == pytest.approx(float(found.mean()))
-        batches = room.training_batches(
+        batches = trainer_module.training_batches(
             trainer.images, trainer.split["train"], batch_size=4, seed=0, epoch=epoch
         )
         assert list(trainer.losses) == [name for names, *_ in batches for name in names]
@@ -833,7 +833,7 @@ def test_float16_trains_close_to_float32_and_resumes_bit_for_bit(tiny, finished)
 
 def test_gradient_scale_too_large_for_float16_is_lowered(tiny, caplog):
     config = tiny("run", "training.precision=fp16", "training.epochs=1", "control.enabled=false")
-    trainer = room.Trainer(*trainer_arguments(config))
+    trainer = trainer_module.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
     row = row_of(trainer._train(1))
     assert row["skipped_steps"] >= 1 and "gradients of" in caplog.text
@@ -869,14 +869,14 @@ def test_run_with_skipped_steps_resumes_bit_for_bit(tiny, monkeypatch, what):
         return trainer_epoch[0] == 3 and len(logits) == 3
 
     trainer_epoch = [0]
-    run_epoch = room.Trainer._run_epoch
+    run_epoch = trainer_module.Trainer._run_epoch
 
     def watched(self, epoch):
         trainer_epoch[0] = epoch
         run_epoch(self, epoch)
 
-    monkeypatch.setattr(room.Trainer, "_run_epoch", watched)
-    monkeypatch.setattr(steps_room, "build_objective", build)
+    monkeypatch.setattr(trainer_module.Trainer, "_run_epoch", watched)
+    monkeypatch.setattr(step_module, "build_objective", build)
     whole = run_of(tiny("whole", *settings))
     assert [row["skipped_steps"] for row in history_of(whole)] == ["0", "0", "1", "0"]
     config = tiny("stopped", *settings)
@@ -888,7 +888,7 @@ def test_run_with_skipped_steps_resumes_bit_for_bit(tiny, monkeypatch, what):
 
 def test_epoch_that_only_reduces_the_scale_does_not_end_training(tiny):
     config = tiny("run", "training.precision=fp16", "control.enabled=false", "training.epochs=2")
-    trainer = room.Trainer(*trainer_arguments(config))
+    trainer = trainer_module.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     row = row_of(trainer._train(1))
     assert row["skipped_steps"] == 4 and np.isfinite(row["train_loss"])
@@ -912,7 +912,7 @@ def _with_log(caplog):
     caplog.set_level("INFO", "polyseg")
 
 
-def said_of_epochs(run):
+def epoch_lines(run):
     lines = [line.partition(" INFO ")[2] for line in run.log.read_text().splitlines()]
     return [line for line in lines if re.match(r"epoch \d+/\d+  ", line)]
 
@@ -920,13 +920,13 @@ def said_of_epochs(run):
 @pytest.mark.slow
 @pytest.mark.usefixtures("_with_log")
 def test_epoch_lines_omit_a_constant_epsilon(tiny):
-    adaptive = said_of_epochs(run_of(tiny("run", "control.start=2")))
+    adaptive = epoch_lines(run_of(tiny("run", "control.start=2")))
     assert ["ε" in line for line in adaptive] == [False, False, True]
-    plain = said_of_epochs(run_of(tiny("dice", "loss.name=dice")))
+    plain = epoch_lines(run_of(tiny("dice", "loss.name=dice")))
     assert len(plain) == 3 and not any("ε" in line for line in plain)
-    replayed = said_of_epochs(run_of(tiny("again", f"control.replay={tiny('run').output.path}")))
+    replayed = epoch_lines(run_of(tiny("again", f"control.replay={tiny('run').output.path}")))
     assert ["ε" in line for line in replayed] == [False, False, True]
-    alone = said_of_epochs(run_of(tiny("alone", "data.split=[1, 0, 0]")))
+    alone = epoch_lines(run_of(tiny("alone", "data.split=[1, 0, 0]")))
     assert len(alone) == 3 and not any("Dice" in line for line in alone)
 
 
@@ -937,7 +937,7 @@ def test_epoch_lines_mark_the_best_epoch_so_far(tiny):
     for row in history_of(run):
         marked.append(float(row["validation_dice"]) > best)
         best = max(best, float(row["validation_dice"]))
-    assert [" best" in line for line in said_of_epochs(run)] == marked and marked[0]
+    assert [" best" in line for line in epoch_lines(run)] == marked and marked[0]
 
 
 def test_longest_epoch_line_fits_a_terminal():
@@ -951,7 +951,7 @@ def test_longest_epoch_line_fits_a_terminal():
         split={"val": ["a"]},
         config=SimpleNamespace(training=SimpleNamespace(epochs=1000)),
     )
-    line = room._epoch_line(row, trainer)
+    line = trainer_module._epoch_line(row, trainer)
     expected = "epoch 1000/1000  loss 0.988  val Dice 0.988 best  ε -0.50 to 9.88  9876 s"
     assert line == expected and len(line) <= 74
 

@@ -24,7 +24,7 @@ def make(in_channels, out_channels):
 
 
 @pytest.fixture
-def strange_run(tiny, tmp_path, monkeypatch):
+def foreign_run(tiny, tmp_path, monkeypatch):
     """Return a run with a network of its author's, and the file that its import would write."""
     canary = tmp_path / "canary"
     (tmp_path / "strange_module.py").write_text(SOURCE.format(canary=str(canary)))
@@ -37,8 +37,8 @@ def strange_run(tiny, tmp_path, monkeypatch):
     return tmp_path / "run", canary
 
 
-def test_resume_imports_code_only_with_trust(polyseg, strange_run):
-    run, canary = strange_run
+def test_resume_imports_code_only_with_trust(polyseg, foreign_run):
+    run, canary = foreign_run
     arguments = ("train", "--resume", "--out", run, "--epochs", 4)
     said = polyseg(*arguments)
     assert said.code == 2 and "--trust" in said.err and len(said.err.splitlines()) == 1
@@ -46,15 +46,15 @@ def test_resume_imports_code_only_with_trust(polyseg, strange_run):
     assert polyseg(*arguments, "--trust").code == 0 and canary.exists()
 
 
-def test_configuration_given_by_the_user_is_trusted(polyseg, strange_run, tmp_path):
-    run, canary = strange_run
+def test_configuration_given_by_the_user_is_trusted(polyseg, foreign_run, tmp_path):
+    run, canary = foreign_run
     mine = shutil.copy(run / "config.yaml", tmp_path / "mine.yaml")
     assert polyseg("train", mine, "--resume", "--out", run, "--epochs", 4).code == 0
     assert canary.exists()
 
 
-def test_replay_imports_code_only_with_trust(polyseg, strange_run, tmp_path):
-    run, canary = strange_run
+def test_replay_imports_code_only_with_trust(polyseg, foreign_run, tmp_path):
+    run, canary = foreign_run
     arguments = ("train", "--replay", run, "--out", tmp_path / "again")
     said = polyseg(*arguments)
     assert said.code == 2 and "--trust" in said.err and not canary.exists()

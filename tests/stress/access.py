@@ -107,7 +107,7 @@ def _pair(chance: random.Random, number: int, place: Path) -> list[str]:
     if [answer.code for answer in answers] != [0, 2]:
         return [f"{argv[1]}, two at once: {'; '.join(map(str, answers))}"]
     refused = answers[1]
-    wrong = [] if runs.is_a_line_on(run, refused.err) else [f"{argv[1]}, refused: {refused}"]
+    wrong = [] if runs.is_one_line_naming(run, refused.err) else [f"{argv[1]}, refused: {refused}"]
     return wrong + runs.differences(run, runs.reference().folder)
 
 

@@ -84,8 +84,8 @@ def _verdict(
     epoch = runs.committed_epoch(run)
     met["runs before the first checkpoint" if epoch < 0 else "runs after it"] += 1
     wrong = _faults(answer, run) + _leftovers(run, "the full disk")
-    argv, more = runs.go_on(run, place)
-    wrong += more + runs.end_well(argv, run, place) + _leftovers(run, argv[1])
+    argv, more = runs.continued(run, place)
+    wrong += more + runs.complete(argv, run, place) + _leftovers(run, argv[1])
     return [f"disk {space}, after epoch {epoch}: {one}" for one in wrong]
 
 

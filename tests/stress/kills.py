@@ -33,9 +33,9 @@ def _trial(chance: random.Random, place: Path, hit: Counter[str], *, genuine: bo
         if answer.code not in (0, -signal.SIGKILL):
             wrong.append(f"{argv[1]} ended by itself: {answer}")
         hit[_moment(answer.code, runs.committed_epoch(run))] += 1
-        argv, more = runs.go_on(run, place, genuine=genuine)
+        argv, more = runs.continued(run, place, genuine=genuine)
         wrong += more
-    return wrong + runs.end_well(argv, run, place, genuine=genuine)
+    return wrong + runs.complete(argv, run, place, genuine=genuine)
 
 
 def _moment(code: int | None, epoch: int) -> str:

@@ -252,7 +252,7 @@ def committed_epoch(folder: Path) -> int:
     return read_checkpoint(last).epoch if last.is_file() else -1
 
 
-def go_on(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str], list[str]]:
+def continued(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str], list[str]]:
     """Return the arguments that continue an interrupted run, and the faults found.
 
     If nothing was committed, resuming must be refused in one line, and the run starts again.
@@ -260,19 +260,19 @@ def go_on(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str
     if committed_epoch(folder) >= 0:
         return resuming(folder), []
     refusal = run(resuming(folder), place, genuine=genuine)
-    good = refusal.code == 2 and is_a_line_on(folder, refusal.err)
+    good = refusal.code == 2 and is_one_line_naming(folder, refusal.err)
     wrong = [] if good else [f"--resume of a run without a checkpoint: {refusal}"]
     if committed_epoch(folder) >= 0:
         wrong.append("--resume of a run without a checkpoint began one")
     return training(folder), wrong
 
 
-def is_a_line_on(folder: Path, words: str) -> bool:
+def is_one_line_naming(folder: Path, words: str) -> bool:
     """Return whether the text is one line that names the folder."""
     return len(words.splitlines()) == 1 and str(folder) in words
 
 
-def end_well(argv: list[str], folder: Path, place: Path, *, genuine: bool = False) -> list[str]:
+def complete(argv: list[str], folder: Path, place: Path, *, genuine: bool = False) -> list[str]:
     """Run a command that completes a run; return its differences from the reference."""
     answer = run(argv, place, genuine=genuine)
     if answer.code != 0:

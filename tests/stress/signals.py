@@ -21,7 +21,7 @@ LONGEST = 2.0
 """Seconds allowed from a signal to the end, without time spent waiting for a processor."""
 
 
-class _Asked(NamedTuple):
+class _Signalled(NamedTuple):
     """State of a run when a signal was sent, and the time until its end."""
 
     number: int
@@ -58,11 +58,13 @@ def _trial(
     asked, answer = _end(process, run, numbers)
     codes[answer.code] += 1
     wrong = [f"{signal.Signals(asked.number).name}: {one}" for one in _wrong(asked, answer, run)]
-    argv, more = runs.go_on(run, place, genuine=genuine)
-    return wrong + more + runs.end_well(argv, run, place, genuine=genuine)
+    argv, more = runs.continued(run, place, genuine=genuine)
+    return wrong + more + runs.complete(argv, run, place, genuine=genuine)
 
 
-def _end(process: runs.Running, run: Path, numbers: Sequence[int]) -> tuple[_Asked, runs.Answer]:
+def _end(
+    process: runs.Running, run: Path, numbers: Sequence[int]
+) -> tuple[_Signalled, runs.Answer]:
     epoch, begun = runs.committed_epoch(run), process.has_begun()
     start, waited = time.monotonic(), process.times().waited
     for i, number in enumerate(numbers):
@@ -70,10 +72,10 @@ def _end(process: runs.Running, run: Path, numbers: Sequence[int]) -> tuple[_Ask
         process.send(number)
     process.work()
     seconds = time.monotonic() - start - (process.last_times.waited - waited)
-    return _Asked(numbers[0], begun, epoch, seconds), process.answer()
+    return _Signalled(numbers[0], begun, epoch, seconds), process.answer()
 
 
-def _wrong(asked: _Asked, answer: runs.Answer, run: Path) -> list[str]:
+def _wrong(asked: _Signalled, answer: runs.Answer, run: Path) -> list[str]:
     """Return the faults of a command that was ended by signals."""
     if asked.seconds > LONGEST:
         return [f"took {asked.seconds:.1f} s to end"]
