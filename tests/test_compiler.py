@@ -282,7 +282,7 @@ def test_large_batch_is_divided(caplog, monkeypatch):
         lambda: [nn.Dropout(0.3), nn.Conv2d(1, 1, 3, padding=1)],
         lambda: [nn.Conv2d(1, 4, 3, padding=1), nn.Dropout2d(0.3), nn.ReLU(), nn.Conv2d(4, 1, 1)],
     ],
-    ids=["before the way up", "images", "one level"],
+    ids=["dropout before upsampling", "images", "one level"],
 )
 def test_program_equals_plain_passes_for_small_networks(layers, masks, caplog):
     torch.manual_seed(3)

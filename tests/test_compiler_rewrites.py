@@ -381,7 +381,7 @@ SKIP = {"a": conv(), "b": conv(), "d": drop(), "c": conv(8, 2)}
         nn.Sequential(drop(), conv()),
         nn.Sequential(conv(), drop(nn.Dropout), nn.Softplus()),
     ],
-    ids=["skip", "images alone", "mask first", "end"],
+    ids=["skip", "images only", "mask first", "mask last"],
 )
 def test_prefix_and_suffix_equal_the_whole_graph(core):
     network, values = begin(core)
@@ -492,7 +492,7 @@ def test_prelu_with_several_slopes_is_kept():
         lambda s, x: torch.add(x, s.d(x.tanh()), alpha=2),
         lambda s, x: torch.add(s.a(s.d(x)), s.d(x), alpha=-1),
     ],
-    ids=["sum", "turned", "product", "of both"],
+    ids=["second masked", "first masked", "activation", "both masked"],
 )
 def test_alpha_of_add_stays_with_the_second_summand(flow):
     check_in_place(Flow(flow, a=conv(), d=drop()))
@@ -628,7 +628,7 @@ def test_in_place_operations_are_replaced(flow):
         lambda s, x: (y := s.b(x)) + s.a(s.d(y)),
         lambda s, x: torch.cat([y := s.b(x), s.d(y), y], 1),
     ],
-    ids=["of the images", "read later", "read before", "joined"],
+    ids=["images", "used later", "used before", "concatenated"],
 )
 def test_dropout_affects_only_its_own_output(flow, kind):
     """In evaluation mode the layer returns its input tensor, which can mislead the exporter."""

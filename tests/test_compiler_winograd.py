@@ -62,7 +62,7 @@ def test_wide_convolutions_use_winograd(layers):
         nn.Sequential(conv(4, WIDE), drop(), conv(WIDE, WIDE, 5)),
         nn.Sequential(conv(4, WIDE), drop(), conv(WIDE, WIDE, padding=0)),
     ],
-    ids=["done once", "thin", "stride", "dilation", "groups", "5 x 5", "not padded"],
+    ids=["before dropout", "thin", "stride", "dilation", "groups", "5 x 5", "not padded"],
 )
 def test_other_convolutions_are_kept(core):
     check_unchanged(core, rewrite.use_winograd, shared=True)
