@@ -1,4 +1,4 @@
-"""A check in a process of its own, with limits on seconds and memory that no file may pass."""
+"""Run a check in a child process that limits time and memory."""
 
 import contextlib
 import io
@@ -19,11 +19,11 @@ from polyseg.errors import PolysegError
 MOST_SECONDS = 5.0
 MOST_GROWTH = 200 * 10**6
 _MOST_COPIES = 3
-"""Times the bytes of the pixels that were read, where these are many."""
+"""Allowed memory as a multiple of the bytes of the pixels that were read."""
 
 
 def faults_in_child(check: Callable[[], Iterable[str]]) -> list[str]:
-    """Return what a check finds wrong, and whether it printed something, never ended or died."""
+    """Return the faults that a check finds, including printed text, a timeout and a crash."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -52,12 +52,12 @@ def faults_in_child(check: Callable[[], Iterable[str]]) -> list[str]:
 def faults_of_reading(
     path: Path, read: Callable[[Path], Any], good: Callable[[Any], bool] = lambda _: True
 ) -> list[str]:
-    """Return what reading a file did that no file may.
+    """Return the faults that reading a file shows.
 
-    A file is refused by a PolysegError of one line that names it, or what is read of it is good.
+    The reader must raise a one-line PolysegError that names the file, or return a good result.
     """
     found = []
-    Path("/proc/self/clear_refs").write_text("5")  # The peak becomes what is used now.
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak to the current use.
     before, start = _memory("VmRSS"), time.process_time()
     held = 0
     try:
@@ -87,7 +87,7 @@ def _memory(name: str) -> int:
 
 
 class Answer(NamedTuple):
-    """What a command said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -109,7 +109,7 @@ def answer_of(*arguments: object) -> Answer:
 
 
 def refusal_of(answer: Answer) -> PolysegError:
-    """Return the error that a command ended by, or raise where that is not how it ended."""
+    """Return the PolysegError that ended a command; raise if the command ended otherwise."""
     if answer.code != 2 or not answer.err.startswith("error: ") or not answer.err.endswith("\n"):
         raise AssertionError(f"exit code {answer.code}, {answer.err[-300:]!r}")
     return PolysegError(answer.err.removesuffix("\n"))

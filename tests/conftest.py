@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures that all tests share."""
 
 import functools
 import os
@@ -21,14 +21,14 @@ from polyseg.commands.train import train  # noqa: E402
 from polyseg.config import load_config  # noqa: E402
 from polyseg.runs.run_folder import RunDirectory  # noqa: E402
 
-# Machines differ in speed, and no test may fail by the clock.
+# Machines differ in speed, so no test may fail because of elapsed time.
 settings.register_profile("polyseg", deadline=None, max_examples=50)
 settings.load_profile("polyseg")
 
-# A shell's jobs in the background hand on that they ignore it, which polyseg heeds.
+# Background jobs of a shell inherit that this signal is ignored, and polyseg respects that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tensors of tests are tiny: threads would only wait for one another.
+# Tensors of tests are tiny, so several threads would only wait for one another.
 torch.set_num_threads(1)
 
 TINY = (
@@ -42,11 +42,11 @@ TINY = (
     "control.every=1",
     "output.overlays=2",
 )
-"""Settings of a run of a second or two."""
+"""Settings of a run that takes one or two seconds."""
 
 
 class Answer(NamedTuple):
-    """What a command said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -61,7 +61,7 @@ def _same_random_numbers():
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Make a configuration of TINY with other settings laid over it, its run below tmp_path."""
+    """Return a function that builds a configuration of TINY plus overrides, its run in tmp_path."""
 
     def make(name="run", *overrides):
         place = f"output.path={tmp_path / name}"
@@ -72,7 +72,7 @@ def tiny(tmp_path):
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
-    """Train a run of TINY with other settings laid over it, once; nothing may be patched then."""
+    """Return a function that trains TINY plus overrides once per session, without any patches."""
 
     @functools.cache
     def trained(*overrides):
@@ -86,7 +86,7 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def finished(trained_once, tmp_path):
-    """Copy a run that is trained once, for tests that look at a run and not at its training."""
+    """Return a function that copies a run of `trained_once`, for tests that need a finished run."""
 
     def copy(name="run", *overrides):
         shutil.copytree(trained_once(*overrides), tmp_path / name)
@@ -97,7 +97,7 @@ def finished(trained_once, tmp_path):
 
 @pytest.fixture
 def polyseg(monkeypatch, capsys):
-    """Run a command as the console script does, in this process."""
+    """Return a function that runs a command in this process as the console script does."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["polyseg", *map(str, arguments)])

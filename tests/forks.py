@@ -1,7 +1,7 @@
-"""Processes of polyseg that begin at once: forks of a server that has imported everything.
+"""Start polyseg processes quickly: forks of a server that has imported everything.
 
-Starting Python and importing torch takes longer than what a test asks of a process. These are
-processes like any other to the system, with a number, a memory and an end of their own.
+Starting Python and importing torch takes longer than the work of most tests. These are
+ordinary processes to the system, each with its own process id, memory and exit code.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _IMPORTED_ONCE = (
 
 @functools.cache
 def context() -> Any:
-    """Return what starts forks, from a server with all imports and one thread."""
+    """Return the multiprocessing context whose server has all imports and one thread."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(list(_IMPORTED_ONCE))
     before = os.environ.get("OMP_NUM_THREADS")
@@ -58,14 +58,14 @@ def start(
     environment: Mapping[str, str] | None = None,
     at: float = 0,
 ) -> BaseProcess:
-    """Start `polyseg` with these arguments; what it says is appended to two files, or to one.
+    """Start `polyseg` with these arguments and append its output to two files, or to one.
 
     Args:
-        argv: the arguments after `polyseg`.
-        out: for what it prints.
-        err: for its messages.
-        environment: variables that it has besides those of the server; of modules too, PYTHONPATH.
-        at: by `time.monotonic`, when the command begins.
+        argv: arguments after `polyseg`.
+        out: file for standard output.
+        err: file for standard error.
+        environment: variables added to those of the server; PYTHONPATH also applies to imports.
+        at: time, by `time.monotonic`, at which the command begins.
     """
     arguments = (argv, out, err, dict(environment or {}), at)
     process = context().Process(target=_be_polyseg, args=arguments, daemon=True)
@@ -95,5 +95,5 @@ def _be_polyseg(
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    # What multiprocessing does at the end of a process is not what a command does.
+    # multiprocessing ends a process differently from how a command ends.
     os._exit(code)

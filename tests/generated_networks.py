@@ -1,4 +1,4 @@
-"""Small random networks of operations that commute with cropping, and of others that do not."""
+"""Generate small random networks of operations that do or do not commute with cropping."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ SIZES = ((32, 48), (48, 32), (32, 32), (40, 24))
 
 
 class Apply(nn.Module):
-    """Apply a function of one map."""
+    """Apply a function to one feature map."""
 
     def __init__(self, function):
         super().__init__()
@@ -19,7 +19,7 @@ class Apply(nn.Module):
 
 
 class PositionFactor(nn.Module):
-    """Multiply by a factor for each place: a parameter, or a ramp computed from the size."""
+    """Multiply each position by its own factor: a parameter, or a ramp computed from the size."""
 
     def __init__(self, pick):
         super().__init__()
@@ -45,14 +45,14 @@ class ChannelGate(nn.Module):
 
 
 class HardGate(nn.Module):
-    """Pass on what lies above a threshold."""
+    """Set values below a threshold to zero."""
 
     def forward(self, maps):
         return maps * (maps.mean(dim=1, keepdim=True) > 0)
 
 
 class PixelAttention(nn.Module):
-    """Weigh pixels by a softmax over all of them, through a reshape."""
+    """Weight pixels by a softmax over all of them, through a reshape."""
 
     def forward(self, maps):
         rows = maps.flatten(2)
@@ -60,7 +60,7 @@ class PixelAttention(nn.Module):
 
 
 class Decoded(nn.Module):
-    """An encoder and a decoder with skip connections."""
+    """Run an encoder and a decoder with skip connections."""
 
     def __init__(self, down, up, bottom, join, resize):
         super().__init__()
@@ -105,7 +105,7 @@ def exact(pick, channels):
 
 
 def other(pick, channels):
-    """Return a layer that does not commute with cropping, or is on no list, and keeps the shape."""
+    """Return a layer that keeps the shape but does not commute with cropping or is not listed."""
     kinds = [
         lambda: Apply(lambda maps: maps.flip(3) + 0.5 * maps),
         lambda: Apply(lambda maps: torch.roll(maps, 3, dims=2)),
@@ -166,11 +166,11 @@ def growing(pick, channels):
 
 
 def generate(pick, *, strange):
-    """Return a network of 1 to 1 channel, in evaluation mode.
+    """Return a network from 1 to 1 channel, in evaluation mode.
 
     Args:
-        pick: from n to a number below n.
-        strange: how many of its layers are no layers that commute with cropping.
+        pick: function that returns a number below its argument.
+        strange: number of layers that do not commute with cropping.
     """
     channels, levels, join = 4, 1 + pick(2), bool(pick(2))
 

@@ -1,9 +1,9 @@
 """Damaged and hostile files for the readers, and a harness: python -m tests.hostile [count] [seed].
 
-Each file goes to read_image_stack and to read_label_stack with to_masks, in a child process of
-its own. It fails where anything but a PolysegError of one line that names the file comes out,
-where something is printed, where it takes over 5 s of a processor or never ends, or over 200 MB
-of memory and three times the pixels that it read.
+Each file is read by read_image_stack and by read_label_stack with to_masks in a child process
+of its own. A fault is any error other than a one-line PolysegError that names the file,
+any printed text, more than 5 s of processor time, a hang, or more memory than 200 MB
+plus three times the pixels that were read.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from .children import faults_in_child, faults_of_reading
 Random = random.Random
 
 
-# Sound files, which are damaged afterwards.
+# Valid files, which are damaged afterwards.
 
 
 def blob(generator: Random, shape=(48, 64)):
@@ -148,7 +148,7 @@ def dicom(generator: Random, **changes) -> bytes:
 
 
 def nrrd(generator: Random, body: bytes | None = None, **changes: str) -> bytes:
-    """An NRRD volume; changes are fields of its header, and body is what follows it."""
+    """Return an NRRD volume; `changes` are header fields, `body` the bytes after the header."""
     kind = generator.choice(["uint8", "int16", "float"])
     shape = generator.choice([(4, 16, 20), (16, 20), (4, 16, 20, 3)])
     values = texture(generator, shape).astype({"float": "<f4"}.get(kind, kind)).tobytes()
@@ -167,7 +167,7 @@ def nrrd(generator: Random, body: bytes | None = None, **changes: str) -> bytes:
 
 
 def meta_image(generator: Random, body: bytes | None = None, **changes: str) -> bytes:
-    """A MetaImage volume; changes are fields of its header, and body is what follows it."""
+    """Return a MetaImage volume; `changes` are header fields, `body` the bytes after the header."""
     kind, name = generator.choice([("u1", "UCHAR"), ("<i2", "SHORT"), ("<f4", "FLOAT")])
     shape = generator.choice([(4, 16, 20), (16, 20)])
     values = texture(generator, shape).astype(kind).tobytes()
@@ -215,7 +215,7 @@ def cut(generator: Random, content: bytes) -> bytes:
 
 def flipped(generator: Random, content: bytes) -> bytes:
     changed = bytearray(content)
-    # Most of the headers, where damage does most.
+    # Mostly in the header, where damage has the largest effect.
     most = generator.choice([64, 512, len(content)])
     for _ in range(generator.randint(1, 12)):
         changed[generator.randrange(min(most, len(content)))] = generator.getrandbits(8)
@@ -244,7 +244,7 @@ def extreme(generator: Random, content: bytes) -> bytes:
 DAMAGE = (cut, flipped, flipped, zeroed, doubled, extreme)
 
 
-# Made by hand.
+# Files built byte by byte.
 
 
 def png_of(width: int, height: int, content: bytes, depth: int = 8, colours: int = 0) -> bytes:
@@ -270,7 +270,7 @@ def zeros(count: int) -> bytes:
 
 
 def tiff_of(tags: dict[int, tuple[int, int, int]], body: bytes = b"", following: int = 0) -> bytes:
-    """Make one directory at byte 8 of tags (type, count, value), and then a body."""
+    """Return a TIFF with one directory of tags (type, count, value) at byte 8, and then a body."""
     table = b"".join(struct.pack("<HHII", code, *tag) for code, tag in sorted(tags.items()))
     directory = struct.pack("<H", len(tags)) + table + struct.pack("<I", following)
     return b"II*\0" + struct.pack("<I", 8) + directory + body
@@ -304,7 +304,7 @@ def tiff_bomb(generator: Random) -> bytes:
 
 
 def tiff_many_pages(generator: Random) -> bytes:
-    """Pages of 8192 x 8192 that all share one strip."""
+    """Return pages of 8192 x 8192 that all share one strip."""
     packed = zeros(2**26)
     pages = generator.choice([3, 30, 500])
     start = 8 + len(packed)
@@ -320,7 +320,7 @@ def tiff_many_pages(generator: Random) -> bytes:
 
 
 def tiff_circle(generator: Random) -> bytes:
-    """Directories that follow each other in a circle, which begins late."""
+    """Return directories that form a cycle after the first few."""
     pages, back = generator.choice([(1, 0), (5, 2), (150, 120), (3000, 2000)])
     size = 2 + 12 * 10 + 4
     parts = []
@@ -334,7 +334,7 @@ def tiff_circle(generator: Random) -> bytes:
 
 
 def tiff_deep(generator: Random) -> bytes:
-    """A directory that says to be its own sub-image many times, or a very long tag."""
+    """Return a directory that lists itself as its sub-image many times, or has a very long tag."""
     tags = plain_tags()
     if generator.random() < 0.5:
         tags[330] = (4, 2**20, 8)
@@ -351,7 +351,7 @@ def tiff_jpeg_bomb(generator: Random) -> bytes:
 
 
 def tiff_ome(generator: Random) -> bytes:
-    """OME-XML that asks for other files, for much memory, or expands."""
+    """Return OME-XML that names other files, declares a huge image, or expands."""
     pixels = (
         'DimensionOrder="XYCZT" SizeX="32" SizeY="32" SizeC="{}" SizeZ="{}" SizeT="1" Type="uint8"'
     )
@@ -395,7 +395,7 @@ def nifti_lies(generator: Random) -> bytes:
 
 
 def nifti_bomb(generator: Random) -> bytes:
-    """Zeros by the gigabyte behind a header of little, or of much."""
+    """Return gigabytes of compressed zeros after a header of a small or a large volume."""
     header = bytearray(nifti(generator)[:352])
     while struct.unpack_from("<I", header)[0] != 348:
         header = bytearray(nifti(generator)[:352])
@@ -414,7 +414,7 @@ def nifti_bomb(generator: Random) -> bytes:
 
 LYING_SIZES = ("0 0 0", "-5 20 4", "32767 32767 32767", "1024 1024 500", "99999999999 4 4", "nan")
 PLACES = ("/dev/zero", "/etc/passwd", "../x.raw", "LIST", "%d.raw 0 9 1", "sound.nii", "sound.png")
-"""Files that headers name for their voxels; `warm_up` leaves the last two beside them."""
+"""Data files that headers name; `warm_up` writes the last two."""
 
 
 def nrrd_lies(generator: Random) -> bytes:
@@ -426,7 +426,7 @@ def nrrd_lies(generator: Random) -> bytes:
 
 
 def nrrd_bomb(generator: Random) -> bytes:
-    """Zeros by the gigabyte behind a header of as many, or of few."""
+    """Return gigabytes of compressed zeros after a header of as many voxels, or of few."""
     sizes = generator.choice(["1000 1000 1000", "512 512 400", "16 20 4"])
     body = gzip.compress(zeros(1000 * 2**20), mtime=0)
     lies = {"sizes": sizes, "dimension": "3", "type": "uint8", "encoding": "gzip"}
@@ -460,7 +460,7 @@ def meta_image_elsewhere(generator: Random) -> bytes:
 
 
 def webp_of(width: int, height: int, frames: int = 1) -> bytes:
-    """A picture of one colour, or a film, which takes next to nothing."""
+    """Return an image of one colour, or an animation, of few bytes."""
     stream = io.BytesIO()
     images = [Image.new("RGB", (width, height), (k, 0, 9)) for k in range(frames)]
     more = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
@@ -469,7 +469,7 @@ def webp_of(width: int, height: int, frames: int = 1) -> bytes:
 
 
 def webp_lies(generator: Random) -> bytes:
-    """A canvas of up to 2^24 pixels a side around a small picture."""
+    """Return a canvas with sides of up to 2^24 pixels around a small image."""
     inner = webp_of(20, 16)[12:]
     side = generator.choice([2**24 - 1, 16383, 8192, 0])
     canvas = struct.pack("<I", side)[:3] * 2
@@ -478,7 +478,7 @@ def webp_lies(generator: Random) -> bytes:
 
 
 def dicom_nested(generator: Random) -> bytes:
-    """Sequences within sequences, of undefined or of some length."""
+    """Return nested sequences of undefined or of stated length."""
     depth = generator.choice([50, 2000, 20000])
     start = dicom(generator)[:132]
     syntax = b"1.2.840.10008.1.2.1\0"
@@ -490,7 +490,7 @@ def dicom_nested(generator: Random) -> bytes:
 
 
 def dicom_of_frame(generator: Random, frame: bytes, syntax: str) -> bytes:
-    """Return a DICOM file of one compressed frame, by the name of its transfer syntax."""
+    """Return a DICOM file of one compressed frame in the named transfer syntax."""
     from pydicom import dcmread, uid
     from pydicom.encaps import encapsulate
 
@@ -506,7 +506,7 @@ def dicom_of_frame(generator: Random, frame: bytes, syntax: str) -> bytes:
 
 
 def dicom_jpeg_bomb(generator: Random) -> bytes:
-    """A frame of 16 x 16 that holds a JPEG of 12000 x 12000."""
+    """Return a frame of 16 x 16 that holds a JPEG of 12000 x 12000."""
     stream = io.BytesIO()
     Image.new("L", (12000, 12000)).save(stream, "JPEG")
     return dicom_of_frame(generator, stream.getvalue(), "JPEGBaseline8Bit")
@@ -526,7 +526,7 @@ def dicom_deflated(generator: Random) -> bytes:
 
 
 def bmp_of_runs(generator: Random) -> bytes:
-    """A row as wide as allowed and wider, and steps over many rows at once."""
+    """Return run-length rows of the allowed width and wider, with jumps over many rows."""
     width = generator.choice([2**26, 2**16, 4000])
     runs = (b"\0\2\xff\xff" if generator.random() < 0.5 else b"\1\0") * 10**6
     header = struct.pack(
@@ -539,7 +539,7 @@ def bmp_of_runs(generator: Random) -> bytes:
 
 
 def soft_mask(generator: Random) -> bytes:
-    """A large mask of noise, which the search for soft edges has to look through."""
+    """Return a large mask of noise, the slowest case for the search for soft edges."""
     pixels = np.zeros((6000, 6000), np.uint8)
     pixels[::7] = 255
     pixels[::9, ::11] = [[50], [120], [180]] * 222 + [[60]]
@@ -602,7 +602,7 @@ BY_HAND: dict[str, tuple[str, Callable[[Random], bytes]]] = {
 
 
 def special(generator: Random, path: Path) -> None:
-    """Make what is no file at all."""
+    """Create a path that is not a regular file."""
     kind = generator.randrange(4)
     if kind == 0:
         path.mkdir()
@@ -615,7 +615,7 @@ def special(generator: Random, path: Path) -> None:
 
 
 def hostile_files(folder: Path, count: int, seed: int) -> Iterator[Path]:
-    """Write so many files, the same for the same seed, and yield each when it is there."""
+    """Write `count` files, equal for equal seeds, and yield the path of each."""
     generator = Random(seed)
     by_hand = list(BY_HAND.items())
     generator.shuffle(by_hand)
@@ -646,7 +646,7 @@ def hostile_files(folder: Path, count: int, seed: int) -> Iterator[Path]:
 
 
 def faults(path: Path) -> list[str]:
-    """Read a file in a child process and return what it did that no file may."""
+    """Read a file in a child process and return the faults found."""
     return faults_in_child(
         lambda: faults_of_reading(path, _read_image) + faults_of_reading(path, _read_masks)
     )
@@ -657,14 +657,14 @@ def _read_image(path: Path) -> NDArray[Any]:
 
 
 def _read_masks(path: Path) -> NDArray[Any]:
-    # A sound volume may still be no mask.
+    # A valid volume is not always a valid mask.
     labels = read_label_stack(path).pixels
     to_masks(labels, path, None)
     return labels
 
 
 def warm_up(folder: Path) -> None:
-    """Import what readers import when they need it, so that no file is blamed for that."""
+    """Import the modules that readers import on demand, so that no file is charged for them."""
     generator = Random(0)
     for suffix, make in SOUND.items():
         path = folder / f"sound{suffix}"

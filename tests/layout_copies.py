@@ -1,4 +1,4 @@
-"""Small generated copies of well-known data sets, with their true names, folders and file kinds."""
+"""Generate small copies of well-known data sets with their real names, folders and formats."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ FAULTY_FILES = (
     "images/case_09.png",
     "masks/case_10.tif",
 )
-"""What is wrong with the folder of `planted_faults`."""
+"""Faulty files in the folder of `planted_faults`."""
 
 
 def scene(seed: int, size: tuple[int, int] = SIZE, scale: float = 1.0) -> tuple[Pixels, Pixels]:
@@ -77,7 +77,7 @@ def cvc_clinicdb(folder: Path) -> Path:
 
 
 def cvc_clinicdb_twice(folder: Path) -> Path:
-    """CVC-ClinicDB as it is offered with PNG copies: which of the two is meant is open."""
+    """CVC-ClinicDB as distributed with PNG copies, which makes the folder ambiguous."""
     root = folder / "CVC-ClinicDB"
     _clinic(root / "PNG", ".png")
     _clinic(root / "TIF", ".tif")
@@ -235,7 +235,7 @@ def dicom_series(folder: Path) -> Path:
 
 
 def dicom_slices(folder: Path) -> Path:
-    """Loose DICOM files, an image each, and masks in PNG."""
+    """Single DICOM files, one image each, and masks in PNG."""
     root = folder / "slices"
     for index in range(10):
         pixels, mask = scene(700 + index)
@@ -269,7 +269,7 @@ def parts(folder: Path) -> Path:
 
 
 def manifest(folder: Path) -> Path:
-    """A CSV file that lists images and masks of any place, with parts and patients."""
+    """A CSV file that lists images and masks in any folder, with parts and patients."""
     root = folder / "listed"
     lines = ["image,mask,split,group"]
     for index in range(12):
@@ -285,7 +285,7 @@ def manifest(folder: Path) -> Path:
 
 
 def own_folder(folder: Path) -> Path:
-    """What most people have: images/ and masks/ of equal names."""
+    """The most common layout: images/ and masks/ with equal file names."""
     root = folder / "own"
     for index in range(12):
         _pair(root, f"scan {index:02}", 1000 + index)
@@ -299,7 +299,7 @@ COPIES: dict[str, Callable[[Path], Path]] = {
         *(nifti_folder, dicom_series, dicom_slices, tiff_stack, parts, manifest, own_folder),
     )
 }
-"""Each writes a set below a folder and returns what to pass as --data."""
+"""Functions that write a data set into a folder and return the path for --data."""
 
 
 def dsb2018(folder: Path) -> Path:
@@ -442,11 +442,11 @@ PUBLIC: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     **{copy.__name__: (copy, ()) for copy in (montgomery, bids_lesions, ph2, ham10000)},
     "acdc": (acdc, ("data.foreground=3",)),
 }
-"""Copies of public sets by name, and the settings that they need, which their error names."""
+"""Copies of public sets by name, and the settings they need, which the error message names."""
 
 
 def planted_faults(folder: Path) -> Path:
-    """Write 16 pairs with ten faults, each of another kind: FAULTY_FILES."""
+    """Write 16 pairs with ten faults of different kinds: FAULTY_FILES."""
     root = folder / "faults"
     for index in range(16):
         _pair(root, f"case_{index:02}", 1100 + index)

@@ -1,6 +1,6 @@
 """Draw the picture of README.md from a finished run: python -m tests.readme_picture RUN
 
-It shows the test image of median D: the image, its mask, the mean prediction and the uncertainty of
+The figure shows the test image of median D, its mask, the mean prediction and the uncertainty of
 20 passes of MC Dropout; and the epsilons of the training images over the epochs. The picture in the
 README is of this run, in about five minutes on one core (the images are those of BBBC038 in
 public domain, 107 of stained histology):
@@ -33,7 +33,7 @@ CELL, GAP, TOP, WIDTH = 1.55, 0.08, 0.3, 2.75
 
 @styled
 def picture(image, mask, mean, uncertainty, schedule, limits):
-    """Return the figure: four images in a square, and epsilon over the epochs beside them."""
+    """Return a figure of four images in a square and a plot of epsilon over the epochs."""
     height = 2 * (CELL + TOP) + 0.05
     figure = Figure(figsize=(2 * (CELL + GAP) + WIDTH + 0.95, height))
     figure.set_layout_engine("none")
@@ -72,7 +72,7 @@ def picture(image, mask, mean, uncertainty, schedule, limits):
 
 
 def main():
-    """Measure the test images of a run, and draw."""
+    """Measure the test images of a run and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--image", help="id of a test image")

@@ -1,4 +1,4 @@
-"""Make the reference pages of docs/ from the code: python -m tests.reference"""
+"""Generate the reference pages of docs/ from the code: python -m tests.reference"""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def commands(command=None, name=()):
-    """Yield the words and the object of every command."""
+    """Yield the name, as a tuple of words, and the object of every command."""
     command = command or get_command(app)
     for part, sub in getattr(command, "commands", {}).items():
         yield from commands(sub, (*name, part))
@@ -47,7 +47,7 @@ def command_page():
 
 
 def import_picture():
-    """Return a Mermaid picture of which package imports which, without what follows from others."""
+    """Return a Mermaid diagram of imports between packages, without those implied by others."""
     direct = {package: set() for package in PACKAGES}
     for module, tree in modules():
         others = {([*name.split("."), ""])[1] for name in imports(tree) if "polyseg." in name}
@@ -63,26 +63,26 @@ def import_picture():
 
 
 def with_part(page, name, part):
-    """Return a page of docs/ with what stands between its marks of a name made anew."""
+    """Return a page of docs/ with the text between the marks of a name replaced."""
     head, rest = (DOCS / page).read_text().split(f"<!-- {name} -->\n")
     _, tail = rest.split(f"<!-- /{name} -->")
     return f"{head}<!-- {name} -->\n{part}\n<!-- /{name} -->{tail}"
 
 
 def architecture_page():
-    """Return docs/architecture.md with its picture drawn anew."""
+    """Return docs/architecture.md with its diagram generated from the code."""
     return with_part("architecture.md", "imports", import_picture())
 
 
 def files_page():
-    """Return docs/files.md with its table of the columns of history.csv made anew."""
+    """Return docs/files.md with its table of history.csv columns generated from the code."""
     lines = ["| column | unit | meaning |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | {one.unit} | {one.help} |" for name, one in COLUMNS.items()]
     return with_part("files.md", "columns", "\n".join(lines))
 
 
 def evaluation_page():
-    """Return docs/evaluation.md with its table of the metrics made anew."""
+    """Return docs/evaluation.md with its table of metrics generated from the code."""
     lines = ["| metric | column | best | of the | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [
         f"| {one.title} | `{name}` | {'high' if one.higher_is_better else 'low'} "

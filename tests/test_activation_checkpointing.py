@@ -1,4 +1,4 @@
-"""Feature maps computed anew in place of being kept."""
+"""Recomputation of feature maps in the backward pass (activation checkpointing)."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from polyseg.training.activation_checkpointing import recompute_blocks
 
 
 def bytes_kept(network, images):
-    """Return what autograd holds of a forward pass besides weights, each memory once."""
+    """Return the bytes that autograd saves of a forward pass besides weights."""
     held = {}
     weights = {one.untyped_storage().data_ptr() for one in network.parameters()}
 
@@ -24,7 +24,7 @@ def bytes_kept(network, images):
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_recomputation_keeps_fewer_feature_maps_and_equal_gradients(name):
+def test_recomputation_saves_memory_and_keeps_gradients(name):
     images = torch.rand(2, 1, 64, 64)
     results = []
     for recomputes in (False, True):

@@ -1,4 +1,4 @@
-"""Adaptive epsilons in a training loop that is not polyseg's."""
+"""Adaptive epsilons in a training loop of the user's own."""
 
 import io
 
@@ -37,7 +37,7 @@ def batch_of(*ids, labels=("",)):
 
 @pytest.fixture
 def assessed():
-    """Return an object that has assessed four images, and the assessment."""
+    """Return an AdaptiveEpsilon that has assessed four images, and the assessment."""
     adaptive = AdaptiveEpsilon(uncertainty=UncertaintyConfig(samples=4))
     return adaptive, adaptive.assess(small_network(), [batch_of("a", "b"), batch_of("c", "d")])
 
@@ -48,7 +48,7 @@ def equation_11_and_12(difficulty, percentile, sensitivity, low, high):
 
 
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_loop_of_the_docs_gives_the_epsilons_and_weights_of_polyseg_train(tiny, statistics):
+def test_training_loop_of_docs_equals_polyseg_train(tiny, statistics):
     config = tiny(
         *("run", "training.epochs=5", "control.every=2", "loss.epsilon=0.1"),
         *("training.channels_last=false", f"control.statistics={statistics}"),
@@ -90,7 +90,7 @@ def test_loop_of_the_docs_gives_the_epsilons_and_weights_of_polyseg_train(tiny, 
         assert torch.equal(values, kept.weights[name]), name
 
 
-def test_epsilons_of_a_batch_follow_from_the_images_in_it(assessed):
+def test_batch_statistics_use_the_images_of_the_batch(assessed):
     adaptive, assessment = assessed
     difficulty = dict(zip(assessment.ids, assessment.difficulty, strict=True))
     for ids in (["d", "a", "b"], ["c", "b"]):
@@ -100,7 +100,7 @@ def test_epsilons_of_a_batch_follow_from_the_images_in_it(assessed):
         assert found.numpy() == pytest.approx(expected, abs=1e-6)
 
 
-def test_epsilons_of_the_data_set_do_not_depend_on_the_batch():
+def test_dataset_statistics_do_not_depend_on_the_batch():
     control = ControlConfig(statistics="dataset", percentile=30, sensitivity=2, epsilon_max=0.5)
     adaptive = AdaptiveEpsilon(control, UncertaintyConfig(samples=4))
     assessment = adaptive.assess(small_network(), [batch_of("a", "b", "c")])
@@ -109,7 +109,7 @@ def test_epsilons_of_the_data_set_do_not_depend_on_the_batch():
     assert adaptive.epsilon(["c"]).item() == pytest.approx(expected[2], abs=1e-6)
 
 
-def test_epsilons_of_several_labels_have_a_column_each():
+def test_each_label_has_a_column_of_epsilons():
     adaptive = AdaptiveEpsilon(uncertainty=UncertaintyConfig(samples=4))
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.ConvTranspose2d(4, 2, 3))
     batch = batch_of("a", "b", "c", labels=("one", "two"))
@@ -124,7 +124,7 @@ def test_epsilons_of_several_labels_have_a_column_each():
     assert loss(network(batch.images), batch.masks, adaptive.epsilon(batch.ids)).shape == (3, 2)
 
 
-def test_state_is_saved_and_loaded(assessed):
+def test_state_dict_round_trip_restores_epsilons(assessed):
     adaptive, _ = assessed
     file = io.BytesIO()
     torch.save(adaptive.state_dict(), file)
@@ -137,7 +137,7 @@ def test_state_is_saved_and_loaded(assessed):
     assert other.epsilon(ids).tolist() == [0, 0, 0]
 
 
-def test_misuse_is_a_value_error(assessed):
+def test_invalid_arguments_raise_value_error(assessed):
     adaptive, _ = assessed
     with pytest.raises(ValueError, match="'x' was not assessed"):
         adaptive.epsilon(["a", "x"])

@@ -1,4 +1,4 @@
-"""The plan of the code: which package may import which, and where each equation stands."""
+"""Structure of the code: allowed imports between packages, and the module of each equation."""
 
 import ast
 import re
@@ -14,12 +14,12 @@ PACKAGES = (
     *("metrics", "records", "config", "networks", "data", "montecarlo", "adaptive", "runs"),
     *("training", "evaluation", "figures", "report", "commands", "cli", "__main__"),
 )
-"""A package, or module at the top, may import those before it."""
+"""Packages and top-level modules in order; each may import those before it."""
 
 ONLY_IN = {"h5py": "runs.record_files", "matplotlib": "figures", "typer": "cli", "rich": "cli"}
 ONLY_IN |= {"nibabel": "data.formats.nifti", "pydicom": "data.formats.dicom"}
 ONLY_IN |= {"SimpleITK": "data.formats.itk"}
-"""The one module or package that may import a library."""
+"""Libraries, and the only module or package that may import each."""
 
 EQUATIONS = {
     "(eq. 2)": "losses.dice_loss",
@@ -38,7 +38,7 @@ EQUATIONS = {
 
 @cache
 def modules():
-    """Return each module's name and syntax tree."""
+    """Yield the name and syntax tree of each module."""
     paths = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
     names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in paths]
     return [(name, ast.parse(path.read_text())) for name, path in zip(names, paths, strict=True)]
@@ -63,7 +63,7 @@ def test_packages_import_only_packages_above_them():
                 assert PACKAGES.index(other) <= PACKAGES.index(package), f"{module} imports {name}"
 
 
-def test_modules_do_not_import_each_other_in_circles():
+def test_modules_have_no_import_cycles():
     names = [name for name, _ in modules()]
     imported = {
         module: {name.removeprefix("polyseg.") for name in imports(tree)}.intersection(names)
@@ -74,7 +74,7 @@ def test_modules_do_not_import_each_other_in_circles():
     assert not imported
 
 
-def test_special_packages_are_imported_in_one_place():
+def test_restricted_libraries_are_imported_in_one_module():
     for module, tree in modules():
         for name in imports(tree):
             package = name.split(".")[0]
@@ -94,7 +94,7 @@ def test_each_equation_has_one_function():
     assert found == {equation: [place] for equation, place in EQUATIONS.items()}
 
 
-def test_nothing_unpickles_or_evaluates():
+def test_code_never_unpickles_or_evaluates():
     for module, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
@@ -102,14 +102,14 @@ def test_nothing_unpickles_or_evaluates():
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert called not in ("eval", "exec", "torch.load", "yaml.load"), module
                 assert "weights_only" not in given, module
-                # Arrays are read without what could be pickled in them, and that is said.
+                # np.load must state allow_pickle=False.
                 assert called != "np.load" or "allow_pickle" in given, module
                 assert given.get("allow_pickle", "False") == "False", module
         assert not {"pickle", "marshal", "shelve"} & set(imports(tree)), module
 
 
-def test_csv_is_written_in_one_place():
-    """Where no cell can become a formula."""
+def test_csv_is_written_by_one_module():
+    """That module escapes cells that a spreadsheet would read as formulas."""
     for module, tree in modules():
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         if module != "system.files":
@@ -126,7 +126,7 @@ def public_functions(body):
             yield node
 
 
-def test_every_public_function_has_a_docstring_of_one_sentence_first():
+def test_public_functions_have_a_docstring_with_a_first_sentence():
     for module, tree in modules():
         for node in public_functions(tree.body):
             first = (ast.get_docstring(node) or "").split("\n\n")[0]
@@ -134,7 +134,7 @@ def test_every_public_function_has_a_docstring_of_one_sentence_first():
 
 
 def test_start_imports_no_heavy_library():
-    """Neither the package nor the help of a command imports what takes seconds."""
+    """Neither the package nor the help of a command imports a library that takes seconds."""
     code = (
         "import sys, polyseg\nfrom polyseg.cli.main import main\n"
         "sys.argv = ['polyseg', *sys.argv[1:]]\n"

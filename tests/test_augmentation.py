@@ -1,4 +1,4 @@
-"""Random changes: masks follow images, each setting does what it says, seeds decide alone."""
+"""Augmentation: masks move with images, each setting has its effect, seeds determine results."""
 
 import dataclasses
 
@@ -27,8 +27,8 @@ def dice(first, second):
 
 
 @pytest.mark.parametrize("preset", ["light", "medium", "strong"])
-def test_masks_follow_their_images(preset):
-    """Where the image is bright the mask is 1, before and after every change."""
+def test_masks_are_transformed_like_their_images(preset):
+    """The mask is 1 where the image is bright, before and after augmentation."""
     image, masks = scene()
     changed = 0
     for seed in range(20):
@@ -42,8 +42,8 @@ def test_masks_follow_their_images(preset):
 
 
 @pytest.mark.parametrize("kind", [field.name for field in dataclasses.fields(Changes)])
-def test_each_kind_alone_changes_what_it_should(kind):
-    """Those of gray values leave masks alone; those of space move image and masks together."""
+def test_gray_changes_keep_masks_and_spatial_changes_move_both(kind):
+    """Each kind of change is applied alone."""
     image, masks = scene()
     strength = {"rotation": 30.0, "blur": 2.0}.get(kind, 0.4)
     of_space = kind in ("flip", "rotation", "scale", "shift", "elastic")
@@ -59,21 +59,21 @@ def test_each_kind_alone_changes_what_it_should(kind):
     assert moved >= 2 if of_space else moved == 0
 
 
-def test_settings_overlay_the_preset():
+def test_settings_override_the_preset():
     assert changes_of(DataConfig(augmentation="none")) is None
     assert changes_of(DataConfig(augmentation="none", augment={"flip": 0.5})) == Changes(flip=0.5)
     strong = changes_of(DataConfig(augmentation="strong", augment={"flip": 0, "noise": 1}))
     assert strong == dataclasses.replace(PRESETS["strong"], flip=0, noise=1)
 
 
-def test_images_are_moved_along_both_axes():
-    """Flips, rotation and scale leave the middle where it is, so what moves is the shift."""
+def test_shift_moves_images_along_both_axes():
+    """Flips, rotation and scale keep the centre in place, so only the shift moves it."""
     mask = torch.zeros(1, 64, 96, dtype=torch.uint8)
     mask[:, 24:40, 36:60] = 1
     changes = dataclasses.replace(PRESETS["strong"], elastic=0)
     moved = (augment(mask.float(), mask, changes, seed)[1][0] for seed in range(60))
     centers = torch.stack([one.nonzero().float().mean(dim=0) for one in moved])
-    # Uniform to 9 % of a side, in seven of ten images.
+    # Uniform up to 9 % of a side, in seven of ten images.
     expected = 0.09 * torch.tensor([64.0, 96.0]) * (0.7 / 3) ** 0.5
     assert ((centers.std(dim=0) / expected - 1).abs() < 0.3).all()
 
@@ -107,7 +107,7 @@ def collect(images, **settings):
 
 
 @pytest.mark.parametrize("preset", ["light", "strong"])
-def test_workers_and_batch_size_do_not_change_a_sample(images, preset):
+def test_samples_do_not_depend_on_workers_or_batch_size(images, preset):
     changes = PRESETS[preset]
     expected = collect(images, batch_size=1, changes=changes)
     assert len(expected) == 8
@@ -123,7 +123,7 @@ def test_workers_and_batch_size_do_not_change_a_sample(images, preset):
             assert torch.equal(image, expected[name][0]) and torch.equal(mask, expected[name][1])
 
 
-def test_epochs_and_images_differ(images):
+def test_augmentation_differs_between_epochs_and_images(images):
     def sample(epoch, identity):
         batches = training_batches(
             images, images.ids, batch_size=8, seed=0, epoch=epoch, changes=PRESETS["light"]

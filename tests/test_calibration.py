@@ -1,4 +1,4 @@
-"""Calibration, ranking and finding failures against scikit-learn, closed forms and permutations."""
+"""Calibration, ranking and failure detection against scikit-learn and closed forms."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from polyseg.metrics.calibration import (
     risk_coverage,
 )
 
-# Eighths meet the edges of 2, 4 and 8 bins, and each other.
+# Multiples of 1/8 fall on the edges of 2, 4 and 8 bins, and produce ties.
 eighths = st.integers(0, 8).map(lambda value: value / 8)
 pixels = st.lists(st.tuples(eighths, st.booleans()), min_size=1, max_size=60)
 images = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 4)), min_size=1, max_size=6)
@@ -55,7 +55,7 @@ def error_by_hand(probability, truth, bins):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_against_scikit_learn(seed):
+def test_scores_equal_scikit_learn(seed):
     p, y = overconfident(seed)
     p[:3] = 0, 1, 0
     assert brier(p, y) == pytest.approx(peer.brier_score_loss(y, p), abs=1e-14)
@@ -65,7 +65,7 @@ def test_scores_against_scikit_learn(seed):
 
 
 @given(pixels)
-def test_scores_with_ties_against_scikit_learn(pairs):
+def test_scores_with_ties_equal_scikit_learn(pairs):
     p, y = columns(pairs)
     assert brier(p, y) == pytest.approx(((p - y) ** 2).mean())
     assert negative_log_likelihood(p, y) == pytest.approx(peer.log_loss(y, p, labels=[0, 1]))
@@ -95,7 +95,7 @@ def test_wrong_predictions_of_probability_one_have_finite_loss():
 
 @pytest.mark.parametrize("bins", [1, 2, 10, 15])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_reliability_curve_against_scikit_learn(seed, bins):
+def test_reliability_curve_equals_scikit_learn(seed, bins):
     p, y = overconfident(seed)
     p[:4] = 0, 1, 1 / bins, 0.5
     curve = ReliabilityCurve(bins)
@@ -110,7 +110,7 @@ def test_the_reliability_curve_against_scikit_learn(seed, bins):
 
 
 @given(pixels, st.sampled_from([1, 2, 4, 8]))
-def test_the_calibration_error_on_the_edges_of_bins(pairs, bins):
+def test_calibration_error_with_values_on_bin_edges(pairs, bins):
     p, y = columns(pairs)
     assert calibration_error(p, y, bins) == pytest.approx(error_by_hand(p, y, bins), abs=1e-12)
 
@@ -129,7 +129,7 @@ def test_curves_of_parts_add_up_to_the_curve_of_all(parts):
     assert total.calibration_error == pytest.approx(whole.calibration_error, abs=1e-14)
 
 
-def test_a_sum_of_curves_leaves_its_parts_alone():
+def test_adding_curves_does_not_change_the_summands():
     first, second = ReliabilityCurve(3), ReliabilityCurve(3)
     first.add([0.5], [1])
     total = first + second
@@ -139,7 +139,7 @@ def test_a_sum_of_curves_leaves_its_parts_alone():
         first + ReliabilityCurve(4)
 
 
-def test_an_empty_curve_is_undefined():
+def test_empty_curve_has_undefined_error():
     curve = ReliabilityCurve(2)
     assert math.isnan(curve.calibration_error) and np.isnan(curve.observed).all()
     assert curve.count.tolist() == [0, 0]
@@ -147,7 +147,7 @@ def test_an_empty_curve_is_undefined():
 
 @pytest.mark.parametrize("bins", [1, 3, 15])
 @pytest.mark.parametrize("seed", range(3))
-def test_bins_of_equal_mass_against_scikit_learn(seed, bins):
+def test_equal_mass_bins_equal_scikit_learn(seed, bins):
     p, y = overconfident(seed)  # 600 divides by the bins, so the quantiles cut between elements
     observed, predicted = calibration_curve(y, p, n_bins=bins, strategy="quantile")
     expected = np.abs(observed - predicted).mean()
@@ -158,7 +158,7 @@ def test_bins_of_equal_mass_against_scikit_learn(seed, bins):
     st.lists(st.tuples(eighths, st.booleans()), min_size=1, max_size=6),
     st.integers(1, 8),
 )
-def test_bins_of_equal_mass_with_ties_are_the_expectation_over_orders(pairs, bins):
+def test_equal_mass_bins_with_ties_average_over_orders(pairs, bins):
     p, y = columns(pairs)
     bins_used = min(bins, p.size)
     gaps = []
@@ -171,7 +171,7 @@ def test_bins_of_equal_mass_with_ties_are_the_expectation_over_orders(pairs, bin
 
 
 @given(pixels, st.randoms(use_true_random=False), st.integers(1, 20))
-def test_no_measure_depends_on_the_order(pairs, random, bins):
+def test_measures_do_not_depend_on_the_order(pairs, random, bins):
     p, y = columns(pairs)
     shuffled = list(pairs)
     random.shuffle(shuffled)
@@ -193,7 +193,7 @@ def test_constant_probability_has_error_equal_to_distance_from_frequency():
                 assert measure(p, y, bins) == pytest.approx(abs(constant - 0.3), abs=1e-12)
 
 
-def test_one_bin_compares_the_means():
+def test_error_with_one_bin_is_the_difference_of_means():
     p, y = overconfident(0)
     for measure in (calibration_error, adaptive_calibration_error):
         assert measure(p, y, 1) == pytest.approx(abs(p.mean() - y.mean()))
@@ -211,7 +211,7 @@ def test_calibrated_predictions_have_less_error_than_overconfident_ones():
     assert adaptive_calibration_error(p, shifted) == pytest.approx(0.125, abs=0.005)
 
 
-def test_calibration_of_background_mirrors_foreground():
+def test_background_has_the_calibration_error_of_foreground():
     p, y = overconfident(3)
     for measure in (brier, negative_log_likelihood, adaptive_calibration_error, area_under_roc):
         assert measure(1 - p, ~y) == pytest.approx(measure(p, y), rel=1e-9)
@@ -237,7 +237,7 @@ def test_invalid_probabilities_are_refused(measure):
         measure([], [])
 
 
-def test_no_bins_and_no_order_are_refused():
+def test_zero_bins_and_nan_scores_are_refused():
     for wrong in (
         lambda: ReliabilityCurve(0),
         lambda: calibration_error([0.5], [1], 0),
@@ -250,7 +250,7 @@ def test_no_bins_and_no_order_are_refused():
 
 
 def all_orders(risk, uncertainty):
-    """Return the selective risks of every order that the uncertainties allow, the mean of them."""
+    """Return the mean selective risks over all orders that the uncertainties allow."""
     curves = []
     for order in itertools.permutations(range(len(risk))):
         if all(uncertainty[a] <= uncertainty[b] for a, b in itertools.pairwise(order)):
@@ -260,7 +260,7 @@ def all_orders(risk, uncertainty):
 
 
 @given(images)
-def test_risk_and_coverage_are_the_expectation_over_orders(pairs):
+def test_risk_and_coverage_average_over_tied_orders(pairs):
     risk, uncertainty = columns(pairs)
     coverage, selective = risk_coverage(risk, uncertainty)
     expected = all_orders(risk, uncertainty)
@@ -271,7 +271,7 @@ def test_risk_and_coverage_are_the_expectation_over_orders(pairs):
 
 
 @given(images)
-def test_order_by_risk_has_the_smallest_area(pairs):
+def test_sorting_by_risk_gives_the_smallest_area(pairs):
     risk, uncertainty = columns(pairs)
     areas = [
         np.mean(np.cumsum(order) / np.arange(1, len(risk) + 1))
@@ -284,7 +284,7 @@ def test_order_by_risk_has_the_smallest_area(pairs):
 
 
 @pytest.mark.parametrize(("n", "failures"), [(1, 0), (1, 1), (7, 3), (50, 1), (50, 50)])
-def test_failures_have_closed_forms(n, failures):
+def test_failure_measures_equal_closed_forms(n, failures):
     failed = np.arange(n) >= n - failures
     perfect = sum(i / (n - failures + i) for i in range(1, failures + 1)) / n
     assert area_under_risk_coverage(failed, np.arange(n)) == pytest.approx(perfect)

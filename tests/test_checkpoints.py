@@ -1,4 +1,4 @@
-"""Checkpoints, also those that come from somebody else."""
+"""Checkpoints: round trips, and refusal of damaged or forged files."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polyseg.config import load_config
 from polyseg.errors import PolysegError
 from polyseg.records import Schedule
-from polyseg.runs import checkpoints as room
+from polyseg.runs import checkpoints as checkpoints_module
 from polyseg.runs.checkpoints import (
     Checkpoint,
     read_checkpoint,
@@ -40,7 +40,7 @@ def checkpoint():
     )
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path, checkpoint):
+def test_checkpoint_round_trip(tmp_path, checkpoint):
     path = tmp_path / "last.safetensors"
     write_checkpoint(path, checkpoint)
     again = read_checkpoint(path)
@@ -55,7 +55,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("labels", [{}, {"a": 1, "b": 2}])
-def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, labels):
+def test_history_and_schedule_round_trip(tmp_path, checkpoint, labels):
     config = load_config(overrides=[SMALL, f"data.foreground={labels or 1}"])
     names = ["x", "y", "x", "y"] if labels else None
     ids = ["ä b", "ä b", "c", "c"] if labels else ["ä b", "c"]
@@ -88,7 +88,7 @@ def test_history_and_schedule_come_back_as_they_were(tmp_path, checkpoint, label
         read_checkpoint(tmp_path / "a")
 
 
-def test_a_record_is_read_without_its_weights(tmp_path, checkpoint):
+def test_checkpoint_can_be_read_without_weights(tmp_path, checkpoint):
     schedule = Schedule(["a"], np.array([1]), np.ones((1, 1), np.float32), None, np.array([-1]))
     history, losses = [{"epoch": 1.0, "train_loss": 0.5}], np.array([0.25])
     optimizer = {"0/step": torch.tensor(3.0), "0/none": torch.empty(0, 2, dtype=torch.bfloat16)}
@@ -120,9 +120,9 @@ def test_a_record_is_read_without_its_weights(tmp_path, checkpoint):
 
 def with_header(path, header):
     tensors = {"weights/a": torch.zeros(1)}
-    # Whoever forges a header can hash it as well.
-    stored = {name: room.stored_of(one) for name, one in tensors.items()}
-    metadata = {"polyseg": header, "sha256": room.digest_of(header, stored)}
+    # A forged header can carry a valid hash.
+    stored = {name: checkpoints_module.stored_of(one) for name, one in tensors.items()}
+    metadata = {"polyseg": header, "sha256": checkpoints_module.digest_of(header, stored)}
     safetensors.torch.save_file(tensors, path, metadata)
 
 
@@ -142,7 +142,7 @@ def with_header(path, header):
         ),
     ],
 )
-def test_foreign_headers_are_refused_in_one_line(tmp_path, header, match):
+def test_invalid_headers_are_refused_in_one_line(tmp_path, header, match):
     path = tmp_path / "a.safetensors"
     with_header(path, header)
     with pytest.raises(PolysegError, match=match) as error:
@@ -154,14 +154,14 @@ def test_foreign_headers_are_refused_in_one_line(tmp_path, header, match):
     ("field", "value"),
     [("epoch", -1), ("epoch", 10**30), ("epoch", "7"), ("best_epoch", 99), ("channels", 0)],
 )
-def test_numbers_that_no_training_writes_are_refused(tmp_path, checkpoint, field, value):
+def test_impossible_numbers_are_refused(tmp_path, checkpoint, field, value):
     path = tmp_path / "a.safetensors"
     write_checkpoint(path, dataclasses.replace(checkpoint, **{field: value}))
     with pytest.raises(PolysegError, match=field):
         read_checkpoint(path)
 
 
-def test_weights_that_diverged_are_refused(checkpoint):
+def test_non_finite_weights_are_refused(checkpoint):
     weights = dict(checkpoint.weights)
     name = next(key for key in weights if key.endswith("weight"))
     weights[name] = weights[name] * float("nan")
@@ -170,7 +170,7 @@ def test_weights_that_diverged_are_refused(checkpoint):
 
 
 @given(cut=st.integers(0, 3000), at=st.integers(0, 3000), bit=st.integers(0, 7))
-def test_damage_is_refused(tmp_path_factory, cut, at, bit):
+def test_damaged_file_is_refused_in_one_line(tmp_path_factory, cut, at, bit):
     folder = tmp_path_factory.mktemp("damage")
     config = load_config(overrides=[SMALL])
     write_checkpoint(folder / "whole", Checkpoint(config, 1, 1, {"a": torch.arange(4.0)}))
@@ -182,7 +182,7 @@ def test_damage_is_refused(tmp_path_factory, cut, at, bit):
     assert "\n" not in str(error.value)
 
 
-def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
+def test_tensor_larger_than_the_file_is_refused(tmp_path):
     header = json.dumps({"weights/a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 16]}})
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(16)
     (tmp_path / "a.safetensors").write_bytes(content)
@@ -190,7 +190,7 @@ def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_a_pickle_is_not_opened(tmp_path):
+def test_pickled_checkpoint_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
     with pytest.raises(PolysegError, match="is damaged or not a checkpoint"):
         read_checkpoint(tmp_path / "model.pt")
@@ -218,7 +218,7 @@ def test_checkpoint_code_is_imported_only_with_trust(tmp_path, monkeypatch, chec
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
-def test_weights_must_fit_exactly(checkpoint, change):
+def test_weights_that_do_not_fit_the_network_are_refused(checkpoint, change):
     weights = dict(checkpoint.weights)
     name = next(key for key in weights if key.endswith("weight"))
     if change == "missing":
@@ -242,7 +242,7 @@ def test_weights_must_fit_exactly(checkpoint, change):
 def test_network_larger_than_its_weights_is_refused_before_it_is_built(
     checkpoint, setting, monkeypatch
 ):
-    """These would take many gigabytes."""
+    """The networks of these settings would take many gigabytes."""
     made = []
     empty = torch.empty
 
@@ -270,7 +270,7 @@ def test_weights_of_every_network_are_checked(name):
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8]
 )
-def test_tensors_of_any_type_come_back_by_the_librarys_reader(tmp_path, dtype):
+def test_tensors_of_any_dtype_are_read_by_safetensors(tmp_path, dtype):
     values = (torch.arange(6).reshape(2, 3) % 2).to(dtype).T
     config = load_config(overrides=[SMALL])
     write_checkpoint(tmp_path / "a", Checkpoint(config, 1, 1, {"a": values, "b": values[0, 0]}))

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what they print, leave and refuse."""
+"""Commands from the command line: output, files written, and errors."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ SET = [word for one in (*TINY, "output.figures=false") for word in ("--set", one
 
 @pytest.fixture
 def images(polyseg, tmp_path):
-    """Phantoms written as PNG files."""
+    """Return a folder of phantoms written as PNG files."""
     folder = tmp_path / "phantoms"
     assert polyseg("data", "demo", folder, "--images", 16, "--size", 32).code == 0
     return folder
@@ -52,13 +52,13 @@ def test_every_command_has_help_with_an_example_that_parses(polyseg, name, comma
     assert example.startswith(" ".join(name))
 
 
-def test_version(polyseg):
+def test_version_option_prints_the_version(polyseg):
     assert polyseg("--version").out.strip() == f"polyseg {__version__}"
 
 
 @pytest.mark.slow
-def test_the_main_job_end_to_end(polyseg, tmp_path, images):
-    """Train two arms on files, estimate, evaluate side by side: everything opens."""
+def test_train_estimate_and_evaluate_write_readable_files(polyseg, tmp_path, images):
+    """Train two arms on files, estimate uncertainty, and evaluate both arms together."""
     for name, loss, drawn in (("adaptive", "polydice1", "true"), ("dice", "dice", "false")):
         settings = ("--loss", loss, *SET, "--set", f"output.figures={drawn}")
         answer = polyseg("train", "--data", images, "--out", tmp_path / name, *settings)
@@ -106,7 +106,7 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
         for metric in METRICS.values():
             values = [float(row[metric.name]) for row in own if row[metric.name]]
             assert one["metrics"][metric.name]["mean"] == pytest.approx(np.mean(values))
-    # The table that the training ended with is of the same images and the same checkpoint.
+    # Training ends with a table of the same images and the same checkpoint.
     alone = json.loads((run / "evaluation" / "summary.json").read_text())["runs"][0]
     assert alone["metrics"] == printed["evaluation"]["runs"][0]["metrics"]
     assert "\\toprule" in (out / "table.tex").read_text()
@@ -114,7 +114,7 @@ def test_the_main_job_end_to_end(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
+def test_estimate_uncertainty_accepts_images_without_masks(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     answer = polyseg(
         "estimate-uncertainty", tmp_path / "run", "--data", images / "images", "--out",
@@ -127,7 +127,7 @@ def test_images_without_masks_can_be_judged(polyseg, tmp_path, images):
     assert answer.code == 2 and "no masks to compare with" in answer.err
 
 
-def test_results_go_into_the_run_when_no_place_is_named(polyseg, finished, tmp_path):
+def test_results_are_written_into_the_run_by_default(polyseg, finished, tmp_path):
     finished()
     assert polyseg("evaluate", tmp_path / "run", "--no-figures").code == 0
     assert len(list((tmp_path / "run").glob("evaluation-*/summary.json"))) == 1
@@ -139,7 +139,7 @@ def test_quiet_does_not_change_the_log_file(polyseg, tmp_path):
     assert "epoch 3/3" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_the_plan_trains_nothing(polyseg, tmp_path):
+def test_dry_run_trains_nothing(polyseg, tmp_path):
     answer = polyseg("train", "--out", tmp_path / "run", "--dry-run", "--json", *SET)
     assert answer.code == 0, answer.err
     planned = json.loads(answer.out)
@@ -155,21 +155,21 @@ def test_resume_takes_the_settings_of_the_run(polyseg, finished, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--gradient"], ["--terms", "3"], ["--s", "1"]])
-def test_plot_loss_writes_what_was_asked_for(polyseg, tmp_path, arguments):
+def test_plot_loss_writes_the_requested_file(polyseg, tmp_path, arguments):
     answer = polyseg("plot-loss", *arguments, "--out", tmp_path / "fig2.pdf")
     assert answer.code == 0, answer.err
     assert answer.out.strip() == str(tmp_path / "fig2.pdf")
     assert (tmp_path / "fig2.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_plot_loss_writes_png_and_pdf_where_the_name_has_no_suffix(polyseg, tmp_path):
+def test_plot_loss_without_suffix_writes_png_and_pdf(polyseg, tmp_path):
     assert polyseg("plot-loss", "--out", tmp_path / "both").code == 0
     assert (tmp_path / "both.png").is_file() and (tmp_path / "both.pdf").is_file()
 
 
 @pytest.mark.parametrize("terms", [1, 4])
-def test_the_shaded_region_is_where_the_loss_rises_with_s(terms):
-    """Its edge in the plot of derivatives, against finite differences of the loss itself."""
+def test_shaded_region_is_where_the_loss_increases_with_s(terms):
+    """Compare its edge in the plot of derivatives with finite differences of the loss."""
     theta = np.linspace(0.01, np.pi / 2, 500)
     edge = _derivative_where_the_sum_is_one(theta, terms)
     for i in (100, 250, 450):
@@ -197,7 +197,7 @@ def test_data_check_summarises_the_data_set(polyseg, images):
     assert "phantom_0001.png: masks contain the values 7" in answer.err
 
 
-def test_config_init_is_the_defaults(polyseg, tmp_path):
+def test_config_init_writes_the_defaults(polyseg, tmp_path):
     path = tmp_path / "a.yaml"
     assert polyseg("config", "init", path).code == 0
     assert polyseg("config", "show", path).out == Config().to_yaml()
@@ -241,7 +241,7 @@ def test_config_init_is_the_defaults(polyseg, tmp_path):
         (["data", "demo", "new", "--seed", "-1"], "--seed -1: give 0 or more"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, arguments, match):
+def test_user_error_is_one_line_and_exit_code_2(polyseg, tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
     answer = polyseg(*arguments)
     assert answer.code == 2
@@ -274,7 +274,7 @@ def test_control_characters_of_names_are_escaped_in_the_terminal(polyseg):
     ],
     ids=lambda arguments: repr(arguments)[:40],
 )
-def test_a_newline_in_an_argument_makes_no_second_line(polyseg, tmp_path, monkeypatch, arguments):
+def test_newline_in_an_argument_does_not_split_the_error(polyseg, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     answer = polyseg(*arguments)
     assert answer.code == 2
@@ -282,7 +282,7 @@ def test_a_newline_in_an_argument_makes_no_second_line(polyseg, tmp_path, monkey
     assert len(answer.err) < 2100
 
 
-def test_several_problems_are_a_line_each(polyseg, tmp_path):
+def test_each_problem_is_printed_on_its_own_line(polyseg, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(b"no image")
         (tmp_path / f"{name}_mask.png").write_bytes(b"no image")
@@ -293,7 +293,7 @@ def test_several_problems_are_a_line_each(polyseg, tmp_path):
 
 
 @pytest.mark.slow
-def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
+def test_errors_about_a_run_name_the_cause(polyseg, tmp_path, images):
     run = tmp_path / "run"
     polyseg("train", "--data", images, "--out", run, *SET, "--quiet")
     other = tmp_path / "other"
@@ -310,7 +310,7 @@ def test_mistakes_about_a_run_are_named(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
+def test_resume_accepts_data_in_a_new_place(polyseg, tmp_path, images):
     whole, run, new = tmp_path / "whole", tmp_path / "run", tmp_path / "new"
     command = ["train", "--data", images, *SET, "--set", "training.scheduler=constant", "-q"]
     assert polyseg(*command, "--out", whole).code == 0
@@ -329,13 +329,13 @@ def test_a_run_goes_on_with_data_that_have_moved(polyseg, tmp_path, images):
         read_checkpoint(path / "checkpoints/last.safetensors") for path in (whole, run)
     )
     assert hash_weights(network_of(first)) == hash_weights(network_of(second))
-    # From now on that is where they are.
+    # The run now records the new place.
     assert polyseg("train", "--resume", "--out", run, "-q").code == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["missing", "changed"])
-def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change):
+def test_resume_refuses_changed_data(polyseg, tmp_path, images, change):
     run, new = tmp_path / "run", tmp_path / "new"
     polyseg("train", "--data", images, "--out", run, *SET, "-q", "--epochs", 1)
     shutil.copytree(images, new)
@@ -352,7 +352,7 @@ def test_a_run_does_not_go_on_with_other_data(polyseg, tmp_path, images, change)
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
+def test_evaluate_accepts_data_in_a_new_place(polyseg, tmp_path, images):
     run, new, others = tmp_path / "run", tmp_path / "new", tmp_path / "others"
     polyseg("train", "--data", images, "--out", run, *SET, "-q")
     polyseg("data", "demo", others, "--images", 4, "--size", 32, "--seed", 5)
@@ -383,8 +383,8 @@ def test_a_run_is_evaluated_on_data_that_have_moved(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_file_names_are_escaped_as_formulas_in_all_tables(polyseg, tmp_path, images):
-    """A spreadsheet shows them, polyseg and JSON keep them, a page shows them as they are."""
+def test_file_names_like_formulas_are_escaped_in_all_csv_files(polyseg, tmp_path, images):
+    """Only CSV cells are escaped; JSON files and HTML pages hold the names unchanged."""
     for kind in ("images", "masks"):
         for number in range(16):
             name = {14: "@SUM(A1)", 15: "-0.5"}.get(number, f"=1+{number}")
@@ -420,7 +420,7 @@ def test_file_names_are_escaped_as_formulas_in_all_tables(polyseg, tmp_path, ima
     assert f">{formula}<" in page and "'=1" not in page and "&#x27;=1" not in page
 
 
-def test_a_manifest_may_name_images_by_what_looks_like_a_formula(polyseg, tmp_path, images):
+def test_manifest_accepts_ids_that_look_like_formulas(polyseg, tmp_path, images):
     rows = [f"images/phantom_{i:04}.png,masks/phantom_{i:04}.png,=1+{i}" for i in range(16)]
     (images / "list.csv").write_text("\n".join(["image,mask,id", *rows]) + "\n")
     out = tmp_path / "split.json"
@@ -438,7 +438,7 @@ def test_evaluate_warns_of_training_images(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_process_with_its_number(tmp_path):
+def test_sigterm_ends_the_process_by_signal(tmp_path):
     arguments = ["train", "--out", tmp_path / "run", "--epochs", "100000", *SET]
     process = subprocess.Popen(
         [sys.executable, "-m", "polyseg", *map(str, arguments)],
@@ -455,7 +455,7 @@ def test_sigterm_ends_the_process_with_its_number(tmp_path):
     assert "Traceback" not in rest and "polyseg train --resume --out" in rest
 
 
-def test_ctrl_c_while_images_are_read_is_130(polyseg, monkeypatch):
+def test_ctrl_c_while_reading_images_exits_with_130(polyseg, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -481,7 +481,7 @@ def test_help_states_the_defaults_of_the_settings():
 
 
 @pytest.mark.parametrize("command", [["train"], ["evaluate"], ["schedule", "show"]], ids=str)
-def test_help_shows_no_type_beside_flags(polyseg, command):
+def test_help_shows_no_value_type_for_flags(polyseg, command):
     done = polyseg(*command, "--help")
     assert "--verbose" in done.out and "bool" not in done.out
 
@@ -518,12 +518,12 @@ def test_bash_completes_commands_names_and_settings(words, offers):
         (["train", "--loss", "adaptive"], "did you mean polydice1?"),
     ],
 )
-def test_names_from_the_paper_or_another_section_are_led_to_the_setting(polyseg, arguments, hint):
+def test_wrong_setting_name_gets_a_suggestion(polyseg, arguments, hint):
     done = polyseg(*arguments)
     assert done.code == 2 and hint in done.err
 
 
-def test_a_data_set_in_place_of_settings_is_answered_with_the_right_call(polyseg, tmp_path):
+def test_misplaced_data_folder_error_shows_the_correct_command(polyseg, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     done = polyseg("train", tmp_path)

@@ -1,4 +1,4 @@
-"""The program of a network gives what its passes give, one by one, and is really used."""
+"""Compiled programs: scores equal those of plain passes, and the program is really used."""
 
 import dataclasses
 import gc
@@ -39,22 +39,22 @@ SMALL = {
 SCORES = ("mutual_information", "entropy", "variance")
 CLOSE = 1e-5
 CHANNELS, ELEMENTS = ("channel", "consistent"), ("element", "independent")
-"""Two ways of dropping, in which each kind of dropout and of masks comes once."""
+"""Two combinations that contain each kind of dropout and each kind of masks once."""
 AS_IT_IS = assessment._FEWEST_COMPILED
 
 
 @pytest.fixture(autouse=True)
-def _is_worth_compiling(monkeypatch):
-    """Take networks apart for the few small images here, too."""
+def _always_compile(monkeypatch):
+    """Compile networks even for the few small images of these tests."""
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
 
 
 TRACED = {}
-"""Programs made so far, by all that they are made of: tracing takes most of an assessment."""
+"""Cache of programs by network, weights and settings: tracing takes most of an assessment."""
 
 
 def program_of(core, layers, images, *, kind=torch.float32):
-    """Return the program of a network, made only if none of equal layers and weights was."""
+    """Return the program of a network, from the cache if layers and weights are equal."""
     weights = hashlib.sha256()
     for name, values in core.state_dict().items():
         weights.update(name.encode() + values.numpy().tobytes())
@@ -66,17 +66,17 @@ def program_of(core, layers, images, *, kind=torch.float32):
 
 @pytest.fixture(autouse=True)
 def _trace_each_network_once(request, monkeypatch):
-    if "traced_anew" not in request.fixturenames:
+    if "fresh_programs" not in request.fixturenames:
         monkeypatch.setattr(passes, "Program", program_of)
 
 
 @pytest.fixture
-def traced_anew():
-    """Let each assessment make a program of its own, as it does outside these tests."""
+def fresh_programs():
+    """Make each assessment compile its own program, as it does outside these tests."""
 
 
 class OwnNet(nn.Module):
-    """What a user might bring: dropout of single values, normalisation over space, skips."""
+    """A user's network with element dropout, spatial normalisation and skip connections."""
 
     def __init__(self, in_channels, out_channels, norm="group"):
         super().__init__()
@@ -101,7 +101,7 @@ class OwnNet(nn.Module):
 
 
 def moved(network, channels=1):
-    """Move weights and statistics away from where they start, by passes in training."""
+    """Change weights and running statistics from their initial values by training passes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         network.train()
@@ -116,9 +116,9 @@ def moved(network, channels=1):
 
 
 def sharpen(network, images, deviation=3.0):
-    """Make logits as far apart as those of a network that has learnt something.
+    """Scale logits to the spread of those of a trained network.
 
-    Else the passes agree so well that float32 leaves little of what they disagree on.
+    Otherwise the passes agree so closely that float32 hardly resolves their differences.
     """
     seen = {}
     convolutions = [one for one in network.modules() if isinstance(one, nn.Conv2d)]
@@ -145,7 +145,7 @@ def build(name, labels=1, **settings):
 
 
 def make_batch(n=3, size=NEEDS_PADDING, labels=1, names=("",), seed=0, prefix="image"):
-    """Images whose foregrounds lie in a corner, at a border, in the middle, and are small."""
+    """Return images whose foregrounds are in a corner, at a border, in the middle, or small."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 1, *size, generator=generator)
     masks = torch.zeros(n, labels, *size, dtype=torch.uint8)
@@ -157,7 +157,7 @@ def make_batch(n=3, size=NEEDS_PADDING, labels=1, names=("",), seed=0, prefix="i
 
 
 def check(network, batches, caplog, used=True, **how):
-    """Assess by the program and the plain way; return the former."""
+    """Assess by the program and by plain passes, compare, and return the former."""
     caplog.set_level(logging.INFO, "polyseg")
     how = {"samples": 4} | how
     plain = assess(network, batches, UncertaintyConfig(program="plain", **how))
@@ -166,7 +166,7 @@ def check(network, batches, caplog, used=True, **how):
     for name in SCORES:
         expected = plain.scores[name]
         assert expected.max() > 1e-6
-        # Of the largest score, for a difference of entropies may be next to nothing.
+        # Relative to the largest score, because a difference of entropies may be almost zero.
         apart = np.abs(ours.scores[name] - expected) / np.maximum(expected, 0.01 * expected.max())
         assert apart.max() < CLOSE, f"{name}: relative difference {apart.max():.1e}"
     for field in ("foreground_pixels", "fallback", "dice"):
@@ -180,14 +180,14 @@ def check(network, batches, caplog, used=True, **how):
     return ours
 
 
-# Against the plain passes.
+# Comparison with plain passes.
 
 
 @pytest.mark.parametrize(
     ("kind", "masks"), [CHANNELS, pytest.param(*ELEMENTS, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", network_names())
-def test_the_program_gives_the_scores_of_the_plain_passes(name, kind, masks, caplog):
+def test_program_scores_equal_plain_passes(name, kind, masks, caplog):
     network = build(name, dropout_kind=kind, dropout=0.3)
     check(network, [make_batch()], caplog, masks=masks)
 
@@ -195,7 +195,7 @@ def test_the_program_gives_the_scores_of_the_plain_passes(name, kind, masks, cap
 @pytest.mark.parametrize(
     "masks", ["consistent", pytest.param("independent", marks=pytest.mark.slow)]
 )
-def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
+def test_wide_network_uses_winograd(masks, caplog):
     wide = {"channels": [8, 256], "strides": [2], "num_res_units": 2}
     network, batch = build("unet", settings=wide, dropout=0.3), make_batch()
     check(network, [batch], caplog, masks=masks)
@@ -208,24 +208,24 @@ def test_a_wide_network_is_run_by_winograds_algorithm(masks, caplog):
     ("norm", "masks"),
     [("group", "consistent"), ("instance", "independent"), ("none", "consistent")],
 )
-def test_a_network_of_ones_own(norm, masks, caplog):
+def test_user_network_is_compiled(norm, masks, caplog):
     network = build("own", settings={"norm": norm})
     check(network, [make_batch()], caplog, masks=masks)
 
 
-def test_a_network_that_is_not_wrapped(caplog):
+def test_unwrapped_network_is_compiled(caplog):
     check(moved(OwnNet(1, 1)), [make_batch(size=(32, 48))], caplog)
 
 
 @pytest.mark.parametrize("region", ["mask", "boundary", "prediction", "union", "image"])
-def test_every_region(region, caplog):
+def test_program_equals_plain_passes_for_each_region(region, caplog):
     check(build("unet"), [make_batch()], caplog, region=region)
 
 
 @pytest.mark.parametrize(
     ("region", "kind"), [("mask", "channel"), ("boundary", "element"), ("prediction", "channel")]
 )
-def test_several_labels(region, kind, caplog):
+def test_program_equals_plain_passes_for_several_labels(region, kind, caplog):
     network = build("unet", labels=3, dropout_kind=kind)
     batch = make_batch(labels=3, names=("a", "b", "c"))
     result = check(network, [batch], caplog, region=region)
@@ -233,7 +233,7 @@ def test_several_labels(region, kind, caplog):
 
 
 @pytest.mark.parametrize("region", ["mask", "boundary"])
-def test_an_empty_mask_in_the_batch(region, caplog):
+def test_program_accepts_an_empty_mask(region, caplog):
     batch = make_batch()
     batch.masks[1] = 0
     result = check(build("unet"), [batch, make_batch(prefix="other")], caplog, region=region)
@@ -241,18 +241,18 @@ def test_an_empty_mask_in_the_batch(region, caplog):
     assert not result.fallback[[0, 2, 3, 4, 5]].any()
 
 
-def test_images_without_masks(caplog):
+def test_program_accepts_images_without_masks(caplog):
     check(build("unet"), [make_batch()._replace(masks=None)], caplog)
 
 
 @pytest.mark.parametrize(("name", "masks"), [("unet", "consistent"), ("own", "independent")])
-def test_batches_of_several_sizes(name, masks, caplog):
+def test_program_accepts_batches_of_several_sizes(name, masks, caplog):
     sizes = [(1, (32, 32)), (3, (32, 32)), (2, (40, 72)), (1, (72, 40)), (2, (32, 32))]
     batches = [make_batch(n, size, prefix=f"of{i}-", seed=i) for i, (n, size) in enumerate(sizes)]
     check(build(name), batches, caplog, masks=masks)
 
 
-def test_saved_maps_are_those_of_the_plain_passes(caplog):
+def test_saved_maps_equal_plain_passes(caplog):
     network, batch = build("unet"), make_batch()
     ours = check(network, [batch], caplog, save_maps=True)
     plain = assess(network, [batch], UncertaintyConfig(samples=4, program="plain", save_maps=True))
@@ -260,7 +260,7 @@ def test_saved_maps_are_those_of_the_plain_passes(caplog):
         np.testing.assert_allclose(ours.maps[name], maps, atol=1e-3)
 
 
-def test_weights_that_changed_since_are_seen(caplog, traced_anew):
+def test_next_assessment_uses_changed_weights(caplog, fresh_programs):
     network, batch = build("unet"), make_batch()
     check(network, [batch], caplog)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_weights_that_changed_since_are_seen(caplog, traced_anew):
     check(moved(network), [batch], caplog)
 
 
-def test_a_large_batch_is_divided(caplog, monkeypatch):
+def test_large_batch_is_divided(caplog, monkeypatch):
     monkeypatch.setattr(passes, "_BYTES_AT_ONCE", 1)
     check(build("unet"), [make_batch(4)], caplog, masks="independent")
 
@@ -282,15 +282,15 @@ def test_a_large_batch_is_divided(caplog, monkeypatch):
         lambda: [nn.Dropout(0.3), nn.Conv2d(1, 1, 3, padding=1)],
         lambda: [nn.Conv2d(1, 4, 3, padding=1), nn.Dropout2d(0.3), nn.ReLU(), nn.Conv2d(4, 1, 1)],
     ],
-    ids=["before the way up", "images", "one level"],
+    ids=["dropout before upsampling", "images", "one level"],
 )
-def test_networks_of_few_layers(layers, masks, caplog):
+def test_program_equals_plain_passes_for_small_networks(layers, masks, caplog):
     torch.manual_seed(3)
     check(nn.Sequential(*layers()).eval(), [make_batch(size=(32, 48))], caplog, masks=masks)
 
 
 class Gated(nn.Module):
-    """Channels are weighed by what they hold on the whole, which drops as vectors, not maps."""
+    """A network with a gate per channel, whose dropout acts on vectors instead of maps."""
 
     def __init__(self):
         super().__init__()
@@ -304,7 +304,7 @@ class Gated(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Pixels in a row, as transformers have them."""
+    """A network on a sequence of pixels, as in transformers."""
 
     def __init__(self):
         super().__init__()
@@ -318,7 +318,7 @@ class Tokens(nn.Module):
 
 
 class Placed(nn.Module):
-    """Every place has a feature of its own."""
+    """A network with a learned feature for each position."""
 
     def __init__(self):
         super().__init__()
@@ -331,7 +331,7 @@ class Placed(nn.Module):
 
 
 class Writing(nn.Module):
-    """Writes to a part of a tensor."""
+    """A network that writes to a part of a tensor."""
 
     def __init__(self):
         super().__init__()
@@ -346,7 +346,7 @@ class Writing(nn.Module):
 
 
 class Branching(nn.Module):
-    """Does one thing or another."""
+    """A network with a branch that depends on data."""
 
     def __init__(self):
         super().__init__()
@@ -358,7 +358,7 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
 @pytest.mark.parametrize("network", [Gated, Tokens, Placed, Writing, Branching])
-def test_networks_without_a_common_part_are_assessed(network, masks):
+def test_networks_that_cannot_be_split_equal_plain_passes(network, masks):
     torch.manual_seed(3)
     network = network().eval()
     batches = [make_batch(n, (32, 48), prefix=f"of{n}-") for n in (1, 3)]
@@ -395,7 +395,7 @@ def make_program(network, images):
 
 
 def masks_of(program, network, images, kind, shared):
-    """Draw masks, of whole channels or of single values, for all images alike or for each."""
+    """Draw masks of whole channels or of single values, shared by all images or one for each."""
     shapes = {}
 
     def remember(name, output):
@@ -416,8 +416,8 @@ def masks_of(program, network, images, kind, shared):
     return masks
 
 
-def plainly(network, program, masks, images):
-    """Run the network with its dropout layers multiplied by the masks."""
+def masked_reference(network, program, masks, images):
+    """Run the network with each dropout layer replaced by its mask."""
     by_layer = {one.layer: masks[one.node] for one in program.masks}
     hooks = [
         layer.register_forward_hook(lambda _m, _i, out, name=name: out * by_layer[name])
@@ -439,13 +439,13 @@ def plainly(network, program, masks, images):
         pytest.param("basic-unet", "element", True, marks=pytest.mark.slow),
     ],
 )
-def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
+def test_selected_pixels_equal_those_of_the_whole_pass(name, kind, shared):
     network = build(name, dropout_kind=kind)
     images = torch.randn(2, 1, 96, 128)
     with torch.no_grad():
         program = make_program(network, images)
         masks = masks_of(program, network, images, kind, shared)
-        expected = plainly(network, program, masks, images)
+        expected = masked_reference(network, program, masks, images)
         largest = expected.abs().max()
         everywhere = PreparedBatch(program, images, None)(masks)
         assert (everywhere - expected).abs().max() / largest < CLOSE
@@ -464,8 +464,8 @@ def test_chosen_pixels_are_those_of_the_pass(name, kind, shared):
     assert ("all", True) not in cropped
 
 
-def test_pixels_of_some_images_only():
-    """Images of a batch differ in what is wanted of them; of one it is nothing."""
+def test_pixels_can_be_selected_in_some_images_only():
+    """The images of a batch have different selections, one of them empty."""
     network = build("unet")
     images = torch.randn(3, 1, 64, 64)
     chosen = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
@@ -475,11 +475,11 @@ def test_pixels_of_some_images_only():
         program = make_program(network, images)
         masks = masks_of(program, network, images, "channel", True)
         found = PreparedBatch(program, images, chosen)(masks)
-        expected = plainly(network, program, masks, images)[chosen]
+        expected = masked_reference(network, program, masks, images)[chosen]
     assert (found - expected).abs().max() / expected.abs().max() < CLOSE
 
 
-def test_an_assessment_looks_at_a_part_of_the_images(monkeypatch, caplog):
+def test_assessment_computes_only_a_part_of_the_images(monkeypatch, caplog):
     ways = []
 
     def look(*arguments, **settings):
@@ -508,7 +508,7 @@ def test_normalisation_over_space_runs_on_whole_images(norm):
     assert normalising[0] > 0 and len(parts) > 1 and not any(normalising[1:])
 
 
-# A program that is wrong.
+# Wrong programs.
 
 
 def broken_masks(self, like):
@@ -537,7 +537,7 @@ def broken_logits(self, masks, count):
     ],
     ids=["rewrite", "numbers", "sizes"],
 )
-def test_wrong_program_is_detected(owner, name, wrong, monkeypatch, caplog, traced_anew):
+def test_wrong_program_is_detected(owner, name, wrong, monkeypatch, caplog, fresh_programs):
     monkeypatch.setattr(PreparedBatch, "original", PreparedBatch.__call__, raising=False)
     monkeypatch.setattr(owner, name, wrong)
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
@@ -553,7 +553,7 @@ def test_wrong_program_is_detected(owner, name, wrong, monkeypatch, caplog, trac
     ("samples", "error"), [(4, RuntimeError("sizes do not fit")), ("auto", LookupError("mask_0"))]
 )
 def test_failing_program_leaves_no_results(samples, error, monkeypatch, caplog):
-    """It fails in the second batch, in the third of its passes; the first batch was filled."""
+    """The program fails in the third pass of the second batch, after a complete first batch."""
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     plain = assess(network, batches, UncertaintyConfig(samples=samples, program="plain"))
     original, calls = PreparedBatch.__call__, []
@@ -574,7 +574,7 @@ def test_failing_program_leaves_no_results(samples, error, monkeypatch, caplog):
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_batches_that_can_be_read_once_are_passed_plainly(caplog):
+def test_batches_that_can_be_read_once_use_plain_passes(caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batches = build("unet"), [make_batch(), make_batch(prefix="other", seed=1)]
     ours = assess(network, iter(batches), UncertaintyConfig(samples=4))
@@ -583,7 +583,7 @@ def test_batches_that_can_be_read_once_are_passed_plainly(caplog):
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_the_failure_of_a_program_in_another_process_ends_it_here():
+def test_program_failure_in_another_process_stops_this_one():
     class Two(Processes):
         def gathered(self, mine):
             return [mine, False]
@@ -594,7 +594,7 @@ def test_the_failure_of_a_program_in_another_process_ends_it_here():
         pass
 
 
-def test_too_small_windows_are_detected(monkeypatch, caplog, traced_anew):
+def test_too_small_windows_are_detected(monkeypatch, caplog, fresh_programs):
     caplog.set_level(logging.INFO, "polyseg")
     monkeypatch.setattr(window, "_strided", lambda *_: 0)
     network, batches = build("unet"), [make_batch(size=(96, 96))]
@@ -604,7 +604,7 @@ def test_too_small_windows_are_detected(monkeypatch, caplog, traced_anew):
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(plain))
 
 
-def test_wrong_masks_without_dropout_are_detected(monkeypatch, traced_anew):
+def test_wrong_masks_without_dropout_are_detected(monkeypatch, fresh_programs):
     monkeypatch.setattr(Program, "all_kept", broken_masks)
     network, batches = build("unet"), [make_batch()]
     ours = assess(network, batches, UncertaintyConfig(samples=2))
@@ -614,8 +614,8 @@ def test_wrong_masks_without_dropout_are_detected(monkeypatch, traced_anew):
     )
 
 
-def test_a_confident_network_keeps_its_program(caplog):
-    """Probabilities next to 1 are coarse in float32, so that they tell little of the logits."""
+def test_confident_network_still_uses_its_program(caplog):
+    """Probabilities close to 1 are coarse in float32 and determine the logits poorly."""
     network = build("dynunet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=16.0)
     batch = make_batch(4, (64, 64))
@@ -631,7 +631,7 @@ def test_plain_passes_can_be_chosen(monkeypatch):
     assess(build("unet"), [make_batch()], UncertaintyConfig(samples=2, program="plain"))
 
 
-# Whether a network is worth taking apart.
+# Choice between compiling and plain passes.
 
 WORTH = 3 * NEEDS_PADDING[0] * NEEDS_PADDING[1] * 2
 
@@ -644,8 +644,8 @@ def in_batches(batch, sizes):
 
 
 @pytest.fixture
-def tried(monkeypatch):
-    """List what is taken apart, with a bound that three images and two passes reach."""
+def compiled(monkeypatch):
+    """List the compiled networks, with a threshold that three images and two passes reach."""
     made = []
 
     def refuse(core, *_, **__):
@@ -661,22 +661,22 @@ def tried(monkeypatch):
 @pytest.mark.parametrize(
     ("images", "samples", "worth"), [(3, 2, 1), (2, 2, 0), (1, 5, 0), (1, 6, 1), (6, 4, 1)]
 )
-def test_pixels_times_passes_decide_however_they_are_batched(sizes, images, samples, worth, tried):
+def test_pixels_times_passes_decide_whether_to_compile(sizes, images, samples, worth, compiled):
     sizes = np.diff(np.minimum(np.cumsum([0, *sizes]), images))
     batches = in_batches(make_batch(images), sizes[sizes > 0])
     result = assess(build("unet"), batches, UncertaintyConfig(samples=samples))
-    assert len(tried) == worth
+    assert len(compiled) == worth
     assert result.ids == [f"image{i}" for i in range(images)]
 
 
 @pytest.mark.parametrize(("bound", "worth"), [(WORTH * 50, 1), (WORTH * 50 + 1, 0)])
-def test_unknown_number_of_passes_counts_as_the_largest(bound, worth, tried, monkeypatch):
+def test_unknown_number_of_passes_counts_as_the_largest(bound, worth, compiled, monkeypatch):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", bound)
     assess(build("unet"), [make_batch(3)], UncertaintyConfig(samples="auto", rank_target=0.51))
-    assert len(tried) == worth
+    assert len(compiled) == worth
 
 
-def test_no_more_is_read_ahead_than_decides(tried):
+def test_assessment_reads_ahead_only_what_the_choice_needs(compiled):
     read = []
 
     def batches():
@@ -714,20 +714,20 @@ def test_assessment_of_common_size_is_compiled(monkeypatch):
     assert worth and [batch.ids[0] for batch in again] == ["0", "1", "2"]
 
 
-def test_scores_without_passes_are_not_compiled(tried):
+def test_scores_without_passes_are_not_compiled(compiled):
     assess(
         build("unet"),
         [make_batch(9)],
         UncertaintyConfig(metric="deterministic_entropy", samples=20),
     )
-    assert not tried
+    assert not compiled
 
 
 # Memory.
 
 
 def bytes_of_tensors():
-    """Add up all tensors that are held by anything, each storage once."""
+    """Return the bytes of all live tensors, counting each storage once."""
     gc.collect()
     found = (one.untyped_storage() for one in gc.get_objects() if type(one) is torch.Tensor)
     return sum({one.data_ptr(): one.nbytes() for one in found}.values())
@@ -736,11 +736,11 @@ def bytes_of_tensors():
 @pytest.mark.parametrize(
     ("program", "save_maps"), [("auto", False), ("auto", True), ("plain", False)]
 )
-def test_memory_does_not_grow_with_the_passes(program, save_maps):
+def test_memory_does_not_grow_with_the_number_of_passes(program, save_maps):
     held, calls = [], iter(range(41))
 
     def progress(*_):
-        # When each group of passes has some.
+        # Once each group of passes has some.
         if next(calls) in (11, 39):
             held.append(bytes_of_tensors())
 
@@ -749,12 +749,12 @@ def test_memory_does_not_grow_with_the_passes(program, save_maps):
     assert len(held) == 2 and held[1] <= held[0]
 
 
-# Passes that run together, as on an accelerator.
+# Several passes in one batch, as on an accelerator.
 
 
 @pytest.fixture
 def together(monkeypatch):
-    """Let three passes over three images run together, and list how many do."""
+    """Allow three passes over three images in one batch, and list the number of joined passes."""
     counts, run = [], passes.BatchPasses.together
 
     def count(self, numbers):
@@ -776,7 +776,7 @@ def together(monkeypatch):
     ("region", "kind", "masks"),
     [("mask", *CHANNELS), ("prediction", *ELEMENTS), ("mask", "element", "consistent")],
 )
-def test_passes_together_equal_single_passes(region, masks, kind, program, together):
+def test_joined_passes_equal_single_passes(region, masks, kind, program, together):
     network, batch = (
         build("unet", labels=2, dropout_kind=kind),
         make_batch(labels=2, names=("a", "b")),
@@ -791,7 +791,7 @@ def test_passes_together_equal_single_passes(region, masks, kind, program, toget
         assert np.abs(ours.scores[name] - alone.scores[name]).max() < CLOSE * largest
 
 
-def test_where_memory_ends_fewer_passes_run_together(together, monkeypatch):
+def test_out_of_memory_reduces_the_number_of_joined_passes(together, monkeypatch):
     network, batch = build("unet"), make_batch()
     expected = assess(network, [batch], UncertaintyConfig(samples=7))
     counts, inputs = together(), Program.inputs
@@ -808,7 +808,7 @@ def test_where_memory_ends_fewer_passes_run_together(together, monkeypatch):
 
 
 class Placed(nn.Module):
-    """Has features that hang on parameters alone, and so no row for each image."""
+    """A network whose features depend on parameters only and have no row for each image."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -822,7 +822,7 @@ class Placed(nn.Module):
 
 
 class OfBatch(nn.Module):
-    """Normalises by the batch that it sees, so that other images, or passes, change the result."""
+    """A network that normalises over its batch, so that results depend on the other images."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -836,7 +836,7 @@ class OfBatch(nn.Module):
 
 @pytest.mark.parametrize("program", ["auto", "plain"])
 @pytest.mark.parametrize(("kind", "joins"), [(Placed, True), (OfBatch, False)])
-def test_passes_run_together_only_where_that_changes_nothing(kind, joins, program, together):
+def test_passes_are_joined_only_if_results_stay_equal(kind, joins, program, together):
     torch.manual_seed(2)
     network, batch = kind(1, 1), make_batch()
     alone = assess(network, [batch], UncertaintyConfig(samples=7, program=program))
@@ -846,7 +846,7 @@ def test_passes_run_together_only_where_that_changes_nothing(kind, joins, progra
     np.testing.assert_allclose(found.difficulty, alone.difficulty, rtol=CLOSE)
 
 
-def test_window_by_window_passes_run_alone(together):
+def test_sliding_window_passes_are_not_joined(together):
     network = build("unet")
     network.window = SlidingWindow((32, 32), 0.5)
     batch = make_batch(size=(64, 64))
@@ -857,7 +857,7 @@ def test_window_by_window_passes_run_alone(together):
     np.testing.assert_array_equal(found.difficulty, alone.difficulty)
 
 
-# Numbers of half the size.
+# bfloat16.
 
 
 @pytest.mark.slow
@@ -865,7 +865,7 @@ def test_window_by_window_passes_run_alone(together):
     ("name", "masks"),
     [("unet", "consistent"), ("attention-unet", "independent"), ("own", "consistent")],
 )
-def test_bfloat16_ranks_images_alike(name, masks, caplog):
+def test_bfloat16_gives_the_same_ranking(name, masks, caplog):
     caplog.set_level(logging.INFO, "polyseg")
     network, batch = build(name), make_batch(12)
     exact = assess(network, [batch], UncertaintyConfig(samples=6, masks=masks))
@@ -883,7 +883,7 @@ def test_bfloat16_ranks_images_alike(name, masks, caplog):
 
 
 @pytest.mark.parametrize("deviation", [3.0, 16.0])
-def test_wrong_program_is_detected_with_bfloat16(deviation, monkeypatch, caplog, traced_anew):
+def test_wrong_program_is_detected_with_bfloat16(deviation, monkeypatch, caplog, fresh_programs):
     network = build("unet")
     sharpen(network, torch.randn(2, 1, 64, 64), deviation=deviation)
     monkeypatch.setattr(rewrite, "fold_batch_norms", broken_fold)
@@ -900,7 +900,7 @@ def test_network_weights_stay_float32():
 
 
 class Chooses(nn.Module):
-    """Has a map of yes and no among what all passes have in common."""
+    """A network with a boolean map in the part that all passes share."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Each rewrite of a graph leaves what it computes, does something, and knows where it must not."""
+"""Rewrites of a graph: each keeps the result, changes the graph, and skips invalid cases."""
 
 import gc
 import weakref
@@ -23,7 +23,7 @@ REWRITES = (
 
 
 class Flow(nn.Module):
-    """Layers by name, and a function of them and the images."""
+    """A network of named layers and a function of these layers and the images."""
 
     def __init__(self, flow, **layers):
         super().__init__()
@@ -48,7 +48,7 @@ def drop(kind=nn.Dropout2d):
 
 
 def prepare(core):
-    """Move what starts as 0 or 1, so that nothing agrees by chance."""
+    """Change parameters that start as 0 or 1, so that results do not agree by chance."""
     core.double().eval()
     for module in core.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
@@ -61,7 +61,7 @@ def prepare(core):
 
 
 def kinds(network):
-    """Count the operations by kind."""
+    """Count the operations of each kind."""
     return Counter(kind_of(node) for node in network.graph.nodes if node.op == "call_function")
 
 
@@ -70,7 +70,7 @@ def kind_of(node):
 
 
 def sources(network, kind):
-    """Tell of each operation of a kind what its first input is."""
+    """Return the kind of the first input of each operation of a kind."""
     return [kind_of(node.args[0]) for node in network.graph.nodes if kind_of(node) == kind]
 
 
@@ -83,7 +83,7 @@ def run(network, values):
 
 
 def begin(core, shared=False):
-    """Return the graph of a network with its masks, and the values of its inputs."""
+    """Return the graph of a network with masks, and the values of its inputs."""
     return begin_with_inputs(core, shared)[:2]
 
 
@@ -122,7 +122,7 @@ def check(core, rewrite, *before, **how):
     return count, kinds(network), network
 
 
-def check_nothing(core, rewrite, *before, **how):
+def check_unchanged(core, rewrite, *before, **how):
     count, after, _ = check(core, rewrite, *before, **how)
     assert after == count
 
@@ -150,7 +150,7 @@ def test_batch_norm_is_folded_into_the_convolution(layer, affine):
     assert after == before - Counter(["batch_norm"])
 
 
-def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
+def test_shared_convolution_is_folded_with_each_batch_norm():
     core = Flow(
         lambda s, x: s.b(s.c(s.a(s.c(x)).relu())),
         c=conv(),
@@ -173,8 +173,8 @@ def test_a_convolution_that_is_run_twice_is_folded_with_either_norm():
     ],
     ids=["grouped transposed", "relu between", "no statistics", "used", "product used", "masked"],
 )
-def test_batch_norm_stays_where_it_cannot_be_folded(core):
-    check_nothing(core, rewrite.fold_batch_norms)
+def test_batch_norm_is_kept_if_it_cannot_be_folded(core):
+    check_unchanged(core, rewrite.fold_batch_norms)
 
 
 # Masks behind activations.
@@ -194,7 +194,7 @@ def test_batch_norm_stays_where_it_cannot_be_folded(core):
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_the_input_is_added_to_the_kernel(layer, first):
+def test_residual_sum_is_folded_into_the_kernel(layer, first):
     def flow(s, x):
         u = x.tanh()
         return s.c(u) + u if first else u + s.c(u)
@@ -228,8 +228,8 @@ def test_the_input_is_added_to_the_kernel(layer, first):
         "circular",
     ],
 )
-def test_sums_that_are_no_identity_stay(core):
-    check_nothing(core, rewrite.fold_identities)
+def test_other_sums_are_kept(core):
+    check_unchanged(core, rewrite.fold_identities)
 
 
 # Pointwise convolutions.
@@ -246,14 +246,14 @@ def test_sums_that_are_no_identity_stay(core):
     ],
     ids=["plain", "strided, dilated", "transposed", "transposed, padded"],
 )
-def test_a_pointwise_convolution_is_merged(inner, bias):
+def test_pointwise_convolution_is_merged(inner, bias):
     core = nn.Sequential(inner(bias[0]), conv(5, 3, 1, bias=bias[1]))
     before, after, _ = check(core, rewrite.merge_pointwise)
     assert before.total() == 2
     assert after.total() == 1
 
 
-def test_several_in_a_row_become_one():
+def test_consecutive_pointwise_convolutions_are_merged():
     core = nn.Sequential(conv(4, 6), conv(6, 5, 1), conv(5, 1, 1))
     _, after, _ = check(core, rewrite.merge_pointwise)
     assert after == Counter(["conv2d"])
@@ -288,15 +288,15 @@ def test_several_in_a_row_become_one():
         "used",
     ],
 )
-def test_what_cannot_be_merged_stays(core):
-    check_nothing(core, rewrite.merge_pointwise)
+def test_convolutions_that_cannot_be_merged_are_kept(core):
+    check_unchanged(core, rewrite.merge_pointwise)
 
 
 # Concatenations.
 
 
 def joining(layer, flow=lambda s, x: torch.cat([s.d(s.a(x)), s.b(x)], 1), **more):
-    """A network that joins features and convolves them."""
+    """Return a network that concatenates features and convolves them."""
     layers = {"a": conv(4, 3), "b": conv(4, 5), "d": drop(), "c": layer} | more
     return Flow(lambda s, x: s.c(flow(s, x)), **layers)
 
@@ -319,7 +319,7 @@ def test_parts_without_masks_are_convolved_separately(layer, turned):
     assert moving.count(kind) == 1
 
 
-def test_parts_of_one_kind_stay_together_though_they_lie_apart():
+def test_split_groups_separated_parts_with_and_without_masks():
     def flow(s, x):
         return torch.cat([s.b(x), s.d(s.a(x)), x, s.d(x)], 1)
 
@@ -341,8 +341,8 @@ def test_parts_of_one_kind_stay_together_though_they_lie_apart():
     ],
     ids=["all moving", "sum moving", "groups", "groups transposed", "along rows", "relu between"],
 )
-def test_concatenations_stay_where_splitting_is_no_use(core):
-    check_nothing(core, rewrite.split_concatenations)
+def test_concatenations_are_kept_if_splitting_saves_nothing(core):
+    check_unchanged(core, rewrite.split_concatenations)
 
 
 # Masks into weights.
@@ -357,7 +357,7 @@ def parts_of(network):
 
 
 def run_parts(parts, values):
-    """Run one part after another, twice, and see that nothing that was read is overwritten."""
+    """Run the parts in order, twice, and check that inputs are not overwritten."""
     values = dict(values)
     with torch.no_grad():
         parts[0].run(values)
@@ -381,9 +381,9 @@ SKIP = {"a": conv(), "b": conv(), "d": drop(), "c": conv(8, 2)}
         nn.Sequential(drop(), conv()),
         nn.Sequential(conv(), drop(nn.Dropout), nn.Softplus()),
     ],
-    ids=["skip", "images alone", "mask first", "end"],
+    ids=["skip", "images only", "mask first", "mask last"],
 )
-def test_the_parts_of_a_graph_do_what_it_does(core):
+def test_prefix_and_suffix_equal_the_whole_graph(core):
     network, values = begin(core)
     expected = run(network, values)
     prefix, suffix = parts_of(network)
@@ -393,7 +393,7 @@ def test_the_parts_of_a_graph_do_what_it_does(core):
     assert worst(run_parts((prefix, suffix), values), expected) < 1e-12
 
 
-def test_a_graph_without_masks_is_all_prefix():
+def test_graph_without_masks_has_an_empty_suffix():
     network, values = begin(nn.Sequential(conv(), nn.ReLU()))
     prefix, suffix = parts_of(network)
     assert kinds(suffix.function) == Counter()
@@ -401,7 +401,7 @@ def test_a_graph_without_masks_is_all_prefix():
 
 
 def check_in_place(core, **how):
-    """Return the kinds of the suffix before and after it works in place."""
+    """Return the operation kinds of the suffix before and after the in-place rewrite."""
     network, values = begin(core, **how)
     expected = run(network, values)
     parts = parts_of(network)
@@ -460,8 +460,8 @@ def test_inputs_with_later_users_are_not_overwritten(flow):
     check_in_place(Flow(flow, a=conv(), b=conv(), d=drop(), one=conv(4, 1)))
 
 
-def test_what_a_transposed_convolution_reads_is_not_overwritten():
-    """From there on the graph may be cut, and what reads no larger map comes first."""
+def test_input_of_a_transposed_convolution_is_not_overwritten():
+    """The graph may be cut there, and operations on smaller maps run first."""
     core = Flow(
         lambda s, x: s.up(y := s.a(s.d(x))) + functional.interpolate(y.relu(), scale_factor=2.0),
         a=conv(),
@@ -478,7 +478,7 @@ def prelu(slopes):
     return layer
 
 
-def test_a_prelu_of_several_slopes_stays():
+def test_prelu_with_several_slopes_is_kept():
     core = nn.Sequential(drop(), conv(), prelu([-0.5, 0.2, 0.0, 1.5]))
     _, after = check_in_place(core)
     assert after["prelu"] == 1
@@ -492,13 +492,13 @@ def test_a_prelu_of_several_slopes_stays():
         lambda s, x: torch.add(x, s.d(x.tanh()), alpha=2),
         lambda s, x: torch.add(s.a(s.d(x)), s.d(x), alpha=-1),
     ],
-    ids=["sum", "turned", "product", "of both"],
+    ids=["second masked", "first masked", "activation", "both masked"],
 )
-def test_a_factor_of_the_second_summand_stays_with_it(flow):
+def test_alpha_of_add_stays_with_the_second_summand(flow):
     check_in_place(Flow(flow, a=conv(), d=drop()))
 
 
-def test_a_tensor_without_the_images_dimension_is_not_overwritten_by_one_with_it():
+def test_tensor_without_batch_dimension_is_not_overwritten():
     class Placed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -511,8 +511,8 @@ def test_a_tensor_without_the_images_dimension_is_not_overwritten_by_one_with_it
     check_in_place(Placed())
 
 
-def test_the_rewrites_one_after_another():
-    """A small residual U-Net with all there is, in the order in which a program applies them."""
+def test_all_rewrites_in_sequence():
+    """Apply them to a small residual U-Net in the order that a program uses."""
 
     def flow(s, x):
         top = s.n1(s.c1(x)).relu_()
@@ -558,7 +558,7 @@ def test_the_rewrites_one_after_another():
 
 
 def masked_pass(core, masks, images):
-    """Run a network with each call of a dropout layer multiplied by a mask, the plain way."""
+    """Run a network with hooks that multiply the output of each dropout call by a mask."""
     calls = Counter()
 
     def hook(layer, _, output):
@@ -576,7 +576,7 @@ def masked_pass(core, masks, images):
 
 
 def check_traced(core):
-    """The graph gives what the network gives under the same masks."""
+    """Check that the graph equals the network under the same masks."""
     network, values, inputs = begin_with_inputs(core)
     layers = stochastic_layers(core)
     images = values[trace.input_names(network)[0]]
@@ -607,7 +607,7 @@ def check_traced(core):
         "activation used later",
     ],
 )
-def test_operations_in_place_are_replaced(flow):
+def test_in_place_operations_are_replaced(flow):
     core = Flow(flow, a=conv(), b=conv(), d=drop(), e=nn.Identity(), f=nn.ReLU(inplace=True))
     network, _ = check_traced(core)
     assert not any(kind.endswith("_") for kind in kinds(network))
@@ -628,27 +628,27 @@ def test_operations_in_place_are_replaced(flow):
         lambda s, x: (y := s.b(x)) + s.a(s.d(y)),
         lambda s, x: torch.cat([y := s.b(x), s.d(y), y], 1),
     ],
-    ids=["of the images", "read later", "read before", "joined"],
+    ids=["images", "used later", "used before", "concatenated"],
 )
-def test_what_a_dropout_layer_reads_is_not_dropped_on_other_ways(flow, kind):
-    """In evaluation mode the layer returns its very input, which the exporter must not confuse."""
+def test_dropout_affects_only_its_own_output(flow, kind):
+    """In evaluation mode the layer returns its input tensor, which can mislead the exporter."""
     check_traced(Flow(flow, a=conv(), b=conv(), d=drop(kind)))
 
 
-def test_a_layer_that_is_run_twice_has_two_masks():
+def test_layer_called_twice_has_two_masks():
     core = Flow(lambda s, x: s.d(s.a(s.d(x))), a=conv(), d=drop())
     _, inputs = check_traced(core)
     assert [(one.layer, one.call, one.channels) for one in inputs] == [("d", 1, 4), ("d", 2, 4)]
 
 
-def test_a_layer_under_two_names_is_one_layer():
+def test_layer_with_two_names_is_one_layer():
     shared = drop()
     core = Flow(lambda s, x: s.e(s.a(s.d(x))), a=conv(), d=shared, e=shared)
     _, inputs = check_traced(core)
     assert [(one.layer, one.call) for one in inputs] == [("d", 1), ("d", 2)]
 
 
-def test_functional_dropout_is_left_out_in_evaluation_mode():
+def test_functional_dropout_is_removed_in_evaluation_mode():
     def flow(s, x):
         twice = functional.dropout(s.d(x), 0.5, s.training)
         return functional.dropout2d(s.a(twice), 0.5, s.training)
@@ -689,7 +689,7 @@ def test_networks_without_a_graph_are_refused_with_the_reason(flow):
         begin(core)
 
 
-def test_changed_weights_are_seen_by_the_next_trace():
+def test_next_trace_uses_changed_weights():
     core = nn.Sequential(conv(), nn.BatchNorm2d(4), drop(), conv(4, 1))
     network, values = begin(core)
     rewrite.fold_batch_norms(network)
@@ -708,7 +708,7 @@ def test_changed_weights_are_seen_by_the_next_trace():
     assert worst(found, before) > 0.1
 
 
-def test_a_rewrite_does_not_reach_the_network_or_the_next_trace():
+def test_rewrites_do_not_change_the_network_or_the_next_trace():
     core = prepare(nn.Sequential(conv(), nn.BatchNorm2d(4), drop(), nn.ReLU(), conv()))
     state = {name: values.clone() for name, values in core.state_dict().items()}
     first, _ = begin(core)
@@ -717,11 +717,11 @@ def test_a_rewrite_does_not_reach_the_network_or_the_next_trace():
     second, _ = begin(core)
     assert kinds(second) == Counter(["conv2d", "batch_norm", "mul", "relu", "conv2d"])
     for name, values in core.state_dict().items():
-        if not name.startswith("1."):  # which is moved by the test itself
+        if not name.startswith("1."):  # running statistics that the test changes itself
             assert torch.equal(values, state[name])
 
 
-def test_a_traced_network_can_be_forgotten():
+def test_traced_network_can_be_freed():
     core = nn.Sequential(conv(), drop())
     begin(core)
     alive = weakref.ref(core)
@@ -739,7 +739,7 @@ def test_normalisation_over_space_is_detected(layer, expected):
     assert trace.normalises_over_space(network) is expected
 
 
-def test_a_constant_takes_no_name_that_is_taken():
+def test_new_constant_gets_an_unused_name():
     network, _ = begin(nn.Sequential(drop(), conv()))
     first = next(iter(network.graph.nodes))
     names = [operations.add_constant(network, first, torch.full((), i)).target for i in range(3)]

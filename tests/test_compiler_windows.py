@@ -1,4 +1,4 @@
-"""Windows are exact: rule by rule, and for whole networks of listed and of other operations."""
+"""Windows: exact margins for each rule, and equal scores for whole networks."""
 
 import random
 import sys
@@ -19,19 +19,19 @@ from tests.test_compiler import sharpen
 
 SCORES = ("mutual_information", "entropy", "variance")
 NETWORKS = range(6)
-"""Seeds of networks; `python -m tests.test_compiler_windows 1000` tries as many of either kind."""
+"""Seeds of networks; `python -m tests.test_compiler_windows 1000` tries 1000 of each kind."""
 
 
 @pytest.fixture(autouse=True)
-def _always_made_a_program(monkeypatch):
+def _always_compile(monkeypatch):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
 
 
-# Rule by rule, against what changing a pixel changes.
+# Each rule against the outputs that change with one pixel.
 
 
 def margin_of(layer, size=(48, 48)):
-    """Return what the rule of a layer's one operation says of maps that are right everywhere."""
+    """Return the margin that the rule of a layer's operation gives for exact inputs."""
     graph = trace.trace(layer.eval(), torch.randn(2, 4, *size)).graph
     (node,) = (node for node in graph.nodes if node.op == "call_function")
     rule = window._RULES.get(node.target, window._pointwise)
@@ -39,13 +39,13 @@ def margin_of(layer, size=(48, 48)):
 
 
 def reached_beyond(layer, size=48):
-    """Return how many outputs beside a cell change with its inputs, at most of the four sides."""
+    """Return how far beyond a cell outputs change with its inputs: the largest of four sides."""
     layer.double().eval()
     images = torch.rand(1, 4, size, size, dtype=torch.float64) + 1
     with torch.no_grad():
         before = layer(images)
         step = size / before.shape[3]
-        # What lies around 12 to 36 is what a crop leaves out.
+        # A crop keeps 12 to 36 and leaves out the rest.
         outside = images + torch.rand_like(images)
         outside[..., 12:36, 12:36] = images[..., 12:36, 12:36]
         apart = (layer(outside) - before).abs().amax(dim=(0, 1)) > 1e-12
@@ -84,11 +84,11 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_a_margin_holds_all_that_lies_outside(make):
+def test_margin_covers_all_outputs_that_a_pixel_changes(make):
     layer = make()
     margin, _ = margin_of(layer)
     reached = reached_beyond(layer)
-    # Where the two edges differ the rule takes the larger for both.
+    # If the two edges differ, the rule takes the larger for both.
     assert margin is not None and reached <= margin <= reached + 1
 
 
@@ -107,7 +107,7 @@ def test_a_margin_holds_all_that_lies_outside(make):
     ],
     ids=str,
 )
-def test_a_layer_that_does_not_commute_with_cropping_has_no_margin(layer):
+def test_layer_that_does_not_commute_with_cropping_has_no_margin(layer):
     assert margin_of(layer)[0] is None
 
 
@@ -115,7 +115,7 @@ def test_a_layer_that_does_not_commute_with_cropping_has_no_margin(layer):
 
 
 def batches_of(pick, size):
-    """Return two batches of images with foreground anywhere: first often all, then a few pixels."""
+    """Return two batches with foreground anywhere: large regions, then a few pixels."""
     generator = torch.Generator().manual_seed(pick(2**20))
     images = torch.randn(4, 1, *size, generator=generator)
     masks = torch.zeros(4, 1, *size, dtype=torch.uint8)
@@ -148,18 +148,18 @@ def check(pick, strange):
     ours = assess(network, batches, UncertaintyConfig(**how))
     for name in SCORES:
         expected = plain.scores[name]
-        # Below 1e-8, float32 probabilities of passes that nearly agree leave no more digits.
+        # For passes that nearly agree, float32 probabilities resolve no scores below 1e-8.
         apart = np.abs(ours.scores[name] - expected) / np.maximum(expected, 1e-4)
         assert apart.max() < 1e-4, f"{name}: {apart.max():.1e}"
 
 
 @pytest.mark.parametrize("seed", NETWORKS)
-def test_networks_of_listed_operations_are_assessed_as_by_plain_passes(seed):
+def test_networks_of_listed_operations_equal_plain_passes(seed):
     check(random.Random(seed).randrange, strange=0)
 
 
 @pytest.mark.parametrize("seed", NETWORKS)
-def test_networks_of_other_operations_are_assessed_as_by_plain_passes(seed):
+def test_networks_of_other_operations_equal_plain_passes(seed):
     check(random.Random(seed).randrange, strange=1 + seed % 3)
 
 

@@ -1,4 +1,4 @@
-"""Winograd's algorithm gives what a convolution gives, in a graph as well."""
+"""Winograd's algorithm against plain convolutions, alone and in a graph."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional
 
 from polyseg.montecarlo.compiler import rewrite, winograd
-from tests.test_compiler_rewrites import begin, check_nothing, conv, drop, kinds, run, worst
+from tests.test_compiler_rewrites import begin, check_unchanged, conv, drop, kinds, run, worst
 
-WIDE = 64  # Enough for maps of 6 x 8.
+WIDE = 64  # Channels; enough for maps of 6 x 8.
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -23,7 +23,7 @@ def test_winograd_equals_convolution(size, bias):
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_single_precision_keeps_five_digits(layout):
+def test_winograd_in_float32_is_accurate_to_five_digits(layout):
     images, weight = torch.randn(2, 256, 16, 16), torch.randn(64, 256, 3, 3)
     expected = functional.conv2d(images.double(), weight.double(), padding=1)
     given = images.contiguous(memory_format=layout)
@@ -62,8 +62,8 @@ def test_wide_convolutions_use_winograd(layers):
         nn.Sequential(conv(4, WIDE), drop(), conv(WIDE, WIDE, 5)),
         nn.Sequential(conv(4, WIDE), drop(), conv(WIDE, WIDE, padding=0)),
     ],
-    ids=["done once", "thin", "stride", "dilation", "groups", "5 x 5", "not padded"],
+    ids=["before dropout", "thin", "stride", "dilation", "groups", "5 x 5", "not padded"],
 )
-def test_other_convolutions_stay(core):
-    check_nothing(core, rewrite.use_winograd, shared=True)
+def test_other_convolutions_are_kept(core):
+    check_unchanged(core, rewrite.use_winograd, shared=True)
     assert "convolve" not in kinds(begin(core)[0])

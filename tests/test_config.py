@@ -1,4 +1,4 @@
-"""The configuration: what it takes, what it refuses, and what it says then."""
+"""The configuration: accepted values, refused values, and error messages."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from polyseg.losses import polydice1_curve
 from polyseg.system.yaml import parse_yaml
 
 
-def test_every_setting_is_described_and_every_number_bounded():
+def test_every_setting_has_a_description_and_every_number_bounds():
     for setting in settings_of():
         assert setting["description"], setting["key"]
         if isinstance(setting["default"], int | float) and not isinstance(setting["default"], bool):
@@ -34,11 +34,11 @@ def test_every_setting_is_described_and_every_number_bounded():
 
 
 def literals_of(annotation):
-    """Return the words that a setting of this type may be, if it is no union with others."""
+    """Return the choices of a setting with this type, unless it is a union with other types."""
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def test_every_word_that_a_setting_may_be_is_explained():
+def test_every_choice_of_a_setting_is_explained():
     explained = {setting["key"]: setting["choices"] for setting in settings_of()}
     template_lines = template().splitlines()
     found = 0
@@ -52,7 +52,7 @@ def test_every_word_that_a_setting_may_be_is_explained():
     assert found >= 19
 
 
-def test_the_template_is_the_defaults():
+def test_template_holds_the_defaults():
     text = template()
     assert build_config(yaml.safe_load(text), "template") == Config()
     assert all(f"  {s['key'].split('.')[-1]}: " in text for s in settings_of())
@@ -64,14 +64,14 @@ def test_yaml_round_trip(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_overrides_are_laid_over_the_file(tmp_path):
+def test_overrides_replace_values_of_the_file(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("training: {epochs: 7, seed: 3}\n")
     config = load_config(file, ["training.epochs=9"])
     assert (config.training.epochs, config.training.seed) == (9, 3)
 
 
-def test_the_schema_is_json():
+def test_schema_is_valid_json():
     assert "LossConfig" in json.dumps(Config.model_json_schema())
 
 
@@ -117,7 +117,7 @@ def test_the_schema_is_json():
         ("data.masks=Masken #1", "YAML ignores the text after #"),
     ],
 )
-def test_refusals_are_one_line_that_names_the_setting(override, expected):
+def test_invalid_value_gives_one_line_that_names_the_setting(override, expected):
     with pytest.raises(PolysegError, match=expected) as caught:
         load_config(overrides=[override])
     assert "\n" not in str(caught.value)
@@ -135,7 +135,7 @@ def test_all_problems_are_reported_together():
         build_config({"training": {"epochs": 0}, "loss": {"name": "none"}}, "a")
 
 
-def test_the_file_is_named(tmp_path):
+def test_file_errors_name_the_file(tmp_path):
     with pytest.raises(PolysegError, match=r"missing\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "missing.yaml")
     binary = tmp_path / "binary.yaml"
@@ -145,7 +145,7 @@ def test_the_file_is_named(tmp_path):
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_parsed_or_refused(text):
+def test_any_yaml_text_is_parsed_or_refused(text):
     try:
         build_config(parse_yaml(text, "text"), "text")
     except PolysegError as error:
@@ -163,21 +163,21 @@ def test_assessment_epochs(epochs, start, every):
         assert moments[-1] + every > epochs
 
 
-def test_the_schedule_of_the_text():
-    """E0 = 20 % of the epochs, tau = 5; the last may be the final model's record."""
+def test_default_assessment_epochs_follow_the_paper():
+    """E0 is 20 % of the epochs and tau is 5; an assessment may follow the last epoch."""
     assert ControlConfig().assessment_epochs(40) == [8, 13, 18, 23, 28, 33, 38]
     assert ControlConfig(start=10, every=10).assessment_epochs(40) == [10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 10])
-def test_the_least_epsilon_is_the_last_that_rewards_no_misalignment(terms):
+def test_smallest_epsilon_is_the_last_that_does_not_reward_misalignment(terms):
     theta = np.linspace(0, np.pi / 2, 2000)
     for change, falls in ((1e-3, False), (-1e-3, True)):
         curve = polydice1_curve(theta, least_epsilon(terms) + change, 1.0, terms=terms)
         assert (np.diff(curve) < 0).any() == falls
 
 
-def test_several_terms_bound_every_epsilon_of_a_run():
+def test_number_of_terms_bounds_every_epsilon():
     settings = ["loss.name=polydice", "loss.terms=2", "control.epsilon_min=-0.2"]
     load_config(overrides=settings)
     load_config(overrides=["loss.name=polydice", "control.enabled=false"])
@@ -198,27 +198,27 @@ def test_several_terms_bound_every_epsilon_of_a_run():
         ("{strides: [" + "2, " * 20 + "2]}", "over 16 entries"),
     ],
 )
-def test_arguments_of_a_network_are_plain_and_small(kwargs, match):
+def test_network_arguments_must_be_plain_and_small(kwargs, match):
     with pytest.raises(PolysegError, match=match):
         load_config(overrides=[f"network.kwargs={kwargs}"])
 
 
-def test_a_factory_may_take_lists_with_zeros():
+def test_network_arguments_accept_lists_with_zeros():
     load_config(overrides=["network.name=mine:make", "network.kwargs={padding: [0, 1]}"])
 
 
-def test_a_section_without_lines_is_one_of_defaults():
+def test_empty_section_has_the_defaults():
     assert build_config({"loss": None}, "a.yaml") == Config()
 
 
 @pytest.mark.parametrize("tree", [[], [1], 0, False, "words", {1: 2}, {None: {}}, {"data": [1]}])
-def test_what_holds_no_settings_is_refused(tree):
+def test_yaml_without_settings_is_refused(tree):
     with pytest.raises(PolysegError, match=r"^a\.yaml: [^:]") as error:
         build_config(tree, "a.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
+def test_file_with_a_single_value_is_refused(tmp_path):
     for text in ("false", "0", "[]", "''"):
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(PolysegError, match=r"a\.yaml: holds no settings"):
@@ -227,7 +227,7 @@ def test_a_file_of_a_word_is_no_file_of_defaults(tmp_path):
             load_config(tmp_path / "a.yaml", overrides=["loss.epsilon=1"])
 
 
-def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
+def test_duplicate_key_error_names_key_and_line(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("training:\n  epochs: 3\nloss: {name: dice}\ntraining:\n  epochs: 9\n")
     with pytest.raises(PolysegError, match=r"a\.yaml: .*training is repeated in line 4"):
@@ -241,7 +241,7 @@ def test_pipes_are_refused_without_waiting(tmp_path):
             load_config(path)
 
 
-def test_numbers_are_as_they_were_written():
+def test_numbers_of_overrides_are_parsed_as_written():
     config = load_config(
         overrides=["training.learning_rate=1e-3", "control.start=3", "loss.epsilon=-.25"]
     )
@@ -252,7 +252,7 @@ def test_numbers_are_as_they_were_written():
 @pytest.mark.parametrize(
     "word", ["no", "1_0", "1e-3", "017", "2026-01-01", "1:30", "~", "true", "="]
 )
-def test_words_that_look_like_something_else_come_back_as_words(tmp_path, word):
+def test_strings_that_look_like_other_types_round_trip(tmp_path, word):
     config = build_config({"data": {"images": word}}, "a")
     (tmp_path / "a.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "a.yaml") == config
@@ -260,7 +260,7 @@ def test_words_that_look_like_something_else_come_back_as_words(tmp_path, word):
 
 
 @given(st.text(max_size=30))
-def test_any_text_of_a_setting_comes_back_or_is_refused(text):
+def test_any_string_setting_round_trips_or_is_refused(text):
     try:
         config = build_config({"data": {"images": text}}, "a")
     except PolysegError as error:
@@ -269,7 +269,7 @@ def test_any_text_of_a_setting_comes_back_or_is_refused(text):
     assert build_config(parse_yaml(config.to_yaml(), "again"), "again") == config
 
 
-def test_many_problems_are_shortened():
+def test_long_list_of_problems_is_shortened():
     with pytest.raises(PolysegError, match="and 95 more") as error:
         build_config({f"key{i}": i for i in range(100)}, "a.yaml")
     assert len(str(error.value)) < 1000
@@ -295,7 +295,7 @@ def test_huge_numbers_are_refused(tmp_path, line):
         ("{liver: [1, 2], tumour: 2}", {"liver": (1, 2), "tumour": (2,)}, ("liver", "tumour")),
     ],
 )
-def test_foreground_makes_tasks(given, tasks, labels):
+def test_foreground_setting_defines_tasks_and_labels(given, tasks, labels):
     config = load_config(overrides=[f"data.foreground={given}"])
     assert config.data.tasks == tasks and config.data.labels == labels
     assert build_config(yaml.safe_load(config.to_yaml()), "again") == config
@@ -324,6 +324,6 @@ def test_invalid_foregrounds_are_refused(given):
         load_config(overrides=[f"data.foreground={given}"])
 
 
-def test_a_name_with_a_number_sign_is_taken_in_quotes():
+def test_quoted_name_may_contain_a_number_sign():
     assert load_config(overrides=['data.masks="Masken #1"']).data.masks == "Masken #1"
     assert load_config(overrides=["data.masks=a#1"]).data.masks == "a#1"

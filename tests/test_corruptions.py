@@ -1,4 +1,4 @@
-"""Damaged images: what each damage does, and what a network is shown of it."""
+"""Corruptions: effect of each on the pixels, and the images that a network then reads."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def demo(modality):
 
 
 def flat(value, size=100, channels=1):
-    """Return gray values of one kind between a band of zeros and one of ones: the range is 1."""
+    """Return a constant gray image with a band of zeros and a band of ones: its range is 1."""
     image = np.full((size, size, channels), value, np.float32)
     edge = size // 25
     image[:edge], image[-edge:] = 0, 1
@@ -50,7 +50,7 @@ def distance(one, other):
 
 @each
 @pytest.mark.parametrize("modality", ["ultrasound", "endoscopy"])
-def test_each_strength_does_more_than_the_one_before(name, modality):
+def test_effect_grows_with_strength(name, modality):
     images = demo(modality)
     for seed, identity in enumerate(images.ids[:4]):
         image = images.pixels(identity)
@@ -73,7 +73,7 @@ def test_shape_type_and_range_are_kept(name, shape, dtype, strength, seed):
     before = image.copy()
     damaged = corrupt(image, name, strength, seed=seed)
     assert damaged.shape == image.shape and damaged.dtype == image.dtype
-    assert image.min() <= damaged.min() and damaged.max() <= image.max()  # which no NaN passes
+    assert image.min() <= damaged.min() and damaged.max() <= image.max()  # fails for NaN
     assert np.array_equal(image, before)
     assert np.array_equal(damaged, corrupt(image, name, strength, seed=seed))
     if strength == 0:
@@ -81,7 +81,7 @@ def test_shape_type_and_range_are_kept(name, shape, dtype, strength, seed):
 
 
 @each
-def test_a_flat_image_stays_as_it_is(name):
+def test_constant_image_is_unchanged(name):
     shapes = ((1, 1, 1), (1, 1, 3), (8, 9, 3), (1, 40, 1))
     for shape, value in itertools.product(shapes, (0, 7, 255)):
         image = np.full(shape, value, np.uint8)
@@ -89,7 +89,7 @@ def test_a_flat_image_stays_as_it_is(name):
 
 
 @each
-def test_an_image_of_one_bright_pixel_is_damaged_within_its_range(name):
+def test_image_with_one_bright_pixel_keeps_its_range(name):
     image = np.zeros((40, 40, 1), np.uint16)
     image[20, 20] = 60000
     damaged = corrupt(image, name, 5, seed=0)
@@ -97,7 +97,7 @@ def test_an_image_of_one_bright_pixel_is_damaged_within_its_range(name):
 
 
 @each
-def test_gray_values_are_damaged_in_units_of_their_own_range(name):
+def test_corruption_scales_with_the_range_of_gray_values(name):
     real = COLOURS.astype(np.float32)
     for strength in (1, 5):
         expected = corrupt(real, name, strength, seed=3)
@@ -119,7 +119,7 @@ def test_noise_has_the_deviation_of_the_table(strength):
     assert abs(np.corrcoef(added.reshape(-1, 3).T)[0, 1]) < 0.02
 
 
-def test_speckle_grows_with_brightness_and_has_no_colour():
+def test_speckle_grows_with_brightness_and_is_equal_in_all_channels():
     image = flat(0.4, 200, 3)
     image[:, 100:] = image[:, 100:] / 2
     added = corrupt(image, "speckle", 2, seed=1) - image
@@ -130,7 +130,7 @@ def test_speckle_grows_with_brightness_and_has_no_colour():
 
 
 @pytest.mark.parametrize("strength", [3, 4, 5])
-def test_blur_makes_an_edge_a_normal_distribution(strength):
+def test_blurred_edge_is_a_normal_distribution(strength):
     image = np.zeros((200, 200, 1), np.float32)
     image[:, 100:] = 1
     sigma = AMOUNTS["blur"][strength - 1] * 200
@@ -139,7 +139,7 @@ def test_blur_makes_an_edge_a_normal_distribution(strength):
     np.testing.assert_allclose(blurred, expected, atol=0.01)
 
 
-def test_motion_is_a_line_of_the_length_of_the_table():
+def test_motion_blur_has_the_length_of_the_table():
     image = np.zeros((101, 101, 1), np.float32)
     image[50, 50] = 1
     angles = []
@@ -150,13 +150,13 @@ def test_motion_is_a_line_of_the_length_of_the_table():
         covariance = np.einsum("n,ni,nj->ij", spread.ravel(), places, places)
         (across, along), vectors = np.linalg.eigh(covariance)
         assert along == pytest.approx((AMOUNTS["motion"][4] * 101) ** 2 / 12, rel=0.2)
-        assert across < 0.4  # of a pixel squared, from interpolation
+        assert across < 0.4  # squared pixels, from interpolation
         angles.append(math.atan2(*vectors[:, 1]) % math.pi)
     assert np.ptp(angles) > 0.5
 
 
 @pytest.mark.parametrize("strength", STRENGTHS[1:])
-def test_contrast_and_gamma_are_their_formulas(strength):
+def test_contrast_and_gamma_follow_their_formulas(strength):
     image = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20, 1)
     share = AMOUNTS["contrast"][strength - 1]
     expected = 0.5 + share * (image - 0.5)
@@ -168,7 +168,7 @@ def test_contrast_and_gamma_are_their_formulas(strength):
     np.testing.assert_allclose(corrupt(image, "gamma", strength, seed=0), expected, atol=1e-6)
 
 
-def test_the_bias_field_is_smooth_and_as_strong_as_the_table_says():
+def test_bias_field_is_smooth_and_has_the_strength_of_the_table():
     image = flat(0.2, 120)
     for strength in (1, 3):
         factor = AMOUNTS["bias"][strength - 1]
@@ -180,7 +180,7 @@ def test_the_bias_field_is_smooth_and_as_strong_as_the_table_says():
         assert np.abs(field).max() == pytest.approx(math.log(factor), rel=0.1)
 
 
-def test_a_lower_resolution_loses_what_is_fine_and_keeps_what_is_coarse():
+def test_lower_resolution_removes_fine_structure_only():
     fine = (np.indices((64, 64)).sum(axis=0) % 2).astype(np.float32)[..., None]
     coarse = np.linspace(0, 1, 64, dtype=np.float32)[None, :, None].repeat(64, axis=0)
     assert corrupt(fine, "resolution", 4, seed=0).std() < 0.1 * fine.std()
@@ -188,7 +188,7 @@ def test_a_lower_resolution_loses_what_is_fine_and_keeps_what_is_coarse():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_jpeg_is_pillows(channels, tmp_path):
+def test_jpeg_equals_pillow(channels, tmp_path):
     image = COLOURS[..., :channels].copy()
     image[:3], image[3:6] = 0, 255  # so that the percentiles are the extremes
     damaged = corrupt(image, "jpeg", 4, seed=0)
@@ -206,7 +206,7 @@ def test_values_beyond_the_range_survive_jpeg():
 
 
 @pytest.mark.parametrize("name", ["noise", "speckle", "bias"])
-def test_noise_is_the_same_at_every_strength(name):
+def test_noise_pattern_is_equal_at_every_strength(name):
     image = flat(0.45)
     changes = [inside(corrupt(image, name, strength, seed=5)) / 0.45 for strength in (1, 2)]
     weak, strong = (np.log(change) if name == "bias" else change - 1 for change in changes)
@@ -215,7 +215,7 @@ def test_noise_is_the_same_at_every_strength(name):
     assert distance(corrupt(image, name, 3, seed=6), corrupt(image, name, 3, seed=5)) > 1e-3
 
 
-def test_unknown_corruptions_and_strengths_are_named():
+def test_unknown_corruptions_and_strengths_are_refused_by_name():
     images = make_demo(DataConfig(demo_images=8, size=16))
     with pytest.raises(
         PolysegError, match=r"^fog: is not a corruption; choose noise, blur, contrast,"
@@ -227,17 +227,17 @@ def test_unknown_corruptions_and_strengths_are_named():
         corrupted(images, "blur", -1, seed=0, config=DataConfig(), ids=[])
 
 
-# What a network is shown.
+# Images that a network reads.
 
 
 def twins(config, **more):
-    """Return a set of two equal images and another one."""
+    """Return a set of two equal images and a different one."""
     images = [COLOURS, COLOURS, COLOURS[:, ::-1].copy()]
     mask = RANDOM.integers(0, 2, COLOURS.shape[:2]).astype(np.uint8)
     return arrays_as_set(["a", "b", "c"], images, [mask] * 3, config, **more)
 
 
-def test_ids_hashes_and_masks_stay():
+def test_corruption_keeps_ids_hashes_and_masks():
     images = twins(DataConfig())
     damaged = corrupted(images, "noise", 5, seed=0, config=DataConfig())
     assert damaged.ids == images.ids and damaged.hashes == images.hashes
@@ -255,7 +255,7 @@ def test_strength_zero_leaves_images_unchanged():
         assert torch.equal(damaged.sample(identity)[0], images.sample(identity)[0])
 
 
-def test_each_image_has_noise_of_its_own_which_neither_place_nor_company_changes():
+def test_noise_of_an_image_depends_on_its_id_and_seed_only():
     images = twins(DataConfig())
     damaged = corrupted(images, "noise", 2, seed=0, config=DataConfig())
     assert not np.array_equal(damaged.pixels("a"), damaged.pixels("b"))
@@ -271,14 +271,14 @@ def test_each_image_has_noise_of_its_own_which_neither_place_nor_company_changes
     ("name", "normalise"),
     zip(CORRUPTIONS, itertools.cycle(["zscore", "percentile", "unit", "window"])),
 )
-def test_the_damaged_image_is_normalised_as_if_it_had_been_read(name, normalise):
+def test_corrupted_image_is_normalised_like_a_file(name, normalise):
     config = DataConfig(normalise=normalise, window=(20.0, 90.0))
     damaged = corrupted(twins(config), name, 4, seed=0, config=config)
     read = arrays_as_set(["a"], [damaged.pixels("a")], [None], config)
     assert torch.equal(damaged.sample("a")[0], read.sample("a")[0])
 
 
-def test_levels_of_the_training_images_stay():
+def test_corrupted_images_use_the_levels_of_the_training_images():
     config = DataConfig(normalise="dataset")
     images = twins(config)
     images = dataclasses.replace(images, levels=images.pooled_over(["c"]))
@@ -288,7 +288,7 @@ def test_levels_of_the_training_images_stay():
     assert expected.mean() < images.sample("a")[0].mean() - 0.3
 
 
-def test_gray_images_among_colours_are_damaged_and_stay_gray():
+def test_gray_images_in_a_colour_set_stay_gray():
     config = DataConfig()
     images = arrays_as_set(["a", "b"], [COLOURS, COLOURS[..., :1]], [None, None], config)
     sample = corrupted(images, "noise", 3, seed=0, config=config).sample("b")[0]
@@ -296,7 +296,7 @@ def test_gray_images_among_colours_are_damaged_and_stay_gray():
     assert torch.equal(sample[0], sample[1]) and torch.equal(sample[0], sample[2])
 
 
-def test_tiles_are_cut_from_the_damaged_image():
+def test_tiles_are_cut_from_the_corrupted_image():
     config = DataConfig(size=16, fit="tile")
     images = twins(config)
     damaged = corrupted(images, "blur", 5, seed=0, config=config)
@@ -314,7 +314,7 @@ def test_tiles_are_cut_from_the_damaged_image():
     assert torch.equal(batches[0].images[0], tensor)
 
 
-def test_images_in_a_file_and_other_processes(tmp_path):
+def test_corruption_works_with_disk_store_and_workers(tmp_path):
     config = DataConfig()
     images = twins(config)
     with writing_store(tmp_path / "a.images") as writer:

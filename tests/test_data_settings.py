@@ -1,4 +1,4 @@
-"""Settings of the data, through a whole run: resumed, tested and replayed from its checkpoint."""
+"""Data settings in whole runs: training, resuming, evaluation and `polyseg data check`."""
 
 import csv
 import dataclasses
@@ -38,7 +38,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a set of which every image has label 1 and every other one label 2."""
+    """Return a data set with label 1 in every image and label 2 in every second one."""
     path = tmp_path_factory.mktemp("set")
     generator = np.random.default_rng(0)
     for part in ("images", "masks"):
@@ -69,7 +69,7 @@ def overrides(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, overrides, kind):
+def test_resumed_run_equals_uninterrupted_run(tiny, finished, overrides, kind):
     stopped = tiny("stopped", *overrides(kind))
     with pytest.raises(Stop):
         train(stopped, progress=stop_after(2))
@@ -94,7 +94,7 @@ def test_evaluate_and_estimate_read_images_as_the_run_did(
     assert ids == {row["id"] for row in expected}
 
 
-def test_checkpoint_has_the_levels_of_the_training_images(finished, overrides, folder):
+def test_checkpoint_holds_the_levels_of_the_training_images(finished, overrides, folder):
     run = finished("run", *overrides("levels of the data set"))
     levels = read_checkpoint(run.best).levels
     split, _ = run.read_split()
@@ -111,7 +111,7 @@ def test_checkpoint_has_the_levels_of_the_training_images(finished, overrides, f
     assert dataclasses.asdict(levels)["clipped"] is False
 
 
-def test_training_on_foreground_leaves_out_training_images_only(finished, overrides):
+def test_images_without_foreground_are_removed_from_training_only(finished, overrides):
     run = finished("run", *overrides("foreground only"))
     split, _ = run.read_split()
     odd = [identity for identity in split["train"] if int(identity[-2:]) % 2]
@@ -120,9 +120,7 @@ def test_training_on_foreground_leaves_out_training_images_only(finished, overri
 
 
 @pytest.mark.slow
-def test_a_split_of_the_command_is_that_of_the_run(
-    tiny, finished, overrides, polyseg, tmp_path, folder
-):
+def test_data_split_writes_the_split_of_a_run(tiny, finished, overrides, polyseg, tmp_path, folder):
     run = finished("run", *overrides("a fold"))
     flags = ("--fold", 2, "--set", "data.folds=3", "--set", "data.foreground=1")
     answer = polyseg("data", "split", folder, *flags, "--out", tmp_path / "s.json")
@@ -133,10 +131,8 @@ def test_a_split_of_the_command_is_that_of_the_run(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_left_its_run_shows_all_images(
-    tiny, overrides, polyseg, tmp_path, folder
-):
-    """Whatever split it names: files and patterns of a checkpoint are not followed."""
+def test_checkpoint_outside_its_run_uses_all_images(tiny, overrides, polyseg, tmp_path, folder):
+    """The split file that the checkpoint names is not read."""
     names = sorted(path.stem for path in (folder / "images").iterdir())
     folds = [{"train": names[:-4], "val": names[-4:]}] * 8
     (tmp_path / "s.json").write_text(json.dumps(folds))
@@ -152,12 +148,12 @@ def test_a_checkpoint_that_left_its_run_shows_all_images(
     assert answer.code == 2 and "give the folder of the run" in answer.err
 
 
-def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_path):
+def test_duplicates_across_parts_are_refused_before_training(folder, polyseg, tmp_path):
     for part in ("images", "masks"):
         (tmp_path / "d" / part).mkdir(parents=True)
         for path in (folder / part).iterdir():
             (tmp_path / "d" / part / path.name).write_bytes(path.read_bytes())
-    # Enough copies for one of them to be on another side, whatever the split.
+    # With so many copies one is in another part, whatever the split.
     for i in range(6):
         for part in ("images", "masks"):
             source = folder / part / "case_00.png"
@@ -169,7 +165,7 @@ def test_copies_on_two_sides_end_a_run_before_it_begins(folder, polyseg, tmp_pat
     assert polyseg("train", *flags, "--set", "data.duplicates=allow").code == 0
 
 
-def test_a_leak_that_the_data_bring_along_is_found_by_the_check(folder, polyseg, tmp_path):
+def test_data_check_finds_a_group_in_two_given_parts(folder, polyseg, tmp_path):
     rows = ["image,mask,split,group"]
     for i, part in enumerate(["train"] * 12 + ["val"] * 3 + ["test"] * 3):
         name = f"case_{i:02d}.png"
@@ -187,7 +183,7 @@ def test_a_leak_that_the_data_bring_along_is_found_by_the_check(folder, polyseg,
     assert (found["empty masks of a"], found["empty masks of b"]) == (0, 9)
 
 
-def test_small_patches_of_large_images_are_warned_of(tmp_path, polyseg, folder):
+def test_small_patches_of_large_images_give_a_warning(tmp_path, polyseg, folder):
     for part, mode in (("images", "L"), ("masks", "L")):
         (tmp_path / "d" / part).mkdir(parents=True)
         for i in range(4):
@@ -229,7 +225,9 @@ def lesions(root, side, radius, count=12, size=(64, 64)):
         (1, (64, 64), (), "stored"),
     ],
 )
-def test_an_image_is_turned_only_where_its_mask_agrees(tmp_path, turn, shape, settings, expected):
+def test_exif_orientation_needs_a_setting_if_masks_are_ambiguous(
+    tmp_path, turn, shape, settings, expected
+):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = turn
@@ -246,7 +244,7 @@ def test_an_image_is_turned_only_where_its_mask_agrees(tmp_path, turn, shape, se
     assert np.abs(found - true).mean() < 3
 
 
-def test_an_image_is_turned_where_its_mask_has_the_turned_size(tmp_path):
+def test_exif_orientation_is_applied_if_the_mask_has_the_turned_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.arange(48 * 64, dtype=np.int64).reshape(48, 64) % 200
@@ -256,7 +254,7 @@ def test_an_image_is_turned_where_its_mask_has_the_turned_size(tmp_path):
     assert load_images(config).pixels("a").shape == (64, 48, 1)
 
 
-def test_foreground_lost_by_resizing_is_told(tmp_path, polyseg):
+def test_foreground_lost_by_resizing_is_reported(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "s", 3, size=(256, 256))
     plain = polyseg("data", "check", data, "--json")
     assert plain.code == 0 and "notes" not in json.loads(plain.out)
@@ -270,7 +268,7 @@ def test_foreground_lost_by_resizing_is_told(tmp_path, polyseg):
         assert "resizing leaves no foreground in any training mask" in answer.err
 
 
-def test_a_run_records_the_size_and_the_regions_that_follow_from_the_data(tmp_path, tiny):
+def test_checkpoint_records_automatic_size_and_regions(tmp_path, tiny):
     for k in range(12):
         labels = np.zeros((40, 48), np.uint8)
         labels[8 : 20 + k, 8:30] = 1
@@ -286,7 +284,7 @@ def test_a_run_records_the_size_and_the_regions_that_follow_from_the_data(tmp_pa
     config = read_checkpoint(run.last).config.data
     assert config.size == (48, 48)
     assert config.tasks == {"whole": (1, 2), "core": (2,)}
-    train(tiny("run", *settings, "training.epochs=2"), resume=True)  # Settled to the same again.
+    train(tiny("run", *settings, "training.epochs=2"), resume=True)  # Resolves to the same values.
     assert read_checkpoint(run.last).config.data.tasks == config.tasks
     for other, told in (
         ("data.size=64", r"data.size \(48, 48\) -> 64"),
@@ -297,7 +295,7 @@ def test_a_run_records_the_size_and_the_regions_that_follow_from_the_data(tmp_pa
             train(tiny("run", *settings, other, "training.epochs=2"), resume=True)
 
 
-def test_resuming_without_settings_that_the_run_was_given_is_refused(tmp_path, tiny):
+def test_resume_refuses_missing_data_settings(tmp_path, tiny):
     data = lesions(tmp_path / "d", "s", 12)
     settings = (f"data.path={data}", "data.duplicates=allow", "training.epochs=1")
     train(tiny("run", *settings, "data.foreground=255", "data.size=32"))
@@ -310,7 +308,7 @@ def test_resuming_without_settings_that_the_run_was_given_is_refused(tmp_path, t
             train(tiny("run", *settings, *other), resume=True)
 
 
-def test_the_plan_says_what_the_automatic_size_chose_and_costs(tmp_path, polyseg):
+def test_dry_run_shows_automatic_size_and_memory(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "s", 12, size=(60, 90))
     settings = ("--set", "data.duplicates=allow", "--out", tmp_path / "run", "--json")
     answer = polyseg("train", "--data", data, "--dry-run", *settings)
@@ -323,7 +321,7 @@ def test_the_plan_says_what_the_automatic_size_chose_and_costs(tmp_path, polyseg
     )
 
 
-def test_check_refuses_what_training_refuses(tmp_path, polyseg):
+def test_data_check_refuses_what_training_refuses(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "s", 12, count=2)
     for command in (("data", "check", data), ("train", "--dry-run", "--data", data)):
         answer = polyseg(*command)
@@ -331,7 +329,7 @@ def test_check_refuses_what_training_refuses(tmp_path, polyseg):
         assert "2 images are too few for 3 parts" in answer.err
 
 
-def test_the_groups_of_a_setting_are_shown(tmp_path, polyseg):
+def test_data_check_shows_the_groups(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "p1_s", 12)
     lesions(tmp_path / "d", "p2_s", 11)
     lesions(tmp_path / "d", "p3_s", 10)
@@ -346,7 +344,7 @@ def test_the_groups_of_a_setting_are_shown(tmp_path, polyseg):
     assert given["groups"].startswith("12 (s0, s1, s10,")
 
 
-def test_a_draft_of_a_manifest_can_be_edited_and_read(tmp_path, polyseg):
+def test_manifest_draft_can_be_edited_and_read(tmp_path, polyseg):
     lesions(tmp_path / "d" / "x", "a", 12)
     (tmp_path / "d/x/images").rename(tmp_path / "d/x/photos")
     (tmp_path / "d/x/masks").rename(tmp_path / "d/x/drawn masks")
@@ -360,7 +358,7 @@ def test_a_draft_of_a_manifest_can_be_edited_and_read(tmp_path, polyseg):
     assert polyseg("data", "manifest", tmp_path / "d", "--out", out).code == 2
 
 
-def test_names_of_colours_in_a_label_map_are_told(tmp_path, polyseg):
+def test_error_shows_colour_names_of_the_label_map(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "s", 12)
     for path in (data / "masks").iterdir():
         mask = np.asarray(Image.open(path))[..., None] // 255 * np.array([184, 61, 245], np.uint8)
@@ -372,7 +370,7 @@ def test_names_of_colours_in_a_label_map_are_told(tmp_path, polyseg):
     assert "'#000000' (background, " in answer.err and "'#B83DF5' (liver, " in answer.err
 
 
-def test_gray_is_made_of_colours(tmp_path, polyseg):
+def test_channels_gray_converts_colour_images(tmp_path, polyseg):
     data = lesions(tmp_path / "d", "s", 12)
     colour = np.zeros((64, 64, 4), np.uint8)
     colour[..., 0], colour[..., 3] = np.arange(64) * 4, 255

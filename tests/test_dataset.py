@@ -1,4 +1,4 @@
-"""Sets of images: channels, levels, batches; in memory or on disk."""
+"""Image sets in memory and on disk: channels, levels, batches, and damaged or missing files."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_images_are_normalised_each_by_itself(folder):
+def test_each_image_is_normalised_by_its_own_levels(folder):
     images = load_images(DataConfig(path=str(folder), size=(16, 32)))
     assert images.sizes() == {(16, 32)} and images.channels == 1 and images.has_masks
     for identity in images.ids:
@@ -52,7 +52,7 @@ def test_images_are_normalised_each_by_itself(folder):
     assert unit.min() >= 0 and unit.max() <= 1
 
 
-def test_what_is_known_of_an_image(folder):
+def test_item_holds_the_properties_of_an_image(folder):
     images = load_images(DataConfig(path=str(folder), size=None))
     item = images.item("case 2")
     assert (item.size, item.channels, item.bits, item.part, item.spacing) == (
@@ -65,7 +65,7 @@ def test_what_is_known_of_an_image(folder):
     assert item.foreground == pytest.approx(8 * 7 / 600)
 
 
-def test_gray_and_colour_together_become_colour(folder):
+def test_gray_images_become_colour_in_a_mixed_set(folder):
     save(folder / "images/colour.png", np.zeros((20, 30, 3), np.uint8))
     save(folder / "masks/colour.png", np.zeros((20, 30), np.uint8))
     images = load_images(DataConfig(path=str(folder)))
@@ -78,13 +78,13 @@ def test_gray_and_colour_together_become_colour(folder):
     assert load_others(folder, DataConfig(), channels=3).channels == 3
 
 
-def test_channels_that_do_not_go_together_are_refused():
+def test_incompatible_channel_numbers_are_refused():
     pixels = [np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.uint8)]
     with pytest.raises(PolysegError, match="2 and 3 channels, such as a; expected 3 in each"):
         arrays_as_set(["a", "b"], pixels, [None, None], DataConfig())
 
 
-def test_images_of_another_folder_need_no_masks(folder):
+def test_other_images_can_be_loaded_without_masks(folder):
     for path in (folder / "masks").iterdir():
         path.unlink()
     (folder / "masks").rmdir()
@@ -93,7 +93,7 @@ def test_images_of_another_folder_need_no_masks(folder):
     assert next(iter(images.batches(images.ids, 2))).masks is None
 
 
-def test_every_bad_file_of_a_set_is_named(folder):
+def test_error_names_every_unreadable_file(folder):
     save(folder / "masks/case 0.png", np.full((20, 30), 7, np.uint8))
     save(folder / "masks/case 2.png", np.zeros((9, 9), np.uint8))
     (folder / "images/case 4.png").write_text("x")
@@ -121,7 +121,7 @@ def test_batches_keep_order_and_never_mix_sizes():
     assert batches[0].masks.shape == (2, 1, 4, 4)
 
 
-def test_levels_of_the_data_set_are_those_of_its_pixels(folder):
+def test_dataset_levels_equal_numpy_over_all_pixels(folder):
     images = load_images(DataConfig(path=str(folder), size=None, normalise="dataset"))
     pooled = images.pooled_over(images.ids[:3])
     pixels = np.stack([images.pixels(identity) for identity in images.ids[:3]]).astype(float)
@@ -132,7 +132,7 @@ def test_levels_of_the_data_set_are_those_of_its_pixels(folder):
 # ---- on disk
 
 
-def test_over_the_bound_images_are_read_from_a_file_and_are_the_same(folder, tmp_path):
+def test_images_on_disk_equal_images_in_memory(folder, tmp_path):
     settings = {"path": str(folder), "size": 32, "cache": str(tmp_path / "cache")}
     memory = load_images(DataConfig(**settings))
     assert not (tmp_path / "cache").exists()
@@ -147,7 +147,7 @@ def test_over_the_bound_images_are_read_from_a_file_and_are_the_same(folder, tmp
             assert ids == others and torch.equal(images, again) and torch.equal(masks, same)
 
 
-def test_the_file_is_used_again_and_never_stale(folder, tmp_path, monkeypatch):
+def test_cache_file_is_reused_until_settings_or_images_change(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
 
     def load(**more):
@@ -171,8 +171,8 @@ def test_the_file_is_used_again_and_never_stale(folder, tmp_path, monkeypatch):
     assert int(changed.pixels("case 0").max()) == 3
 
 
-def test_the_order_of_tasks_is_part_of_the_name(folder, tmp_path):
-    """Channels go by it, so that another order is another content."""
+def test_order_of_tasks_gives_another_cache_file(folder, tmp_path):
+    """The channels of the masks follow the order of the tasks."""
     mask = np.zeros((20, 30), np.uint8)
     mask[:3, :3], mask[9:, 9:] = 1, 2
     for i in range(5):
@@ -187,7 +187,7 @@ def test_the_order_of_tasks_is_part_of_the_name(folder, tmp_path):
     assert sums == [[9, 11 * 21], [11 * 21, 9]]
 
 
-def test_what_killed_runs_left_is_removed(folder, tmp_path):
+def test_files_of_killed_runs_are_removed(folder, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     for name, age in ((".partial-old.images", 25 * 3600), (".partial-new.images", 60)):
@@ -197,7 +197,7 @@ def test_what_killed_runs_left_is_removed(folder, tmp_path):
     assert [path.name for path in cache.glob(".partial*")] == [".partial-new.images"]
 
 
-def test_files_that_nothing_used_for_a_month_are_removed(folder, tmp_path, caplog):
+def test_cache_files_unused_for_a_month_are_removed(folder, tmp_path, caplog):
     cache = tmp_path / "cache"
 
     def load(size):
@@ -215,14 +215,14 @@ def test_files_that_nothing_used_for_a_month_are_removed(folder, tmp_path, caplo
     age(second, 31)
     (cache / "mine.images").write_text("x")
     os.utime(cache / "mine.images", (0, 0))
-    # What is used again is used, whenever it was written.
+    # Reading a file counts as use, whenever it was written.
     assert load(16) == {first, "mine"}
     assert load(16) == {first, "mine"}
     assert {path.stem for path in cache.glob("*.json")} == {first}
     assert load(32) == {first, second, "mine"}
 
 
-def test_a_task_that_no_image_has_is_named(folder, polyseg, tmp_path):
+def test_task_without_foreground_is_named(folder, polyseg, tmp_path):
     for i in range(5):
         mask = np.zeros((20, 30), np.uint8)
         mask[:3, : 3 + i] = 1
@@ -232,7 +232,7 @@ def test_a_task_that_no_image_has_is_named(folder, polyseg, tmp_path):
     assert answer.code == 2 and "no training mask has any foreground of gone" in answer.err
 
 
-def test_a_bad_file_leaves_no_half_of_a_cache(folder, tmp_path):
+def test_unreadable_image_leaves_no_partial_cache(folder, tmp_path):
     (folder / "images/case 4.png").write_text("x")
     with pytest.raises(PolysegError, match=r"case 4\.png"):
         load_images(DataConfig(path=str(folder), memory=0, cache=str(tmp_path / "cache")))
@@ -250,12 +250,12 @@ def test_location_of_images_is_logged(folder, polyseg, tmp_path):
     assert said.code == 0 and "over data.memory (0 MB): read from" in said.err
 
 
-def test_the_demo_has_one_label():
+def test_demo_refuses_several_labels():
     with pytest.raises(PolysegError, match="the demo's masks are 0/1"):
         load_images(load_config(overrides=["data.foreground=[1, 2]"]).data)
 
 
-def test_an_epochs_order_is_told_without_its_images():
+def test_order_of_an_epoch_is_computed_without_images():
     images = make_demo(DataConfig(demo_images=8, size=32))
     order = {"batch_size": 3, "seed": 4}
     for epoch in (1, 2):
@@ -267,14 +267,14 @@ def test_an_epochs_order_is_told_without_its_images():
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, 2**32 + 3, 2**62 + 12345])
-def test_a_permutation_is_that_of_torch(seed):
-    """On which the order of the images of every run before rests."""
+def test_permutation_equals_torch_randperm(seed):
+    """The image order of all earlier runs depends on it."""
     for n in (0, 1, 2, 3, 17, 1000, 20_000):
         expected = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         assert permutation(n, seed) == expected.tolist()
 
 
-def test_more_phantoms_than_memory_holds_are_refused_at_once(polyseg):
+def test_phantoms_larger_than_memory_are_refused(polyseg):
     said = polyseg(
         "train", "--dry-run", "--set", "data.demo_images=100000", "--set", "data.size=8192"
     )
@@ -283,7 +283,7 @@ def test_more_phantoms_than_memory_holds_are_refused_at_once(polyseg):
     assert "take 13,421.8 GB, and this machine has" in said.err
 
 
-# ---- files that vanish or change under a run
+# ---- files that are removed or changed during a run
 
 
 def batches_of(images, workers):
@@ -297,7 +297,7 @@ def on_disk(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_removed_meanwhile_is_read_on(on_disk, workers):
+def test_open_cache_file_stays_readable_after_removal(on_disk, workers):
     expected = list(batches_of(on_disk, 0))
     for path in (on_disk.store.path, index_of(on_disk.store.path)):
         path.unlink()
@@ -316,7 +316,7 @@ def test_a_file_that_is_removed_meanwhile_is_read_on(on_disk, workers):
         lambda path: path.open("r+b").write(b"other"),
     ],
 )
-def test_a_file_that_changes_meanwhile_is_one_line(on_disk, change, workers):
+def test_changed_cache_file_is_refused_in_one_line(on_disk, change, workers):
     path = on_disk.store.path
     change(path)
     with pytest.raises(PolysegError, match=r"a checksum differs.*remove it") as caught:
@@ -325,8 +325,8 @@ def test_a_file_that_changes_meanwhile_is_one_line(on_disk, change, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_gone_before_it_is_opened_is_one_line(on_disk, workers):
-    """As for a process that got the images sent."""
+def test_missing_cache_file_is_refused_in_one_line(on_disk, workers):
+    """A worker process opens the file only after it has received the images."""
     images = pickle.loads(pickle.dumps(on_disk))
     on_disk.store.path.unlink()
     with pytest.raises(PolysegError, match=r"\.images: cannot be read: No such file") as caught:
@@ -334,8 +334,8 @@ def test_a_file_that_is_gone_before_it_is_opened_is_one_line(on_disk, workers):
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_file_ends_a_run_with_workers_in_one_line(folder, polyseg, tmp_path):
-    """Between two runs that share the file, whose name and size stay."""
+def test_damaged_cache_file_ends_a_run_with_workers_in_one_line(folder, polyseg, tmp_path):
+    """The file is damaged between two runs; its name and size stay."""
     from tests.conftest import TINY
 
     settings = [*TINY, "output.figures=false", "data.memory=0", f"data.cache={tmp_path / 'cache'}"]
@@ -354,11 +354,11 @@ def test_a_damaged_file_ends_a_run_with_workers_in_one_line(folder, polyseg, tmp
     assert len(errors) == 1 and f"{path}: is not a file of decoded images" in errors[0]
 
 
-# ---- workers that the system fails
+# ---- workers that run into system limits
 
 
-class Gloomy:
-    """A store that fails as it is told."""
+class FailingStore:
+    """A store that calls a given function, which fails."""
 
     def __init__(self, store, fail):
         self.store, self.fail = store, fail
@@ -370,7 +370,7 @@ class Gloomy:
 
 def failing(fail):
     images = make_demo(DataConfig(demo_images=8, size=32))
-    return dataclasses.replace(images, store=Gloomy(images.store, fail))
+    return dataclasses.replace(images, store=FailingStore(images.store, fail))
 
 
 def too_large():
@@ -382,18 +382,18 @@ def die():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_little_memory_for_a_batch_is_one_line(workers):
+def test_out_of_memory_for_a_batch_is_one_line(workers):
     with pytest.raises(PolysegError, match=r"^reading .* ran out of memory; lower .*workers"):
         list(batches_of(failing(too_large), workers))
 
 
-def test_a_worker_that_is_killed_is_one_line():
+def test_killed_worker_is_reported_in_one_line():
     with pytest.raises(PolysegError, match=r"^training\.workers: .*; lower training\.workers"):
         list(batches_of(failing(die), 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_the_program_stays_a_traceback(workers):
+def test_programming_error_keeps_its_traceback(workers):
     def wrong():
         raise KeyError("no such thing")
 
@@ -463,8 +463,8 @@ for action in (
 """
 
 
-def test_few_open_files_are_enough_or_one_line(folder):
-    """More are asked for where the system allows it; nobody is waited for in vain."""
+def test_limit_of_open_files_is_raised_or_reported_in_one_line(folder):
+    """The soft limit is raised if the hard limit allows it; otherwise no worker hangs."""
     done = subprocess.run(
         [sys.executable, "-c", _FEW_FILES, folder], capture_output=True, text=True, check=False
     )

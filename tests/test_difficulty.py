@@ -1,4 +1,4 @@
-"""Section 3.4: D, eq. 11 and eq. 12 against NumPy and SciPy, and their order."""
+"""Section 3.4: D, eq. 11 and eq. 12 against NumPy and SciPy, and monotonicity."""
 
 import re
 
@@ -34,12 +34,12 @@ def test_foreground_mean_is_the_mean_over_the_foreground():
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-def test_an_empty_region_has_difficulty_zero():
+def test_empty_region_has_difficulty_zero():
     assert foreground_mean(np.ones((1, 2, 2)), np.zeros((1, 2, 2))).tolist() == [0.0]
 
 
 @given(difficulties, st.floats(0, 100))
-def test_normalise_against_numpy(values, percentile):
+def test_normalise_equals_numpy(values, percentile):
     expected = (values - np.percentile(values, percentile, method="linear")) / (
         np.sqrt(((values - values.mean()) ** 2).mean()) + 1e-9
     )
@@ -57,7 +57,7 @@ def test_single_image_gets_the_middle_epsilon():
     st.floats(0, 3),
     st.floats(0, 1000),
 )
-def test_epsilon_against_scipy_and_in_its_range(normalised, low, width, sensitivity):
+def test_epsilon_equals_scipy_and_stays_in_range(normalised, low, width, sensitivity):
     ours = epsilon_from_difficulty(normalised, low, low + width, sensitivity)
     expected = low + width * special.expit(sensitivity * normalised)
     np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
@@ -65,24 +65,24 @@ def test_epsilon_against_scipy_and_in_its_range(normalised, low, width, sensitiv
 
 
 @given(difficulties, st.floats(0, 100), st.floats(0.01, 10))
-def test_a_harder_image_gets_no_smaller_epsilon(values, percentile, sensitivity):
+def test_epsilon_never_decreases_with_difficulty(values, percentile, sensitivity):
     epsilon = epsilon_from_difficulty(normalise(values, percentile), -0.4, 1.0, sensitivity)
     assert (np.diff(epsilon[np.argsort(values)]) >= 0).all()
 
 
 @given(difficulties)
-def test_strictly_so_where_difficulties_differ_enough(values):
+def test_epsilon_increases_strictly_with_distinct_difficulties(values):
     values = np.unique(values.round(3))
     assume(len(values) > 1)
     epsilon = epsilon_from_difficulty(normalise(values), -0.4, 1.0, 1.0)
     assert (np.diff(epsilon) > 0).all()
 
 
-def test_a_pinned_range_is_exact():
+def test_equal_bounds_give_exactly_that_epsilon():
     assert (epsilon_from_difficulty(np.linspace(-9, 9, 50), 0.3, 0.3, 1.0) == 0.3).all()
 
 
-def test_tensors_in_tensors_out():
+def test_functions_return_tensors_for_tensors():
     values = torch.tensor([0.1, 0.2, 0.4])
     result = epsilon_from_difficulty(normalise(values), -0.4, 1.0, 1.0)
     assert isinstance(result, torch.Tensor) and result.dtype == torch.float64
@@ -99,7 +99,7 @@ def blob():
     return mask, mean
 
 
-def test_regions(blob):
+def test_regions_select_their_pixels(blob):
     mask, mean = blob
     chosen = {
         name: select_region(name, mask, mean)[0]
@@ -112,7 +112,7 @@ def test_regions(blob):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
-def test_boundary_band_against_scipy(blob, width):
+def test_boundary_band_equals_scipy(blob, width):
     mask, mean = blob
     square = np.ones((3, 3))
     inside = mask[0].numpy() > 0
@@ -135,15 +135,15 @@ def test_missing_mask_falls_back_to_the_prediction(blob, region):
     assert torch.equal(without[0], chosen[1])
 
 
-def test_the_boundary_of_a_mask_that_fills_the_image_falls_back_to_the_prediction():
-    """Such a mask has no edge; D = 0 would call the image the easiest."""
+def test_boundary_of_a_full_mask_falls_back_to_the_prediction():
+    """Such a mask has no boundary; D = 0 would rank the image as the easiest."""
     masks = torch.ones(3, 32, 32)
     means = torch.zeros(3, 32, 32)
     means[0, :16] = 0.9
     means[1] = 0.9
     chosen, fallback = select_region("boundary", masks, means)
     assert [FALLBACKS[code] for code in fallback] == ["prediction", "prediction", "empty"]
-    # The edge of the prediction, where it has one, and otherwise all of it.
+    # The boundary of the prediction if it has one, otherwise the whole prediction.
     assert chosen[0].any(dim=1).nonzero().flatten().tolist() == list(range(13, 19))
     assert chosen[1].all() and not chosen[2].any()
 
@@ -151,7 +151,7 @@ def test_the_boundary_of_a_mask_that_fills_the_image_falls_back_to_the_predictio
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("truth", [0, 1, None])
 @pytest.mark.parametrize("prediction", [0.0, 0.9])
-def test_a_region_is_empty_only_where_nothing_is_predicted_and_says_so(region, truth, prediction):
+def test_region_is_empty_only_without_a_prediction(region, truth, prediction):
     mask = None if truth is None else torch.full((1, 8, 8), truth)
     chosen, fallback = select_region(region, mask, torch.full((1, 8, 8), prediction))
     assert chosen.any().item() == (FALLBACKS[fallback[0]] != "empty")
@@ -159,7 +159,7 @@ def test_a_region_is_empty_only_where_nothing_is_predicted_and_says_so(region, t
         assert prediction == 0
 
 
-def test_fallbacks_are_chosen_for_each_image_alone():
+def test_fallback_is_chosen_for_each_image():
     mask, mean = torch.zeros(3, 12, 12), torch.zeros(3, 12, 12)
     mask[0, 3:8, 3:8] = 1
     mask[1] = 1
@@ -170,7 +170,7 @@ def test_fallbacks_are_chosen_for_each_image_alone():
         assert torch.equal(together[i : i + 1], alone) and codes[i] == code[0]
 
 
-def test_an_unknown_region_is_refused():
+def test_unknown_region_is_refused():
     with pytest.raises(ValueError, match="'edge' is not a region: choose mask, prediction"):
         select_region("edge", None, torch.zeros(1, 2, 2))
 
@@ -193,12 +193,12 @@ def test_an_unknown_region_is_refused():
         (lambda mean: select_region("image", None, mean), [(2, 1, 3, 3)]),
     ],
 )
-def test_wrong_shapes_are_refused_with_the_shapes(function, shapes):
+def test_shape_error_states_the_shapes(function, shapes):
     with pytest.raises(ValueError, match=".*".join(re.escape(str(shape)) for shape in shapes)):
         function(*(torch.zeros(shape) for shape in shapes))
 
 
-def test_means_of_pixels_that_belong_to_no_image_are_refused():
+def test_mean_by_image_refuses_invalid_image_indices():
     with pytest.raises(ValueError, match=r"values \(3,\) and image \(2,\)"):
         mean_by_image(np.zeros(3), np.zeros(2, dtype=np.int64), 2)
     with pytest.raises(ValueError, match="contains 4, not below 3"):

@@ -1,4 +1,4 @@
-"""Several processes that train one run: as one process would, and ending together."""
+"""Training in several processes: equal to one process, and errors that end all of them."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def training(run, *overrides):
 
 @pytest.fixture(scope="module")
 def alone(trained_once):
-    """Return the run of one process by the plain command."""
+    """Return a run trained by the plain command in one process."""
     return RunDirectory(trained_once(*MORE))
 
 
@@ -57,8 +57,8 @@ def assert_equal_to_rounding(run, other):
 
 
 @pytest.mark.slow
-def test_three_processes_train_as_one(alone, tmp_path):
-    """A batch of 4, and a last one of 3, is not divided evenly."""
+def test_three_processes_equal_one_process(alone, tmp_path):
+    """A batch of 4 and the last batch of 3 are not divided evenly."""
     assert together.run(3, *training(tmp_path / "run"), log=tmp_path / "log") == 0
     assert_equal_to_rounding(alone, RunDirectory(tmp_path / "run"))
     said = (tmp_path / "log").read_text()
@@ -66,12 +66,12 @@ def test_three_processes_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+def test_resume_accepts_another_number_of_processes(tmp_path):
     run = RunDirectory(tmp_path / "run")
     constant = "training.scheduler=constant"
     for count, epochs in ((2, 2), (1, 4)):
         which = ["--resume", "--epochs", epochs] if count == 1 else ["--epochs", 2]
-        # With figures, for which the first process looks at images when the others are gone.
+        # With figures, for which the first process reads images after the others have ended.
         command = [*training(run.path, constant, "output.figures=true"), *which]
         assert together.run(count, *command, log=tmp_path / "log") == 0
     assert (run.figures / "overlays_largest_d.png").is_file()
@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_of_several_is_the_plain_command(alone, tmp_path):
+def test_torchrun_with_one_process_equals_the_plain_command(alone, tmp_path):
     assert together.run(1, *training(tmp_path / "run"), log=tmp_path / "log") == 0
     assert_same_run(alone, RunDirectory(tmp_path / "run"))
 
@@ -95,7 +95,7 @@ def wait_for(path, seconds=60):
 
 
 @pytest.mark.slow
-def test_killed_process_ends_all_and_the_run_can_be_resumed(tmp_path):
+def test_killed_process_ends_all_processes_and_run_can_be_resumed(tmp_path):
     run = RunDirectory(tmp_path / "run")
     settings = ("training.epochs=400", "training.scheduler=constant", "training.accumulate=3")
     command = training(run.path, *settings)
@@ -115,8 +115,8 @@ def test_killed_process_ends_all_and_the_run_can_be_resumed(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_agents_of_torchrun_are_one_run(alone, tmp_path):
-    """As on two machines; each knows only where they meet."""
+def test_two_torchrun_agents_train_one_run(alone, tmp_path):
+    """As on two machines, each of which knows only the rendezvous address."""
     port, command = together.free_port(), training(tmp_path / "run")
     agents = [
         together.begin_agent(
@@ -128,10 +128,10 @@ def test_two_agents_of_torchrun_are_one_run(alone, tmp_path):
     assert_equal_to_rounding(alone, RunDirectory(tmp_path / "run"))
 
 
-# In this process, or in two of them.
+# Without a training run.
 
 
-def test_rows_and_shares_are_all_and_each_once():
+def test_rows_and_shares_cover_each_item_once():
     for count in (1, 2, 3, 7):
         of_each = [Processes(rank, count) for rank in range(count)]
         for total in range(12):
@@ -147,7 +147,7 @@ def test_single_process_needs_no_communication():
     assert ALONE.all(True) and not ALONE.all(False)
 
 
-def test_a_table_of_tables_has_each_image_once():
+def test_merged_table_has_each_image_once():
     def table(*names):
         made = ScoreTable(Wanted("mask"))
         made.images, made.labels = list(names), ("x", "y")
@@ -204,8 +204,8 @@ def together_in_two(rank, port, images, momentum, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "momentum"), [(5, 0.1), (1, None)])
-def test_two_processes_normalise_drop_and_learn_as_one(count, momentum):
-    """The reference is torch's own layers on the whole batch; of one image one process has none."""
+def test_two_processes_have_equal_batch_norm_dropout_and_gradients(count, momentum):
+    """The reference is torch's layers on the whole batch; of 1 image one process has none."""
     images = torch.rand(count, 2, 12, 10)
     network = network_of(0.5, momentum)
     step(network, DropoutTogether({}, ALONE), images, slice(None))
@@ -215,7 +215,7 @@ def test_two_processes_normalise_drop_and_learn_as_one(count, momentum):
     start_processes(together_in_two, arguments, nprocs=2, start_method="forkserver")
 
 
-def test_in_evaluation_mode_batch_norm_together_is_torchs():
+def test_synchronised_batch_norm_equals_torch_in_evaluation_mode():
     network = network_of(0.0, 0.1)
     network(torch.rand(4, 2, 12, 10))
     images = torch.rand(2, 2, 12, 10)

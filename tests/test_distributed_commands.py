@@ -1,4 +1,4 @@
-"""Estimates, evaluations and predictions that two processes share: what one process finds."""
+"""Estimates, evaluations and predictions by two processes equal those of one process."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from polyseg.data.dataset import make_demo
 from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.errors import PolysegError
-from polyseg.evaluation import testing_networks as room
+from polyseg.evaluation import testing_networks as testing_module
 from polyseg.evaluation.testing_networks import EvaluationSettings
 from polyseg.montecarlo import choose_samples
 from polyseg.records import no_progress
@@ -29,12 +29,12 @@ from tests.test_train import run_of
 
 SETTINGS = (*TINY, "output.figures=false", "loss.name=dice", "training.learning_rate=0.02")
 IMAGES = 17
-"""Which two processes do not divide evenly."""
+"""Number of images, which two processes cannot divide evenly."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return two runs, of which one has a fixed number of passes and the other's choose it."""
+    """Return a run with a fixed number of passes and one with an automatic number."""
     folder = tmp_path_factory.mktemp("runs")
     settings = (*SETTINGS, f"data.demo_images={IMAGES}", "training.epochs=1")
     return [
@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def in_two(tmp_path):
-    """Run a command in two processes; return the exit code and all that they said."""
+    """Return a function that runs a command in two processes and returns exit code and output."""
 
     def run(*arguments, **environment):
         log = tmp_path / "log"
@@ -60,7 +60,7 @@ def in_two(tmp_path):
 
 
 def assert_equal_to_rounding(one, other, where=""):
-    """Texts are equal, and so are numbers but for their last digits."""
+    """Check that texts are equal and numbers agree up to rounding."""
     if isinstance(one, dict):
         assert list(one) == list(other), where
         for key, value in one.items():
@@ -76,7 +76,7 @@ def assert_equal_to_rounding(one, other, where=""):
 
 
 def rows_of(path):
-    """Return a table with its numbers as such."""
+    """Return the rows of a table with numbers converted."""
 
     def value(text):
         try:
@@ -93,7 +93,7 @@ def files_of(folder):
 
 
 def assert_same_results(one, other):
-    """Two folders have the same files, and their tables and records the same in them."""
+    """Check that two folders have the same files with equal tables and records."""
     assert files_of(one) == files_of(other)
     for name in files_of(one):
         pair = one / name, other / name
@@ -106,12 +106,12 @@ def assert_same_results(one, other):
             assert_equal_to_rounding(*found, name)
 
 
-def left_in(folder):
+def entries_of(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "log")
 
 
 @pytest.mark.slow
-def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
+def test_two_processes_estimate_like_one(runs, polyseg, in_two, tmp_path):
     command = ("estimate-uncertainty", runs[1], "--maps", "--quiet", "--json", "--out")
     assert polyseg(*command, tmp_path / "one").code == 0
     code, said = in_two(*command, tmp_path / "two")
@@ -119,11 +119,11 @@ def test_two_processes_estimate_what_one_does(runs, polyseg, in_two, tmp_path):
     assert_same_results(tmp_path / "one", tmp_path / "two")
     assert read_assessment(tmp_path / "two/assessment.h5").samples >= choose_samples.FEWEST
     assert said.count('"folder"') == 1
-    assert left_in(tmp_path) == ["one", "two"]
+    assert entries_of(tmp_path) == ["one", "two"]
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
+def test_two_processes_evaluate_like_one(runs, polyseg, in_two, tmp_path):
     command = (
         *("evaluate", *runs, "--baseline", "s3", "--split", "all", "--threshold", "val"),
         *("--uncertainty", "--corrupt", "noise", "--quiet", "--json", "--out"),
@@ -134,15 +134,15 @@ def test_two_processes_evaluate_as_one_does(runs, polyseg, in_two, tmp_path):
     assert_same_results(tmp_path / "one", tmp_path / "two")
     record = json.loads((tmp_path / "two/summary.json").read_text())
     assert len(record["runs"]) == 4 and record["comparisons"] and record["robustness"]
-    # Of all images there is a mask to draw, whichever process has predicted it.
+    # Every image has a mask to draw, whichever process predicted it.
     for name in ("predictions_worst.png", "predictions_best.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert said.count('"folder"') == 1
-    assert left_in(tmp_path) == ["one", "two"]
+    assert entries_of(tmp_path) == ["one", "two"]
 
 
 def write_images(folder):
-    """Write five pictures, two volumes, and files of either kind that are none."""
+    """Write five pictures, two volumes, and unreadable files of both kinds."""
     folder.mkdir()
     phantoms = make_phantoms(7, seed=5, size=(40, 48))
     for i, phantom in enumerate(phantoms[:5]):
@@ -158,8 +158,8 @@ def write_images(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_predict_what_one_does(runs, polyseg, in_two, tmp_path):
-    """What neither could read is named in the order of the files, once."""
+def test_two_processes_predict_like_one(runs, polyseg, in_two, tmp_path):
+    """Unreadable files are named once, in the order of the files."""
     command = (
         *("predict", runs[0], write_images(tmp_path / "in"), "--uncertainty", "--samples", 4),
         *("--quiet", "--out"),
@@ -176,7 +176,7 @@ def test_two_processes_predict_what_one_does(runs, polyseg, in_two, tmp_path):
     for name in masks:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert len({(tmp_path / "two" / name).read_bytes() for name in masks}) == 14
-    assert left_in(tmp_path) == ["in", "one", "two"]
+    assert entries_of(tmp_path) == ["in", "one", "two"]
 
 
 FAILING = """
@@ -197,27 +197,27 @@ def make(in_channels, out_channels):
 
 
 @pytest.mark.slow
-def test_where_one_process_fails_all_end_and_leave_nothing(in_two, tmp_path, monkeypatch):
+def test_failure_of_one_process_ends_all_without_output(in_two, tmp_path, monkeypatch):
     (tmp_path / "failing_module.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
     of_it = ("network.name=failing_module:make", "network.kwargs={}", f"output.path={tmp_path}/run")
     run = run_of(load_config(overrides=[*SETTINGS, "control.enabled=false", *of_it])).path
     sys.modules.pop("failing_module")
-    before = left_in(tmp_path)
+    before = entries_of(tmp_path)
     code, said = in_two(
         *("evaluate", run, "--trust", "--out", tmp_path / "out"), PYTHONPATH=str(tmp_path)
     )
     assert code != 0
     assert "process 1: error: images: too much for this one; choose others" in said
     assert "Dice" not in said
-    assert left_in(tmp_path) == before
+    assert entries_of(tmp_path) == before
 
 
-# In this process.
+# Without child processes.
 
 
-class Played(Processes):
-    """One of several processes of which the others' parts are given."""
+class FakeProcesses(Processes):
+    """One of several processes, with given values for the parts of the others."""
 
     others = ()
 
@@ -225,27 +225,30 @@ class Played(Processes):
         return [*self.others[: self.rank], mine, *self.others[self.rank :]]
 
 
-def played(rank, *others):
-    one = Played(rank, len(others) + 1)
+def fake_processes(rank, *others):
+    one = FakeProcesses(rank, len(others) + 1)
     object.__setattr__(one, "others", others)
     return one
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_what_came_of_shares_is_joined_in_the_order_of_the_items(count):
+def test_results_of_shares_are_joined_in_order(count):
     for total in range(9):
         shares = [Processes(rank, count).share(range(total)) for rank in range(count)]
         for rank, mine in enumerate(shares):
-            one = played(rank, *shares[:rank], *shares[rank + 1 :])
+            one = fake_processes(rank, *shares[:rank], *shares[rank + 1 :])
             assert one.joined(mine) == list(range(total))
 
 
-def test_an_error_waits_for_the_others_and_ends_all():
-    with played(1, True).failing_together():
+def test_error_in_one_process_ends_all():
+    with fake_processes(1, True).failing_together():
         pass
-    with pytest.raises(PolysegError, match="another process"), played(0, False).failing_together():
+    with (
+        pytest.raises(PolysegError, match="another process"),
+        fake_processes(0, False).failing_together(),
+    ):
         pass
-    for one in (played(0, True), played(0, False), ALONE):
+    for one in (fake_processes(0, True), fake_processes(0, False), ALONE):
         with pytest.raises(KeyError, match="mine"), one.failing_together():
             raise KeyError("mine")
 
@@ -257,8 +260,11 @@ def test_each_process_computes_only_its_share(runs, tmp_path):
     settings = EvaluationSettings(uncertainty=True, samples=2)
     cases = find_unlabelled([write_images(tmp_path / "in")])
     for one in several:
-        test = room.ImageTest("", images, ids, 4, settings, processes=one)
-        plain, passes = room._plain(model.network, test), room._passes(model, test)
+        test = testing_module.ImageTest("", images, ids, 4, settings, processes=one)
+        plain, passes = (
+            testing_module._plain(model.network, test),
+            testing_module._passes(model, test),
+        )
         assert [found.id for found in plain] == one.share(ids)
         assert [found.id for found in passes] == one.share(ids)
         folder = tmp_path / f"of{one.rank}"
@@ -268,25 +274,27 @@ def test_each_process_computes_only_its_share(runs, tmp_path):
         assert len(files_of(folder)) == len(whole) > 0
 
 
-def test_images_that_choose_the_passes_are_seen_by_all_and_others_by_one(monkeypatch):
+def test_images_for_choosing_passes_are_read_by_all_processes(monkeypatch):
     images = make_demo(load_config(overrides=["data.demo_images=60", "data.size=16"]).data)
-    monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 20 * 16 * 16)
+    monkeypatch.setattr(testing_module, "_PIXELS_AT_ONCE", 20 * 16 * 16)
     count, ids = 3, images.ids
-    parts = [list(room._parts(images, ids, 7, Processes(rank, count))) for rank in range(count)]
+    parts = [
+        list(testing_module._parts(images, ids, 7, Processes(rank, count))) for rank in range(count)
+    ]
     assert [one[0] for one in parts] == [ids[:7]] * count
     rest = [identity for one in parts for part in one[1:] for identity in part]
     assert sorted(rest) == sorted(ids[7:])
     assert max(len(part) for one in parts for part in one) <= 20
-    # Never more than one process would have chosen by, and all that it would.
-    assert next(room._parts(images, ids, 50, Processes(1, count))) == ids[:20]
-    assert list(room._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
-    assert room._CHOOSING >= choose_samples._IMAGES
+    # Exactly the images by which one process would choose.
+    assert next(testing_module._parts(images, ids, 50, Processes(1, count))) == ids[:20]
+    assert list(testing_module._parts(images, ids, 7, ALONE)) == [ids[:20], ids[20:40], ids[40:]]
+    assert testing_module._CHOOSING >= choose_samples._IMAGES
     # Fewer images than processes, and no passes to choose.
-    assert list(room._parts(images, ids[:1], 0, Processes(1, 2))) == []
+    assert list(testing_module._parts(images, ids[:1], 0, Processes(1, 2))) == []
 
 
 def test_rounding_comparison_detects_differences():
-    """The comparison itself, which would otherwise pass whatever it is given."""
+    """Check that assert_equal_to_rounding can fail."""
     base = {"a": [1.0, "x", None, math.nan], "b": np.array([1.0, 2.0])}
     assert_equal_to_rounding(base, {"a": [1.0 + 1e-9, "x", None, math.nan], "b": base["b"]})
     for wrong in (

@@ -1,4 +1,4 @@
-"""The pages: made from the code where they can be, and true where they speak of it."""
+"""The documentation: generated pages are current, and commands, modules and links exist."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ from .test_architecture import PACKAGES
 TOP = Path(__file__).parent.parent
 
 
-def test_the_reference_pages_are_those_of_the_code():
+def test_reference_pages_are_up_to_date():
     """After a change: python -m tests.reference"""
     assert (TOP / "docs" / "commands.md").read_text() == reference.command_page()
     assert (TOP / "docs" / "configuration.md").read_text() == reference.configuration_page()
@@ -28,19 +28,19 @@ def test_the_reference_pages_are_those_of_the_code():
 
 
 def table_of(heading, page):
-    """Return the rows of the table below a heading, each a list of its cells."""
+    """Return the rows of the table below a heading as lists of cells."""
     part = page.split(heading)[1].split("\n#")[0]
     rows = re.findall(r"^\|(.*)\|$", part, flags=re.M)
     return [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
 
 
-def test_the_plan_names_every_package_in_the_order_of_imports():
+def test_architecture_page_lists_packages_in_import_order():
     page = (TOP / "docs" / "architecture.md").read_text()
     named = [row[0].strip("`").removesuffix("/") for row in table_of("# Architecture", page)]
     assert [name.removesuffix(".py") for name in named] == list(PACKAGES[:-1])
 
 
-def test_modules_named_in_the_plan_exist():
+def test_modules_named_in_the_architecture_page_exist():
     page = (TOP / "docs" / "architecture.md").read_text()
     places = [one for row in table_of("## I want to", page) for one in row[1].split(", ")]
     places += re.findall(r"`([\w/]+\.py|[\w/]+/)`", page)
@@ -49,11 +49,11 @@ def test_modules_named_in_the_plan_exist():
         assert (TOP / "polyseg" / place.strip("`")).exists(), place
 
 
-def test_the_changelog_knows_this_version():
+def test_changelog_has_a_section_for_this_version():
     assert f"## [{__version__}]" in (TOP / "CHANGELOG.md").read_text()
 
 
-def test_the_intended_use_stands_in_the_readme():
+def test_readme_states_the_intended_use():
     assert INTENDED_USE in (TOP / "README.md").read_text()
 
 
@@ -65,8 +65,8 @@ def command_lines():
 
 
 @pytest.mark.parametrize(("where", "line"), list(command_lines()), ids=str)
-def test_every_command_line_that_is_shown_parses(where, line):
-    """A flag or setting that is no longer there would fail here."""
+def test_documented_command_lines_parse(where, line):
+    """A removed flag or setting fails here."""
     words = [word for word in shlex.split(line)[1:] if "@" not in word]
     words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words]
     command = get_command(app)
@@ -80,9 +80,9 @@ def test_every_command_line_that_is_shown_parses(where, line):
 @pytest.mark.parametrize(
     "script", sorted((TOP / "examples").glob("*.sh")), ids=lambda path: path.name
 )
-def test_examples_state_command_time_and_result_and_print_it_without_arguments(script):
+def test_example_scripts_print_command_time_and_result_without_arguments(script):
     text = script.read_text()
-    # The settings of the study are fixed.
+    # The study script takes SET names in place of settings.
     settings = "[SET ...]" if script.name == "study.sh" else "[KEY=VALUE ...]"
     for word in (f"examples/{script.name}", settings, "Time: ", "Result: "):
         assert word in text.split("set -euo pipefail")[0], word
@@ -95,7 +95,7 @@ def code_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
-def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
+def test_training_loop_of_docs_runs():
     binary, channels, _ = code_blocks(TOP / "docs" / "library.md")
     for code, shape in ((binary, (8,)), (channels, (8, 3))):
         names = {}
@@ -104,14 +104,14 @@ def test_the_loss_runs_in_a_training_loop_as_the_docs_show_it():
         assert all(one.grad is not None for one in names["network"].parameters())
 
 
-def test_the_loss_runs_as_the_readme_shows_it():
+def test_loss_example_of_readme_runs():
     names = {}
     (code,) = code_blocks(TOP / "README.md")
     exec(code, names)
     assert names["losses"].shape == (8,) and names["logits"].grad is not None
 
 
-def test_links_of_the_docs_have_targets():
+def test_links_of_docs_have_targets():
     for page in (TOP / "README.md", TOP / "CHANGELOG.md", *(TOP / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:

@@ -1,4 +1,4 @@
-"""Whether D goes with the errors of networks that had not seen the image."""
+"""Correlation of D with the errors of donor networks that were not trained on the image."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from .test_sweeps import EXAMPLES, POLYSEG
 
 SETTINGS = (*TINY, "data.demo_images=32", "training.epochs=2", "output.figures=false")
 GROUPS = r"data.group=\d(\d)$"
-"""Images whose ids have one last digit are a group."""
+"""Pattern that groups images by the last digit of their ids."""
 
 
 def make_run(place, *overrides):
@@ -33,7 +33,7 @@ def make_run(place, *overrides):
 
 
 def make_donors(run, out, *overrides):
-    """Do what examples/donors.sh does, in this process."""
+    """Train the donors of examples/donors.sh in this process."""
     arguments = sys.argv
     sys.argv = ["donor_splits.py", str(run), str(out)]
     try:
@@ -47,7 +47,7 @@ def make_donors(run, out, *overrides):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return the folder of a run and its two donors."""
+    """Return the folder that holds a run and its two donors."""
     folder = tmp_path_factory.mktemp("donors")
     make_donors(make_run(folder / "run", GROUPS), folder, GROUPS)
     return folder
@@ -75,7 +75,7 @@ def unseen_error(folder, identity, label=""):
     return 1 - dice_of(donor)[identity, label]
 
 
-def test_each_donor_trains_on_half_and_is_tested_on_the_other(runs):
+def test_each_donor_trains_on_one_half_and_is_tested_on_the_other(runs):
     own, a, b = (parts_of(runs / name) for name in ("run", "donor-a", "donor-b"))
     assert a["train"] | b["train"] == own["train"] and not a["train"] & b["train"]
     assert a["test"] == b["train"] and b["test"] == a["train"]
@@ -83,7 +83,7 @@ def test_each_donor_trains_on_half_and_is_tested_on_the_other(runs):
     assert not {one[-1] for one in a["train"]} & {one[-1] for one in b["train"]}  # groups
 
 
-def test_correlations_with_unseen_errors_are_those_of_scipy(runs, polyseg):
+def test_correlations_with_unseen_errors_equal_scipy(runs, polyseg):
     donors = ("--donors", runs / "donor-a", runs / "donor-b")
     answer = polyseg("schedule", "validity", runs / "run", *donors, "--json")
     assert answer.code == 0, answer.err
@@ -152,7 +152,7 @@ def test_script_makes_donors_and_shows_the_correlation(runs, tmp_path):
     program.parent.mkdir()
     program.write_text(POLYSEG)
     program.chmod(0o755)
-    # Its Python is the one of the tests.
+    # The script uses the Python of the tests.
     path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", EXAMPLES / "donors.sh", runs / "run", tmp_path / "out", "control.enabled=false"],
@@ -173,29 +173,29 @@ class TestRefusals:
         assert answer.code == 2 and answer.err.count("\n") == 1 and not answer.out
         return answer.err
 
-    def test_images_that_both_donors_saw(self, runs, polyseg):
+    def test_images_in_training_of_both_donors_are_refused(self, runs, polyseg):
         a, train_part = runs / "donor-a", parts_of(runs / "donor-a")["train"]
         total = len(parts_of(runs / "run")["train"])
         error = self.refused(polyseg, runs / "run", a, runs / "run")
         assert f"both donors saw {len(train_part)} of {total} training images" in error
         assert "examples/donors.sh" in error
 
-    def test_images_that_neither_donor_saw(self, runs, polyseg, tmp_path):
+    def test_images_in_training_of_neither_donor_are_refused(self, runs, polyseg, tmp_path):
         copy, seen = tmp_path / "again", len(parts_of(runs / "donor-a")["train"])
         shutil.copytree(runs / "donor-a", copy)
         total = len(parts_of(runs / "run")["train"])
         error = self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         assert f"both donors saw {seen} of {total}" in error
-        # The other half is trained on, so that only the first is left, which neither saw.
+        # This run trains on the half on which neither donor was trained.
         record = make_run(tmp_path / "half", GROUPS, f"data.split_file={runs / 'donor-b.json'}")
         error = self.refused(polyseg, record, runs / "donor-a", copy)
         assert f"neither donor saw {total - seen} of {total - seen}" in error
 
-    def test_folder_that_is_no_run(self, runs, polyseg, tmp_path):
+    def test_folder_without_a_run_is_refused(self, runs, polyseg, tmp_path):
         error = self.refused(polyseg, runs / "run", runs / "donor-a", tmp_path)
         assert f"--donors: {tmp_path} is not a run" in error
 
-    def test_donor_that_was_not_tested(self, runs, polyseg, tmp_path):
+    def test_donor_without_test_results_is_refused(self, runs, polyseg, tmp_path):
         copy = tmp_path / "untested"
         shutil.copytree(runs / "donor-b", copy)
         table = copy / "evaluation" / "per_image.csv"
@@ -210,7 +210,7 @@ class TestRefusals:
         error = self.refused(polyseg, runs / "run", runs / "donor-a", copy)
         assert "per_image.csv cannot be read: No such file" in error
 
-    def test_other_images_under_the_same_ids(self, runs, polyseg, tmp_path):
+    def test_different_images_with_equal_ids_are_refused(self, runs, polyseg, tmp_path):
         other = make_run(
             tmp_path / "other", "data.demo_modality=endoscopy", "control.enabled=false"
         )

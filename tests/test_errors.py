@@ -1,4 +1,4 @@
-"""What the system refuses, in words that help."""
+"""Messages for errors of the operating system."""
 
 import errno
 import os
@@ -19,13 +19,13 @@ from polyseg.errors import reason
         (errno.EROFS, "another folder"),
     ],
 )
-def test_a_failure_that_can_be_mended_comes_with_advice(number, advice):
+def test_reason_adds_advice_to_common_system_errors(number, advice):
     said = reason(OSError(number, os.strerror(number), "somewhere"))
     assert said.startswith(f"{os.strerror(number)}; ") and advice in said
     assert "\n" not in said and "somewhere" not in said
 
 
-def test_other_failures_are_what_the_system_calls_them():
+def test_reason_of_other_errors_is_their_message():
     assert reason(FileNotFoundError(errno.ENOENT, "No such file")) == "No such file"
     assert reason(OSError("is over 5 bytes")) == "is over 5 bytes"
     assert reason(OSError()) == "OSError"

@@ -1,4 +1,4 @@
-"""The sentence on whether the adaptive loss helped, for each way a comparison can come out."""
+"""The sentence on whether the adaptive loss helped, for each possible outcome of a comparison."""
 
 import re
 
@@ -25,7 +25,7 @@ GAINS = {"better": 0.05, "worse": -0.05, "not shown": 0.0}
 
 
 def arm(name, gain, label="", seeds=5, groups=None):
-    """Return an arm of several seeds on 20 patients: `gain` below an adaptive arm, and scatter."""
+    """Return an arm of several seeds on 20 patients with Dice `gain` below an adaptive arm."""
     members = []
     for seed in range(seeds):
         rng = np.random.default_rng([seed, *name.encode()])
@@ -36,7 +36,7 @@ def arm(name, gain, label="", seeds=5, groups=None):
     return pool(name, members)
 
 
-def said(dice, permuted, **more):
+def conclusions_for(dice, permuted, **more):
     arms = [arm("adaptive", 0.0, **more), arm("dice", dice, **more)]
     arms.append(arm("permuted", permuted, **more))
     return conclusions(compare(arms, "adaptive"), ROLES), arms
@@ -44,14 +44,14 @@ def said(dice, permuted, **more):
 
 @pytest.mark.parametrize("dice", GAINS)
 @pytest.mark.parametrize("permuted", GAINS)
-def test_the_sentence_says_better_worse_or_not_shown_for_each_arm(dice, permuted):
-    (sentence,), arms = said(GAINS[dice], GAINS[permuted])
+def test_conclusion_states_better_worse_or_not_shown_for_each_arm(dice, permuted):
+    (sentence,), arms = conclusions_for(GAINS[dice], GAINS[permuted])
     text = sentence[0].lower() + sentence[1:]
     for role, wanted in (("dice", dice), ("permuted", permuted)):
         assert [kind for of, kind in CLAUSES if of == role and CLAUSES[of, kind] in text] == [
             wanted
         ]
-    assert sentence.count(".") == len(re.findall(r"\d\.\d", sentence)) + 1  # One sentence.
+    assert sentence.count(".") == len(re.findall(r"\d\.\d", sentence)) + 1  # It is one sentence.
     assert sentence.endswith("; 20 patients, 5 pairs of runs.")
     numbers = r"difference in mean Dice (\S+), 95 % interval (\S+) to (\S+), adjusted p ([< \d.]+)"
     for other, found in zip(arms[1:], re.findall(numbers, sentence), strict=True):
@@ -62,7 +62,7 @@ def test_the_sentence_says_better_worse_or_not_shown_for_each_arm(dice, permuted
         assert (p < 0.05) == (GAINS[dice if other.name == "dice" else permuted] != 0)
 
 
-def test_a_mean_against_most_cases_is_said_to_disagree():
+def test_conclusion_reports_disagreement_of_mean_and_most_cases():
     values = np.full(30, 0.6)
     other = values + np.where(np.arange(30) < 27, 0.01, -0.4) + np.arange(30) / 1e5
     runs = [scored("adaptive", values, [None] * 30), scored("dice", other, [None] * 30)]
@@ -74,7 +74,7 @@ def test_a_mean_against_most_cases_is_said_to_disagree():
     )
 
 
-def test_one_image_or_equal_runs_show_no_difference():
+def test_conclusion_shows_no_difference_for_one_image_or_equal_runs():
     for values in ([0.5], [0.5] * 9):
         runs = [scored(name, values, [None] * len(values)) for name in ("adaptive", "dice")]
         (sentence,) = conclusions(compare(runs, "adaptive"), {"dice": "dice"})
@@ -83,15 +83,15 @@ def test_one_image_or_equal_runs_show_no_difference():
 
 
 @pytest.mark.parametrize(("patients", "enough"), [(6, False), (7, True)])
-def test_too_few_patients_for_any_significance_are_said(patients, enough):
-    """Wilcoxon's smallest p is 2 / 2^n, and two arms are compared: 0.0625 or 0.031."""
-    (sentence,), _ = said(0.05, 0.05, groups=[f"p{i % patients}" for i in range(40)])
+def test_conclusion_reports_too_few_patients_for_significance(patients, enough):
+    """Wilcoxon's smallest p is 2 / 2^n: adjusted for two arms, 0.0625 or 0.031."""
+    (sentence,), _ = conclusions_for(0.05, 0.05, groups=[f"p{i % patients}" for i in range(40)])
     assert ("was better than the Dice loss" in sentence) == enough
     few = "; 6 patients are too few for an adjusted p below 0.05 in 2 comparisons."
     assert sentence.endswith(few) == (not enough)
 
 
-def test_each_label_has_a_sentence():
+def test_each_label_has_a_conclusion():
     arms = [
         RunScores(**vars(one))
         for label, gain in (("left", 0.05), ("right", 0.0))
@@ -102,8 +102,8 @@ def test_each_label_has_a_sentence():
     assert right.startswith("right: no difference between")
 
 
-def test_tables_hold_the_sentence_below_the_differences():
-    sentences, arms = said(0.05, 0.0)
+def test_tables_show_the_conclusion_below_the_differences():
+    sentences, arms = conclusions_for(0.05, 0.0)
     evaluation = Evaluation(arms, compare(arms, "adaptive"), conclusions=sentences)
     part = markdown(summary(evaluation)).split("## Dice against adaptive")[1].split("##")[0]
     assert sentences[0] in part.splitlines()
@@ -120,7 +120,7 @@ def configs(**arms):
     }
 
 
-def test_roles_are_found_by_settings_and_need_equal_others():
+def test_control_arms_are_recognised_by_their_settings():
     given = configs(a=("adaptive", []), b=("dice", []), c=("permuted", []))
     arms = arms_of(given)
     assert roles_of(given, arms, "a") == {"dice": "b", "permuted": "c"}

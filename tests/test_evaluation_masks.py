@@ -1,4 +1,4 @@
-"""Masks that other tools have written, scored as networks are."""
+"""`polyseg evaluate --predictions`: masks written by other tools."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def rows_of(folder):
 
 @pytest.fixture
 def exported(tiny, tmp_path, polyseg):
-    """Train on a set, export masks of all its images, and score the run itself."""
+    """Return a function that trains on a set, exports masks of its images, and scores the run."""
 
     def make(kind):
         write, overrides = SETS[kind]
@@ -52,7 +52,7 @@ def exported(tiny, tmp_path, polyseg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["non-square", "rotated", "tiled", "anisotropic"])
-def test_exported_masks_have_the_metrics_of_the_run_to_the_digit(kind, exported, tmp_path, polyseg):
+def test_exported_masks_have_exactly_the_metrics_of_the_run(kind, exported, tmp_path, polyseg):
     data, masks, own, sets, _ = exported(kind)
     out = tmp_path / "out"
     answer = polyseg("evaluate", "--predictions", masks, "--data", data, *sets, "--out", out)
@@ -70,7 +70,7 @@ def test_exported_masks_have_the_metrics_of_the_run_to_the_digit(kind, exported,
     assert (out / "comparison.png").is_file() and (out / "predictions_worst.png").is_file()
 
 
-def test_labels_are_read_from_label_maps_and_from_a_folder_for_each(exported, tmp_path, polyseg):
+def test_labels_are_read_from_label_maps_and_separate_folders(exported, tmp_path, polyseg):
     data, masks, _, sets, _ = exported("labelled")
     for i in range(10):
         labels = np.asarray(Image.open(masks / f"{i}.png"))
@@ -99,7 +99,7 @@ def test_labels_are_read_from_label_maps_and_from_a_folder_for_each(exported, tm
         assert float(row["dice"]) == pytest.approx(dice, abs=1e-8)
 
 
-def test_masks_are_compared_with_runs_and_reported(exported, tmp_path, polyseg):
+def test_masks_can_be_compared_with_runs_and_reported(exported, tmp_path, polyseg):
     _, masks, _, _, run = exported("anisotropic")
     answer = polyseg(
         *("evaluate", run, "--predictions", masks, "--name", "nnunet", "--split", "all"),
@@ -116,7 +116,7 @@ def test_masks_are_compared_with_runs_and_reported(exported, tmp_path, polyseg):
     assert "nnunet against run" in page.read_text()
 
 
-def test_missing_extra_and_unfit_masks_are_named(exported, tmp_path, polyseg):
+def test_missing_extra_and_wrong_size_masks_are_named(exported, tmp_path, polyseg):
     data, masks, *_ = exported("non-square")
     asked = ("evaluate", "--predictions", masks, "--data", data, "--no-figures")
     (masks / "3.png").rename(masks / "other.png")
@@ -170,7 +170,7 @@ def test_volumes_of_masks_are_read_slice_by_slice(exported, tmp_path, polyseg):
 
 @pytest.fixture
 def with_metadata():
-    """Let MONAI keep where images lie, which polyseg switches off for its own networks."""
+    """Enable MONAI's metadata tracking, which polyseg disables for its own networks."""
     from monai.data import get_track_meta, set_track_meta
 
     before = get_track_meta()
@@ -189,10 +189,8 @@ def with_metadata():
         ("anisotropic", ".nii.gz", True),
     ],
 )
-def test_masks_that_monai_has_written_are_scored(
-    kind, extension, flat, tmp_path, polyseg, with_metadata
-):
-    """By MONAI's own names: ID/ID_trans by default, or ID_seg."""
+def test_masks_written_by_monai_are_scored(kind, extension, flat, tmp_path, polyseg, with_metadata):
+    """MONAI names its files ID/ID_trans by default, or ID_seg."""
     from monai.inferers import SlidingWindowInferer
     from monai.transforms import EnsureChannelFirst, LoadImage, SaveImage
 
@@ -240,14 +238,14 @@ def masks_named(folder, *patterns, cases=("1", "11", "12")):
 
 
 @pytest.mark.parametrize("pattern", ["ID_pred", "seg-ID", "ID/mask", "out/ID", "ID/ID_0000"])
-def test_any_one_pattern_of_names_is_found(pattern, tmp_path, polyseg):
+def test_common_pattern_of_mask_names_is_found(pattern, tmp_path, polyseg):
     answer = polyseg(*masks_named(tmp_path, pattern), "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert f"the files named {pattern}" in " ".join(answer.err.split())
     assert [float(row["dice"]) for row in rows_of(tmp_path / "out")] == [1, 1, 1]
 
 
-def test_several_masks_for_each_image_are_an_error_unless_one_has_the_name(tmp_path, polyseg):
+def test_several_masks_for_an_image_need_one_with_its_exact_name(tmp_path, polyseg):
     asked = masks_named(tmp_path, "ID_a", "ID/b")
     answer = polyseg(*asked, "--out", tmp_path / "out")
     assert answer.code == 2
@@ -257,7 +255,7 @@ def test_several_masks_for_each_image_are_an_error_unless_one_has_the_name(tmp_p
     assert answer.code == 0 and "6 files" in answer.err
 
 
-def test_a_pattern_that_misses_an_image_is_an_error(tmp_path, polyseg):
+def test_pattern_that_misses_an_image_is_an_error(tmp_path, polyseg):
     asked = masks_named(tmp_path, "ID_seg")
     (tmp_path / "tool/11_seg.png").unlink()
     answer = polyseg(*asked, "--out", tmp_path / "out")

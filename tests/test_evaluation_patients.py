@@ -1,4 +1,4 @@
-"""Means, intervals and tests by patient, spreads over folds, and the place of a comparison."""
+"""Means, intervals and tests by patient, spreads over folds, and the folder of a comparison."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from tests.test_train import run_of
 
 
 def slices(seed, patients=14, most=9):
-    """Return two metrics and the patient of each of some images, a few undefined."""
+    """Return two metrics, with some undefined values, and the patient of each image."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, most, patients)
     groups = [f"p{k}" for k, count in enumerate(counts) for _ in range(count)]
@@ -44,7 +44,7 @@ def scored(name, values, groups, **more):
 
 
 def means_by_patient(values, groups):
-    """Return the means of the patients by plain loops, those without a value left out."""
+    """Return the means of patients with at least one value, by plain loops."""
     found = []
     for name in dict.fromkeys(groups):
         own = [v for v, g in zip(values, groups, strict=True) if g == name and not np.isnan(v)]
@@ -53,7 +53,7 @@ def means_by_patient(values, groups):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_means_and_tests_by_patient_equal_numpy_over_patient_means(seed):
+def test_means_and_tests_by_patient_equal_numpy_and_scipy(seed):
     first, second, groups = slices(seed)
     run = scored("b", second, groups)
     by_patient = means_by_patient(second, groups)
@@ -71,7 +71,7 @@ def test_means_and_tests_by_patient_equal_numpy_over_patient_means(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_by_patient_equal_a_cluster_bootstrap(seed):
-    """Whole patients are drawn with all their images, and a patient's mean counts once."""
+    """Patients are resampled with all their images, and each mean counts once."""
     _, second, groups = slices(seed, patients=40)
     names = list(dict.fromkeys(groups))
     images = {name: [v for v, g in zip(second, groups, strict=True) if g == name] for name in names}
@@ -89,19 +89,19 @@ def test_intervals_by_patient_equal_a_cluster_bootstrap(seed):
     assert by_image == mean_interval(second)
 
 
-def test_images_without_a_group_are_cases_of_their_own():
+def test_image_without_a_group_counts_as_one_patient():
     values, groups = [0.2, 0.4, 0.8, 0.9], ["a", "a", None, None]
     assert group_means(values, groups) == pytest.approx([0.3, 0.8, 0.9])
     assert scored("a", values, groups).patients == 3
     assert scored("a", values, [None] * 4).patients is None
     found = paired_difference([0.1] * 4, values, groups=groups)
     assert (found.patients, found.images) == (3, 4)
-    # Opposite differences of a patient cancel without a remainder of rounding.
+    # Opposite differences of a patient cancel exactly, without rounding error.
     found = paired_difference([0.1, 0.3, 0.5], [0.2, 0.2, 0.6], groups=["a", "a", "b"])
     assert (found.better, found.equal) == (1, 1)
 
 
-def test_tables_say_how_many_patients_and_images():
+def test_tables_state_the_numbers_of_patients_and_images():
     first, second, groups = slices(0)
     runs = [scored("a", first, groups), scored("b", second, groups)]
     evaluation = Evaluation(runs, compare(runs, "a"))
@@ -121,7 +121,7 @@ def test_tables_say_how_many_patients_and_images():
     assert "if each image is an independent case" in comparison.notes[0]
 
 
-def test_an_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
+def test_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
     first, second, groups = slices(1, patients=20)
     names = list(dict.fromkeys(groups))
     members = []
@@ -154,7 +154,7 @@ def test_an_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
         assert said in notes
 
 
-def test_volumes_and_patterns_give_the_patients(tiny, tmp_path, monkeypatch):
+def test_slices_of_a_volume_are_one_patient(tiny, tmp_path, monkeypatch):
     write_volumes(tmp_path / "set")
     data = f"data.path={tmp_path / 'set'}"
     runs = [
@@ -180,8 +180,8 @@ def test_volumes_and_patterns_give_the_patients(tiny, tmp_path, monkeypatch):
     assert record["by"] == "image" and record["runs"][0]["patients"] is None
 
 
-def test_patients_of_a_manifest_are_the_cases_of_runs_and_comparisons(tiny, tmp_path, polyseg):
-    """From the column "group" to the split, the own test of a run, and the tables."""
+def test_patients_of_a_manifest_are_used_in_runs_and_comparisons(tiny, tmp_path, polyseg):
+    """The column "group" decides the split, the test of a run, and the tables."""
     write_pictures(tmp_path / "set")
     names = sorted(path.stem for path in (tmp_path / "set/images").iterdir())
     patient = {name: f"patient {k // 2}" for k, name in enumerate(names)}
@@ -210,7 +210,7 @@ def test_patients_of_a_manifest_are_the_cases_of_runs_and_comparisons(tiny, tmp_
         assert {row["id"]: row["group"] for row in csv.DictReader(file)} == patient
 
 
-def test_a_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):
+def test_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):
     runs = [finished("a").path, finished("b").path, finished("c").path]
     asked = ("evaluate", *runs[:2], "--baseline", "a", "--no-figures", "--quiet")
     assert polyseg(*asked).code == 0
@@ -220,14 +220,14 @@ def test_a_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):
     answer = polyseg("report", *runs[:2], "--out", page)
     assert answer.code == 0 and folder.name in " ".join(answer.err.split()).replace(" ", "")
     assert "b against a" in page.read_text()
-    # That of other runs, or a damaged one, is left alone.
+    # A comparison of other runs, or a damaged one, is ignored.
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/summary.json").write_text("{")
     assert polyseg("report", *runs, "--out", page, "--overwrite").code == 0
     assert "b against a" not in page.read_text()
 
 
-def test_the_documented_error_rates_are_those_of_the_simulation():
+def test_documented_error_rates_equal_the_simulation():
     text = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
     for row in correlated_slices.rows():
         assert f"| {' | '.join(row[:3])} |" in text

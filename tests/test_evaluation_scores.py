@@ -1,4 +1,4 @@
-"""What an evaluation makes of metrics: means, arms, comparisons, thirds, failures."""
+"""Summaries of metrics: means, arms, comparisons, terciles, failures."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_default_threshold_is_one_half():
     assert found.predicted_pixels == 2 and found.mask_pixels == 1
 
 
-def test_means_leave_out_and_count_what_is_undefined():
+def test_means_exclude_and_count_undefined_values():
     probability = np.array([[0.9, 0.2], [0.1, 0.4]])
     run = RunScores(
         "run",
@@ -59,7 +59,7 @@ def test_means_leave_out_and_count_what_is_undefined():
     assert run.counts() == {"images": 3, "both empty": 1, "mask empty": 0, "prediction empty": 1}
 
 
-def test_an_arm_keeps_the_spread_of_seeds_apart_from_that_of_images():
+def test_arm_separates_spread_over_seeds_from_spread_over_images():
     table = np.array([[0.9, 0.5, 0.7], [0.8, 0.6, 0.4]])
     arm = pool("arm", [run_of(f"s{i}", row, seed=i) for i, row in enumerate(table)])
     assert arm.column("dice") == pytest.approx(table.mean(axis=0))
@@ -68,7 +68,7 @@ def test_an_arm_keeps_the_spread_of_seeds_apart_from_that_of_images():
     assert math.isnan(arm.members[0].seed_deviation("dice"))
 
 
-def test_folds_of_an_arm_add_up_to_all_images():
+def test_folds_of_an_arm_cover_all_images():
     folds = [
         run_of("f0", [0.9, 0.8], ["a", "b"], seed=0, fold=0),
         run_of("f1", [0.5], ["c"], seed=0, fold=1),
@@ -76,7 +76,7 @@ def test_folds_of_an_arm_add_up_to_all_images():
     arm = pool("arm", folds)
     assert [image.id for image in arm.scores] == ["a", "b", "c"]
     assert arm.column("dice").tolist() == [0.9, 0.8, 0.5]
-    # Folds differ by their images: of seeds they tell nothing.
+    # Folds differ by their images, so they show no spread over seeds.
     assert math.isnan(arm.seed_deviation("dice"))
     again = [
         replace(run, seed=1, scores=[scored(one.id, 0.6) for one in run.scores]) for run in folds
@@ -88,7 +88,7 @@ def test_folds_of_an_arm_add_up_to_all_images():
     assert math.isnan(uneven.seed_deviation("dice"))
 
 
-def test_a_comparison_is_paired_by_image_not_by_order():
+def test_comparison_is_paired_by_image_id():
     rng = np.random.default_rng(0)
     base, other, third = rng.random((3, 12))
     ids = [f"im{i}" for i in range(12)]
@@ -108,7 +108,7 @@ def test_a_comparison_is_paired_by_image_not_by_order():
 
 
 def test_arms_are_compared_over_images_and_over_seeds():
-    """Equal seeds are paired, in whatever order they come."""
+    """Equal seeds are paired in any order."""
     rng = np.random.default_rng(2)
     first, second = rng.random((2, 3, 15))
     arms = [
@@ -125,7 +125,7 @@ def test_arms_are_compared_over_images_and_over_seeds():
 
 
 def test_equal_arms_are_rarely_significant():
-    """Over the images alone they would: each seed lifts all of an arm's images a little."""
+    """Each seed shifts all images of an arm, so a test over images alone would be significant."""
     rng = np.random.default_rng(3)
     rejected, by_images = 0, 0
     for _ in range(60):
@@ -141,7 +141,7 @@ def test_equal_arms_are_rarely_significant():
     assert rejected <= 8 < by_images
 
 
-def test_labels_are_compared_within_themselves():
+def test_each_label_is_compared_separately():
     runs = [
         run_of(name, [shift + 0.1 * i for i in range(5)], label=label)
         for name, label, shift in (
@@ -154,7 +154,7 @@ def test_labels_are_compared_within_themselves():
         compare(runs, "c")
 
 
-def test_thirds_by_size_leave_out_images_without_foreground():
+def test_terciles_by_size_exclude_images_without_foreground():
     sizes = [0, 5, 1, 3, 9, 7, 2]
     images = [scored(f"im{size}", size / 10, size=size) for size in sizes]
     found = list(strata(RunScores("run", images)))
@@ -164,14 +164,14 @@ def test_thirds_by_size_leave_out_images_without_foreground():
     assert [one.means["dice"] for one in found] == pytest.approx([0.15, 0.4, 0.8])
 
 
-def test_thirds_by_difficulty_use_the_given_difficulties():
+def test_terciles_by_difficulty_use_the_given_difficulties():
     run = run_of("run", [0.1, 0.2, 0.3, 0.4])
     found = [one for one in strata(run, [3.0, 2.0, math.nan, 1.0]) if one.by == "difficulty"]
     assert [(one.name, one.images) for one in found] == [("easy", 1), ("medium", 1), ("hard", 1)]
     assert [one.means["dice"] for one in found] == pytest.approx([0.4, 0.2, 0.1])
 
 
-def test_failures_found_against_scikit_learn():
+def test_failure_detection_equals_scikit_learn():
     rng = np.random.default_rng(1)
     dice = rng.random(30)
     unsure = 1 - dice + 0.5 * rng.random(30)
@@ -190,8 +190,8 @@ def test_failures_found_against_scikit_learn():
     assert found.excess_aurc == pytest.approx((selective - best).mean())
 
 
-def test_seeds_that_only_one_arm_has_are_left_out_of_a_comparison():
-    """An arm's lucky seed would else look like the arm."""
+def test_comparison_excludes_seeds_of_only_one_arm():
+    """Otherwise one good seed of an arm would change its mean."""
     rng = np.random.default_rng(4)
     first, lucky = rng.random(20) / 2, 0.5 + rng.random(20) / 2
     a = pool("a", [run_of("a0", first, seed=0), run_of("a1", lucky, seed=1)])

@@ -1,4 +1,4 @@
-"""Metrics at the size of the images' files, against computations by hand with other libraries."""
+"""Metrics at the original size of images, against computations with other libraries."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def write_pictures(folder, *, exif=False, labelled=False):
             tags = picture.getexif()
             tags[0x112] = 6
             picture.save(folder / f"images/{i}.jpg", exif=tags, quality=100)
-            mask = np.rot90(mask, -1)  # As the turned image is shown.
+            mask = np.rot90(mask, -1)  # The mask has the orientation of the displayed image.
         else:
             picture.save(folder / f"images/{i}.png")
         if labelled:
@@ -80,19 +80,19 @@ SETS = {
 
 
 def by_hand(model, folder, identity, values):
-    """Return probabilities (K, H, W), masks (K, H, W) and spacing, without polyseg's own reading.
+    """Return probabilities (K, H, W), masks (K, H, W) and spacing, read without polyseg.
 
     Args:
         model: the network.
-        folder: of the data set.
-        identity: of the image.
-        values: of the labels, None for any value above 0.
+        folder: folder of the data set.
+        identity: id of the image.
+        values: mask values of the labels; None for any value above 0.
     """
     stem, _, number = identity.partition("#")
     (path,) = (folder / "images").glob(f"{stem}.*")
     (of_mask,) = (folder / "masks").glob(f"{stem}.*")
     if path.suffix == ".gz":
-        # As radiologists see it: turned so that rows run along the second axis, from front to back.
+        # Radiological display: rows run along the second axis, from front to back.
         pixels, labels = (
             np.asarray(nibabel.load(one).dataobj)[:, :, int(number)] for one in (path, of_mask)
         )
@@ -130,7 +130,7 @@ def by_hand(model, folder, identity, values):
 
 
 @pytest.mark.parametrize("kind", SETS)
-def test_metrics_at_the_original_size_equal_those_by_hand(kind, tiny, tmp_path, polyseg):
+def test_metrics_at_original_size_equal_an_independent_computation(kind, tiny, tmp_path, polyseg):
     write, overrides = SETS[kind]
     write(tmp_path / "set")
     run = run_of(tiny("run", f"data.path={tmp_path / 'set'}", "loss.name=dice", *overrides)).path
@@ -145,7 +145,7 @@ def test_metrics_at_the_original_size_equal_those_by_hand(kind, tiny, tmp_path, 
     assert {row["at"] for row in rows} == {"original"}
     dice = {(row["id"], row.get("label")): float(row["dice"]) for row in rows}
     for row in own:
-        # Passes of other batches round differently.
+        # Passes in other batch sizes round differently.
         assert float(row["dice"]) == pytest.approx(dice[row["id"], row.get("label")], abs=1e-3)
     for row in rows:
         labels = ["left", "right"] if kind == "labelled" else [""]
@@ -169,7 +169,7 @@ def test_metrics_at_the_original_size_equal_those_by_hand(kind, tiny, tmp_path, 
         assert summary["unit"] == "mm"
 
 
-def test_the_mean_over_passes_and_the_threshold_are_of_the_original_size(tiny, tmp_path, polyseg):
+def test_mean_over_passes_and_threshold_apply_at_original_size(tiny, tmp_path, polyseg):
     write_pictures(tmp_path / "set")
     run = run_of(tiny("run", f"data.path={tmp_path / 'set'}", "loss.name=dice")).path
     asked = ("--threshold", "val", "--uncertainty", "--samples", "3", "--corrupt", "noise")
@@ -222,7 +222,7 @@ def test_metrics_of_different_sizes_are_not_compared():
     refuse_other_sizes([old, files[1]])
 
 
-def test_a_report_of_runs_tested_at_different_sizes_is_refused(tiny, tmp_path, polyseg):
+def test_report_of_runs_tested_at_different_sizes_is_refused(tiny, tmp_path, polyseg):
     old = shutil.copytree(HELD, tmp_path / "old")
     new = run_of(tiny("new", "loss.name=dice")).path
     answer = polyseg("report", old, new, "--out", tmp_path / "report.html")

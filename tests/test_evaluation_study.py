@@ -1,4 +1,4 @@
-"""The analysis of a study on made-up rows, against SciPy, plain loops and counts by hand."""
+"""Analysis of a study on generated rows, against SciPy, plain loops and counts by hand."""
 
 import doctest
 import itertools
@@ -57,7 +57,7 @@ def test_rows_are_read_with_groups_and_failures():
         (run_row("a", 0, 0, "uniform", {"x": 0.5}), "line 2: repeats a run"),
     ],
 )
-def test_lines_that_are_no_rows_are_named(line, said):
+def test_invalid_lines_are_named(line, said):
     with pytest.raises(ValueError, match=said):
         analysis.read([run_row("a", 0, 0, "uniform", {"x": 0.5}), line])
 
@@ -71,7 +71,7 @@ def test_mean_test_dice_is_over_groups():
 def test_runs_without_a_row_are_counted_as_missing():
     lines = [run_row("a", 0, 0, arm, constant(0.5)) for arm in ("uniform", "oracle-0.3")]
     study = analysis.read(lines)
-    # Gate B: 3 folds of uniform, 2 donors, 2 oracles, 6 permuted arms; two runs are there.
+    # Gate B: 3 folds of uniform, 2 donors, 2 oracles, 6 permuted arms; two runs have a row.
     assert analysis.missing(study, "a") == 3 * (1 + 2 + 2 + 6) - 2
     lines += [run_row("a", 0, 0, "dice", constant(0.5))]
     assert analysis.missing(analysis.read(lines), "a") == 31 + 5 * 10 - 1
@@ -81,7 +81,7 @@ def test_runs_without_a_row_are_counted_as_missing():
 
 
 def measured(seeds=2, images=40):
-    """Return a study with one measure that follows the error, and one of the size."""
+    """Return a study with one measure that follows the error and one that follows the size."""
     rng = np.random.default_rng(0)
     ids = [f"i{k}" for k in range(images)]
     error = rng.uniform(0, 1, (seeds, images)).round(5)
@@ -124,7 +124,7 @@ def test_validity_equals_scipy_and_regression_of_ranks():
     assert by_size.between_seeds[0] == pytest.approx(1)
 
 
-def test_intervals_of_validity_draw_whole_groups():
+def test_intervals_of_validity_resample_whole_groups():
     study, d, error, _ = measured(seeds=1, images=60)
     groups = {f"i{k}": f"p{k // 3}" for k in range(60)}
     (entropy, _) = analysis.validity(replace(study, groups={"a": groups}))
@@ -144,7 +144,7 @@ def test_donors_of_other_seeds_are_not_used():
     assert [one.seeds for one in analysis.validity(alone, resamples=5)] == [1, 1]
 
 
-def test_measures_without_both_donors_are_left_out_and_named():
+def test_measures_without_both_donors_are_excluded_and_named():
     study, *_ = measured(seeds=2)
     runs = [run for run in study.runs if (run.seed, run.arm) != (1, "donor-1")]
     text = analysis.tables(replace(study, runs=runs))
@@ -171,7 +171,7 @@ def oracle_rows(oracle, uniform, permuted, folds=3, sensitivity="1"):
         ((0.6, 0.6, 0.6), (0.5, 0.5, 0.5), (0.5, 0.61, 0.4), "no evidence that placement can"),
     ],
 )
-def test_the_oracle_has_to_exceed_both_in_all_three_folds(oracle, uniform, permuted, said):
+def test_oracle_must_exceed_uniform_and_permuted_in_all_folds(oracle, uniform, permuted, said):
     study = analysis.read(oracle_rows(oracle, uniform, permuted))
     (found,) = analysis.oracles(study)
     for fold in range(3):
@@ -180,7 +180,7 @@ def test_the_oracle_has_to_exceed_both_in_all_three_folds(oracle, uniform, permu
     assert said in analysis.verdicts([found])["a"]
 
 
-def test_a_set_with_missing_folds_has_no_verdict():
+def test_set_with_missing_folds_has_no_verdict():
     rows = list(oracle_rows((0.6,) * 3, (0.5,) * 3, (0.5,) * 3))
     study = analysis.read(rows[:-1])  # A permuted arm of the last fold is missing.
     (found,) = analysis.oracles(study)
@@ -192,7 +192,7 @@ def test_a_set_with_missing_folds_has_no_verdict():
 
 
 def arm_rows(gain, sets=5, seed=0):
-    """Return rows of the contrasts' arms: `chosen` is better by `gain` of its set."""
+    """Return rows of all contrast arms, in which `chosen` is better by the `gain` of its set."""
     study = analysis.simulated(seed, sets)
     for run in study.runs:
         k = int(run.set[-1])
@@ -240,7 +240,7 @@ def test_one_fold_allows_no_claim():
     assert not any(analysis.claims(found).values())
 
 
-def test_uniform_rows_of_gate_b_stand_in_where_epsilon_0_is_missing():
+def test_uniform_rows_of_gate_b_replace_missing_epsilon_0_rows():
     study = study_of([0.1] * 5)
     renamed = [
         replace(run, arm="uniform") if run.arm == "epsilon-0" and run.fold < 3 else run
@@ -268,12 +268,12 @@ def test_arms_tested_on_other_images_are_refused():
         ([0.0] * 5, ""),
     ],
 )
-def test_a_claim_needs_three_significant_sets_and_four_of_one_sign(gain, word):
+def test_claim_needs_three_significant_sets_and_four_of_one_sign(gain, word):
     found = analysis.contrasts(study_of(gain), resamples=1)
     assert analysis.claims(found) == dict.fromkeys(analysis.CONTRASTS, word)
 
 
-def test_shuffling_keeps_each_fold_and_moves_labels_only():
+def test_shuffling_permutes_labels_within_each_fold():
     study = study_of([0.3] * 5)
     moved = analysis.shuffled(study, 1)
     for key in {(run.set, run.fold) for run in study.runs}:
@@ -284,7 +284,7 @@ def test_shuffling_keeps_each_fold_and_moves_labels_only():
         assert set(before) == set(after)
         assert sorted(map(str, before.values())) == sorted(map(str, after.values()))
     assert [run.arm for run in moved.runs] != [run.arm for run in study.runs]
-    # A true difference is gone: labels within a fold say nothing.
+    # A true difference is removed, because labels within a fold are random.
     assert not any(analysis.claims(analysis.contrasts(moved, resamples=1)).values())
 
 
@@ -299,7 +299,7 @@ def test_shuffled_arms_make_few_claims():
 # Tables
 
 
-def test_the_script_prints_all_tables(tmp_path):
+def test_script_prints_all_tables(tmp_path):
     study, *_ = measured(images=20)
     lines = list(oracle_rows((0.6,) * 3, (0.5,) * 3, (0.5,) * 3))
     runs = [*study_of([0.3] * 5).runs, *(replace(run, set="b") for run in study.runs)]
@@ -334,7 +334,7 @@ def test_the_script_prints_all_tables(tmp_path):
 
 
 def test_results_page_has_the_tables_of_the_committed_rows():
-    """`python examples/study_analysis.py docs/study.jsonl --page docs/results.md` writes them."""
+    """To update: `python examples/study_analysis.py docs/study.jsonl --page docs/results.md`"""
     docs = SCRIPT.parent.parent / "docs"
     study = analysis.read((docs / "study.jsonl").read_text().splitlines())
     page = (docs / "results.md").read_text()
@@ -349,7 +349,7 @@ def test_results_page_has_the_tables_of_the_committed_rows():
         (run_row("a", 0, 0, "dice", {"x": 0.5}), ["--trial", "5"], "has no pairs of arms"),
     ],
 )
-def test_rows_that_cannot_be_used_are_an_error_of_one_line(text, more, said, tmp_path):
+def test_unusable_rows_give_an_error_of_one_line(text, more, said, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text + "\n")
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "rows.jsonl", *more],

@@ -1,4 +1,4 @@
-"""An evaluation written down: every table, file and mark against what it was made from."""
+"""Tables and files of an evaluation against the values they were made from."""
 
 import csv
 import io
@@ -47,7 +47,7 @@ def runs():
 
 @pytest.fixture
 def compared():
-    """Twelve images, on all of which the second run is better."""
+    """Return two runs on twelve images, with the second run better on all of them."""
     cases = [case(seed) for seed in range(12)]
     worse = [image_scores(f"im{i}", *one) for i, one in enumerate(cases)]
     better = [
@@ -58,14 +58,14 @@ def compared():
     return Evaluation(found, compare(found, "plain"))
 
 
-def test_what_is_empty_or_undefined_is_said(runs):
+def test_notes_report_empty_masks_and_undefined_metrics(runs):
     assert sheets(summary(Evaluation(runs)))[0].notes[1:] == [
         "b|50%: of 3 images 1 with both empty, 1 with prediction empty.",
         "b|50%: left out as undefined: Sensitivity of 1, AUC-ROC of 1, AP of 1.",
     ]
 
 
-def test_the_csv_holds_every_value(runs):
+def test_csv_holds_every_value(runs):
     rows = list(csv.DictReader(io.StringIO(per_image_csv(runs))))
     assert len(rows) == 7 and "label" not in rows[0]
     for row, image in zip(rows, [image for run in runs for image in run.scores], strict=True):
@@ -75,7 +75,7 @@ def test_the_csv_holds_every_value(runs):
             np.testing.assert_allclose(value, image.values[metric.name], rtol=1e-8)
 
 
-def test_the_csv_of_an_arm_holds_its_runs(runs):
+def test_csv_of_an_arm_holds_its_runs(runs):
     runs = [replace(run, seed=seed) for seed, run in enumerate(runs)]
     found, alone = (
         list(csv.DictReader(io.StringIO(per_image_csv(one)))) for one in ([pool("arm", runs)], runs)
@@ -86,7 +86,7 @@ def test_the_csv_of_an_arm_holds_its_runs(runs):
     assert found == alone
 
 
-def test_the_summary_is_plain_json(runs):
+def test_summary_is_plain_json(runs):
     record = json.loads(json.dumps(summary(Evaluation(runs))), parse_constant=pytest.fail)
     metrics = record["runs"][0]["metrics"]
     assert set(metrics) == set(record["metrics"]) == set(METRICS)
@@ -97,7 +97,7 @@ def test_the_summary_is_plain_json(runs):
     assert record["runs"][1]["metrics"]["sensitivity"]["n"] == 2
 
 
-def test_tables_have_a_row_a_metric_and_keep_their_columns(runs):
+def test_tables_have_one_row_per_metric_and_escaped_names(runs):
     lines = markdown(summary(Evaluation(runs))).splitlines()
     table = [line for line in lines if line.startswith("|")][: 2 + len(METRICS)]
     assert {line.replace("\\|", "").count("|") for line in table} == {4}
@@ -108,7 +108,7 @@ def test_tables_have_a_row_a_metric_and_keep_their_columns(runs):
     assert r"a\_run" in body[0] and r"b\textbar{}50\%" in body[0]
 
 
-def test_the_best_is_bold_and_what_differs_is_marked(compared):
+def test_best_value_is_bold_and_significant_difference_is_marked(compared):
     assert compared.runs[1].mean("dice") > compared.runs[0].mean("dice")
     rows = {row[0].text: row for row in sheets(summary(compared))[0].rows}
     assert [cell.best for cell in rows["Dice"]] == [False, False, True]
@@ -124,13 +124,13 @@ def test_the_best_is_bold_and_what_differs_is_marked(compared):
     )
 
 
-def test_equal_means_are_not_marked_best(runs):
+def test_equal_means_are_not_marked_as_best(runs):
     twice = [runs[0], RunScores("again", runs[0].scores)]
     for row in sheets(summary(Evaluation(twice)))[0].rows:
         assert not any(cell.best for cell in row)
 
 
-def test_a_comparison_tells_difference_interval_and_counts(compared):
+def test_comparison_table_shows_difference_interval_and_counts(compared):
     sheet = next(
         one for one in sheets(summary(compared)) if one.title.startswith("new against plain")
     )
@@ -145,7 +145,7 @@ def test_a_comparison_tells_difference_interval_and_counts(compared):
     assert record["low"] == pytest.approx(found.interval.low)
 
 
-def test_damage_has_a_row_a_strength():
+def test_robustness_table_has_one_row_per_strength():
     points = [
         RobustnessPoint("run", "noise", strength, [image_scores("a", *case(strength))])
         for strength in (0, 1, 2)
@@ -158,7 +158,7 @@ def test_damage_has_a_row_a_strength():
     assert len(sheet.rows[0]) == len(sheet.heads) == 5
 
 
-def test_uncertainties_stand_beside_the_metrics():
+def test_csv_holds_uncertainties_beside_the_metrics():
     images = [
         image_scores(f"im{seed}", *case(seed), uncertainty={"entropy": 0.1 * seed})
         for seed in range(6)
@@ -172,7 +172,7 @@ def test_uncertainties_stand_beside_the_metrics():
     assert [float(row["entropy"]) for row in rows] == pytest.approx([0.1 * i for i in range(6)])
 
 
-def test_names_cannot_mark_up_a_table():
+def test_markup_in_names_is_escaped():
     hostile = "<script>x</script> **b** [l](http://e) a_b `c` \n\\input{/etc/passwd}"
     run = RunScores(hostile, [image_scores("im", *case(0))])
     text = markdown(summary(Evaluation([run])))

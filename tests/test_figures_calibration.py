@@ -1,4 +1,4 @@
-"""Figures of evaluations: what is drawn is what was given, and nothing overlaps."""
+"""Figures of evaluations: drawn values equal the given ones, and nothing overlaps."""
 
 import itertools
 
@@ -88,7 +88,7 @@ def own_lines(axes):
     return [line for line in axes.lines if line.get_marker() != "None"]
 
 
-def test_reliability_is_the_curve_and_its_counts():
+def test_reliability_diagram_shows_curve_and_counts():
     curves = reliability(3)
     (axes,) = diagram(curves).axes
     assert axes.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]]
@@ -104,14 +104,14 @@ def test_reliability_is_the_curve_and_its_counts():
     assert below.get_ylim()[1] > max(curve.count.max() for curve in curves)
 
 
-def test_the_legend_tells_the_errors():
+def test_reliability_legend_shows_the_errors():
     figure = reliability_diagram(["a", "b"], *[[np.array([0.5])] * 2] * 3, [0.25, np.nan])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["0.250  a", "–  b"]
     assert legend.get_title().get_text() == "ECE of all pixels"
 
 
-def test_many_runs_have_panels_of_their_own_with_the_others_in_gray():
+def test_each_of_many_runs_has_a_panel_with_the_others_in_gray():
     curves = reliability(6)
     panels = diagram(curves).axes
     assert len(panels) == 6
@@ -127,7 +127,7 @@ def test_many_runs_have_panels_of_their_own_with_the_others_in_gray():
         np.testing.assert_array_equal(others, expected)
 
 
-def test_risk_and_its_references():
+def test_risk_curves_show_values_and_reference_lines():
     pairs = risks(2)
     figure = curves_of(pairs)
     (axes,) = figure.axes
@@ -146,13 +146,13 @@ def test_risk_and_its_references():
     assert texts[2:] == ["all images, or random order", "best order"]
 
 
-def test_without_a_best_order_none_is_drawn_nor_named():
+def test_risk_curves_omit_a_missing_best_order():
     figure = curves_of(risks(1), best=False)
     assert not [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
     assert len(figure.legends[0].get_texts()) == 2
 
 
-def test_differences_are_points_and_bars_on_the_right_side():
+def test_differences_are_drawn_as_points_with_intervals():
     found = (np.array([0.5, -2.0]), np.array([0.2, -3.0]), np.array([0.7, -1.0]))
     intervals = {"Dice": found, "HD95": found}
     figure = forest(
@@ -175,7 +175,7 @@ def test_differences_are_points_and_bars_on_the_right_side():
     assert figure.legends[0].get_title().get_text().startswith("* p < 0.05")
 
 
-def test_stars_are_explained_only_where_there_are_any():
+def test_stars_are_explained_only_if_drawn():
     assert forest(2).legends[0].get_title().get_text() == ""
 
 
@@ -206,7 +206,7 @@ def to_rgba(colour):
     return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] + [1]
 
 
-def test_empty_outlines_are_noted():
+def test_empty_outlines_get_a_note():
     blank = np.zeros((24, 32), dtype=bool)
     given = case(mask=blank, predictions=[blank, ~blank], dice=[1.0, np.nan])
     figure = predictions([given], ["a", "b"], title="x")
@@ -215,7 +215,7 @@ def test_empty_outlines_are_noted():
     assert figure.axes[2].get_xlabel() == "Dice –"
 
 
-def test_a_prediction_and_a_dice_a_run():
+def test_predictions_need_one_mask_and_one_dice_per_run():
     for changes in ({"dice": [0.5]}, {"predictions": []}):
         with pytest.raises(ValueError):
             predictions([case(**changes)], ["a", "b"], title="x")
@@ -224,7 +224,7 @@ def test_a_prediction_and_a_dice_a_run():
 
 
 @pytest.mark.parametrize("name", ["a" * 22, "a" * 23, "a" * 90, LONG.format(7), "one two " * 5])
-def test_wrapped_names_keep_both_ends_in_two_short_lines(name):
+def test_long_names_are_wrapped_and_keep_both_ends(name):
     lines = wrapped(name).split("\n")
     assert len(lines) == (1 if len(name) <= 22 else 2)
     assert max(map(len, lines)) <= 26
@@ -270,7 +270,7 @@ def test_nothing_overlaps_or_is_cut(draw, runs):
 
 
 @pytest.mark.parametrize("name", ["comparison", "differences"])
-def test_rows_of_names_stay_apart(name):
+def test_row_labels_do_not_overlap(name):
     figure = FIGURES[name](12)
     figure.draw_without_rendering()
     for axes in figure.axes:
@@ -295,7 +295,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("draw", DEGENERATE.values(), ids=DEGENERATE.keys())
-def test_degenerate_values_are_quiet(draw, tmp_path):
+def test_degenerate_values_give_no_warning(draw, tmp_path):
     save_figure(draw(), tmp_path / "figure.png")
 
 

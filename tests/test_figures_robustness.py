@@ -1,4 +1,4 @@
-"""Curves of robustness: what is drawn is what was given."""
+"""Robustness curves: drawn values equal the given ones."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def titles(figure):
     return [axes.get_title() for axes in figure.axes]
 
 
-def test_a_panel_a_corruption_and_a_line_a_run():
+def test_each_corruption_has_a_panel_and_each_run_a_line():
     figure = robustness_curves(STRENGTHS, curves("noise", "blur", "jpeg", "gamma"))
     assert titles(figure) == ["noise", "blur", "jpeg", "gamma"]
     for axes in figure.axes:
@@ -43,7 +43,7 @@ def test_bands_are_bootstrap_intervals_of_the_mean():
         np.testing.assert_allclose(ends.max(), expected.high[strength], atol=0.004)
 
 
-def test_images_without_a_value_are_left_out_of_all_lines_and_counted():
+def test_images_with_undefined_values_are_excluded_and_counted():
     values = curves("noise", "blur")
     values["noise"]["run 1"] = values["noise"]["run 1"].copy()
     values["noise"]["run 1"][2, 3] = np.nan
@@ -64,23 +64,23 @@ def test_images_without_a_value_are_left_out_of_all_lines_and_counted():
     ],
     ids=["undefined", "no image", "one image", "many runs"],
 )
-def test_degenerate_values_are_quiet(values, tmp_path):
+def test_degenerate_values_give_no_warning(values, tmp_path):
     figure = robustness_curves(STRENGTHS, values)
     assert save_figure(figure, tmp_path / "a.png")[0].stat().st_size > 1000
 
 
-def test_one_strength_alone_is_drawn(tmp_path):
+def test_single_strength_is_drawn(tmp_path):
     figure = robustness_curves([3], {"noise": {"a": DICE[:1]}})
     save_figure(figure, tmp_path / "a.png")
     assert figure.axes[0].lines[0].get_xdata().tolist() == [3]
 
 
-def test_curves_of_many_runs_differ_in_style():
+def test_lines_of_many_runs_differ_in_style():
     axes = robustness_curves(STRENGTHS, curves("noise", runs=20)).axes[0]
     assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 20
 
 
-def test_width_and_equal_files(tmp_path):
+def test_width_follows_panels_and_equal_data_give_equal_files(tmp_path):
     figures = [robustness_curves(STRENGTHS, curves(*names)) for names in ("a", "abcde")]
     assert [figure.get_figwidth() for figure in figures] == [ONE_COLUMN, TWO_COLUMNS]
     contents = []

@@ -1,4 +1,4 @@
-"""The figures of schedules show the numbers that they were given, however odd."""
+"""Figures of schedules: drawn values equal the given ones, also in degenerate cases."""
 
 import math
 
@@ -22,7 +22,7 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).random(shape)
 
 
-def test_bands_are_quantiles_of_each_run():
+def test_epsilon_bands_show_quantiles_of_each_run():
     runs = {f"r{k}": (np.arange(1, 4), noise(3, 50, seed=k)) for k in range(3)}
     axes = epsilon_bands(runs).axes[0]
     for line, band, (_, epsilon) in zip(
@@ -37,12 +37,12 @@ def test_bands_are_quantiles_of_each_run():
     assert len({to_hex(line.get_color()) for line in axes.lines}) == 3
 
 
-def test_bands_of_runs_of_unequal_length_share_the_axis():
+def test_epsilon_bands_of_runs_of_different_length_share_the_axis():
     runs = {"short": (np.arange(1, 3), noise(2, 4)), "long": (np.arange(1, 9), noise(8, 5))}
     assert epsilon_bands(runs).axes[0].get_xlim()[1] > 8.5
 
 
-def test_the_map_puts_the_image_of_largest_difficulty_on_top():
+def test_epsilon_map_shows_the_most_difficult_image_on_top():
     epsilon, difficulty = noise(4, 6), noise(6, seed=1)
     figure = epsilon_map(
         np.arange(1, 5), epsilon, difficulty, limits=(-0.4, 1.0), assessed=[0, 2, 9]
@@ -58,12 +58,12 @@ def test_the_map_puts_the_image_of_largest_difficulty_on_top():
     assert top.get_xticks().tolist() == [0.5, 2.5]
 
 
-def test_the_colours_reach_what_lies_beyond_the_limits():
+def test_epsilon_map_extends_colours_beyond_the_limits():
     figure = epsilon_map(np.array([1]), np.array([[2.0, -0.5]]), np.arange(2.0), limits=(-0.4, 1))
     assert figure.axes[0].images[0].get_clim() == (-0.5, 2.0)
 
 
-def test_panels_show_every_image_and_tell_the_correlation():
+def test_difficulty_panels_show_every_image_and_the_correlation():
     panels = [Panel(e, noise(8, seed=e), noise(8, seed=e + 1), 0.25 - e) for e in range(1, 6)]
     figure = difficulty_panels(panels, metric="entropy")
     assert [axes.get_title() for axes in figure.axes][:2] == ["epoch 1: −0.75", "epoch 2: −1.75"]
@@ -73,19 +73,19 @@ def test_panels_show_every_image_and_tell_the_correlation():
     assert "8 images" in figure.get_suptitle()
 
 
-def test_a_panel_without_masks_is_empty_and_says_so():
+def test_difficulty_panel_without_masks_shows_a_note():
     panel = Panel(3, noise(4), np.full(4, math.nan), math.nan)
     assert difficulty_panels([panel], metric="variance").axes[0].get_title() == "epoch 3: –"
 
 
-def test_curves_hold_their_values_and_stay_in_sight():
+def test_rank_curves_show_all_values_within_the_axis():
     values = np.array([math.nan, -0.9, 0.3])
     axes = rank_curves([1, 2, 3], {"last assessment": values}).axes[0]
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), values)
     assert axes.get_ylim()[0] < -0.9 and axes.get_ylim()[1] > 1
 
 
-def test_validity_has_a_panel_a_partner_and_one_legend():
+def test_validity_figure_has_a_panel_per_reference_and_one_legend():
     scores = ("mutual_information", "entropy", "variance", "deterministic_entropy", "training_loss")
     panels = {
         title: {score: noise(4, seed=k) for k, score in enumerate(scores)}
@@ -118,15 +118,15 @@ def test_rows_of_the_epsilon_map_have_the_ids_of_their_images():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_no_panel_cuts_off_what_another_shows(order):
+def test_validity_panels_share_an_axis_that_holds_all_values(order):
     panels = {"low": {"a": np.array([-1.0, 1.0])}, "high": {"a": np.array([0.9, math.nan])}}
     figure = validity_curves([1, 2], dict(list(panels.items())[::order]))
     for axes in figure.axes:
         assert axes.get_ylim() == (-1.05, 1.05)
-        assert axes.lines[1].get_marker() != ""  # so that a value alone is seen
+        assert axes.lines[1].get_marker() != ""  # so that a single value is visible
 
 
-def test_equal_scores_are_all_seen():
+def test_equal_curves_have_markers_of_different_size():
     curves = {name: np.array([0.5, 0.6]) for name in "abcde"}
     lines = validity_curves([1, 2], {"with size": curves}).axes[0].lines[1:]
     sizes = [line.get_markersize() for line in lines]
@@ -143,7 +143,7 @@ def test_equal_scores_are_all_seen():
         lambda: validity_curves([0], {"a": {"b": np.array([math.nan])}}),
     ],
 )
-def test_least_cases_are_drawn_and_equal_files_come_of_equal_data(draw, tmp_path):
+def test_smallest_inputs_are_drawn_and_give_equal_files(draw, tmp_path):
     first = save_figure(draw(), tmp_path / "first")
     again = save_figure(draw(), tmp_path / "again")
     assert [path.suffix for path in first] == [".png", ".pdf"]

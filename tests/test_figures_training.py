@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what was given, degenerate inputs are quiet, equal files are equal."""
+"""Figures of training: drawn values equal the given ones, and equal data give equal files."""
 
 import math
 import subprocess
@@ -67,7 +67,7 @@ def show(*cases):
     return overlays(cases, metric="mutual_information", title="hard images")
 
 
-def test_several_figures_of_overlays_can_share_their_colours():
+def test_overlay_figures_can_share_colour_limits():
     for one in (case("first"), case("second")):
         figure = overlays([one], metric="variance", title="images", highest=0.25)
         assert figure.axes[3].images[0].get_clim() == (0, 0.25)
@@ -112,7 +112,7 @@ def test_degenerate_inputs_neither_crash_nor_warn(draw, tmp_path):
     save_figure(draw(), tmp_path / "figure.png")
 
 
-def test_loss_curves_are_the_data_and_shaded_where_the_sign_is_wrong():
+def test_loss_curves_show_values_and_shade_the_wrong_sign_region():
     given = {0.0: curve(0.0), 1.0: curve(1.0)}
     above = np.where(THETA > 1, 1.0, np.inf)
     axes = loss_curves(THETA, given, DICE, s=0.1, wrong_above=above).axes[0]
@@ -127,14 +127,14 @@ def test_loss_curves_are_the_data_and_shaded_where_the_sign_is_wrong():
     assert inside.tolist() == [True, False, False]
 
 
-def test_nothing_is_shaded_where_no_curve_goes():
+def test_loss_curves_have_no_shading_outside_the_wrong_sign_region():
     figure = loss_curves(
         THETA, {-0.4: curve(-0.4)}, DICE, s=0.1, wrong_above=2 * np.ones_like(THETA)
     )
     assert not figure.axes[0].collections
 
 
-def test_loss_curves_explain_themselves():
+def test_loss_curves_have_legend_title_and_labels():
     figure = loss_curves(
         THETA,
         {-0.4: curve(-0.4), 1.0: curve(1)},
@@ -159,7 +159,7 @@ def test_loss_curves_explain_themselves():
     ]
 
 
-def test_training_curves_are_the_data():
+def test_training_curves_show_the_history():
     rows = history(12)
     rows[3] = {**rows[3], "validation_dice": math.nan}
     del rows[5]["train_loss"]
@@ -179,7 +179,7 @@ def test_training_curves_compare_the_losses_at_one_epsilon():
     assert losses.get_ylabel() == "loss at constant ε"
     wanted = [row["train_loss_constant"] for row in rows]
     assert losses.lines[0].get_ydata().tolist() == wanted
-    # Runs of version 0.1 have no such column.
+    # Histories of version 0.1 have no such column.
     older = training_curves(history(12)).axes[0]
     assert older.get_ylabel() == "loss"
     assert older.lines[0].get_ydata().tolist() == [row["train_loss"] for row in history(12)]
@@ -201,14 +201,14 @@ def test_training_curves_mark_the_first_best_epoch():
     assert best.get_label() == "best Dice 0.700,\nepoch 2"
 
 
-def test_values_between_gaps_are_dots():
+def test_single_values_between_gaps_are_dots():
     values = [0.5, math.nan, 0.4, 0.3, math.nan, 0.2]
     rows = [{"epoch": epoch, "train_loss": value} for epoch, value in enumerate(values, 1)]
     line = training_curves(rows).axes[0].lines[0]
     assert (line.get_marker(), line.get_markevery().tolist()) == (".", [0, 5])
 
 
-def test_epsilon_bands_are_the_percentiles():
+def test_epsilon_bands_show_the_percentiles():
     epsilon = RANDOM.uniform(-0.4, 1, (5, 40))
     epsilon[2], epsilon[3, :7] = np.nan, np.nan
     axes = epsilon_quantiles(np.arange(1, 6), epsilon, limits=(-0.4, 1.0)).axes[0]
@@ -217,7 +217,7 @@ def test_epsilon_bands_are_the_percentiles():
         np.nanmedian(epsilon[3]), np.median(epsilon[4])], equal_nan=True)  # fmt: skip
     assert median.get_xdata()[:4].tolist() == [0.5, 1.5, 1.5, 2.5]
     for band, percentages in zip(axes.collections, ((25, 75), (5, 95)), strict=True):
-        before, after = (path.vertices for path in band.get_paths())  # the gap parts the band
+        before, after = (path.vertices for path in band.get_paths())  # the gap splits the band
         first, last = before[before[:, 0] < 1], after[after[:, 0] > 5]
         for edge, values in ((first, epsilon[0]), (last, epsilon[4])):
             assert np.allclose(
@@ -244,12 +244,12 @@ def test_boxes_show_quartiles_at_their_epochs():
 @pytest.mark.parametrize(
     ("values", "scale"), [([1, 40], "log"), ([1, 20], "linear"), ([0, 40], "linear")]
 )
-def test_the_axis_of_difficulty_is_logarithmic_where_it_can_be_and_helps(values, scale):
+def test_difficulty_axis_is_logarithmic_for_positive_wide_ranges(values, scale):
     (axes,) = difficulty_distribution([5], [np.array(values)]).axes
     assert axes.get_yscale() == scale
 
 
-def test_overlays_show_the_arrays_on_shared_scales():
+def test_overlays_show_the_arrays_with_shared_colour_limits():
     cases = [case("first", colours=(3,)), case("second", shape=(40, 20))]
     cases[1].uncertainty[3, 4] = 0.6
     ranked = np.sort(np.concatenate([one.uncertainty.ravel() for one in cases]))
@@ -272,7 +272,7 @@ def test_overlays_show_the_arrays_on_shared_scales():
     assert labels == ["probability", "mutual information\n(nats)"]
 
 
-def test_overlay_labels():
+def test_overlay_labels_show_name_difficulty_dice_and_notes():
     name = "a_very_long_name_of_an_image_slice_0042"
     figure = show(case(name), case("$a$", masked=False), case(mask=np.zeros((24, 32))))
     first, second = (figure.axes[index].texts[0] for index in (0, 4))
@@ -295,14 +295,14 @@ def test_overlays_keep_proportions_and_do_not_overlap(shape):
     assert place.height / place.width == pytest.approx(shape[0] / shape[1])
 
 
-def test_colours_beyond_their_range_are_brought_into_it():
+def test_colours_beyond_their_range_are_clipped():
     image = RANDOM.normal(size=(24, 32, 3))
     shown = show(case(image=image)).axes[0].images[0].get_array()
     assert (shown.min(), shown.max()) == (0, 1)
     assert np.allclose(np.corrcoef(shown.ravel(), image.ravel()), 1)
 
 
-def test_overlays_need_a_case():
+def test_overlays_need_at_least_one_case():
     with pytest.raises(ValueError):
         show()
 
@@ -321,7 +321,7 @@ def test_comparison_shows_every_finite_value():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["adaptive", "Dice"]
 
 
-def test_comparison_wraps_and_checks_lengths():
+def test_comparison_wraps_names_and_checks_lengths():
     five = {str(index): [np.ones(2)] for index in range(5)}
     assert len(comparison(["a"], five).axes) == 5
     with pytest.raises(ValueError):
@@ -352,14 +352,14 @@ def test_equal_figures_give_equal_files(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["figure.jpg", "figure.csv"])
-def test_another_suffix_is_refused_in_one_line(name, tmp_path):
+def test_unknown_suffix_is_refused_in_one_line(name, tmp_path):
     with pytest.raises(PolysegError, match=r"\.png, \.pdf or \.svg") as error:
         save_figure(Figure(), tmp_path / name)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "figure.png"
     path.write_bytes(b"old")
     figure = Figure()
@@ -369,7 +369,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(path.name, b"old")]
 
 
-def test_settings_of_the_user_neither_change_nor_matter(tmp_path):
+def test_matplotlib_settings_of_the_user_have_no_effect(tmp_path):
     def save(name):
         (path,) = save_figure(training_curves(history(4)), tmp_path / name)
         return path.read_bytes()

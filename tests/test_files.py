@@ -1,4 +1,4 @@
-"""Durable files: whole or not at all, and one writer."""
+"""Durable files: atomic writes, and one writer at a time."""
 
 import csv
 import errno
@@ -46,7 +46,7 @@ from polyseg.system.files import (
 from .conftest import TINY
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_write_replaces_the_whole_file(tmp_path):
     path = tmp_path / "new" / "a.txt"
     write_text(path, "first")
     write_text(path, "zweites, größer")
@@ -55,7 +55,7 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert sha256_of_file(path) == hashlib.sha256("zweites, größer".encode()).hexdigest()
 
 
-def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_error_keeps_the_old_file_and_leaves_no_temporary(tmp_path):
     path = tmp_path / "a.csv"
     write_text(path, "old")
 
@@ -69,20 +69,20 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def test_full_disk_is_reported_in_one_line(tmp_path):
     message = "cannot be written: No space left"
     with pytest.raises(PolysegError, match=message), atomic_path(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_a_folder_is_one_line(tmp_path):
+def test_file_in_place_of_a_folder_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PolysegError, match="cannot be written"):
         write_text(tmp_path / "file" / "a.txt", "")
 
 
-def test_files_are_as_readable_as_any_other(tmp_path):
+def test_files_get_permissions_by_umask(tmp_path):
     umask = os.umask(0o022)
     try:
         write_text(tmp_path / "a", "")
@@ -91,7 +91,7 @@ def test_files_are_as_readable_as_any_other(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
-def test_one_writer_and_a_dead_one_is_none(tmp_path):
+def test_lock_allows_one_writer_and_is_released_by_a_killed_one(tmp_path):
     lock = tmp_path / ".lock"
     code = (
         "import os, sys; from pathlib import Path\n"
@@ -115,13 +115,13 @@ def test_one_writer_and_a_dead_one_is_none(tmp_path):
         pass
 
 
-def test_an_older_file_is_kept_whichever_way_names_are_given(tmp_path, monkeypatch):
-    """By second names, and by copies where the file system knows none."""
+def test_keep_as_works_with_links_and_with_copies(tmp_path, monkeypatch):
+    """Copies are used where the file system has no hard links."""
     for number, link in enumerate((files.disk.link, refused)):
         monkeypatch.setattr(files.disk, "link", link)
         last, previous = tmp_path / f"last{number}", tmp_path / f"previous{number}"
         write_text(last, "first")
-        for _ in range(2):  # The second time both are the same file, or equal.
+        for _ in range(2):  # The second time both are the same file, or equal files.
             keep_as(last, previous)
         write_text(last, "second")
         assert (last.read_text(), previous.read_text()) == ("second", "first")
@@ -134,7 +134,7 @@ def refused(*_):
     raise OSError(errno.EPERM, "no second names here")
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+def test_missing_file_locks_give_a_warning(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -143,7 +143,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
         assert "does not support locks (No locks available)" in caplog.text
 
 
-def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
+def test_new_folders_and_their_parents_are_flushed(tmp_path, monkeypatch):
     flushed = []
     flush = files.disk.flush
     monkeypatch.setattr(files.disk, "flush", lambda path: (flushed.append(path), flush(path)))
@@ -164,7 +164,7 @@ def is_number(text):
 @example("'=1+1")
 @example("-0.5")
 @example("\tx")
-def test_no_cell_is_a_formula_and_each_can_be_undone(name):
+def test_formula_cells_are_escaped_reversibly(name):
     text = csv_table(["id", name], [[name, -0.5]])
     (head, row) = csv.reader(io.StringIO(text, newline=""))
     (cell, value) = row
@@ -174,11 +174,11 @@ def test_no_cell_is_a_formula_and_each_can_be_undone(name):
 
 
 @pytest.mark.parametrize("cell", ["-0.5", "+3", "-1e-07", -0.5, "-inf", "nan", "a=b", "", 7, None])
-def test_numbers_and_plain_text_stay_as_they_are(cell):
+def test_numbers_and_plain_text_are_not_escaped(cell):
     assert csv_table(["a", "b"], [[0, cell]]) == f"a,b\n0,{'' if cell is None else cell}\n"
 
 
-def test_public_functions_take_paths_as_text(tmp_path):
+def test_public_functions_accept_paths_as_strings(tmp_path):
     settings = load_config(overrides=[*TINY, "training.epochs=1", "output.figures=false"])
     run = tmp_path / "run"
     place = settings.output.model_copy(update={"path": str(run)})

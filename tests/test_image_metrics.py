@@ -31,7 +31,7 @@ def case(seed, size=(24, 31)):
 
 
 def surface(region):
-    """By the definition: a pixel with a neighbour, by an edge, that is outside the region."""
+    """Return the pixels with an edge neighbour outside the region, by the definition."""
     padded = np.pad(region, 1)
     middle = padded[1:-1, 1:-1]
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -53,7 +53,7 @@ def brute_force(predicted, truth, spacing, tolerance):
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("seed", range(4))
-def test_overlap_ranking_and_probability_against_scikit_learn(seed, threshold):
+def test_overlap_ranking_and_probability_equal_scikit_learn(seed, threshold):
     probability, mask = case(seed)
     values = image_metrics(probability, mask, threshold=threshold)
     truth, p = mask.ravel(), probability.ravel()
@@ -76,7 +76,7 @@ def test_overlap_ranking_and_probability_against_scikit_learn(seed, threshold):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_surfaces_against_brute_force_and_monai(seed, spacing):
+def test_surface_distances_equal_brute_force_and_monai(seed, spacing):
     probability, mask = case(seed)
     values = image_metrics(probability, mask, spacing=spacing, tolerance=1.2)
     predicted, truth = probability >= 0.5, mask > 0
@@ -98,7 +98,7 @@ small = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1
 
 @settings(max_examples=150, deadline=None)
 @given(small, st.sampled_from(SPACINGS), st.sampled_from([0.0, 0.3, 1.0, 2.5]))
-def test_small_masks_of_any_shape(shape_and_seed, spacing, tolerance):
+def test_metrics_of_small_masks_equal_brute_force(shape_and_seed, spacing, tolerance):
     *size, seed = shape_and_seed
     generator = np.random.default_rng(seed)
     predicted, truth = (generator.random(size) < generator.random() for _ in range(2))
@@ -120,7 +120,7 @@ def test_small_masks_of_any_shape(shape_and_seed, spacing, tolerance):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_distances_scale_with_the_unit_and_turn_with_the_image(seed):
+def test_distances_scale_with_spacing_and_follow_a_transposed_image(seed):
     probability, mask = case(seed)
     one = image_metrics(probability, mask, spacing=(0.3, 0.7), tolerance=1.0)
     scaled = image_metrics(probability, mask, spacing=(3, 7), tolerance=10)
@@ -157,7 +157,7 @@ WORST = {"dice": 0, "iou": 0, "precision": 0, "hd95": 5, "asd": 5, "nsd": 0}
         (np.ones((1, 1)), np.zeros((1, 1)), WORST | {"hd95": 2**0.5, "asd": 2**0.5, "brier": 1}),
     ],
 )
-def test_degenerate_cases_follow_the_rule(predicted, mask, expected):
+def test_metrics_of_empty_and_full_masks(predicted, mask, expected):
     values = image_metrics(predicted, mask.astype(np.uint8))
     undefined = {name for name, value in values.items() if math.isnan(value)}
     assert undefined == (
@@ -170,13 +170,13 @@ def test_degenerate_cases_follow_the_rule(predicted, mask, expected):
             assert values[name] == expectation, name
 
 
-def test_the_worst_distance_is_the_diagonal_in_the_unit():
+def test_worst_distance_is_the_diagonal_in_units_of_spacing():
     values = image_metrics(EMPTY, PIXEL, spacing=(2.0, 0.5))
     assert values["hd95"] == values["asd"] == pytest.approx(math.hypot(3 * 2, 4 * 0.5))
 
 
-def test_a_region_cut_off_by_the_image_has_its_surface_there():
-    """By hand: of the wholly full image the 8 border pixels, of the ring the same and the hole."""
+def test_region_at_the_image_border_has_a_surface_there():
+    """By hand: the 8 border pixels of the full image, and those and the hole for the ring."""
     full, ring = np.ones((3, 3)), np.ones((3, 3))
     ring[1, 1] = 0
     assert image_metrics(full, ring)["hd95"] == 0
@@ -189,7 +189,7 @@ def test_a_region_cut_off_by_the_image_has_its_surface_there():
     assert values["hd95"] == pytest.approx(2)
 
 
-def test_the_spacing_is_of_rows_then_columns():
+def test_spacing_is_given_as_rows_then_columns():
     first, second = np.zeros((5, 5)), np.zeros((5, 5))
     first[1, 1] = second[3, 1] = 1
     assert image_metrics(first, second, spacing=(3.0, 0.5))["hd95"] == 6.0
@@ -198,7 +198,7 @@ def test_the_spacing_is_of_rows_then_columns():
 
 @pytest.mark.parametrize("pixels", range(1, 8))
 @pytest.mark.parametrize("size", [0.1, 0.7, 1 / 3])
-def test_the_tolerance_is_met_by_as_many_pixels_as_it_holds(pixels, size):
+def test_tolerance_includes_its_exact_multiple_of_pixels(pixels, size):
     first, second = np.zeros((1, 9)), np.zeros((1, 9))
     first[0, 0] = second[0, pixels] = 1
     tolerances = (pixels * size, sum([size] * pixels), 0.999 * pixels * size)
@@ -209,19 +209,19 @@ def test_the_tolerance_is_met_by_as_many_pixels_as_it_holds(pixels, size):
     assert found == [1, 1, 0]
 
 
-def test_the_threshold_is_foreground():
+def test_value_at_the_threshold_is_foreground():
     assert image_metrics([[0.5, 0.49999]], [[1, 0]])["dice"] == 1
     assert image_metrics([[0.7, 0.69999]], [[1, 0]], threshold=0.7)["dice"] == 1
 
 
-def test_a_constant_probability_ranks_by_chance():
+def test_constant_probability_has_the_auc_of_chance():
     values = image_metrics(np.full((2, 4), 0.25), np.eye(2, 4))
     assert values["auc"] == 0.5
     assert values["average_precision"] == values["brier"] + values["ece"] + 0.0625 == 0.25
     assert values["ace"] == 0
 
 
-def test_the_columns_say_which_way_is_better():
+def test_metrics_state_which_direction_is_better():
     mask = np.zeros((20, 20))
     mask[4:11, 5:13] = 1
     better, worse = (
@@ -254,7 +254,7 @@ def test_invalid_arguments_are_refused(probability, settings, words):
         image_metrics(probability, [[1, 0]], **settings)
 
 
-def test_shapes_must_be_those_of_one_image():
+def test_arrays_that_are_not_one_image_are_refused():
     for first, second in [((2, 3), (1, 3)), ((3,), (3,)), ((1, 2, 3), (1, 2, 3)), ((0, 3), (0, 3))]:
         with pytest.raises(ValueError):
             image_metrics(np.zeros(first), np.zeros(second))

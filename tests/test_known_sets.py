@@ -1,4 +1,4 @@
-"""Data sets as people have them, each a small generated copy, from the command line."""
+"""Small generated copies of well-known data sets, used from the command line."""
 
 import json
 
@@ -30,13 +30,13 @@ def test_every_layout_trains(polyseg, tmp_path, name):
     assert answer.code == 0, answer.err
     assessment = read_assessment(run / "uncertainty/epoch_0001.h5")
     assert len(assessment.ids) == planned["images"]["train"]
-    # A mask that was read as its image, or not at all, would have all or no pixels.
+    # A mask read as an image, or not read at all, would have all or no pixels.
     assert (assessment.foreground_pixels < 32 * 32).all()
     assert assessment.foreground_pixels.max() > 0
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_public_sets_load_by_their_path_or_by_what_the_error_names(polyseg, tmp_path, name):
+def test_public_sets_load_by_path_or_with_the_setting_in_the_error(polyseg, tmp_path, name):
     make, settings = PUBLIC[name]
     data = make(tmp_path)
     flags = [part for one in settings for part in ("--set", one)]

@@ -1,4 +1,4 @@
-"""Several labels: binary tasks of their own, from masks to figures; and large images in tiles."""
+"""Several labels as separate binary tasks, from masks to figures; and large images in tiles."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from tests.conftest import TINY
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a set whose masks hold 0, 1 (a bright disc), 2 (a dark one) and 5 (noise)."""
+    """Return a data set with mask values 0, 1 (a bright disc), 2 (a dark disc) and 5 (noise)."""
     path = tmp_path_factory.mktemp("labels")
     (path / "images").mkdir()
     (path / "masks").mkdir()
@@ -51,13 +51,13 @@ TASKS = "data.foreground={bright: 1, dark: 2}"
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """Return the folder of a short run with two labels, and what the command said."""
+    """Return the folder of a short run with two labels, and the output of the command."""
     path = tmp_path_factory.mktemp("runs") / "run"
     settings = [TASKS, f"data.path={folder}", f"output.path={path}", "uncertainty.save_maps=true"]
     return path, train(load_config(overrides=[*TINY, *settings]))
 
 
-def test_each_label_is_a_row_of_its_own(run):
+def test_each_label_has_its_own_row(run):
     path, outcome = run
     assessment = read_assessment(path / "uncertainty/epoch_0001.h5", with_maps=True)
     schedule = read_schedule(path / "schedule.h5")
@@ -75,7 +75,7 @@ def test_each_label_is_a_row_of_its_own(run):
 
 
 def test_epsilons_of_a_label_follow_from_its_own_difficulties(run):
-    """With the statistics of the data set, eq. 11 and 12 label by label."""
+    """Apply eq. 11 and 12 with data-set statistics to each label."""
     path, _ = run
     assessment = read_assessment(path / "uncertainty/epoch_0001.h5")
     control = EpsilonControl(ControlConfig(statistics="dataset"), 0.0, assessment, labels=2)
@@ -89,7 +89,7 @@ def test_epsilons_of_a_label_follow_from_its_own_difficulties(run):
     assert EpsilonControl(ControlConfig(), 0.3, labels=2).epsilon(some).tolist() == [0.3] * 4
 
 
-def test_tables_and_figures_tell_labels_apart(run):
+def test_tables_and_figures_separate_labels(run):
     path, _ = run
     rows = list(csv.DictReader(io.StringIO((path / "evaluation/per_image.csv").read_text())))
     assert {row["label"] for row in rows} == {"bright", "dark"}
@@ -101,7 +101,7 @@ def test_tables_and_figures_tell_labels_apart(run):
 
 
 @pytest.mark.slow
-def test_a_run_with_labels_resumes_bit_for_bit(folder, tiny):
+def test_run_with_labels_resumes_bit_for_bit(folder, tiny):
     def weights(name, epochs, resume=False):
         more = (f"data.path={folder}", f"training.epochs={epochs}", "training.scheduler=constant")
         outcome = train(tiny(name, TASKS, *more), resume=resume)
@@ -114,7 +114,7 @@ def test_a_run_with_labels_resumes_bit_for_bit(folder, tiny):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_predict_writes_the_labels_of_the_masks(run, folder, polyseg, tmp_path):
+def test_predict_writes_the_mask_values_of_the_labels(run, folder, polyseg, tmp_path):
     path, _ = run
     answer = polyseg("predict", path, folder / "images", "--out", tmp_path / "masks")
     assert answer.code == 0, answer.err
@@ -130,7 +130,7 @@ def test_predict_writes_the_labels_of_the_masks(run, folder, polyseg, tmp_path):
         assert int(row["foreground_pixels"]) == (written == value).sum()
 
 
-def test_tasks_that_share_values_have_a_file_each(folder, tiny, polyseg, tmp_path):
+def test_predict_writes_one_file_per_overlapping_task(folder, tiny, polyseg, tmp_path):
     train(tiny("run", "data.foreground={all: [1, 2], dark: 2}", f"data.path={folder}"))
     answer = polyseg(
         "predict", tmp_path / "run", folder / "images/c03.png", "--out", tmp_path / "o"
@@ -143,7 +143,7 @@ def test_tasks_that_share_values_have_a_file_each(folder, tiny, polyseg, tmp_pat
         assert set(values) <= {0, 255}
 
 
-def test_the_loss_of_several_labels_is_that_of_each():
+def test_loss_of_several_labels_equals_the_loss_of_each():
     logits, masks = torch.randn(3, 2, 8, 8), torch.rand(3, 2, 8, 8) > 0.7
     epsilon = torch.linspace(-0.4, 1, 6)
     losses = build_objective(LossConfig())(as_tasks(logits), as_tasks(masks).float(), epsilon)
@@ -156,7 +156,7 @@ def test_the_loss_of_several_labels_is_that_of_each():
 
 
 class TwoHeads(nn.Module):
-    """A network whose channels are those of two networks of one."""
+    """A network with two channels, each of which can be selected alone."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ class TwoHeads(nn.Module):
         return torch.cat([self.heads[k](features) for k in self.chosen], dim=1)
 
 
-def test_an_assessment_of_two_labels_is_two_of_one():
+def test_assessment_of_two_labels_equals_two_assessments():
     network = TwoHeads()
     images, masks = torch.rand(4, 1, 12, 12), (torch.rand(4, 2, 12, 12) > 0.5).byte()
     ids = list("abcd")
@@ -197,7 +197,7 @@ def network():
 
 
 def test_window_predictions_equal_whole_image_predictions():
-    """Pixel by pixel there is no difference; with a neighbourhood, none away from the edges."""
+    """A pixel-wise network gives equal values; one with a neighbourhood does so away from edges."""
     images = torch.rand(2, 1, 96, 112)
     for size, edge in ((1, 0), (3, 1)):
         network = SegmentationNetwork(nn.Conv2d(1, 2, size, padding=edge), 1).eval()
@@ -221,7 +221,7 @@ def test_window_predictions_equal_whole_image_predictions():
 
 
 def test_windows_of_a_pass_share_dropout_masks(network):
-    """An image that repeats itself gets an uncertainty that repeats itself."""
+    """A periodic image gets a periodic uncertainty."""
     generator = torch.Generator().manual_seed(0)
     patch = torch.rand(1, 1, 32, 32, generator=generator)
     images = patch.repeat(1, 1, 3, 3)
@@ -238,7 +238,7 @@ def test_windows_of_a_pass_share_dropout_masks(network):
 
 
 @pytest.mark.slow
-def test_training_on_tiles_and_images_of_many_sizes(polyseg, tmp_path):
+def test_training_on_tiles_accepts_images_of_many_sizes(polyseg, tmp_path):
     generator = np.random.default_rng(0)
     for i in range(10):
         (tmp_path / "d/images").mkdir(parents=True, exist_ok=True)
@@ -261,6 +261,6 @@ def test_training_on_tiles_and_images_of_many_sizes(polyseg, tmp_path):
         assert mask.size == (90 - 9, 50 + 15)
 
 
-def test_a_tile_needs_a_size():
+def test_tiles_need_a_size():
     with pytest.raises(ValueError, match=r"data.fit tile needs a data\.size"):
         DataConfig(fit="tile", size=None)

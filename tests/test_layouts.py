@@ -1,4 +1,4 @@
-"""Data sets as they come: what is recognised, what is asked, and what is refused."""
+"""Detection of data set layouts: recognised layouts, ambiguous ones, and errors."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyseg.data.layouts import cases as cases_room
+from polyseg.data.layouts import cases as cases_module
 from polyseg.data.layouts import known_layouts
 from polyseg.data.layouts.cases import Case, raise_problems, stem_of
 from polyseg.data.layouts.known_layouts import holds_masks
@@ -21,7 +21,7 @@ from tests.layout_copies import COPIES, FAULTY_FILES, cvc_clinicdb_twice, plante
 
 
 def find_cases(*arguments, **settings):
-    """Find cases as a run does, which goes no further where there are problems."""
+    """Find cases as a run does, which raises an error if there are problems."""
     layout = known_layouts.find_cases(*arguments, **settings)
     raise_problems(layout.problems)
     return layout
@@ -54,7 +54,7 @@ FOUND = {
 
 
 def make(root, *names):
-    """Make empty files; layouts look at names alone."""
+    """Create empty files; the layout depends on names only."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def copies(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_copies_of_known_sets(copies, name):
+def test_layouts_of_known_sets_are_recognised(copies, name):
     path = copies[name]
     layout = find_cases(path)
     counts = {}
@@ -105,7 +105,7 @@ def test_wrapping_folder_does_not_change_the_layout(copies, name):
 
 
 @pytest.mark.parametrize("name", [name for name in COPIES if name != "manifest"])
-def test_images_without_asking_for_masks(copies, name):
+def test_unlabelled_images_of_known_sets_are_found(copies, name):
     labelled = {case.id: case.images for case in find_cases(copies[name]).cases}
     cases = find_unlabelled([copies[name]])
     assert all(case.masks is None for case in cases)
@@ -118,7 +118,7 @@ def test_images_without_asking_for_masks(copies, name):
         assert {case.id: case.images for case in cases} == labelled
 
 
-def test_details_of_the_copies(copies):
+def test_known_sets_have_expected_masks_labels_and_notes(copies):
     busi = {case.id: case for case in find_cases(copies["busi"]).cases}
     assert len(busi["benign (1)"].masks) == 2
     assert busi["normal (3)"].masks == ()
@@ -137,7 +137,7 @@ def test_details_of_the_copies(copies):
     assert {case.group for case in listed.cases} == {f"p{index}" for index in range(6)}
 
 
-def test_planted_faults(tmp_path):
+def test_missing_masks_and_images_of_a_faulty_set_are_reported(tmp_path):
     root = planted_faults(tmp_path)
     text = error_of(root)
     assert "1 image (case_01.png) without a mask" in text
@@ -160,7 +160,7 @@ def test_planted_faults(tmp_path):
         ("image", "labels"),
     ],
 )
-def test_names_of_folders(tmp_path, images, masks):
+def test_common_folder_names_are_recognised(tmp_path, images, masks):
     make(tmp_path, *many(f"{images}/#.jpg"), *many(f"{masks}/#.png"), "readme.txt", "more/note.md")
     assert ids(find_cases(tmp_path)) == ["1", "2", "3"]
 
@@ -180,27 +180,27 @@ def test_names_of_folders(tmp_path, images, masks):
         ("a_mask", "a_mask"),
     ],
 )
-def test_names_of_masks(tmp_path, image, mask):
+def test_masks_are_matched_by_name(tmp_path, image, mask):
     make(tmp_path, f"images/{image}.png", f"masks/{mask}.tif")
     (case,) = find_cases(tmp_path).cases
     assert (case.id, case.masks) == (image, (tmp_path / f"masks/{mask}.tif",))
 
 
-def test_several_masks_are_one_images(tmp_path):
+def test_several_masks_can_belong_to_one_image(tmp_path):
     make(tmp_path, "images/a.png", "images/a_1.png", *many("masks/a_mask_#.png"), "masks/a_1.png")
     first, second = find_cases(tmp_path).cases
     assert [mask.stem for mask in first.masks] == ["a_mask_1", "a_mask_2", "a_mask_3"]
     assert [mask.stem for mask in second.masks] == ["a_1"]
 
 
-def test_junk_is_left_out(tmp_path):
+def test_system_and_hidden_files_are_ignored(tmp_path):
     make(tmp_path, "images/a.PNG", "masks/a.gif", "images/Thumbs.db", "images/._a.png")
     make(tmp_path, "masks/.b.png", "masks/list.csv", "__MACOSX/images/b.png", "images/no suffix")
     make(tmp_path, "images/__MACOSX/c.png", ".cache/x.png")
     assert ids(find_cases(tmp_path)) == ["a"]
 
 
-def test_all_problems_at_once(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     make(tmp_path, *many("images/#.png", 9), *many("masks/#.png", 2), "masks/b.png", "images/1.bmp")
     lines = error_of(tmp_path).split("\n")
     assert len(lines) == 3
@@ -210,7 +210,7 @@ def test_all_problems_at_once(tmp_path):
     assert "data.unmasked=empty" in lines[2]
 
 
-def test_problems_of_all_parts_at_once(tmp_path):
+def test_problems_of_all_parts_are_reported_together(tmp_path):
     make(tmp_path, *many("train/images/#.png"), *many("train/masks/#.png", 2))
     make(tmp_path, *many("val/images/#.png", 2), *many("val/masks/#.png"))
     lines = error_of(tmp_path).split("\n")
@@ -220,7 +220,7 @@ def test_problems_of_all_parts_at_once(tmp_path):
     ]
 
 
-def test_images_without_a_mask(tmp_path):
+def test_unmasked_setting_keeps_or_skips_images_without_a_mask(tmp_path):
     make(tmp_path, *many("images/#.png"), "masks/1.png")
     empty = find_cases(tmp_path, unmasked="empty")
     assert [len(case.masks) for case in empty.cases] == [1, 0, 0]
@@ -230,13 +230,13 @@ def test_images_without_a_mask(tmp_path):
     assert skipped.notes == (f"{tmp_path}/images: 2 images without a mask: left out",)
 
 
-def test_no_mask_at_all(tmp_path):
+def test_set_without_any_mask_is_refused(tmp_path):
     make(tmp_path, *many("images/#.png"), "masks/readme.txt")
     assert "3 images (1.png, 2.png, 3.png) without a mask" in error_of(tmp_path)
     assert "has no image with a mask" in error_of(tmp_path, unmasked="skip")
 
 
-def test_names_that_never_fit_are_one_line(tmp_path):
+def test_names_that_never_match_give_one_line(tmp_path):
     make(tmp_path, *many("images/a#.png"), *many("masks/b#.png"))
     text = error_of(tmp_path)
     assert "no name fits" in text
@@ -244,13 +244,13 @@ def test_names_that_never_fit_are_one_line(tmp_path):
     assert "\n" not in text
 
 
-def test_an_empty_folder_of_images(tmp_path):
+def test_images_folder_without_images_is_refused(tmp_path):
     make(tmp_path, "images/notes.txt", "masks/1.png")
     assert "images: holds no image (.png" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("side", ["images", "masks"])
-def test_two_possible_folders_are_asked_about(tmp_path, side):
+def test_two_candidate_folders_need_a_setting(tmp_path, side):
     second = {"images": "original", "masks": "labels"}[side]
     make(tmp_path, *many("images/#.png"), *many("masks/#.png"), *many(f"{second}/#.png"))
     text = error_of(tmp_path)
@@ -260,12 +260,12 @@ def test_two_possible_folders_are_asked_about(tmp_path, side):
     assert {"images": case.images, "masks": case.masks}[side][0].parent.name == second
 
 
-def test_a_folder_without_anything_to_read_is_no_candidate(tmp_path):
+def test_folder_without_readable_files_is_no_candidate(tmp_path):
     make(tmp_path, *many("images/#.png"), *many("masks/#.png"), *many("labels/#.txt"))
     assert ids(find_cases(tmp_path)) == ["1", "2", "3"]
 
 
-def test_names_that_the_user_gives(tmp_path):
+def test_folder_names_can_be_given_by_settings(tmp_path):
     make(tmp_path, *many("train/photos/#.png"), *many("train/drawn by A/#.png"))
     assert "is of no known layout" in error_of(tmp_path)
     layout = find_cases(tmp_path, images="photos", masks="drawn by A")
@@ -276,19 +276,19 @@ def test_names_that_the_user_gives(tmp_path):
     assert "data.images: has no effect" in error_of(tmp_path, images="a", layout="nnunet")
 
 
-def test_a_hint_where_one_folder_is_known(tmp_path):
+def test_error_names_the_setting_if_one_folder_is_known(tmp_path):
     make(tmp_path, *many("pictures/#.png"), *many("masks/#.png"))
     assert "set data.images=NAME" in error_of(tmp_path)
     assert len(find_cases(tmp_path, images="pictures").cases) == 3
 
 
-def test_two_sets_in_one_folder(tmp_path):
+def test_folder_with_two_sets_is_refused(tmp_path):
     text = error_of(cvc_clinicdb_twice(tmp_path))
     assert "holds 2 data sets (PNG/, TIF/); give the path of one of them" in text
     assert find_cases(tmp_path / "CVC-ClinicDB/TIF").cases[0].images[0].suffix == ".tif"
 
 
-def test_drive_without_annotations_of_the_test_part(tmp_path):
+def test_drive_test_part_without_annotations_is_left_out(tmp_path):
     for part, first in (("training", 21), ("test", 10)):
         for number in range(first, first + 3):
             make(tmp_path / part, f"images/{number}_{part}.tif", f"mask/{number}_{part}_mask.gif")
@@ -305,7 +305,7 @@ def test_drive_without_annotations_of_the_test_part(tmp_path):
 # Masks beside images.
 
 
-def test_masks_beside_images(tmp_path):
+def test_masks_beside_images_are_found_by_suffix(tmp_path):
     make(tmp_path, *many("#.jpg"), *many("#_mask.png"), "2_mask_1.png")
     layout = find_cases(tmp_path)
     assert [len(case.masks) for case in layout.cases] == [1, 2, 1]
@@ -315,14 +315,14 @@ def test_masks_beside_images(tmp_path):
     assert "1 image (bare.png) without a mask" in lines[1]
 
 
-def test_patients_in_folders_of_their_own(tmp_path):
+def test_one_folder_per_patient(tmp_path):
     for patient in ("TCGA_CS_4941", "TCGA_CS_4942"):
         make(tmp_path / patient, *many(f"{patient}_#.tif"), *many(f"{patient}_#_mask.tif"))
     make(tmp_path, "data.csv", "README.md")
     assert len(find_cases(tmp_path).cases) == 6
 
 
-def test_ids_that_collide_have_the_class_before_them(tmp_path):
+def test_equal_ids_get_the_class_as_prefix(tmp_path):
     for kind in ("benign", "malignant"):
         make(tmp_path / "BUSI" / kind, *many("#.png", 2), *many("#_mask.png", 2))
     assert ids(find_cases(tmp_path)) == ["benign/1", "benign/2", "malignant/1", "malignant/2"]
@@ -344,7 +344,7 @@ def test_only_normal_images_have_empty_masks_by_default(tmp_path):
     ("train", "val", "test"),
     [("train", "val", "test"), ("Training", "Valid", "TESTING"), ("TrainDataset", "val_set", "t")],
 )
-def test_parts_by_names_of_folders(tmp_path, train, val, test):
+def test_folder_names_define_the_parts(tmp_path, train, val, test):
     for name in (train, val, test):
         make(tmp_path / name, f"images/{name}.png", f"masks/{name}.png")
     if test == "t":
@@ -365,7 +365,7 @@ def test_parts_by_names_of_folders(tmp_path, train, val, test):
         ("ISIC-2017_{}_v2_Data", "ISIC-2017_{}_v2_Part1_GroundTruth"),
     ],
 )
-def test_part_folders_inside_image_folders(tmp_path, images, masks):
+def test_part_folders_inside_image_folders_define_the_parts(tmp_path, images, masks):
     for part in ("train", "test"):
         make(tmp_path, *many(f"{images.format(part)}/#.png", 2))
         make(tmp_path, *many(f"{masks.format(part)}/#.png", 2))
@@ -373,7 +373,7 @@ def test_part_folders_inside_image_folders(tmp_path, images, masks):
     assert parts == {"test/1": "test", "test/2": "test", "train/1": "train", "train/2": "train"}
 
 
-def test_classes_in_parts(tmp_path):
+def test_class_folders_inside_parts(tmp_path):
     for part in ("train", "test"):
         for kind in ("benign", "malignant"):
             make(tmp_path / part / kind, "1.png", "1_mask.png")
@@ -382,14 +382,14 @@ def test_classes_in_parts(tmp_path):
     assert len(parts) == 4
 
 
-def test_classes_in_folders_of_images_and_masks(tmp_path):
+def test_class_folders_inside_images_and_masks(tmp_path):
     for side in ("images", "masks"):
         make(tmp_path / side, "benign/1.png", "malignant/1.png")
     layout = find_cases(tmp_path)
     assert (layout.name, ids(layout)) == ("images/ and masks/", ["benign/1", "malignant/1"])
 
 
-def test_a_part_without_masks(tmp_path):
+def test_test_part_without_masks_is_left_out(tmp_path):
     make(tmp_path, "train/images/1.png", "train/masks/1.png", "test/images/2.png")
     layout = find_cases(tmp_path)
     assert ids(layout) == ["1"]
@@ -398,7 +398,7 @@ def test_a_part_without_masks(tmp_path):
     assert f"{tmp_path}/training: there are no masks for these images" in error_of(tmp_path)
 
 
-def test_a_nested_part_without_masks(tmp_path):
+def test_nested_test_part_without_masks_is_left_out(tmp_path):
     make(tmp_path, "images/train/1.png", "masks/train/1.png", "images/test/2.png")
     assert find_cases(tmp_path).notes == (f"{tmp_path}/images/test has no masks and was left out",)
     make(tmp_path, "masks/val/3.png", "images/extra/4.png")
@@ -407,7 +407,7 @@ def test_a_nested_part_without_masks(tmp_path):
     assert f"expected {tmp_path}/masks/extra" in text
 
 
-def test_drawings_of_superpixels_are_no_images(tmp_path):
+def test_superpixel_files_are_ignored(tmp_path):
     name = "ISIC-2017_Training_Data/ISIC_0000000"
     make(tmp_path, f"{name}.jpg", f"{name}_superpixels.png")
     make(tmp_path, "ISIC-2017_Training_Part1_GroundTruth/ISIC_0000000_segmentation.png")
@@ -440,19 +440,19 @@ def test_masks_are_paired_by_rules(tmp_path, image, mask, rule):
     assert [RULES[rule].help in note for note in layout.notes] == [True] * (rule != "equal")
 
 
-def test_rules_do_not_pair_what_two_images_could_own(tmp_path):
+def test_pairing_rules_skip_masks_that_fit_two_images(tmp_path):
     make(tmp_path, "images/1.png", "images/01.png", "images/2.png", "masks/001.png")
     assert "no name fits one in" in error_of(tmp_path)
 
 
-def test_a_second_observers_masks_beside_images_are_left_out(tmp_path):
+def test_masks_of_a_second_observer_are_left_out(tmp_path):
     make(tmp_path, *many("Image_#L.jpg"), *many("Image_#L_1stHO.png"), *many("Image_#L_2ndHO.png"))
     layout = find_cases(tmp_path)
     assert [case.masks[0].stem[-5:] for case in layout.cases] == ["1stHO"] * 3
     assert layout.notes == (f"{tmp_path}: 3 masks of a second observer left out",)
 
 
-def test_equal_names_of_two_lossless_kinds_are_asked_about(tmp_path):
+def test_equal_names_in_two_lossless_formats_need_a_setting(tmp_path):
     make(tmp_path, *many("#.bmp"), *many("#.png"))
     assert "name the masks by data.masks, such as data.masks='*.png'" in error_of(tmp_path)
     layout = find_cases(tmp_path, masks="*.png")
@@ -460,10 +460,10 @@ def test_equal_names_of_two_lossless_kinds_are_asked_about(tmp_path):
     assert [case.masks[0].suffix for case in layout.cases] == [".png"] * 3
 
 
-# Folders by path, and several.
+# Folders given by path, and several folders.
 
 
-def test_masks_in_several_folders_are_asked_about_and_united(tmp_path):
+def test_masks_in_several_folders_need_a_setting_and_are_united(tmp_path):
     make(tmp_path, *many("images/#.png"), *many("masks/left/#.png"), *many("masks/right/#.png"))
     assert "set data.masks=[masks/left, masks/right] to unite them, or =" in error_of(tmp_path)
     united = find_cases(tmp_path, masks=["masks/left", "masks/right"])
@@ -475,17 +475,17 @@ def test_masks_in_several_folders_are_asked_about_and_united(tmp_path):
     assert one.name == "images/ and masks/left/"
 
 
-def test_images_in_several_folders(tmp_path):
+def test_images_can_be_read_from_several_folders(tmp_path):
     make(tmp_path, *many("a/x/#.png", 2), "b/3.png", *many("truth/#.png"))
     layout = find_cases(tmp_path, images=["a/x", "b"], masks="truth")
     assert ids(layout) == ["1", "2", "3"]
     assert "holds no file that can be read" in error_of(tmp_path, images="a/y", masks="truth")
 
 
-# A folder for each case.
+# One folder for each case.
 
 
-def test_a_folder_an_image_with_many_masks(tmp_path):
+def test_one_folder_per_image_with_many_masks(tmp_path):
     for name in ("ab12", "cd34", "ef56"):
         make(tmp_path / "stage1_train" / name, f"images/{name}.png", *many("masks/x#.png"))
         make(tmp_path / "stage1_test" / f"t{name}", f"images/t{name}.png")
@@ -498,7 +498,7 @@ def test_a_folder_an_image_with_many_masks(tmp_path):
     assert layout.notes == (f"{tmp_path}/stage1_test has no masks and was left out",)
 
 
-def test_a_folder_a_case_with_fixed_names(tmp_path):
+def test_one_folder_per_case_with_fixed_names(tmp_path):
     for number in range(3):
         make(tmp_path / f"case_{number:05}", "imaging.nii.gz", "segmentation.nii.gz")
     layout = find_cases(tmp_path)
@@ -506,7 +506,7 @@ def test_a_folder_a_case_with_fixed_names(tmp_path):
     assert layout.cases[0].masks == (tmp_path / "case_00000/segmentation.nii.gz",)
 
 
-def test_files_of_cases_are_found_by_the_names_that_settings_give(tmp_path):
+def test_file_names_of_cases_can_be_given_by_settings(tmp_path):
     for number in range(4):
         make(tmp_path / f"case_{number}", "scan.png", "truth.png")
     assert "is of no known layout" in error_of(tmp_path)
@@ -515,7 +515,7 @@ def test_files_of_cases_are_found_by_the_names_that_settings_give(tmp_path):
     assert layout.cases[3].masks == (tmp_path / "case_3/truth.png",)
 
 
-def test_several_channels_of_a_case_are_asked_about(tmp_path):
+def test_several_channels_of_a_case_need_a_setting(tmp_path):
     for number in range(1, 4):
         name = f"BraTS20_Training_00{number}"
         make(tmp_path / name, *[f"{name}_{end}.nii" for end in ("t1", "flair", "seg")])
@@ -527,7 +527,7 @@ def test_several_channels_of_a_case_are_asked_about(tmp_path):
     assert [len(case.images) for case in one] == [1, 1, 1]
 
 
-def test_bids_derivatives(tmp_path):
+def test_bids_masks_are_found_among_derivatives(tmp_path):
     for subject in ("01", "02"):
         for session in ("1", "2"):
             stem = f"sub-{subject}_ses-{session}"
@@ -547,10 +547,10 @@ def test_bids_derivatives(tmp_path):
     assert len(find_cases(tmp_path, images="T1w").cases) == 4
 
 
-# What is left out.
+# Files that are left out.
 
 
-def test_broken_links_and_unread_kinds_are_counted_and_named(tmp_path):
+def test_broken_links_and_unsupported_files_are_counted_and_named(tmp_path):
     make(tmp_path, *many("images/#.png", 5), *many("masks/#.png", 5), "images/a.svs", "masks/b.mat")
     for side in ("images", "masks"):
         (tmp_path / side / "6.png").symlink_to("../.git/annex/objects/xx")
@@ -592,7 +592,7 @@ def test_dicom_files_may_have_no_suffix(tmp_path):
     assert layout.cases[2].masks == (tmp_path / "masks/p",)
 
 
-def test_a_series_may_lie_deeper_or_have_one_slice(tmp_path):
+def test_dicom_series_may_be_nested_or_have_one_slice(tmp_path):
     write_dicom(tmp_path / "images/p1/study/series/a.dcm")
     write_dicom(tmp_path / "images/p1/study/series/b.dcm")
     write_dicom(tmp_path / "images/p2/only.dcm")
@@ -618,14 +618,14 @@ LISTED = {"training": [{"image": "./imagesTr/la_003.nii.gz", "label": "./labelsT
 LA = ("imagesTr/la_003.nii.gz", "labelsTr/la_003.nii.gz")
 
 
-def test_nnunet_version_1(tmp_path):
+def test_nnunet_version_1_is_recognised(tmp_path):
     names = ("imagesTr/la_003_0000.nii.gz", "labelsTr/la_003.nii.gz", "imagesTr/._la_003.nii.gz")
     layout = find_cases(described(tmp_path, V1 | LISTED, *names))
     assert (layout.name, ids(layout)) == ("nnU-Net raw", ["la_003"])
     assert layout.labels == {"liver": 1, "tumour": 2}
 
 
-def test_regions_of_version_2_are_tasks(tmp_path):
+def test_nnunet_regions_become_tasks(tmp_path):
     names = "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"
     labels = {"background": 0, "whole": [1, 2], "core": 2}
     layout = find_cases(described(tmp_path, {"labels": labels}, *names))
@@ -633,7 +633,7 @@ def test_regions_of_version_2_are_tasks(tmp_path):
     assert layout.regions == {"whole": (1, 2), "core": (2,)}
 
 
-def test_ignored_pixels_are_refused(tmp_path):
+def test_nnunet_ignore_label_is_refused(tmp_path):
     names = "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"
     labels = {"background": 0, "core": 2, "ignore": 3}
     text = error_of(described(tmp_path, {"labels": labels}, *names))
@@ -641,7 +641,7 @@ def test_ignored_pixels_are_refused(tmp_path):
     assert "\n" not in text
 
 
-def test_channels_must_be_the_same(tmp_path):
+def test_nnunet_cases_must_have_the_same_channels(tmp_path):
     names = [f"imagesTr/{name}.png" for name in ("a_0000", "a_0001", "b_0000", "c_0001", "odd")]
     description = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".png"}
     described(tmp_path, description, *names, *[f"labelsTr/{name}.png" for name in "abcd"])
@@ -653,20 +653,20 @@ def test_channels_must_be_the_same(tmp_path):
     assert "1 mask (d) without an image" in lines[3]
 
 
-def test_nnunet_cases_without_labels(tmp_path):
+def test_nnunet_cases_without_labels_need_a_setting(tmp_path):
     names = ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b_0000.nii.gz")
     described(tmp_path, V1, *names)
     assert "1 image (b_0000.nii.gz) without a mask" in error_of(tmp_path)
     assert ids(find_cases(tmp_path, unmasked="skip")) == ["a"]
 
 
-def test_several_described_sets(tmp_path):
+def test_folder_with_several_nnunet_sets_is_refused(tmp_path):
     for name in ("Dataset001_A", "Dataset002_B"):
         described(tmp_path / name, V1, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
     assert "holds 2 data sets (Dataset001_A/, Dataset002_B/)" in error_of(tmp_path)
 
 
-def test_a_folder_of_images_may_have_any_dataset_json(tmp_path):
+def test_dataset_json_of_another_tool_is_ignored(tmp_path):
     make(tmp_path, *many("images/#.png"), *many("masks/#.png"))
     (tmp_path / "dataset.json").write_text("of another tool")
     assert len(find_cases(tmp_path).cases) == 3
@@ -686,7 +686,7 @@ def test_a_folder_of_images_may_have_any_dataset_json(tmp_path):
         (LISTED["training"][0], "stand for two images"),
     ],
 )
-def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
+def test_files_listed_by_the_decathlon_must_exist(tmp_path, entry, expected):
     training = [*LISTED["training"], entry]
     assert expected in error_of(described(tmp_path, {"training": training}, *LA))
 
@@ -710,7 +710,7 @@ def test_what_the_decathlon_lists_must_be_there(tmp_path, entry, expected):
         ({}, "has no image with a mask"),
     ],
 )
-def test_misfits_of_dataset_json(tmp_path, description, expected):
+def test_invalid_dataset_json_is_one_line(tmp_path, description, expected):
     text = error_of(described(tmp_path, description))
     assert expected in text
     assert "\n" not in text
@@ -726,7 +726,7 @@ KEYS = ("labels", "training", "test", "modality", "channel_names", "file_ending"
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(["nnunet", "decathlon"]))
-def test_any_dataset_json_is_a_layout_or_an_error(description, layout):
+def test_any_dataset_json_is_read_or_refused(description, layout):
     with tempfile.TemporaryDirectory() as name:
         root = described(Path(name), description, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
         for settings in ({}, {"layout": layout}):
@@ -749,7 +749,7 @@ def listed(root, text, *names):
 IMAGES = ("a/1.png", "a/2.png", "b/1.png", "m/1.png", "m/2.png")
 
 
-def test_a_manifest(tmp_path):
+def test_manifest_lists_images_masks_and_groups(tmp_path):
     text = f"image,mask,group\na/1.png,m/1.png;m/2.png,p1\n\n{tmp_path}/a/2.png , m/2.png\n"
     layout = find_cases(listed(tmp_path, text, *IMAGES))
     assert layout.cases == [
@@ -762,14 +762,14 @@ def test_a_manifest(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_manifest_of_a_spreadsheet(tmp_path, encoding, end):
+def test_manifest_saved_by_a_spreadsheet_is_read(tmp_path, encoding, end):
     path = listed(tmp_path, "", *IMAGES)
     lines = ["Image\tMask\tSplit\tId", "a/1.png\tm/1.png\tTraining\tx", "a/2.png\tm/2.png\ttest\ty"]
     path.write_bytes(end.join(lines).encode(encoding))
     assert parts_of(find_cases(path)) == {"x": "train", "y": "test"}
 
 
-def test_ids_of_a_manifest(tmp_path):
+def test_manifest_ids_are_unique(tmp_path):
     text = "image,mask\na/1.png,m/1.png\nb/1.png,m/1.png\n"
     assert ids(find_cases(listed(tmp_path, text, *IMAGES))) == ["a/1", "b/1"]
     make(tmp_path, "c_0000.png", "c_0001.png")
@@ -778,14 +778,14 @@ def test_ids_of_a_manifest(tmp_path):
     assert (case.id, len(case.images)) == ("c", 2)
 
 
-def test_images_without_a_mask_in_a_manifest(tmp_path):
+def test_manifest_rows_without_a_mask_need_a_setting(tmp_path):
     path = listed(tmp_path, "image,mask\na/1.png,m/1.png\na/2.png,\n", *IMAGES)
     assert "1 image (2.png) without a mask" in error_of(path)
     assert find_cases(path, unmasked="empty").cases[1].masks == ()
     assert ids(find_cases(path, unmasked="skip")) == ["1"]
 
 
-def test_problems_of_a_manifest_are_all_named(tmp_path):
+def test_all_problems_of_a_manifest_are_reported(tmp_path):
     rows = [
         "image,mask,split,id",
         "a/1.png,m/1.png,,x",
@@ -826,11 +826,11 @@ def test_at_most_twenty_problems_are_shown(tmp_path):
         ("image,mask\na/1\x07.png,m/1.png", "a path is not valid text"),
     ],
 )
-def test_misfits_of_a_manifest(tmp_path, text, expected):
+def test_invalid_manifest_is_refused(tmp_path, text, expected):
     assert expected in error_of(listed(tmp_path, text, *IMAGES))
 
 
-def test_a_manifest_that_is_no_text(tmp_path):
+def test_binary_manifest_is_refused(tmp_path):
     path = listed(tmp_path, "")
     path.write_bytes("image,mask\n".encode("utf-16"))
     assert "is not a text file; save it as CSV in UTF-8" in error_of(path)
@@ -841,7 +841,7 @@ CELLS = st.sampled_from(["a/1.png", "m/1.png", "", ";", "train", "image", "mask"
 
 
 @given(st.lists(st.lists(CELLS | st.text(max_size=6), max_size=5), max_size=5), st.booleans())
-def test_any_csv_is_a_layout_or_an_error(rows, with_header):
+def test_any_csv_is_read_or_refused(rows, with_header):
     text = "image,mask,split,id\n" * with_header + "\n".join(map(",".join, rows))
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "list.csv"
@@ -855,7 +855,7 @@ def test_any_csv_is_a_layout_or_an_error(rows, with_header):
             assert name in str(error)
 
 
-# What is none of these.
+# Unknown layouts.
 
 
 def test_unknown_layout_error_lists_the_folder(tmp_path):
@@ -875,13 +875,13 @@ def test_unknown_layout_error_lists_the_folder(tmp_path):
         ("manifest", "is a folder; data.layout=manifest takes a CSV file"),
     ],
 )
-def test_a_layout_that_was_asked_for(tmp_path, layout, expected):
+def test_layout_setting_is_enforced(tmp_path, layout, expected):
     make(tmp_path, "1.png", "1_mask.png")
     assert expected in error_of(tmp_path, layout=layout)
     assert ids(find_cases(tmp_path, layout="suffixes")) == ["1"]
 
 
-def test_suffixes_do_not_fit_folders(tmp_path):
+def test_layout_suffixes_refuses_image_and_mask_folders(tmp_path):
     make(tmp_path, *many("images/#.png"), *many("masks/#.png"))
     text = error_of(tmp_path, layout="suffixes")
     assert "does not fit data.layout=suffixes" in text
@@ -899,7 +899,7 @@ def test_paths_without_data_are_refused(tmp_path):
     assert "is neither file nor folder" in error_of(tmp_path / "pipe")
 
 
-def test_pipes_and_links_in_circles_are_left_alone(tmp_path):
+def test_pipes_and_cyclic_links_are_ignored(tmp_path):
     make(tmp_path, *many("images/#.png"), *many("masks/#.png"))
     for name in ("pipe", "pipe.png", "pipe.dcm"):
         os.mkfifo(tmp_path / "images" / name)
@@ -913,7 +913,7 @@ def test_pipes_and_links_in_circles_are_left_alone(tmp_path):
     assert ids(find_cases(tmp_path / "elsewhere")) == ["1", "2", "3"]
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_file_names_that_are_not_text_are_refused(tmp_path):
     make(tmp_path, "images/a\n.png", "masks/1.png")
     text = error_of(tmp_path)
     assert "1 name ('a\\n.png') is not valid text; rename it" in text
@@ -924,20 +924,20 @@ def test_names_that_are_no_text(tmp_path):
 
 def test_too_many_files_are_refused(tmp_path, monkeypatch):
     make(tmp_path, *many("images/#.png", 9), *many("masks/#.png", 9))
-    monkeypatch.setattr(cases_room, "LARGEST_SET", 15)
+    monkeypatch.setattr(cases_module, "LARGEST_SET", 15)
     assert "over 15 files and folders" in error_of(tmp_path)
 
 
-def test_letters_are_compared_in_composed_form(tmp_path):
+def test_names_are_compared_in_composed_unicode_form(tmp_path):
     make(tmp_path, "images/Pólip.png", "masks/Po\u0301lip.png")
     assert ids(find_cases(tmp_path)) == ["Pólip"]
     assert stem_of(Path("o\u0301.NII.GZ")) == "ó"
 
 
-# Images without asking for masks.
+# Images to predict, without masks.
 
 
-def test_files_and_folders_to_predict(tmp_path):
+def test_files_and_folders_can_be_predicted(tmp_path):
     make(tmp_path, "a/1.png", "a/1_mask.png", "a/notes.txt", "b/images/2.png", "b/masks/2.png")
     make(tmp_path, "3.nii.gz")
     paths = [tmp_path / name for name in ("3.nii.gz", "a", "b", "a/1.png")]
@@ -945,7 +945,7 @@ def test_files_and_folders_to_predict(tmp_path):
     assert [(case.id, case.masks) for case in cases] == [("1", None), ("2", None), ("3", None)]
 
 
-def test_ids_of_images_to_predict_are_told_apart(tmp_path):
+def test_images_to_predict_get_unique_ids(tmp_path):
     make(tmp_path, "x/a/1.png", "y/a/1.png", "x/b/2.png")
     cases = find_unlabelled([tmp_path / "x/a", tmp_path / "y/a/1.png", tmp_path / "x/b"])
     assert [case.id for case in cases] == ["x/a/1", "x/b/2", "y/a/1"]
@@ -954,7 +954,7 @@ def test_ids_of_images_to_predict_are_told_apart(tmp_path):
         find_unlabelled([tmp_path / "x/a"])
 
 
-def test_series_to_predict(tmp_path):
+def test_dicom_series_can_be_predicted(tmp_path):
     for name in ("p1/1.dcm", "p1/2.dcm", "p2/1", "p2/2", "images/1.dcm", "images/2.dcm"):
         write_dicom(tmp_path / "all" / name)
     one = find_unlabelled([tmp_path / "all/p1"])
@@ -964,7 +964,7 @@ def test_series_to_predict(tmp_path):
     assert [case.id for case in find_unlabelled([tmp_path / "all"])] == ["p1", "p2"]
 
 
-def test_all_that_cannot_be_predicted_is_named(tmp_path):
+def test_everything_that_cannot_be_predicted_is_named(tmp_path):
     make(tmp_path, "notes.txt", "empty/x.txt")
     with pytest.raises(PolysegError) as caught:
         find_unlabelled([tmp_path / "notes.txt", tmp_path / "empty", tmp_path / "nowhere"])
@@ -984,7 +984,7 @@ def test_data_sets_are_distinguished_from_image_folders(copies, tmp_path):
     assert not holds_masks(tmp_path / "only")
 
 
-def test_other_columns_of_a_table_are_left_alone(tmp_path):
+def test_unused_manifest_columns_are_noted(tmp_path):
     for name in ("a.png", "a_m.png"):
         (tmp_path / name).touch()
     (tmp_path / "l.csv").write_text("image,age,mask,site\na.png,63,a_m.png,Kyoto\n")

@@ -30,7 +30,7 @@ def make_case(seed: int, images: int = 4, pixels: int = 200, foreground: float =
 
 
 def reference(p, y, epsilon, *, scale="norms", smooth=0.0, terms=1):
-    """Eq. 5 by the text, in float64 NumPy, for one image."""
+    """Return eq. 5 as printed in the paper, in float64 NumPy, for one image."""
     p, y = p.ravel(), y.ravel()
     q, a2, b2 = float(p @ y), float(p @ p), float(y @ y)
     ab = math.sqrt(a2) * math.sqrt(b2)
@@ -45,7 +45,7 @@ def reference(p, y, epsilon, *, scale="norms", smooth=0.0, terms=1):
 @pytest.mark.parametrize("scale", ["norms", "printed"])
 @pytest.mark.parametrize("smooth", [0.0, 1e-6, 1.0])
 @pytest.mark.parametrize("terms", [1, 2, 5])
-def test_agrees_with_numpy_in_float64(scale, smooth, terms):
+def test_polydice_equals_numpy_in_float64(scale, smooth, terms):
     p, y = make_case(1)
     epsilon = torch.tensor([-0.4, 0.0, 0.5, 2.0], dtype=torch.float64)
     ours = polydice_loss(p, y, epsilon, terms=terms, scale=scale, smooth=smooth)
@@ -63,19 +63,19 @@ def test_dice_is_one_minus_s_cosine_theta_at_any_smoothing(smooth):
     torch.testing.assert_close(dice_loss(p, y, smooth=smooth), 1 - s * theta.cos())
 
 
-def test_dice_is_the_closed_form():
+def test_dice_equals_closed_form():
     p, y = make_case(3)
     expected = 1 - 2 * (p * y).sum((1, 2)) / ((p**2).sum((1, 2)) + (y**2).sum((1, 2)))
     torch.testing.assert_close(dice_loss(p, y, smooth=0.0), expected)
 
 
-def test_the_printed_scale_breaks_the_identity():
+def test_printed_scale_breaks_the_dice_identity():
     p, y = make_case(2)
     s, theta = scale_and_angle(p, y, scale="printed", smooth=0.0)
     assert ((1 - s * theta.cos()) - dice_loss(p, y, smooth=0.0)).abs().min() > 0.01
 
 
-def test_tends_to_dice_with_the_number_of_terms():
+def test_polydice_converges_to_dice_with_more_terms():
     p, y = make_case(4)
     errors = [
         float((polydice_loss(p, y, terms=k) - dice_loss(p, y)).abs().max()) for k in range(1, 9)
@@ -85,19 +85,19 @@ def test_tends_to_dice_with_the_number_of_terms():
 
 
 @given(seed=st.integers(0, 10_000), foreground=st.floats(0.05, 0.9))
-def test_epsilon_zero_is_never_below_dice(seed, foreground):
+def test_polydice_at_epsilon_zero_is_at_least_dice(seed, foreground):
     p, y = make_case(seed, foreground=foreground)
     assert (polydice1_loss(p, y) - dice_loss(p, y)).min() >= -1e-12
 
 
 @given(seed=st.integers(0, 10_000), low=st.floats(-0.5, 2), more=st.floats(0.001, 2))
-def test_grows_with_epsilon(seed, low, more):
+def test_loss_increases_with_epsilon(seed, low, more):
     p, y = make_case(seed)
     assert (polydice1_loss(p, y, low + more) > polydice1_loss(p, y, low)).all()
 
 
 @given(seed=st.integers(0, 10_000), scaling=st.floats(0.1, 1.0))
-def test_the_angle_does_not_depend_on_the_length_of_the_prediction(seed, scaling):
+def test_angle_does_not_depend_on_the_norm_of_the_prediction(seed, scaling):
     p, y = make_case(seed)
     _, theta = scale_and_angle(p, y, smooth=0.0)
     _, scaled = scale_and_angle(p * scaling, y, smooth=0.0)
@@ -114,7 +114,7 @@ def test_each_image_uses_its_own_epsilon():
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-def test_shape_beyond_the_first_axis_does_not_matter():
+def test_loss_does_not_depend_on_the_shape_of_an_image():
     p, y = make_case(6, pixels=240)
     maps = polydice1_loss(p.view(4, 1, 12, 20), y.view(4, 1, 12, 20).bool())
     torch.testing.assert_close(maps, polydice1_loss(p, y))
@@ -123,7 +123,7 @@ def test_shape_beyond_the_first_axis_does_not_matter():
 @pytest.mark.parametrize("scale", ["norms", "printed"])
 @pytest.mark.parametrize("terms", [1, 3])
 @pytest.mark.parametrize("smooth", [1e-6, 1.0])
-def test_gradient_by_finite_differences(scale, terms, smooth):
+def test_gradient_equals_finite_differences(scale, terms, smooth):
     p, y = make_case(7, images=2, pixels=12)
     p = (0.05 + 0.9 * p).requires_grad_()
     assert torch.autograd.gradcheck(
@@ -143,7 +143,7 @@ def gradient(p, y, epsilon=0.0, **settings):
     return p.grad
 
 
-def test_detached_scale_is_the_gradient_with_s_held_constant():
+def test_detached_scale_gives_the_gradient_at_constant_s():
     p, y = make_case(8)
     s, _ = scale_and_angle(p, y)
     x = p.clone().requires_grad_()
@@ -156,7 +156,7 @@ def test_guard_detaches_scale_only_in_the_wrong_sign_region():
     y = torch.zeros(2, 8, 8, dtype=torch.float64)
     y[:, 0] = 1
     p = torch.full((2, 8, 8), 0.3, dtype=torch.float64)
-    p[0, 0] = 0.95  # near the mask
+    p[0, 0] = 0.95  # close to the mask
     _, theta = scale_and_angle(p, y)
     assert in_wrong_sign_region(theta, 1.0).tolist() == [False, True]
     guarded = gradient(p, y, 1.0)
@@ -173,7 +173,7 @@ def test_guard_does_not_change_the_loss_value():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_perfect_prediction_has_zero_loss_and_a_finite_gradient(dtype):
+def test_perfect_prediction_has_zero_loss_and_finite_gradient(dtype):
     y = torch.tensor([[[1, 1, 0, 0]]], dtype=dtype)
     assert polydice1_loss(y, y, 1.0).item() == pytest.approx(0, abs=1e-6)
     assert gradient(y, y, 1.0).isfinite().all()
@@ -181,7 +181,7 @@ def test_a_perfect_prediction_has_zero_loss_and_a_finite_gradient(dtype):
 
 @settings(max_examples=30)
 @given(exponent=st.floats(-12, -1))
-def test_the_gradient_near_angle_zero_is_that_of_float64(exponent):
+def test_float32_gradient_near_angle_zero_equals_float64(exponent):
     y = torch.zeros(1, 10, 10, dtype=torch.float64)
     y[:, :3] = 1
     p = (y * 0.8 + 10.0**exponent).clamp(0, 1)
@@ -190,7 +190,7 @@ def test_the_gradient_near_angle_zero_is_that_of_float64(exponent):
     assert (single - exact).abs().max() < 1e-4 * max(1e-3, float(exact.abs().max()))
 
 
-def test_orthogonal_prediction_has_a_right_angle():
+def test_orthogonal_prediction_has_angle_pi_over_2():
     p, y = torch.tensor([[[0.0, 0.0, 0.7]]]), torch.tensor([[[1, 1, 0]]])
     _, theta = scale_and_angle(p, y, smooth=0.0)
     assert theta.item() == pytest.approx(math.pi / 2)
@@ -201,7 +201,7 @@ def test_orthogonal_prediction_has_a_right_angle():
 
 
 @pytest.mark.parametrize("smooth", [1e-6, 0.1, 1.0])
-def test_empty_mask_is_pushed_to_zero_by_the_stated_rule(smooth):
+def test_loss_and_gradient_of_empty_mask_follow_the_stated_rule(smooth):
     p = torch.rand(1, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.zeros_like(p)
     a2 = float((p**2).sum())
@@ -213,7 +213,7 @@ def test_empty_mask_is_pushed_to_zero_by_the_stated_rule(smooth):
 
 
 @pytest.mark.parametrize("mask", [0.0, 1.0])
-def test_a_prediction_of_zeros_has_a_finite_gradient(mask):
+def test_zero_prediction_has_finite_gradient(mask):
     p, y = torch.zeros(1, 4, 4), torch.full((1, 4, 4), mask)
     assert gradient(p, y, 0.5).isfinite().all()
     assert polydice1_loss(p, y).item() == pytest.approx(mask, abs=1e-5)
@@ -221,7 +221,7 @@ def test_a_prediction_of_zeros_has_a_finite_gradient(mask):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
-    p, y = make_case(10, pixels=40_000)  # a^2 is beyond what float16 can hold
+    p, y = make_case(10, pixels=40_000)  # a^2 exceeds the range of float16
     half = p.to(dtype)
     loss = polydice1_loss(half, y, 0.5)
     assert loss.dtype == torch.float32
@@ -248,7 +248,7 @@ def test_float32_is_close_to_float64_on_a_large_image():
     torch.testing.assert_close(single, polydice1_loss(p, y, 0.5), rtol=2e-6, atol=0)
 
 
-def test_the_curve_is_the_loss_over_the_angle():
+def test_curve_equals_the_loss_over_the_angle():
     p, y = make_case(14)
     s, theta = scale_and_angle(p, y, smooth=0.0)
     for i in range(len(p)):
@@ -258,7 +258,7 @@ def test_the_curve_is_the_loss_over_the_angle():
         )
 
 
-def test_the_angles_of_the_wrong_sign_region():
+def test_wrong_sign_region_begins_at_the_stated_angles():
     """(1/2 + epsilon) theta^2 > 1 from 1.41 rad at epsilon 0 and from 0.82 rad at epsilon 1."""
     for epsilon, start in ((0.0, math.sqrt(2)), (1.0, math.sqrt(2 / 3))):
         angles = torch.tensor([start - 1e-3, start + 1e-3])
@@ -266,7 +266,7 @@ def test_the_angles_of_the_wrong_sign_region():
 
 
 @given(cosine=st.floats(0, 1), concentration=st.floats(0, 100))
-def test_tvmf_against_its_formula(cosine, concentration):
+def test_tvmf_equals_its_formula(cosine, concentration):
     y = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     p = torch.tensor([[[cosine, math.sqrt(1 - cosine**2)]]], dtype=torch.float64)
     phi = (1 + cosine) / (1 + concentration * (1 - cosine)) - 1
@@ -309,9 +309,7 @@ def with_shape(*shape):
 @pytest.mark.parametrize(
     "function", [dice_loss, scale_and_angle, polydice_loss, polydice1_loss, tvmf_dice_loss]
 )
-def test_shapes_that_are_not_maps_of_images_are_refused(
-    function, shape, mask_shape, per_channel, match
-):
+def test_invalid_shapes_are_refused(function, shape, mask_shape, per_channel, match):
     with pytest.raises(ValueError, match=match):
         function(torch.full(shape, 0.5), torch.ones(mask_shape), per_channel=per_channel)
 
@@ -324,14 +322,14 @@ def test_shapes_that_are_not_maps_of_images_are_refused(
     ],
 )
 @pytest.mark.parametrize("function", [polydice_loss, polydice1_loss])
-def test_an_epsilon_that_is_not_one_for_each_image_is_refused(function, epsilon_shape, per_channel):
+def test_epsilon_of_wrong_shape_is_refused(function, epsilon_shape, per_channel):
     p, y = with_shape(4, 3 if per_channel else 1, 2, 5)
     found = re.escape(str(epsilon_shape))
     with pytest.raises(ValueError, match=rf"epsilon {found} must be a number or of shape \(4,\)"):
         function(p, y, torch.zeros(epsilon_shape), per_channel=per_channel)
 
 
-def test_an_epsilon_of_another_shape_than_the_angles_is_refused():
+def test_curve_refuses_epsilon_of_another_shape_than_the_angles():
     with pytest.raises(ValueError, match=r"epsilon \(2, 1\)"):
         in_wrong_sign_region(torch.ones(2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match=r"epsilon \(3,\).*theta \(3, 1\)"):
@@ -339,7 +337,7 @@ def test_an_epsilon_of_another_shape_than_the_angles_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool])
-def test_a_probability_that_is_not_floating_point_is_refused(dtype):
+def test_integer_probability_is_refused(dtype):
     with pytest.raises(ValueError, match=r"probability \(1, 2, 2\).*floating point.*" + str(dtype)):
         polydice1_loss(torch.ones(1, 2, 2, dtype=dtype), torch.ones(1, 2, 2))
 
@@ -352,14 +350,14 @@ def test_a_probability_that_is_not_floating_point_is_refused(dtype):
         *((dtype, 0.5) for dtype in (torch.float32, torch.bfloat16)),
     ],
 )
-def test_a_mask_of_other_values_than_0_and_1_is_refused(dtype, value):
+def test_mask_with_values_other_than_0_and_1_is_refused(dtype, value):
     mask = torch.zeros(2, 1, 3, 3, dtype=dtype)
     mask[1, 0, 2, 2] = value
     with pytest.raises(ValueError, match=r"mask \(2, 1, 3, 3\) must contain only 0 and 1"):
         dice_loss(torch.rand(2, 1, 3, 3), mask)
 
 
-def test_a_mask_of_nan_is_refused():
+def test_mask_with_nan_is_refused():
     with pytest.raises(ValueError, match="only 0 and 1"):
         dice_loss(torch.rand(1, 2, 2), torch.full((1, 2, 2), math.nan))
 
@@ -372,7 +370,7 @@ def test_masks_of_any_dtype_give_the_same_loss(dtype):
 
 @pytest.mark.parametrize("size", [(12, 20), (3, 8, 10)])
 @pytest.mark.parametrize("function", [dice_loss, polydice_loss, polydice1_loss, tvmf_dice_loss])
-def test_each_channel_is_a_task_of_its_own(function, size):
+def test_each_channel_is_a_separate_task(function, size):
     p, y = (values.view(4, 3, *size) for values in make_case(17, images=12, pixels=240))
     found = function(p, y, per_channel=True)
     assert found.shape == (4, 3)
@@ -381,7 +379,7 @@ def test_each_channel_is_a_task_of_its_own(function, size):
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 3)])
-def test_epsilon_of_channels_is_a_number_or_one_for_each_image_or_channel(shape):
+def test_epsilon_may_be_given_per_image_or_channel(shape):
     p, y = (values.view(4, 3, 12, 20) for values in make_case(18, images=12, pixels=240))
     epsilon = torch.rand(shape, dtype=torch.float64)
     found = polydice1_loss(p, y, epsilon, per_channel=True)
@@ -395,7 +393,7 @@ def test_epsilon_of_channels_is_a_number_or_one_for_each_image_or_channel(shape)
     assert torch.equal(wrong, (0.5 + each) * theta.square() > 1)
 
 
-def test_the_gradient_of_a_channel_is_that_of_the_channel_alone():
+def test_gradient_of_a_channel_does_not_depend_on_other_channels():
     p, y = (values.view(2, 3, 5, 4) for values in make_case(19, images=6, pixels=20))
     together = gradient(p, y, 0.7, per_channel=True)
     for k in range(3):
@@ -405,8 +403,8 @@ def test_the_gradient_of_a_channel_is_that_of_the_channel_alone():
 
 @pytest.mark.parametrize(("angle", "epsilon"), [(1.3, 0.0), (1.5, 0.0), (0.7, 1.0), (0.9, 1.0)])
 @pytest.mark.parametrize("terms", [1, 3])
-def test_in_the_wrong_sign_region_the_loss_rises_with_s(angle, epsilon, terms):
-    """By autograd through the curve written out, at a constant angle."""
+def test_loss_increases_with_s_in_the_wrong_sign_region(angle, epsilon, terms):
+    """The derivative is taken by autograd through the written-out curve at a constant angle."""
     s = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     steepness = [0.5 + epsilon, -1 / 24, 1 / 720][:terms]
     penalty = sum(alpha * angle ** (2 * k) for k, alpha in enumerate(steepness, start=1))
@@ -421,8 +419,8 @@ def test_in_the_wrong_sign_region_the_loss_rises_with_s(angle, epsilon, terms):
     assert (high - low).item() == pytest.approx(0.02 * slope.item())
 
 
-def test_the_full_gradient_rewards_a_small_s_in_the_wrong_sign_region_and_the_guarded_does_not():
-    """Shrinking a prediction that is too small already changes s alone, at a constant angle."""
+def test_full_gradient_rewards_small_s_in_the_wrong_sign_region_but_guarded_does_not():
+    """Scaling down a prediction that is already too small changes s only, at a constant angle."""
     y = torch.zeros(1, 8, 8, dtype=torch.float64)
     y[:, 0] = 1
     p = torch.full_like(y, 0.1)
@@ -450,7 +448,7 @@ class TestModule:
     logits = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     masks = torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(2)) > 0.5
 
-    def test_module_is_the_function_of_the_sigmoid(self):
+    def test_module_applies_the_function_to_the_sigmoid(self):
         settings = {"scale": "printed", "scale_gradient": "full", "smooth": 0.5}
         epsilon = torch.tensor([[0.0, 0.5], [1.0, -0.4], [0.2, 0.3]])
         expected = polydice1_loss(
@@ -467,7 +465,7 @@ class TestModule:
         found = PolyDice1Loss()(probability, mask)
         assert torch.equal(found, polydice1_loss(probability, mask).mean())
 
-    def test_half_precision_logits_have_a_sigmoid_in_float32(self):
+    def test_half_precision_logits_use_a_float32_sigmoid(self):
         logits, mask = torch.full((1, 4, 4), 9.0), torch.ones(1, 4, 4)
         module = PolyDice1Loss(sigmoid=True)
         assert torch.equal(module(logits.half(), mask), module(logits, mask))

@@ -1,4 +1,4 @@
-"""The losses by name against formulas written out in NumPy."""
+"""Losses selected by name against formulas in NumPy."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def reference(name, p, y, config):
     if name == "dice":
         return 1 - 2 * product / (p**2 + y**2).sum(1)
     if name == "dice_bce":
-        # The compound of the field takes Dice with plain sums, as MONAI and nnU-Net do.
+        # The usual compound loss uses Dice with plain sums, as MONAI and nnU-Net do.
         return 1 - (2 * product + 1e-5) / (size + 1e-5) + cross_entropy(p, y)
     if name == "tversky":
         false_positives, false_negatives = (p * (1 - y)).sum(1), ((1 - p) * y).sum(1)
@@ -48,7 +48,7 @@ def reference(name, p, y, config):
 
 @pytest.mark.parametrize("name", ["dice", "dice_bce", "bce", "tversky", "focal", "tvmf"])
 @pytest.mark.parametrize("bce_weight", [0.0, 0.7])
-def test_each_loss_is_its_formula_image_by_image(case, name, bce_weight):
+def test_each_loss_equals_its_formula_for_each_image(case, name, bce_weight):
     logits, mask = case
     config = LossConfig(name=name, bce_weight=bce_weight)
     found = build_objective(config)(logits, mask, torch.zeros(3))
@@ -71,8 +71,8 @@ def test_each_image_has_its_own_epsilon(case, name, terms):
 
 @pytest.mark.parametrize("scale", ["norms", "printed"])
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_an_empty_mask_is_lost_by_what_is_predicted_and_has_a_gradient(name, scale):
-    """Each loss is larger the more is predicted, and pushes every pixel down."""
+def test_loss_of_empty_mask_grows_with_the_prediction(name, scale):
+    """Its gradient is positive at every pixel."""
     objective = build_objective(LossConfig(name=name, scale=scale))
     logits = torch.tensor([-8.0, -5.0, -2.0]).repeat_interleave(64).reshape(3, 1, 8, 8)
     logits.requires_grad_()
@@ -87,17 +87,17 @@ def note_of(config, logits, mask, epsilon):
     return take_note(config, build_objective(config)(logits, mask, epsilon), logits, mask, epsilon)
 
 
-def test_wrong_signs_are_reported_for_polydice_losses():
+def test_wrong_sign_share_is_reported_for_polydice_losses():
     mask = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 1.0]]]])
     logits = torch.tensor([[[[9.0, -9.0]]], [[[-9.0, 9.0]]]])
     epsilon = torch.zeros(2)
 
-    def told(config, epsilon):
+    def reported(config, epsilon):
         return note_of(config, logits, mask, epsilon).wrong_sign.tolist()
 
-    assert told(LossConfig(), epsilon) == [True, False]
-    assert told(LossConfig(), epsilon - 0.5) == [False, False]
-    assert told(LossConfig(name="dice"), epsilon) == [False, False]
+    assert reported(LossConfig(), epsilon) == [True, False]
+    assert reported(LossConfig(), epsilon - 0.5) == [False, False]
+    assert reported(LossConfig(name="dice"), epsilon) == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which values of a mask are foreground, and which masks are no masks."""
+"""Conversion of mask files: foreground values, soft edges, and refused files."""
 
 from pathlib import Path
 
@@ -32,11 +32,11 @@ def mask_of(values, kind=np.uint8):
         ([255, 255], [1, 1]),
     ],
 )
-def test_masks_of_0_1_and_0_255(values, expected, kind):
+def test_masks_of_0_1_and_0_255_are_read(values, expected, kind):
     assert mask_of(values, kind) == expected
 
 
-def test_masks_of_16_bit():
+def test_masks_of_16_bit_are_read():
     assert mask_of([0, 65535], np.uint16) == [0, 1]
 
 
@@ -50,7 +50,7 @@ def test_masks_of_16_bit():
         (range(12), "0, 1, 2, 3, 4, 5, 6, 7, ..."),
     ],
 )
-def test_other_values_are_named(values, shown):
+def test_unknown_values_are_refused_by_value(values, shown):
     with pytest.raises(PolysegError) as caught:
         mask_of(values, np.float32)
     assert str(caught.value) == (
@@ -63,7 +63,7 @@ def test_other_values_are_named(values, shown):
     st.lists(st.integers(0, 5), min_size=6, max_size=6),
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=3),
 )
-def test_chosen_values_make_channels(values, foreground):
+def test_foreground_values_become_channels(values, foreground):
     labels = np.array(values).reshape(1, 2, 3)
     masks = to_masks(labels, PATH, [tuple(one) for one in foreground])
     assert masks.shape == (1, len(foreground), 2, 3) and masks.dtype == np.uint8
@@ -71,7 +71,7 @@ def test_chosen_values_make_channels(values, foreground):
         np.testing.assert_array_equal(masks[:, k], np.isin(labels, chosen))
 
 
-def test_union():
+def test_unite_joins_masks_of_equal_size():
     first, second = np.array([[[0, 1, 0]]], np.uint8), np.array([[[0, 1, 1]]], np.uint8)
     assert unite([first, second]).tolist() == [[[0, 1, 1]]]
     assert unite([first]).tolist() == first.tolist() and unite([first]) is not first
@@ -92,7 +92,7 @@ def shapes(height=200, width=260):
 
 @pytest.mark.parametrize("quality", [75, 85, 90, 95, 100])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_jpeg_of_a_mask_is_a_mask(tmp_path, quality, mode):
+def test_jpeg_mask_is_thresholded(tmp_path, quality, mode):
     mask = shapes()
     path = tmp_path / "m.jpg"
     Image.fromarray(mask * 255).convert(mode).save(path, quality=quality)
@@ -123,18 +123,18 @@ def test_antialiased_edges_are_cut_at_half(kind):
     np.testing.assert_array_equal(to_masks(deep, PATH, None)[:, 0], expected)
 
 
-def test_one_soft_slice_among_hard_ones():
+def test_stack_with_one_soft_slice_is_thresholded():
     labels = np.stack([shapes() * 255, smooth("blurred"), np.zeros((200, 260), np.uint8)])
     np.testing.assert_array_equal(to_masks(labels, PATH, None)[:, 0], labels >= 127.5)
 
 
 def areas(*values):
-    """Stripes of these values, 12 pixels wide."""
+    """Return stripes of these values, 12 pixels wide."""
     return np.repeat(np.array(values, np.uint8), 12)[None, None] * np.ones((1, 90, 1), np.uint8)
 
 
 def voc(*labels):
-    """Two small objects of such labels in rings of 255, "ignore", as Pascal VOC draws them."""
+    """Return small objects of these labels in rings of 255 ("ignore"), as in Pascal VOC."""
     page = np.zeros((1, 120, 160), np.uint8)
     for k, label in enumerate(labels):
         page[0, 20:46, 20 + 50 * k : 46 + 50 * k] = 255
@@ -161,19 +161,19 @@ def voc(*labels):
     ],
     ids=str,
 )
-def test_labels_are_not_taken_for_edges(labels):
+def test_labels_are_not_mistaken_for_soft_edges(labels):
     with pytest.raises(PolysegError, match=r"m\.png: a mask of values 0, "):
         to_masks(labels, PATH, None)
 
 
-def test_thin_outlines_of_one_value_are_labels():
+def test_thin_outline_of_one_value_is_a_label():
     labels = shapes()[None] * 255
     labels[0, 29:31, 222:225] = 128
     with pytest.raises(PolysegError, match="a mask of values 0, 128, 255"):
         to_masks(labels, PATH, None)
 
 
-def test_a_large_mask_is_searched_in_blocks():
+def test_soft_edges_of_a_large_mask_are_searched_in_blocks():
     mask = np.kron(shapes(), np.ones((16, 16), np.uint8)) * 255
     soft = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1.2)))[None]
     np.testing.assert_array_equal(to_masks(soft, PATH, None)[:, 0], soft >= 127.5)
@@ -183,7 +183,7 @@ def test_a_large_mask_is_searched_in_blocks():
         to_masks(stray, PATH, None)
 
 
-# Values that data.foreground names.
+# Values given by data.foreground.
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -202,7 +202,7 @@ def foreground(text):
         ("{cell: [1, 2-300], all: nonzero}", [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
     ],
 )
-def test_ranges_and_nonzero_values(text, expected):
+def test_foreground_accepts_ranges_and_nonzero(text, expected):
     labels = np.array([[[0, 1, 2, 300, 301]]], np.uint16)
     found = to_masks(labels, PATH, foreground(text))
     np.testing.assert_array_equal(found[0, :, 0], expected)
@@ -217,19 +217,19 @@ def test_ranges_and_nonzero_values(text, expected):
         ("nonzero", [[1, 1, 0]]),
     ],
 )
-def test_colours_are_values(tmp_path, text, expected):
+def test_foreground_accepts_colours(tmp_path, text, expected):
     Image.fromarray(np.array([[RED, BLUE, (0, 0, 0)]], np.uint8)).save(tmp_path / "a.png")
     labels = read_label_stack(tmp_path / "a.png").pixels
     np.testing.assert_array_equal(to_masks(labels, PATH, foreground(text))[0, :, 0], expected)
 
 
-def test_a_gray_mask_among_coloured_ones_has_its_grays(tmp_path):
+def test_gray_mask_in_a_coloured_set_is_read_as_gray(tmp_path):
     labels = np.array([[[0, 255]]], np.uint8)
     assert to_masks(labels, PATH, foreground("#ffffff")).ravel().tolist() == [0, 1]
     assert to_masks(labels, PATH, foreground("#ff0000")).ravel().tolist() == [0, 0]
 
 
-def test_colours_that_are_not_named_are_refused_with_their_shares(tmp_path):
+def test_unknown_colours_are_refused_with_their_shares(tmp_path):
     Image.fromarray(np.array([[RED, (0, 0, 0)]], np.uint8)).save(tmp_path / "a.png")
     labels = read_label_stack(tmp_path / "a.png").pixels
     for named in (None, [(255,)]):
@@ -242,14 +242,14 @@ def test_colours_that_are_not_named_are_refused_with_their_shares(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["5-2", "a", "1-99999", "'#12345'", "-2", "70000"])
-def test_values_that_are_none_are_refused(text):
+def test_invalid_foreground_values_are_refused(text):
     with pytest.raises(PolysegError, match=r"data\.foreground"):
         load_config(
             overrides=[f"data.foreground={text!r}" if "#" in text else f"data.foreground={text}"]
         )
 
 
-def test_predictions_hold_the_first_value_or_a_plain_one():
+def test_predictions_are_written_with_the_first_value_or_a_default():
     assert DataConfig(foreground=(2, 7)).written(255) == {"2": 2, "7": 7}
     assert DataConfig(foreground="1-300").written(255) == {"1-300": 1}
     assert DataConfig(foreground="#ff0000").written(255) == {"FF0000": 255}
@@ -258,8 +258,8 @@ def test_predictions_hold_the_first_value_or_a_plain_one():
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1, 1), (-1, -1, 1, 1)])
-def test_volumes_as_masks_of_pictures_keep_the_order_of_their_voxels(tmp_path, axes):
-    """As MONAI, SimpleITK and ITK-SNAP write them: x to the right, y down, whatever the header."""
+def test_volume_mask_of_an_image_keeps_its_voxel_order(tmp_path, axes):
+    """MONAI, SimpleITK and ITK-SNAP write x to the right and y down, whatever the header says."""
     nibabel = pytest.importorskip("nibabel")
     generator = np.random.default_rng(0)
     for name in ("images", "masks"):

@@ -1,4 +1,4 @@
-"""What memory holds, and what happens where it ends."""
+"""Memory limits, and division of work that does not fit."""
 
 import errno
 import logging
@@ -43,7 +43,7 @@ def test_out_of_memory_errors_of_all_libraries_are_recognised():
         assert is_out_of_memory(said)
 
 
-def test_other_errors_are_not_the_end_of_memory():
+def test_other_errors_are_not_out_of_memory():
     sizes = error_of(lambda: torch.zeros(2) + torch.zeros(3))
     for other in (sizes, OSError(errno.ENOSPC, "full"), ValueError("out of memory"), KeyError()):
         assert not is_out_of_memory(other)
@@ -51,7 +51,7 @@ def test_other_errors_are_not_the_end_of_memory():
             raise other
 
 
-def test_the_end_of_memory_is_one_line():
+def test_out_of_memory_is_one_line():
     with (
         pytest.raises(PolysegError, match=r"^training: ran out of memory; less$") as caught,
         explaining_memory("training", "less"),
@@ -62,7 +62,7 @@ def test_the_end_of_memory_is_one_line():
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """Make control groups of files; return how to set the limit of one."""
+    """Return a function that writes control group files with a memory limit."""
     monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(memory, "_GROUPS_OF_PROCESS", tmp_path / "own")
 
@@ -84,7 +84,7 @@ def groups(tmp_path, monkeypatch):
         ("9:memory:/docker/a\n", "memory/docker/a/memory.limit_in_bytes"),
     ],
 )
-def test_a_container_bounds_what_a_machine_has(groups, own, name):
+def test_control_group_limits_available_memory(groups, own, name):
     free = memory_of()
     groups(own, name, "1000000\n")
     assert memory_of() == 1_000_000
@@ -92,13 +92,13 @@ def test_a_container_bounds_what_a_machine_has(groups, own, name):
     assert memory_of() == free
 
 
-def test_a_group_of_others_bounds_nothing(groups):
+def test_control_group_of_other_processes_is_ignored(groups):
     free = memory_of()
     groups("0::/jobs/7\n", "jobs/8/memory.max", "1000")
     assert memory_of() == free
 
 
-def test_what_memory_can_never_hold_is_refused(groups):
+def test_data_larger_than_memory_are_refused(groups):
     groups("0::/\n", "memory.max", "3000000000")
     refuse_beyond_memory(3_000_000_000, "images", "fewer")
     with pytest.raises(PolysegError) as caught:
@@ -125,7 +125,7 @@ def test_work_is_done_once_and_in_order(most):
     assert portions.most >= (most + 1) // 2
 
 
-def test_what_did_not_fit_is_not_tried_again(caplog):
+def test_size_that_did_not_fit_is_not_tried_again(caplog):
     portions, seen = Portions("example", "less"), []
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -137,7 +137,7 @@ def test_what_did_not_fit_is_not_tried_again(caplog):
     ]
 
 
-def test_too_little_for_one_image_is_one_line():
+def test_out_of_memory_for_one_image_is_one_line():
     runs = Portions("example", "use less").run(4, work_on(0, []), "an image of 8 x 9")
     with pytest.raises(
         PolysegError, match=r"^example: ran out of memory on an image of 8 x 9 alone; use less$"
@@ -145,7 +145,7 @@ def test_too_little_for_one_image_is_one_line():
         list(runs)
 
 
-def test_other_errors_of_work_pass():
+def test_other_errors_of_work_are_raised_unchanged():
     def work(_):
         raise RuntimeError("sizes")
 
@@ -154,7 +154,7 @@ def test_other_errors_of_work_pass():
 
 
 def test_failed_attempt_releases_memory(caplog):
-    """What an attempt had made is gone before the next one begins."""
+    """Memory of a failed attempt is released before the next one begins."""
     made = []
 
     class Large:

@@ -1,4 +1,4 @@
-"""Eq. 7: what MC Dropout computes, and that it leaves everything else as it was."""
+"""MC Dropout (eq. 7): scores, chosen number of passes, and limited memory."""
 
 import copy
 import dataclasses
@@ -48,13 +48,13 @@ def network():
 
 
 @pytest.fixture(params=[0, np.inf], ids=["program", "plain"])
-def _either_way(request, monkeypatch):
-    """Take networks apart for the few small images here, or none."""
+def _compiled_or_plain(request, monkeypatch):
+    """Compile networks even for the few small images of these tests, or never."""
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", request.param)
 
 
 def thin(network, seed_of_pass, rate):
-    """Draw masks by torch's own train-mode dropout: the independent way to make one pass."""
+    """Return one pass with torch's own dropout in training mode, as an independent reference."""
     clone = copy.deepcopy(network).eval()
     for module in clone.modules():
         if isinstance(module, nn.Dropout2d):
@@ -63,8 +63,8 @@ def thin(network, seed_of_pass, rate):
     return clone
 
 
-def test_the_distribution_is_that_of_torchs_own_dropout(network):
-    """Mean and variance over many passes agree with modules in train mode, within their errors."""
+def test_passes_have_the_distribution_of_torch_dropout(network):
+    """Mean and variance over many passes agree with training mode within their errors."""
     batch = make_batch(2)
     passes = 400
     ours = assess(
@@ -83,7 +83,7 @@ def test_the_distribution_is_that_of_torchs_own_dropout(network):
     )
 
 
-def test_scores_are_the_equations_of_the_passes(network):
+def test_scores_follow_the_equations_from_the_passes(network):
     batch = make_batch(3)
     result = assess(network, [batch], UncertaintyConfig(samples=6, save_maps=True), seed=4, epoch=2)
     streams = MaskStreams("consistent", 4, 2, batch.ids)
@@ -109,7 +109,7 @@ def test_scores_are_the_equations_of_the_passes(network):
     assert (result.foreground_pixels == 144).all()
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("_compiled_or_plain")
 @pytest.mark.parametrize("name", network_names())
 def test_assessment_changes_neither_network_nor_random_state(name):
     network = build_network(name, in_channels=1).train()
@@ -126,7 +126,7 @@ def test_assessment_changes_neither_network_nor_random_state(name):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("_compiled_or_plain")
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
 @pytest.mark.parametrize("kind", ["channel", "element"])
 def test_difficulty_does_not_depend_on_batches_or_order(masks, kind):
@@ -141,7 +141,7 @@ def test_difficulty_does_not_depend_on_batches_or_order(masks, kind):
     np.testing.assert_allclose(whole.difficulty[order], again.difficulty, rtol=1e-5)
 
 
-def test_the_same_image_twice_is_judged_alike_only_with_consistent_masks(network):
+def test_equal_images_have_equal_scores_only_with_consistent_masks(network):
     batch = make_batch(1)
     twins = Batch(["a", "b"], batch.images.repeat(2, 1, 1, 1), batch.masks.repeat(2, 1, 1, 1))
     consistent = assess(network, [twins], UncertaintyConfig(samples=4)).difficulty
@@ -152,7 +152,7 @@ def test_the_same_image_twice_is_judged_alike_only_with_consistent_masks(network
     assert abs(independent[0] - independent[1]) > 1e-3 * independent[0]
 
 
-def test_seed_and_epoch_choose_the_masks(network):
+def test_seed_and_epoch_determine_the_masks(network):
     batch = make_batch(2)
     settings = UncertaintyConfig(samples=3)
     first = assess(network, [batch], settings, seed=1, epoch=1).difficulty
@@ -162,7 +162,7 @@ def test_seed_and_epoch_choose_the_masks(network):
 
 
 def test_normalisation_stays_in_evaluation_mode(network):
-    """An image's difficulty does not depend on the others in its batch."""
+    """The difficulty of an image does not depend on the others in its batch."""
     batch = make_batch(2)
     alone = assess(network, split(batch, [1]), UncertaintyConfig(samples=3)).difficulty
     strange = Batch(batch.ids, torch.stack([batch.images[0], batch.images[1] * 100]), batch.masks)
@@ -184,7 +184,7 @@ def test_fallbacks_and_dice_are_recorded(network):
 
 @pytest.mark.parametrize("save_maps", [False, True])
 @pytest.mark.parametrize("region", ["mask", "prediction", "union", "boundary", "image"])
-def test_the_size_of_the_mask_is_recorded_whatever_the_region(network, region, save_maps):
+def test_mask_size_is_recorded_for_every_region(network, region, save_maps):
     batch = make_batch(3)
     batch.masks[1, 0, 2:5, 25:] = 1
     batch.masks[2] = 0
@@ -197,7 +197,7 @@ def test_the_size_of_the_mask_is_recorded_whatever_the_region(network, region, s
         assert (result.foreground_pixels == 32 * 32).all()
 
 
-def test_the_mask_of_each_label_has_its_size():
+def test_mask_size_is_recorded_for_each_label():
     network = build_network("unet", in_channels=1, out_channels=2, settings=SMALL)
     images, masks = make_batch(2).images, torch.zeros(2, 2, 32, 32, dtype=torch.uint8)
     masks[0, 0, :2, :3], masks[0, 1, :5, :7], masks[1, 1, 9:, 9:] = 1, 1, 1
@@ -207,7 +207,7 @@ def test_the_mask_of_each_label_has_its_size():
     assert result.of_label("tumour").in_order(["a", "b"]).mask_pixels.tolist() == [23 * 23, 35]
 
 
-def test_without_masks_of_all_images_their_sizes_are_not_known(network):
+def test_mask_sizes_are_missing_if_any_image_has_no_mask(network):
     batch = make_batch(2)
     without = Batch(["c", "d"], batch.images, None)
     for batches in ([without], [batch, without], [without, batch]):
@@ -222,8 +222,8 @@ def test_without_masks_of_all_images_their_sizes_are_not_known(network):
 def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
     network, samples, with_masks, save_maps
 ):
-    """A half of 2 or 3 passes is a single one, which disagrees with nothing."""
-    batch, how = unlike_batch(6), {"samples": samples, "save_maps": save_maps}
+    """Half of 2 or 3 passes is a single pass, which has no disagreement."""
+    batch, how = varied_batch(6), {"samples": samples, "save_maps": save_maps}
     if not with_masks:
         batch, how = batch._replace(masks=None), how | {"region": "image"}
     result = assess(network, split(batch, [4, 2]), UncertaintyConfig(**how))
@@ -239,14 +239,14 @@ def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
     assert (known in line) == (samples < 4)
 
 
-def test_a_stability_without_meaning_is_a_dash(network):
+def test_undefined_rank_stability_is_shown_as_a_dash(network):
     """Two images have no rank correlation."""
     assert describe(assess(network, [make_batch(2)], UncertaintyConfig(samples=4))).endswith(
         "rank stability -"
     )
 
 
-def test_the_boundary_of_a_mask_that_fills_the_image_is_not_the_easiest(network):
+def test_full_mask_is_not_the_easiest_by_its_boundary(network):
     batch = make_batch(3)
     batch.masks[1] = 1
     result = assess(network, [batch], UncertaintyConfig(samples=4, region="boundary"))
@@ -273,7 +273,7 @@ def test_automatic_samples_reach_the_rank_target(network, target, save_maps):
     if ours.samples > choose_samples.FEWEST:
         fewer = assess(network, batches, UncertaintyConfig(samples=choose_samples.FEWEST, **how))
         assert fewer.rank_stability["entropy"] < target
-    # Passes that were run to judge count like any.
+    # The passes used for the choice count towards the total.
     same = assess(network, batches, UncertaintyConfig(samples=ours.samples, **how))
     np.testing.assert_equal(dataclasses.asdict(ours), dataclasses.asdict(same))
 
@@ -289,7 +289,7 @@ def test_higher_rank_target_takes_more_passes(network):
     assert counts[0] == choose_samples.FEWEST and counts[-1] == choose_samples.MOST
 
 
-def test_only_the_first_images_choose_how_many_passes(network, monkeypatch):
+def test_number_of_passes_depends_on_the_first_images_only(network, monkeypatch):
     monkeypatch.setattr(choose_samples, "_IMAGES", 5)
     batches = list(split(make_batch(9), [3, 3, 3]))
     how = {"samples": "auto", "rank_target": 0.97}
@@ -299,23 +299,23 @@ def test_only_the_first_images_choose_how_many_passes(network, monkeypatch):
         assert assess(network, [*batches[:2], last], UncertaintyConfig(**how)).samples == first
 
 
-def test_no_dropout_is_an_error():
+def test_network_without_dropout_is_refused():
     bare = build_network("unet", in_channels=1, dropout=0.0)
     with pytest.raises(PolysegError, match="no active dropout layer"):
         assess(bare, [make_batch(1)])
 
 
-def test_a_rate_of_one_is_an_error():
+def test_dropout_rate_of_one_is_refused():
     with pytest.raises(PolysegError, match="drops everything"):
         assess(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(1.0)), [make_batch(1)])
 
 
-def test_no_images_is_an_error(network):
+def test_empty_set_of_images_is_refused(network):
     with pytest.raises(PolysegError, match="no images"):
         assess(network, [])
 
 
-def test_weights_that_diverged_are_named_by_image(network):
+def test_non_finite_prediction_names_the_image(network):
     for weights in network.parameters():
         weights.data.fill_(float("nan"))
     with pytest.raises(PolysegError, match=r"image image0: its .* is not finite"):
@@ -334,11 +334,11 @@ def test_hooks_are_removed_after_an_error(network):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-# ---- where memory ends
+# ---- limited memory
 
 
 def refuse_more(network, most):
-    """Let a network run out of memory wherever it sees more images than so many."""
+    """Make a network run out of memory for more than `most` images."""
 
     def refuse(_, inputs):
         if len(inputs[0]) > most:
@@ -347,8 +347,8 @@ def refuse_more(network, most):
     return network.register_forward_pre_hook(refuse)
 
 
-def unlike_batch(n):
-    """Return images that are far from equally difficult, so that rounding moves no rank."""
+def varied_batch(n):
+    """Return images of clearly different difficulty, so that rounding changes no rank."""
     batch = make_batch(n)
     return batch._replace(images=batch.images * torch.linspace(0.2, 4, n)[:, None, None, None])
 
@@ -374,8 +374,8 @@ def assert_alike(found, expected):
         ("auto", "independent", 3),
     ],
 )
-def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples, masks, most):
-    batches = list(split(unlike_batch(13), [7, 6]))
+def test_out_of_memory_divides_batches_and_keeps_scores(network, samples, masks, most):
+    batches = list(split(varied_batch(13), [7, 6]))
     batches[0].masks[3] = 0
     how = {"samples": samples, "masks": masks, "rank_target": 0.97}
     expected = assess(network, batches, UncertaintyConfig(**how))
@@ -386,9 +386,9 @@ def test_where_memory_ends_batches_are_divided_and_scores_stay(network, samples,
 
 
 @pytest.mark.parametrize("save_maps", [False, True])
-def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_maps):
+def test_out_of_memory_runs_the_program_on_parts(network, monkeypatch, save_maps):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)
-    batch, how = unlike_batch(6), {"samples": 3, "save_maps": save_maps}
+    batch, how = varied_batch(6), {"samples": 3, "save_maps": save_maps}
     expected = assess(network, [batch], UncertaintyConfig(**how))
     whole, sizes = passes.PreparedBatch, []
 
@@ -400,13 +400,13 @@ def test_where_memory_ends_a_program_runs_on_parts(network, monkeypatch, save_ma
 
     monkeypatch.setattr(passes, "PreparedBatch", tight)
     assert_alike(assess(network, [batch], UncertaintyConfig(**how)), expected)
-    # After the halves, one third of the batch at a time, and never the plain way instead.
+    # After the halves, a third of the batch at a time, and never plain passes.
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
 
 
-def test_memory_that_ends_after_the_pilots_first_passes(network, monkeypatch):
-    """Those that had passes already are measured anew in parts."""
-    batches = list(split(unlike_batch(9), [4, 5]))
+def test_out_of_memory_after_the_first_passes_keeps_scores(network, monkeypatch):
+    """Images that already had passes are measured again in parts."""
+    batches = list(split(varied_batch(9), [4, 5]))
     how = {"samples": "auto", "rank_target": 0.9999}
     expected = assess(network, batches, UncertaintyConfig(**how))
     assert expected.samples > choose_samples.FEWEST
@@ -422,7 +422,7 @@ def test_memory_that_ends_after_the_pilots_first_passes(network, monkeypatch):
     assert_alike(found, expected)
 
 
-def test_too_little_memory_for_one_image_names_its_size(network, monkeypatch):
+def test_out_of_memory_for_one_image_states_its_size(network, monkeypatch):
     monkeypatch.setattr(passes, "_TRIAL_SIDE", 16)
 
     def refuse(_, inputs):
@@ -434,13 +434,13 @@ def test_too_little_memory_for_one_image_names_its_size(network, monkeypatch):
         assess(network, [make_batch(3)], UncertaintyConfig(samples=2))
 
 
-def test_memory_that_ends_before_any_pass_is_one_line(network):
+def test_out_of_memory_before_any_pass_is_one_line(network):
     refuse_more(network, 0)
     with pytest.raises(PolysegError, match=r"^MC Dropout: ran out of memory; use smaller .*$"):
         assess(network, [make_batch(3)], UncertaintyConfig(samples=2))
 
 
-def test_predictions_are_divided_where_memory_ends(network):
+def test_out_of_memory_divides_predictions(network):
     batches = list(split(make_batch(9), [5, 4]))
     expected = torch.cat([logits for _, logits in predict(network, batches)])
     refuse_more(network, 2)
@@ -451,13 +451,13 @@ def test_predictions_are_divided_where_memory_ends(network):
     assert torch.equal(torch.cat([batch.masks for batch, _ in found]), make_batch(9).masks)
 
 
-def test_a_prediction_of_one_image_too_large_is_one_line(network):
+def test_out_of_memory_for_one_prediction_is_one_line(network):
     refuse_more(network, 0)
     with pytest.raises(PolysegError, match="prediction: ran out of memory on an image of 32 x 32"):
         list(predict(network, [make_batch(2)]))
 
 
-def test_the_order_by_error_is_described_for_each_label(network):
+def test_correlation_with_error_is_described_for_each_label(network):
     found = assess(network, [make_batch(n=6)], UncertaintyConfig(samples=2))
     ordered = np.arange(6.0)
     given = {"scores": {"mutual_information": ordered}}
@@ -468,7 +468,7 @@ def test_the_order_by_error_is_described_for_each_label(network):
     dice = np.array([0.1, 0.3, 0.2, 0.5, 0.4, 0.6])
     (line,) = describe_order(dataclasses.replace(found, **given, dice=dice))
     assert line.endswith("D is not ordered by error; see `polyseg schedule validity`")
-    # One label rises with the error, the other falls.
+    # The difficulty of one label increases with its error, the other decreases.
     both = dataclasses.replace(
         found,
         ids=[name for name in found.ids for _ in range(2)],

@@ -1,4 +1,4 @@
-"""Networks by name, any image size, and which of their dropout layers stay."""
+"""Networks by name: image sizes, selection of dropout layers, and refused networks."""
 
 import copy
 import random
@@ -64,7 +64,7 @@ def not_a_module(in_channels, out_channels):
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_every_network_takes_any_size_and_keeps_it(name):
+def test_every_network_accepts_any_size_and_keeps_it(name):
     network = build_network(name, in_channels=3).eval()
     for size in ((64, 64), (33, 50), (16, 130)):
         with torch.no_grad():
@@ -72,8 +72,8 @@ def test_every_network_takes_any_size_and_keeps_it(name):
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_the_encoder_is_deterministic_and_the_answer_is_never_dropped(name):
-    """In the default choice the first thing that is random has the smallest size of all."""
+def test_default_dropout_begins_at_the_bottleneck_and_spares_the_output(name):
+    """The first stochastic layer has the smallest feature map of all."""
     network = build_network(name, in_channels=1, dropout=0.3)
     seen = []
     for layer in stochastic_layers(network).values():
@@ -87,14 +87,14 @@ def test_the_encoder_is_deterministic_and_the_answer_is_never_dropped(name):
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_kind_and_rate(name):
+def test_dropout_kind_and_rate_are_applied(name):
     network = build_network(name, in_channels=1, dropout=0.1, dropout_kind="element")
     kinds = {type(layer) for layer in stochastic_layers(network).values()}
     assert kinds == {nn.Dropout}
     assert not stochastic_layers(build_network(name, in_channels=1, dropout=0.0))
 
 
-def test_choices_of_layers():
+def test_dropout_layers_setting_selects_layers():
     def count(choice):
         return len(stochastic_layers(build_network("unet", in_channels=1, dropout_layers=choice)))
 
@@ -110,7 +110,7 @@ def narrow_factory(in_channels, out_channels):
     )
 
 
-def test_a_layer_that_would_drop_everything_is_active_only_when_named():
+def test_dropout_on_a_single_channel_is_active_only_if_named():
     name = f"{__name__}:narrow_factory"
     assert not stochastic_layers(build_network(name, in_channels=1))
     named = build_network(name, in_channels=1, dropout_layers=["core.1"])
@@ -119,8 +119,8 @@ def test_a_layer_that_would_drop_everything_is_active_only_when_named():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", network_names())
-def test_every_network_can_learn_an_image_by_heart(name):
-    """What normalises or squeezes its own output cannot: its probabilities stay near a half."""
+def test_every_network_can_overfit_one_image(name):
+    """A network that normalises or squashes its output could not: probabilities stay near 0.5."""
     torch.manual_seed(0)
     phantom = make_phantom(0, 0, difficulty=0.0, size=(32, 32))
     image = torch.from_numpy(phantom.image / 255).float()[None, None].repeat(2, 1, 1, 1)
@@ -143,8 +143,8 @@ def test_choosing_layers_does_not_change_the_initial_weights():
     assert len(hashes) == 1
 
 
-def test_padding_does_not_change_the_centre():
-    """Far from the border a padded image gets what the larger one gets that it was cut from."""
+def test_padding_does_not_change_the_centre_of_the_output():
+    """Far from the border a padded crop has the same output as the larger image."""
     core = nn.Conv2d(1, 1, 3, padding=1)
     image = torch.rand(1, 1, 20, 30)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_padding_does_not_change_the_centre():
     torch.testing.assert_close(padded[..., 1:-1, 1:-1], core(image)[..., 1:-1, 1:-1])
 
 
-def test_a_users_own_network_keeps_its_dropout():
+def test_user_network_keeps_its_dropout():
     network = build_network(
         f"{__name__}:plain_factory", in_channels=2, settings={"width": 6}, multiple_of=4
     )
@@ -169,12 +169,12 @@ def test_a_users_own_network_keeps_its_dropout():
         (f"{__name__}:not_a_module", "must return a torch.nn.Module"),
     ],
 )
-def test_wrong_names_are_explained(name, match):
+def test_invalid_network_name_error_states_the_cause(name, match):
     with pytest.raises(PolysegError, match=match):
         build_network(name, in_channels=1)
 
 
-def test_wrong_settings_are_explained():
+def test_invalid_network_argument_error_states_the_cause():
     with pytest.raises(PolysegError, match=r"network\.kwargs: unet refuses them"):
         build_network("unet", in_channels=1, settings={"colour": "red"})
 
@@ -189,7 +189,7 @@ def test_functional_dropout_is_refused(network):
 
 
 class ReusesItsDropout(nn.Module):
-    """One layer at two depths, as many networks have it."""
+    """A network that uses one dropout layer at two depths."""
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1) -> None:
         super().__init__()
@@ -202,14 +202,14 @@ class ReusesItsDropout(nn.Module):
         return self.head(self.drop(self.wide(self.drop(self.narrow(x)))))
 
 
-def test_a_layer_that_is_reused_is_taken_as_it_is():
+def test_dropout_layer_used_twice_is_accepted():
     network = build_network(f"{__name__}:ReusesItsDropout", in_channels=1)
     (layer,) = stochastic_layers(network).values()
     assert layer.p == 0.3 and not layer.inplace
     refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
 
 
-def test_a_layer_of_two_names_is_cut_out_under_both():
+def test_dropout_layer_with_two_names_is_removed_under_both():
     network = build_network(f"{__name__}:ReusesItsDropout", in_channels=1, dropout_layers=[])
     assert not stochastic_layers(network)
 
@@ -223,21 +223,21 @@ class SkipsItsDropout(nn.Module):
         return self.drop(x) if self.training else x
 
 
-def test_a_layer_that_evaluation_skips_is_refused():
+def test_dropout_layer_skipped_in_evaluation_mode_is_refused():
     with pytest.raises(
         PolysegError, match="drop: is called 1 times in training and 0 times in eval"
     ):
         refuse_hidden_dropout(SkipsItsDropout(), torch.rand(2, 1, 8, 8))
 
 
-def test_a_layer_that_is_never_run_is_nothing_to_sample():
+def test_network_whose_dropout_is_never_called_is_refused():
     network = nn.Conv2d(1, 1, 1)
     network.drop = nn.Dropout(0.5)
     with pytest.raises(PolysegError, match="none of its active dropout layers is called"):
         refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
 
 
-def test_a_layer_whose_first_dimension_is_not_the_image_is_refused():
+def test_dropout_whose_first_dimension_is_not_the_batch_is_refused():
     windows = nn.Sequential(nn.Flatten(0, 1), nn.Dropout(0.5))
     with pytest.raises(PolysegError, match="first dimension of its output is 6 for 2 images"):
         refuse_hidden_dropout(windows, torch.rand(2, 3, 8, 8))
@@ -246,12 +246,12 @@ def test_a_layer_whose_first_dimension_is_not_the_image_is_refused():
 @pytest.mark.parametrize(
     "layer", [nn.MultiheadAttention(4, 2, dropout=0.1), nn.LSTM(4, 4, 2, dropout=0.1)]
 )
-def test_layers_that_drop_inside_are_refused(layer):
+def test_layers_with_internal_dropout_are_refused(layer):
     with pytest.raises(PolysegError, match="drops inside itself"):
         stochastic_layers(nn.Sequential(layer))
 
 
-def test_a_call_of_attention_with_dropout_is_seen():
+def test_dropout_set_during_an_attention_call_is_detected():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -303,7 +303,7 @@ def test_dropout_inside_attention_is_refused():
 
 @pytest.mark.parametrize("kind", ["channel", "element"])
 @pytest.mark.parametrize("name", network_names())
-def test_library_networks_draw_by_their_dropout_layers_only(name, kind):
+def test_built_in_networks_are_random_by_dropout_layers_only(name, kind):
     network = build_network(name, in_channels=1, dropout_kind=kind)
     before = hash_weights(network)
     refuse_hidden_dropout(network, torch.rand(2, 1, 32, 32))
@@ -314,13 +314,13 @@ def image_by_image(x):
     return len(x), 1, 1, 1
 
 
-# What a network does to its features in training, and how the refusal calls it.
+# Random operations on features in training, by the name in the error message.
 RANDOM = {
     "bernoulli": lambda x: x * torch.bernoulli(torch.full(image_by_image(x), 0.9)) / 0.9,
     "bernoulli_": lambda x: x * x.new_empty(image_by_image(x)).bernoulli_(0.95),
     "rand": lambda x: x if torch.rand(()) < 0.95 else torch.zeros_like(x),
     "rand_like": lambda x: x * (torch.rand_like(x) < 0.9),
-    # As behind a residual branch that starts at 1e-6, which ConvNeXt has.
+    # As behind the residual scale of 1e-6 in ConvNeXt.
     "randn_like": lambda x: x + 1e-6 * torch.randn_like(x),
     "rrelu": lambda x: functional.rrelu(x, training=True),
     "Python's random": lambda x: x if random.random() < 0.95 else torch.zeros_like(x),
@@ -331,7 +331,7 @@ OWN = torch.Generator()
 
 
 class RandomInTraining(nn.Module):
-    """Dropout and batch normalisation, and something random by hand beside them."""
+    """A network with dropout, batch normalisation, and another random operation."""
 
     def __init__(self, draw) -> None:
         super().__init__()
@@ -364,7 +364,7 @@ def test_random_numbers_without_an_effect_on_the_output_are_accepted():
 
 
 class MovesItsBuffers(nn.Module):
-    """Centres by a running mean that each pass in training puts in the place of the one before."""
+    """A network that subtracts a running mean, replaced by each training pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,14 +378,14 @@ class MovesItsBuffers(nn.Module):
         return self.dropout(self.norm(x - self.mean))
 
 
-def test_layers_that_keep_running_statistics_are_accepted_and_put_back():
+def test_check_restores_running_statistics():
     network = MovesItsBuffers()
     mean, before = network.mean, hash_weights(network)
     refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
     assert network.mean is mean and hash_weights(network) == before
 
 
-def test_several_outputs_in_training_are_compared():
+def test_all_outputs_in_training_are_checked_for_randomness():
     class Deep(RandomInTraining):
         def forward(self, x):
             output = self.head(self.dropout(self.convolution(x)))
@@ -396,7 +396,7 @@ def test_several_outputs_in_training_are_compared():
         refuse_hidden_dropout(Deep(RANDOM["rand_like"]), torch.rand(2, 1, 8, 8))
 
 
-def test_weights_that_diverged_are_not_called_random():
+def test_non_finite_weights_are_not_reported_as_random():
     network = RandomInTraining(lambda x: x)
     nn.init.constant_(network.head.weight, float("nan"))
     refuse_hidden_dropout(network, torch.rand(2, 1, 8, 8))
@@ -418,7 +418,7 @@ def test_alpha_dropout_is_refused_with_its_reason(layer):
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_how_large_a_network_is_can_be_known_before_it_is_made(name):
+def test_network_on_meta_device_has_the_same_shapes(name):
     state = torch.random.get_rng_state()
     with torch.device("meta"):
         planned = build_network(name, in_channels=3, out_channels=2)
@@ -428,7 +428,7 @@ def test_how_large_a_network_is_can_be_known_before_it_is_made(name):
     assert {key: values.shape for key, values in planned.state_dict().items()} == shapes
 
 
-def test_a_network_that_memory_cannot_train_is_refused(monkeypatch):
+def test_network_too_large_for_memory_is_refused(monkeypatch):
     network = build_network("unet", in_channels=1)
     needed = 16 * sum(weights.numel() for weights in network.parameters())
     monkeypatch.setattr(memory, "memory_of", lambda device: needed)
@@ -439,14 +439,14 @@ def test_a_network_that_memory_cannot_train_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
-def test_biases_that_normalisation_cancels_are_left_out_and_no_others(norm):
-    """What is left out would have no gradient but rounding; all that is left has one."""
+def test_only_biases_cancelled_by_normalisation_are_omitted(norm):
+    """Omitted biases would have a zero gradient up to rounding; all other parameters have one."""
     setting = ("group", {"num_groups": 2}) if norm == "group" else norm
     sizes = {"channels": [4, 8], "strides": [2], "num_res_units": 1, "norm": setting}
     network = build_network("unet", in_channels=1, dropout=0.0, settings=sizes).train()
     network(torch.rand(4, 1, 32, 32)).square().mean().backward()
     biases = [one for name, one in network.named_parameters() if name.endswith("conv.bias")]
-    assert len(biases) == (4 if norm == "group" else 1)  # The last has no norm.
+    assert len(biases) == (4 if norm == "group" else 1)  # The last layer has no norm.
     scale = max(float(one.grad.abs().max()) for one in network.parameters())
     for name, one in network.named_parameters():
         assert float(one.grad.abs().max()) > 1e-6 * scale, name

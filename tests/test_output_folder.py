@@ -1,4 +1,4 @@
-"""Folders of results: whole or not at all, and what may be replaced."""
+"""Output folders: complete or absent, and rules for replacing results."""
 
 import contextlib
 import errno
@@ -26,28 +26,28 @@ from polyseg.system.output_folder import (
 
 
 def fill(path, text, **settings):
-    """Write results of two files, one of them in a folder."""
+    """Write results of two files, one of them in a subfolder."""
     with whole_folder(path, **settings) as folder:
         write_text(folder / "summary.json", text)
         write_text(folder / "figures" / "a.png", text)
 
 
 def names(path):
-    """Return what is in a folder."""
+    """Return the sorted names in a folder."""
     return sorted(one.name for one in path.iterdir())
 
 
 def contents(path):
-    """Return what each file below a folder holds, by its name."""
+    """Return the content of each file below a folder by its path."""
     return {str(one.relative_to(path)): one.read_text() for one in path.rglob("*") if one.is_file()}
 
 
-def whole(text):
+def expected_files(text):
     return {"summary.json": text, "figures/a.png": text}
 
 
-def said(path, **settings):
-    """Return in which line something is refused."""
+def refusal_of(path, **settings):
+    """Return the error message for a folder without the path."""
     with pytest.raises(PolysegError) as caught, whole_folder(path, **settings):
         pass
     message = str(caught.value)
@@ -76,7 +76,7 @@ def test_early_end_leaves_no_files(tmp_path, ending):
     assert names(tmp_path) == []
 
 
-def test_errors_name_the_folder_that_was_asked_for(tmp_path, monkeypatch):
+def test_errors_name_the_requested_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with (
         pytest.raises(PolysegError, match=r"^out/a\.txt: is full$"),
@@ -93,39 +93,39 @@ def test_empty_folder_keeps_its_mode(tmp_path):
         raise ValueError
     assert path.is_dir() and names(tmp_path) == ["out"]
     fill(path, "new")
-    assert contents(path) == whole("new") and path.stat().st_mode & 0o777 == 0o750
+    assert contents(path) == expected_files("new") and path.stat().st_mode & 0o777 == 0o750
 
 
-def test_overwriting_needs_overwrite(tmp_path):
+def test_existing_results_need_the_overwrite_flag(tmp_path):
     path = tmp_path / "out"
     fill(path, "old")
-    assert "nothing is overwritten" in said(path)
-    assert "or add --overwrite" in said(path, known_by=("summary.json",))
-    assert "add --overwrite" not in said(path, known_by=("other.json",))
-    assert contents(path) == whole("old")
+    assert "nothing is overwritten" in refusal_of(path)
+    assert "or add --overwrite" in refusal_of(path, known_by=("summary.json",))
+    assert "add --overwrite" not in refusal_of(path, known_by=("other.json",))
+    assert contents(path) == expected_files("old")
     (path / "stale.txt").write_text("of the former run")
     fill(path, "new", **OURS)
-    assert contents(path) == whole("new") and names(tmp_path) == ["out"]
+    assert contents(path) == expected_files("new") and names(tmp_path) == ["out"]
 
 
-def test_an_error_leaves_the_former_results(tmp_path):
+def test_error_keeps_the_previous_results(tmp_path):
     path = tmp_path / "out"
     fill(path, "old")
     with pytest.raises(ValueError), whole_folder(path, **OURS) as folder:
         write_text(folder / "summary.json", "new")
         raise ValueError
-    assert contents(path) == whole("old") and names(tmp_path) == ["out"]
+    assert contents(path) == expected_files("old") and names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("run", ["checkpoints/note.txt", "fold/checkpoints/a", "best.safetensors"])
 def test_runs_and_foreign_files_are_never_overwritten(tmp_path, run):
     path = tmp_path / "out"
     write_text(path / "note.txt", "mine")
-    assert "has no summary.json" in said(path, **OURS)
+    assert "has no summary.json" in refusal_of(path, **OURS)
     write_text(path / "summary.json", "{}")
     write_text(path / run, "weights")
-    assert "--overwrite removes no runs" in said(path, **OURS)
-    assert "add --overwrite" not in said(path, known_by=OURS["known_by"])
+    assert "--overwrite removes no runs" in refusal_of(path, **OURS)
+    assert "add --overwrite" not in refusal_of(path, known_by=OURS["known_by"])
     assert len(contents(path)) == 3 and names(tmp_path) == ["out"]
 
 
@@ -166,7 +166,7 @@ def test_second_writer_is_refused_and_leftovers_are_removed(tmp_path):
     writer.communicate()
     assert (tmp_path / ".partial-out" / "torn").is_dir() and not path.exists()
     fill(path, "new")
-    assert contents(path) == whole("new") and contents(precious) == {"a.txt": "mine"}
+    assert contents(path) == expected_files("new") and contents(precious) == {"a.txt": "mine"}
     assert names(tmp_path) == ["out", "precious"]
 
 
@@ -176,18 +176,20 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(fcntl, "flock", none)
     fill(tmp_path / "out", "new")
-    assert "does not support locks" in caplog.text and contents(tmp_path / "out") == whole("new")
+    assert "does not support locks" in caplog.text and contents(tmp_path / "out") == expected_files(
+        "new"
+    )
 
 
 class Died(BaseException):
-    """The process is no more."""
+    """Raised in place of the death of the process."""
 
 
 STEPS = {name for name in vars(files.Disk) if not name.startswith("_")}
 
 
-class Mortal(files.Disk):
-    """A disk whose process dies before a step, after which nothing is written or removed."""
+class DyingDisk(files.Disk):
+    """A disk whose process dies before one step; no later step takes effect."""
 
     def __init__(self, steps):
         self.left, self.dead = steps, False
@@ -218,15 +220,15 @@ def test_killed_at_any_step_leaves_old_or_new_folder_complete(tmp_path, monkeypa
         if former:
             fill(path, former)
         with monkeypatch.context() as patch:
-            disk = Mortal(steps)
+            disk = DyingDisk(steps)
             patch.setattr(files, "disk", disk)
             with contextlib.suppress(Died):
                 fill(path, "new", **OURS)
-        # The next one to write finds what there is, and ends badly.
+        # The next writer finds the leftovers and fails.
         with pytest.raises(ValueError), whole_folder(path, **OURS):
             raise ValueError
         found = contents(path)
-        assert found in (whole(former) if former else {}, whole("new")), steps
+        assert found in (expected_files(former) if former else {}, expected_files("new")), steps
         assert [one for one in names(path.parent) if one != "out"] == [], steps
         seen.add(found.get("summary.json"))
         if not disk.dead:
@@ -239,21 +241,21 @@ def test_full_disk_at_any_step_keeps_old_results(tmp_path, monkeypatch):
     fill(path, "old")
     for steps in range(100):
         with monkeypatch.context() as patch:
-            patch.setattr(files, "disk", Full(steps))
+            patch.setattr(files, "disk", FullDisk(steps))
             try:
                 fill(path, "new", **OURS)
                 break
             except PolysegError as error:
                 assert str(error).startswith(str(path)) and "No space left" in str(error)
                 assert "\n" not in str(error) and ".partial" not in str(error)
-        if contents(path) == whole("new"):
-            break  # Only the flushing of the final name has failed.
-        assert contents(path) == whole("old") and names(tmp_path) == ["out"]
-    assert steps > 8 and contents(path) == whole("new")
+        if contents(path) == expected_files("new"):
+            break  # Only the flush of the final name has failed.
+        assert contents(path) == expected_files("old") and names(tmp_path) == ["out"]
+    assert steps > 8 and contents(path) == expected_files("new")
 
 
-class Full(files.Disk):
-    """A disk that fails at one step of those that need space."""
+class FullDisk(files.Disk):
+    """A disk that is full at one of the steps that need space."""
 
     def __init__(self, steps):
         self.left = steps
@@ -279,30 +281,30 @@ class Full(files.Disk):
 def test_mount_points_and_working_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
-    assert "working folder" in said(files.Path())
-    assert "is not empty" in said(files.Path(".."))
-    assert "is not empty" in said(files.Path("/"))
-    assert "has no summary.json" in said(files.Path("/"), **OURS)
+    assert "working folder" in refusal_of(files.Path())
+    assert "is not empty" in refusal_of(files.Path(".."))
+    assert "is not empty" in refusal_of(files.Path("/"))
+    assert "has no summary.json" in refusal_of(files.Path("/"), **OURS)
     monkeypatch.setattr(files.Path, "is_mount", lambda self: self == tmp_path / "disk")
     (tmp_path / "disk").mkdir()
-    assert said(tmp_path / "disk") == "is a mount point; give a new folder in it"
+    assert refusal_of(tmp_path / "disk") == "is a mount point; give a new folder in it"
     fill(tmp_path / "disk" / "out", "new")
 
 
-def test_impossible_names_are_refused(tmp_path):
+def test_invalid_folder_names_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / ".partial-there").write_text("mine")
     (tmp_path / "target").mkdir()
     (tmp_path / ".partial-led").symlink_to("target")
     before = names(tmp_path)
-    assert said(tmp_path / "file") == "is not a folder; choose another one"
-    assert said(tmp_path / "link") == "is not a folder; choose another one"
-    assert "File exists (file)" in said(tmp_path / "file" / "out")
-    assert "Not a directory (.partial-there)" in said(tmp_path / "there")
-    assert "Not a directory (.partial-led)" in said(tmp_path / "led")
+    assert refusal_of(tmp_path / "file") == "is not a folder; choose another one"
+    assert refusal_of(tmp_path / "link") == "is not a folder; choose another one"
+    assert "File exists (file)" in refusal_of(tmp_path / "file" / "out")
+    assert "Not a directory (.partial-there)" in refusal_of(tmp_path / "there")
+    assert "Not a directory (.partial-led)" in refusal_of(tmp_path / "led")
     for length in (250, 255, 256):
-        assert "File name too long" in said(tmp_path / "new" / ("n" * length))
+        assert "File name too long" in refusal_of(tmp_path / "new" / ("n" * length))
     assert names(tmp_path) == before
 
 
@@ -311,23 +313,25 @@ def test_link_to_a_folder_is_kept(tmp_path):
     (tmp_path / "here").symlink_to("there")
     fill(tmp_path / "here", "old")
     fill(tmp_path / "here", "new", **OURS)
-    assert (tmp_path / "here").is_symlink() and contents(tmp_path / "there") == whole("new")
+    assert (tmp_path / "here").is_symlink() and contents(tmp_path / "there") == expected_files(
+        "new"
+    )
     assert names(tmp_path) == ["here", "there"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_is_one_line(tmp_path):
+def test_folder_without_write_permission_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
-    assert "Permission denied" in said(tmp_path / "out")
+    assert "Permission denied" in refusal_of(tmp_path / "out")
     tmp_path.chmod(0o700)
 
 
-def test_paths_follow_their_folder(tmp_path):
+def test_moved_paths_point_into_the_new_folder(tmp_path):
     old, new = tmp_path / ".partial-a", tmp_path / "a"
     assert moved([old / "b" / "c.png"], old, new) == [new / "b" / "c.png"]
 
 
-def test_a_file_is_replaced_only_if_asked_for(tmp_path):
+def test_existing_file_needs_the_overwrite_flag(tmp_path):
     path = tmp_path / "a.txt"
     refuse_existing(path, overwrite=False)
     path.write_text("old")
@@ -341,7 +345,7 @@ def test_a_file_is_replaced_only_if_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["fig.png", "fig.pdf"])
-def test_of_a_figure_without_suffix_both_files_count(tmp_path, there):
+def test_figure_without_suffix_checks_both_files(tmp_path, there):
     (tmp_path / there).touch()
     with pytest.raises(PolysegError, match=f"{there}: exists already"):
         refuse_existing_figure(tmp_path / "fig", overwrite=False)
@@ -358,7 +362,7 @@ def test_incomplete_phantom_set_is_removed(tmp_path, monkeypatch):
 
 
 def full_after(count, write=lambda path, pixels: Image.fromarray(pixels).save(path)):
-    """Return a writer of files that finds the disk full after so many."""
+    """Return a writer that finds the disk full after `count` files."""
     written = []
 
     def limited(*arguments, **settings):
@@ -392,7 +396,9 @@ class TestCommands:
             ("schedule validity RUN", "validity.png"),
         ],
     )
-    def test_results_are_replaced_by_themselves_only(self, run, polyseg, tmp_path, words, known):
+    def test_commands_replace_their_results_only_with_overwrite(
+        self, run, polyseg, tmp_path, words, known
+    ):
         if not (copy := run.parent / "copy").exists():
             copy.symlink_to(run)
         if "copy" in words:
@@ -431,7 +437,7 @@ class TestCommands:
             "data preview IMAGES HALVES --images 1 --samples 1 --out OUT/a.png",
         ],
     )
-    def test_files_are_replaced_if_asked_for(self, run, polyseg, tmp_path, words):
+    def test_commands_replace_their_file_only_with_overwrite(self, run, polyseg, tmp_path, words):
         images = str(run.parent / "images")
         given = words.replace("RUN", str(run)).replace("IMAGES", images)
         given = given.replace("HALVES", "--set data.split=[0.5,0.5,0]")
@@ -447,7 +453,7 @@ class TestCommands:
         assert third.code == 0, third.err
         assert written.read_bytes() != b"mine" and list(tmp_path.iterdir()) == [written]
 
-    def test_a_full_disk_ends_predictions_in_one_line(self, run, polyseg, tmp_path, monkeypatch):
+    def test_full_disk_ends_predict_in_one_line(self, run, polyseg, tmp_path, monkeypatch):
         def full(temporary, *_, **__):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

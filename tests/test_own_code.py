@@ -1,4 +1,4 @@
-"""Losses, difficulties and maps of one's own, by import path or file."""
+"""The user's own losses, difficulties and maps, given by import path or file."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ METRIC = f"uncertainty.metric={EXAMPLES / 'own_difficulty.py'}:unsure_area"
 MAP = f"control.map={EXAMPLES / 'own_difficulty.py'}:steps"
 
 
-def test_the_examples_train_and_their_record_is_complete(tiny, tmp_path, polyseg):
+def test_example_functions_train_and_are_recorded(tiny, tmp_path, polyseg):
     train(tiny("run", LOSS, METRIC, MAP))
     run = tmp_path / "run"
     found = read_assessment(run / "uncertainty" / "epoch_0003.h5")
@@ -66,21 +66,19 @@ def write(folder, text):
         ("control.map", "def g(): pass", "has no attribute 'f'"),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_the_run_begins(
-    tiny, tmp_path, setting, text, expected
-):
+def test_unusable_function_is_refused_before_training(tiny, tmp_path, setting, text, expected):
     file = write(tmp_path, text)
     with pytest.raises(PolysegError, match=f"{setting} = .*mine.py:f: .*{expected}"):
         train(tiny("run", f"{setting}={file}:f"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_that_is_not_there_is_named(tiny):
+def test_missing_file_is_named(tiny):
     with pytest.raises(PolysegError, match=r"loss.name = .*gone.py:f: .*there is no file"):
         train(tiny("run", "loss.name=gone.py:f"))
 
 
-def test_a_difficulty_of_each_pass_is_averaged(tiny, tmp_path):
+def test_difficulty_function_of_a_pass_is_averaged_over_passes(tiny, tmp_path):
     file = write(tmp_path, "def f(probability, mask): return probability.flatten(1).mean(dim=1)")
     train(tiny("run", f"uncertainty.metric={file}:f", "uncertainty.save_maps=true"))
     found = read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5", with_maps=True)
@@ -88,7 +86,7 @@ def test_a_difficulty_of_each_pass_is_averaged(tiny, tmp_path):
     np.testing.assert_allclose(found.difficulty, expected, atol=1e-3)
 
 
-def test_numbers_that_are_not_finite_in_mid_run_name_epoch_and_image(tiny, tmp_path):
+def test_non_finite_result_during_training_names_epoch_and_image(tiny, tmp_path):
     many = "d = moments.mean.flatten(1).mean(dim=1); return d / (0 * d if d.shape[0] > 2 else 1)"
     file = write(tmp_path, f"def f(moments, mask): {many}")
     with pytest.raises(PolysegError, match=r"assessment after epoch 1: image .* not finite"):
@@ -99,7 +97,7 @@ def test_numbers_that_are_not_finite_in_mid_run_name_epoch_and_image(tiny, tmp_p
         train(tiny("run2", f"control.map={other}:f"))
 
 
-def test_an_import_path_works_as_a_file_does(tiny, tmp_path, monkeypatch):
+def test_function_can_be_given_by_import_path(tiny, tmp_path, monkeypatch):
     write(tmp_path, "def f(z, low, high, rate): return 0 * z + high")
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("mine", None)

@@ -1,4 +1,4 @@
-"""Phantoms: the same every time, as hard as they say, and readable once written."""
+"""Phantoms: reproducible images, difficulty factors, and files that can be read back."""
 
 import csv
 import hashlib
@@ -50,7 +50,7 @@ def spearman(first: list[float], second: list[float]) -> float:
 
 
 def paint(modality: str, seed: int, **changed: float) -> tuple[Pixels, Pixels]:
-    """Paint an image and a mask of middling factors but for those given."""
+    """Paint an image and a mask with medium factors except those given."""
     middling = Factors(0.25, 1.3, 0.07, 0.06, 0.1, 2.0)
     painter = {"ultrasound": ultrasound.paint, "endoscopy": endoscopy.paint}[modality]
     image, lesion = painter(np.random.default_rng(seed), (128, 128), replace(middling, **changed))
@@ -58,25 +58,25 @@ def paint(modality: str, seed: int, **changed: float) -> tuple[Pixels, Pixels]:
 
 
 def signal(image: Pixels) -> NDArray[np.float64]:
-    """Grey in ultrasound; in endoscopy the share of red, which the light does not change."""
+    """Return gray values in ultrasound; in endoscopy the share of red, which ignores lighting."""
     values = image.astype(float)
     return values if values.ndim == 2 else values[..., 0] / (values.sum(axis=2) + 1)
 
 
 def ring(mask: Pixels, begin: int, end: int) -> NDArray[np.bool_]:
-    """Pixels outside the mask, more than `begin` and at most `end` pixels from it."""
+    """Return the pixels more than `begin` and at most `end` pixels outside the mask."""
     distance = ndimage.distance_transform_edt(mask == 0)
     return (distance > begin) & (distance <= end)
 
 
 def contrast_to_noise(image: Pixels, mask: Pixels) -> float:
-    """Difference between the mask and a ring around it, in deviations of the ring."""
+    """Return the difference between the mask and a ring around it, in deviations of the ring."""
     values, around = signal(image), ring(mask, 3, 8)
     return float(abs(values[mask == 1].mean() - values[around].mean()) / values[around].std())
 
 
 def edge_over_step(image: Pixels, mask: Pixels) -> float:
-    """Step across the contour, from pixel to pixel, as a share of the whole step."""
+    """Return the step between pixels across the contour as a share of the whole step."""
     values = signal(image)
     last = (mask == 1) & ~ndimage.binary_erosion(mask)
     core = ndimage.binary_erosion(mask, iterations=3)
@@ -85,19 +85,19 @@ def edge_over_step(image: Pixels, mask: Pixels) -> float:
 
 
 def high_frequency(image: Pixels, mask: Pixels) -> float:
-    """Noise, seen apart from structure: the usual distance of a pixel from its neighbours."""
+    """Return the noise: the typical difference of a pixel from its neighbours."""
     values = image.astype(float).reshape(*mask.shape, -1).mean(axis=2)
     return float(np.median(np.abs(values - ndimage.gaussian_filter(values, 1.5))[16:112, 16:112]))
 
 
 def roughness(image: Pixels, mask: Pixels) -> float:
-    """Length of the contour over the root of the area."""
+    """Return the length of the contour divided by the root of the area."""
     length = sum(np.count_nonzero(np.diff(mask, axis=axis)) for axis in (0, 1))
     return float(length / np.sqrt(mask.sum()))
 
 
 def clutter(image: Pixels, mask: Pixels) -> float:
-    """Deviation, along rows, of the softened image outside the lesion."""
+    """Return the deviation along rows of the smoothed image outside the lesion."""
     values = image.astype(float).reshape(*mask.shape, -1).mean(axis=2)
     values = ndimage.gaussian_filter(values, 2) - ndimage.gaussian_filter(values, 10)
     outside = np.where(ring(mask, -1, 6), np.nan, values)[16:112, 16:112]
@@ -111,7 +111,7 @@ def digest(phantom: Phantom) -> str:
 
 @given(size=st.tuples(sides, sides), modality=modalities, difficulty=difficulties)
 @settings(max_examples=20, deadline=None)
-def test_any_size_has_an_image_and_one_lesion(
+def test_phantom_of_any_size_has_one_lesion(
     size: tuple[int, int], modality: str, difficulty: float
 ) -> None:
     phantom = make_phantom(3, 4, difficulty=difficulty, size=size, modality=modality)
@@ -128,7 +128,7 @@ def test_any_size_has_an_image_and_one_lesion(
 
 @pytest.mark.parametrize("modality", MODALITIES)
 @pytest.mark.parametrize("size", [(32, 512), (512, 32), (512, 512)])
-def test_extreme_sizes(modality: str, size: tuple[int, int]) -> None:
+def test_lesion_area_at_extreme_sizes(modality: str, size: tuple[int, int]) -> None:
     phantom = make_phantom(0, 0, difficulty=0.0, size=size, modality=modality)
     assert phantom.mask.shape == size
     assert 0.05 < phantom.mask.mean() < 0.15
@@ -152,7 +152,7 @@ def test_equal_arguments_give_equal_bytes_in_another_process() -> None:
     assert there.stdout.split() == here
 
 
-def test_seed_and_index_each_change_the_phantom() -> None:
+def test_seed_and_index_change_the_phantom() -> None:
     keys = [(0, 0), (0, 1), (1, 0), (1, 1)]
     made = {digest(make_phantom(*key, difficulty=0.5, size=(32, 32))) for key in keys}
     assert len(made) == len(keys)
@@ -160,7 +160,7 @@ def test_seed_and_index_each_change_the_phantom() -> None:
 
 @given(modality=modalities, difficulty=difficulties)
 @settings(max_examples=10, deadline=None)
-def test_a_larger_raster_shows_the_same_lesion(modality: str, difficulty: float) -> None:
+def test_larger_image_shows_the_same_lesion(modality: str, difficulty: float) -> None:
     small, large = (
         make_phantom(9, 1, difficulty=difficulty, size=(side, side), modality=modality).mask
         for side in (64, 192)
@@ -176,7 +176,7 @@ def test_difficulties_are_spread_evenly_and_shuffled() -> None:
     assert difficulties != [p.difficulty for p in make_phantoms(21, seed=2, size=(32, 32))]
 
 
-def test_a_phantom_depends_on_seed_index_and_difficulty_only() -> None:
+def test_phantom_depends_on_seed_index_and_difficulty_only() -> None:
     for index, phantom in enumerate(make_phantoms(4, seed=6, size=(40, 32))):
         alone = make_phantom(6, index, difficulty=phantom.difficulty, size=(40, 32))
         assert alone.id == phantom.id
@@ -191,19 +191,19 @@ def test_every_factor_follows_the_difficulty(phantoms: list[Phantom], name: str)
     assert abs(rank) < 0.9999, "each image has some luck of its own"
 
 
-def test_area_runs_from_an_eighth_to_a_hundredth(phantoms: list[Phantom]) -> None:
+def test_lesion_area_ranges_from_an_eighth_to_a_hundredth(phantoms: list[Phantom]) -> None:
     ordered = sorted(phantoms, key=lambda phantom: phantom.difficulty)
     assert 0.08 < np.mean([phantom.mask.mean() for phantom in ordered[:6]]) <= 0.125
     assert 0.011 < np.mean([phantom.mask.mean() for phantom in ordered[-6:]]) < 0.02
     assert min(int(phantom.mask.sum()) for phantom in phantoms) >= 60
 
 
-def test_lesions_are_of_one_piece(phantoms: list[Phantom]) -> None:
+def test_lesions_are_connected(phantoms: list[Phantom]) -> None:
     pieces = [ndimage.label(phantom.mask, np.ones((3, 3)))[1] for phantom in phantoms]
     assert set(pieces) == {1}
 
 
-def test_pixels_show_less_contrast_to_noise_as_difficulty_grows(phantoms: list[Phantom]) -> None:
+def test_contrast_to_noise_decreases_with_difficulty(phantoms: list[Phantom]) -> None:
     ordered = sorted(phantoms, key=lambda phantom: phantom.difficulty)
     ratios = [contrast_to_noise(phantom.image, phantom.mask) for phantom in ordered]
     assert spearman([phantom.difficulty for phantom in ordered], ratios) < -0.6
@@ -224,7 +224,7 @@ def test_pixels_show_less_contrast_to_noise_as_difficulty_grows(phantoms: list[P
         (clutter, "distractors", 0, 6),
     ],
 )
-def test_each_factor_alone_shows_in_the_pixels(
+def test_each_factor_changes_its_measure_of_the_pixels(
     modality: str, measure: Callable[[Pixels, Pixels], float], factor: str, easy: float, hard: float
 ) -> None:
     means = [
@@ -249,7 +249,7 @@ def test_written_phantoms_are_read_back(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(Image.open(pair.masks[0])), 255 * phantom.mask)
 
 
-def test_table_holds_difficulty_and_factors(tmp_path: Path) -> None:
+def test_written_table_holds_difficulty_and_factors(tmp_path: Path) -> None:
     phantoms = make_phantoms(3, seed=2, size=(32, 32))
     write_phantoms(tmp_path, phantoms)
     with (tmp_path / "phantoms.csv").open(newline="") as stream:
@@ -262,7 +262,7 @@ def test_table_holds_difficulty_and_factors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("occupied", ["a folder", "a file"])
-def test_an_occupied_directory_is_refused_and_left_alone(tmp_path: Path, occupied: str) -> None:
+def test_occupied_directory_is_refused_and_unchanged(tmp_path: Path, occupied: str) -> None:
     note = tmp_path / "note.txt"
     note.write_text("mine")
     target = tmp_path if occupied == "a folder" else note
@@ -277,11 +277,11 @@ def test_an_occupied_directory_is_refused_and_left_alone(tmp_path: Path, occupie
 
 
 @pytest.mark.parametrize("difficulty", [-0.1, 1.1, float("nan")])
-def test_an_impossible_difficulty_is_refused(difficulty: float) -> None:
+def test_invalid_difficulty_is_refused(difficulty: float) -> None:
     with pytest.raises(ValueError, match="difficulty"):
         make_phantom(0, 0, difficulty=difficulty)
 
 
-def test_an_unknown_modality_is_refused() -> None:
+def test_unknown_modality_is_refused() -> None:
     with pytest.raises(ValueError, match="'xray' is none of ultrasound, endoscopy"):
         make_phantoms(1, modality="xray")

@@ -1,4 +1,4 @@
-"""Images in memory and in a file: the same pixels, whole or refused."""
+"""Images in memory and in a file: equal pixels, and refusal of damaged files."""
 
 import json
 import multiprocessing
@@ -39,14 +39,14 @@ def check(store):
             np.testing.assert_array_equal(kept_masks, masks)
 
 
-def test_what_was_written_is_read(path):
+def test_stored_images_round_trip(path):
     store = DiskStore(path)
     check(store)
     check(pickle.loads(pickle.dumps(store)))
     assert store.about == [{"id": f"i{i}"} for i in range(4)]
 
 
-def test_processes_read_side_by_side(path):
+def test_several_processes_can_read_one_file(path):
     store = DiskStore(path)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         sums = pool.map(_sum, [(store, i % 4) for i in range(40)])
@@ -58,7 +58,7 @@ def _sum(task):
     return float(store.get(i)[0].sum())
 
 
-def test_an_error_on_the_way_leaves_nothing(tmp_path):
+def test_error_while_writing_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError), writing_store(tmp_path / "a.images") as writer:
         writer.add(np.ones((2, 2, 1), np.uint8), None, {})
         raise RuntimeError
@@ -88,7 +88,7 @@ def test_flipped_bit_is_detected(path):
         lambda rows: rows.append(3),
     ],
 )
-def test_wrong_index_is_refused_in_one_line(path, change):
+def test_invalid_index_is_refused_in_one_line(path, change):
     rows = json.loads(index_of(path).read_text())
     change(rows)
     index_of(path).write_text(json.dumps(rows))
@@ -99,7 +99,7 @@ def test_wrong_index_is_refused_in_one_line(path, change):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_index_or_a_cut_file_is_one_line(path):
+def test_missing_index_or_truncated_file_is_one_line(path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PolysegError, match="its size is not that of its images"):
         DiskStore(path)

@@ -1,4 +1,4 @@
-"""`polyseg predict`: masks of the images' own size, spacing, orientation and format."""
+"""`polyseg predict`: masks keep the size, spacing, orientation and format of the images."""
 
 import csv
 
@@ -17,7 +17,7 @@ from tests.layout_copies import COPIES
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a run of the demo, trained long enough to find most of a lesion."""
+    """Return a run of the demo, trained long enough to segment most of a lesion."""
     from polyseg.config import load_config
 
     path = tmp_path_factory.mktemp("runs") / "run"
@@ -52,7 +52,7 @@ def predict(polyseg, run, source, out, *more):
     return answer
 
 
-def test_pictures_keep_size_and_format(run, phantoms, polyseg, tmp_path):
+def test_images_keep_size_and_format(run, phantoms, polyseg, tmp_path):
     (tmp_path / "in").mkdir()
     kinds = (".png", ".bmp", ".tif", ".png", ".jpg", ".png")
     for phantom, kind in zip(phantoms, kinds, strict=True):
@@ -60,13 +60,13 @@ def test_pictures_keep_size_and_format(run, phantoms, polyseg, tmp_path):
     predict(polyseg, run, tmp_path / "in", tmp_path / "out")
     scores = []
     for phantom, kind in zip(phantoms, kinds, strict=True):
-        # A compressed mask would have other values than were meant.
+        # Lossy compression would change the values of a mask.
         written = {".jpg": ".png"}.get(kind, kind)
         with Image.open(tmp_path / f"out/{phantom.id}{written}") as mask:
             assert mask.size == (96, 72)
             assert set(np.unique(np.asarray(mask)).tolist()) <= {0, 255}
             scores.append(dice(mask, phantom.mask))
-    # Turned, flipped or moved masks would not lie on the lesions.
+    # Rotated, flipped or shifted masks would not overlap the lesions.
     assert np.mean(scores) > 0.5
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
     assert [row["id"] for row in rows] == sorted(phantom.id for phantom in phantoms)
@@ -93,8 +93,8 @@ def test_sixteen_bit_tiff_keeps_size_and_resolution(run, phantoms, polyseg, tmp_
 def test_nifti_keeps_shape_spacing_and_orientation(
     run, phantoms, polyseg, tmp_path, orientation, suffix
 ):
-    """The same anatomy, stored in another order, gets the same mask in that order."""
-    # Axial slices as they are shown: rows to posterior, columns to the patient's left.
+    """The same anatomy stored in another axis order gets the same mask in that order."""
+    # Axial slices as displayed: rows to posterior, columns to the patient's left.
     shown = np.stack([phantom.image for phantom in phantoms[:3]]).astype(np.int16)
     stored = nibabel.Nifti1Image(shown.transpose(2, 1, 0), np.diag([-0.5, -0.7, 3.0, 1.0]))
     change = nibabel.orientations.ornt_transform(
@@ -132,7 +132,7 @@ def test_dicom_keeps_geometry(run, polyseg, tmp_path):
         assert set(np.unique(after.pixel_array).tolist()) <= {0, 1}
 
 
-def test_uncertainty_maps_and_difficulties(run, phantoms, polyseg, tmp_path):
+def test_predict_writes_uncertainty_maps_and_difficulties(run, phantoms, polyseg, tmp_path):
     Image.fromarray(phantoms[0].image).save(tmp_path / "a.png")
     predict(polyseg, run, tmp_path / "a.png", tmp_path / "out", "--uncertainty", "--samples", 4)
     values = tifffile.imread(tmp_path / "out/a_uncertainty.tif")
@@ -154,7 +154,7 @@ def test_unreadable_images_are_named_and_others_predicted(run, phantoms, polyseg
     assert again.code == 2 and "nothing is overwritten" in again.err
 
 
-def test_images_with_other_channels_are_refused(run, polyseg, tmp_path):
+def test_images_with_another_number_of_channels_are_refused(run, polyseg, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
     answer = polyseg("predict", run, tmp_path / "a.png", "--out", tmp_path / "out")
     assert answer.code == 2 and "expected 1 in each" in answer.err

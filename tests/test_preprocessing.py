@@ -1,4 +1,4 @@
-"""Sizes, gray levels, patches, checked against NumPy."""
+"""Sizes, gray levels and patches against NumPy."""
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ def reduced(pixels, **settings):
     return levels_of(pixels, DataConfig(**settings)).apply(pixels).astype(np.float64)
 
 
-def test_zscore_is_per_channel():
+def test_zscore_is_computed_per_channel():
     pixels = image()
     expected = (pixels - pixels.mean((0, 1))) / pixels.std((0, 1))
     np.testing.assert_allclose(reduced(pixels), np.moveaxis(expected, 2, 0), atol=1e-5)
 
 
-def test_unit_is_the_full_range():
+def test_unit_normalisation_uses_the_full_range():
     for dtype in (np.uint8, np.uint16):
         top = np.iinfo(dtype).max
         pixels = image(dtype, top=int(top) + 1)
@@ -46,7 +46,7 @@ def test_unit_is_the_full_range():
         levels_of(image(np.int16), DataConfig(normalise="unit"))
 
 
-def test_percentiles_and_windows_clip():
+def test_percentile_and_window_normalisation_clip():
     pixels = image(np.int16, top=3000) - 1000
     low, high = np.percentile(pixels, (1, 99), axis=(0, 1))
     expected = np.clip((pixels - low) / (high - low), 0, 1)
@@ -58,7 +58,7 @@ def test_percentiles_and_windows_clip():
     np.testing.assert_allclose(window, np.moveaxis(expected, 2, 0), atol=1e-5)
 
 
-def test_pooled_levels_are_those_of_all_pixels():
+def test_pooled_levels_equal_numpy_over_all_pixels():
     parts = [image(shape=(20, 30, 2)), image(shape=(5, 7, 2), top=90)]
     pooled = pooled_levels([levels_of(part, DataConfig()) for part in parts], [600, 35])
     pixels = np.concatenate([part.reshape(-1, 2) for part in parts]).astype(float)
@@ -80,7 +80,7 @@ def test_flat_image_is_normalised_to_finite_values():
         {"offset": [float("nan")], "scale": [1.0], "clipped": False},
     ],
 )
-def test_levels_of_a_checkpoint_are_checked(record):
+def test_invalid_levels_of_a_checkpoint_are_refused(record):
     with pytest.raises((ValueError, KeyError)):
         levels_from(record, 1)
     assert levels_from(None, 1) is None
@@ -103,7 +103,7 @@ def test_resizing_keeps_means_and_areas():
     np.testing.assert_array_equal(resize_mask(shrunk, (64, 64))[::2, ::2], shrunk)
 
 
-def test_patches_are_cut_alike_and_follow_the_foreground():
+def test_patches_of_image_and_mask_agree_and_favour_foreground():
     pixels = np.arange(60 * 80, dtype=np.uint16).reshape(60, 80, 1)
     masks = np.zeros((1, 60, 80), np.uint8)
     masks[0, 50:54, 5:9] = 1
@@ -131,7 +131,7 @@ def test_patches_reach_every_pixel():
     assert reached.all() and pixels.shape == (20, 20, 1)
 
 
-def test_a_patch_larger_than_the_image_is_mirrored():
+def test_patch_larger_than_the_image_is_padded_by_reflection():
     pixels = image(shape=(10, 40, 1))
     patch, cut = cut_patch(pixels, np.ones((1, 10, 40), np.uint8), (32, 32), 0.5, 0)
     assert patch.shape == (32, 32, 1) and cut.shape == (1, 32, 32)
@@ -144,9 +144,9 @@ def test_levels_apply_offset_and_scale():
     np.testing.assert_allclose(Levels((1.0, 2.0), (2.0, 4.0)).apply(pixels).ravel(), [1.5, 0.5])
 
 
-def test_objects_that_resizing_loses_are_counted():
+def test_objects_lost_by_resizing_are_counted():
     masks = np.zeros((1, 64, 64), np.uint8)
-    masks[0, 8:10, 8:10] = 1  # A quarter of one pixel of 4 x 4.
+    masks[0, 8:10, 8:10] = 1  # A quarter of one 4 x 4 pixel.
     masks[0, 32:48, 32:48] = 1
     small = np.stack([resize_mask(mask, (16, 16)) for mask in masks])
     assert kept_foreground(masks, small) == Kept(2, 1, pytest.approx(256 / 260))
@@ -163,11 +163,11 @@ def test_objects_that_resizing_loses_are_counted():
         ([(20, 2000)], (32, 256)),
     ],
 )
-def test_the_automatic_size_is_the_median_up_to_256(sizes, expected):
+def test_automatic_size_is_the_median_up_to_256(sizes, expected):
     assert auto_size(sizes) == expected
 
 
-def test_gray_of_colours_and_of_channels():
+def test_as_gray_equals_pillow_for_colour_and_mean_for_channels():
     pixels = image(np.uint8, (5, 6, 3))
     expected = np.asarray(Image.fromarray(pixels).convert("L"), np.int16)
     assert np.abs(as_gray(pixels[None])[0, ..., 0].astype(np.int16) - expected).max() <= 1

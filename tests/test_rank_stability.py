@@ -1,4 +1,4 @@
-"""How sure a ranking is, against closed forms and against rankings whose truth is known."""
+"""Rank stability and correlations against closed forms and simulated rankings."""
 
 import math
 
@@ -28,7 +28,7 @@ from polyseg.metrics.rank_stability import (
         max_size=30,
     )
 )
-def test_spearman_is_pearson_of_ranks(pairs):
+def test_spearman_equals_pearson_of_ranks(pairs):
     x, y = np.array(pairs, dtype=float).T
     whole = np.isfinite(y)
     found = spearman(x, y)
@@ -44,7 +44,7 @@ def test_spearman_is_pearson_of_ranks(pairs):
     [[1.0, 2.0], [5.0, 5.0, 5.0], [1.0, math.nan, 2.0, math.inf]],
     ids=["two", "all alike", "two are finite"],
 )
-def test_without_three_different_values_there_are_no_ranks(values):
+def test_spearman_is_undefined_without_enough_distinct_values(values):
     assert math.isnan(spearman(np.array(values), np.arange(len(values)) + 0.5))
 
 
@@ -52,7 +52,7 @@ def test_without_three_different_values_there_are_no_ranks(values):
 
 
 def residuals(series, control):
-    """Return what a straight line in the ranks of the control leaves of the ranks of a series."""
+    """Return the residuals of a series' ranks after regression on the ranks of the control."""
     ranks = rankdata(series)
     design = np.stack([np.ones(len(ranks)), rankdata(control)], axis=1)
     return ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
@@ -64,7 +64,7 @@ TRIPLES = st.integers(5, 30).flatmap(
 
 
 @given(TRIPLES)
-def test_partial_correlation_is_that_of_the_residuals_of_ranks(series):
+def test_partial_correlation_equals_correlation_of_rank_residuals(series):
     first, second, control = series
     left = [residuals(one, control) for one in (first, second)]
     found = partial_spearman(first, second, control)
@@ -75,7 +75,7 @@ def test_partial_correlation_is_that_of_the_residuals_of_ranks(series):
 
 
 @given(TRIPLES)
-def test_partial_correlation_is_symmetric_odd_and_of_ranks_alone(series):
+def test_partial_correlation_is_symmetric_odd_and_depends_on_ranks_only(series):
     first, second, control = series
     found = partial_spearman(first, second, control)
     same = [
@@ -89,7 +89,7 @@ def test_partial_correlation_is_symmetric_odd_and_of_ranks_alone(series):
     assert math.isnan(found) or -1 <= found <= 1
 
 
-def test_what_a_third_explains_goes_and_what_it_does_not_stays():
+def test_partial_correlation_removes_only_a_common_cause():
     generator = np.random.default_rng(6)
     common, own, one, other = generator.normal(size=(4, 4000))
     first, second = common + one, common + other
@@ -108,7 +108,7 @@ def test_partial_correlation_by_hand():
     assert found == pytest.approx(2 / 3)
 
 
-def test_partial_correlation_leaves_out_what_is_not_finite():
+def test_partial_correlation_excludes_non_finite_values():
     series = np.random.default_rng(7).normal(size=(3, 9))
     spoilt = series.copy()
     spoilt[[0, 1, 2], [1, 4, 8]] = [math.nan, math.inf, math.nan]
@@ -128,18 +128,18 @@ def test_partial_correlation_leaves_out_what_is_not_finite():
     ],
     ids=["three", "three are finite", "constant", "constant control", "the control", "opposed"],
 )
-def test_without_ranks_of_their_own_there_is_no_partial_correlation(series):
+def test_partial_correlation_is_undefined_for_degenerate_series(series):
     assert math.isnan(partial_spearman(*np.array(series, dtype=float)))
 
 
 @pytest.mark.parametrize("images", [*range(5, 40), 10_000])
-def test_a_series_that_is_the_control_has_no_ranks_of_its_own_whatever_rounding(images):
+def test_partial_correlation_with_the_control_itself_is_undefined_despite_rounding(images):
     control, other = np.random.default_rng(8).integers(0, images, size=(2, images)).astype(float)
     assert math.isnan(partial_spearman(control**3, other, control))
     assert math.isnan(partial_spearman(other, -control, control))
 
 
-def test_two_images_of_many_that_swap_places_are_ranks_of_its_own():
+def test_partial_correlation_is_defined_if_two_ranks_differ_from_control():
     control, other = np.random.default_rng(8).normal(size=(2, 10_000))
     nearly = control.copy()
     i, j = np.argsort(control)[5000:5002]
@@ -151,10 +151,10 @@ def test_two_images_of_many_that_swap_places_are_ranks_of_its_own():
 
 
 def measured(generator, images, passes, noise, repeats):
-    """Simulate difficulties, and what passes say of each that err independently.
+    """Simulate difficulties, and passes that measure them with independent errors.
 
     Returns:
-        The truths, (repeats, images), and the passes, (repeats, passes, images).
+        The true difficulties, (repeats, images), and the passes, (repeats, passes, images).
     """
     truth = generator.normal(size=(repeats, images))
     errors = generator.normal(scale=noise, size=(repeats, passes, images))
@@ -162,13 +162,13 @@ def measured(generator, images, passes, noise, repeats):
 
 
 def mean_correlation(truths, samples):
-    """Return the mean correlation of what the passes say with the truth."""
+    """Return the mean correlation of the means over passes with the truth."""
     pairs = zip(truths, samples, strict=True)
     return np.mean([spearman(truth, passes.mean(axis=0)) for truth, passes in pairs])
 
 
 def halves_of(passes):
-    """Halve the passes in five ways, as an assessment of ten groups does."""
+    """Split the passes into halves in five ways, as an assessment with ten groups does."""
     count = len(passes)
     ways = []
     for i in range(5):
@@ -185,11 +185,11 @@ def test_stability_predicts_the_correlation_with_the_truth(noise, passes):
     truths, samples = measured(generator, 80, passes, noise, repeats=40)
     predicted = np.mean([rank_stability(halves_of(one)) for one in samples])
     actual = mean_correlation(truths, samples)
-    # Where halves hardly agree the root of what varies about 0 is on average too small.
+    # If halves hardly agree, the root of a value that varies around 0 is too small on average.
     assert predicted == pytest.approx(actual, abs=0.03 if actual > 0.6 else 0.08)
 
 
-def test_stability_of_a_few_images_is_right_on_average():
+def test_stability_of_few_images_is_unbiased():
     truths, samples = measured(np.random.default_rng(1), 12, 20, 1.0, repeats=100)
     predicted = np.mean([rank_stability(halves_of(one)) for one in samples])
     assert predicted == pytest.approx(mean_correlation(truths, samples), abs=0.03)
@@ -202,23 +202,23 @@ def test_passes_without_information_have_zero_stability():
 
 
 @given(arrays(np.float64, (3, 2, 9), elements=st.floats(-1, 1, width=16)))
-def test_stability_is_a_share_or_without_meaning(halves):
+def test_stability_is_between_0_and_1_or_undefined(halves):
     stability = rank_stability(halves)
     assert math.isnan(stability) or 0 <= stability <= 1
 
 
 @given(arrays(np.float64, (3, 2, 9), elements=st.integers(-900, 900), unique=True))
-def test_stability_is_of_ranks_alone(halves):
+def test_stability_depends_on_ranks_only(halves):
     bent = np.exp(halves / 30) * np.arange(1, 4)[:, None, None]
     assert rank_stability(halves) == pytest.approx(rank_stability(bent))
 
 
-def test_a_jackknife_of_one_group_is_refused():
+def test_jackknife_with_one_group_is_refused():
     with pytest.raises(ValueError, match=r"left_out \(1, 3\) must be \(G, n\)"):
         jackknife_error(np.ones((1, 3)))
 
 
-def test_halves_that_agree_and_that_are_opposed():
+def test_stability_of_equal_opposed_and_constant_halves():
     series = np.array([3.0, 1.0, 2.0, 7.0])
     assert rank_stability(np.array([[series, series]])) == 1
     assert rank_stability(np.array([[series, -series]])) == 0
@@ -231,20 +231,20 @@ SHARES = st.floats(0.05, 0.99)
 
 
 @given(SHARES, st.integers(1, 200), SHARES, SHARES)
-def test_a_higher_target_takes_no_fewer_passes(stability, passes, first, second):
+def test_higher_target_never_needs_fewer_passes(stability, passes, first, second):
     low, high = sorted((first, second))
     assert passes_needed(stability, passes, low) <= passes_needed(stability, passes, high)
 
 
 @given(SHARES, SHARES, st.integers(1, 200), SHARES)
-def test_more_stability_takes_no_more_passes(first, second, passes, target):
+def test_higher_stability_never_needs_more_passes(first, second, passes, target):
     low, high = sorted((first, second))
     assert passes_needed(high, passes, target) <= passes_needed(low, passes, target)
 
 
 @given(st.floats(0.1, 10), st.integers(1, 300), st.floats(0.2, 0.98))
-def test_the_passes_are_those_of_the_closed_form(ratio, passes, target):
-    """Variance v of the truth and e of a pass: a squared stability of v / (v + e / N)."""
+def test_passes_needed_follow_the_closed_form(ratio, passes, target):
+    """With variance v of the truth and e of a pass, the squared stability is v / (v + e / N)."""
     stability = math.sqrt(ratio / (ratio + 1 / passes))
     needed = passes_needed(stability, passes, target)
     reached = [math.sqrt(ratio / (ratio + 1 / n)) for n in (needed - 1, needed) if n]
@@ -253,11 +253,11 @@ def test_the_passes_are_those_of_the_closed_form(ratio, passes, target):
 
 
 @given(SHARES, st.integers(1, 200))
-def test_what_is_reached_takes_as_many_as_there_were(stability, passes):
+def test_reached_stability_needs_the_same_number_of_passes(stability, passes):
     assert passes_needed(stability, passes, stability) == passes
 
 
-def test_the_prediction_of_passes_holds_for_simulated_rankings():
+def test_predicted_number_of_passes_holds_for_simulated_rankings():
     generator = np.random.default_rng(3)
     _, samples = measured(generator, 200, 10, 2.0, repeats=20)
     stability = float(np.mean([rank_stability(halves_of(one)) for one in samples]))
@@ -270,7 +270,7 @@ def test_the_prediction_of_passes_holds_for_simulated_rankings():
 
 
 def leave_out(statistic, values, groups):
-    """Return a statistic of all but each of some groups of the values."""
+    """Return a statistic of the values without each of the groups in turn."""
     parts = np.array_split(np.arange(len(values)), groups)
     return np.stack([statistic(np.delete(values, part, axis=0)) for part in parts])
 
@@ -282,27 +282,27 @@ def leave_out(statistic, values, groups):
         elements=st.floats(-100, 100),
     )
 )
-def test_the_error_of_a_mean_is_the_textbook_one(values):
+def test_jackknife_error_of_a_mean_is_the_standard_error(values):
     left_out = leave_out(lambda part: part.mean(axis=0), values, len(values))
     expected = values.std(axis=0, ddof=1) / math.sqrt(len(values))
     np.testing.assert_allclose(jackknife_error(left_out), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_groups_give_the_error_on_average():
+def test_jackknife_error_with_groups_is_unbiased():
     samples = np.random.default_rng(4).normal(scale=3.0, size=(40, 2000))
     squared = jackknife_error(leave_out(lambda part: part.mean(axis=0), samples, 10)) ** 2
     assert squared.mean() == pytest.approx(9 / 40, rel=0.05)
 
 
-def test_the_error_of_a_statistic_that_is_no_mean():
-    """Of the logarithm of a mean, about the error of the mean divided by it."""
+def test_jackknife_error_of_a_log_mean_follows_the_delta_method():
+    """The error of the logarithm of a mean is about the error of the mean divided by the mean."""
     samples = np.random.default_rng(5).normal(10.0, 2.0, size=(100, 500))
     errors = jackknife_error(leave_out(lambda part: np.log(part.mean(axis=0)), samples, 10))
     assert np.mean(errors**2) == pytest.approx(4 / 100 / 100, rel=0.1)
 
 
-def test_spearman_has_every_digit_of_scipys():
-    """Recorded runs and reports keep their numbers, whichever of the two computes them."""
+def test_spearman_equals_scipy_to_the_last_digit():
+    """Recorded runs and reports keep their numbers, whichever function computed them."""
     generator = np.random.default_rng(0)
     for n in (3, 4, 17, 128, 1001):
         for _ in range(20):

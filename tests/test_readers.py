@@ -1,4 +1,4 @@
-"""Reading images, volumes and labels: values, orientation, spacing, and files that are damaged."""
+"""Readers of images, volumes and labels: values, orientation, spacing, and damaged files."""
 
 import gzip
 import os
@@ -38,7 +38,7 @@ def only(path):
     return stack.pixels[0]
 
 
-# Pictures.
+# Image files.
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def only(path):
         ("a.gif", "P", 3),
     ],
 )
-def test_kinds_of_picture(tmp_path, name, mode, channels):
+def test_image_modes_are_read_with_their_channels(tmp_path, name, mode, channels):
     Image.new("RGB", (8, 6), (200, 30, 90)).convert(mode).save(tmp_path / name)
     stack = read_image_stack(tmp_path / name)
     assert stack.pixels.shape == (1, 6, 8, channels) and stack.pixels.dtype == np.uint8
     assert stack.spacing is None
 
 
-def test_values_of_pictures(tmp_path):
+def test_image_values_are_kept(tmp_path):
     gray, colour, deep = noise((6, 8)), noise((6, 8, 3)), noise((6, 8), np.uint16) * 257
     np.testing.assert_array_equal(only(save(tmp_path / "a.png", gray))[..., 0], gray)
     np.testing.assert_array_equal(only(save(tmp_path / "b.bmp", colour)), colour)
@@ -78,7 +78,7 @@ def test_values_of_pictures(tmp_path):
     assert set(np.unique(read_label_stack(tmp_path / "d.png").pixels)) == {0, 1}
 
 
-def test_large_pictures_are_copied_whole(tmp_path):
+def test_large_images_are_read_completely(tmp_path):
     pixels = noise((700, 3001))
     np.testing.assert_array_equal(only(save(tmp_path / "a.png", pixels))[..., 0], pixels)
     colours = np.stack([pixels, pixels[::-1], 255 - pixels], 2)
@@ -87,7 +87,7 @@ def test_large_pictures_are_copied_whole(tmp_path):
     np.testing.assert_array_equal(only(tmp_path / "p.png"), np.asarray(palette.convert("RGB")))
 
 
-def test_sixteen_bits_of_colour_stay(tmp_path):
+def test_16_bit_colour_is_kept(tmp_path):
     import imagecodecs
 
     for channels in (3, 4):
@@ -97,7 +97,7 @@ def test_sixteen_bits_of_colour_stay(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_that_lies_on_its_side_is_turned(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     stored = np.kron(noise((3, 5)), np.ones((8, 8), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -116,7 +116,7 @@ def _turned_by_pillow(image):
     return ImageOps.exif_transpose(image)
 
 
-def test_palette_numbers_are_labels(tmp_path):
+def test_palette_indices_are_labels(tmp_path):
     labels = np.array([[0, 1, 2], [3, 3, 0]], np.uint8)
     image = Image.fromarray(labels).convert("P")
     image.putpalette([0, 0, 0, 200, 10, 10, 1, 2, 3, 250, 250, 250])
@@ -132,7 +132,7 @@ def test_gray_gif_masks_keep_their_values(tmp_path, values):
         np.testing.assert_array_equal(read_label_stack(tmp_path / "m.gif").pixels, [[values]])
 
 
-def test_masks_of_equal_channels(tmp_path):
+def test_colour_masks_with_equal_channels_are_read_as_gray(tmp_path):
     mask = (noise((6, 8)) > 128).astype(np.uint8) * 255
     alpha = np.full_like(mask, 255)
     for name, channels in (("a.png", [mask] * 3), ("b.png", [mask] * 3 + [alpha])):
@@ -158,7 +158,7 @@ def test_animations_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "i2", ">u2", ">i2", "f4", ">f4"])
-def test_number_types_of_tiff(tmp_path, kind):
+def test_tiff_number_types_are_kept(tmp_path, kind):
     pixels = (noise((6, 8), "i4") - (100 if np.dtype(kind).kind != "u" else 0)).astype(kind)
     order = ">" if kind[0] == ">" else "<"
     tifffile.imwrite(tmp_path / "a.tif", pixels, byteorder=order)
@@ -179,7 +179,7 @@ def test_number_types_of_tiff(tmp_path, kind):
         ("bool", [True, False], np.uint8),
     ],
 )
-def test_other_number_types_become_near_ones(tmp_path, kind, values, expected):
+def test_other_tiff_number_types_are_converted(tmp_path, kind, values, expected):
     tifffile.imwrite(tmp_path / "a.tif", np.array([values] * 2, kind))
     found = only(tmp_path / "a.tif")
     assert found.dtype == expected
@@ -197,7 +197,7 @@ def test_other_number_types_become_near_ones(tmp_path, kind, values, expected):
         ("lzma", {"rowsperstrip": 7}),
     ],
 )
-def test_compressed_tiff(tmp_path, compression, options):
+def test_compressed_tiff_is_read(tmp_path, compression, options):
     pixels = noise((40, 50, 3), np.uint16) * 3
     predictor = compression != "packbits"
     tifffile.imwrite(
@@ -241,7 +241,7 @@ def test_jpeg_in_tiff_becomes_rgb(tmp_path):
         ((20, 3), {}, (1, 20, 3, 1)),
     ],
 )
-def test_axes_of_tiff(tmp_path, shape, options, expected):
+def test_tiff_axes_are_read_as_slices_rows_columns_channels(tmp_path, shape, options, expected):
     pixels = noise(shape, np.uint8)
     options = {"photometric": "minisblack"} | options
     tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
@@ -262,7 +262,7 @@ def test_axes_of_tiff(tmp_path, shape, options, expected):
     np.testing.assert_array_equal(found, pixels.reshape(expected))
 
 
-def test_pages_of_a_plain_file_are_slices_and_unequal_ones_refused(tmp_path):
+def test_tiff_pages_are_slices_and_must_have_equal_size(tmp_path):
     pages = [noise((20, 30), seed=seed) for seed in range(3)]
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for page in pages:
@@ -279,12 +279,12 @@ def test_pages_of_a_plain_file_are_slices_and_unequal_ones_refused(tmp_path):
     np.testing.assert_array_equal(only(tmp_path / "c.tif")[..., 0], pages[0])
 
 
-def test_where_0_is_white_images_are_inverted_and_labels_kept(tmp_path):
+def test_tiff_with_white_zero_inverts_images_but_not_labels(tmp_path):
     pixels = noise((20, 30))
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="miniswhite")
     np.testing.assert_array_equal(only(tmp_path / "a.tif")[..., 0], 255 - pixels)
     np.testing.assert_array_equal(read_label_stack(tmp_path / "a.tif").pixels[0], pixels)
-    # A scanner's bits are inverted; those that tifffile writes so of its own accord are not.
+    # 1-bit images of a scanner are inverted; tifffile writes this tag by default, so its are not.
     tifffile.imwrite(tmp_path / "b.tif", pixels > 99, photometric="miniswhite", software="fax")
     np.testing.assert_array_equal(only(tmp_path / "b.tif")[..., 0] > 0, pixels <= 99)
     np.testing.assert_array_equal(read_label_stack(tmp_path / "b.tif").pixels[0], pixels > 99)
@@ -292,7 +292,7 @@ def test_where_0_is_white_images_are_inverted_and_labels_kept(tmp_path):
     np.testing.assert_array_equal(read_label_stack(tmp_path / "c.tif").pixels[0], pixels > 99)
 
 
-def test_palette_of_tiff(tmp_path):
+def test_tiff_palette_is_applied_to_images(tmp_path):
     numbers = noise((20, 30)) % 5
     colours = noise((3, 256), np.uint16) * 257
     tifffile.imwrite(tmp_path / "a.tif", numbers, photometric="palette", colormap=colours)
@@ -314,14 +314,14 @@ def test_palette_of_tiff(tmp_path):
         ({}, None),
     ],
 )
-def test_spacing_of_tiff(tmp_path, options, expected):
+def test_tiff_spacing_is_read(tmp_path, options, expected):
     tifffile.imwrite(tmp_path / "a.tif", noise((20, 30)), **options)
     spacing = read_image_stack(tmp_path / "a.tif").spacing
     assert spacing == (expected if expected is None else pytest.approx(expected, rel=1e-3))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_tiff(tmp_path, orientation):
+def test_tiff_orientation_is_applied(tmp_path, orientation):
     stored = noise((6, 8))
     tag = (274, "H", 1, orientation, True)
     tifffile.imwrite(tmp_path / "a.tif", stored, extratags=[tag], metadata=None)
@@ -332,14 +332,14 @@ def test_orientation_of_tiff(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("kind", ["separated", "cielab"])
-def test_tiff_whose_numbers_mean_something_else_is_refused(tmp_path, kind):
+def test_tiff_with_unsupported_photometric_is_refused(tmp_path, kind):
     shape = {"separated": (9, 9, 4), "cielab": (9, 9, 3)}[kind]
     tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, np.uint8), photometric=kind)
     with pytest.raises(PolysegError, match="save it as gray"):
         read_image_stack(tmp_path / "a.tif")
 
 
-def test_tiff_that_holds_no_numbers_is_refused(tmp_path):
+def test_tiff_with_nan_infinite_or_complex_values_is_refused(tmp_path):
     for value in (np.nan, np.inf):
         tifffile.imwrite(tmp_path / "a.tif", np.array([[1, value]], np.float32))
         for read in (read_image_stack, read_label_stack):
@@ -367,8 +367,8 @@ def test_tiff_with_tiles_missing_is_refused(tmp_path):
         read_image_stack(path)
 
 
-def test_ome_opens_no_other_file(tmp_path):
-    """A TIFF may name others that belong to it; only what was named by the user is read."""
+def test_ome_tiff_does_not_open_other_files(tmp_path):
+    """A TIFF may name files that belong to it; only the file given by the user is read."""
     tifffile.imwrite(tmp_path / "other.ome.tif", np.full((20, 30), 9, np.uint8), ome=True)
     tifffile.imwrite(tmp_path / "a.ome.tif", np.ones((2, 20, 30), np.uint8), ome=True)
     path = tmp_path / "a.ome.tif"
@@ -380,15 +380,15 @@ def test_ome_opens_no_other_file(tmp_path):
     assert (read_image_stack(path).pixels == 1).all()
 
 
-# NIfTI: a voxel at a known place of the body.
+# NIfTI: a voxel at a known position in the body.
 
 RAS = np.diag([1.0, 2.0, 3.0, 1.0])
 
 
 def landmark(codes):
-    """Return a volume of 10 x 12 x 8 voxels of 1, 2, 3 mm (to the right, front, up), reordered.
+    """Return a volume of 10 x 12 x 8 voxels of 1, 2, 3 mm (right, front, up), reordered.
 
-    A single voxel is bright: third from the right side, fifth from the back, seventh from below.
+    One voxel is bright: third from the right side, fifth from the back, seventh from below.
     """
     volume = np.zeros((10, 12, 8), np.int16)
     # From left to right, back to front, below to above.
@@ -401,7 +401,7 @@ def landmark(codes):
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "LAS", "ASL", "SPR"])
-def test_slices_lie_as_radiologists_look_at_them(tmp_path, codes):
+def test_slices_have_radiological_orientation(tmp_path, codes):
     image = landmark(codes)
     assert "".join(nibabel.aff2axcodes(image.affine)) == codes
     nibabel.save(image, tmp_path / "a.nii.gz")
@@ -419,7 +419,7 @@ def test_slices_lie_as_radiologists_look_at_them(tmp_path, codes):
         assert tuple(np.argwhere(read_label_stack(tmp_path / "a.nii.gz", plane).pixels)[0]) == place
 
 
-def test_an_oblique_volume_is_read_by_its_nearest_axes(tmp_path):
+def test_oblique_volume_is_read_by_its_nearest_axes(tmp_path):
     image = landmark("PIR")
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
@@ -449,7 +449,7 @@ def test_an_oblique_volume_is_read_by_its_nearest_axes(tmp_path):
 @pytest.mark.parametrize(
     ("version", "order"), [(nibabel.Nifti1Image, "<"), (nibabel.Nifti2Image, ">")]
 )
-def test_number_types_of_nifti(tmp_path, kind, scale, expected, version, order):
+def test_nifti_number_types_are_read(tmp_path, kind, scale, expected, version, order):
     stored = (noise((5, 6, 7)) % 100).astype(kind)
     header = version.header_class(endianness=order)
     header.set_data_dtype(kind)
@@ -457,14 +457,14 @@ def test_number_types_of_nifti(tmp_path, kind, scale, expected, version, order):
     if scale:
         image.header.set_slope_inter(*scale)
     (tmp_path / "a.nii").write_bytes(image.to_bytes())
-    if scale:  # nibabel would divide what it stores by the slope it is given
+    if scale:  # nibabel would divide the stored values by a given slope
         image = nibabel.load(tmp_path / "a.nii")
     found = read_image_stack(tmp_path / "a.nii").pixels
     assert found.dtype == expected
     np.testing.assert_array_equal(found[..., 0], image.get_fdata().transpose(2, 1, 0))
 
 
-def test_channels_and_flat_volumes_of_nifti(tmp_path):
+def test_nifti_with_channels_or_one_slice_is_read(tmp_path):
     def read(shape, plane="axial"):
         stored = noise(shape, np.uint8)
         nibabel.save(nibabel.Nifti1Image(stored, np.diag([-1, -1, 1, 1])), tmp_path / "a.nii")
@@ -486,7 +486,7 @@ def test_channels_and_flat_volumes_of_nifti(tmp_path):
         read((3, 3, 3, 2, 2))
 
 
-def test_nan_of_a_volume_is_its_smallest_value(tmp_path):
+def test_nan_in_nifti_becomes_the_smallest_value(tmp_path):
     stored = noise((5, 6, 7), np.float32) - 40
     stored[0, 0, 0] = np.nan
     nibabel.save(nibabel.Nifti1Image(stored, np.diag([-1, -1, 1, 1])), tmp_path / "a.nii")
@@ -500,7 +500,7 @@ def test_nan_of_a_volume_is_its_smallest_value(tmp_path):
         read_image_stack(tmp_path / "a.nii")
 
 
-def test_labels_that_are_nearly_whole_are_whole(tmp_path):
+def test_nearly_integer_labels_are_rounded(tmp_path):
     stored = (noise((5, 6, 7)) % 4 + 4e-4).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(stored, np.diag([-1, -1, 1, 1])), tmp_path / "a.nii.gz")
     labels = read_label_stack(tmp_path / "a.nii.gz").pixels
@@ -510,21 +510,21 @@ def test_labels_that_are_nearly_whole_are_whole(tmp_path):
     assert read_label_stack(tmp_path / "b.nii").pixels.dtype == np.float32
 
 
-def test_units_of_nifti(tmp_path):
+def test_nifti_spacing_units_are_converted(tmp_path):
     image = nibabel.Nifti1Image(noise((5, 6, 7)), np.diag([500, 700, 900, 1]))
     image.header.set_xyzt_units("micron")
     nibabel.save(image, tmp_path / "a.nii")
     assert read_image_stack(tmp_path / "a.nii").spacing == pytest.approx((0.7, 0.5))
 
 
-def test_colours_of_nifti_are_refused(tmp_path):
+def test_nifti_with_rgb_values_is_refused(tmp_path):
     stored = np.zeros((5, 6, 7), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nibabel.save(nibabel.Nifti1Image(stored, np.eye(4)), tmp_path / "a.nii")
     with pytest.raises(PolysegError, match="such as colours"):
         read_image_stack(tmp_path / "a.nii")
 
 
-def test_wrong_nifti_headers_are_refused(tmp_path):
+def test_invalid_nifti_headers_are_refused(tmp_path):
     whole = nibabel.Nifti1Image(noise((20, 20, 20)), np.eye(4)).to_bytes()
 
     def refused(content, match, name="a.nii"):
@@ -557,7 +557,7 @@ def test_wrong_nifti_headers_are_refused(tmp_path):
 
 
 def dicom(path, pixels, **changes):
-    """Write (H, W), (N, H, W) or (H, W, 3) by pydicom alone."""
+    """Write (H, W), (N, H, W) or (H, W, 3) with pydicom only."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -594,7 +594,7 @@ def dicom(path, pixels, **changes):
 
 
 def dicom_series(folder, count=5, **changes):
-    """Write slices whose value is their place, in a disorder of names, and return the folder."""
+    """Write slices whose value is their position, under unordered names; return the folder."""
     names = np.random.default_rng(3).permutation(count)
     for place, name in enumerate(names):
         dicom(
@@ -612,7 +612,7 @@ def dicom_series(folder, count=5, **changes):
 
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "i2"])
-def test_number_types_of_dicom(tmp_path, kind):
+def test_dicom_number_types_are_read(tmp_path, kind):
     pixels = noise((3, 6, 8), kind)
     path = dicom(tmp_path / "a.dcm", pixels, PixelSpacing=[0.8, 0.6])
     stack = read_image_stack(path)
@@ -647,7 +647,7 @@ def test_monochrome1_images_are_inverted_and_labels_kept(tmp_path):
     np.testing.assert_array_equal(read_label_stack(path).pixels[0], pixels)
 
 
-def test_colours_of_dicom(tmp_path):
+def test_colour_dicom_is_read(tmp_path):
     pixels = noise((6, 8, 3))
     path = dicom(tmp_path / "a.dcm", pixels, PhotometricInterpretation="RGB")
     np.testing.assert_array_equal(only(path), pixels)
@@ -657,7 +657,7 @@ def test_colours_of_dicom(tmp_path):
     assert np.abs(only(path).astype(int) - gray[..., :1]).max() <= 1
 
 
-def test_palette_of_dicom(tmp_path):
+def test_dicom_palette_is_applied(tmp_path):
     numbers = noise((6, 8)) % 4
     tables = {
         f"{colour}PaletteColorLookupTable{part}": value
@@ -673,7 +673,7 @@ def test_palette_of_dicom(tmp_path):
     np.testing.assert_array_equal(read_label_stack(path).pixels[0], numbers)
 
 
-def test_compressed_dicom(tmp_path):
+def test_compressed_dicom_is_read(tmp_path):
     from pydicom.uid import MPEG2MPML, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
     pixels = noise((3, 32, 40), np.uint16)
@@ -693,21 +693,21 @@ def test_compressed_dicom(tmp_path):
     dataset.save_as(tmp_path / "d.dcm")
     with pytest.raises(PolysegError, match="needs another package: pip install"):
         read_image_stack(tmp_path / "d.dcm")
-    # A video, which pydicom knows no decoder of at all.
+    # A video, for which pydicom has no decoder.
     dataset.file_meta.TransferSyntaxUID = MPEG2MPML
     dataset.save_as(tmp_path / "e.dcm")
     with pytest.raises(PolysegError, match=r"is compressed as MPEG2 .* needs another package"):
         read_image_stack(tmp_path / "e.dcm")
 
 
-def test_a_series_is_sorted_by_place(tmp_path):
+def test_dicom_series_is_sorted_by_position(tmp_path):
     stack = read_image_stack(dicom_series(tmp_path / "series"))
     assert stack.pixels.shape == (5, 6, 8, 1) and stack.spacing == (0.8, 0.6)
     # The normal of these slices, rows down and columns to the left, points to the back.
     assert stack.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_series_without_places_is_sorted_by_number_or_name(tmp_path):
+def test_dicom_series_without_positions_is_sorted_by_number_or_name(tmp_path):
     by_number = dicom_series(tmp_path / "a", ImagePositionPatient=None)
     assert read_image_stack(by_number).pixels[:, 0, 0, 0].tolist() == [4, 3, 2, 1, 0]
     for k in range(3):
@@ -717,7 +717,7 @@ def test_a_series_without_places_is_sorted_by_number_or_name(tmp_path):
     assert read_label_stack(tmp_path / "b").pixels[:, 0, 0].tolist() == [0, 1, 2]
 
 
-def test_mixed_folders_are_refused(tmp_path):
+def test_folder_that_is_not_one_dicom_series_is_refused(tmp_path):
     folder = dicom_series(tmp_path / "a")
     dicom(folder / "9.dcm", np.zeros((6, 8), np.int16), SeriesInstanceUID="1.2.9")
     with pytest.raises(PolysegError, match=r"holds 2 DICOM series \(1\.2\.3\.4, 1\.2\.9\)"):
@@ -736,7 +736,7 @@ def test_mixed_folders_are_refused(tmp_path):
         read_image_stack(tmp_path / "empty")
 
 
-def test_frames_of_enhanced_dicom(tmp_path):
+def test_enhanced_dicom_frames_use_their_own_rescaling(tmp_path):
     from pydicom.dataset import Dataset
 
     def group(**values):
@@ -766,16 +766,16 @@ def test_frames_of_enhanced_dicom(tmp_path):
     )
 
 
-# Names, and what is no image.
+# File names, and files that are not images.
 
 
-def test_dicom_without_a_suffix_is_known_by_its_start(tmp_path):
+def test_dicom_without_suffix_is_recognised_by_its_content(tmp_path):
     for name in ("IM0001", "1.2.840.113"):
         path = dicom(tmp_path / name, noise((6, 8)))
         np.testing.assert_array_equal(only(path)[..., 0], noise((6, 8)))
 
 
-def test_a_mask_drawn_by_its_transparency_is_refused(tmp_path):
+def test_mask_that_differs_only_in_transparency_is_refused(tmp_path):
     pixels = np.full((6, 8, 4), 255, np.uint8)
     pixels[:3, :, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -805,7 +805,7 @@ def test_pipes_are_refused_without_waiting(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "library"), [("a.nii", "nibabel"), ("a.dcm", "pydicom"), ("a.mha", "SimpleITK")]
 )
-def test_libraries_that_are_not_installed(tmp_path, monkeypatch, name, library):
+def test_missing_library_error_states_how_to_install_it(tmp_path, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)
     (tmp_path / name).touch()
     with pytest.raises(PolysegError) as caught:
@@ -820,8 +820,8 @@ VOLUME = np.random.default_rng(0).integers(0, 900, (4, 6, 5)).astype(np.int16)
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
-def test_itk_volumes_lie_as_nifti_ones(tmp_path, suffix, plane):
-    """SimpleITK writes both from one image, and nibabel reads the one independently."""
+def test_itk_volumes_have_the_orientation_of_nifti(tmp_path, suffix, plane):
+    """SimpleITK writes both files from one image, and nibabel reads NIfTI independently."""
     image = SimpleITK.GetImageFromArray(VOLUME)
     image.SetSpacing((0.7, 0.8, 3.0))
     image.SetDirection((0, 0, 1, 1, 0, 0, 0, -1, 0))
@@ -868,7 +868,7 @@ def test_damaged_itk_volumes_are_one_line(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_voxels_in_a_file_beside_their_header_are_read(tmp_path, suffix, packed):
+def test_voxels_in_a_separate_file_are_read(tmp_path, suffix, packed):
     folder = tmp_path / "images"
     folder.mkdir()
     image = SimpleITK.GetImageFromArray(VOLUME)
@@ -888,7 +888,7 @@ def test_voxels_in_a_file_beside_their_header_are_read(tmp_path, suffix, packed)
     before = _content(folder / f"a{suffix}")
     (voxels,) = folder.glob("a.*raw*")
     voxels.write_bytes(voxels.read_bytes() + b"x")
-    assert _content(folder / f"a{suffix}") != before  # So decoded copies are never stale.
+    assert _content(folder / f"a{suffix}") != before  # So decoded copies are never outdated.
 
 
 @pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
@@ -896,7 +896,7 @@ def test_voxels_in_a_file_beside_their_header_are_read(tmp_path, suffix, packed)
     "name",
     ["/etc/hostname", "../a.raw", "LIST", "%03d.raw 1 4 1", "gone.raw", "", "a\x00.raw"],
 )
-def test_voxels_elsewhere_are_refused_in_a_line(tmp_path, suffix, name):
+def test_voxels_in_another_folder_are_refused_in_one_line(tmp_path, suffix, name):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(tmp_path / f"a{suffix}"))
     path = tmp_path / f"a{suffix}"
     path.write_text(path.read_text().replace("a.raw", name))
@@ -906,7 +906,7 @@ def test_voxels_elsewhere_are_refused_in_a_line(tmp_path, suffix, name):
     assert "\n" not in str(caught.value)
 
 
-def test_voxels_that_are_cut_short_are_refused_by_their_size(tmp_path):
+def test_truncated_voxels_are_refused_by_their_size(tmp_path):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(tmp_path / "a.mhd"))
     (tmp_path / "a.raw").write_bytes(bytes(100))
     with pytest.raises(PolysegError, match=r"a.mhd: .* 240 bytes of .* a.raw holds 100 "):
@@ -915,8 +915,8 @@ def test_voxels_that_are_cut_short_are_refused_by_their_size(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nhdr", ".mhd"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "end of zeros"])
-def test_packed_voxels_that_are_damaged_are_not_taken_for_others(tmp_path, suffix, damage):
-    """SimpleITK reads some of these files as far as they go, and says nothing."""
+def test_damaged_compressed_voxels_are_refused(tmp_path, suffix, damage):
+    """SimpleITK reads the intact part of some of these files without an error."""
     image = SimpleITK.GetImageFromArray(noise((4, 30, 30)))
     path = tmp_path / f"a{suffix}"
     SimpleITK.WriteImage(image, str(path), useCompression=True)
@@ -935,8 +935,8 @@ def test_packed_voxels_that_are_damaged_are_not_taken_for_others(tmp_path, suffi
 
 
 @pytest.mark.parametrize("size", ["", "CompressedDataSize = 9\n", "CompressedDataSize = 99999\n"])
-def test_packed_voxels_of_unknown_size_are_refused(tmp_path, size):
-    """SimpleITK then returns memory that was never written."""
+def test_compressed_voxels_of_unknown_size_are_refused(tmp_path, size):
+    """SimpleITK would return uninitialised memory."""
     path = tmp_path / "a.mha"
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(path), useCompression=True)
     header, data, rest = path.read_bytes().partition(b"TransformMatrix")
@@ -945,7 +945,7 @@ def test_packed_voxels_of_unknown_size_are_refused(tmp_path, size):
         read_image_stack(path)
 
 
-def test_a_comment_does_not_hide_where_the_voxels_are(tmp_path):
+def test_comment_in_the_header_does_not_hide_the_data_file(tmp_path):
     path = tmp_path / "a.mha"
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOLUME), str(path))
     header = path.read_bytes().partition(b"ElementDataFile")[0]
@@ -961,7 +961,7 @@ def test_webp_is_read(tmp_path):
     np.testing.assert_array_equal(only(tmp_path / "a.webp"), pixels)
 
 
-def test_content_counts_more_than_the_suffix(tmp_path):
+def test_format_is_detected_by_content_before_suffix(tmp_path):
     pixels = noise((6, 8))
     tifffile.imwrite(tmp_path / "a.png", pixels)
     np.testing.assert_array_equal(only(tmp_path / "a.png")[..., 0], pixels)
@@ -977,7 +977,7 @@ def test_disguised_postscript_is_not_executed(tmp_path):
         read_image_stack(tmp_path / "a.png")
 
 
-def test_bounds_are_those_of_the_sides(tmp_path, monkeypatch):
+def test_images_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("polyseg.data.formats.stacks.LARGEST_IMAGE", 99)
     save(tmp_path / "a.png", np.zeros((10, 10), np.uint8))
     tifffile.imwrite(
@@ -996,13 +996,13 @@ def test_bounds_are_those_of_the_sides(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_hostile_files_end_in_one_line_within_time_and_memory(tmp_path):
+def test_hostile_files_give_one_line_within_time_and_memory(tmp_path):
     warm_up(tmp_path)
     for path in hostile_files(tmp_path, 40, seed=11):
         assert faults(path) == [], path
 
 
-def test_hostile_files_are_the_same_for_the_same_seed(tmp_path):
+def test_hostile_files_depend_on_the_seed_only(tmp_path):
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The HDF5 files: round trip, and refusal of what is not what it seems."""
+"""HDF5 files of assessments and schedules: round trips, and refusal of damaged or forged files."""
 
 import contextlib
 import dataclasses
@@ -112,7 +112,7 @@ def test_zeros_that_version_0_1_wrote_from_too_few_passes_are_read_as_missing(tm
 
 
 @pytest.mark.parametrize("name", ["mask_pixels", "epsilon"])
-def test_what_is_not_known_is_not_written(tmp_path, assessment, name):
+def test_missing_columns_are_not_written(tmp_path, assessment, name):
     path = tmp_path / "a.h5"
     write_assessment(path, dataclasses.replace(assessment, **{name: None}))
     with h5py.File(path) as file:
@@ -120,7 +120,7 @@ def test_what_is_not_known_is_not_written(tmp_path, assessment, name):
     assert getattr(read_assessment(path), name) is None
 
 
-def test_the_sizes_of_masks_follow_their_rows(assessment):
+def test_mask_sizes_follow_the_order_of_images_and_labels(assessment):
     turned = assessment.in_order(assessment.ids[::-1])
     assert turned.mask_pixels.tolist() == [17, 3, 2**40, 0]
     labelled = dataclasses.replace(assessment, ids=list("aabb"), labels=["x", "y"] * 2)
@@ -142,7 +142,7 @@ def test_schedule_round_trip(tmp_path):
         assert file["group"].dtype == np.int32 and file["statistics"].dtype == np.float64
 
 
-def test_statistics_of_each_epsilon():
+def test_percentile_and_sigma_of_each_epsilon():
     nan = float("nan")
     expected = [[[nan, nan]] * 2, [[0.25, 1.5], [0.5, 0.0]], [[0.25, 1.5]] * 2]
     np.testing.assert_array_equal(EXPLAINED.percentile_and_sigma(), expected)
@@ -163,7 +163,7 @@ def test_statistics_of_each_epsilon():
         ("statistics", np.full((2, 2), np.nan)),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused(tmp_path, name, value):
+def test_inconsistent_statistics_are_refused(tmp_path, name, value):
     path = tmp_path / "schedule.h5"
     write_schedule(path, EXPLAINED)
 
@@ -177,7 +177,7 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, name, value):
         read_schedule(path)
 
 
-def test_a_schedule_of_layout_2_has_no_statistics(tmp_path):
+def test_schedule_of_schema_2_has_no_statistics(tmp_path):
     path = tmp_path / "schedule.h5"
     write_schedule(path, SCHEDULE)
     forge(path, lambda file: file.attrs.__setitem__("schema", 2))
@@ -187,7 +187,7 @@ def test_a_schedule_of_layout_2_has_no_statistics(tmp_path):
         read_schedule(path)
 
 
-def test_a_hash_that_differs_is_refused(tmp_path, assessment):
+def test_different_hash_is_refused(tmp_path, assessment):
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     with pytest.raises(PolysegError, match=r"a\.h5: is not the file that the run recorded"):
@@ -202,7 +202,7 @@ def test_maps_of_several_sizes_are_refused_and_leave_nothing(tmp_path, assessmen
 
 
 def forge(path, change):
-    """Change a file as somebody would who means harm, and knows of the seal."""
+    """Change a file and recompute its hash, as an attacker would."""
     with h5py.File(path, "r+") as file:
         change(file)
     seal(path)
@@ -239,7 +239,7 @@ def replace(name, value):
         replace("dice", h5py.SoftLink("/difficulty")),
     ],
 )
-def test_misfits_are_one_line(tmp_path, assessment, change):
+def test_invalid_content_is_refused_in_one_line(tmp_path, assessment, change):
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     forge(path, change)
@@ -263,7 +263,7 @@ def test_data_outside_the_file_is_refused(tmp_path, assessment):
 
 
 @pytest.mark.parametrize("content", [b"", b"no hdf5", bytes(5000)])
-def test_other_files_are_refused(tmp_path, content):
+def test_files_that_are_not_hdf5_are_refused(tmp_path, content):
     path = tmp_path / "a.h5"
     path.write_bytes(content)
     for read in (read_assessment, read_schedule):
@@ -271,7 +271,7 @@ def test_other_files_are_refused(tmp_path, content):
             read(path)
 
 
-def test_truncation_anywhere_is_refused_or_read_the_same(tmp_path, assessment):
+def test_truncated_file_is_refused_or_read_equal(tmp_path, assessment):
     path = tmp_path / "a.h5"
     write_assessment(path, dataclasses.replace(assessment, maps={}, config_yaml="x"))
     whole = path.read_bytes()
@@ -282,13 +282,13 @@ def test_truncation_anywhere_is_refused_or_read_the_same(tmp_path, assessment):
             np.testing.assert_equal(read_assessment(path).scores, expected.scores)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(PolysegError, match=r"none\.h5: there is no such file"):
         read_schedule(tmp_path / "none.h5")
 
 
 def test_shape_larger_than_the_file_is_refused(tmp_path):
-    """Chunks that were never written take no room in the file, and terabytes when they are read."""
+    """Chunks that were never written take no space in the file, but terabytes when read."""
     path = tmp_path / "bomb.h5"
     write_schedule(path, SCHEDULE)
 
@@ -325,7 +325,7 @@ def test_maps_that_were_never_written_are_refused(tmp_path, assessment):
 
 @pytest.mark.parametrize(("piece", "mask"), [(b"x", 0), (bytes(60), 7), (bytes(5000), 0)])
 def test_maps_with_unfiltered_chunks_are_refused(tmp_path, assessment, piece, mask):
-    """HDF5's filters crash over nothing."""
+    """HDF5 filters crash on such chunks."""
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     forge(path, lambda file: file["maps/mean"].id.write_direct_chunk((2, 0, 0), piece, mask))
@@ -333,8 +333,8 @@ def test_maps_with_unfiltered_chunks_are_refused(tmp_path, assessment, piece, ma
         read_assessment(path, with_maps=True)
 
 
-def test_a_value_that_was_changed_is_refused(tmp_path, assessment):
-    """By plain h5py, which leaves a sound HDF5 file behind."""
+def test_changed_value_is_refused(tmp_path, assessment):
+    """Change it with plain h5py, which writes a valid HDF5 file."""
     path = tmp_path / "a.h5"
     write_assessment(path, assessment)
     with h5py.File(path, "r+") as file:
@@ -365,7 +365,7 @@ def test_file_hash_covers_the_content(tmp_path):
 
 
 def test_files_of_an_earlier_schema_are_refused(tmp_path, assessment):
-    """They had no seal; a run that recorded their hash is told the number of their layout."""
+    """They have no embedded hash; the error states the number of their schema."""
     path = tmp_path / "old.h5"
     with h5py.File(path, "w") as file:
         file.attrs.update({"kind": "polyseg assessment", "schema": 1})

@@ -1,4 +1,4 @@
-"""Reductions and maps: from difficulties to epsilons, against SciPy, and in whole runs."""
+"""Reductions and maps from difficulties to epsilons, against SciPy and in whole runs."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ difficulties = arrays(np.float64, st.integers(1, 30), elements=st.integers(0, 9)
 
 
 def reference_epsilon(difficulty, low, high, sensitivity):
-    """Return rank and weight as study.md defines them, by SciPy's ranks, quantiles and roots."""
+    """Return the epsilons of rank and weight as defined in study.md, using SciPy."""
     normalised = stats.norm.ppf((stats.rankdata(difficulty) - 0.5) / len(difficulty))
 
     def epsilon(log_c):
@@ -39,13 +39,13 @@ def reference_epsilon(difficulty, low, high, sensitivity):
 
 
 @given(difficulties)
-def test_ranks_are_those_of_scipy(values):
+def test_ranks_equal_scipy(values):
     expected = stats.norm.ppf((stats.rankdata(values) - 0.5) / len(values))
     np.testing.assert_allclose(normalise_by_rank(values), expected, atol=1e-12)
 
 
 @given(difficulties, st.floats(-0.5, -0.01), st.floats(0.01, 9), st.floats(0, 3))
-def test_weights_average_one_within_their_range(values, low, high, sensitivity):
+def test_weights_have_mean_one_within_their_range(values, low, high, sensitivity):
     epsilon = epsilon_from_weight(normalise_by_rank(values), low, high, sensitivity)
     assert np.mean(1 + 2 * epsilon) == pytest.approx(1, abs=1e-9)
     assert (epsilon >= low).all() and (epsilon <= high).all()
@@ -59,17 +59,17 @@ def test_weights_of_extreme_difficulties_are_finite():
     np.testing.assert_allclose(epsilon, [-0.5, -0.5, 1.0], atol=1e-6)
 
 
-def test_equal_difficulties_keep_the_weight_of_one():
+def test_equal_difficulties_have_weight_one():
     assert epsilon_from_weight(normalise_by_rank(np.ones(5)), -0.4, 1.0, 2.0).tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.4, 0.0), (-0.6, 1.0)])
-def test_a_range_without_zero_is_refused(low, high):
+def test_epsilon_range_without_zero_is_refused(low, high):
     with pytest.raises(ValueError, match="0 must be between"):
         epsilon_from_weight(np.zeros(2), low, high, 1.0)
 
 
-def test_the_settings_are_named_when_zero_is_out_of_range():
+def test_error_about_range_without_zero_names_the_settings():
     with pytest.raises(
         PolysegError, match=r"control.map weight needs control.epsilon_min 0.1 .*epsilon_max 1.0"
     ):
@@ -78,7 +78,7 @@ def test_the_settings_are_named_when_zero_is_out_of_range():
 
 
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_labels_are_ranked_and_weighted_by_themselves(statistics):
+def test_each_label_is_ranked_and_weighted_separately(statistics):
     difficulty = np.random.default_rng(0).random(12) + np.tile([0, 5], 6)
     config = ControlConfig(
         statistics=statistics, reduction="rank", map="weight", epsilon_max=4.0, sensitivity=0.7
@@ -97,7 +97,7 @@ def test_labels_are_ranked_and_weighted_by_themselves(statistics):
         np.testing.assert_allclose(adapted[:, k], expected, atol=1e-8)
 
 
-def test_batches_with_equal_statistics_are_told_apart():
+def test_batches_with_equal_statistics_have_separate_groups():
     statistics = np.array([[0.5, 0.1]])
     ids = ["a", "b", "c", "d"]
     recorder = Recorder(ids)
@@ -110,7 +110,7 @@ def test_batches_with_equal_statistics_are_told_apart():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return the folder of runs by rank and weight, over batches and over the data set."""
+    """Return a folder of runs with rank and weight, with batch and data-set statistics."""
     folder = tmp_path_factory.mktemp("runs")
     labels = (f"data.path={two_labels(folder / 'images')}", "data.foreground={bright: 1, dark: 2}")
     for name, *overrides in (
@@ -124,7 +124,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["batch", "dataset", "labels"])
-class TestARunByRankAndWeight:
+class TestRunsWithRankAndWeight:
     def test_every_epsilon_follows_from_its_record(self, runs, name):
         record = job.read_record(runs / name)
         schedule = record.schedule
@@ -171,7 +171,7 @@ class TestARunByRankAndWeight:
         assert "normalised" in job.export(runs / name)
 
 
-def test_the_preset_of_the_thesis_goes_over_the_file_and_under_set(tmp_path, polyseg):
+def test_thesis_preset_overrides_the_file_and_set_overrides_the_preset(tmp_path, polyseg):
     file = tmp_path / "mine.yaml"
     file.write_text("control: {map: weight, sensitivity: 3}\ntraining: {epochs: 7}\n")
     config = load_config(file, ["control.sensitivity=2"], preset="thesis")
@@ -183,7 +183,7 @@ def test_the_preset_of_the_thesis_goes_over_the_file_and_under_set(tmp_path, pol
     assert answer.code == 2 and "did you mean thesis?" in answer.err.replace("\n", " ")
 
 
-def test_the_preset_holds_each_setting_that_the_thesis_decides():
+def test_thesis_preset_fixes_every_setting_of_the_thesis():
     config = load_config(preset="thesis")
     assert (config.loss.name, config.loss.scale, config.loss.scale_gradient) == (
         *("polydice1", "norms", "guarded"),
@@ -196,6 +196,6 @@ def test_the_preset_holds_each_setting_that_the_thesis_decides():
     assert decided - named == {"control.replay", "control.replay_arm", "control.replay_seed"}
 
 
-def test_the_template_of_a_preset_holds_its_settings():
+def test_template_of_a_preset_holds_its_settings():
     own = load_config(overrides=["control.map=weight", "loss.name=dice"])
     assert Config.model_validate(parse_yaml(template(own), "file")) == own

@@ -1,4 +1,4 @@
-"""Each registry: a row that is added while the program runs appears, and works, everywhere."""
+"""Registries: a row added at run time appears and works everywhere."""
 
 import csv
 import itertools
@@ -65,7 +65,7 @@ from tests.conftest import TINY
 HERE = "tests.test_registries"
 
 FOUR = ("uncertainty.samples=4",)
-"""Passes, the fewest that rank stability is judged from."""
+"""Setting for the smallest number of passes that gives a rank stability."""
 
 REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one, Registry)}
 REGISTRIES |= {
@@ -80,7 +80,7 @@ REGISTRIES |= {
 
 
 @pytest.mark.parametrize("name", REGISTRIES)
-def test_every_row_leads_to_its_function_and_has_help(name):
+def test_every_row_names_an_existing_function_and_has_help(name):
     for row in REGISTRIES[name].values():
         assert row.help and not row.help.endswith(".")
         assert not row.function or callable(row.resolve())
@@ -91,7 +91,7 @@ def choices_of(key):
 
 
 def assert_listed(key, name, text):
-    """Check that a value of a setting stands in its choices, the template, schema and page."""
+    """Check that the choices, template, schema and page of a setting contain a value."""
     assert choices_of(key)[name] == text
     assert f"#   {name}: {text}" in template()
     assert f"`{name}`: {text}" in reference.configuration_page()
@@ -104,13 +104,13 @@ def history_of(run):
 
 
 def steep(config):
-    """Return a loss with an epsilon, but none of polyseg's."""
+    """Return a loss with an epsilon that is not one of polyseg's."""
     return lambda logits, mask, epsilon: (
         (1 + epsilon) * (logits.sigmoid() - mask).square().flatten(1).mean(dim=1)
     )
 
 
-def test_a_loss_is_one_row(monkeypatch, tiny, tmp_path):
+def test_loss_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     with pytest.raises(PolysegError, match="'stepe' is not a loss: choose polydice1"):
         tiny("run", "loss.name=stepe")
     row = Loss("steep", "weighted Brier score", "tests.test_registries:steep", has_epsilon=True)
@@ -123,7 +123,7 @@ def test_a_loss_is_one_row(monkeypatch, tiny, tmp_path):
     assert config.adaptive
     rows = history_of(tmp_path / "run")
     assert 0 < float(rows[-1]["train_loss"]) < 2
-    # The constant epsilon is 0.5 until the assessment, and what it sets is another after that.
+    # The constant epsilon is 0.5 until the assessment, and different after it.
     assert rows[0]["epsilon_q05"] == rows[0]["epsilon_q95"] == "0.5" != rows[-1]["epsilon_q95"]
 
 
@@ -136,7 +136,7 @@ def blur(probability):
     return probability * (1 - probability)
 
 
-def test_a_pixel_wise_uncertainty_is_one_row(monkeypatch, tiny, tmp_path):
+def test_pixel_wise_uncertainty_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     row = Score("spread", "standard deviation of the passes", "tests.test_registries:spread", "p")
     monkeypatch.setitem(UNCERTAINTIES, "spread", row)
     assert_listed("uncertainty.metric", "spread", "standard deviation of the passes")
@@ -149,13 +149,13 @@ def test_a_pixel_wise_uncertainty_is_one_row(monkeypatch, tiny, tmp_path):
     assert (found.scores["spread"] ** 2 <= found.scores["variance"] * (1 + 1e-6)).all()
     for deviation, variance in zip(found.maps["spread"], found.maps["variance"], strict=True):
         np.testing.assert_allclose(deviation, np.sqrt(variance), atol=2e-3)
-    # A version without the row says so.
+    # A version without the row reports it.
     monkeypatch.delitem(UNCERTAINTIES, "spread")
     with pytest.raises(PolysegError, match="metric 'spread' is unknown"):
         read_assessment(file)
 
 
-def test_a_score_without_passes_is_one_row(monkeypatch, tiny, tmp_path):
+def test_score_without_passes_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     row = Score("blur", "p (1 - p) without dropout", "tests.test_registries:blur")
     monkeypatch.setitem(FREE_SCORES, "blur", row)
     assert_listed("uncertainty.metric", "blur", "p (1 - p) without dropout")
@@ -165,7 +165,7 @@ def test_a_score_without_passes_is_one_row(monkeypatch, tiny, tmp_path):
     assert (found.difficulty > 0).all() and (found.difficulty <= 0.25).all()
 
 
-def test_assessments_from_before_an_uncertainty_stay_readable(monkeypatch, tiny, tmp_path):
+def test_assessments_without_a_new_uncertainty_stay_readable(monkeypatch, tiny, tmp_path):
     train(tiny("run", "uncertainty.save_maps=true"))
     before = {"mean", *UNCERTAINTIES}
     row = Score("spread", "standard deviation of the passes", "tests.test_registries:spread")
@@ -176,7 +176,7 @@ def test_assessments_from_before_an_uncertainty_stay_readable(monkeypatch, tiny,
     assert "spread" not in found.scores
 
 
-def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, tiny, tmp_path):
+def test_history_column_is_added_by_one_row_and_older_runs_resume(monkeypatch, tiny, tmp_path):
     config = tiny("run", "training.epochs=1", "control.start=0")
     train(config)
     before = history_of(tmp_path / "run")
@@ -191,13 +191,13 @@ def test_a_column_of_the_history_is_one_row_and_older_runs_resume(monkeypatch, t
     assert [row["largest_loss"] for row in read_run(tmp_path / "run", "run").history][1:] == [
         float(row["largest_loss"]) for row in rows[1:]
     ]
-    # A version without the column does not go on with what it does not know.
+    # A version without the column refuses to resume such a run.
     monkeypatch.delitem(COLUMNS, "largest_loss")
     with pytest.raises(PolysegError, match="largest_loss: not a column"):
         train(tiny("run", "training.epochs=4", "control.start=0"), resume=True, accept_changes=True)
 
 
-def test_a_metric_is_one_row(monkeypatch, tmp_path):
+def test_metric_is_added_by_one_row(monkeypatch, tmp_path):
     def evaluation():
         mask = np.eye(4)
         runs = [
@@ -240,7 +240,7 @@ def test_a_metric_is_one_row(monkeypatch, tmp_path):
         assert table.count("Area (px²)") == 2 and "4.0" in table
     (table,) = metric_tables([read_evaluation(tmp_path / "after", "after")])
     assert table.rows[-1][0] == "Area (px²)"
-    # Evaluations of versions without the metric stay readable, and of versions with it as well.
+    # Evaluations of versions with and without the metric stay readable.
     (table,) = metric_tables([read_evaluation(tmp_path / "before", "before")])
     assert len(table.rows) == len(METRICS) - 1
     monkeypatch.delitem(METRICS, "area")
@@ -264,7 +264,7 @@ def draw_nothing(*_):
     return None
 
 
-def test_a_figure_of_a_run_is_one_row(monkeypatch, tiny, tmp_path):
+def test_run_figure_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     for name in list(RUN_FIGURES):
         monkeypatch.delitem(RUN_FIGURES, name)  # They take longer to draw.
     for row in (
@@ -290,7 +290,7 @@ def draw_areas(evaluation):
     return figure
 
 
-def test_a_figure_of_an_evaluation_is_one_row(monkeypatch, tmp_path):
+def test_evaluation_figure_is_added_by_one_row(monkeypatch, tmp_path):
     for name in list(EVALUATION_FIGURES):
         monkeypatch.delitem(EVALUATION_FIGURES, name)
     for row in (
@@ -313,7 +313,7 @@ def reversed_images(epsilon, _):
     return epsilon[::-1]
 
 
-def test_a_replay_arm_is_one_row(monkeypatch, tiny, tmp_path, polyseg):
+def test_replay_arm_is_added_by_one_row(monkeypatch, tiny, tmp_path, polyseg):
     train(tiny("first", "control.start=1"))
     row = Arm("reversed", "the images in reverse", "tests.test_registries:reversed_images")
     monkeypatch.setitem(REPLAY_ARMS, "reversed", row)
@@ -370,14 +370,14 @@ def of_upper_half(mask, predicted, _):
         ("uncertainty.region", REGIONS, Region("upper", "upper half", f"{HERE}:of_upper_half")),
     ],
 )
-def test_a_choice_is_one_row_and_such_a_run_resumes(
+def test_choice_is_added_by_one_row_and_its_run_resumes(
     monkeypatch, tiny, tmp_path, key, registry, row
 ):
     with pytest.raises(PolysegError, match=f"{row.name}' is not a"):
         tiny("run", f"{key}={row.name}")
     monkeypatch.setitem(registry, row.name, row)
     assert_listed(key, row.name, row.help)
-    # The small network has no settings, and the settings of `tiny` are those of another.
+    # The small network has no settings; those of `tiny` belong to another network.
     settings = (f"{key}={row.name}", "network.kwargs={}", "control.start=1")
     train(tiny("run", *settings, "training.epochs=2"))
     train(tiny("run", *settings, "training.epochs=3"), resume=True, accept_changes=True)
@@ -388,7 +388,7 @@ def test_a_choice_is_one_row_and_such_a_run_resumes(
     assert (found.difficulty > 0).all()
 
 
-def test_presets_of_augmentation_are_those_that_are_explained():
+def test_every_augmentation_preset_is_explained():
     assert list(choices_of("data.augmentation")) == list(PRESETS)
 
 
@@ -403,7 +403,7 @@ def write_text_image(source, values, path, plane, description):
     return path
 
 
-def test_a_file_format_is_one_row(monkeypatch, tmp_path, polyseg):
+def test_file_format_is_added_by_one_row(monkeypatch, tmp_path, polyseg):
     for folder in ("images", "masks"):
         (tmp_path / "set" / folder).mkdir(parents=True)
     for i in range(8):
@@ -432,7 +432,7 @@ def test_a_file_format_is_one_row(monkeypatch, tmp_path, polyseg):
 
 
 class DropPath(nn.Module):
-    """Drops all features of an image at once."""
+    """Dropout of all features of an image at once."""
 
     def __init__(self, p):
         super().__init__()
@@ -450,8 +450,8 @@ def with_drop_path(in_channels, out_channels):
     return nn.Sequential(first, DropPath(0.5), nn.Conv2d(4, out_channels, 1))
 
 
-def test_a_public_data_set_is_one_row(monkeypatch, tmp_path, polyseg):
-    """The files are of four subjects with two views each, their masks in a folder beside."""
+def test_public_data_set_is_added_by_one_row(monkeypatch, tmp_path, polyseg):
+    """The set has four subjects with two views each, and masks in a separate folder."""
     for subject, view in itertools.product("abcd", (1, 2)):
         pixels = np.random.default_rng(ord(subject) * view).integers(0, 255, (40, 40), np.uint8)
         for name, values in ((f"v{view}", pixels), (f"drawn/{view}_x", 255 * (pixels > 99))):
@@ -476,7 +476,7 @@ def test_a_public_data_set_is_one_row(monkeypatch, tmp_path, polyseg):
     assert "1 image (v1.png) without a mask" in refused.err
 
 
-def test_a_kind_of_dropout_is_one_row(monkeypatch, tiny, tmp_path):
+def test_kind_of_dropout_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     settings = ("network.name=tests.test_registries:with_drop_path", "network.kwargs={}")
     with pytest.raises(PolysegError, match="no active dropout layer"):
         train(tiny("before", *settings))
@@ -486,7 +486,7 @@ def test_a_kind_of_dropout_is_one_row(monkeypatch, tiny, tmp_path):
     monkeypatch.setitem(DROPOUT_KINDS, "DropPath", row)
     train(tiny("run", *settings))
     assert read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5").difficulty.max() > 0
-    # Each pass keeps twice all features, or none, in which case only the bias is left.
+    # Each pass keeps all features, doubled, or none, so that only the bias is left.
     network, images = with_drop_path(1, 1), torch.rand(2, 1, 8, 8)
     first, _, last = network.eval()
     kept = last(2 * first(images)).sigmoid().flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Replay: a recorded schedule trained with again, and the arms that give it to other images."""
+"""Replay: training with a recorded schedule, and control arms that permute it."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def replay_of(run, tiny, *more, name="replayed"):
 
 
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_a_replay_equals_its_original_bit_for_bit(tiny, finished, statistics):
+def test_replay_equals_its_original_bit_for_bit(tiny, finished, statistics):
     settings = (f"control.statistics={statistics}", "training.seed=3")
     original = finished("original", *FIVE_EPOCHS, *settings)
     again = replay_of(original, tiny, *settings)
@@ -60,7 +60,7 @@ def test_a_replay_equals_its_original_bit_for_bit(tiny, finished, statistics):
 
 
 @pytest.mark.slow
-def test_an_arm_trains_another_network_on_the_same_epsilons(tiny, finished):
+def test_replay_arm_trains_another_network_with_the_same_epsilons(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     recorded = read_schedule(original.schedule).epsilon
     for arm in ("shuffled", "mean", "inverted"):
@@ -69,7 +69,7 @@ def test_an_arm_trains_another_network_on_the_same_epsilons(tiny, finished):
         assert not np.array_equal(used, recorded)
         np.testing.assert_array_equal(used, read_schedule(run.replay).epsilon)
         np.testing.assert_allclose(used.mean(axis=1), recorded.mean(axis=1), atol=1e-6)
-        # The statistics do not give these epsilons.
+        # The recorded statistics do not determine these epsilons.
         for path in (run.schedule, run.replay):
             assert read_schedule(path).group is None and read_schedule(path).statistics is None
         with pytest.raises(AssertionError):
@@ -87,7 +87,7 @@ def test_resumed_replay_uses_its_own_schedule_copy(tiny, finished):
     original.path.rename(original.path.with_name("gone"))
     with pytest.raises(PolysegError, match="original: there is no such file"):
         train(tiny("new", *FIVE_EPOCHS, f"control.replay={original.path}"))
-    # The learning rate follows the number of epochs, so only the epsilons can be the same.
+    # The learning rate depends on the number of epochs, so only the epsilons can be equal.
     train(first, resume=True)
     np.testing.assert_array_equal(
         read_schedule(parts.schedule).epsilon, read_schedule(whole.schedule).epsilon
@@ -99,7 +99,7 @@ def test_replaced_schedule_is_refused_on_resume(tiny, finished):
     config = tiny("run", *FIVE_EPOCHS, f"control.replay={original.path}", "training.epochs=3")
     run = run_of(config)
     schedule = read_schedule(run.replay)
-    # Of an epoch that is yet to come.
+    # An epsilon of a later epoch.
     schedule.epsilon[-1] += 0.01
     write_schedule(run.replay, schedule)
     longer = config.model_copy(
@@ -111,7 +111,7 @@ def test_replaced_schedule_is_refused_on_resume(tiny, finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["schedule.h5", "checkpoints"])
-def test_a_run_is_replayed_from_its_file_or_its_checkpoint(tiny, finished, kept):
+def test_run_is_replayed_from_its_file_or_its_checkpoint(tiny, finished, kept):
     original = finished("original", *FIVE_EPOCHS)
     first = replay_of(original, tiny, name="first")
     shutil.rmtree(original.path / "checkpoints") if kept != "checkpoints" else (
@@ -123,7 +123,7 @@ def test_a_run_is_replayed_from_its_file_or_its_checkpoint(tiny, finished, kept)
     )
 
 
-def test_what_a_schedule_lacks_is_named(tiny, finished):
+def test_missing_epochs_and_images_of_a_schedule_are_named(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     with pytest.raises(PolysegError, match=r"lacks epoch 6 of 7; .* --epochs 5"):
         train(tiny("long", f"control.replay={original.path}", "training.epochs=7"))
@@ -139,14 +139,14 @@ def test_what_a_schedule_lacks_is_named(tiny, finished):
     assert not (original.path.parent / "other").exists()
 
 
-def test_a_plan_of_a_replay_has_no_passes(tiny, finished):
+def test_dry_run_of_a_replay_has_no_passes(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     found = plan(tiny("next", *FIVE_EPOCHS, f"control.replay={original.path}"))
     assert found["MC-Dropout passes, all images together"] == 0
     assert found["assessed after epochs"] == []
 
 
-def test_epsilons_that_reward_misalignment_are_refused():
+def test_replay_refuses_epsilons_that_reward_misalignment():
     schedule = schedule_of([[0.0, -0.6]])
     with pytest.raises(PolysegError, match="misalignment is rewarded"):
         fit_schedule(schedule, schedule.ids, [""], 1, 1, "file")
@@ -160,7 +160,7 @@ def test_epsilons_that_reward_misalignment_are_refused():
         )  # fmt: skip
 
 
-def test_columns_are_put_in_the_order_of_the_run():
+def test_schedule_columns_are_reordered_for_the_run():
     schedule = schedule_of([[0.0, 0.1, 0.2, 0.3]], labels=["x", "y", "x", "y"])
     fitted = fit_schedule(schedule, ["image 1", "image 0"], ["y", "x"], 1, 1, "file")
     assert fitted.ids == ["image 1", "image 1", "image 0", "image 0"]
@@ -178,7 +178,7 @@ def test_columns_are_put_in_the_order_of_the_run():
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 99))
-def test_arms_keep_each_epochs_epsilons(images, epochs, seed):
+def test_arms_keep_the_epsilons_of_each_epoch(images, epochs, seed):
     rng = np.random.default_rng(seed)
     schedule = schedule_of(rng.choice(rng.random(4), (epochs, images)), [0] * epochs)
     ordered = np.sort(schedule.epsilon, axis=1)
@@ -195,8 +195,8 @@ def test_arms_keep_each_epochs_epsilons(images, epochs, seed):
     assert replay_arm(schedule, "recorded", seed) is schedule
 
 
-def test_a_permutation_lasts_from_an_assessment_to_the_next():
-    """Each column holds its own number, so that the numbers tell who was given whose."""
+def test_shuffled_arm_keeps_its_permutation_until_the_next_assessment():
+    """Each column holds its own index, so that the values show the permutation."""
     epsilon = np.tile(np.arange(40, dtype=np.float32), (6, 1))
     schedule = schedule_of(epsilon, assessed=[-1, 1, 1, 3, 3, 5])
     shuffled = replay_arm(schedule, "shuffled", 0).epsilon
@@ -219,7 +219,7 @@ def test_labels_of_an_image_are_shuffled_together():
     np.testing.assert_allclose(mean, [[95, 96]] * 20)
 
 
-def test_one_permutation_of_difficulty_lasts_for_the_whole_run():
+def test_permuted_arm_keeps_one_permutation_for_the_whole_run():
     labels = ["x", "y"] * 20
     found = [assessment(e, 100 * e + np.arange(40.0), labels=labels) for e in (1, 3)]
     one, other = (arm_of_difficulty(a, "permuted", 0).difficulty for a in found)
@@ -231,7 +231,7 @@ def test_one_permutation_of_difficulty_lasts_for_the_whole_run():
     assert arm_of_difficulty(found[0], "shuffled", 0) is found[0]
 
 
-def test_size_and_loss_take_the_place_of_difficulty():
+def test_size_and_loss_arms_replace_the_difficulty():
     pixels = np.array([0, 1, 20, 5], np.int64)
     found = assessment(1, np.arange(4.0), mask_pixels=pixels)
     expected = [0, 0, -np.log(20), -np.log(5)]
@@ -244,7 +244,7 @@ def test_size_and_loss_take_the_place_of_difficulty():
 
 
 def epsilons_by_hand(record, difficulty, batches):
-    """Return eq. 11 and 12 with the defaults, by NumPy, over the batches that groups tell."""
+    """Return eq. 11 and 12 with the defaults in NumPy, over the batches recorded as groups."""
     expected = np.full(batches.shape, np.nan)
     for k in range(len(record.assessments)):
         for epoch in np.flatnonzero(record.fed(k)):
@@ -258,7 +258,7 @@ def epsilons_by_hand(record, difficulty, batches):
 
 @pytest.mark.parametrize("labels", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arm", ARMS_OF_DIFFICULTY)
-def test_arms_of_difficulty_go_through_the_equations_in_the_real_batches(
+def test_difficulty_arms_apply_the_equations_to_the_recorded_batches(
     tiny, trained_once, tmp_path_factory, tmp_path, arm, labels
 ):
     several = ()
@@ -279,7 +279,7 @@ def test_arms_of_difficulty_go_through_the_equations_in_the_real_batches(
         "size": [-np.log(np.maximum(a.mask_pixels, 1)) for a in record.assessments],
         "loss": [a.scores["training_loss"] for a in record.assessments],
     }[arm]
-    # The same images are in a batch as in the original.
+    # Batches hold the same images as in the original.
     expected = epsilons_by_hand(record, given, record.schedule.group)
     adapted = found.assessed >= 0
     assert found.epsilon.shape == (5, n) and adapted.sum() == 4
@@ -293,7 +293,7 @@ def test_arms_of_difficulty_go_through_the_equations_in_the_real_batches(
     np.testing.assert_array_equal(read_schedule(tmp_path / "arm.h5").epsilon, found.epsilon)
 
 
-def test_an_arm_of_difficulty_needs_the_assessments(tiny, finished):
+def test_difficulty_arm_needs_the_assessments_of_the_run(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     arm = ("control.replay_arm=permuted",)
     with pytest.raises(PolysegError, match="permuted needs the assessments of a run; name its fol"):
@@ -303,14 +303,14 @@ def test_an_arm_of_difficulty_needs_the_assessments(tiny, finished):
 
 
 @pytest.mark.slow
-def test_a_replay_of_a_permuted_arm_equals_it(tiny, finished):
+def test_replay_of_a_permuted_arm_equals_that_arm(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     first = replay_of(original, tiny, "control.replay_arm=permuted", name="first")
     again = replay_of(first, tiny, name="again")
     assert_same_weights(weights_of(first), weights_of(again))
 
 
-def test_replay_seed_draws_other_arms_and_is_the_run_seed_by_default(tiny, finished):
+def test_replay_seed_changes_the_arm_and_defaults_to_the_run_seed(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     found = []
     for seed in ("null", "0", "1"):

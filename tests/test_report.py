@@ -1,4 +1,4 @@
-"""Pages about runs: whole, escaped, alone; nothing of what a run holds can break or leave them."""
+"""HTML reports: complete, escaped and self-contained, whatever files a run contains."""
 
 import base64
 import hashlib
@@ -47,7 +47,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Parser(HTMLParser):
-    """Collects what a page holds, and fails where tags do not match."""
+    """Collect tags, ids and words of a page, and fail if tags do not match."""
 
     def __init__(self, text):
         super().__init__()
@@ -126,7 +126,7 @@ def per_image(name="case", run="a"):
 
 @pytest.fixture
 def drawn():
-    """Draw figures as they are; without this fixture they are drawn empty, which is quick."""
+    """Draw real figures; without this fixture figures are empty, which is faster."""
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def _empty_drawings(request, monkeypatch):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run's folder as training would leave it, without training."""
+    """Return a function that writes a run's folder as training would, without training."""
 
     def make(name="a", *, loss="polydice1", labels=(), **changes):
         path = tmp_path / "runs" / name
@@ -182,7 +182,7 @@ FIGURES = {
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """Write a folder as `polyseg evaluate` would leave it."""
+    """Return a folder with the files that `polyseg evaluate` writes."""
     path = tmp_path / "cmp"
     path.mkdir()
     record = summary("adaptive") | {"comparisons": compared(DIFFERENCE)}
@@ -209,17 +209,17 @@ def test_report_shows_all_records_of_a_run(make_run):
     assert "loss: {name: polydice1}" in page.text
     assert "polyseg train --set 'data.path=a b; rm'" in page.text
     heads = [one for one in page.words if one.startswith("case") or one == "Difficulty and ε"]
-    assert len(heads) == 2 + 20 + 30 + 1  # twice a heading, the worst, all of them
-    assert len(page.all("figure")) == 4 + 3  # drawn and kept, the curves not twice
+    assert len(heads) == 2 + 20 + 30 + 1  # two headings, the worst images, all images
+    assert len(page.all("figure")) == 4 + 3  # drawn and stored figures, the curves only once
     assert [one["class"] for one in page.all("figure")].count("png") == 3
 
 
-def test_a_page_ends_with_the_intended_use(make_run):
+def test_page_ends_with_the_intended_use(make_run):
     page = written(make_run())
     assert f"<footer><p>{INTENDED_USE}</p></footer>" in page.partition("</main>")[2]
 
 
-def test_names_that_csv_files_mark_are_shown_as_they_are(make_run):
+def test_names_escaped_in_csv_are_shown_unescaped(make_run):
     run = make_run("a")
     table = per_image("'=1+1 ", "'@a") + "'@a,''=2 ,0.5,3\n"
     (run / "evaluation/per_image.csv").write_text(table)
@@ -227,7 +227,7 @@ def test_names_that_csv_files_mark_are_shown_as_they_are(make_run):
     assert "=1+1 0" in text and "'=1+1" not in text and "''=2" not in text and "'=2" in text
 
 
-def test_values_of_the_assessments_are_numpys(make_run):
+def test_assessment_table_equals_numpy(make_run):
     run = make_run()
     epsilon = read_run(run, "a").schedule.epsilon[2]
     expected = [
@@ -240,7 +240,7 @@ def test_values_of_the_assessments_are_numpys(make_run):
 
 
 @pytest.mark.parametrize("labels", [(), ("bone", "cyst")])
-def test_a_page_says_where_difficulty_is_not_ordered_by_error(make_run, labels):
+def test_page_reports_difficulty_that_is_not_ordered_by_error(make_run, labels):
     rows = IMAGES * (len(labels) or 1)
     run = make_run(labels=labels, dice=np.linspace(0.3, 0.9, rows))
     text = Parser(written(run)).text
@@ -251,7 +251,7 @@ def test_a_page_says_where_difficulty_is_not_ordered_by_error(make_run, labels):
         )
 
 
-def test_the_worst_images_come_first_and_what_is_undefined_last(make_run):
+def test_worst_images_are_first_and_undefined_ones_last(make_run):
     page = written(make_run())
     worst, everything = re.findall(r'<table[^>]*class="sortable">(.*?)</table>', page, flags=re.S)
     for table, count in ((worst, 20), (everything, IMAGES + 1)):
@@ -262,7 +262,7 @@ def test_the_worst_images_come_first_and_what_is_undefined_last(make_run):
         assert (dice[-1] == "–") == (count > IMAGES)
 
 
-def test_of_many_images_the_first_are_shown(make_run, evaluation, monkeypatch):
+def test_long_image_tables_are_shortened(make_run, evaluation, monkeypatch):
     monkeypatch.setattr(page_job, "_MOST_ROWS", 27)
     page = Parser(written(make_run(), evaluations=[evaluation])).text
     assert "20 of 31 test images of a by Dice" in page
@@ -270,10 +270,10 @@ def test_of_many_images_the_first_are_shown(make_run, evaluation, monkeypatch):
     assert (
         "cmp: a row each network and image, by Dice, the worst first, the first 27 of 31." in page
     )
-    assert "case undefined" not in page  # what is undefined comes last
+    assert "case undefined" not in page  # undefined values come last
 
 
-def test_runs_are_compared_by_the_settings_in_which_they_differ(make_run):
+def test_settings_table_shows_differences_between_runs(make_run):
     page = written(make_run("a"), make_run("b", loss="dice"))
     (table,) = (
         one for one in re.findall(r"<table.*?</table>", page, flags=re.S) if "setting" in one
@@ -287,7 +287,7 @@ def test_runs_are_compared_by_the_settings_in_which_they_differ(make_run):
     assert "The runs have the same settings." in same
 
 
-def test_several_labels_have_tables_and_figures_each(make_run):
+def test_each_label_has_its_own_tables_and_figures(make_run):
     page = Parser(written(make_run(labels=("tumour", "cyst"))))
     captions = re.findall(r"Test metrics of (\w+)", page.text)
     assert captions == ["tumour", "cyst"]
@@ -300,7 +300,7 @@ def test_several_labels_have_tables_and_figures_each(make_run):
     "gone",
     ["config.yaml", "environment.json", "history.csv", "uncertainty", "schedule.h5", "evaluation"],
 )
-def test_what_a_run_lacks_is_left_out_in_silence(make_run, gone):
+def test_missing_files_of_a_run_give_no_remark(make_run, gone):
     run = make_run()
     shutil.rmtree(run / gone) if (run / gone).is_dir() else (run / gone).unlink()
     page = Parser(written(run))
@@ -323,18 +323,18 @@ def test_what_a_run_lacks_is_left_out_in_silence(make_run, gone):
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"a,b\n1\n", b"[" * 9999])
-def test_a_damaged_file_is_a_remark_and_the_rest_is_shown(make_run, name, content):
+def test_damaged_file_gives_a_remark_and_the_rest_is_shown(make_run, name, content):
     run = make_run()
     (run / name).write_bytes(content)
     page = written(run)
-    # An empty table or list of settings is none, and any words may be the head of a table.
+    # An empty table or list of settings counts as missing, and any text can be a table head.
     none = not content and name.endswith(("csv", "yaml"))
     if not none and not (name.endswith("image.csv") and content.startswith(b"[")):
         assert f"a: {name} could not be read" in remarks(page)
     assert str(run) not in page
 
 
-def test_nothing_outside_the_run_is_read(make_run, tmp_path):
+def test_links_out_of_the_run_are_not_read(make_run, tmp_path):
     run = make_run()
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -400,7 +400,7 @@ def test_names_are_escaped_in_the_page(make_run):
 
 
 @given(words=st.text(st.characters(categories=["C", "L", "P", "S", "Z", "N"])))
-def test_any_text_is_shown_or_marked(words):
+def test_any_text_is_shown_or_escaped(words):
     block = Table(words, [words, words], [[words, words]])
     picture = Picture(b"", "png", words, words)
     blocks = [block, Gallery([picture]), Folded(words, [Text(words)])]
@@ -416,7 +416,7 @@ def section(page, title):
     return found
 
 
-def test_a_comparison_stands_before_the_tests_of_single_runs(make_run, evaluation):
+def test_comparison_comes_before_the_tests_of_single_runs(make_run, evaluation):
     page = written(make_run("a"), make_run("b", loss="dice"), evaluations=[evaluation])
     titles = re.findall("<h2>(.*?)</h2>", page)
     assert titles[:2] == ["Summary", "Comparison"] and "Test images" in titles[2:]
@@ -430,7 +430,7 @@ def test_a_comparison_stands_before_the_tests_of_single_runs(make_run, evaluatio
     assert "<summary>All images of cmp</summary>" in found
 
 
-def test_figures_of_an_evaluation_have_captions_an_order_and_an_even_grid(make_run, evaluation):
+def test_evaluation_figures_have_captions_order_and_grid(make_run, evaluation):
     found = section(written(make_run(), evaluations=[evaluation]), "Comparison")
     figures_ = re.findall(r'<figure class="([^"]*)"><img[^>]*alt="([^"]*)">.*?</b> (.*?)<', found)
     wide = {alt.partition(".png")[0] for kind, alt, _ in figures_ if "wide" in kind}
@@ -446,7 +446,7 @@ def test_figures_of_an_evaluation_have_captions_an_order_and_an_even_grid(make_r
 
 
 @pytest.mark.parametrize("gone", ["per_image.csv", "differences.png", "comparison.png"])
-def test_what_an_evaluation_lacks_is_left_out_in_silence(make_run, evaluation, gone):
+def test_missing_files_of_an_evaluation_give_no_remark(make_run, evaluation, gone):
     (evaluation / gone).unlink()
     page = written(make_run(), evaluations=[evaluation])
     assert not Parser(page).all("aside") and section(page, "Comparison")
@@ -454,7 +454,7 @@ def test_what_an_evaluation_lacks_is_left_out_in_silence(make_run, evaluation, g
 
 @pytest.mark.parametrize("name", ["summary.json", "per_image.csv", "comparison.png"])
 @pytest.mark.parametrize("content", [b"\x00\xff\xfe", b"a,b\n1\n"])
-def test_a_damaged_file_of_an_evaluation_is_a_remark(make_run, evaluation, name, content):
+def test_damaged_file_of_an_evaluation_gives_a_remark(make_run, evaluation, name, content):
     (evaluation / name).write_bytes(content)
     page = written(make_run(), evaluations=[evaluation])
     assert f"cmp: {name} could not be read" in remarks(page)
@@ -462,7 +462,7 @@ def test_a_damaged_file_of_an_evaluation_is_a_remark(make_run, evaluation, name,
     assert str(evaluation) not in page
 
 
-def test_nothing_outside_an_evaluation_is_read(make_run, evaluation, tmp_path):
+def test_links_out_of_an_evaluation_are_not_read(make_run, evaluation, tmp_path):
     (tmp_path / "hidden.png").write_bytes(png((31, 33)))
     (evaluation / "linked.png").symlink_to(tmp_path / "hidden.png")
     (tmp_path / "secret.csv").write_text(per_image("SECRET"))
@@ -473,7 +473,7 @@ def test_nothing_outside_an_evaluation_is_read(make_run, evaluation, tmp_path):
     assert remarks(page).count("is a link that leads out of the folder") == 2
 
 
-def test_several_evaluations_have_a_heading_each(make_run, evaluation, tmp_path):
+def test_each_evaluation_has_its_own_heading(make_run, evaluation, tmp_path):
     other = shutil.copytree(evaluation, tmp_path / "others" / "cmp")
     page = written(make_run(), evaluations=[evaluation, other])
     assert re.findall("<h3>(.*?)</h3>", section(page, "Comparison")) == [
@@ -482,7 +482,7 @@ def test_several_evaluations_have_a_heading_each(make_run, evaluation, tmp_path)
     ]
 
 
-def test_what_is_no_evaluation_is_refused_in_one_line(make_run, evaluation, tmp_path):
+def test_folder_without_an_evaluation_is_refused_in_one_line(make_run, evaluation, tmp_path):
     run, out = make_run(), tmp_path / "page.html"
     with pytest.raises(PolysegError, match=r"no summary\.json in it"):
         make_page([run], evaluations=[run], out=out)
@@ -502,7 +502,7 @@ def test_report_file_must_end_in_html(make_run, tmp_path, name):
     assert not (tmp_path / name).exists()
 
 
-def test_paths_that_differ_do_not_tell_of_the_machine(make_run):
+def test_different_paths_are_shown_without_private_folders(make_run):
     one, other = make_run("a"), make_run("b")
     for run in (one, other):
         replay = f"/home/me/{run.name}/schedule.h5"
@@ -514,7 +514,7 @@ def test_paths_that_differ_do_not_tell_of_the_machine(make_run):
     assert "data.path …/me/a …/me/b" in table and "home" not in table
 
 
-def test_names_of_curves_are_where_no_curve_can_be():
+def test_legends_of_training_curves_are_outside_the_axes():
     rows = [
         {"epoch": k, "train_loss": 1 / k, "validation_dice": 0.5, "assessed": 1} for k in (1, 2)
     ]
@@ -533,7 +533,7 @@ def test_caption_explains_ticks_only_if_drawn(make_run):
     assert "Ticks at the bottom" not in written(run, name="again.html")
 
 
-def test_curves_of_runs_are_their_dice_with_the_first_best_epoch_marked():
+def test_validation_curves_show_dice_and_mark_the_first_best_epoch():
     dice = [np.array([0.2, 0.7, np.nan, 0.7]), np.array([np.nan, np.nan]), np.array([0.5, 0.4])]
     epochs = [np.arange(1, len(one) + 1) for one in dice]
     axes = validation_curves(["a", "b", "c"], epochs, dice).axes[0]
@@ -547,7 +547,7 @@ def test_curves_of_runs_are_their_dice_with_the_first_best_epoch_marked():
     assert len({(one.get_color(), one.get_linestyle()) for one in lines}) == 20
 
 
-def test_runs_are_drawn_together(make_run, monkeypatch):
+def test_validation_curves_of_all_runs_share_one_figure(make_run, monkeypatch):
     seen = {}
 
     def draw(names, epochs, dice):
@@ -585,7 +585,7 @@ def test_page_loads_no_external_resources(make_run, drawn):
         assert not re.search(rb"<script|href=\"(?!#)|<image", base64.b64decode(data))
 
 
-def test_a_page_is_accessible(make_run):
+def test_page_is_accessible(make_run):
     page = Parser(written(make_run("a"), make_run("b")))
     assert page.all("html") == [{"lang": "en"}]
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
@@ -607,18 +607,18 @@ def test_equal_runs_give_equal_pages_in_any_folder(make_run, drawn, tmp_path, mo
     assert (tmp_path / "elsewhere/page.html").read_text() == first
 
 
-def test_a_kept_figure_stands_in_for_a_record_that_cannot_be_read(make_run):
+def test_stored_figure_replaces_an_unreadable_record(make_run):
     run = make_run()
     (run / "history.csv").write_text("nothing")
     assert "figures/curves.png" in Parser(written(run)).text
 
 
-def test_runs_of_one_name_are_told_apart(make_run):
+def test_runs_with_equal_names_are_distinguished(make_run):
     page = Parser(written(make_run("x/a"), make_run("y/a")))
     assert "Runs x/a, y/a" in page.text
 
 
-def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
+def test_invalid_runs_and_existing_output_are_refused_in_one_line(make_run, tmp_path):
     run, out = make_run(), tmp_path / "page.html"
     for sources, said in (
         ([tmp_path], "is not a run"),
@@ -637,7 +637,7 @@ def test_what_is_no_run_or_no_place_is_refused_in_one_line(make_run, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 1e300, np.inf, [-1e-9, 1e9, np.nan]])
-def test_values_that_no_training_writes_are_drawn_or_left_out(make_run, drawn, value):
+def test_impossible_values_are_drawn_or_left_out(make_run, drawn, value):
     run = make_run(difficulty=value, dice=value)
     number_ = float(np.ravel(value)[0])
     (run / "history.csv").write_text(f"epoch,train_loss,validation_dice\n1,{number_},{number_}\n")
@@ -693,7 +693,7 @@ def compared(*differences, metrics=("dice",)):
     ]
 
 
-def test_further_tables_show_what_an_evaluation_found():
+def test_further_tables_show_strata_failures_and_robustness():
     record = summary("a") | {
         "failure_dice": 0.7,
         "robustness": [
@@ -725,7 +725,7 @@ def test_further_tables_show_what_an_evaluation_found():
     assert table.rows[1] == ["new", "–", "2.0000"]
 
 
-def test_differences_show_what_the_images_say_and_what_the_runs_say():
+def test_comparison_tables_show_tests_over_images_and_over_runs():
     record = summary("a") | {"comparisons": compared(DIFFERENCE, metrics=("dice", "hd95"))}
     evaluation = EvaluationFiles("a", summary=record)
     (table,) = comparison_tables(evaluation)
@@ -746,7 +746,7 @@ def test_differences_show_what_the_images_say_and_what_the_runs_say():
     assert dice.caption.startswith("Dice against b.") and "t-test" in dice.caption
 
 
-def test_arms_tell_their_runs_and_the_spread_of_their_seeds():
+def test_metric_table_shows_runs_and_seed_spread_of_an_arm():
     record = summary("adaptive")
     record["runs"][0]["members"] = ["adaptive-0", "adaptive-1"]
     record["runs"][0]["metrics"]["dice"] |= {"seed_deviation": 0.0123}
@@ -757,7 +757,7 @@ def test_arms_tell_their_runs_and_the_spread_of_their_seeds():
     assert table.rows == [["Dice!", "0.500 ± 0.250 (seeds 0.012)\n0.400 to 0.600, n = 29"]]
 
 
-def test_numbers_are_right_aligned_and_words_are_not():
+def test_only_numbers_are_right_aligned():
     numbers = ["0.5 ± 0.1 (0.02)***", "−1e−05", "−0.01 [−0.02, +0.03]", "– –", "3/–/1", "± 0.01"]
     table = Table("", ["a", "b", "c"], [[str(k), one, "x"] for k, one in enumerate(numbers)])
     text = render(Page("", [], [], [PageSection("", [table])]))
@@ -766,17 +766,17 @@ def test_numbers_are_right_aligned_and_words_are_not():
         Table("", ["a"], [["1", "2"]])
 
 
-def test_numbers_of_files():
+def test_numbers_read_from_files_are_formatted_or_dashes():
     assert [number(one) for one in (1e400, 10**400, True, [], 1234.5)] == ["–"] * 4 + ["1,234.500"]
 
 
-def test_a_large_drawing_becomes_a_picture(make_run, drawn, monkeypatch):
+def test_large_svg_is_embedded_as_png(make_run, drawn, monkeypatch):
     monkeypatch.setattr(figures, "_LARGEST_DRAWING", 100)
     page = Parser(written(make_run()))
     assert all(one["src"].startswith("data:image/png") for one in page.all("img"))
 
 
-def test_the_command(polyseg, make_run, evaluation, tmp_path):
+def test_report_command_writes_the_page(polyseg, make_run, evaluation, tmp_path):
     out = tmp_path / "new" / "page.html"
     asked = ("report", make_run(), "--evaluation", evaluation, "--out", out, "--title", "T")
     answer = polyseg(*asked)
@@ -796,7 +796,7 @@ def browse(path, folder):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no browser")
-def test_in_a_browser_tables_sort_figures_enlarge_and_strangers_scripts_do_not_run(
+def test_in_a_browser_tables_sort_figures_enlarge_and_injected_scripts_do_not_run(
     make_run, tmp_path
 ):
     page = written(make_run())

@@ -1,4 +1,4 @@
-"""A run's folder."""
+"""The folder of a run: checkpoints, recovery, and damaged or foreign files."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def checkpoint():
     return Checkpoint(load_config(), channels=1, epoch=7, weights=weights)
 
 
-def test_run_path_means_its_best_checkpoint(tmp_path, checkpoint):
+def test_run_path_resolves_to_the_best_checkpoint(tmp_path, checkpoint):
     run = RunDirectory(tmp_path)
     with pytest.raises(PolysegError, match="neither a checkpoint nor a run"):
         find_checkpoint(tmp_path)
@@ -42,14 +42,14 @@ def test_run_path_means_its_best_checkpoint(tmp_path, checkpoint):
         "[" * 9999,
     ],
 )
-def test_a_damaged_split_is_one_line(tmp_path, text):
+def test_damaged_split_is_one_line(tmp_path, text):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(PolysegError, match=r"split.json: cannot be read") as error:
         RunDirectory(tmp_path).read_split()
     assert "\n" not in str(error.value)
 
 
-def test_a_split_that_was_exchanged_is_refused(tmp_path):
+def test_replaced_split_is_refused(tmp_path):
     run = RunDirectory(tmp_path)
     rows = [{"id": name, "sha256": "0"} for name in "ab"]
     run.split.write_text(json.dumps({"train": rows[:1], "val": rows[1:], "test": []}))
@@ -60,7 +60,7 @@ def test_a_split_that_was_exchanged_is_refused(tmp_path):
         run.read_split(recorded)
 
 
-def test_one_older_checkpoint_is_kept(tmp_path, checkpoint):
+def test_commit_keeps_one_older_checkpoint(tmp_path, checkpoint):
     run = RunDirectory(tmp_path)
     for epoch in (7, 8, 9):
         run.commit(dataclasses.replace(checkpoint, epoch=epoch))
@@ -85,7 +85,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_older_one(tmp_path, checkpoin
     assert (read_checkpoint(run.last).epoch, read_checkpoint(run.previous).epoch) == (8, 7)
 
 
-def test_what_is_newer_than_the_checkpoint_is_removed_and_nothing_else(tmp_path, checkpoint):
+def test_recover_removes_only_files_newer_than_the_checkpoint(tmp_path, checkpoint):
     run = RunDirectory(tmp_path)
     run.commit(checkpoint)
     mine, newer = run.assessment(7), run.assessment(8)
@@ -96,7 +96,7 @@ def test_what_is_newer_than_the_checkpoint_is_removed_and_nothing_else(tmp_path,
     assert sorted(path.name for path in mine.parent.iterdir()) == ["epoch_0007.h5", "notes.h5"]
 
 
-def test_a_folder_that_is_a_link_is_not_tidied(tmp_path, checkpoint):
+def test_recover_does_not_follow_links(tmp_path, checkpoint):
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "epoch_0099.h5").touch()
@@ -107,7 +107,7 @@ def test_a_folder_that_is_a_link_is_not_tidied(tmp_path, checkpoint):
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
 
 
-def test_the_environments_that_a_run_went_on_with_are_kept(tmp_path):
+def test_environments_of_resumed_runs_are_kept(tmp_path):
     run = RunDirectory(tmp_path)
     now = environment(torch.device("cpu"))
     run.environment.write_text(json.dumps(now | {"threads": 64}))
@@ -119,7 +119,7 @@ def test_the_environments_that_a_run_went_on_with_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"resumed": 1}', '{"resumed": [1]}', "[" * 9999])
-def test_a_damaged_environment_is_one_line(tmp_path, text):
+def test_damaged_environment_is_one_line(tmp_path, text):
     run = RunDirectory(tmp_path)
     run.environment.write_text(text)
     with pytest.raises(PolysegError, match=r"environment.json: cannot be read") as error:
@@ -127,7 +127,7 @@ def test_a_damaged_environment_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_pipe_in_place_of_a_record_is_not_waited_for(tmp_path):
+def test_pipe_in_place_of_a_record_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "split.json")
     with pytest.raises(PolysegError, match="is not a file"):
         RunDirectory(tmp_path).read_split()

@@ -1,10 +1,10 @@
-"""A run that version 0.1 left: every later version resumes, evaluates, replays and reports it.
+"""A run of version 0.1, which every later version can resume, evaluate, replay and report.
 
 `run_of_0_1` was made by `polyseg train --set data.demo_images=12 --set data.size=32
 --set "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1}"
 --set training.batch_size=4 --epochs 4 --set uncertainty.samples=4 --set control.start=1
 --set control.every=2 --set output.figures=false --set output.overlays=0`, on one thread. It must
-not be made anew. Other processors and versions of torch round differently, hence the tolerances.
+not be regenerated. Other processors and versions of torch round differently, hence the tolerances.
 """
 
 import csv
@@ -21,7 +21,7 @@ HELD = Path(__file__).parent / "run_of_0_1"
 
 @pytest.fixture
 def run(tmp_path):
-    """Copy the run, which commands may write to."""
+    """Return a copy of the run, because commands may write to it."""
     return shutil.copytree(HELD, tmp_path / "run_of_0_1")
 
 
@@ -100,7 +100,7 @@ def test_schedule_of_0_1_can_be_shown(polyseg, run):
     assert len(json.loads(answer.out)) == 2
 
 
-def test_statistics_that_it_did_not_record_are_said_to_be_missing(polyseg, run):
+def test_missing_statistics_of_0_1_are_reported(polyseg, run):
     asked = ("schedule", "show", run, "--image", "phantom_0007")
     assert "not recorded from epoch 2 to 4" in " ".join(polyseg(*asked).out.split())
     rows = json.loads(polyseg(*asked, "--json").out)

@@ -1,4 +1,4 @@
-"""What a run recorded of difficulty and epsilon: shown, exported, judged, made anew."""
+"""Recorded difficulties and epsilons: show, plot, export, validity and recompute."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ FAST = (*TINY, "output.figures=false", "uncertainty.program=plain")
 
 
 def assessment(epoch, difficulty, labels=None, **changes):
-    """Return an assessment whose D are given, and whose other columns are made up."""
+    """Return an assessment with the given D and invented other columns."""
     n = len(difficulty)
     noise = np.random.default_rng(epoch)
     images = n if labels is None else n // len(set(labels))
@@ -65,13 +65,13 @@ def assessment(epoch, difficulty, labels=None, **changes):
 
 
 def make_record(difficulties, epochs, *overrides, labels=None, **changes):
-    """Return a record with an assessment for each entry of {epoch: D}, and made-up epsilons."""
+    """Return a record with an assessment for each entry of {epoch: D} and invented epsilons."""
     config = load_config(overrides=[f"training.epochs={epochs}", *overrides])
     assessments = [assessment(e, d, labels, **changes) for e, d in difficulties.items()]
     n = len(assessments[0].ids)
     noise = np.random.default_rng(9)
     epsilon = noise.random((epochs, n)).astype(np.float32)
-    # Statistics of two batches an epoch, the same for all labels.
+    # Statistics of two batches per epoch, equal for all labels.
     group = 2 * np.arange(epochs)[:, None] + noise.integers(0, 2, (epochs, n))
     schedule = Schedule(
         assessments[0].ids,
@@ -94,7 +94,7 @@ def random_difficulties(epochs, n, seed=0):
 class TestOverview:
     record = make_record(random_difficulties((2, 4, 7), 6), 7, "control.percentile=30")
 
-    def test_spread_and_epsilon_are_those_of_numpy(self):
+    def test_overview_statistics_equal_numpy(self):
         for k, row in enumerate(recorded_schedule.overview(self.record)):
             difficulty = self.record.assessments[k].difficulty
             assert row["difficulty_q05"] == np.quantile(difficulty, 0.05)
@@ -111,7 +111,7 @@ class TestOverview:
         )
         assert math.isnan(last["epsilon_q50"]) and math.isnan(last["wrong_sign_share"])
 
-    def test_ranks_are_those_of_scipy(self):
+    def test_rank_correlations_equal_scipy(self):
         one, two, three = (a.difficulty for a in self.record.assessments)
         rows = recorded_schedule.overview(self.record)
         assert math.isnan(rows[0]["spearman_previous"])
@@ -121,7 +121,7 @@ class TestOverview:
         assert rows[0]["smallest_1"] == f"i{one.argmin()}"
         assert rows[0]["largest_2"] == f"i{one.argsort()[-2]}"
 
-    def test_the_wrong_sign_is_that_of_the_epochs_that_went_by_the_assessment(self):
+    def test_wrong_sign_share_covers_the_epochs_after_the_assessment(self):
         rows = recorded_schedule.overview(self.record)  # shares 0, 0.1, ... of epochs 1, 2, ...
         assert rows[0]["wrong_sign_share"] == pytest.approx((0.2 + 0.3) / 2)  # epochs 3 and 4
         assert rows[1]["wrong_sign_share"] == pytest.approx((0.4 + 0.5 + 0.6) / 3)
@@ -148,7 +148,7 @@ class TestOverview:
             np.median(record.schedule.epsilon[1, 1::2]), rel=1e-6
         )
 
-    def test_one_image_has_no_ranks_and_breaks_nothing(self):
+    def test_overview_of_one_image_has_no_ranks(self):
         row = recorded_schedule.overview(make_record({1: np.array([0.3])}, 2))[0]
         assert row["largest_1"] == row["smallest_1"] == "i0" and row["sigma"] == 0
         assert "largest_2" not in row
@@ -158,7 +158,7 @@ TWO_RANKINGS = {1: np.array([0.1, 0.3, 0.3, 0.2, 0.5]), 3: np.array([0.5, 0.4, 0
 
 
 class TestImageHistory:
-    def test_rank_and_percentile_are_those_of_scipy(self):
+    def test_rank_and_percentile_equal_scipy(self):
         record = make_record(TWO_RANKINGS, 4)
         for i in range(5):
             for row in recorded_schedule.image_history(record, f"i{i}"):
@@ -167,7 +167,7 @@ class TestImageHistory:
                 middle = stats.rankdata(difficulty, method="average")[i] - 0.5
                 assert row["percentile"] == pytest.approx(100 * middle / 5)
 
-    def test_the_numbers_are_those_of_the_files(self):
+    def test_image_history_equals_the_files(self):
         record = make_record(TWO_RANKINGS, 3)
         first, second, last = recorded_schedule.image_history(record, "i2")
         assert (first["from_epoch"], first["to_epoch"], second["from_epoch"]) == (2, 2, 3)
@@ -184,7 +184,7 @@ class TestImageHistory:
             assert (row["difficulty_percentile"], row["sigma"]) == (center, sigma)
             assert row["normalised"] == pytest.approx((0.3 - center) / (sigma + 1e-9))
 
-    def test_epochs_with_the_same_statistics_are_one_row(self):
+    def test_epochs_with_equal_statistics_share_one_row(self):
         record = make_record(TWO_RANKINGS, 5)
         group = np.repeat(np.array([-1, 0, 0, 1, 2], np.int32)[:, None], 5, axis=1)
         rows = recorded_schedule.image_history(
@@ -201,13 +201,13 @@ class TestImageHistory:
         assert all(math.isnan(row["normalised"]) and math.isnan(row["sigma"]) for row in rows)
         assert rows[0]["epsilon"] == old.schedule.epsilon[1, 0]
 
-    def test_an_unknown_image_is_refused_with_its_neighbour(self):
+    def test_unknown_image_is_refused_with_a_suggestion(self):
         with pytest.raises(PolysegError, match=r"did you mean i2\?"):
             recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "ii2")
         with pytest.raises(PolysegError, match="not a training image of made"):
             recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "%%%")
 
-    def test_there_is_a_row_a_label(self):
+    def test_image_history_has_one_row_per_label(self):
         record = make_record(random_difficulties((1, 2), 6), 3, labels=["a", "b"] * 3)
         rows = recorded_schedule.image_history(record, "i1")
         assert [row["label"] for row in rows] == ["a", "b", "a", "b"]
@@ -216,7 +216,7 @@ class TestImageHistory:
 
 
 class TestTidy:
-    def test_every_row_is_what_the_records_hold(self):
+    def test_rows_equal_the_records(self):
         record = make_record(random_difficulties((1, 3), 5), 3, "control.percentile=80")
         rows = recorded_schedule.tidy(record)
         assert len(rows) == 10 and list(rows[0])[:3] == ["epoch", "id", "difficulty"]
@@ -234,19 +234,19 @@ class TestTidy:
         assert [row["epsilon"] for row in rows[:5]] == record.schedule.epsilon[1].tolist()
         assert all(math.isnan(row["epsilon"]) for row in rows[5:])
 
-    def test_labels_of_an_image_stand_together(self):
+    def test_labels_of_an_image_are_adjacent(self):
         record = make_record(random_difficulties((1,), 6), 2, labels=["a", "b"] * 3)
         rows = recorded_schedule.tidy(record)
         assert [row["id"] for row in rows] == record.schedule.ids
         assert [row["label"] for row in rows] == record.schedule.labels
         assert [row["epsilon"] for row in rows] == record.schedule.epsilon[1].tolist()
 
-    def test_without_passes_there_are_no_errors(self):
+    def test_scores_without_passes_have_no_standard_errors(self):
         one = {"metric": "training_loss", "scores_se": {}}
         rows = recorded_schedule.tidy(make_record({1: np.arange(4.0)}, 2, **one))
         assert all(math.isnan(row["difficulty_se"]) for row in rows)
 
-    def test_names_are_no_formulas(self):
+    def test_names_like_formulas_are_escaped(self):
         names = ['a"b', "=1+1", "c,d", "-e", "@f"]
         text = recorded_schedule.csv_text(
             [{"id": name, "dice": dice} for name, dice in zip(names, range(5), strict=True)]
@@ -255,7 +255,7 @@ class TestTidy:
         assert [row["id"] for row in read] == ['a"b', "'=1+1", "c,d", "'-e", "'@f"]
 
     @given(st.lists(st.floats(), min_size=1))
-    def test_numbers_come_back_or_are_missing(self, values):
+    def test_csv_numbers_round_trip_or_are_empty(self, values):
         read = csv.DictReader(
             io.StringIO(recorded_schedule.csv_text([{"k": 1, "x": x} for x in values]))
         )
@@ -267,7 +267,7 @@ class TestTidy:
 
 
 def partial_by_regression(first, second, given):
-    """Correlate what a straight line in the ranks of `given` leaves of the ranks of the others."""
+    """Return the correlation of the rank residuals of two series after regression on `given`."""
     x, y, z = (stats.rankdata(values) for values in (first, second, given))
     design = np.stack([np.ones_like(z), z], axis=1)
     left = [one - design @ np.linalg.lstsq(design, one, rcond=None)[0] for one in (x, y)]
@@ -275,7 +275,7 @@ def partial_by_regression(first, second, given):
 
 
 class TestValidity:
-    def test_correlations_are_those_of_scipy(self):
+    def test_correlations_equal_scipy(self):
         record = make_record(random_difficulties((1, 2), 12), 2)
         rows = recorded_schedule.validity(record)
         assert [row["score"] for row in rows] == 2 * list(record.assessments[0].scores)
@@ -302,7 +302,7 @@ class TestValidity:
         assert math.isfinite(row["with_error_given_size"]) is known
         assert math.isfinite(row["with_size"])
 
-    def test_sizes_are_the_masks_own(self):
+    def test_sizes_are_those_of_the_masks(self):
         pixels = np.array([5, 6, 7], np.int64)
         one = assessment(1, np.arange(3.0), foreground_pixels=pixels)
         codes = replace(one, fallback=np.array([0, 1, 2], np.int8))
@@ -311,7 +311,7 @@ class TestValidity:
         known = replace(one, region="image", mask_pixels=np.array([1, 2, 3], np.int64))
         assert recorded_schedule.mask_sizes(known).tolist() == [1, 2, 3]
 
-    def test_the_summary_is_the_last_and_the_mean_of_what_is_known(self):
+    def test_summary_holds_the_last_value_and_the_mean_of_known_values(self):
         record = make_record(random_difficulties((1, 2, 3), 8), 3, labels=["a", "b"] * 4)
         rows = recorded_schedule.validity(record)
         summary = recorded_schedule.validity_summary(rows)
@@ -328,14 +328,14 @@ class TestValidity:
         )
         assert row["with_size_mean"] == pytest.approx(np.mean([r["with_size"] for r in own]))
 
-    def test_curves_hold_the_rows(self):
+    def test_validity_curves_equal_the_rows(self):
         rows = recorded_schedule.validity(make_record(random_difficulties((1, 5), 8), 5))
         curves = recorded_schedule.validity_curves(rows, "")
         assert curves["with_size"]["entropy"].tolist() == [
             row["with_size"] for row in rows if row["score"] == "entropy"
         ]
 
-    def test_stability_is_that_of_scipy(self):
+    def test_stability_equals_scipy(self):
         record = make_record(random_difficulties((1, 2, 4), 9), 4)
         one, two, three = (a.difficulty for a in record.assessments)
         curves = recorded_schedule.stability(record)
@@ -383,7 +383,7 @@ class TestRecompute:
         new = self.recomputed(record, "control.sensitivity=0")
         np.testing.assert_allclose(new.epsilon[1:], 0.3, rtol=1e-6)
 
-    def test_another_recorded_score(self):
+    def test_recompute_with_another_recorded_score(self):
         record = make_record(random_difficulties((2, 4), 7), 4, *self.settings)
         entropies = {a.epoch: a.scores["entropy"] for a in record.assessments}
         other = make_record(entropies, 4, *self.settings)
@@ -393,7 +393,7 @@ class TestRecompute:
         with pytest.raises(PolysegError, match=r"uncertainty.metric variance: made did not record"):
             self.recomputed(record, "uncertainty.metric=variance")
 
-    def test_labels_are_compared_within_themselves(self):
+    def test_recompute_treats_each_label_separately(self):
         difficulties = random_difficulties((2,), 12)
         settings = (*self.settings, "data.foreground={a: 1, b: 2}")
         record = make_record(difficulties, 3, *settings, labels=["a", "b"] * 6)
@@ -412,7 +412,8 @@ class TestRecompute:
             self.recomputed(record, "control.every=1")
         with pytest.raises(PolysegError, match="not assessed after epoch 1,"):
             self.recomputed(record, "control.start=1", "control.every=3")
-        self.recomputed(record, "control.start=6", "control.every=2")  # 8 would feed nothing
+        # An assessment after epoch 8 would determine no epsilon.
+        self.recomputed(record, "control.start=6", "control.every=2")
 
     @pytest.mark.parametrize(
         "override",
@@ -421,7 +422,7 @@ class TestRecompute:
             *("uncertainty.samples=3", "control.sensitivty=1", "x=1"),
         ],
     )
-    def test_other_settings_are_refused_by_name(self, override):
+    def test_recompute_refuses_other_settings_by_name(self, override):
         key = override.partition("=")[0]
         only = "schedule recompute can change only control.reduction"
         with pytest.raises(PolysegError) as error:
@@ -440,14 +441,14 @@ class TestRecompute:
         with pytest.raises(PolysegError):
             recorded_schedule.changed_settings(load_config(), [override])
 
-    def test_more_terms_have_their_own_bound(self):
+    def test_recompute_bounds_epsilon_by_the_number_of_terms(self):
         config = load_config(overrides=["loss.name=polydice", "control.epsilon_min=-0.2"])
         with pytest.raises(PolysegError, match="reward misalignment"):
             recorded_schedule.changed_settings(config, ["control.epsilon_min=-0.4"])
 
 
 class TestCompare:
-    def test_a_small_case_by_hand(self):
+    def test_compare_equals_a_case_by_hand(self):
         record = make_record(random_difficulties((1, 3), 4), 4)
         old = np.array([[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 2, 3], [1, 1, 1, 1]], np.float32)
         new = np.array([[0, 0, 0, 0], [1, 1, 2, 3], [0, 1, 2, 7], [1, 0, 1, 1]], np.float32)
@@ -461,7 +462,7 @@ class TestCompare:
         assert rows[1]["spearman"] == pytest.approx(expected)
         assert math.isnan(rows[0]["spearman"])
 
-    def test_an_assessment_before_training_and_one_after_it_make_no_stretch(self):
+    def test_compare_skips_assessments_without_epochs(self):
         record = make_record(random_difficulties((0, 2), 4), 2)
         rows = recorded_schedule.compare(record, record.schedule)
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(1, 2)]
@@ -476,7 +477,7 @@ class TestCompare:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return the folder of runs of a second or two: resumed, stopped early, labels, plain."""
+    """Return the folder of short runs: resumed, stopped early, with labels, plain."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name, *overrides, resume=False):
@@ -497,9 +498,9 @@ def runs(tmp_path_factory):
 
 
 def by_hand(run):
-    """Return the recorded epsilons of adapted epochs and what eq. 11 and 12 give, (E, n) each.
+    """Return the recorded epsilons of adapted epochs and those of eq. 11 and 12, (E, n) each.
 
-    By h5py and NumPy alone, from the files of a run.
+    Computed from the files of a run with h5py and NumPy only.
     """
     assessments = {}
     for path in (run / "uncertainty").glob("epoch_*.h5"):
@@ -520,7 +521,7 @@ ADAPTIVE = ("batch", "early", "labels", "labels-dataset")
 
 
 class TestStatistics:
-    """Of eq. 11, as training used them."""
+    """Statistics of eq. 11 as used in training."""
 
     @pytest.mark.parametrize("name", ADAPTIVE)
     def test_every_epsilon_follows_from_the_files(self, runs, name):
@@ -530,8 +531,8 @@ class TestStatistics:
         assert np.ptp(epsilon) > 0.1 and largest <= 1e-6
 
     @pytest.mark.parametrize("name", ["batch", "labels"])
-    def test_recorded_statistics_are_those_of_the_batch(self, runs, name):
-        """Images of one number were a batch: D_pct and sigma are their median and deviation."""
+    def test_recorded_statistics_equal_those_of_the_batch(self, runs, name):
+        """Images with equal group number form a batch: D_pct and sigma are median and deviation."""
         record = job.read_record(runs / name)
         difficulty = {one.epoch: one.difficulty for one in record.assessments}
         schedule, labels = record.schedule, len(record.labels)
@@ -547,7 +548,7 @@ class TestStatistics:
                 seen += len(members)
         assert seen == (schedule.assessed >= 0).sum() * len(schedule.ids) > 0
 
-    def test_a_data_set_has_one_pair_for_each_assessment_and_label(self, runs):
+    def test_dataset_statistics_have_one_pair_per_assessment_and_label(self, runs):
         schedule = read_schedule(runs / "labels-dataset/schedule.h5")
         record = job.read_record(runs / "labels-dataset")
         fed = [one for k, one in enumerate(record.assessments) if record.fed(k).any()]
@@ -559,7 +560,7 @@ class TestStatistics:
         np.testing.assert_allclose(schedule.statistics, expected, rtol=1e-12)
 
     @pytest.mark.parametrize("name", ADAPTIVE)
-    def test_checkpoint_and_file_hold_the_same(self, runs, name):
+    def test_checkpoint_and_file_hold_the_same_schedule(self, runs, name):
         of_file = read_schedule(runs / name / "schedule.h5")
         of_checkpoint = read_checkpoint(RunDirectory(runs / name).last).schedule
         for one in ("group", "statistics", "epsilon"):
@@ -597,7 +598,7 @@ def rewrite_schedule(path, change):
 
 class TestRealRuns:
     @pytest.mark.parametrize("name", ADAPTIVE)
-    def test_without_changes_the_schedule_comes_out_bit_for_bit(self, runs, name, tmp_path):
+    def test_recompute_without_changes_is_equal_bit_for_bit(self, runs, name, tmp_path):
         out = tmp_path / "new.h5"
         found = job.recompute(runs / name, [], out)
         old, new = read_schedule(runs / name / "schedule.h5"), read_schedule(out)
@@ -616,13 +617,13 @@ class TestRealRuns:
         assert len(epochs) < early.config.training.epochs
         assert [one.epoch for one in early.assessments] == [0, *epochs]
         assert job.read_record(runs / "labels").labels == ["bright", "dark"]
-        # Not all epsilons are one, or to find them again would say nothing.
+        # Epsilons must differ, or recomputing them would prove nothing.
         assert all(
             np.unique(job.read_record(runs / name).schedule.epsilon).size > 4 for name in ADAPTIVE
         )
 
     def test_recompute_uses_the_batches_of_the_run(self, runs):
-        """Else the test of bits would not tell whether the right batches were found."""
+        """Otherwise the bit-for-bit test would not show that the right batches were used."""
         record = job.read_record(runs / "batch")
         training = record.config.training.model_copy(update={"seed": 5})
         other = record.config.model_copy(update={"training": training})
@@ -630,7 +631,7 @@ class TestRealRuns:
             recorded_schedule.recompute(record, other).epsilon, record.schedule.epsilon
         )
 
-    def test_a_file_is_not_written_over(self, runs, tmp_path):
+    def test_existing_file_is_not_overwritten(self, runs, tmp_path):
         taken = tmp_path / "taken.h5"
         taken.write_text("mine")
         with pytest.raises(PolysegError, match="exists"):
@@ -639,8 +640,8 @@ class TestRealRuns:
             job.export(runs / "batch", taken)
         assert taken.read_text() == "mine"
 
-    def test_a_run_is_read_while_it_trains(self, runs, tmp_path):
-        """History, schedule and assessments may be ahead of the checkpoint that counts."""
+    def test_running_training_can_be_read(self, runs, tmp_path):
+        """History, schedule and assessments may be newer than the checkpoint, which is decisive."""
         copy = tmp_path / "training"
         shutil.copytree(runs / "batch", copy)
         for name in ("last", "best"):
@@ -655,7 +656,7 @@ class TestRealRuns:
             read_schedule(runs / "earlier/schedule.h5").epsilon,
         )
 
-    def test_a_run_before_its_first_epoch(self, runs, tmp_path, monkeypatch):
+    def test_run_before_its_first_epoch(self, runs, tmp_path, monkeypatch):
         def stop(*_):
             raise KeyboardInterrupt
 
@@ -678,7 +679,7 @@ class TestRealRuns:
         with pytest.raises(PolysegError, match="is not a run"):
             job.read_record(tmp_path)
 
-    def test_a_recomputed_schedule_can_be_replayed(self, runs, tmp_path):
+    def test_recomputed_schedule_can_be_replayed(self, runs, tmp_path):
         new, place = tmp_path / "new.h5", tmp_path / "replayed"
         job.recompute(runs / "labels", ["control.sensitivity=3"], new)
         recorded = RunDirectory(runs / "labels").checkpoint_to_resume().config
@@ -690,21 +691,23 @@ class TestRealRuns:
         with pytest.raises(PolysegError, match="it replayed another run"):
             job.show(place)
 
-    def test_a_replaced_assessment_is_refused(self, runs, tmp_path):
+    def test_replaced_assessment_is_refused(self, runs, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(runs / "batch", copy)
         shutil.copy(copy / "uncertainty/epoch_0001.h5", copy / "uncertainty/epoch_0003.h5")
         with pytest.raises(PolysegError, match="sha256 differs"):
             job.show(copy)
 
-    def test_a_schedule_of_other_images_is_refused(self, runs, tmp_path):
+    def test_schedule_of_other_images_is_refused(self, runs, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(runs / "batch", copy)
         rewrite_schedule(copy, lambda schedule: replace(schedule, ids=schedule.ids[::-1]))
         with pytest.raises(PolysegError, match="are of different images"):
             job.show(copy)
 
-    def test_a_schedule_that_does_not_follow_from_the_record_is_told(self, runs, tmp_path, caplog):
+    def test_schedule_that_does_not_follow_from_the_record_gives_a_warning(
+        self, runs, tmp_path, caplog
+    ):
         copy = tmp_path / "copy"
         shutil.copytree(runs / "batch", copy)
         rewrite_schedule(
@@ -713,14 +716,14 @@ class TestRealRuns:
         job.recompute(copy, ["control.sensitivity=2"])
         assert "its own settings give epsilons that differ" in caplog.text
 
-    def test_the_schedule_is_that_of_the_checkpoint_whatever_the_file_says(self, runs, tmp_path):
+    def test_schedule_is_read_from_the_checkpoint(self, runs, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(runs / "batch", copy)
         wanted = job.show(copy)
         (copy / "schedule.h5").write_bytes(b"of the epoch that is being committed")
         np.testing.assert_equal(asdict(job.show(copy)), asdict(wanted))
 
-    def test_shares_of_the_wrong_sign_are_those_of_the_history(self, runs):
+    def test_wrong_sign_shares_equal_the_history(self, runs):
         for name in ("batch", "labels"):
             record = job.read_record(runs / name)
             with (runs / name / "history.csv").open() as stream:
@@ -733,7 +736,7 @@ class TestRealRuns:
 
 @pytest.fixture
 def quick_figures(monkeypatch):
-    """Leave empty files in place of figures: other tests draw them."""
+    """Write empty files in place of figures, which other tests draw."""
 
     def save(_, path):
         files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
@@ -746,7 +749,7 @@ def quick_figures(monkeypatch):
 
 
 class TestCommands:
-    def test_show(self, polyseg, runs):
+    def test_show_prints_table_json_and_csv(self, polyseg, runs):
         answer = polyseg("schedule", "show", runs / "batch")
         assert answer.code == 0, answer.err
         assert "D_pct" in answer.out and "control.statistics=batch" in answer.out
@@ -757,26 +760,26 @@ class TestCommands:
         read = list(csv.DictReader(io.StringIO(table)))
         assert float(read[1]["sigma"]) == pytest.approx(rows[1]["sigma"])
 
-    def test_show_with_labels(self, polyseg, runs):
+    def test_show_prints_labels(self, polyseg, runs):
         answer = polyseg("schedule", "show", runs / "labels")
         assert answer.code == 0 and "bright" in answer.out and "over all labels" in answer.out
         assert "statistics=batch" not in polyseg("schedule", "show", runs / "early").out
 
-    def test_show_of_an_image(self, polyseg, runs):
+    def test_show_prints_the_history_of_an_image(self, polyseg, runs):
         identity = job.read_record(runs / "batch").schedule.ids[0]
         answer = polyseg("schedule", "show", runs / "batch", "--image", identity)
         assert answer.code == 0 and "rank" in answer.out and " ± " in answer.out
         assert "epsilon differs from epoch to epoch" in " ".join(answer.out.split())
         asked = ("schedule", "show", runs / "batch", "--image", identity)
         rows = json.loads(polyseg(*asked, "--json").out)
-        # Assessed after epochs 1, 3 and 5 of 6; each batch has statistics of its own.
+        # Assessed after epochs 1, 3 and 5 of 6; each batch has its own statistics.
         assert [row["from_epoch"] for row in rows] == [2, 3, 4, 5, 6]
         assert [row["epoch"] for row in rows] == [1, 1, 3, 3, 5]
         read = list(csv.DictReader(io.StringIO(polyseg(*asked, "--csv").out)))
         assert [float(row["sigma"]) for row in read] == pytest.approx([r["sigma"] for r in rows])
 
-    def test_the_shown_numbers_of_an_image_give_its_epsilon(self, polyseg, runs):
-        """With a pocket calculator: the digits that are printed suffice for three of epsilon."""
+    def test_printed_numbers_of_an_image_give_its_epsilon(self, polyseg, runs):
+        """The printed digits are enough for three digits of epsilon."""
         for name in ("batch", "early", "labels", "labels-dataset"):
             identity = job.read_record(runs / name).schedule.ids[0]
             text = polyseg("schedule", "show", runs / name, "--image", identity).out
@@ -806,12 +809,12 @@ class TestCommands:
             assert names[1] in row
 
     @pytest.mark.parametrize("command", ["show", "plot", "recompute", "export", "validity"])
-    def test_a_file_of_a_run_is_refused_with_its_run(self, polyseg, runs, command):
+    def test_file_of_a_run_is_refused_with_the_path_of_the_run(self, polyseg, runs, command):
         for inside in ("schedule.h5", "uncertainty/epoch_0001.h5"):
             answer = polyseg("schedule", command, runs / "batch" / inside)
             assert answer.code == 2 and answer.err.endswith(f"give the run, {runs / 'batch'}\n")
 
-    def test_a_setting_that_does_not_exist_is_told_with_its_neighbour(self, polyseg, runs):
+    def test_unknown_setting_is_refused_with_a_suggestion(self, polyseg, runs):
         asked = ("schedule", "recompute", runs / "batch", "--set")
         answer = polyseg(*asked, "control.sensitvity=3")
         assert answer.code == 2 and answer.err == (
@@ -820,7 +823,7 @@ class TestCommands:
         )
         assert "polyseg config show" in polyseg(*asked, "qqqqq=3").err
 
-    def test_recompute(self, polyseg, runs, tmp_path):
+    def test_recompute_writes_and_shows_the_new_schedule(self, polyseg, runs, tmp_path):
         out = tmp_path / "new.h5"
         asked = ("schedule", "recompute", runs / "batch", "--set", "control.sensitivity=3")
         answer = polyseg(*asked, "--out", out)
@@ -836,7 +839,7 @@ class TestCommands:
         assert refused.code == 2 and "--set training.seed: schedule recompute" in refused.err
 
     @pytest.mark.parametrize("name", ADAPTIVE)
-    def test_export(self, polyseg, runs, tmp_path, name):
+    def test_export_writes_one_row_per_image_and_assessment(self, polyseg, runs, tmp_path, name):
         out = tmp_path / "table.csv"
         assert polyseg("schedule", "export", runs / name, "--out", out).out.strip() == str(out)
         text = polyseg("schedule", "export", runs / name).out
@@ -851,32 +854,31 @@ class TestCommands:
         )
         assert np.float32(rows[0]["epsilon"]) == record.next_epsilon(0)[0]
 
-    def test_validity(self, polyseg, runs, tmp_path):
+    def test_validity_prints_and_plots_correlations(self, polyseg, runs, tmp_path):
         out = tmp_path / "validity"
         answer = polyseg("schedule", "validity", runs / "batch", "--out", out)
         assert answer.code == 0, answer.err
         assert "mutual information" in answer.out and "training loss" in answer.out
         assert sorted(path.name for path in out.iterdir()) == ["validity.pdf", "validity.png"]
-        assert set(figures_job._PANELS) == set(
-            recorded_schedule.MEASURES
-        )  # the figure shows what the table does
+        # The figure shows the measures of the table.
+        assert set(figures_job._PANELS) == set(recorded_schedule.MEASURES)
         rows = json.loads(polyseg("schedule", "validity", runs / "batch", "--json").out)
         assert {row["score"] for row in rows} == set(
             job.read_record(runs / "batch").assessments[0].scores
         )
-        assert not list((runs / "batch").glob("validity-*"))  # JSON alone leaves no figure
+        assert not list((runs / "batch").glob("validity-*"))  # --json alone writes no figure
         text = polyseg("schedule", "validity", runs / "batch", "--csv").out
         assert len(text.splitlines()) == len(rows) + 1
 
     @pytest.mark.usefixtures("quick_figures")
-    def test_labels_have_figures_of_their_own(self, polyseg, runs, tmp_path):
+    def test_each_label_has_its_own_figures(self, polyseg, runs, tmp_path):
         polyseg("schedule", "validity", runs / "labels", "--out", tmp_path / "labels")
         assert (tmp_path / "labels/2_dark/validity.png").is_file()
         assert polyseg("schedule", "plot", runs / "labels-dataset", "-q").code == 0
         (folder,) = (runs / "labels-dataset").glob("schedule-2*")
         assert (folder / "1_bright/epsilon_map.pdf").is_file()
 
-    def test_plot(self, polyseg, runs, tmp_path):
+    def test_plot_writes_figures_of_one_run(self, polyseg, runs, tmp_path):
         answer = polyseg("schedule", "plot", runs / "batch", "--out", tmp_path / "one")
         assert answer.code == 0, answer.err
         names = {"epsilon", "epsilon_map", "difficulty_dice", "rank_stability"}
@@ -885,7 +887,7 @@ class TestCommands:
         }
 
     @pytest.mark.usefixtures("quick_figures")
-    def test_plot_of_several_runs(self, polyseg, runs, tmp_path):
+    def test_plot_writes_figures_of_several_runs(self, polyseg, runs, tmp_path):
         both = polyseg(
             "schedule", "plot", runs / "batch", runs / "early", "--out", tmp_path / "two"
         )
@@ -901,7 +903,7 @@ class TestCommands:
         assert answer.code == 2 and "choose one" in answer.err
 
     @pytest.mark.parametrize("command", ["show", "plot", "recompute", "export", "validity"])
-    def test_a_run_without_assessments_is_one_line(self, polyseg, runs, command):
+    def test_run_without_assessments_is_one_line(self, polyseg, runs, command):
         answer = polyseg("schedule", command, runs / "dice")
         assert answer.code == 2 and answer.err.count("\n") == 1 and not answer.out
         assert "has no assessments" in answer.err

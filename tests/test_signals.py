@@ -1,4 +1,4 @@
-"""How signals end work."""
+"""Handling of signals that end a command."""
 
 import os
 import signal
@@ -11,15 +11,15 @@ from polyseg.system.signals import ENDING, ending_at_once, ending_when_asked
 
 
 @pytest.fixture(autouse=True)
-def _hanging_up_is_heeded():
-    """Take back what `nohup` hands on."""
+def _default_sighup():
+    """Restore the default handler of SIGHUP, which `nohup` disables."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_signal_ends_the_block_at_once(number):
+def test_signal_ends_the_block_immediately(number):
     before = signal.getsignal(number)
     name = signal.Signals(number).name
     with pytest.raises(Interrupted, match=f"ended by {name}$") as end, ending_at_once():
@@ -50,16 +50,16 @@ def test_forked_process_leaves_signals_to_its_parent():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-class Freed:
-    """Ends the process where Python drops what is raised."""
+class SignalInFinalizer:
+    """Send a signal from a finalizer, where Python discards exceptions."""
 
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_signal_is_not_lost_where_python_drops_what_is_raised(capsys):
+def test_signal_during_a_finalizer_is_not_lost(capsys):
     with pytest.raises(Interrupted), ending_at_once():
-        Freed()
+        SignalInFinalizer()
         time.sleep(30)
     assert capsys.readouterr().err == ""
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -41,7 +41,7 @@ def undefined(interval):
 
 
 def bca(values, resamples, seed, level=0.95):
-    """BCa after Efron and Tibshirani (1993), eq. 14.9 to 14.15, the acceleration in closed form."""
+    """Return the BCa interval of Efron and Tibshirani (1993), eq. 14.9 to 14.15."""
     ordered = np.sort(values)
     n = ordered.size
     drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
@@ -59,26 +59,26 @@ def bca(values, resamples, seed, level=0.95):
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_interval_is_bca(level, seed):
+def test_mean_interval_equals_bca(level, seed):
     values = np.random.default_rng(1).exponential(size=40)  # skewed: mirrored values are smaller
     found = mean_interval(values, level=level, resamples=2000, seed=seed)
     assert found == pytest.approx(bca(values, 2000, seed, level), abs=1e-12)
 
 
-def test_of_a_symmetric_sample_the_interval_is_nearly_the_normal_one():
+def test_interval_of_a_symmetric_sample_is_close_to_normal():
     values = stats.norm.ppf((np.arange(200) + 0.5) / 200, loc=3)
     half = 1.96 * values.std() / math.sqrt(200)
     assert mean_interval(values) == pytest.approx((3 - half, 3 + half), abs=0.05 * half)
 
 
-def test_a_skewed_sample_has_a_longer_arm_towards_its_tail():
+def test_interval_of_a_skewed_sample_is_longer_towards_the_tail():
     values = stats.expon.ppf((np.arange(30) + 0.5) / 30)
     low, high = mean_interval(values)
     assert high - values.mean() > 1.15 * (values.mean() - low)
 
 
 @pytest.mark.parametrize("draw", ["normal", "exponential"])
-def test_intervals_cover_the_mean_about_as_often_as_they_say(draw):
+def test_intervals_have_about_nominal_coverage(draw):
     generator = np.random.default_rng(3)
     samples = getattr(generator, draw)(size=(300, 40))
     truth = 0.0 if draw == "normal" else 1.0
@@ -87,14 +87,14 @@ def test_intervals_cover_the_mean_about_as_often_as_they_say(draw):
     assert 0.89 <= covered <= 0.98
 
 
-def test_a_higher_level_is_wider_and_another_seed_is_another_draw():
+def test_level_and_seed_change_the_interval():
     values = np.random.default_rng(2).random(30)
     narrow, wide = (mean_interval(values, level=level) for level in (0.8, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high
     assert mean_interval(values) == mean_interval(values) != mean_interval(values, seed=1)
 
 
-def test_what_is_not_finite_is_dropped():
+def test_non_finite_values_are_dropped():
     assert mean_interval([0.5, math.nan, 0.7, math.inf, 0.6]) == mean_interval([0.5, 0.7, 0.6])
 
 
@@ -103,18 +103,18 @@ def test_one_value_has_no_interval(values):
     assert undefined(mean_interval(values))
 
 
-def test_values_that_are_all_alike_have_a_point():
+def test_equal_values_have_an_interval_of_one_point():
     assert mean_interval([0.1] * 7) == Interval(0.1, 0.1)
 
 
-def test_where_the_skew_underflows_percentiles_serve():
+def test_percentile_interval_is_used_if_the_skew_underflows():
     low, high = mean_interval([0.0, 1e-200, 2e-200, 2e-200])
     assert 0 <= low < 1.25e-200 < high <= 2e-200
 
 
 @settings(deadline=None, max_examples=40)
 @given(METRICS, st.randoms(use_true_random=False))
-def test_interval_does_not_depend_on_order_and_mirrors(values, random):
+def test_interval_ignores_order_and_mirrors_with_the_sign(values, random):
     shuffled = random.sample(values, len(values))
     low, high = mean_interval(values, **FEW)
     assert mean_interval(shuffled, **FEW) == (low, high)
@@ -122,7 +122,7 @@ def test_interval_does_not_depend_on_order_and_mirrors(values, random):
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
 
 
-def test_many_images_are_resampled_a_few_at_a_time(monkeypatch):
+def test_many_images_are_resampled_in_chunks(monkeypatch):
     sizes = []
 
     def mean(values, axis):
@@ -138,7 +138,7 @@ def test_many_images_are_resampled_a_few_at_a_time(monkeypatch):
 
 
 def sign_flip_p_value(differences):
-    """Wilcoxon's p-value by going through all signs of the ranks."""
+    """Return Wilcoxon's p-value by enumeration of all signs of the ranks."""
     d = differences[differences != 0]
     ranks = stats.rankdata(np.abs(d))
     sums = np.array([ranks @ signs for signs in product([0, 1], repeat=d.size)])
@@ -151,19 +151,19 @@ def sign_flip_p_value(differences):
     st.lists(st.integers(-5, 5), min_size=2, max_size=9)
     | st.just([3, -1, 2, 2, 5, 4, 1, 3, 1, 6, -2, 2, 4, 0])
 )
-def test_a_few_differences_with_ties_and_zeros_have_the_exact_p_value(steps):
+def test_p_value_of_few_differences_with_ties_and_zeros_is_exact(steps):
     differences = np.array(steps, dtype=float)
     found = paired_difference(np.zeros(len(steps)), differences, **FEW)
     assert found.p_value == pytest.approx(sign_flip_p_value(differences))
 
 
-def test_without_ties_the_p_value_is_exact_up_to_fifty_images():
+def test_p_value_without_ties_is_exact_up_to_fifty_images():
     differences = np.random.default_rng(0).normal(0.3, 1, size=50)
     found = paired_difference(np.zeros(50), differences, **FEW)
     assert found.p_value == pytest.approx(stats.wilcoxon(differences, method="exact").pvalue)
 
 
-def test_many_images_have_the_normal_approximation_in_closed_form():
+def test_p_value_of_many_images_is_the_normal_approximation():
     differences = np.round(np.random.default_rng(0).normal(0.2, 1, size=150), 1)
     unequal = differences[differences != 0]
     n = unequal.size
@@ -177,7 +177,7 @@ def test_many_images_have_the_normal_approximation_in_closed_form():
     assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(z)))
 
 
-def test_images_that_agree_lend_no_weight_to_a_few_that_do_not():
+def test_images_without_difference_do_not_change_the_p_value():
     other = np.full(200, 0.5)
     other[:4] = [0.6, 0.7, 0.8, 0.9]
     found = paired_difference(np.full(200, 0.5), other, **FEW)
@@ -185,21 +185,21 @@ def test_images_that_agree_lend_no_weight_to_a_few_that_do_not():
     assert (found.better, found.worse, found.equal) == (4, 0, 196)
 
 
-def test_under_the_null_the_p_value_is_about_uniform():
+def test_p_value_is_about_uniform_under_the_null():
     values = np.random.default_rng(5).integers(0, 30, size=(300, 2, 20)) / 30
     p_values = np.array([paired_difference(*one, resamples=1).p_value for one in values])
     for share in (0.05, 0.2, 0.5):
         assert (p_values <= share).mean() == pytest.approx(share, abs=0.06)
 
 
-def test_rounding_makes_neither_differences_nor_ranks():
+def test_rounding_errors_count_as_ties():
     baseline = np.array([0.3, 0.7, 0.1, 0.1 + 0.2, 0.5])
     noisy = np.array([0.1 * 3, 0.1 * 7, 0.1, 0.3, 0.5 * (1 + 1e-15)])
     found = paired_difference(baseline, noisy, **FEW)
     assert (found.equal, found.p_value, found.mean) == (5, 1.0, 0.0)
     assert found.interval == (0.0, 0.0)
     assert [f"{end:.1f}" for end in paired_difference(noisy, baseline).interval] == ["0.0", "0.0"]
-    # One tenth each, but for rounding: five of one rank, and one against them of the same.
+    # Differences of one tenth up to rounding: five positive and one negative of equal rank.
     starts = np.array([0.0, 0.1, 0.2, 0.3, 0.6, 0.9])
     ends = np.array([0.1, 0.2, 0.3, 0.4, 0.7, 0.8])
     assert len(set(np.abs(ends - starts))) > 1
@@ -207,7 +207,7 @@ def test_rounding_makes_neither_differences_nor_ranks():
     assert paired_difference(starts, ends, **FEW).p_value == sign_flip_p_value(tied)
 
 
-def test_rounding_is_relative():
+def test_rounding_tolerance_is_relative():
     baseline, other = np.array([3e-15, 1e-15, 5e-15]), np.array([4e-15, 3e-15, 8e-15])
     found = paired_difference(baseline, other, **FEW)
     assert (found.better, found.p_value) == (3, 0.25)
@@ -215,7 +215,7 @@ def test_rounding_is_relative():
     assert 1e-15 <= found.interval.low < 2e-15 < found.interval.high <= 3.01e-15
 
 
-def test_only_images_that_both_define_are_compared():
+def test_only_images_defined_for_both_are_compared():
     baseline, other = [0.5, math.nan, 0.2, 0.9, 0.4], [0.6, 0.3, math.nan, 0.7, 0.4]
     found = paired_difference(baseline, other)
     assert found == paired_difference([0.5, 0.9, 0.4], [0.6, 0.7, 0.4])
@@ -236,7 +236,7 @@ def test_equal_networks_have_p_value_one():
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_less_than_two_images_are_no_comparison(images):
+def test_comparison_of_fewer_than_two_images_is_undefined(images):
     found = paired_difference([0.5, math.nan][:images], [0.75, 0.5][:images])
     assert found.images == images
     assert math.isnan(found.p_value)
@@ -251,7 +251,7 @@ def test_different_numbers_of_images_are_refused():
 
 @settings(deadline=None, max_examples=40)
 @given(PAIRS, st.randoms(use_true_random=False))
-def test_a_comparison_knows_no_order_and_the_other_way_round_it_is_mirrored(pairs, random):
+def test_comparison_ignores_order_and_swapping_mirrors_it(pairs, random):
     first, second = zip(*pairs, strict=True)
     found = paired_difference(first, second, **FEW)
     shuffled = paired_difference(*zip(*random.sample(pairs, len(pairs)), strict=True), **FEW)
@@ -266,15 +266,15 @@ def test_a_comparison_knows_no_order_and_the_other_way_round_it_is_mirrored(pair
     assert found.better + found.worse + found.equal == found.images
 
 
-def test_of_differences_that_are_their_own_mirror_image_both_ways_round_have_one_interval():
-    """The same values are resampled, and a sample of them is hardly ever its own mirror image."""
+def test_symmetric_differences_have_equal_intervals_after_swapping():
+    """Both directions resample the same values, although samples are not symmetric."""
     first, second = [0.0, 0.5, 0.05], [0.05, 0.5, 0.0]
     found, back = paired_difference(first, second, **FEW), paired_difference(second, first, **FEW)
     assert back.interval == found.interval and found.mean == back.mean == 0
     assert found.interval.low < 0 < found.interval.high
 
 
-def test_more_gain_on_every_image_is_a_higher_mean_and_no_higher_p_value():
+def test_larger_gain_increases_the_mean_and_never_the_p_value():
     generator = np.random.default_rng(4)
     baseline, noise = generator.random((2, 40))
     found = [
@@ -292,7 +292,7 @@ def test_more_gain_on_every_image_is_a_higher_mean_and_no_higher_p_value():
 
 
 def closed_bonferroni(p_values):
-    """Holm's procedure is the closure of Bonferroni's: the worst of all families with a member."""
+    """Return the closed Bonferroni p-values: the largest over all families with a member."""
     members = range(len(p_values))
     families = [
         family for size in range(1, len(p_values) + 1) for family in combinations(members, size)
@@ -303,8 +303,8 @@ def closed_bonferroni(p_values):
     ]
 
 
-def test_holm_by_hand():
-    """3 x 0.01 = 0.03; 2 x 0.02 = 0.04; 1 x 0.035 is below the one before it, so 0.04."""
+def test_holm_equals_a_case_by_hand():
+    """3 x 0.01 = 0.03; 2 x 0.02 = 0.04; 1 x 0.035 is below the previous value, so 0.04."""
     assert holm([0.035, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
     assert holm([0.6, 0.7]).tolist() == [1.0, 1.0]
     assert holm([0.2]).tolist() == [0.2]
@@ -312,12 +312,12 @@ def test_holm_by_hand():
 
 
 @given(st.lists(FRACTIONS | st.sampled_from([0.01, 0.02]), min_size=1, max_size=7))
-def test_holm_is_the_closure_of_bonferroni(p_values):
+def test_holm_equals_closed_bonferroni(p_values):
     assert holm(p_values) == pytest.approx(closed_bonferroni(p_values))
 
 
 @given(st.lists(FRACTIONS | st.just(math.nan), max_size=12))
-def test_undefined_p_values_are_no_members_of_the_family(p_values):
+def test_undefined_p_values_are_excluded_from_the_family(p_values):
     given_values = np.array(p_values)
     known = ~np.isnan(given_values)
     found = holm(given_values)
@@ -327,14 +327,14 @@ def test_undefined_p_values_are_no_members_of_the_family(p_values):
 
 
 @given(st.lists(FRACTIONS, min_size=2, max_size=12))
-def test_adjusting_keeps_order_and_argument(p_values):
+def test_holm_keeps_the_order_and_its_argument(p_values):
     given_values = np.array(p_values)
     found = holm(given_values)
     assert given_values.tolist() == p_values
     assert (np.diff(found[np.argsort(given_values)]) >= 0).all()
 
 
-def test_comparisons_are_adjusted_together():
+def test_comparisons_are_adjusted_as_one_family():
     baseline = np.random.default_rng(6).random((4, 12))
     family = [
         paired_difference(one, one + 0.02 * np.arange(12 - i) if i == 0 else one[::-1], **FEW)
@@ -349,7 +349,7 @@ def test_comparisons_are_adjusted_together():
     assert all(math.isnan(one.adjusted) for one in family)
 
 
-def test_stars():
+def test_stars_follow_the_p_value_limits():
     limits = {0.0009: "***", 0.001: "**", 0.0099: "**", 0.01: "*", 0.0499: "*", 0.05: ""}
     assert {p: stars(p) for p in limits} == limits
     assert stars(math.nan) == stars(1.0) == ""
@@ -360,7 +360,7 @@ def test_stars():
 
 
 @given(st.lists(st.integers(-1000, 1000), max_size=40, unique=True))
-def test_thirds_differ_by_at_most_one_and_ascend(values):
+def test_terciles_have_about_equal_size_and_ascend(values):
     found = terciles(values)
     sizes = [(found == third).sum() for third in range(3)]
     assert sum(sizes) == len(values)
@@ -370,7 +370,7 @@ def test_thirds_differ_by_at_most_one_and_ascend(values):
 
 
 @given(st.lists(st.integers(0, 5) | st.just(math.nan), max_size=40))
-def test_equal_values_are_never_separated(values):
+def test_equal_values_are_in_the_same_tercile(values):
     given_values = np.array(values, dtype=float)
     found = terciles(given_values)
     assert found.dtype == np.int8
@@ -397,14 +397,14 @@ def test_equal_values_are_never_separated(values):
         ([math.inf, 0.0, -math.inf], [2, 1, 0]),
     ],
 )
-def test_thirds_by_hand(values, expected):
+def test_terciles_equal_cases_by_hand(values, expected):
     assert terciles(values).tolist() == expected
 
 
 # Seeds.
 
 
-def test_spread_over_seeds_and_over_images_are_kept_apart():
+def test_spread_over_seeds_and_over_images_are_separate():
     seeds, images = np.array([-0.1, 0.0, 0.1]), np.array([0.4, 0.5, 0.6, 0.9])
     spread = seed_spread(seeds[:, None] + images)
     assert (spread.seeds, spread.images) == (3, 4)
@@ -415,14 +415,14 @@ def test_spread_over_seeds_and_over_images_are_kept_apart():
     assert turned.deviation_over_images == pytest.approx(spread.deviation_over_seeds)
 
 
-def test_noise_of_images_fades_from_the_spread_over_seeds():
+def test_image_noise_averages_out_of_the_spread_over_seeds():
     values = np.random.default_rng(0).normal(0.8, 0.1, size=(200, 400))
     spread = seed_spread(values)
     assert spread.deviation_over_seeds == pytest.approx(0.1 / math.sqrt(400), rel=0.2)
     assert spread.deviation_over_images == pytest.approx(0.1 / math.sqrt(200), rel=0.2)
 
 
-def test_undefined_cells_are_left_out_of_their_means():
+def test_undefined_cells_are_excluded_from_means():
     nan = math.nan
     spread = seed_spread([[0.2, nan, 0.9, nan], [0.4, 0.5, nan, nan], [nan, nan, nan, nan]])
     assert (spread.seeds, spread.images) == (2, 3)
@@ -431,7 +431,7 @@ def test_undefined_cells_are_left_out_of_their_means():
     assert spread.deviation_over_images == pytest.approx(np.std([0.3, 0.5, 0.9], ddof=1))
 
 
-def test_one_seed_has_no_spread_over_seeds():
+def test_spread_over_one_seed_is_undefined():
     spread = seed_spread([[0.2, 0.4]])
     assert spread.mean == pytest.approx(0.3)
     assert math.isnan(spread.deviation_over_seeds)
@@ -451,8 +451,8 @@ def test_undefined_inputs_give_undefined_results(shape):
 # Rank correlations.
 
 
-def test_the_interval_of_a_rank_correlation_is_that_of_scipy_but_wider():
-    """SciPy's, of the ranks, has the standard error 1 / sqrt(n - 3) for z."""
+def test_rank_correlation_interval_is_wider_than_scipys():
+    """SciPy's Pearson interval of the ranks uses the standard error 1 / sqrt(n - 3) for z."""
     generator = np.random.default_rng(3)
     x = generator.normal(size=40)
     y = 0.6 * x + generator.normal(size=40)
@@ -466,8 +466,8 @@ def test_the_interval_of_a_rank_correlation_is_that_of_scipy_but_wider():
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
-def test_intervals_of_rank_correlations_hold_their_level(rho):
-    """Of two normal variables, whose Spearman correlation is known, in 1000 draws."""
+def test_rank_correlation_intervals_have_nominal_coverage(rho):
+    """Test 1000 draws of two normal variables with known Spearman correlation."""
     truth = 6 / math.pi * math.asin(rho / 2)
     generator = np.random.default_rng(0)
     inside = 0
@@ -498,5 +498,5 @@ def test_few_images_have_no_interval():
         (math.nan, math.nan, ""),
     ],
 )
-def test_what_an_interval_says_of_the_order(low, high, order):
+def test_order_by_error_is_derived_from_the_interval(low, high, order):
     assert RankCorrelation(0.0, Interval(low, high), 20).order == order

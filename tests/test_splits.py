@@ -1,4 +1,4 @@
-"""Splits: sizes, strata, groups, folds, files; and images that stand on two sides."""
+"""Splits: sizes, strata, groups, folds, files, and duplicates across parts."""
 
 import functools
 import hashlib
@@ -54,7 +54,7 @@ def everything(split):
     st.integers(0, 10),
     st.booleans(),
 )
-def test_splits_are_whole_and_of_the_wanted_size(n, weights, seed, stratify):
+def test_splits_hold_every_image_and_have_the_requested_sizes(n, weights, seed, stratify):
     shares = tuple(weight / sum(weights) for weight in weights)
     images = members(n)
     config = DataConfig(split=shares, split_seed=seed, stratify=stratify)
@@ -74,8 +74,8 @@ def test_part_with_share_zero_is_empty():
         split_by_settings(members(2), DataConfig(split=(0.5, 0.25, 0.25)))
 
 
-def test_strata_make_the_parts_alike():
-    """Over many seeds the parts' mean foregrounds spread less than those of plain splits."""
+def test_stratification_makes_parts_similar():
+    """Over many seeds the mean foregrounds of parts vary less than without stratification."""
 
     def spread(stratify):
         images = members(100)
@@ -90,7 +90,7 @@ def test_strata_make_the_parts_alike():
     assert spread(True) < 0.5 * spread(False)
 
 
-def test_seeds_give_other_splits():
+def test_seed_changes_the_split():
     tests = [
         set(split_by_settings(members(100), DataConfig(split_seed=seed))["test"])
         for seed in range(2)
@@ -122,7 +122,7 @@ def test_folds_test_each_image_once():
     assert all(split["val"] for split in splits)
 
 
-def test_a_given_test_set_is_kept_and_folds_then_validate():
+def test_given_test_set_is_kept_and_folds_divide_the_rest():
     images = [Member(f"a{i}", i / 40, part="test" if i % 4 == 0 else None) for i in range(40)]
     given = sorted(f"a{i}" for i in range(0, 40, 4))
     split = split_by_settings(images, DataConfig())
@@ -135,13 +135,13 @@ def test_a_given_test_set_is_kept_and_folds_then_validate():
     )
 
 
-def test_given_validation_without_test_makes_no_test():
+def test_given_validation_without_test_leaves_the_test_set_empty():
     images = [Member(f"a{i}", part="val" if i < 5 else "train") for i in range(20)]
     split = split_by_settings(images, DataConfig())
     assert (len(split["train"]), len(split["val"]), split["test"]) == (15, 5, [])
 
 
-def test_a_split_file_is_followed(tmp_path):
+def test_split_file_defines_the_parts(tmp_path):
     path = tmp_path / "split.json"
     path.write_text(json.dumps({"train": [{"id": "i000", "sha256": "x"}], "test": ["i002"]}))
     split = split_by_settings(members(4), DataConfig(split_file=str(path)))
@@ -151,7 +151,7 @@ def test_a_split_file_is_followed(tmp_path):
         split_by_settings(members(4), DataConfig(split_file=str(path)))
 
 
-def test_nnunets_folds_are_read_and_volumes_stand_for_their_slices(tmp_path):
+def test_nnunet_split_file_assigns_slices_by_volume(tmp_path):
     path = tmp_path / "splits_final.json"
     path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
     images = [Member(f"{volume}#{k:03d}", group=volume) for volume in "ab" for k in range(3)]
@@ -170,26 +170,26 @@ def test_nnunets_folds_are_read_and_volumes_stand_for_their_slices(tmp_path):
     "text",
     ["", "[", "{}", "3", "[]", '{"train": 3}', '{"train": [3]}', '{"train": ["a"], "x": []}'],
 )
-def test_what_is_no_split_is_one_line(tmp_path, text):
+def test_invalid_split_file_is_one_line(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(PolysegError, match=r"s\.json: ") as caught:
         read_split_file(tmp_path / "s.json")
     assert "\n" not in str(caught.value)
 
 
-def test_a_single_split_has_no_folds(tmp_path):
+def test_split_file_without_folds_refuses_a_fold(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"]}))
     with pytest.raises(PolysegError, match="is one split, not a list of folds"):
         read_split_file(tmp_path / "s.json", fold=0)
 
 
-def test_an_id_in_two_parts_of_a_file_is_refused(tmp_path):
+def test_id_in_two_parts_of_a_split_file_is_refused(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"], "test": ["i000"]}))
     with pytest.raises(PolysegError, match="i000 is in it twice"):
         split_by_settings(members(2), DataConfig(split_file=str(tmp_path / "s.json")))
 
 
-def test_images_given_for_training_stay_there():
+def test_images_given_for_training_stay_in_training():
     images = [Member(f"t{i}", i / 40, part="train") for i in range(10)]
     images += [Member(f"f{i}", i / 40) for i in range(20)]
     split = split_by_settings(images, DataConfig())
@@ -197,7 +197,7 @@ def test_images_given_for_training_stay_there():
     assert split["val"] and split["test"]
 
 
-def test_given_validation_images_are_dealt_to_the_folds():
+def test_given_validation_images_are_distributed_over_folds():
     parts = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
     images = [Member(f"a{i:02d}", i / 40, part=part) for i, part in enumerate(parts)]
     folds = [split_by_settings(images, DataConfig(folds=2, fold=k)) for k in range(2)]
@@ -214,13 +214,13 @@ def test_group_pattern_keeps_slices_of_a_volume_together(pattern):
     assert all(split.values())
 
 
-def test_a_pattern_whose_group_takes_no_part_is_refused():
+def test_group_pattern_with_an_unmatched_group_is_refused():
     with pytest.raises(PolysegError, match="finds nothing in a"):
         split_by_settings([Member("a")], DataConfig(group="(x)?a"))
 
 
 def test_slow_group_pattern_is_stopped(monkeypatch):
-    """What waited for an alarm before still does."""
+    """An alarm that was set before still works."""
     alarms = []
     before = signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
     signal.setitimer(signal.ITIMER_REAL, 1000)
@@ -237,7 +237,7 @@ def test_slow_group_pattern_is_stopped(monkeypatch):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_patterns_find_groups_in_other_threads_too():
+def test_group_patterns_work_in_other_threads():
     images = [Member(f"p{i % 9}_{i}") for i in range(45)]
     config = DataConfig(group="^(p.)")
     with ThreadPoolExecutor(1) as pool:
@@ -245,19 +245,19 @@ def test_patterns_find_groups_in_other_threads_too():
     assert split == split_by_settings(images, config)
 
 
-def test_groups_torn_by_given_parts_are_named():
+def test_groups_divided_by_given_parts_are_named():
     images = [Member("a", group="x", part="train"), Member("b", group="x", part="test")]
     split = split_by_settings(images, DataConfig(split=(1.0, 0.0, 0.0)))
     assert torn_groups(split, images, DataConfig()) == ["x (train and test)"]
 
 
-def test_images_that_a_file_leaves_out_are_counted(tmp_path, caplog):
+def test_images_missing_from_the_split_file_are_counted(tmp_path, caplog):
     (tmp_path / "s.json").write_text(json.dumps({"train": ["i000"], "test": ["i001"]}))
     split_by_settings(members(5), DataConfig(split_file=str(tmp_path / "s.json")))
     assert "3 images are in none of the parts" in caplog.text
 
 
-# ---- the same image on two sides
+# ---- duplicates across parts
 
 
 def picture(seed, size=(96, 96)):
@@ -265,7 +265,7 @@ def picture(seed, size=(96, 96)):
 
 
 def variants(pixels):
-    """Yield an image as it may come back: compressed, halved, brightened, with noise."""
+    """Yield near-duplicates of an image: compressed, half size, brighter, with noise."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
     yield np.asarray(Image.open(buffer))
@@ -277,7 +277,7 @@ def variants(pixels):
     yield pixels.astype(np.uint16) * 257
 
 
-def test_copies_are_found_and_others_are_not():
+def test_near_duplicates_are_found_and_other_images_are_not():
     images = {f"p{seed}": likeness_of(picture(seed)) for seed in range(12)}
     assert near_pairs(images) == []
     for seed in range(4):
@@ -286,14 +286,14 @@ def test_copies_are_found_and_others_are_not():
             assert found == [("again", f"p{seed}")]
 
 
-def test_the_hash_is_far_from_the_threshold_for_different_images():
+def test_hash_distance_of_different_images_is_far_above_the_threshold():
     hashes = [int(likeness_of(picture(seed)).near, 16) for seed in range(12)]
     distances = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
     assert min(distances) > 2 * MOST_DIFFERING_BITS
 
 
 @pytest.mark.parametrize("modality", ["ultrasound", "endoscopy"])
-def test_perceptual_hash_compares_the_frequencies_of_scipy_with_their_median(modality):
+def test_perceptual_hash_compares_dct_of_scipy_with_its_median(modality):
     for phantom in make_phantoms(6, modality=modality, size=(128, 128)):
         gray = np.atleast_3d(phantom.image).mean(axis=2, dtype=np.float32)
         small = np.asarray(Image.fromarray(gray).resize((64, 64), Image.Resampling.BOX))
@@ -304,13 +304,13 @@ def test_perceptual_hash_compares_the_frequencies_of_scipy_with_their_median(mod
 
 
 @pytest.mark.parametrize("change", [lambda x: x + 3.7, lambda x: 1.1 * x], ids=["brighter", "gain"])
-def test_perceptual_hash_of_a_symmetric_image_is_not_of_rounding_errors(change):
+def test_perceptual_hash_of_a_symmetric_image_ignores_rounding_errors(change):
     rows, columns = np.mgrid[:64, :64] - 31.5
     disc = 200.0 * (rows**2 + columns**2 < 300)
     assert likeness_of(change(disc)).near == likeness_of(disc).near
 
 
-def test_the_same_picture_on_two_sides_is_refused():
+def test_duplicate_across_parts_is_refused():
     one, other = picture(0), picture(1)
     likeness = {"a": likeness_of(one), "b": likeness_of(one.copy()), "c": likeness_of(other)}
     refuse_leaks({"train": ["a", "b"], "val": [], "test": ["c"]}, likeness, "refuse")
@@ -321,7 +321,7 @@ def test_the_same_picture_on_two_sides_is_refused():
     assert len(refuse_leaks(leak, likeness, "allow")) == 1
 
 
-def test_nearly_the_same_can_be_allowed_in_words():
+def test_near_duplicates_can_be_allowed_by_setting():
     one = picture(0)
     likeness = {"a": likeness_of(one), "b": likeness_of(next(variants(one)))}
     leak = {"train": ["a"], "val": ["b"], "test": []}
@@ -332,7 +332,7 @@ def test_nearly_the_same_can_be_allowed_in_words():
     ]
 
 
-def test_slices_of_volumes_are_compared_by_their_pixels_alone():
+def test_slices_of_volumes_are_compared_by_exact_pixels_only():
     one = picture(0)
     nearly = next(variants(one))
     likeness = {"a": likeness_of(one, sliced=True), "b": likeness_of(nearly, sliced=True)}
@@ -343,8 +343,8 @@ def test_slices_of_volumes_are_compared_by_their_pixels_alone():
         refuse_leaks(split, likeness, "refuse")
 
 
-def test_many_copies_are_found_quickly():
-    """Nine million pairs, of which only some are told."""
+def test_error_about_many_duplicates_is_shortened():
+    """Nine million pairs, of which only a few are listed."""
     twin = likeness_of(picture(0))
     likeness = {f"i{i}": twin for i in range(3000)}
     split = {"train": [f"i{i}" for i in range(2000)], "val": [], "test": []}
@@ -354,19 +354,19 @@ def test_many_copies_are_found_quickly():
         refuse_leaks(split, likeness, "refuse")
 
 
-def test_flat_images_are_no_copies():
+def test_constant_images_are_not_duplicates():
     blank = likeness_of(np.zeros((8, 8), np.uint8))
     refuse_leaks({"train": ["a"], "val": ["b"], "test": []}, {"a": blank, "b": blank}, "refuse")
 
 
-def test_hashes_are_of_pixels_shape_and_type():
+def test_content_hash_depends_on_pixels_shape_and_dtype():
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert content_hash(pixels) == content_hash(np.asfortranarray(pixels))
     others = (pixels.reshape(4, 3), pixels.astype(np.uint16), pixels + 1)
     assert all(content_hash(pixels) != content_hash(other) for other in others)
 
 
-# Groups that folders and names tell.
+# Groups by folders and names.
 
 
 def named(*names):
@@ -374,7 +374,7 @@ def named(*names):
 
 
 def numbered(pattern, *counts):
-    """Return names with every combination of numbers below the counts."""
+    """Return names for all combinations of numbers below the counts."""
     return [pattern.format(*numbers) for numbers in itertools.product(*map(range, counts))]
 
 
@@ -417,7 +417,7 @@ SURE, SUSPECTED, NONE = True, False, None
         (["extra.png", *numbered("patient{:02}_slice{}.png", 4, 5)], SUSPECTED, 5),
     ],
 )
-def test_groups_by_folders_and_names(names, sure, count):
+def test_groups_are_guessed_from_folders_and_names(names, sure, count):
     cases, guess = with_groups(named(*names), split_given=False)
     assert (None if guess is None else guess.sure) is sure
     assert len(set(guess.groups) if guess else ()) == count
@@ -427,12 +427,12 @@ def test_groups_by_folders_and_names(names, sure, count):
         assert "data.group" in guess.line(9)
 
 
-def test_groups_that_the_data_bring_along_are_kept():
+def test_given_groups_are_kept():
     cases = [replace(case, group="x") for case in named(*numbered("p{}_{}.png", 4, 4))]
     assert with_groups(cases, split_given=False) == (cases, None)
 
 
-def test_a_group_in_two_given_parts_is_only_suspected():
+def test_guessed_groups_that_cross_given_parts_are_not_applied():
     cases = [
         replace(case, part="train" if n % 2 else "test")
         for n, case in enumerate(named(*numbered("p{}_{}.png", 4, 4)))
@@ -442,7 +442,7 @@ def test_a_group_in_two_given_parts_is_only_suspected():
     assert not guess.sure
 
 
-def test_too_few_groups_say_how_to_divide_single_images():
+def test_error_about_too_few_groups_shows_how_to_split_by_image():
     members = [Member(f"{k}", group="ab"[k % 2]) for k in range(8)]
     with pytest.raises(PolysegError, match=r"2 groups are too few .* data\.group=none"):
         split_by_settings(members, DataConfig())

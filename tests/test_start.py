@@ -1,4 +1,4 @@
-"""What a command imports: torch and MONAI only where there are tensors."""
+"""Imports of each command: torch and MONAI only if it computes with tensors."""
 
 import subprocess
 import sys
@@ -20,14 +20,14 @@ HEAVY = {*FIGURES, "scipy", "h5py", "numpy", "PIL"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with a small data set in it."""
+    """Return a folder with a small data set."""
     path = tmp_path_factory.mktemp("start")
     write_phantoms(path / "phantoms", make_phantoms(10, size=(32, 32)))
     return path
 
 
 def imported_by(folder, code):
-    """Return the modules that a new process has imported when it has run the code."""
+    """Return the modules that a new process has imported after running the code."""
     command = [sys.executable, "-c", f"{code}\nimport sys; print('imported:', *sys.modules)"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def imported_by(folder, code):
 
 
 def running(*commands, said=""):
-    """Return code that runs commands in one process, which must succeed and print a text."""
+    """Return code that runs commands in one process and checks exit code and output."""
     return (
         "from typer.testing import CliRunner\nfrom polyseg.cli.main import app\n"
         f"for command in {[list(map(str, command)) for command in commands]}:\n"
@@ -77,7 +77,7 @@ def running(*commands, said=""):
     ids=["plot-loss", "records", "drawings", "config", "data", "data demo"],
 )
 def test_commands_import_no_more_than_they_need(folder, commands, absent):
-    """In one process: what one command imports, all of them together have imported."""
+    """The commands run in one process, which then has imported the modules of all of them."""
     imported = imported_by(folder, running(*commands))
     assert "polyseg.cli.main" in imported
     assert not absent & imported

@@ -1,4 +1,4 @@
-"""How the program starts: threads that do not spin, and standard streams that may be closed."""
+"""Start of the program: threads that do not spin, and closed standard streams."""
 
 import json
 import os
@@ -19,7 +19,7 @@ full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux h
 
 
 def start(*arguments, redirect="", **how):
-    """Run the program as a shell does that redirects its streams."""
+    """Run the program from a shell that redirects its streams."""
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-m", "polyseg"]
     how.setdefault("stdout", subprocess.PIPE)
     how.setdefault("stderr", subprocess.PIPE)
@@ -27,8 +27,8 @@ def start(*arguments, redirect="", **how):
 
 
 @pytest.fixture
-def gone():
-    """Yield a pipe whose reader has left."""
+def closed_pipe():
+    """Yield a pipe whose reader is closed."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     yield write_end
@@ -42,13 +42,13 @@ def test_threads_wait_briefly_by_default():
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_the_waiting_that_a_user_has_set_is_kept(name):
+def test_openmp_wait_settings_of_the_user_are_kept(name):
     environment = {name: "3"}
     shorten_waiting(environment)
     assert environment == {name: "3"}
 
 
-def test_importing_the_package_leaves_the_environment():
+def test_importing_the_package_does_not_change_the_environment():
     code = "import os; b = dict(os.environ); import polyseg.__main__; assert b == dict(os.environ)"
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -57,7 +57,7 @@ def test_importing_the_package_leaves_the_environment():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has the library of GNU on Linux only")
 def test_openmp_settings_are_set_before_torch_is_imported(tmp_path):
-    """The library itself prints what it goes by."""
+    """The OpenMP library itself prints the settings that it uses."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     environment["OMP_DISPLAY_ENV"] = "VERBOSE"
     done = start("train", "--dry-run", *SET, "--out", tmp_path / "run", env=environment)
@@ -65,7 +65,7 @@ def test_openmp_settings_are_set_before_torch_is_imported(tmp_path):
     assert "GOMP_SPINCOUNT = '1000'" in done.stderr
 
 
-def test_child_processes_of_the_tests_wait_briefly_too():
+def test_child_processes_of_the_tests_wait_briefly():
     assert set(WAITING) & set(os.environ)
 
 
@@ -75,7 +75,7 @@ def test_child_processes_of_the_tests_wait_briefly_too():
     [(["config", "schema"], 0), (["--version"], 0), (["config", "show", "nowhere.yaml"], 2)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_closed_streams_change_no_exit_code(arguments, code, redirect):
+def test_closed_streams_do_not_change_the_exit_code(arguments, code, redirect):
     done = start(*arguments, redirect=redirect)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
@@ -92,27 +92,30 @@ def test_closed_streams_change_no_exit_code(arguments, code, redirect):
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_readers_that_have_left_change_no_exit_code(gone, arguments, code, unbuffered):
+def test_closed_readers_do_not_change_the_exit_code(closed_pipe, arguments, code, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    done = start(*arguments, stdout=gone, env=environment)
+    done = start(*arguments, stdout=closed_pipe, env=environment)
     assert done.returncode == code and "Traceback" not in done.stderr
-    assert start(*arguments, stdout=gone, stderr=gone, env=environment).returncode == code
+    assert (
+        start(*arguments, stdout=closed_pipe, stderr=closed_pipe, env=environment).returncode
+        == code
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirect", ["", ">&-", "2>&-", ">&- 2>&-"])
-def test_a_figure_is_drawn_whoever_reads(tmp_path, gone, redirect):
-    done = start("plot-loss", "--out", tmp_path / "a.png", redirect=redirect, stdout=gone)
+def test_figure_is_drawn_despite_closed_streams(tmp_path, closed_pipe, redirect):
+    done = start("plot-loss", "--out", tmp_path / "a.png", redirect=redirect, stdout=closed_pipe)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 @full_device
-def test_training_ends_well_without_streams(tmp_path, gone):
+def test_training_succeeds_without_streams(tmp_path, closed_pipe):
     done = start(*TRAIN, tmp_path / "closed", redirect=">&- 2>&-")
     assert done.returncode == 0
-    done = start(*TRAIN, tmp_path / "gone", "--json", redirect="2>/dev/full", stdout=gone)
+    done = start(*TRAIN, tmp_path / "gone", "--json", redirect="2>/dev/full", stdout=closed_pipe)
     assert done.returncode == 0
     first, second = (
         json.loads((tmp_path / name / "evaluation/summary.json").read_text())["runs"][0]["metrics"]
@@ -143,8 +146,8 @@ def test_signal_message_starts_on_its_own_line():
     assert done.stderr.split() == ["told", "line"]
 
 
-def test_large_results_reach_a_slow_reader_whole():
-    """A pipe holds less than this, so that they are written in parts."""
+def test_slow_reader_receives_large_results_completely():
+    """The results exceed the capacity of a pipe, so they are written in parts."""
     code = (
         "import sys\n"
         "from polyseg.__main__ import _open_streams\n"

@@ -1,4 +1,4 @@
-"""Steps with channels last and by deterministic algorithms: what is equal, what torch is asked."""
+"""Training steps with channels last and with deterministic algorithms."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ LAST, PLAIN = (f"training.channels_last={value}" for value in ("true", "false"))
 WHERE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def test_channels_last_change_an_epoch_by_rounding_only(tiny):
+def test_channels_last_changes_an_epoch_by_rounding_only(tiny):
     settings = ("training.epochs=1", "training.optimizer=sgd")
     plain, last = (run_of(tiny(*names, *settings)) for names in (("plain", PLAIN), ("last", LAST)))
     for name, values in weights_of(plain).items():
@@ -42,11 +42,11 @@ def test_channels_last_change_an_epoch_by_rounding_only(tiny):
         )
 
 
-def laid_out_apart(weights):
+def is_channels_last_only(weights):
     return weights.is_contiguous(memory_format=torch.channels_last) and not weights.is_contiguous()
 
 
-def test_channels_last_reach_kernels_feature_maps_and_gradients(tiny):
+def test_channels_last_applies_to_kernels_feature_maps_and_gradients(tiny):
     trainer = Trainer(*trainer_arguments(tiny("run", LAST, "control.enabled=false")))
     layer = next(
         one
@@ -56,21 +56,23 @@ def test_channels_last_reach_kernels_feature_maps_and_gradients(tiny):
     seen = []
     layer.register_forward_hook(lambda _, given, made: seen.extend((given[0], made)))
     trainer._train(1)
-    assert seen and all(laid_out_apart(features) for features in seen)
-    assert laid_out_apart(layer.weight) and laid_out_apart(layer.weight.grad)
+    assert seen and all(is_channels_last_only(features) for features in seen)
+    assert is_channels_last_only(layer.weight) and is_channels_last_only(layer.weight.grad)
     moments = trainer.steps.optimizer.state[layer.weight]
-    assert laid_out_apart(moments["exp_avg"]) and laid_out_apart(moments["exp_avg_sq"])
+    assert is_channels_last_only(moments["exp_avg"]) and is_channels_last_only(
+        moments["exp_avg_sq"]
+    )
     plain = Trainer(*trainer_arguments(tiny("run", PLAIN, "control.enabled=false")))
     assert all(weights.is_contiguous() for weights in plain.network.parameters())
 
 
-def test_a_checkpoint_has_its_weights_in_plain_order(tiny):
+def test_checkpoint_stores_weights_in_contiguous_order(tiny):
     config, images, split, _ = trainer_arguments(tiny("run", LAST, "training.epochs=1"))
     run = RunDirectory(Path(config.output.path))
     trainer = Trainer(config, images, split, run)
     with run.writing(resume=False):
         trainer.fit()
-    assert any(laid_out_apart(one) for one in trainer.network.parameters() if one.dim() == 4)
+    assert any(is_channels_last_only(one) for one in trainer.network.parameters() if one.dim() == 4)
     written = safetensors.numpy.load_file(run.last)
     for name, weights in trainer.network.state_dict().items():
         assert written[f"weights/{name}"].flags.c_contiguous
@@ -79,8 +81,8 @@ def test_a_checkpoint_has_its_weights_in_plain_order(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
-    """Adam that is fused goes by the order in memory, whatever that of the weights is."""
+def test_run_with_channels_last_resumes_bit_for_bit(tiny, optimizer):
+    """Fused Adam depends on the memory order of its state, whatever that of the weights is."""
     settings = (LAST, f"training.optimizer={optimizer}")
     whole = run_of(tiny("whole", *settings))
     config = tiny("stopped", *settings)
@@ -91,7 +93,7 @@ def test_a_run_with_channels_last_goes_on_bit_by_bit(tiny, optimizer):
 
 
 @pytest.mark.parametrize("override", [PLAIN, "training.deterministic=false"])
-def test_settings_that_change_digits_need_accept_changes(tiny, finished, override):
+def test_settings_that_change_rounding_need_accept_changes(tiny, finished, override):
     run = finished("run", "training.epochs=1")
     changed = tiny("run", "training.epochs=2", override)
     with pytest.raises(PolysegError, match=r"cannot change training\..*--accept-changes allows"):
@@ -116,10 +118,10 @@ def test_view_on_channels_last_names_the_setting(tiny):
         train(tiny("last", *settings, LAST))
 
 
-def test_a_network_of_polysegs_has_channels_last_on_a_cpu_and_another_has_not(tiny):
+def test_channels_last_is_automatic_on_cpu_for_suitable_built_in_networks_only(tiny):
     ours = Trainer(*trainer_arguments(tiny("ours", "control.enabled=false")))
     assert ours.steps.channels_last
-    assert any(laid_out_apart(one) for one in ours.network.parameters() if one.dim() == 4)
+    assert any(is_channels_last_only(one) for one in ours.network.parameters() if one.dim() == 4)
     settings = (f"network.name={__name__}:viewing", "network.kwargs={}", "control.enabled=false")
     assert not Trainer(*trainer_arguments(tiny("other", *settings))).steps.channels_last
     normalised = tiny("third", "network.kwargs.norm=instance", "control.enabled=false")
@@ -128,7 +130,7 @@ def test_a_network_of_polysegs_has_channels_last_on_a_cpu_and_another_has_not(ti
 
 @pytest.mark.parametrize("kind", ["channel", "element"])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_processes_drop_what_torchs_layers_drop_in_each_order_of_memory(kind, order):
+def test_processes_draw_the_dropout_of_torch_in_each_memory_format(kind, order):
     network = build_network("unet", in_channels=1, dropout=0.5, dropout_kind=kind)
     layer = next(iter(stochastic_layers(network).values())).train()
     features = torch.randn(4, 6, 5, 5).contiguous(memory_format=order)
@@ -143,8 +145,8 @@ def test_processes_drop_what_torchs_layers_drop_in_each_order_of_memory(kind, or
 
 
 @pytest.fixture
-def choices_restored(monkeypatch):
-    """Give torch's global choices back as they were."""
+def torch_settings_restored(monkeypatch):
+    """Restore torch's global settings after the test."""
     cudnn, utils = torch.backends.cudnn, torch.utils.deterministic
     flags = cudnn.deterministic, cudnn.benchmark, utils.fill_uninitialized_memory
     asked = torch.are_deterministic_algorithms_enabled()
@@ -156,7 +158,7 @@ def choices_restored(monkeypatch):
     torch.use_deterministic_algorithms(asked, warn_only=warns)
 
 
-def choices():
+def torch_settings():
     return {
         "deterministic": torch.backends.cudnn.deterministic,
         "benchmark": torch.backends.cudnn.benchmark,
@@ -167,33 +169,33 @@ def choices():
     }
 
 
-@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.usefixtures("torch_settings_restored")
 def test_deterministic_sets_gpu_algorithms():
     choose_algorithms(torch.device("cuda"), deterministic=True)
     everywhere = dict.fromkeys(("deterministic", "everywhere", "only warns"), True)
     same_bits = {"benchmark": False, "fills": False, "cuBLAS": ":4096:8", **everywhere}
-    assert choices() == same_bits
+    assert torch_settings() == same_bits
     choose_algorithms(torch.device("cuda:1"), deterministic=False)
     fast = dict.fromkeys(everywhere, False)
-    assert choices() == {"benchmark": True, "fills": False, "cuBLAS": ":4096:8", **fast}
+    assert torch_settings() == {"benchmark": True, "fills": False, "cuBLAS": ":4096:8", **fast}
 
 
-@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.usefixtures("torch_settings_restored")
 def test_cublas_environment_variable_is_kept(monkeypatch):
     monkeypatch.setenv(WHERE, ":16:8")
     choose_algorithms(torch.device("cuda"), deterministic=True)
-    assert choices()["cuBLAS"] == ":16:8"
+    assert torch_settings()["cuBLAS"] == ":16:8"
 
 
-@pytest.mark.usefixtures("choices_restored")
+@pytest.mark.usefixtures("torch_settings_restored")
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_other_devices_leave_torch_as_it_is(device, deterministic):
-    before = choices()
+def test_other_devices_do_not_change_torch_settings(device, deterministic):
+    before = torch_settings()
     choose_algorithms(torch.device(device), deterministic=deterministic)
-    assert choices() == before
+    assert torch_settings() == before
 
 
 @pytest.mark.slow
-def test_a_cpu_trains_the_same_without_deterministic(tiny, finished):
+def test_cpu_training_is_equal_without_deterministic(tiny, finished):
     assert_same_run(finished("one"), run_of(tiny("two", "training.deterministic=false")))

@@ -1,4 +1,4 @@
-"""A few trials of each kind of tests/stress, which runs them by the hundred."""
+"""A few trials of each module of tests/stress, which runs hundreds of them."""
 
 import importlib
 
@@ -8,7 +8,7 @@ SEED = 0
 FEW = [("kills", 2), ("signals", 4), ("access", 9), ("soak", 9)]
 FEW += [("damage", 20), ("configs", 46), ("checkpoints", 20), ("pickles", 5)]
 FEW += [("faults", 9), ("disk_full", 2)]
-"""Modules, and how many of their trials run here."""
+"""Modules, and the number of their trials that run here."""
 
 
 @pytest.mark.slow

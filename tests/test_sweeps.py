@@ -1,4 +1,4 @@
-"""Runs side by side: the scripts that start many, and the decoded images that they share."""
+"""Parallel runs: example scripts that start several runs, and shared decoded images."""
 
 import hashlib
 import json
@@ -26,17 +26,17 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 AT_ONCE = 3
 SETTINGS = (*TINY, "output.figures=false", "training.device=cpu")
 POLYSEG = f'#!/bin/sh\nexec "{sys.executable}" -m polyseg "$@"\n'
-PRETENDING = """#!/bin/bash
+FAKE_POLYSEG = """#!/bin/bash
 echo "$CUDA_VISIBLE_DEVICES $*" >> "$NOTES"
 while [ $# -gt 0 ] && [ "$1" != --out ]; do shift; done
 [[ $2 != *"$FAILING"* ]] && mkdir -p "$2/evaluation" && touch "$2/evaluation/summary.json"
 """
-"""Instead of polyseg: notes what it was asked, leaves what a run leaves, or fails."""
+"""Script in place of polyseg that logs its arguments and writes a run's summary, or fails."""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Make a data set of a few images."""
+    """Return a data set of a few images."""
     generator = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (tmp_path / "set" / kind).mkdir(parents=True)
@@ -51,7 +51,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def script(tmp_path):
-    """Start a script of the examples, with programs that it finds before all others."""
+    """Return a function that starts an example script with given programs first in PATH."""
     place = tmp_path / "programs"
     place.mkdir()
 
@@ -85,7 +85,7 @@ def content_of(images):
 
 def load_at_once(config, barrier, answers):
     def wait(_, done, __):
-        if done == 1:  # Each has begun to decode before any goes on.
+        if done == 1:  # All have begun to decode before any continues.
             barrier.wait(60)
 
     try:
@@ -94,7 +94,7 @@ def load_at_once(config, barrier, answers):
         answers.put(repr(error))
 
 
-def test_processes_that_decode_the_same_images_at_once_agree(folder, tmp_path):
+def test_concurrent_decoding_of_the_same_images_agrees(folder, tmp_path):
     config = DataConfig(path=str(folder), size=32, memory=0, cache=str(tmp_path / "cache"))
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(AT_ONCE), context.Queue()
@@ -113,7 +113,7 @@ def test_processes_that_decode_the_same_images_at_once_agree(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_that_start_at_once_share_the_decoded_images(folder, tmp_path):
+def test_concurrent_runs_share_the_decoded_images(folder, tmp_path):
     settings = [*SETTINGS, "data.memory=0", f"data.cache={tmp_path / 'cache'}"]
     command = ["train", "--data", str(folder), "--epochs", "1"]
     command += [word for setting in settings for word in ("--set", setting)]
@@ -136,7 +136,7 @@ def test_runs_that_start_at_once_share_the_decoded_images(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_all_runs_and_gathers_them(tmp_path, script):
+def test_sweep_trains_and_compares_all_runs(tmp_path, script):
     out = tmp_path / "sweep"
     arguments = ("parallel_sweep.sh", "demo", out, "0 1", *SETTINGS, "training.epochs=1")
     sweep = script(*arguments, ARMS="dice")
@@ -153,14 +153,14 @@ def test_a_sweep_trains_all_runs_and_gathers_them(tmp_path, script):
     assert again.communicate(timeout=60)[0] == "" and again.returncode == 0
 
 
-def test_a_sweep_deals_arms_seeds_folds_and_gpus(tmp_path, script):
+def test_sweep_distributes_arms_seeds_folds_and_gpus(tmp_path, script):
     notes, out = tmp_path / "notes", tmp_path / "all runs"
     variables = {"NOTES": str(notes), "FAILING": "nothing", "GPUS": "4 7", "FOLDS": "2"}
     sweep = script(
         *("parallel_sweep.sh", "my data", out, "0 5", "network.kwargs={channels: [4, 8]}"),
         **variables,
         ARMS="dice fixed",
-        programs={"polyseg": PRETENDING},
+        programs={"polyseg": FAKE_POLYSEG},
     )
     assert sweep.communicate(timeout=60)[1] == "" and sweep.returncode == 0
     *trained, evaluated = notes.read_text().splitlines()
@@ -177,11 +177,11 @@ def test_a_sweep_deals_arms_seeds_folds_and_gpus(tmp_path, script):
     assert evaluated.endswith(f"--group --baseline dice --out {out}/comparison")
 
 
-def test_a_run_of_a_sweep_that_fails_stops_none_of_the_others(tmp_path, script):
+def test_failed_run_of_a_sweep_does_not_stop_the_others(tmp_path, script):
     notes, out = tmp_path / "notes", tmp_path / "sweep"
     variables = {"NOTES": str(notes), "FAILING": "fixed-s0", "JOBS": "1"}
     sweep = script(
-        "parallel_sweep.sh", "demo", out, "0 1", **variables, programs={"polyseg": PRETENDING}
+        "parallel_sweep.sh", "demo", out, "0 1", **variables, programs={"polyseg": FAKE_POLYSEG}
     )
     _, complaint = sweep.communicate(timeout=60)
     assert complaint.splitlines()[0] == f"fixed-s0: failed, see {out}/logs/fixed-s0.txt"
@@ -190,7 +190,7 @@ def test_a_run_of_a_sweep_that_fails_stops_none_of_the_others(tmp_path, script):
 
 
 @pytest.mark.slow
-def test_a_task_of_an_array_is_told_to_end_requeues_itself_and_goes_on(tmp_path, script):
+def test_slurm_array_task_requeues_itself_and_resumes(tmp_path, script):
     out, number, notes = tmp_path / "array", tmp_path / "number", tmp_path / "notes"
     programs = {
         "srun": f'#!/bin/sh\necho $$ > "{number}.new"\nmv "{number}.new" "{number}"\nexec "$@"\n',
@@ -232,7 +232,7 @@ def test_array_with_too_many_tasks_is_refused(tmp_path, script):
     assert complaint == "task 9: there are 3 losses and 3 seeds only\n"
 
 
-def test_a_run_on_several_gpus_goes_on_when_started_again(tmp_path, script):
+def test_several_gpus_script_resumes_an_existing_run(tmp_path, script):
     notes, out = tmp_path / "notes", tmp_path / "a run"
     torchrun = f'#!/bin/sh\nprintf "%s " "$@" >> "{notes}"; echo >> "{notes}"\n'
     (out / "checkpoints").mkdir(parents=True)
@@ -251,7 +251,7 @@ def test_control_arms_refuse_other_settings_in_the_same_folder(tmp_path, script)
     notes, out = tmp_path / "notes", tmp_path / "arms"
     (out / "comparison").mkdir(parents=True)
     (out / "comparison/table.md").write_text("## Dice against adaptive\n\na\n\n## bias\n")
-    variables = {"NOTES": str(notes), "FAILING": "nothing", "programs": {"polyseg": PRETENDING}}
+    variables = {"NOTES": str(notes), "FAILING": "nothing", "programs": {"polyseg": FAKE_POLYSEG}}
     asked = ("control_arms.sh", "demo", out)
     first = script(*asked, "0 3", "data.size=32", **variables)
     said, complaint = first.communicate(timeout=60)
@@ -276,7 +276,7 @@ def test_control_arms_refuse_other_settings_in_the_same_folder(tmp_path, script)
 
 
 @pytest.mark.slow
-def test_control_arms_are_trained_resumed_and_concluded_in_a_sentence(tmp_path, script):
+def test_control_arms_are_trained_resumed_and_summarised(tmp_path, script):
     out = tmp_path / "arms"
     own = f"loss.name={EXAMPLES / 'own_loss.py'}:loss"
     more = ("uncertainty.metric=dispersion", "control.map=weight", "training.epochs=2")

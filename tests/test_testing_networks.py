@@ -1,4 +1,4 @@
-"""`polyseg evaluate`: thresholds, passes, damage, arms, millimetres, and what is refused."""
+"""`polyseg evaluate`: thresholds, passes, corruptions, arms, millimetres, and errors."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from polyseg.config import Config, load_config
 from polyseg.data.dataset import make_demo
 from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
-from polyseg.evaluation import testing_networks as room
+from polyseg.evaluation import testing_networks as testing_module
 from polyseg.evaluation.arms import arms_of
 from polyseg.evaluation.testing_networks import (
     THRESHOLDS,
@@ -34,8 +34,8 @@ from tests.test_train import run_of
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """Two runs on the same images with the Dice loss, of two seeds."""
+def two_runs(tmp_path_factory):
+    """Return two runs with the Dice loss on the same images, with different seeds."""
     folder = tmp_path_factory.mktemp("two")
     settings = [*TINY, "output.figures=false", "loss.name=dice", "training.epochs=2"]
     return [
@@ -59,18 +59,18 @@ def summary_of(outcome):
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
-def test_a_list_of_no_damage_is_refused(text):
+def test_empty_list_of_corruptions_is_refused(text):
     assert job.kinds_of_damage(None) == ()
     with pytest.raises(PolysegError, match=r"--corrupt: the list is empty; choose .*noise"):
         job.kinds_of_damage(text)
 
 
 @pytest.mark.slow
-def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
+def test_comparison_writes_tables_and_figures(two_runs, tmp_path):
     outcome = evaluate_runs(
-        two,
+        two_runs,
         EvaluationSettings(corruptions=("noise",), uncertainty=True, samples=3, tolerance=1.5),
-        baseline=str(two[0]),
+        baseline=str(two_runs[0]),
         out=tmp_path / "out",
         figures=True,
     )
@@ -99,10 +99,10 @@ def test_a_comparison_leaves_tables_and_figures(two, tmp_path):
     assert float(rows[0]["dice"]) == pytest.approx(means[0])
 
 
-def test_runs_with_different_seeds_are_one_arm(two, finished, tmp_path):
+def test_runs_with_different_seeds_are_one_arm(two_runs, finished, tmp_path):
     other = finished("plain", "control.enabled=false", "training.epochs=2").path
-    record = summary_of(evaluate_runs([*two, other], group=True, out=tmp_path / "arms"))
-    alone = summary_of(evaluate_runs([*two, other], out=tmp_path / "alone"))
+    record = summary_of(evaluate_runs([*two_runs, other], group=True, out=tmp_path / "arms"))
+    alone = summary_of(evaluate_runs([*two_runs, other], out=tmp_path / "alone"))
     assert [(run["name"], run["members"]) for run in record["runs"]] == [
         ("dice", ["dice_s0", "dice_s1"]), ("plain", ["plain"]),
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_runs_with_different_seeds_are_one_arm(two, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
+def test_folds_must_be_grouped_and_complete(tiny, tmp_path):
     folds = [
         run_of(tiny(f"f{i}", "loss.name=dice", "data.folds=4", f"data.fold={i}")).path
         for i in (0, 1)
@@ -132,7 +132,7 @@ def test_folds_need_to_be_grouped_and_complete(tiny, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def test_passes_are_judged_beside_the_plain_prediction(finished, tmp_path):
+def test_mean_over_passes_is_evaluated_beside_the_plain_prediction(finished, tmp_path):
     run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=4)
     outcome = evaluate_runs([run], settings, out=tmp_path / "out")
@@ -151,11 +151,11 @@ def test_passes_are_judged_beside_the_plain_prediction(finished, tmp_path):
     assert all(float(row["mutual_information"]) >= 0 for row in rows)
 
 
-def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(finished, tmp_path, monkeypatch):
+def test_mean_over_passes_does_not_depend_on_batch_division(finished, tmp_path, monkeypatch):
     run = finished().path
     settings = EvaluationSettings(uncertainty=True, samples=3)
     whole = summary_of(evaluate_runs([run], settings, out=tmp_path / "whole"))
-    monkeypatch.setattr(room, "_PIXELS_AT_ONCE", 32 * 32)
+    monkeypatch.setattr(testing_module, "_PIXELS_AT_ONCE", 32 * 32)
     parts = summary_of(evaluate_runs([run], settings, out=tmp_path / "parts"))
     for one, other in zip(whole["runs"], parts["runs"], strict=True):
         for key, found in one["metrics"].items():
@@ -163,7 +163,7 @@ def test_the_mean_over_passes_does_not_hang_on_how_they_are_cut(finished, tmp_pa
 
 
 class Blurred(torch.nn.Module):
-    """Says of the foreground that it has a chance of `peak`, of all else that it has none."""
+    """A network that predicts `peak` for foreground pixels and 0 for all others."""
 
     def __init__(self, masks, peak):
         super().__init__()
@@ -175,30 +175,32 @@ class Blurred(torch.nn.Module):
         return torch.logit(0.01 + (self.peak - 0.01) * masks)
 
 
-def test_a_threshold_is_chosen_where_dice_is_best():
+def test_chosen_threshold_maximises_dice():
     images = make_demo(Config().data.model_copy(update={"demo_images": 8, "size": 32}))
     masks = [images.sample(identity)[1] for identity in images.ids]
     for peak, expected in ((0.33, 0.3), (0.9, 0.5), (0.12, 0.1)):
         network = Blurred(masks, peak)
-        # The nearest to a half of all that separate the two.
+        # Of all thresholds that separate the two, the one closest to 0.5.
         assert choose_thresholds(network, ImageTest("", images, images.ids, 3)) == {"": expected}
     probability = torch.rand(1, 9, 9, dtype=torch.float64)
     mask = torch.rand(1, 9, 9) > 0.5
-    dices = room._dices(probability[0].numpy(), mask[0].numpy())
+    dices = testing_module._dices(probability[0].numpy(), mask[0].numpy())
     for threshold, dice in zip(THRESHOLDS, dices, strict=True):
         expected = dice_coefficient(probability >= threshold, mask)
         assert dice == pytest.approx(float(expected))
 
 
-def test_a_chosen_threshold_is_that_of_the_validation_images(two, tmp_path):
-    outcome = evaluate_runs(two[:1], EvaluationSettings(threshold="val"), out=tmp_path / "out")
+def test_chosen_threshold_is_computed_on_validation_images(two_runs, tmp_path):
+    outcome = evaluate_runs(two_runs[:1], EvaluationSettings(threshold="val"), out=tmp_path / "out")
     threshold = summary_of(outcome)["runs"][0]["threshold"]
-    fixed = evaluate_runs(two[:1], EvaluationSettings(threshold=threshold), out=tmp_path / "two")
+    fixed = evaluate_runs(
+        two_runs[:1], EvaluationSettings(threshold=threshold), out=tmp_path / "two"
+    )
     assert summary_of(outcome)["runs"][0]["metrics"] == summary_of(fixed)["runs"][0]["metrics"]
 
 
 def write_volumes(folder, spacing):
-    """Write twelve slices with a box each, as NIfTI."""
+    """Write twelve slices with one box each as NIfTI."""
     rng = np.random.default_rng(0)
     for i in range(12):
         mask = np.zeros((32, 32, 1), np.uint8)
@@ -211,7 +213,7 @@ def write_volumes(folder, spacing):
     return folder
 
 
-def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
+def test_distances_are_in_millimetres_if_spacing_is_known(tmp_path, tiny):
     fine, coarse = (write_volumes(tmp_path / f"set{size}", float(size)) for size in (1, 3))
     run = run_of(tiny("run", f"data.path={fine}", "loss.name=dice")).path
     found = [
@@ -228,7 +230,7 @@ def test_distances_are_in_millimetres_where_spacings_are_known(tmp_path, tiny):
     assert alike[0] == alike[1]
 
 
-def test_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_path):
+def test_networks_trained_on_different_labels_are_not_compared(tiny, tmp_path):
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (tmp_path / "set" / folder).mkdir(parents=True)
@@ -242,7 +244,7 @@ def test_networks_that_were_to_find_different_things_are_not_compared(tiny, tmp_
         evaluate_runs(runs, out=tmp_path / "out")
 
 
-def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monkeypatch):
+def test_errors_are_raised_before_networks_are_tested(two_runs, tiny, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("tested")
 
@@ -251,16 +253,16 @@ def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monke
     full.mkdir()
     (full / "file").touch()
     with pytest.raises(PolysegError, match="full: is not empty"):
-        evaluate_runs(two, out=full)
+        evaluate_runs(two_runs, out=full)
     with pytest.raises(PolysegError, match="dice_s0: is given twice"):
-        evaluate_runs([two[0], two[0]], out=tmp_path / "out")
+        evaluate_runs([two_runs[0], two_runs[0]], out=tmp_path / "out")
     with pytest.raises(PolysegError, match="nowhere: there is no such file or folder"):
-        evaluate_runs([two[0], tmp_path / "nowhere"], out=tmp_path / "out")
+        evaluate_runs([two_runs[0], tmp_path / "nowhere"], out=tmp_path / "out")
     monkeypatch.undo()
     other = run_of(tiny("other", "loss.name=dice", "data.split_seed=3")).path
     monkeypatch.setattr(trained_model.Trained, "build", never)
     with pytest.raises(PolysegError, match="other: would be tested on other images"):
-        evaluate_runs([*two, other], out=tmp_path / "out")
+        evaluate_runs([*two_runs, other], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -276,16 +278,16 @@ def test_errors_are_raised_before_networks_are_tested(two, tiny, tmp_path, monke
         (["--baseline", "dice_s0"], "--baseline: there is one run"),
     ],
 )
-def test_invalid_options_give_one_line(polyseg, two, tmp_path, arguments, said):
-    answer = polyseg("evaluate", two[0], "--out", tmp_path / "out", *arguments)
+def test_invalid_options_give_one_line(polyseg, two_runs, tmp_path, arguments, said):
+    answer = polyseg("evaluate", two_runs[0], "--out", tmp_path / "out", *arguments)
     assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_its_tables(polyseg, two, tmp_path):
+def test_evaluate_command_prints_its_tables(polyseg, two_runs, tmp_path):
     answer = polyseg(
-        "evaluate", *two, "--baseline", "dice_s1", "--out", tmp_path / "out", "--threshold", "0.4",
-        "--no-figures",
+        "evaluate", *two_runs, "--baseline", "dice_s1", "--out", tmp_path / "out",
+        "--threshold", "0.4", "--no-figures",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     for text in (
@@ -296,8 +298,8 @@ def test_the_command_prints_its_tables(polyseg, two, tmp_path):
         "NSD (2 px)",
     ):
         assert text in answer.out
-    assert polyseg("evaluate", two[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
-    wrong = polyseg("evaluate", *two, "--baseline", "x", "--out", tmp_path / "b")
+    assert polyseg("evaluate", two_runs[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
+    wrong = polyseg("evaluate", *two_runs, "--baseline", "x", "--out", tmp_path / "b")
     assert "error: --baseline x: is not one of the arms; choose dice_s0, dice_s1" in wrong.err
 
 
@@ -330,14 +332,14 @@ def test_arms_differ_by_relevant_settings_only():
     assert arms_of(alike) == {"x/run_0": ["x/run_0"], "x/run_1": ["x/run_1"]}
 
 
-def test_moved_run_is_recognised(two, tmp_path):
+def test_moved_run_is_recognised(two_runs, tmp_path):
     moved = tmp_path / "elsewhere"
-    shutil.copytree(two[0], moved)
-    record = summary_of(evaluate_runs([two[0], moved], out=tmp_path / "out"))
+    shutil.copytree(two_runs[0], moved)
+    record = summary_of(evaluate_runs([two_runs[0], moved], out=tmp_path / "out"))
     assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]
 
 
-def test_runs_with_the_same_images_read_them_once(two, tiny, tmp_path, monkeypatch):
+def test_runs_on_the_same_images_read_them_once(two_runs, tiny, tmp_path, monkeypatch):
     read = []
 
     def counted(config, progress):
@@ -346,14 +348,14 @@ def test_runs_with_the_same_images_read_them_once(two, tiny, tmp_path, monkeypat
 
     monkeypatch.setattr(trained_model, "load_images", counted)
     cached = Inputs(cache=tmp_path / "cache")
-    evaluate_runs(two, EvaluationSettings(threshold="val"), cached, out=tmp_path / "one")
+    evaluate_runs(two_runs, EvaluationSettings(threshold="val"), cached, out=tmp_path / "one")
     assert len(read) == 1
     other = run_of(tiny("other", "loss.name=dice", "data.normalise=unit")).path
-    evaluate_runs([*two, other], out=tmp_path / "two")
+    evaluate_runs([*two_runs, other], out=tmp_path / "two")
     assert len(read) == 3
 
 
-def test_commands_read_each_checkpoint_once(two, tmp_path, monkeypatch):
+def test_commands_read_each_checkpoint_once(two_runs, tmp_path, monkeypatch):
     read, content = [], checkpoints._content
 
     def counted(path):
@@ -361,17 +363,19 @@ def test_commands_read_each_checkpoint_once(two, tmp_path, monkeypatch):
         return content(path)
 
     monkeypatch.setattr(checkpoints, "_content", counted)
-    evaluate_runs(two, EvaluationSettings(threshold="val"), baseline="dice_s0", out=tmp_path / "a")
+    evaluate_runs(
+        two_runs, EvaluationSettings(threshold="val"), baseline="dice_s0", out=tmp_path / "a"
+    )
     assert read == ["dice_s0/best", "dice_s1/best"]
     read.clear()
-    estimate_uncertainty(two[0], Inputs(part="test"), samples=2, out=tmp_path / "b")
+    estimate_uncertainty(two_runs[0], Inputs(part="test"), samples=2, out=tmp_path / "b")
     assert read == ["dice_s0/best"]
     read.clear()
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "image.png")
-    predict_images(two[0], [tmp_path / "image.png"], out=tmp_path / "c")
+    predict_images(two_runs[0], [tmp_path / "image.png"], out=tmp_path / "c")
     assert read == ["dice_s0/best"]
     read.clear()
-    shutil.copytree(two[0], tmp_path / "again")
+    shutil.copytree(two_runs[0], tmp_path / "again")
     settings = [f"output.path={tmp_path / 'again'}", "training.epochs=3"]
-    train(load_config(two[0] / "config.yaml", settings), resume=True)
+    train(load_config(two_runs[0] / "config.yaml", settings), resume=True)
     assert read == ["again/last", "again/best"]

@@ -1,4 +1,4 @@
-"""Training runs: what is equal bit for bit, what assessments feed, how a run ends and goes on."""
+"""Training runs: reproducibility, adaptive epsilons, interruption, resuming, and errors."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.metrics.significance import rank_correlation
 from polyseg.networks.networks_by_name import hash_weights
-from polyseg.runs import run_folder as run_room
+from polyseg.runs import run_folder as run_folder_module
 from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
 from polyseg.runs.history import COLUMNS, row_of
@@ -32,8 +32,8 @@ from polyseg.runs.run_folder import RunDirectory
 from polyseg.runs.weights import network_of
 from polyseg.system.files import sha256_of_file
 from polyseg.training import nonfinite, optimizers
-from polyseg.training import step as steps_room
-from polyseg.training import trainer as room
+from polyseg.training import step as step_module
+from polyseg.training import trainer as trainer_module
 
 
 def run_of(config):
@@ -76,7 +76,7 @@ def assert_same_run(first, second):
             np.testing.assert_array_equal(values, other.scores[metric])
 
 
-def test_equal_seeds_give_equal_runs_and_others_do_not(tiny, finished):
+def test_runs_are_equal_only_for_equal_seeds(tiny, finished):
     first = finished("one")
     assert_same_run(first, run_of(tiny("two")))
     assert history_of(first) != history_of(run_of(tiny("three", "training.seed=2")))
@@ -84,8 +84,8 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tiny, finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_a_pinned_epsilon_equals_the_plain_run(tiny, finished, statistics):
-    """Assessments change nothing but epsilon."""
+def test_adaptive_run_with_equal_bounds_equals_the_constant_run(tiny, finished, statistics):
+    """Assessments change only epsilon."""
     plain = finished("plain", "control.enabled=false", "loss.epsilon=0.25")
     pinned = run_of(
         tiny(
@@ -108,14 +108,14 @@ def test_results_do_not_depend_on_workers(tiny, finished):
 
 
 def expected_epsilon(difficulty):
-    """Eq. 11 and 12 with the default settings, by SciPy's logistic function."""
+    """Return eq. 11 and 12 with the default settings, using SciPy's logistic function."""
     normalised = (difficulty - np.median(difficulty)) / (np.std(difficulty) + 1e-9)
     return -0.4 + 1.4 * expit(normalised)
 
 
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
-def test_assessment_decides_epsilons_of_later_epochs(tiny, statistics):
-    """With all images in one batch both statistics are those of all images."""
+def test_assessment_determines_epsilons_of_later_epochs(tiny, statistics):
+    """With all images in one batch both kinds of statistics are those of all images."""
     run = run_of(
         tiny(
             "run",
@@ -159,14 +159,14 @@ def test_log_explains_once_that_the_training_loss_changes_its_scale(tiny, caplog
 
 
 @pytest.mark.slow
-def test_batch_statistics_are_of_the_batch(tiny):
-    """The median image of an odd batch gets the middle of the range, whatever its difficulty."""
+def test_batch_statistics_use_the_images_of_the_batch(tiny):
+    """The median image of an odd batch gets the middle of the range at any difficulty."""
     run = run_of(tiny("run", "training.batch_size=1"))
     epsilon = read_schedule(run.schedule).epsilon
     np.testing.assert_allclose(epsilon[1:], 0.3, atol=1e-6)
 
 
-def test_the_record_belongs_to_the_weights(finished):
+def test_checkpoint_and_assessments_record_matching_hashes(finished):
     run = finished()
     checkpoint = read_checkpoint(run.last)
     assessment = read_assessment(run.assessment(3))
@@ -178,7 +178,7 @@ def test_the_record_belongs_to_the_weights(finished):
 
 
 class Stop(Exception):
-    """The machine went down."""
+    """Raised in place of a crash of the machine."""
 
 
 def stop_after(epoch):
@@ -198,7 +198,7 @@ def stop_after(epoch):
         pytest.param("sgd", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, optimizer, epoch):
+def test_resumed_run_equals_uninterrupted_run(tiny, finished, optimizer, epoch):
     whole = finished("whole", *[f"training.optimizer={optimizer}"] * (optimizer != "adamw"))
     config = tiny("stopped", f"training.optimizer={optimizer}")
     with pytest.raises(Stop):
@@ -207,7 +207,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tiny, finished, optimizer
     assert_same_run(whole, RunDirectory(Path(config.output.path)))
 
 
-def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny, finished):
+def test_resume_after_a_crash_within_an_epoch_equals_uninterrupted_run(tiny, finished):
     whole = finished("whole")
     config = tiny("stopped")
 
@@ -219,7 +219,7 @@ def test_a_crash_in_the_middle_of_an_epoch_leaves_no_trace(tiny, finished):
         train(config, progress=progress)
     stopped = RunDirectory(Path(config.output.path))
     assert read_checkpoint(stopped.last).epoch == 1
-    # What a crash between the assessment and the commit leaves behind.
+    # A crash between assessment and commit leaves such a file.
     (stopped.path / "uncertainty" / "epoch_0002.h5").write_bytes(b"torn")
     train(config, resume=True)
     assert_same_run(whole, stopped)
@@ -253,7 +253,7 @@ def test_more_epochs_continue_a_finished_run(tiny, finished):
     assert "epochs: 5" in run.config.read_text()
 
 
-def test_resuming_names_the_settings_that_it_cannot_change(tiny, finished):
+def test_resume_error_names_the_settings_that_cannot_change(tiny, finished):
     finished()
     with pytest.raises(PolysegError, match=r"cannot change loss.epsilon 0.0 -> 0.5"):
         train(tiny("run", "loss.epsilon=0.5"), resume=True)
@@ -265,7 +265,9 @@ def files_of(run):
 
 @pytest.mark.parametrize("name", ["split.json", "environment.json", "uncertainty/epoch_0002.h5"])
 @pytest.mark.parametrize("content", [None, b"changed"])
-def test_a_run_without_its_record_is_refused_and_left_alone(tiny, finished, name, content):
+def test_resume_refuses_missing_or_changed_records_and_changes_no_file(
+    tiny, finished, name, content
+):
     run = finished().path
     (run / name).unlink()
     if content is not None:
@@ -278,7 +280,7 @@ def test_a_run_without_its_record_is_refused_and_left_alone(tiny, finished, name
 
 def test_lost_files_are_restored_from_the_checkpoint(tiny, finished):
     run = finished()
-    train(tiny("run"), resume=True)  # From now on it is where the copy is.
+    train(tiny("run"), resume=True)  # The run now records the folder of the copy.
     before = files_of(run.path)
     names = ("history.csv", "schedule.h5", "config.yaml")
     for name in names:
@@ -288,7 +290,7 @@ def test_lost_files_are_restored_from_the_checkpoint(tiny, finished):
         assert files_of(run.path)[run.path / name] == before[run.path / name]
 
 
-def test_a_run_goes_on_from_its_older_checkpoint_where_the_last_is_damaged(tiny, finished):
+def test_resume_uses_the_older_checkpoint_if_the_last_is_damaged(tiny, finished):
     whole, run = finished("whole"), finished()
     content = bytearray(run.last.read_bytes())
     content[-100] ^= 1
@@ -321,7 +323,7 @@ def test_restore_optimizer_refuses_tensors_that_do_not_fit(tiny, finished, optim
         train(tiny("run", f"training.optimizer={optimizer}", "training.epochs=2"), resume=True)
 
 
-def test_a_folder_holds_one_run(tiny, finished):
+def test_folder_of_a_run_needs_resume(tiny, finished):
     finished()
     with pytest.raises(PolysegError, match="is not empty; --resume continues"):
         train(tiny("run"))
@@ -374,14 +376,14 @@ def test_every_network_trains(tiny, name):
 def test_crash_between_the_two_checkpoints_is_repaired(tiny, finished, monkeypatch):
     whole = finished("whole")
     config = tiny("stopped")
-    write = run_room.write_checkpoint
+    write = run_folder_module.write_checkpoint
 
     def crash_before_best(path, checkpoint):
         if path.name.startswith("best") and checkpoint.epoch == checkpoint.best_epoch == 2:
             raise Stop
         write(path, checkpoint)
 
-    monkeypatch.setattr(run_room, "write_checkpoint", crash_before_best)
+    monkeypatch.setattr(run_folder_module, "write_checkpoint", crash_before_best)
     with pytest.raises(Stop):
         train(config)
     monkeypatch.undo()
@@ -394,7 +396,7 @@ def test_crash_between_the_two_checkpoints_is_repaired(tiny, finished, monkeypat
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_in_its_first_assessment_can_go_on(tiny):
+def test_run_interrupted_in_its_first_assessment_can_be_resumed(tiny):
     whole = run_of(tiny("whole", "control.start=0"))
     config = tiny("stopped", "control.start=0")
 
@@ -408,7 +410,7 @@ def test_a_run_that_ends_in_its_first_assessment_can_go_on(tiny):
     assert_same_run(whole, RunDirectory(Path(config.output.path)))
 
 
-def test_a_signal_in_an_assessment_names_the_epoch_that_is_committed(tiny):
+def test_signal_during_an_assessment_names_the_committed_epoch(tiny):
     def progress(task, *_):
         if task == "MC Dropout after epoch 2":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -420,8 +422,8 @@ def test_a_signal_in_an_assessment_names_the_epoch_that_is_committed(tiny):
 
 
 @pytest.mark.slow
-def test_a_longer_run_keeps_its_first_assessment(tiny):
-    """A share of the epochs is settled when the run begins."""
+def test_run_resumed_with_more_epochs_keeps_its_first_assessment(tiny):
+    """A start given as a share of the epochs is fixed when the run begins."""
     train(tiny("run", "control.start=0.4"))
     run = RunDirectory(Path(tiny("run", "control.start=0.4", "training.epochs=10").output.path))
     train(tiny("run", "control.start=0.4", "training.epochs=6"), resume=True)
@@ -467,7 +469,7 @@ def test_learning_rate_change_needs_accept_changes(tiny, finished):
         train(tiny("run", "network.dropout=0.4"), resume=True, accept_changes=True)
 
 
-def test_the_plan_of_a_resumed_run_is_what_is_left_of_it(tiny, finished):
+def test_dry_run_of_a_resumed_run_shows_the_remaining_epochs(tiny, finished):
     finished()
     found = plan(tiny("run", "training.epochs=5"), resume=True)
     assert (found["epochs done"], found["epochs"]) == (3, 2)
@@ -495,7 +497,7 @@ def test_unsupported_dropout_is_refused_before_files_are_written(tiny):
     ("override", "match"),
     [("network.name=foo", "choose unet"), ("network.kwargs={nope: 1}", "refuses them")],
 )
-def test_the_plan_checks_the_network_and_the_folder(tiny, finished, override, match):
+def test_dry_run_checks_the_network_and_the_folder(tiny, finished, override, match):
     with pytest.raises(PolysegError, match=match):
         plan(tiny("run", override))
     finished()
@@ -516,10 +518,10 @@ def test_early_stopping_counts_epochs_without_a_better_dice(tiny):
 
 @pytest.mark.parametrize("bad_step", [1, 2, 3])
 @pytest.mark.parametrize("between_looks", [1, 2, 16])
-def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch, between_looks, bad_step):
-    """An epoch has three steps; whenever they are looked at, the first bad one is told."""
+def test_non_finite_loss_names_its_images(tiny, monkeypatch, between_looks, bad_step):
+    """An epoch has three steps; the first bad one is reported, whenever they are checked."""
     shown, steps = [], itertools.count(1)
-    batches = room.training_batches
+    batches = trainer_module.training_batches
 
     def broken(_):
         def objective(logits, mask, epsilon):
@@ -536,16 +538,16 @@ def test_a_loss_that_is_not_finite_names_its_images(tiny, monkeypatch, between_l
             yield batch
 
     monkeypatch.setattr(nonfinite, "_STEPS_BETWEEN_CHECKS", between_looks)
-    monkeypatch.setattr(room, "training_batches", remembered)
-    monkeypatch.setattr(steps_room, "build_objective", broken)
+    monkeypatch.setattr(trainer_module, "training_batches", remembered)
+    monkeypatch.setattr(step_module, "build_objective", broken)
     with pytest.raises(PolysegError, match=f"epoch 1, step {bad_step}: the loss of") as error:
         train(tiny("run"))
     assert f"loss of {shown[bad_step - 1][1]} is not finite" in str(error.value)
     assert len(shown) == min(-(-bad_step // between_looks) * between_looks, 3)
 
 
-def spoiling(bad_step, spoil):
-    """Return an objective that spoils the losses of one step of them all."""
+def spoiled_objective(bad_step, spoil):
+    """Return a factory of an objective that spoils the losses of one step."""
     steps = itertools.count(1)
 
     def build(_):
@@ -559,7 +561,7 @@ def spoiling(bad_step, spoil):
 
 
 class Unbounded(torch.autograd.Function):
-    """Passes losses on as they are, and infinity back."""
+    """Return the losses unchanged, with an infinite gradient."""
 
     @staticmethod
     def forward(_, losses):
@@ -573,8 +575,8 @@ class Unbounded(torch.autograd.Function):
 SPOILS = {"losses": lambda losses: losses * float("nan"), "gradients": Unbounded.apply}
 
 
-def test_gradients_that_are_not_finite_end_the_run(tiny, monkeypatch):
-    monkeypatch.setattr(steps_room, "build_objective", spoiling(5, SPOILS["gradients"]))
+def test_non_finite_gradients_end_the_run(tiny, monkeypatch):
+    monkeypatch.setattr(step_module, "build_objective", spoiled_objective(5, SPOILS["gradients"]))
     with pytest.raises(PolysegError, match="epoch 2, step 2: the gradients of phantom"):
         train(tiny("run"))
     run = RunDirectory(Path(tiny("run").output.path))
@@ -591,45 +593,45 @@ def test_skipped_step_leaves_weights_and_statistics_unchanged(tiny, monkeypatch,
         "network.kwargs={channels: [4, 8], strides: [2], num_res_units: 1, norm: BATCH}",
         "data.augmentation=none",
     )
-    monkeypatch.setattr(steps_room, "build_objective", spoiling(5, SPOILS[what]))
+    monkeypatch.setattr(step_module, "build_objective", spoiled_objective(5, SPOILS[what]))
     skipping = run_of(tiny("skipping", *settings))
     assert [row["skipped_steps"] for row in history_of(skipping)] == ["0", "1", "0"]
     named = {"losses": "the loss of", "gradients": "the gradients of"}[what]
     assert f"epoch 2, step 2 is skipped: {named} phantom" in caplog.text
 
-    taken, take = [], steps_room.Steps.take
+    taken, take = [], step_module.Steps.take
 
     def without_the_fifth(self, *batch):
         taken.append(taken[-1] if len(taken) == 4 else take(self, *batch))
         return taken[-1]
 
-    monkeypatch.setattr(steps_room.Steps, "take", without_the_fifth)
-    monkeypatch.setattr(steps_room, "build_objective", spoiling(-1, None))
+    monkeypatch.setattr(step_module.Steps, "take", without_the_fifth)
+    monkeypatch.setattr(step_module, "build_objective", spoiled_objective(-1, None))
     assert_same_weights(weights_of(skipping), weights_of(run_of(tiny("without", *settings))))
 
 
-def test_an_epoch_without_a_finite_step_ends_the_run(tiny, monkeypatch):
+def test_epoch_without_a_finite_step_ends_the_run(tiny, monkeypatch):
     def endless(logits, *_):
         return logits.mean(dim=(1, 2, 3)) / 0
 
-    monkeypatch.setattr(steps_room, "build_objective", lambda _: endless)
+    monkeypatch.setattr(step_module, "build_objective", lambda _: endless)
     with pytest.raises(PolysegError, match="epoch 1: no step had finite loss"):
         train(tiny("run", "training.on_nonfinite=skip"))
 
 
 def trainer_of_two_labels(config):
-    """Return a trainer of seven images of noise."""
+    """Return a trainer on seven noise images with two labels."""
     generator = np.random.default_rng(0)
     ids = [f"image_{i}" for i in range(7)]
     pixels = generator.integers(0, 256, (7, 32, 32), dtype=np.uint8)
     masks = generator.integers(0, 2, (7, 2, 32, 32), dtype=np.uint8)
     images = arrays_as_set(ids, pixels, masks, config.data)
     split = {"train": ids, "val": [], "test": []}
-    return room.Trainer(config, images, split, RunDirectory(Path(config.output.path)))
+    return trainer_module.Trainer(config, images, split, RunDirectory(Path(config.output.path)))
 
 
 class Growing:
-    """Gives each image and label an epsilon of its own."""
+    """A controller that gives each image and label its own epsilon."""
 
     assessment = None
 
@@ -639,7 +641,7 @@ class Growing:
 
 
 @pytest.mark.parametrize("constant", [True, False])
-def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant):
+def test_recorded_losses_use_the_constant_epsilon(tiny, monkeypatch, constant):
     trainer = trainer_of_two_labels(
         tiny("run", "loss.epsilon=0.25", "data.foreground={one: 1, two: 2}")
     )
@@ -663,13 +665,13 @@ def test_the_losses_kept_are_at_the_constant_epsilon(tiny, monkeypatch, constant
             assert torch.equal(found, torch.cat(last))
             assert row["train_loss"] == row["train_loss_constant"]
         assert row["train_loss_constant"] == pytest.approx(float(found.mean()))
-        batches = room.training_batches(
+        batches = trainer_module.training_batches(
             trainer.images, trainer.split["train"], batch_size=4, seed=0, epoch=epoch
         )
         assert list(trainer.losses) == [name for names, *_ in batches for name in names]
 
 
-def test_each_optimizer_waits_for_weights_that_the_loss_reaches_late():
+def test_optimizer_state_is_saved_for_weights_without_early_gradients():
     for name in ("adamw", "adam", "sgd"):
         network = torch.nn.ModuleList([torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)])
         optimizer = optimizers.build_optimizer(TrainingConfig(optimizer=name), network)
@@ -696,7 +698,7 @@ def test_adam_is_fused_where_supported(dtype, fused):
 
 
 def compiling_by(monkeypatch, backend):
-    """Let torch.compile trace networks as it does, and leave code to a backend of Python."""
+    """Let torch.compile trace networks as usual, but generate code by a Python backend."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
@@ -729,7 +731,7 @@ def test_failed_compilation_names_the_setting(tiny, monkeypatch, at_once):
 
 
 @pytest.mark.slow
-def test_no_validation_images_still_leave_a_best_checkpoint(tiny):
+def test_run_without_validation_images_has_a_best_checkpoint(tiny):
     run = run_of(tiny("run", "data.split=[0.7, 0, 0.3]"))
     assert read_checkpoint(run.best).epoch == 3
 
@@ -743,7 +745,7 @@ def test_bfloat16_trains_close_to_float32(tiny, finished):
     assert single != reduced
 
 
-def test_the_plan_is_what_a_run_does(tiny, finished):
+def test_dry_run_shows_the_assessments_and_passes_of_a_run(tiny, finished):
     planned, run = plan(tiny()), finished()
     assert planned["assessed after epochs"] == [1, 2, 3]
     assert planned["only for the record, as no epoch follows"] == [3]
@@ -761,7 +763,7 @@ def test_the_plan_is_what_a_run_does(tiny, finished):
         ("cosine", [1, 0.01 + 0.99 * (1 + 0.5**0.5) / 2, 0.505, 0.01 + 0.99 * (1 - 0.5**0.5) / 2]),
     ],
 )
-def test_learning_rates(scheduler, expected):
+def test_learning_rate_schedules(scheduler, expected):
     config = TrainingConfig(scheduler=scheduler, learning_rate=1.0, epochs=4)
     found = [optimizers.learning_rate(config, epoch) for epoch in range(1, 5)]
     assert found == pytest.approx(expected)
@@ -775,8 +777,8 @@ PLAIN = (
 
 
 @pytest.mark.slow
-def test_a_batch_in_parts_is_the_same_batch(tiny):
-    """Where nothing is normalised over the batch, and nothing dropped."""
+def test_accumulated_batch_equals_the_whole_batch(tiny):
+    """Without batch normalisation and dropout."""
     whole = run_of(tiny("whole", *PLAIN))
     parts = run_of(tiny("parts", *PLAIN, "training.accumulate=3"))
     for name, values in weights_of(whole).items():
@@ -786,8 +788,8 @@ def test_a_batch_in_parts_is_the_same_batch(tiny):
     ]
 
 
-def test_parts_of_a_batch_keep_each_images_epsilon(tiny):
-    """More parts than images, of which some are empty, and two labels."""
+def test_accumulated_parts_keep_the_epsilon_of_each_image(tiny):
+    """With two labels and more parts than images, so that some parts are empty."""
     settings = ("data.foreground={one: 1, two: 2}", "training.accumulate=5")
     trainer = trainer_of_two_labels(tiny("run", *settings))
     trainer.control = Growing()
@@ -806,15 +808,15 @@ def test_parts_of_a_batch_keep_each_images_epsilon(tiny):
 
 
 @pytest.mark.slow
-def test_recomputing_changes_no_bit(tiny):
-    """Not the masks of dropout, nor the statistics of batch normalisation."""
+def test_activation_checkpointing_is_equal_bit_for_bit(tiny):
+    """Dropout masks and batch-normalisation statistics are equal too."""
     norm = "network.kwargs={channels: [4, 8, 8], strides: [2, 2], num_res_units: 2, norm: batch}"
     kept = run_of(tiny("kept", norm))
     assert_same_run(kept, run_of(tiny("anew", norm, "training.recompute=true")))
 
 
 @pytest.mark.slow
-def test_float16_trains_close_to_float32_and_goes_on_bit_by_bit(tiny, finished):
+def test_float16_trains_close_to_float32_and_resumes_bit_for_bit(tiny, finished):
     exact = finished("exact")
     whole = run_of(tiny("whole", "training.precision=fp16"))
     for column in ("train_loss", "validation_dice"):
@@ -829,9 +831,9 @@ def test_float16_trains_close_to_float32_and_goes_on_bit_by_bit(tiny, finished):
     assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == 9
 
 
-def test_a_scale_that_float16_cannot_hold_is_lowered(tiny, caplog):
+def test_gradient_scale_too_large_for_float16_is_lowered(tiny, caplog):
     config = tiny("run", "training.precision=fp16", "training.epochs=1", "control.enabled=false")
-    trainer = room.Trainer(*trainer_arguments(config))
+    trainer = trainer_module.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
     row = row_of(trainer._train(1))
     assert row["skipped_steps"] >= 1 and "gradients of" in caplog.text
@@ -847,8 +849,8 @@ def trainer_arguments(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SPOILS)
-def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
-    """What its images lost before is part of what it goes on from."""
+def test_run_with_skipped_steps_resumes_bit_for_bit(tiny, monkeypatch, what):
+    """The recorded losses of the images are part of the resumed state."""
     settings = (
         "training.on_nonfinite=skip",
         "uncertainty.metric=training_loss",
@@ -863,18 +865,18 @@ def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
         return objective
 
     def spoiled(logits):
-        # One batch of an epoch, told by what goes in and not by what came before.
+        # One batch of an epoch, recognised by its input, not by a count of calls.
         return trainer_epoch[0] == 3 and len(logits) == 3
 
     trainer_epoch = [0]
-    run_epoch = room.Trainer._run_epoch
+    run_epoch = trainer_module.Trainer._run_epoch
 
     def watched(self, epoch):
         trainer_epoch[0] = epoch
         run_epoch(self, epoch)
 
-    monkeypatch.setattr(room.Trainer, "_run_epoch", watched)
-    monkeypatch.setattr(steps_room, "build_objective", build)
+    monkeypatch.setattr(trainer_module.Trainer, "_run_epoch", watched)
+    monkeypatch.setattr(step_module, "build_objective", build)
     whole = run_of(tiny("whole", *settings))
     assert [row["skipped_steps"] for row in history_of(whole)] == ["0", "0", "1", "0"]
     config = tiny("stopped", *settings)
@@ -886,16 +888,16 @@ def test_a_run_that_skips_goes_on_bit_by_bit(tiny, monkeypatch, what):
 
 def test_epoch_that_only_reduces_the_scale_does_not_end_training(tiny):
     config = tiny("run", "training.precision=fp16", "control.enabled=false", "training.epochs=2")
-    trainer = room.Trainer(*trainer_arguments(config))
+    trainer = trainer_module.Trainer(*trainer_arguments(config))
     trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     row = row_of(trainer._train(1))
     assert row["skipped_steps"] == 4 and np.isfinite(row["train_loss"])
 
 
-def test_a_best_checkpoint_of_another_network_is_not_built(tiny, finished):
+def test_best_checkpoint_of_another_network_is_refused_before_it_is_built(tiny, finished):
     run = finished()
     best = read_checkpoint(run.best)
-    # Where the best epoch is not the last one, the file is not written anew.
+    # If the best epoch is not the last one, resuming does not rewrite the best checkpoint.
     write_checkpoint(run.last, dataclasses.replace(read_checkpoint(run.last), best_epoch=1))
     network = best.config.network.model_copy(update={"name": "os:getcwd"})
     config = best.config.model_copy(update={"network": network})
@@ -906,40 +908,40 @@ def test_a_best_checkpoint_of_another_network_is_not_built(tiny, finished):
 
 @pytest.fixture
 def _with_log(caplog):
-    """Log as commands do."""
+    """Configure logging as commands do."""
     caplog.set_level("INFO", "polyseg")
 
 
-def said_of_epochs(run):
+def epoch_lines(run):
     lines = [line.partition(" INFO ")[2] for line in run.log.read_text().splitlines()]
     return [line for line in lines if re.match(r"epoch \d+/\d+  ", line)]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_with_log")
-def test_epochs_are_told_without_an_epsilon_that_is_the_constant(tiny):
-    adaptive = said_of_epochs(run_of(tiny("run", "control.start=2")))
+def test_epoch_lines_omit_a_constant_epsilon(tiny):
+    adaptive = epoch_lines(run_of(tiny("run", "control.start=2")))
     assert ["ε" in line for line in adaptive] == [False, False, True]
-    plain = said_of_epochs(run_of(tiny("dice", "loss.name=dice")))
+    plain = epoch_lines(run_of(tiny("dice", "loss.name=dice")))
     assert len(plain) == 3 and not any("ε" in line for line in plain)
-    replayed = said_of_epochs(run_of(tiny("again", f"control.replay={tiny('run').output.path}")))
+    replayed = epoch_lines(run_of(tiny("again", f"control.replay={tiny('run').output.path}")))
     assert ["ε" in line for line in replayed] == [False, False, True]
-    alone = said_of_epochs(run_of(tiny("alone", "data.split=[1, 0, 0]")))
+    alone = epoch_lines(run_of(tiny("alone", "data.split=[1, 0, 0]")))
     assert len(alone) == 3 and not any("Dice" in line for line in alone)
 
 
 @pytest.mark.usefixtures("_with_log")
-def test_the_best_epoch_so_far_is_marked(tiny):
+def test_epoch_lines_mark_the_best_epoch_so_far(tiny):
     run = run_of(tiny())
     best, marked = -1.0, []
     for row in history_of(run):
         marked.append(float(row["validation_dice"]) > best)
         best = max(best, float(row["validation_dice"]))
-    assert [" best" in line for line in said_of_epochs(run)] == marked and marked[0]
+    assert [" best" in line for line in epoch_lines(run)] == marked and marked[0]
 
 
-def test_the_longest_line_of_an_epoch_fits_a_terminal():
-    """Of 80 columns, of which the time takes 6."""
+def test_longest_epoch_line_fits_a_terminal():
+    """A terminal has 80 columns, of which the time takes 6."""
     row = dict.fromkeys(COLUMNS, 0.0)
     row |= {"epoch": 1000, "train_loss": 0.98765, "validation_dice": 0.98765}
     row |= {"epsilon_q05": -0.4987, "epsilon_q95": 9.876, "seconds_train": 9876.5}
@@ -949,7 +951,7 @@ def test_the_longest_line_of_an_epoch_fits_a_terminal():
         split={"val": ["a"]},
         config=SimpleNamespace(training=SimpleNamespace(epochs=1000)),
     )
-    line = room._epoch_line(row, trainer)
+    line = trainer_module._epoch_line(row, trainer)
     expected = "epoch 1000/1000  loss 0.988  val Dice 0.988 best  ε -0.50 to 9.88  9876 s"
     assert line == expected and len(line) <= 74
 
@@ -989,7 +991,7 @@ def test_log_begins_with_a_summary_of_the_data(tiny, settings, told):
 
 
 @pytest.mark.usefixtures("_with_log")
-def test_each_assessment_and_the_end_say_whether_difficulty_is_ordered_by_error(tiny):
+def test_log_reports_correlation_of_difficulty_with_error(tiny):
     config = tiny()
     outcome = train(config)
     run = RunDirectory(Path(config.output.path))

@@ -1,4 +1,4 @@
-"""Runs that somebody else made: going on with them, and replaying them, runs none of their code."""
+"""Runs of other people: resuming and replaying them does not run their code."""
 
 import re
 import shutil
@@ -24,8 +24,8 @@ def make(in_channels, out_channels):
 
 
 @pytest.fixture
-def strange_run(tiny, tmp_path, monkeypatch):
-    """Return a run with a network of its author's, and what its import would leave behind."""
+def foreign_run(tiny, tmp_path, monkeypatch):
+    """Return a run with a network of its author's, and the file that its import would write."""
     canary = tmp_path / "canary"
     (tmp_path / "strange_module.py").write_text(SOURCE.format(canary=str(canary)))
     monkeypatch.syspath_prepend(tmp_path)
@@ -37,8 +37,8 @@ def strange_run(tiny, tmp_path, monkeypatch):
     return tmp_path / "run", canary
 
 
-def test_resume_imports_code_only_with_trust(polyseg, strange_run):
-    run, canary = strange_run
+def test_resume_imports_code_only_with_trust(polyseg, foreign_run):
+    run, canary = foreign_run
     arguments = ("train", "--resume", "--out", run, "--epochs", 4)
     said = polyseg(*arguments)
     assert said.code == 2 and "--trust" in said.err and len(said.err.splitlines()) == 1
@@ -46,15 +46,15 @@ def test_resume_imports_code_only_with_trust(polyseg, strange_run):
     assert polyseg(*arguments, "--trust").code == 0 and canary.exists()
 
 
-def test_a_configuration_that_is_named_is_trusted(polyseg, strange_run, tmp_path):
-    run, canary = strange_run
+def test_configuration_given_by_the_user_is_trusted(polyseg, foreign_run, tmp_path):
+    run, canary = foreign_run
     mine = shutil.copy(run / "config.yaml", tmp_path / "mine.yaml")
     assert polyseg("train", mine, "--resume", "--out", run, "--epochs", 4).code == 0
     assert canary.exists()
 
 
-def test_a_replay_imports_code_only_with_trust(polyseg, strange_run, tmp_path):
-    run, canary = strange_run
+def test_replay_imports_code_only_with_trust(polyseg, foreign_run, tmp_path):
+    run, canary = foreign_run
     arguments = ("train", "--replay", run, "--out", tmp_path / "again")
     said = polyseg(*arguments)
     assert said.code == 2 and "--trust" in said.err and not canary.exists()
@@ -105,7 +105,7 @@ def test_conflicting_options_give_one_line(polyseg, tmp_path, monkeypatch, argum
     assert len(said.err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_the_plan_of_what_is_left_writes_nothing(polyseg, finished, tmp_path):
+def test_dry_run_of_a_resumed_run_writes_nothing(polyseg, finished, tmp_path):
     finished()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     settings = [part for one in TINY[:1] for part in ("--set", one)]

@@ -30,7 +30,7 @@ def numpy_entropy(u):
 
 
 @given(probabilities)
-def test_functions_agree_with_numpy(samples):
+def test_functions_equal_numpy(samples):
     tensor = torch.from_numpy(samples)
     mean = samples.mean(0)
     np.testing.assert_allclose(
@@ -42,39 +42,39 @@ def test_functions_agree_with_numpy(samples):
 
 
 @given(probabilities)
-def test_ranges_and_order(samples):
+def test_measures_satisfy_their_bounds(samples):
     tensor = torch.from_numpy(samples)
     variance, entropy = prediction_variance(tensor), predictive_entropy(tensor)
     information = mutual_information(tensor)
     assert (variance >= 0).all() and (variance <= 0.25 + 1e-12).all()
     assert (entropy >= 0).all() and (entropy <= math.log(2) + 1e-12).all()
     assert (information >= 0).all() and (information <= entropy + 1e-12).all()
-    # Pinsker: what passes disagree on is at least twice their variance.
+    # Pinsker's inequality: mutual information is at least twice the variance.
     assert (information >= 2 * variance - 1e-9).all()
 
 
 @given(probabilities, st.randoms())
-def test_the_order_of_samples_does_not_matter(samples, random):
+def test_measures_do_not_depend_on_the_order_of_samples(samples, random):
     order = list(range(len(samples)))
     random.shuffle(order)
     tensor = torch.from_numpy(samples)
     torch.testing.assert_close(mutual_information(tensor), mutual_information(tensor[order]))
 
 
-def test_passes_that_agree_share_no_information():
+def test_equal_passes_have_no_mutual_information_and_variance():
     samples = torch.rand(1, 5).expand(7, 5)
     assert mutual_information(samples).abs().max() < 1e-6
     assert prediction_variance(samples).abs().max() < 1e-12
 
 
-def test_entropy_at_the_ends_and_in_the_middle():
+def test_entropy_is_0_at_certainty_and_log_2_at_one_half():
     torch.testing.assert_close(
         binary_entropy(torch.tensor([0.0, 1.0, 0.5])), torch.tensor([0.0, 0.0, math.log(2)])
     )
 
 
 @given(probabilities)
-def test_the_accumulator_agrees_with_the_functions(samples):
+def test_accumulator_equals_the_functions(samples):
     for dtype in (torch.float64, torch.float32):
         tensor = torch.from_numpy(samples).to(dtype)
         record = UncertaintyAccumulator()
@@ -90,12 +90,13 @@ def test_the_accumulator_agrees_with_the_functions(samples):
             assert (ours - expected).abs().max() < 1e-6
 
 
-def test_a_thousand_samples_stay_within_1e6_and_memory_does_not_grow():
+def test_accumulator_is_accurate_for_a_thousand_samples_in_constant_memory():
     generator = torch.Generator().manual_seed(0)
     record, samples = UncertaintyAccumulator(), []
     sizes = set()
     for _ in range(1000):
-        sample = torch.rand(4, 9, generator=generator) * 0.01 + 0.99  # where cancellation is worst
+        # Cancellation is largest near 1.
+        sample = torch.rand(4, 9, generator=generator) * 0.01 + 0.99
         samples.append(sample)
         record.update(sample)
         tensors = [value for value in vars(record).values() if isinstance(value, torch.Tensor)]
@@ -114,7 +115,7 @@ def recorded(samples):
 
 
 def check_record(record, samples):
-    """A record says what the functions say of all samples."""
+    """Check that a record gives the values of the functions on all samples."""
     maps = record.maps()
     assert list(maps) == ["mutual_information", "entropy", "variance"]
     assert record.count == len(samples)
@@ -131,30 +132,30 @@ def check_record(record, samples):
 
 
 @given(probabilities, st.data())
-def test_records_of_parts_are_merged(samples, data):
+def test_merged_records_equal_the_record_of_all_samples(samples, data):
     tensor = torch.from_numpy(samples)
     owner = torch.tensor(
         data.draw(st.lists(st.integers(0, 3), min_size=len(tensor), max_size=len(tensor)))
     )
-    # Some may have taken in nothing.
+    # Some parts may be empty.
     parts = [recorded(tensor[owner == i]) for i in range(4)]
     check_record(UncertaintyAccumulator.merged(parts), tensor)
     check_record(UncertaintyAccumulator.merged(parts[::-1]), tensor)
 
 
 @given(probabilities, st.data())
-def test_a_part_is_taken_out_again(samples, data):
+def test_record_without_a_part_equals_the_record_of_the_rest(samples, data):
     tensor = torch.from_numpy(samples)
     out = data.draw(st.integers(1, len(tensor) - 1))
     whole, part = recorded(tensor), recorded(tensor[:out])
     check_record(whole.without(part), tensor[out:])
-    check_record(whole, tensor)  # as it was
+    check_record(whole, tensor)  # unchanged
     check_record(part, tensor[:out])
     check_record(UncertaintyAccumulator.merged([whole.without(part), part]), tensor)
 
 
 @given(probabilities, st.data())
-def test_a_record_of_chosen_pixels(samples, data):
+def test_record_can_be_restricted_to_pixels(samples, data):
     tensor = torch.from_numpy(samples)
     pixels = data.draw(st.sets(st.integers(0, tensor.shape[1] - 1), min_size=1))
     chosen = torch.zeros(tensor.shape[1], dtype=torch.bool)
@@ -162,7 +163,7 @@ def test_a_record_of_chosen_pixels(samples, data):
     check_record(recorded(tensor).at(chosen), tensor[:, chosen])
 
 
-def test_chosen_pixels_of_maps():
+def test_record_of_maps_can_be_restricted_to_pixels():
     samples = torch.rand(6, 2, 4, 5, dtype=torch.float64)
     chosen = torch.rand(2, 4, 5) < 0.4
     record = recorded(samples)
@@ -170,7 +171,7 @@ def test_chosen_pixels_of_maps():
     check_record(record, samples)
 
 
-def test_merged_without_and_at_go_together():
+def test_merged_without_and_at_can_be_combined():
     samples = torch.rand(12, 3, 7, dtype=torch.float64)
     chosen = torch.rand(3, 7) < 0.5
     groups = [recorded(samples[i::4]).at(chosen) for i in range(4)]
@@ -180,7 +181,7 @@ def test_merged_without_and_at_go_together():
 
 
 def test_accumulator_is_accurate_under_cancellation():
-    """Probabilities next to one, float32 as networks give them, and most passes taken out."""
+    """Probabilities close to 1, in float32 as from networks, with most passes removed."""
     samples = torch.rand(100, 50) * 1e-3 + 0.999
     left = recorded(samples).without(recorded(samples[:90]))
     exact = samples[90:].double()
@@ -189,12 +190,12 @@ def test_accumulator_is_accurate_under_cancellation():
     assert (left.mutual_information - mutual_information(exact)).abs().max() < 1e-6
 
 
-def test_half_precision_samples_are_taken_in_float32():
+def test_half_precision_samples_are_accumulated_in_float32():
     samples = torch.rand(5, 3).to(torch.bfloat16)
     assert mutual_information(samples).dtype == torch.float32
 
 
-def test_misuse_is_refused():
+def test_invalid_samples_are_refused():
     record = UncertaintyAccumulator()
     with pytest.raises(ValueError, match="no sample"):
         _ = record.mean
@@ -210,7 +211,7 @@ def test_no_samples_are_refused(function, shape):
         function(torch.zeros(shape))
 
 
-def test_records_of_other_samples_do_not_go_together():
+def test_records_of_different_samples_cannot_be_combined():
     record, other = recorded(torch.rand(3, 2, 4)), recorded(torch.rand(2, 1, 4))
     with pytest.raises(ValueError, match=r"\(1, 4\), \(2, 4\)"):
         UncertaintyAccumulator.merged([record, other])

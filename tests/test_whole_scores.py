@@ -1,4 +1,4 @@
-"""Scores of the whole image: against NumPy, in plain and compiled passes, and in whole runs."""
+"""Scores of whole images against NumPy, in plain and compiled passes, and in whole runs."""
 
 import csv
 import itertools
@@ -28,14 +28,14 @@ N = 6
 
 
 def by_numpy(samples, masks):
-    """Return the scores of (N, rows, H, W) samples by the definitions, pair by pair."""
+    """Return the scores of (N, rows, H, W) samples by their definitions over pairs."""
     samples, masks = samples.astype(np.float64), masks.astype(np.float64)
     n, rows = samples.shape[:2]
     found = {name: np.zeros(rows) for name in ALL}
     for row in range(rows):
         p, y = samples[:, row], masks[row]
         pairs = list(itertools.combinations(range(n), 2))
-        # Half the mean squared distance of two passes is N/(N-1) times the variance.
+        # Half the mean squared distance between two passes is N/(N-1) times the variance.
         distance = np.mean([((p[i] - p[j]) ** 2).sum() / 2 for i, j in pairs])
         found["dispersion"][row] = distance / (np.mean([(one**2).sum() for one in p]) + 1)
         found["expected_error"][row] = np.mean(
@@ -52,7 +52,7 @@ def by_numpy(samples, masks):
 
 
 def scene(labels, seed=0):
-    """Return a network with dropout, a batch with a small foreground, and an empty mask."""
+    """Return a network with dropout, and a batch with small foregrounds and one empty mask."""
     torch.manual_seed(seed)
     small = {"channels": [4, 8, 16], "strides": [2, 2], "num_res_units": 1}
     network = build_network(
@@ -66,7 +66,7 @@ def scene(labels, seed=0):
 
 
 def samples_of(network, batch, count=N):
-    """Return the passes of the whole network, (N, rows, H, W)."""
+    """Return the probabilities of passes of the whole network, (N, rows, H, W)."""
     streams = MaskStreams("consistent", 0, 0).of(batch.ids, batch.images.shape[2:])
     with torch.inference_mode():
         layers = active_layers(network)
@@ -79,7 +79,7 @@ def samples_of(network, batch, count=N):
 
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("program", ["plain", "auto"])
-def test_scores_are_those_of_numpy(monkeypatch, labels, program):
+def test_scores_equal_numpy(monkeypatch, labels, program):
     monkeypatch.setattr(module, "_FEWEST_COMPILED", 0)
     network, batch = scene(labels)
     settings = UncertaintyConfig(samples=N, program=program)
@@ -88,14 +88,14 @@ def test_scores_are_those_of_numpy(monkeypatch, labels, program):
     for name in ALL:
         np.testing.assert_allclose(found.scores[name], expected[name], rtol=1e-5, atol=1e-7)
         assert np.ptp(found.scores[name]) > 0
-    # What is measured besides leaves the scores over the region as they are on windows.
+    # Measuring whole scores does not change the scores over the region.
     alone = assess(network, [batch], settings)
     for name, values in alone.scores.items():
         np.testing.assert_allclose(found.scores[name], values, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("metric", ["dispersion", "expected_error"])
-def test_errors_and_stability_are_judged_as_of_pixel_scores(metric):
+def test_whole_scores_have_errors_and_stability(metric):
     network, batch = scene(1)
     found = assess(network, [batch], UncertaintyConfig(samples=8, metric=metric))
     samples = samples_of(network, batch, 8)
@@ -120,7 +120,7 @@ def test_scores_do_not_depend_on_the_batches():
         np.testing.assert_allclose(whole.scores[name], parts.scores[name], rtol=1e-5, atol=1e-7)
 
 
-def test_samples_taken_in_one_by_one_take_the_memory_of_one():
+def test_accumulated_samples_take_the_memory_of_one():
     record = UncertaintyAccumulator()
     for sample in torch.rand(50, 2, 8, 8):
         record.update(sample)
@@ -128,7 +128,7 @@ def test_samples_taken_in_one_by_one_take_the_memory_of_one():
     pairs = PairwiseDice()
     for sample in torch.rand(50, 2, 8, 8):
         pairs.update(sample)
-    # Eight pixels a byte.
+    # Eight pixels per byte.
     assert sum(mask.nbytes for mask in pairs.masks) == 50 * 2 * 8
 
 
@@ -141,7 +141,7 @@ def test_equal_passes_have_no_dispersion_and_no_pairwise_difference():
     assert pairs.value.tolist() == [0, 0, 0]
 
 
-def test_shapes_and_counts_that_have_no_score_are_refused():
+def test_scores_of_too_few_samples_are_refused():
     record = UncertaintyAccumulator()
     record.update(torch.rand(2, 8, 8))
     with pytest.raises(ValueError, match=r"moments \(2, 8, 8\) of 1 samples"):
@@ -150,7 +150,7 @@ def test_shapes_and_counts_that_have_no_score_are_refused():
         _ = PairwiseDice().value
 
 
-def test_a_score_against_the_mask_needs_one():
+def test_score_against_the_mask_needs_a_mask():
     network, batch = scene(1)
     with pytest.raises(PolysegError, match="expected_error: needs masks, and im"):
         assess(network, [batch._replace(masks=None)], samples=N, also=["expected_error"])
@@ -159,7 +159,7 @@ def test_a_score_against_the_mask_needs_one():
 
 
 @pytest.mark.parametrize("metric", ["dispersion", "expected_error", "size"])
-def test_a_run_adapts_to_it_and_its_record_can_be_recomputed(tiny, tmp_path, metric):
+def test_run_adapts_to_a_whole_score_and_can_be_recomputed(tiny, tmp_path, metric):
     train(tiny("run", f"uncertainty.metric={metric}", "uncertainty.samples=4"))
     found = read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5")
     assert found.metric == metric and np.ptp(found.difficulty) > 0
@@ -177,12 +177,12 @@ def test_a_run_adapts_to_it_and_its_record_can_be_recomputed(tiny, tmp_path, met
     assert metric in {row["score"] for row in job.validity(tmp_path / "run").rows}
 
 
-def test_training_refuses_pairs_and_says_where_they_are_measured(tiny):
+def test_training_refuses_pairwise_dice_and_names_the_command(tiny):
     with pytest.raises(PolysegError, match="estimate-uncertainty --score pairwise_dice"):
         tiny("run", "uncertainty.metric=pairwise_dice")
 
 
-def test_commands_measure_scores_of_the_whole_image(polyseg, finished, tmp_path):
+def test_commands_measure_whole_scores(polyseg, finished, tmp_path):
     run = finished("run")
     answer = polyseg(
         *("estimate-uncertainty", run.path, "--out", tmp_path / "estimate"),

@@ -1,4 +1,4 @@
-"""What is written of a source is read back the same, in the same place."""
+"""Writers: masks and maps are read back equal, with the geometry of their source."""
 
 import nibabel
 import numpy as np
@@ -43,12 +43,12 @@ def check_round_trip(source, folder, suffix, kind=np.uint8, plane="axial"):
         ("a.TIFF", np.uint16, ".tiff"),
     ],
 )
-def test_pictures(tmp_path, name, kind, suffix):
+def test_image_masks_round_trip(tmp_path, name, kind, suffix):
     Image.fromarray(noise((20, 30))).save(tmp_path / name)
     check_round_trip(tmp_path / name, tmp_path, suffix, kind)
 
 
-def test_a_mask_of_a_turned_picture_is_upright(tmp_path):
+def test_mask_of_a_rotated_image_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise((20, 30))).save(tmp_path / "a.jpg", exif=exif)
@@ -77,7 +77,7 @@ def test_tiff_keeps_pages_and_resolution(tmp_path, shape, kind):
 @pytest.mark.parametrize("codes", ["RAS", "PIR", "LPS"])
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 @pytest.mark.parametrize("plane", PLANES)
-def test_nifti_keeps_its_place(tmp_path, codes, name, plane):
+def test_nifti_keeps_its_geometry(tmp_path, codes, name, plane):
     image = landmark(codes)
     nibabel.save(image, tmp_path / name)
     suffix = name[1:]
@@ -92,7 +92,7 @@ def test_nifti_keeps_its_place(tmp_path, codes, name, plane):
     assert int(mask.header["sform_code"]) == int(nibabel.load(tmp_path / name).header["sform_code"])
 
 
-def test_nifti_of_channels_and_scaled_values_becomes_one_of_labels(tmp_path):
+def test_nifti_mask_drops_channels_and_scaling_of_the_source(tmp_path):
     image = nibabel.Nifti2Image(noise((5, 6, 7, 2), np.int16), np.diag([-0.7, 0.8, 3, 1]))
     image.header.set_slope_inter(0.5, 3)
     image.header.set_xyzt_units("mm", "sec")
@@ -104,7 +104,7 @@ def test_nifti_of_channels_and_scaled_values_becomes_one_of_labels(tmp_path):
     assert mask.header.get_slope_inter() in ((None, None), (1, 0))
 
 
-def test_nifti_of_one_slice(tmp_path):
+def test_nifti_of_one_slice_round_trips(tmp_path):
     for shape in ((5, 6), (5, 6, 1), (1, 6, 7)):
         nibabel.save(nibabel.Nifti1Image(noise(shape), np.eye(4)), tmp_path / "a.nii")
         path = check_round_trip(tmp_path / "a.nii", tmp_path, ".nii")
@@ -120,7 +120,7 @@ GEOMETRY = {
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 @pytest.mark.parametrize("shape", [(6, 8), (4, 6, 8), (5, 7)])
-def test_dicom_keeps_patient_and_place(tmp_path, kind, shape):
+def test_dicom_keeps_patient_and_geometry(tmp_path, kind, shape):
     source = dicom(
         tmp_path / "a.dcm",
         noise(shape, np.uint16),
@@ -141,12 +141,12 @@ def test_dicom_keeps_patient_and_place(tmp_path, kind, shape):
     assert not after.file_meta.TransferSyntaxUID.is_compressed
 
 
-def test_a_dicom_file_without_suffix(tmp_path):
+def test_dicom_without_suffix_round_trips(tmp_path):
     source = dicom(tmp_path / "IM0001", noise((6, 8)))
     check_round_trip(source, tmp_path, ".dcm")
 
 
-def test_a_dicom_series_stays_one(tmp_path):
+def test_dicom_series_is_written_as_one_series(tmp_path):
     source = dicom_series(tmp_path / "series", count=12)
     labels = labels_for(source)
     folder = write_labels(source, labels, tmp_path / "out", name="case 1")
@@ -164,7 +164,7 @@ def test_a_dicom_series_stays_one(tmp_path):
     assert written[0].SeriesInstanceUID != "1.2.3.4"
 
 
-def test_the_same_mask_has_the_same_bytes(tmp_path):
+def test_equal_masks_give_equal_bytes(tmp_path):
     nibabel.save(landmark("RAS"), tmp_path / "a.nii.gz")
     dicom(tmp_path / "a.dcm", noise((6, 8)))
     for name in ("a.nii.gz", "a.dcm"):
@@ -177,7 +177,7 @@ def test_the_same_mask_has_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("plane", PLANES)
-def test_maps(tmp_path, plane):
+def test_maps_round_trip(tmp_path, plane):
     Image.fromarray(noise((20, 30))).save(tmp_path / "a.png")
     tifffile.imwrite(tmp_path / "a.tif", noise((5, 20, 30)))
     nibabel.save(landmark("PIR"), tmp_path / "a.nii.gz")
@@ -197,7 +197,7 @@ def test_maps(tmp_path, plane):
         np.testing.assert_array_equal(found.pixels[..., 0], values)
 
 
-def test_other_shapes_are_refused(tmp_path):
+def test_masks_of_wrong_shape_or_dtype_are_refused(tmp_path):
     Image.fromarray(noise((20, 30))).save(tmp_path / "a.png")
     nibabel.save(landmark("RAS"), tmp_path / "a.nii")
     dicom(tmp_path / "a.dcm", noise((6, 8)))

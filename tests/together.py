@@ -1,4 +1,4 @@
-"""Commands in several processes: told what `torchrun` tells, or started by `torchrun` itself."""
+"""Run commands in several processes, with the variables of `torchrun` or by `torchrun` itself."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 PATIENCE = 180
-"""Seconds, after which processes that should have ended are taken to hang."""
+"""Seconds after which a process that should have ended counts as hanging."""
 
 
 class Process(subprocess.Popen):
-    """A process of `polyseg`: no fork, since threads of libraries do not outlive one."""
+    """A `polyseg` process, started anew, because threads of libraries do not survive a fork."""
 
     def __init__(self, arguments, log, environment):
         with Path(log).open("ab") as stream:
@@ -30,24 +30,24 @@ class Process(subprocess.Popen):
             )
 
     def join(self, seconds):
-        """Wait for its end, at most so long."""
+        """Wait for its end, at most `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(seconds)
 
     @property
     def exitcode(self):
-        """Its exit code; None while it runs."""
+        """Return its exit code, None while it runs."""
         return self.poll()
 
 
 class Group(list):
-    """Processes of one command, and where they meet."""
+    """Processes of one command, and their rendezvous store."""
 
     store: TCPStore
 
 
 def begin(count, *arguments, log, environment=None):
-    """Start so many processes of one command; what they say goes to a file."""
+    """Start `count` processes of one command and write their output to a file."""
     group = Group()
     group.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(group.store.port)}
@@ -59,7 +59,7 @@ def begin(count, *arguments, log, environment=None):
 
 
 def end(group, seconds=PATIENCE):
-    """Return the first exit code that is not 0, if any; where one hangs, all are killed."""
+    """Return the first exit code that is not 0, or 0; if one process hangs, kill all."""
     deadline = time.monotonic() + seconds
     for process in group:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -71,12 +71,12 @@ def end(group, seconds=PATIENCE):
 
 
 def run(count, *arguments, log):
-    """Run a command in so many processes to its end; return the exit code."""
+    """Run a command in `count` processes to its end and return the exit code."""
     return end(begin(count, *arguments, log=log))
 
 
 def begin_agent(count, *arguments, log, nodes, node, port):
-    """Start one of so many agents of `torchrun`, with so many processes each."""
+    """Start one of `nodes` agents of `torchrun`, with `count` processes each."""
     meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=a")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", *meeting),
@@ -95,7 +95,7 @@ def begin_agent(count, *arguments, log, nodes, node, port):
 
 
 def end_agent(agent):
-    """Return an agent's exit code; where it hangs, all that it started is killed."""
+    """Return an agent's exit code; if it hangs, kill it and its processes."""
     try:
         return agent.wait(PATIENCE)
     finally:
@@ -107,7 +107,7 @@ def end_agent(agent):
 
 
 def free_port():
-    """Return a port that nobody listens at."""
+    """Return an unused port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]

@@ -1,9 +1,9 @@
-"""What each rewrite of the MC-Dropout passes buys: python -m tests.benchmarks.ablation --data PATH
+"""Speedup by each rewrite of MC-Dropout passes: python -m tests.benchmarks.ablation --data PATH
 
-An assessment with all rewrites and one without a single one of them take turns, by default four
+An assessment with all rewrites and one without a single rewrite are run in turn, by default four
 times each, on one thread. The ratio is the median over the turns of their processor times: 1.10
-means that an assessment takes a tenth longer without the rewrite. Most rewrites of small gain are
-not independent: without a group of them more is lost than their ratios tell.
+means that an assessment takes a tenth longer without the rewrite. Most rewrites with a small gain
+are not independent: without a group of them the loss is larger than their ratios suggest.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.benchmarks.montecarlo import build, load
 
 
 def without(owner, name, replacement=lambda *_: None):
-    """Return a context in which a function does nothing, or something else."""
+    """Return a context in which a function is replaced, by default by one that does nothing."""
     return lambda: mock.patch.object(owner, name, replacement)
 
 

@@ -1,17 +1,17 @@
 """Training and MC Dropout on a GPU, in fp32 and bf16: python -m tests.benchmarks.accelerator
 
-On a machine without a GPU it measures the CPU at small sizes, and says so. Training is beside the
-barest loop over the same network and MONAI's, an assessment beside N plain passes, all kept. All
-are measured in turn, A B A B, in one process; each ratio is the median over rounds of the time over
-that of the first row in the same round, and the range is over all rounds. polyseg runs by
-deterministic algorithms, as `polyseg train` does, the others by torch's defaults. The row "by
-trial" is `training.deterministic=false`, by which cuDNN chooses the fastest: what "polyseg" takes
-over that is the price of determinism, and on a CPU there is none. "channels last" is that setting
-of training, by deterministic algorithms. bf16 is `training.precision` of polyseg and autocast
-around the others, and `uncertainty.precision` of assessments, of which the row "one by one" runs
-pass after pass, where the others run as many together as fill a GPU. The memory is what an epoch,
-or the assessment of a batch, adds to the peak: of what is allocated on the GPU, or of a fresh
-process.
+On a machine without a GPU it measures the CPU at small sizes, and says so. Training is compared
+with a bare loop over the same network and with MONAI, an assessment with N plain passes. All
+are measured in turn, A B A B, in one process; each ratio is the median over rounds of the time to
+that of the first row in the same round, and the range is over all rounds. polyseg runs with
+deterministic algorithms, as `polyseg train` does, the others with torch's defaults. The row "by
+trial" is `training.deterministic=false`, where cuDNN chooses the fastest algorithm: the difference
+to "polyseg" is the cost of determinism, which is zero on a CPU. "channels last" is that setting
+of training with deterministic algorithms. bf16 is `training.precision` of polyseg and autocast
+for the others, and `uncertainty.precision` of assessments. The row "one by one" runs
+single passes; the other rows join as many passes as fill a GPU. Memory is the growth of the peak
+in an epoch, or in the assessment of a batch: of allocated memory on a GPU, or of a new process
+on a CPU.
 """
 
 import argparse
@@ -36,20 +36,20 @@ PRECISIONS = ("fp32", "bf16")
 SMALL = {"size": 96, "batch": 4, "images": 12, "rounds": 3}
 LARGE = {"size": 256, "batch": 16, "images": 64, "rounds": 5}
 VARIANTS = {"by trial": {"deterministic": False}, "channels last": {"channels_last": True}}
-"""Other settings of training, by what polyseg's rows with them are called."""
+"""Settings of training by the name of polyseg's row."""
 OURS = {
     "polyseg, plain": ("plain", True),
     "polyseg": ("auto", True),
     "polyseg, one by one": ("auto", False),
 }
-"""Ways that polyseg assesses in, by program, and whether passes may run together."""
+"""Program, and whether passes may be joined, by the name of polyseg's assessment."""
 ASSESSED = {"naive loop": "naive", "polyseg": "assess"}
-"""Ways of MC Dropout whose memory is measured, by what `montecarlo` calls them."""
+"""Assessments whose memory is measured, by their name in `montecarlo`."""
 
 
 @contextlib.contextmanager
 def algorithms(deterministic, benchmark):
-    """Let torch go by a kind of algorithms for the length of the block, whatever went before."""
+    """Set torch's choice of algorithms for the length of the block."""
     before = torch.are_deterministic_algorithms_enabled()
     flags = torch.backends.cudnn.flags(
         enabled=True, benchmark=benchmark, deterministic=deterministic, allow_tf32=True
@@ -63,7 +63,7 @@ def algorithms(deterministic, benchmark):
 
 
 def under(function, device, precision, deterministic, benchmark=False):
-    """Return the function with autocast, or without, and with a kind of algorithms."""
+    """Return the function with or without autocast, and with a choice of algorithms."""
 
     def run():
         reduced = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
@@ -74,7 +74,7 @@ def under(function, device, precision, deterministic, benchmark=False):
 
 
 def loops(arguments):
-    """Return by name and precision what makes each function that trains an epoch."""
+    """Return the builders of functions that train an epoch, by name and precision."""
 
     def made(make, precision, deterministic, benchmark=False):
         return under(make(), arguments.device, precision, deterministic, benchmark)
@@ -95,7 +95,7 @@ def loops(arguments):
 
 
 def assessments(arguments, batches):
-    """Return the difficulties to come, and by name and precision what assesses all images."""
+    """Return a dictionary for the difficulties, and the functions that assess all images."""
     _, ways = montecarlo.ways(arguments, batches)
     device, found, functions = arguments.device, {}, {}
     network = montecarlo.build(arguments, batches)
@@ -118,7 +118,7 @@ def assessments(arguments, batches):
 
 
 def measure(trained, assessed, arguments):
-    """Return the seconds of the rounds of both, each by name and precision, measured in turn."""
+    """Return the seconds of all rounds of both by name and precision, measured in turn."""
     functions = {("training", key): function for key, function in trained.items()}
     functions |= {("assessment", key): function for key, function in assessed.items()}
     times, _ = training.measure(functions, arguments)
@@ -129,7 +129,7 @@ def measure(trained, assessed, arguments):
 
 
 def in_child(function):
-    """Return what a function returns in a process of its own, forked from this one."""
+    """Return the result of a function in a process forked from this one."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=lambda: there.send(function()))
@@ -142,7 +142,7 @@ def in_child(function):
 
 
 def added_memory(function, device):
-    """Return the MB by which a function says that the peak grows."""
+    """Return the growth of the peak memory in MB during a function."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return function()
@@ -150,9 +150,9 @@ def added_memory(function, device):
 
 
 def memory(arguments):
-    """Return by name and precision the MB that an epoch, or an assessment of a batch, adds."""
+    """Return the MB that an epoch, or an assessment of a batch, adds by name and precision."""
 
-    # All is made in the child: threads that this process had would not be there.
+    # Everything is made in the child, because threads of this process would be missing there.
     def of_loop(key):
         return training.memory_of_step(loops(arguments)[key], arguments.device)
 
@@ -171,7 +171,7 @@ def memory(arguments):
 
 
 def table_of(times, added, images, title):
-    """Return a table of the times, of which the first is the reference."""
+    """Return a table of the times, with the first row as the reference."""
     columns = ("median s", "images/s", "ratio", "range", "MB")
     table = Table("", "", *columns, title=title)
     reference = np.array(next(iter(times.values())))
@@ -191,7 +191,7 @@ def largest_difference(one, other):
 
 
 def difference_between_devices(arguments, batches):
-    """Return how far D on the GPU is from that on the CPU, with TF32 and without."""
+    """Return the difference between D on the GPU and on the CPU, with and without TF32."""
     network = montecarlo.build(arguments, batches)
     on_cpu = assess(network.cpu(), batches, UncertaintyConfig(samples=arguments.samples)).difficulty
     found = {}
@@ -205,7 +205,7 @@ def difference_between_devices(arguments, batches):
 
 
 def read_arguments():
-    """Return the settings, by which the other benchmarks are set up as well."""
+    """Return the arguments, which the imported benchmarks use as well."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     usual = LARGE if device == "cuda" else SMALL
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,13 +221,13 @@ def read_arguments():
     parser.add_argument("--compile", action="store_true", help="measure training.compile, too")
     arguments = parser.parse_args()
     arguments.device = device
-    # What both modules read where they make batches.
+    # Attributes that both modules read when they make batches.
     training.BATCH = montecarlo.BATCH = arguments.batch
     return arguments
 
 
 def print_what_follows(times, assessed, found, arguments, batches):
-    """Print the share of MC Dropout in a run, and how far difficulties are apart."""
+    """Print the share of MC Dropout in a run, and the differences between difficulties."""
     epoch = np.median(times["polyseg, light", "fp32"])
     print(
         f"share of MC Dropout in {montecarlo.EPOCHS} epochs with {montecarlo.ASSESSMENTS} "
@@ -256,7 +256,7 @@ def main():
     on_gpu = arguments.device == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else "CPU, because there is no GPU here"
     print(f"{where}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    # First, because what was used before would be in the peak.
+    # First, because earlier use of memory would be in the peak.
     of_training, of_assessment = memory(arguments)
     batches = montecarlo.load(arguments)
     found, ways = assessments(arguments, batches)

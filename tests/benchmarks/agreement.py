@@ -1,6 +1,6 @@
-"""Metrics and statistics beside independent references: python tests/benchmarks/agreement.py
+"""Compare metrics and statistics with independent references: python tests/benchmarks/agreement.py
 
-Every value is computed anew, on random images (any size, smooth and noisy, tied probabilities,
+Every value is computed on random images (any size, smooth and noisy, tied probabilities,
 uneven spacing) and on degenerate ones (empty, full, one pixel, one row, constant). Prints the
 largest absolute difference from each reference, and the time of all metrics of an image.
 """
@@ -39,7 +39,7 @@ TOLERANCE = 1.5
 
 
 def random_images(count, seed):
-    """Yield (probability, mask, spacing), every other one with ties."""
+    """Yield (probability, mask, spacing), every second one with ties."""
     generator = np.random.default_rng(seed)
     for i in range(count):
         size = generator.integers(1, 64, 2)
@@ -56,7 +56,7 @@ def random_images(count, seed):
 
 
 def degenerate_images():
-    """Yield every pair of empty, full, one pixel, one border and half, of several shapes."""
+    """Yield all pairs of empty, full, one-pixel, border and half masks in several shapes."""
     for size in ((1, 1), (1, 7), (7, 1), (5, 6)):
         empty, pixel, border, half = (np.zeros(size) for _ in range(4))
         pixel[size[0] // 2, size[1] // 2] = border[0] = 1
@@ -70,10 +70,10 @@ def degenerate_images():
 
 
 def by_rule(function):
-    """Return a reference for images of which neither mask nor prediction is empty, else the rule's.
+    """Return a reference that applies a function, or the rule if mask or prediction is empty.
 
     Args:
-        function: of (predicted, truth, spacing), returns values by metric.
+        function: function of (predicted, truth, spacing) that returns values by metric.
     """
 
     def reference(probability, truth, spacing):
@@ -104,7 +104,7 @@ def brute_force(predicted, truth, spacing):
 
 @by_rule
 def monai_surfaces(predicted, truth, spacing):
-    """Return the surface metrics by MONAI's functions of whole images."""
+    """Return the surface metrics of MONAI."""
     pair = [torch.from_numpy(one)[None, None] for one in (predicted, truth)]
     settings = {"include_background": True, "spacing": list(spacing)}
     return {
@@ -115,7 +115,7 @@ def monai_surfaces(predicted, truth, spacing):
 
 
 def scikit_learn(probability, truth, _):
-    """Return what scikit-learn has, leaving out what the mask leaves undefined."""
+    """Return the metrics of scikit-learn that the mask defines."""
     y, p, predicted = truth.ravel(), probability.ravel(), probability.ravel() >= 0.5
     agreed = float(not y.any() and not predicted.any())
     found = {
@@ -141,7 +141,7 @@ def scikit_learn(probability, truth, _):
 
 
 def by_hand(probability, truth, _):
-    """Return the calibration errors by loops over bins, from the definitions."""
+    """Return the calibration errors by loops over bins."""
     p, y = probability.ravel(), truth.ravel().astype(float)
     ece, low = 0.0, -math.inf
     for high in np.linspace(0, 1, 16)[1:]:
@@ -159,7 +159,7 @@ def by_hand(probability, truth, _):
 
 
 def compare_images(images, rows):
-    """Add the differences of every image's metrics from every reference to the rows."""
+    """Add the differences of each image's metrics from each reference to the rows."""
     references = {
         f"scikit-learn {sklearn.__version__}": scikit_learn,
         "by hand, loop over bins": by_hand,
@@ -174,9 +174,9 @@ def compare_images(images, rows):
 
 
 def compare_quantile_bins(count, rows):
-    """Add the adaptive calibration error beside scikit-learn's quantile bins, where they agree.
+    """Add the difference of the adaptive calibration error from scikit-learn's quantile bins.
 
-    They do for distinct probabilities whose number the bins divide.
+    They agree for distinct probabilities whose number is a multiple of the number of bins.
     """
     generator = np.random.default_rng(1)
     for _ in range(count):
@@ -191,7 +191,7 @@ def compare_quantile_bins(count, rows):
 
 
 def all_orders(risk, uncertainty):
-    """Return the mean, over every order that the uncertainties allow, of the selective risks."""
+    """Return the mean selective risks over all orders that the uncertainties allow."""
     curves = [
         np.cumsum(risk[list(order)]) / np.arange(1, len(risk) + 1)
         for order in itertools.permutations(range(len(risk)))
@@ -201,7 +201,7 @@ def all_orders(risk, uncertainty):
 
 
 def compare_rankings(count, rows):
-    """Add what is said of sets of images, up to six of them, every order being tried."""
+    """Add the differences of measures of up to six images, by enumeration of all orders."""
     generator = np.random.default_rng(2)
     for i in range(count):
         n = 1 + i % 6
@@ -224,7 +224,7 @@ def compare_rankings(count, rows):
 
 
 def by_enumeration(differences):
-    """Return the two-sided p of the signed-rank test, all signs of the ranks being tried."""
+    """Return the two-sided p of the signed-rank test by enumeration of all signs."""
     unequal = differences[differences != 0]
     ranks = scipy.stats.rankdata(np.abs(unequal))
     middle = ranks.sum() / 2
@@ -234,7 +234,7 @@ def by_enumeration(differences):
 
 
 def by_residuals(first, second, given):
-    """Return the correlation of what is left of two rankings beside a third."""
+    """Return the correlation of the residuals of two rankings after regression on a third."""
     ranks = [scipy.stats.rankdata(values) for values in (first, second, given)]
     plane = np.column_stack([ranks[2], np.ones(len(first))])
     left = [one - plane @ np.linalg.lstsq(plane, one, rcond=None)[0] for one in ranks[:2]]
@@ -242,7 +242,7 @@ def by_residuals(first, second, given):
 
 
 def compare_statistics(count, rows):
-    """Add what is said of two networks on the same images."""
+    """Add the differences of statistics of two networks on the same images."""
     generator = np.random.default_rng(4)
     for i in range(count):
         n = 2 + i % 9
@@ -268,7 +268,7 @@ def compare_statistics(count, rows):
 
 
 def compare_intervals(count, rows):
-    """Add the widths of bootstrap intervals beside those of Student's t, as shares of them."""
+    """Add the widths of bootstrap intervals relative to those of Student's t."""
     generator = np.random.default_rng(5)
     for _ in range(count):
         values = generator.normal(0.8, 0.1, 100)
@@ -298,7 +298,7 @@ def main():
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # what references say of degenerate cases
+    warnings.simplefilter("ignore")  # warnings of references on degenerate cases
     rows = {}
     compare_images(random_images(arguments.cases, arguments.seed), rows)
     compare_images(degenerate_images(), rows)

@@ -1,11 +1,11 @@
-"""How often a test of two equal networks says p < 0.05 where slices of a patient are alike.
+"""Rate of p < 0.05 for two equal networks if slices of a patient are correlated.
 
     python -m tests.benchmarks.correlated_slices
 
-Each repetition draws differences between two networks whose true mean is 0: of 20 patients with 10
-slices each, a part of the variance (the intraclass correlation) being shared by all slices of a
-patient. Counted are p < 0.05 of Wilcoxon's signed-rank test (normal approximation) and 95 %
-bootstrap intervals of the mean (percentiles, 999 draws) without 0. NumPy alone, a few seconds.
+Each repetition draws differences between two networks with true mean 0, of 20 patients with 10
+slices each. A part of the variance (the intraclass correlation) is shared by all slices of a
+patient. The program counts p < 0.05 of Wilcoxon's signed-rank test (normal approximation) and 95 %
+bootstrap intervals of the mean (percentiles, 999 draws) without 0. It takes a few seconds.
 """
 
 import math
@@ -28,7 +28,7 @@ def differences(correlation: float, generator: np.random.Generator) -> Values:
 
 
 def rejected_by_wilcoxon(values: Values) -> NDArray[np.bool_]:
-    """Return which rows, (repetitions, n), have p < 0.05, two-sided."""
+    """Return whether each row of (repetitions, n) has a two-sided p < 0.05."""
     n = values.shape[1]
     ranks = np.abs(values).argsort(axis=1).argsort(axis=1) + 1
     positive = (ranks * (values > 0)).sum(axis=1)
@@ -37,7 +37,7 @@ def rejected_by_wilcoxon(values: Values) -> NDArray[np.bool_]:
 
 
 def rejected_by_bootstrap(values: Values, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Return which rows, (repetitions, n), have an interval of the mean without 0."""
+    """Return whether each row of (repetitions, n) has an interval of the mean without 0."""
     n = values.shape[1]
     shares = generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n
     low, high = np.percentile(values @ shares.T, (2.5, 97.5), axis=1)
@@ -53,7 +53,7 @@ def with_interval(rejected: NDArray[np.bool_]) -> str:
 
 
 def rows() -> Iterator[list[str]]:
-    """Yield correlation, then error rates of the test and of the interval, by image and patient."""
+    """Yield the correlation and the error rates of test and interval, by image and by patient."""
     generator = np.random.default_rng(0)
     for correlation in CORRELATIONS:
         found = differences(correlation, generator)

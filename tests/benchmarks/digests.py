@@ -1,4 +1,4 @@
-"""Show that a change of the code changes no result.
+"""Check that a change of the code changes no result.
 
     python tests/benchmarks/digests.py BEFORE.json     # in a checkout of the old code
     python tests/benchmarks/digests.py AFTER.json      # in a checkout of the new code
@@ -7,11 +7,11 @@
 Small trainings and the other commands are run as `python -m polyseg` with the package in the
 current folder, and each result is recorded as a sha256: weights, optimizer state, difficulties,
 epsilons, history, tables, predicted masks, pixels of figures and what --json and --csv print. No
-module of polyseg is imported, so the same file serves before and after modules are moved. Numbers
-count to the last bit, so compare runs of one machine with the same versions of the packages. Prose
-has entries of its own, which end in "(words)": a change of wording does not hide in the numbers.
+module of polyseg is imported, so the same file works before and after modules are moved. Numbers
+are compared to the last bit, so use one machine with the same versions of the packages. Prose
+has separate entries, which end in "(words)", so a change of wording does not affect the numbers.
 
-Left out: times, dates, log.txt, environment.json, the hashes in the header of a checkpoint, and the
+Excluded: times, dates, log.txt, environment.json, the hashes in the header of a checkpoint, and the
 bytes of PDF files, which hold their date; of these files only the presence is recorded.
 """
 
@@ -47,7 +47,7 @@ COMMON = [
     "uncertainty.samples=6",
     "output.figures=false",
 ]
-"""Settings of all trainings; those of a training itself come later and win."""
+"""Settings of all trainings; those of a single training override them."""
 COMPILED = ["data.size=64", "uncertainty.samples=32"]
 """With 17 training images 64 x 64 x 17 x 32 = 2.2 million: above the 2 million pixels times passes
 from which MC Dropout compiles the network."""
@@ -132,7 +132,7 @@ def network(in_channels, out_channels):
 
 
 class Case:
-    """One of the named parts: runs commands in the work folder and records digests."""
+    """A named part of the comparison, which runs commands and records digests."""
 
     def __init__(self, name: str, work: Path):
         self.name, self.work = name, work
@@ -140,7 +140,7 @@ class Case:
         self.failures: list[str] = []
 
     def run(self, *arguments: str, processes: int = 1) -> str:
-        """Return what a command prints to stdout; a failure is told and recorded."""
+        """Return the standard output of a command; report and record a failure."""
         several = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
         start = several if processes > 1 else ()
         command = [sys.executable, "-m", *start, "polyseg", *arguments]
@@ -159,14 +159,14 @@ class Case:
         return done.stdout
 
     def train(self, out: str, settings: list[str], *arguments: str, processes: int = 1) -> None:
-        """Train a network and record what --json prints; a space in `out` becomes a dash."""
+        """Train a network and record the output of --json; a space in `out` becomes a dash."""
         sets = [part for setting in settings for part in ("--set", setting)]
         fixed = ("train", "--out", out, *arguments, "--json", "-q")
         printed = self.run(*fixed, *sets, processes=processes)
         self.record(f"train {out}", digests_of_json(self.cleaned(printed)))
 
     def print(self, *arguments: str) -> None:
-        """Run a command and record what it prints, JSON or other text."""
+        """Run a command and record its output, JSON or other text."""
         printed = self.cleaned(self.run(*arguments))
         digests = digests_of_json if "--json" in arguments else digests_of_text
         self.record(shlex.join(arguments), digests(printed))
@@ -221,19 +221,19 @@ class Case:
         return found
 
     def plain(self, value: object) -> object:
-        """Return an HDF5 value, whose texts are cleaned."""
+        """Return an HDF5 value with cleaned texts."""
         array = np.asarray(value)
         return array if array.dtype.kind in "biuf" else self.cleaned(str(array.tolist()))
 
     def cleaned(self, text: str) -> str:
-        """Return a text without dates and without the place of the work folder."""
+        """Return a text without dates and without the path of the work folder."""
         for place in {str(self.work), str(self.work.resolve())}:
             text = text.replace(place, "WORK")
         return re.sub(r"\d{4}-\d\d-\d\d([T ][\d:.,+Z]+)?", "DATE", text)
 
 
 def digest_of(*values: object) -> str:
-    """Return the sha256 of arrays (type, shape and bits), texts or what JSON can hold."""
+    """Return the sha256 of arrays (type, shape and bits), texts or JSON values."""
     digest = hashlib.sha256()
     for value in values:
         if isinstance(value, np.ndarray):
@@ -250,7 +250,7 @@ def digests_of_text(text: str) -> dict[str, str]:
 
 
 def digests_of_json(text: str) -> dict[str, str]:
-    """Return a digest of the values and one of the prose, which is what holds a space."""
+    """Return a digest of the values and one of the prose, which are texts with a space."""
     if not text:
         return {"values": "nothing printed"}
     words = []
@@ -270,7 +270,7 @@ def digests_of_json(text: str) -> dict[str, str]:
 
 
 def digests_of_csv(text: str) -> dict[str, str]:
-    """Return a digest for each column but those of seconds, and one of the order of the columns."""
+    """Return a digest for each column except seconds, and one of the order of the columns."""
     rows = list(csv.reader(io.StringIO(text)))
     found = {"columns": digest_of(rows[0])}
     for head, *values in zip(*rows, strict=True):
@@ -280,7 +280,7 @@ def digests_of_csv(text: str) -> dict[str, str]:
 
 
 def digests_of_html(text: str) -> dict[str, str]:
-    """Return digests of the pictures, of the cells of tables, and of all other words."""
+    """Return digests of the images, of the cells of tables, and of all other text."""
     pictures = re.findall(r"base64,([A-Za-z0-9+/=]+)", text)
     body = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text.partition("<body")[2])
     cells = re.findall(r"<td[^>]*>(.*?)</td>", body, re.DOTALL)
@@ -425,7 +425,7 @@ COMMANDS = {
     "figures": (figures, ["polydice1", "phantoms"]),
     "report": (report, ["polydice1", "dice_bce", "evaluate"]),
 }
-"""What is run beside the trainings, and the cases that each needs to be run before."""
+"""Cases besides the trainings, and the cases that must run before each."""
 
 
 def run_cases(names: list[str]) -> dict[str, object]:
@@ -469,7 +469,7 @@ def _processor_seconds() -> float:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print the entries that differ, or how many are equal; return the exit code."""
+    """Print the entries that differ, or the number of equal ones; return the exit code."""
     old, new = (json.loads(path.read_text()) for path in (before, after))
     for name, version in old["versions"].items():
         if new["versions"].get(name) != version:

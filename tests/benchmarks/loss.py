@@ -1,7 +1,7 @@
-"""Time of the losses, forward and backward, beside MONAI's: python tests/benchmarks/loss.py
+"""Time of the losses, forward and backward, and of MONAI's: python tests/benchmarks/loss.py
 
-Measured in turn in one process, so that what else the machine does falls on all alike. Each row's
-ratio is the median over rounds of its time over that of MONAI's loss in the same round.
+Measured in turn in one process, so that other load affects all equally. Each row's
+ratio is the median over rounds of its time to that of MONAI's loss in the same round.
 """
 
 import argparse

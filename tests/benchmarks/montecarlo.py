@@ -1,12 +1,12 @@
-"""Time and memory of MC Dropout beside the usual ways: python tests/benchmarks/montecarlo.py
+"""Time and memory of MC Dropout and of usual methods: python tests/benchmarks/montecarlo.py
 
-All assess the same images, whose foreground has a share of the pixels as given. "naive loop" sets
+All assess the same images, whose share of foreground is in a given range. "naive loop" sets
 the dropout layers to training, runs N passes, stacks them and takes the mean of each map over the
-foreground; "repeated batch" is the way of torch-uncertainty, whose wrapper is used if it is
-installed: the batch N times over in one pass. MONAI has nothing for MC Dropout. Measured in turn in
-one process, so that what else the machine does falls on all alike; each ratio is the median over
-rounds of the time over that of the naive loop in the same round. Memory is what is added to the
-peak of a fresh process, imports and compilation included.
+foreground; "repeated batch" is the method of torch-uncertainty, whose wrapper is used if it is
+installed: the batch N times in one pass. MONAI has no MC Dropout. Measured in turn in
+one process, so that other load affects all equally; each ratio is the median over
+rounds of the time to that of the naive loop in the same round. Memory is the growth of the
+peak of a new process, including imports and compilation.
 """
 
 import argparse
@@ -37,7 +37,7 @@ FUNCTIONS = (mutual_information, predictive_entropy, prediction_variance)
 
 
 def load(arguments):
-    """Return batches of images whose foreground is in the range."""
+    """Return batches of images whose share of foreground is in the range."""
     settings = [f"data.path={arguments.data}", f"data.size={arguments.size}"]
     if arguments.data == "demo":
         settings.append(f"data.demo_images={20 * arguments.images}")
@@ -50,7 +50,7 @@ def load(arguments):
 
 
 def build(arguments, batches):
-    """Return the network, its statistics moved by some passes in training."""
+    """Return the network after some training passes, which change its running statistics."""
     torch.manual_seed(0)
     channels = batches[0].images.shape[1]
     network = build_network(arguments.network, in_channels=channels).to(arguments.device)
@@ -68,12 +68,12 @@ def with_dropout(network):
 
 
 def scores(samples, masks):
-    """Return the difficulties by (N, B, H, W) probabilities."""
+    """Return the difficulties from (N, B, H, W) probabilities."""
     return [foreground_mean(function(samples).cpu(), masks[:, 0]) for function in FUNCTIONS]
 
 
 def naive(network, batches, samples, device):
-    """Assess by a pass after another, all kept."""
+    """Assess by single passes, all kept in memory."""
     for batch in batches:
         images = batch.images.to(device)
         with torch.no_grad():
@@ -82,11 +82,11 @@ def naive(network, batches, samples, device):
 
 
 def repeated(network, batches, samples, device):
-    """Assess by one pass over a batch that holds each image N times."""
+    """Assess by one pass over a batch with each image N times."""
     for batch in batches:
         images = batch.images.to(device)
         with torch.no_grad():
-            if isinstance(network, nn.Sequential):  # torch-uncertainty's wrapper repeats it.
+            if isinstance(network, nn.Sequential):  # torch-uncertainty's wrapper repeats the batch.
                 passes = network(images)
             else:
                 passes = network(images.repeat(samples, 1, 1, 1))
@@ -94,7 +94,7 @@ def repeated(network, batches, samples, device):
 
 
 def as_torch_uncertainty(network, samples):
-    """Return the network in torch-uncertainty's wrapper, or None without that."""
+    """Return the network in torch-uncertainty's wrapper, or None if it is not installed."""
     try:
         from torch_uncertainty.models import mc_dropout
     except ImportError:
@@ -103,7 +103,7 @@ def as_torch_uncertainty(network, samples):
 
 
 def train(network, batches, device):
-    """Return what trains an epoch over the batches."""
+    """Return a function that trains an epoch over the batches."""
     optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-4)
 
     def epoch():
@@ -117,7 +117,7 @@ def train(network, batches, device):
 
 
 def ways(arguments, batches):
-    """Return by name what assesses all images, and an epoch of training."""
+    """Return the functions that assess all images or train an epoch, by name."""
     device, samples = arguments.device, arguments.samples
     found = {}
 
@@ -140,7 +140,7 @@ def ways(arguments, batches):
 
 
 def seconds(function, device):
-    """Return the time that a call takes."""
+    """Return the time of a call."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -150,7 +150,7 @@ def seconds(function, device):
 
 
 def measure(functions, arguments):
-    """Return by name the seconds of each round, after one that warms up."""
+    """Return the seconds of each round by name, after one warm-up round."""
     times = {name: [] for name in functions}
     for turn in range(arguments.rounds + 1):
         for name, function in functions.items():
@@ -161,7 +161,7 @@ def measure(functions, arguments):
 
 
 def memory_of(what, arguments):
-    """Return the MB by which the peak grows: of a training step, or of an assessment."""
+    """Return the growth of the peak memory in MB of a training step or an assessment."""
 
     def peak():
         if arguments.device == "cuda":
@@ -169,7 +169,7 @@ def memory_of(what, arguments):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     batches = load(arguments)[:1]
-    # Without passes of its own, for they would raise the peak beforehand.
+    # Without passes before the measurement, which would raise the peak.
     network = build_network(arguments.network, in_channels=batches[0].images.shape[1])
     network.to(arguments.device)
     before = peak()
@@ -183,7 +183,7 @@ def memory_of(what, arguments):
 
 
 def memory_table(arguments):
-    """Return the table of memory, each row measured in a process of its own."""
+    """Return the table of memory, with each row measured in a separate process."""
     table = Table("what", "MB", title=f"memory, batches of {BATCH}")
     rows = {f"step of training, batch of {BATCH}": ("step", 20)}
     rows |= {f"naive loop, N = {count}": ("naive", count) for count in (20, 100)}
@@ -199,7 +199,7 @@ def memory_table(arguments):
 
 
 def share(assessment, epoch):
-    """Return the share that assessments have of an adaptive run."""
+    """Return the share of assessments in the time of an adaptive run."""
     return ASSESSMENTS * assessment / (ASSESSMENTS * assessment + EPOCHS * epoch)
 
 
@@ -219,7 +219,7 @@ def main():
     if arguments.memory_of:
         print(f"{memory_of(arguments.memory_of, arguments):.0f}")
         return
-    # First, because a process begins with the peak of the one that started it.
+    # First, because a process inherits the peak of its parent.
     memory = memory_table(arguments)
     batches = load(arguments)
     count = sum(len(batch.ids) for batch in batches)

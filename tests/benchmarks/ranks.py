@@ -1,10 +1,10 @@
-"""How well few passes rank images: python -m tests.benchmarks.ranks
+"""Correlation of rankings by few and by many passes: python -m tests.benchmarks.ranks
 
-A network of either kind of dropout is trained without assessments. What many passes say of its
-training images stands for what endless ones would; the table has Spearman's correlation with it of
-the D by fewer passes of other seeds, mean and deviation over repeats, and of the two ways that take
-no passes. In bf16 the masks are those of fp32, so that their correlation with each other tells what
-rounding does.
+A network of each kind of dropout is trained without assessments. D by many passes over its
+training images approximates infinitely many; the table shows its Spearman correlation with
+D by fewer passes of other seeds, mean and deviation over repeats, and with the two measures without
+passes. In bf16 the masks are those of fp32, so that their correlation with each other shows the
+effect of rounding.
 """
 
 import argparse

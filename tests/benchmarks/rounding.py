@@ -1,9 +1,9 @@
-"""How far rounding leads two trainings apart: python -m tests.benchmarks.rounding
+"""Divergence of two trainings by rounding: python -m tests.benchmarks.rounding
 
-The default network is trained twice on 16 phantoms, with one thread and with two, which add up in
-another order. Prints the differences after each epoch: of D, relative to the largest; of single
+The default network is trained twice on 16 phantoms, with one thread and with two, which sum in
+a different order. Prints the differences after each epoch: of D, relative to the largest; of single
 weights, relative to the largest of their tensor; and of all weights together, as a ratio of norms.
-Settings may follow, such as training.learning_rate=0.001.
+Settings can be given as arguments, such as training.learning_rate=0.001.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SETTINGS = (
 
 
 def differences(one, other):
-    """Return the relative differences of two trainers: of D, single weights, and all weights."""
+    """Return the relative differences between two trainers in D, single weights and all weights."""
     pairs = zip(one.network.parameters(), other.network.parameters(), strict=True)
     pairs = [(a.detach(), b.detach()) for a, b in pairs if a.numel() > 1]
     d = [trainer.control.assessment.difficulty for trainer in (one, other)]

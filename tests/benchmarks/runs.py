@@ -1,9 +1,9 @@
-"""What MC Dropout costs a whole run: python tests/benchmarks/runs.py
+"""Cost of MC Dropout in a whole run: python tests/benchmarks/runs.py
 
-Runs with assessments and without, from the first weights to the last checkpoint, over the same
-images, whose foreground has a share of the pixels as given; no validation. Measured in turn in one
-process by processor time, in which waiting for others does not count; the ratio is that of each
-round. What an assessment and an epoch take is told by the history of the runs.
+Runs with and without assessments, from the first weights to the last checkpoint, over the same
+images, whose share of foreground is in a given range; no validation. Measured in turn in one
+process by processor time, which excludes waiting; the ratio is computed in each
+round. The times of an assessment and an epoch are read from the history of the runs.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from polyseg.training.trainer import Trainer
 
 
 def settings_of(arguments):
-    """Return the settings that all runs have."""
+    """Return the settings of all runs."""
     settings = [
         f"data.path={arguments.data}",
         f"data.size={arguments.size}",
         f"training.epochs={arguments.epochs}",
         f"training.device={arguments.device}",
     ]
-    # Of phantoms enough for those whose foreground is in the range.
+    # Enough phantoms to find those whose share of foreground is in the range.
     wide = arguments.foreground[1] - arguments.foreground[0] == 1
     if arguments.data == "demo":
         settings.append(f"data.demo_images={arguments.images * (1 if wide else 20)}")
@@ -40,7 +40,7 @@ def settings_of(arguments):
 
 
 def load(settings, arguments):
-    """Return the images, and a split that trains with those in the range."""
+    """Return the images, and a split that trains on those in the range."""
     images = load_images(load_config(None, settings).data)
     low, high = arguments.foreground
     chosen = [item.id for item in images.items if low <= (item.foreground or 0) <= high]
@@ -50,7 +50,7 @@ def load(settings, arguments):
 
 
 def trained(settings, images, split):
-    """Return what has trained a run that is thrown away, and its processor seconds."""
+    """Train a run in a temporary folder; return the trainer and the processor seconds."""
     config = load_config(None, settings)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / "run")

@@ -1,10 +1,10 @@
 """Processor time of commands that need no network: python tests/benchmarks/startup.py
 
-Each command has a reference, which is what it cannot do without: the imports alone, and where the
-name says so the reading or drawing as well. A second reference does the same from within an empty
+Each command has a reference with its minimal work: the imports alone, and where the
+name says so the reading or drawing as well. A second reference does the same within an empty
 command of typer, because parsing arguments and printing help import more than `import typer` does.
-All are new processes, started in turn; a ratio is the median over the rounds of a command's
-processor time over that of a reference in the same round.
+All are new processes, started in turn; a ratio is the median over rounds of a command's
+processor time to that of a reference in the same round.
 `--beside DIR` measures the polyseg of another folder as well, such as a checkout from before a
 change.
 """
@@ -73,7 +73,7 @@ COMMANDS = {
         ["data", "split", "phantoms", "--out", "split.json", "--overwrite"],
     ),
 }
-"""What each is measured against, and the arguments of polyseg."""
+"""References and arguments of polyseg of each command."""
 
 
 def processor_seconds(arguments: list[str], package: Path, folder: Path) -> float:
@@ -114,7 +114,7 @@ def main() -> None:
                 for package in packages:
                     command = ["-m", "polyseg", *arguments]
                     row.append(processor_seconds(command, package, folder))
-                if turn:  # The first round fills the disk's cache.
+                if turn:  # The first round fills the disk cache.
                     times[name].append(row)
     table = Table("command", "reference s", "in typer s")
     for package in packages:

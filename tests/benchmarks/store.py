@@ -1,7 +1,7 @@
-"""Decoded images in memory against in a file: python -m tests.benchmarks.store [images] [side]
+"""Decoded images in memory and in a file: python -m tests.benchmarks.store [images] [side]
 
-Writes generated PNG files to a temporary folder, then prints the time of reading an epoch from the
-file over that from memory (medians, in turn), and the peak memory of a process of each kind.
+Writes generated PNG files to a temporary folder, then prints the ratio of the time to read an epoch
+from the file and from memory (medians, in turn), and the peak memory of a process of each kind.
 """
 
 import resource
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 BOUND = 256
-"""MB that may stay in memory."""
+"""Largest size in MB that stays in memory."""
 
 
 def make_images(folder, count, side):
@@ -27,7 +27,7 @@ def make_images(folder, count, side):
     for i in range(count):
         row, column, radius = generator.integers(side // 4, side // 2, 3)
         disc = (rows - row) ** 2 + (columns - column) ** 2 < (radius // 2) ** 2
-        # Noise of few values, which PNG writes and reads at the speed of real images.
+        # Noise of few values, which PNG encodes and decodes at the speed of real images.
         image = (generator.integers(0, 8, (side, side)) + 100 + 60 * disc).astype(np.uint8)
         Image.fromarray(image).save(folder / f"images/{i:05d}.png", compress_level=1)
         Image.fromarray((255 * disc).astype(np.uint8)).save(folder / f"masks/{i:05d}.png")

@@ -1,9 +1,9 @@
-"""Time and memory of an epoch beside a bare loop and MONAI's: python tests/benchmarks/training.py
+"""Time and memory of an epoch, of a bare loop and of MONAI: python tests/benchmarks/training.py
 
-All train the same network on the same phantoms, with AdamW, in batches of 8. Measured in turn in
-one process, so that what else the machine does falls on all alike. Each row's ratio is the median
-over rounds of its time over that of the bare loop in the same round. The memory is what the first
-step, compilation included, adds to the peak of a fresh process.
+All train the same network on the same phantoms with AdamW in batches of 8. Measured in turn in
+one process, so that other load affects all equally. Each row's ratio is the median
+over rounds of its time to that of the bare loop in the same round. Memory is the growth of the peak
+of a new process in the first step, including compilation.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RATE = 3e-3
 
 
 def bare(samples, device, **how):
-    """Return the barest loop: tensors at hand, one order."""
+    """Return a bare loop over tensors in memory, always in one order."""
     network = build_network("unet", in_channels=1).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, **how)
     images, masks = (torch.stack(values).to(device) for values in zip(*samples, strict=True))
@@ -56,7 +56,7 @@ def bare(samples, device, **how):
 
 
 def monai_parts(samples, device):
-    """Return what MONAI's tutorials train with: cached tensors in batches, loss, optimizer."""
+    """Return the parts of MONAI's tutorials: cached tensors in batches, loss, optimizer."""
     network = build_network("unet", in_channels=1).to(device)
     data = CacheDataset(
         [{"image": image, "label": masks.float()} for image, masks in samples],
@@ -72,7 +72,7 @@ def monai_parts(samples, device):
 
 
 def monai_engine(samples, device):
-    """Return an epoch of MONAI's SupervisedTrainer."""
+    """Return a function that trains an epoch with MONAI's SupervisedTrainer."""
     from monai.engines import SupervisedTrainer
 
     logging.getLogger("ignite").setLevel(logging.WARNING)
@@ -86,7 +86,7 @@ def monai_engine(samples, device):
 
 
 def monai_loop(samples, device):
-    """Return the loop of MONAI's tutorials, which tells the loss of every step."""
+    """Return the loop of MONAI's tutorials, which reads the loss of every step."""
     parts = monai_parts(samples, device)
     network, optimizer, loss_function = (
         parts[name] for name in ("network", "optimizer", "loss_function")
@@ -107,18 +107,18 @@ def monai_loop(samples, device):
 
 
 def ours(config, images, **settings):
-    """Return polyseg's epoch, as `polyseg train` runs it but for validation and the files."""
+    """Return polyseg's epoch as in `polyseg train`, without validation and files."""
     training = config.training.model_copy(update=settings)
     config = config.model_copy(update={"training": training})
     split = {"train": images.ids, "val": [], "test": []}
-    # Nothing is written there: that is for whole epochs.
+    # Nothing is written there, because only `fit` writes files.
     run = RunDirectory(Path(tempfile.gettempdir()) / "polyseg-benchmark")
     trainer = Trainer(config, images, split, run)
     return lambda: trainer._train(epoch=1)
 
 
 def build(arguments):
-    """Return by name what makes each function that trains an epoch."""
+    """Return the builders of functions that train an epoch, by name."""
     settings = [
         f"data.size={arguments.size}",
         f"data.demo_images={arguments.images}",
@@ -140,7 +140,7 @@ def build(arguments):
     }
     if importlib.util.find_spec("ignite"):
         makers["MONAI's trainer"] = functools.partial(monai_engine, samples, device)
-    else:  # which that one needs
+    else:  # SupervisedTrainer needs ignite
         makers["MONAI, no ignite"] = functools.partial(monai_loop, samples, device)
     if arguments.compile:
         makers["polyseg, compiled"] = functools.partial(ours, plain, images, compile=True)
@@ -158,7 +158,7 @@ def seconds(epoch, device):
 
 
 def measure(epochs, arguments):
-    """Return by name the seconds of each round, and those of the first epoch, which warms up."""
+    """Return the seconds of each round and of the first epoch, a warm-up, by name."""
     first = {name: seconds(epoch, arguments.device) for name, epoch in epochs.items()}
     times = {name: [] for name in epochs}
     for _ in range(arguments.rounds):
@@ -168,7 +168,7 @@ def measure(epochs, arguments):
 
 
 def memory_of_step(make, device):
-    """Return the MB by which the peak memory grows over the first step."""
+    """Return the growth of the peak memory in MB over the first step."""
 
     def peak():
         if device == "cuda":
@@ -182,7 +182,7 @@ def memory_of_step(make, device):
 
 
 def memory_by_name(names, arguments):
-    """Return the MB that a step adds, each measured in a process of its own."""
+    """Return the MB that a step adds by name, each measured in a separate process."""
     settings = ["--size", arguments.size, "--images", BATCH, "--device", arguments.device]
     command = [sys.executable, __file__, *map(str, settings)]
     return {
@@ -205,12 +205,12 @@ def main():
     arguments = parser.parse_args()
     makers = build(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        # What another run has compiled would be found in the usual place.
+        # A new folder, because the default one may hold code compiled by another run.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         if arguments.memory_of:
             print(f"{memory_of_step(makers[arguments.memory_of], arguments.device):.0f}", end="")
             return
-        # First, because a process begins with the peak of the one that started it.
+        # First, because a process inherits the peak of its parent.
         memory = memory_by_name(makers, arguments)
         times, first = measure({name: make() for name, make in makers.items()}, arguments)
     title = f"{arguments.images} images of {arguments.size} x {arguments.size}, an epoch"

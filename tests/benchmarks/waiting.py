@@ -1,8 +1,8 @@
-"""A training step with two threads, by how long they wait: python -m tests.benchmarks.waiting
+"""Time of a training step with two threads by OpenMP waiting: python -m tests.benchmarks.waiting
 
-`polyseg train` on phantoms of 128 x 128 in batches of 8, in turn with the waiting that OpenMP of
-GNU has by default and with that of polyseg, on the machine as it is and beside two busy loops. Each
-line tells what other processes took meanwhile: only where that is nearly 0 was the machine idle.
+`polyseg train` on phantoms of 128 x 128 in batches of 8, in turn with the default waiting of GNU
+OpenMP and with that of polyseg, on the machine as it is and beside two busy loops. Each
+line shows the load of other processes: the machine was idle only if it is nearly 0.
 """
 
 import argparse
@@ -22,14 +22,14 @@ SETTINGS = ("data.demo_images=20", "data.split=[0.8,0.1,0.1]", "output.figures=f
 
 
 def used():
-    """Return the processor seconds of the whole machine, and of the children of this process."""
+    """Return the processor seconds of the whole machine and of the children of this process."""
     ticks = list(map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]))
     mine = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), mine[0] + mine[1]
 
 
 def step(way, epochs):
-    """Return the median seconds of a step, and how many cores other processes took."""
+    """Return the median seconds of a step and the number of cores used by other processes."""
     names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"OMP_NUM_THREADS": "2"} | WAYS[way]
@@ -46,7 +46,7 @@ def step(way, epochs):
 
 
 def main():
-    """Measure and print."""
+    """Measure and print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=6)

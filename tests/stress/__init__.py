@@ -1,6 +1,6 @@
-"""What holds when things go wrong: trials by the hundred, of which the tests run a few.
+"""Stress trials of failures, by the hundred; the test suite runs a few of them.
 
 `python -m tests.stress [NAME ...] [--count N] [--seed S]` runs them. Each module has a
-function `check(count, seed)`, which runs so many trials, prints a line on them and returns what
-failed.
+function `check(count, seed)`, which runs `count` trials, prints a line on them and returns the
+failures.
 """

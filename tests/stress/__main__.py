@@ -10,7 +10,7 @@ import traceback
 from typing import NamedTuple
 
 ALL = 1_000_000
-"""The count of those that know themselves how many there are."""
+"""Count of modules with a fixed number of trials."""
 COUNTS = {
     "kills": 100,
     "signals": 40,
@@ -26,7 +26,7 @@ COUNTS = {
 
 
 class Row(NamedTuple):
-    """What became of the trials of a name."""
+    """Result of the trials of one module."""
 
     name: str
     trials: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def main() -> int:
-    """Run what is asked for, print a table, and return the exit code."""
+    """Run the requested trials, print a table, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COUNTS)}")
     parser.add_argument("--count", type=int, help="trials of each; its own number if left out")
@@ -44,7 +44,7 @@ def main() -> int:
     asked = parser.parse_args()
     if unknown := set(asked.names) - COUNTS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: choose of {', '.join(COUNTS)}")
-    # A shell's jobs in the background hand on that they ignore it.
+    # Background jobs of a shell inherit that this signal is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rows = [_run(name, asked.count, asked.seed) for name in asked.names or COUNTS]
     _print_table(rows)
@@ -61,7 +61,7 @@ def _run(name: str, count: int | None, seed: int) -> Row:
     try:
         failures = importlib.import_module(module).check(count, seed)
     except Exception:
-        # The others are to run, and the table to be printed.
+        # The other modules still run, and the table is printed.
         traceback.print_exc()
         return Row(name, trials, seed, "broke off", time.monotonic() - begin)
     for failure in failures:

@@ -1,4 +1,4 @@
-"""Several processes at one run: readers change nothing, and of two writers one goes on."""
+"""Several processes at one run: readers change nothing, and one of two writers continues."""
 
 import itertools
 import random
@@ -26,18 +26,18 @@ READING = (
 )
 READS_A_PAIR = 4
 LONG = 60
-"""Epochs of the run that is read."""
+"""Number of epochs of the run that is read."""
 _HEAD_START = 1.0
-"""Seconds that two forks have to reach the line from which they start together."""
+"""Seconds that two forks have to become ready before they start together."""
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Read a run in training so many times, and start a quarter as many pairs of writers."""
+    """Read a run in training `count` times, and start a quarter as many pairs of writers."""
     return check_reads(count, seed) + check_pairs(max(1, count // READS_A_PAIR), seed)
 
 
 def check_reads(count: int, seed: int) -> list[str]:
-    """Read a run in training so many times, another one where it ends; return what failed."""
+    """Read runs in training `count` times, a new run after each end; return the failures."""
     commands = itertools.islice(_shuffled(random.Random(f"reads {seed}")), count)
     waiting, answered = list(commands), Counter[str]()
     failures: list[str] = []
@@ -51,20 +51,20 @@ def check_reads(count: int, seed: int) -> list[str]:
 
 
 def check_pairs(count: int, seed: int) -> list[str]:
-    """Start so many pairs of writers at once, every other one to resume; return what failed."""
+    """Start `count` pairs of writers, every second pair to resume; return the failures."""
     failures = runs.trials("access", count, seed, _pair)
     print(f"access, seed {seed}: {count} pairs of writers; {len(failures)} failures")
     return failures
 
 
 def _shuffled(chance: random.Random) -> Iterator[str]:
-    """Yield all commands in one random order after the other."""
+    """Yield all commands repeatedly, each time in a new random order."""
     while True:
         yield from chance.sample(READING, len(READING))
 
 
 def _read_a_run(waiting: list[str], place: Path, answered: Counter[str]) -> list[str]:
-    """Let a run train, and take commands off the list until it ends; return what failed."""
+    """Run commands from the list until a training run ends; return the failures."""
     run, failures = place / "run", []
     Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(place / "image.png")
     writer = runs.start(runs.training(run, epochs=LONG), place)
@@ -80,7 +80,7 @@ def _read_a_run(waiting: list[str], place: Path, answered: Counter[str]) -> list
 
 
 def _read(command: str, run: Path, place: Path, answered: Counter[str]) -> list[str]:
-    """Return what is wrong with a reader's answer; before the first epoch it may have none."""
+    """Return the faults of a reader's answer; before the first epoch it may refuse."""
     out = place / f"out-{sum(answered.values())}"
     out.mkdir()
     places = {"RUN": run, "OUT": out, "IMAGE": place / "image.png"}
@@ -96,7 +96,7 @@ def _read(command: str, run: Path, place: Path, answered: Counter[str]) -> list[
 
 
 def _pair(chance: random.Random, number: int, place: Path) -> list[str]:
-    """Start two writers of one run at the same instant; return what is wrong."""
+    """Start two writers of one run at the same instant; return the faults."""
     run, argv = place / "run", runs.training(place / "run")
     if number % 2:
         _leave_half_a_run(run, place)
@@ -107,7 +107,7 @@ def _pair(chance: random.Random, number: int, place: Path) -> list[str]:
     if [answer.code for answer in answers] != [0, 2]:
         return [f"{argv[1]}, two at once: {'; '.join(map(str, answers))}"]
     refused = answers[1]
-    wrong = [] if runs.is_a_line_on(run, refused.err) else [f"{argv[1]}, refused: {refused}"]
+    wrong = [] if runs.is_one_line_naming(run, refused.err) else [f"{argv[1]}, refused: {refused}"]
     return wrong + runs.differences(run, runs.reference().folder)
 
 

@@ -1,8 +1,8 @@
-"""Damaged and forged checkpoints: refused in a line, or the network that was written.
+"""Damaged and forged checkpoints: refused in one line, or read as the network that was written.
 
-Damaged ones have bytes changed. Forged ones have a header or tensors of a forger's choice, and the
-sum over them that a sound one would have: they may hold any network that is what it says, but may
-not crash, run anything, or take more time or memory than their size explains.
+Damaged files have changed bytes. Forged files have a changed header or changed tensors with a
+valid hash: they may hold any consistent network, but may not crash, run code, or take more time or
+memory than their size explains.
 """
 
 import itertools
@@ -37,14 +37,14 @@ _SETTINGS = (
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Read so many checkpoints and build their networks; return what each did that none may."""
+    """Read `count` checkpoints and build their networks; return the faults of each."""
     generator = random.Random(f"checkpoints {seed}")
     failures: list[str] = []
-    torch.set_num_threads(1)  # Threads do not outlive a fork.
+    torch.set_num_threads(1)  # Threads do not survive a fork.
     with tempfile.TemporaryDirectory() as place:
         sound = Sound(Path(place) / "sound.safetensors")
         path = Path(place) / "bad.safetensors"
-        built(Path(place) / "sound.safetensors")  # What it imports belongs to no file.
+        built(Path(place) / "sound.safetensors")  # Imports modules, so no file is charged.
         for k in range(count):
             name, good = _made(generator, sound, path, k)
             faults = faults_in_child(lambda good=good: faults_of_reading(path, built, good))
@@ -55,7 +55,7 @@ def check(count: int, seed: int) -> list[str]:
 
 
 class Sound:
-    """A sound checkpoint, and what its parts are."""
+    """A valid checkpoint and its parts."""
 
     def __init__(self, path: Path) -> None:
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ class Sound:
         self.data = self.content[8 + length :]
 
     def same(self, read: tuple[Checkpoint, nn.Module]) -> bool:
-        """Tell whether a checkpoint and its network are those that were written."""
+        """Return whether a checkpoint and its network equal those that were written."""
         other, network = read
         kept = self.checkpoint
         plain = ("config", "channels", "epoch", "best_epoch", "best_dice", "assessments")
@@ -93,17 +93,17 @@ class Sound:
 
 
 def built(path: Path) -> tuple[Checkpoint, nn.Module]:
-    """Read a checkpoint and build its network, as every command does that opens one."""
+    """Read a checkpoint and build its network, as commands do."""
     checkpoint = read_checkpoint(path)
     try:
         return checkpoint, network_of(checkpoint)
     except PolysegError as error:
-        # Who builds it knows the file, and what is said of it begins by another word.
+        # A network that cannot be built is reported without the path.
         raise PolysegError(f"{path}: {error}") from None
 
 
 def _made(generator: Random, sound: Sound, path: Path, k: int) -> tuple[str, Callable[[Any], bool]]:
-    """Write a file, of every ten five damaged, one of damaged tables and four forged."""
+    """Write a file; of every ten, five are damaged, one has a damaged table, four are forged."""
     if k % 10 < 5:
         damage = generator.choice(DAMAGE)
         path.write_bytes(damage(generator, sound.content))
@@ -128,14 +128,14 @@ def _parts(sound: Sound) -> tuple[Header, Tensors]:
 
 
 def _write(path: Path, header: Header | str, tensors: Tensors) -> None:
-    """Write what a forger would: any header, with the sum that belongs to it."""
+    """Write a forged file: any header, with its valid hash."""
     text = header if isinstance(header, str) else json.dumps(header)
     stored = {name: checkpoints.stored_of(one) for name, one in tensors.items()}
     metadata = {"polyseg": text, "sha256": checkpoints.digest_of(text, stored)}
     safetensors.torch.save_file(tensors, path, metadata)
 
 
-# Lies of the table that a safetensors file begins with.
+# False entries in the table at the start of a safetensors file.
 
 Table = dict[str, Any] | bytes
 Lie = Callable[[Random, dict[str, Any], bytes], tuple[Table, bytes]]
@@ -166,7 +166,7 @@ def other_place(generator: Random, table: dict[str, Any], data: bytes) -> tuple[
 
 
 def swapped_places(generator: Random, table: dict[str, Any], data: bytes) -> tuple[Table, bytes]:
-    """Let two tensors of one shape take each other's values."""
+    """Swap the values of two tensors of equal shape."""
     tensors = [one for name, one in table.items() if name != "__metadata__"]
     generator.shuffle(tensors)
     for one, other in itertools.combinations(tensors, 2):
@@ -211,7 +211,7 @@ LIES: list[Lie] = [
     more_data,
 ]
 
-# Forgeries: a sound file of a header or tensors that no training writes.
+# Forgeries: valid files with a header or tensors that no training writes.
 
 Forged = tuple[Header | str, Tensors]
 Forgery = Callable[[Random, Header, Tensors], Forged]

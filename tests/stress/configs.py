@@ -1,7 +1,7 @@
-"""Configurations of every kind: refused in a line that names the file, or read as they are meant.
+"""Configurations of every kind: refused in one line that names the file, or read as intended.
 
-Each is read by the loader, and by `polyseg config show` as a user would. What is accepted must come
-back the same from the YAML that is shown; of most kinds it is known whether they must be accepted.
+Each is read by the loader and by `polyseg config show`. An accepted file must round-trip through
+the printed YAML; for most kinds it is known whether they must be accepted.
 """
 
 import os
@@ -23,17 +23,17 @@ KEYS = [str(setting["key"]) for setting in settings_of()]
 
 
 class Trial(NamedTuple):
-    """The content of a file, and what must become of it."""
+    """Content of a file, and the expected result."""
 
     content: bytes
     accepted: bool | None = None
-    """None where either may be right."""
+    """Whether the file must be accepted; None if either is right."""
     values: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    """What settings must be, if it is accepted."""
+    """Expected settings if it is accepted."""
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Read so many configurations; return what each did that none may."""
+    """Read `count` configurations; return the faults of each."""
     generator = random.Random(f"configs {seed}")
     failures: list[str] = []
     accepted = 0
@@ -70,7 +70,7 @@ def _written(path: Path, trial: Trial, generator: Random) -> None:
 
 
 def _faults(path: Path, trial: Trial) -> list[str]:
-    """Return what is wrong, and the word "accepted" where it was."""
+    """Return the faults, and the word "accepted" if the file was accepted."""
     accepted = []
 
     def loaded(path: Path) -> Config:
@@ -98,7 +98,7 @@ def _faults(path: Path, trial: Trial) -> list[str]:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return values by dotted key."""
+    """Return the values by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat[prefix + name] = value
@@ -108,13 +108,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _alike(value: Any, drawn: Any) -> bool:
-    """Tell whether a setting is what was drawn; of a list it has a tuple."""
+    """Return whether a setting equals the drawn value; a list becomes a tuple."""
     if isinstance(drawn, list):
         return len(value) == len(drawn) and all(map(_alike, value, drawn))
     return bool(value == drawn) and isinstance(value, bool) == isinstance(drawn, bool)
 
 
-# Values by the JSON Schema, which is written by pydantic and not by the loader.
+# Values drawn from the JSON Schema, which pydantic writes independently of the loader.
 
 
 def _schema_of(key: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _numbers(*kinds: str) -> list[str]:
 
 
 def _yaml(values: dict[str, Any]) -> bytes:
-    """Return a file of these settings, by PyYAML's own writer."""
+    """Return a file of these settings, written by PyYAML."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -184,7 +184,7 @@ def _yaml(values: dict[str, Any]) -> bytes:
 
 
 def _line(key: str, value: str) -> bytes:
-    """Return a file of one setting, whose value is written as it is."""
+    """Return a file of one setting with its value written verbatim."""
     sections = key.split(".")
     lines = [f"{'  ' * i}{name}:" for i, name in enumerate(sections)]
     return ("\n".join(lines) + f" {value}\n").encode()
@@ -200,7 +200,7 @@ def within_bounds(generator: Random) -> Trial:
 
 
 def all_defaults(generator: Random) -> Trial:
-    """The template, or some of its lines."""
+    """Return the template, or some of its lines."""
     text = template()
     if generator.random() < 0.5:
         lines = text.splitlines()

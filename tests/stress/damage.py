@@ -1,9 +1,9 @@
-"""Damaged and forged assessments and schedules: refused in a line, or read as what was written.
+"""Damaged and forged assessments and schedules: refused in one line, or read as written.
 
-Three kinds of file are made from sound ones. Damaged ones are read by hand, without a hash, and by
-the hash that a run recorded. Forged ones are damaged and then sealed anew, as somebody would who
-means harm: these can hold anything, but may not crash, take long, or take much memory. Handmade
-ones are sealed too, each with a trick of HDF5's.
+Three kinds of files are made from valid ones. Damaged files are read without a hash and with
+the hash that a run recorded. Forged files are damaged and then get a valid hash, as an attacker
+would write: they can hold anything, but may not crash, take long, or take much memory. Handmade
+files have a valid hash too, and each uses an unusual feature of HDF5.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _VIRTUAL = 2**40
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Read so many damaged, forged and handmade files; return what each did that none may."""
+    """Read `count` damaged, forged and handmade files; return the faults of each."""
     generator = random.Random(f"damage {seed}")
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as place:
@@ -48,7 +48,7 @@ def check(count: int, seed: int) -> list[str]:
 
 
 def _trial(generator: Random, folder: Path, k: int) -> tuple[str, list[str]]:
-    """Make a file, of every ten six damaged, two forged and two handmade, and read it."""
+    """Make and read a file; of every ten, six are damaged, two forged and two handmade."""
     sound = Sound(generator, folder / f"{k}-sound.h5")
     path = folder / f"{k}.h5"
     with contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ def _trial(generator: Random, folder: Path, k: int) -> tuple[str, list[str]]:
 
 
 class Sound:
-    """A sound file, what is in it, and how it is read."""
+    """A valid file, its content, and its reader."""
 
     def __init__(self, generator: Random, path: Path) -> None:
         numbers = np.random.default_rng(generator.getrandbits(32))
@@ -88,13 +88,13 @@ class Sound:
         self.content = path.read_bytes()
 
     def read(self, path: Path, **options: Any) -> Assessment | Schedule:
-        """Read a file as one of this kind."""
+        """Read a file as this kind of record."""
         if isinstance(self.record, Schedule):
             return read_schedule(path, **options)
         return read_assessment(path, with_maps=True, **options)
 
     def same(self, other: Assessment | Schedule) -> bool:
-        """Return whether what was read is what was written, to the last bit."""
+        """Return whether the record equals the written one to the last bit."""
         return same(self.record, other)
 
 
@@ -111,7 +111,7 @@ def _faults_of_damaged(sound: Sound, path: Path) -> Iterator[str]:
 
 
 def same(record: Any, other: Any) -> bool:
-    """Return whether two records are equal, to the type and the last bit of each number.
+    """Return whether two records are equal, including the type and last bit of each number.
 
     >>> same([np.zeros(2)], [np.zeros(2)]), same([np.zeros(2)], [np.zeros(2, int)])
     (True, False)
@@ -132,7 +132,7 @@ def same(record: Any, other: Any) -> bool:
     return repr(record) == repr(other)
 
 
-# Sound records.
+# Valid records.
 
 
 def _rows(numbers: np.random.Generator) -> tuple[list[str], list[str] | None]:
@@ -188,12 +188,12 @@ def schedule(numbers: np.random.Generator) -> Schedule:
     return Schedule(ids, epochs, epsilon, labels, assessed, group, statistics)
 
 
-# Damage that the readers of images do not know.
+# Damage that tests.hostile does not have.
 
 
 def _swapped(other: Path) -> Callable[[Random, bytes], bytes]:
     def swapped(generator: Random, content: bytes) -> bytes:
-        """Put bytes of another sound file in place of this one's."""
+        """Replace bytes by those of another valid file."""
         foreign = Sound(generator, other).content
         start = generator.randrange(min(len(content), len(foreign)))
         end = start + generator.choice([1, 8, 100, 512, 4000, len(content)])
@@ -203,11 +203,11 @@ def _swapped(other: Path) -> Callable[[Random, bytes], bytes]:
 
 
 def _headed(content: bytes) -> bytes:
-    """Return content with room for a seal, which is what a forger would leave."""
+    """Return content with space for the hash, as a forger would write it."""
     return content if len(content) > 600 else content.ljust(600, b"\0")
 
 
-# Tricks, each of a forger who knows HDF5. What they leave unchanged must be read as it was.
+# Forgeries with features of HDF5. Columns that they do not change must be read unchanged.
 
 Trick = Callable[[Path, Sound], None]
 
@@ -217,7 +217,7 @@ def _column(sound: Sound) -> str:
 
 
 def _inside(change: Callable[[Any, str], None]) -> Trick:
-    """Return a trick that changes the open file, by the name of a column that both kinds have."""
+    """Return a trick that changes the open file at a column that both kinds of files have."""
 
     def trick(path: Path, sound: Sound) -> None:
         with h5py.File(path, "r+") as file:
@@ -228,7 +228,7 @@ def _inside(change: Callable[[Any, str], None]) -> Trick:
 
 
 def _instead(make: Callable[[Any, str, Any], None], *names: str) -> Callable[[Any, str], None]:
-    """Return a change that makes something else in place of columns."""
+    """Return a change that replaces columns by something else."""
 
     def change(file: Any, column: str) -> None:
         for name in names or (column,):
@@ -293,7 +293,7 @@ def packed_zeros(file: Any, name: str, old: Any) -> None:
 
 
 def compact(file: Any, name: str, old: Any) -> None:
-    """The same values, kept in the header: no lie."""
+    """Store the same values in the header, which is valid."""
     values = old[()]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.COMPACT)
@@ -337,7 +337,7 @@ def no_rows(file: Any, name: str, old: Any) -> None:
 
 
 def many_attributes(file: Any, _: str) -> None:
-    """Which readers pass over: no lie."""
+    """Add something that readers ignore, which is valid."""
     for i in range(3000):
         file.attrs[f"more {i}"] = np.zeros(500)
 
@@ -366,12 +366,12 @@ def attribute_of_another_type(file: Any, _: str) -> None:
 
 
 def circle_of_groups(file: Any, _: str) -> None:
-    """Which readers pass over: no lie."""
+    """Add something that readers ignore, which is valid."""
     file.create_group("around")["around"] = file["/"]
 
 
 def groups_without_end(file: Any, _: str) -> None:
-    """Which readers pass over: no lie."""
+    """Add something that readers ignore, which is valid."""
     group = file
     for _i in range(500):
         group = group.create_group("deeper")
@@ -389,27 +389,27 @@ def ids_that_are_no_names(file: Any, _: str) -> None:
 
 
 def empty_pieces(file: Any, _: str) -> None:
-    """Let maps be packed into next to nothing, over which HDF5's filters may crash."""
+    """Write almost empty compressed chunks, on which HDF5 filters may crash."""
     for maps in file["maps"].values() if "maps" in file else ():
         maps.id.write_direct_chunk((0, 0, 0), b"x")
 
 
 def ids_of_one_long_text(path: Path, _: Sound) -> None:
-    """Let every row refer to the same megabyte of the heap."""
+    """Make every row refer to the same megabyte of the heap."""
     content, start = _with_ids_in_the_heap(path, ["x" * 10**6, *"y" * 1999])
     content[start : start + 16 * 2000] = bytes(content[start : start + 16]) * 2000
     path.write_bytes(content)
 
 
 def ids_outside_the_heap(path: Path, _: Sound) -> None:
-    """Let a row be a text of four gigabytes, which HDF5 makes room for before it looks."""
+    """Declare a row as text of four gigabytes, which HDF5 allocates before it reads."""
     content, start = _with_ids_in_the_heap(path, ["a", "b"])
     content[start : start + 16] = b"\xff" * 16
     path.write_bytes(content)
 
 
 def _with_ids_in_the_heap(path: Path, ids: list[str]) -> tuple[bytearray, int]:
-    """Return a file's content, and where in it the references to its ids stand."""
+    """Return the content of a file and the offset of the references to its ids."""
     with h5py.File(path, "r+") as file:
         del file["id"]
         file.create_dataset("id", data=ids, dtype=h5py.string_dtype())
@@ -429,7 +429,7 @@ def attribute_outside_the_heap(path: Path, _: Sound) -> None:
 
 def _filter(number: int) -> Trick:
     def unknown_filter(path: Path, sound: Sound) -> None:
-        """Let a column be packed by something that only a plugin could know."""
+        """Declare a column as compressed by a filter that only a plugin could provide."""
         name = _column(sound)
         with h5py.File(path, "r+") as file:
             values = file[name][()]

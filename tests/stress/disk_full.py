@@ -1,4 +1,4 @@
-"""Disks that fill up at any point: one line says so, what was committed stays, and runs go on."""
+"""Disks that become full at any point: one error line, committed files stay, runs can resume."""
 
 import contextlib
 import functools
@@ -26,15 +26,15 @@ RESULTS = (
 )
 TRIALS_A_RESULT = 3
 _LEAST = 700
-"""Bytes that a file may have at least: what a command says goes to one."""
+"""Smallest limit of file size in bytes, because the output of a command goes to a file."""
 _AMPLE = 256
-"""MiB of a disk on which there is space again."""
+"""MiB of a disk with enough space."""
 _HEAD_START = 0.5
-"""Seconds in which a fork, which waits so long, is given its limit."""
+"""Seconds that a fork waits, in which its limit is set."""
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Fill the disk of so many runs, and of a third as many other results; return what failed."""
+    """Fill the disk of `count` runs and of a third as many other results; return the failures."""
     met: Counter[str] = Counter()
 
     def training(chance: random.Random, number: int, place: Path) -> list[str]:
@@ -54,9 +54,9 @@ def check(count: int, seed: int) -> list[str]:
 
 
 def _small_files(chance: random.Random, place: Path, met: Counter[str]) -> list[str]:
-    """Train where no file may be larger than some size, and go on where it may."""
+    """Train with a limit of file size, and resume without it."""
     run, reference = place / "run", runs.reference().folder
-    # Most files are small, and checkpoints grow by little: so more limits are close to the largest.
+    # Most files are small and checkpoints grow little, so more limits are close to the largest.
     share = chance.choice([chance.uniform(0, 1), chance.uniform(0.9, 1)])
     limit = max(_LEAST, int(share * max(_sizes(reference))))
     answer = _limited([*runs.training(run), "--quiet"], place, limit)
@@ -64,7 +64,7 @@ def _small_files(chance: random.Random, place: Path, met: Counter[str]) -> list[
 
 
 def _small_disk(chance: random.Random, place: Path, met: Counter[str]) -> list[str]:
-    """Train on a disk that is too small, and go on where there is space."""
+    """Train on a disk that is too small, and resume on a larger one."""
     pages = sum(-(-size // 4096) + 1 for size in _sizes(runs.reference().folder))
     kilobytes = 4 * chance.randrange(4, pages + 10)
     with _mounted(place / "disk", kilobytes) as disk:
@@ -77,20 +77,20 @@ def _small_disk(chance: random.Random, place: Path, met: Counter[str]) -> list[s
 def _verdict(
     answer: runs.Answer, run: Path, place: Path, met: Counter[str], space: str
 ) -> list[str]:
-    """Return what is wrong with a run whose disk was full, and with the one that goes on."""
+    """Return the faults of a run whose disk was full, and of the resumed run."""
     if answer.code == 0:
         met["runs with space enough"] += 1
         return [f"disk {space}: {one}" for one in runs.differences(run, runs.reference().folder)]
     epoch = runs.committed_epoch(run)
     met["runs before the first checkpoint" if epoch < 0 else "runs after it"] += 1
     wrong = _faults(answer, run) + _leftovers(run, "the full disk")
-    argv, more = runs.go_on(run, place)
-    wrong += more + runs.end_well(argv, run, place) + _leftovers(run, argv[1])
+    argv, more = runs.continued(run, place)
+    wrong += more + runs.complete(argv, run, place) + _leftovers(run, argv[1])
     return [f"disk {space}, after epoch {epoch}: {one}" for one in wrong]
 
 
 def _result(words: str, chance: random.Random, place: Path, met: Counter[str]) -> list[str]:
-    """Let a command run out of space, with and without former results in its place."""
+    """Let a command run out of space, with and without previous results in its folder."""
     out, command = place / "out", words.split(maxsplit=1)[0]
     places = {"RUN": str(runs.reference().folder), "IMAGES": str(_images() / "images")}
     places["VOLUME"] = str(_volume())
@@ -124,8 +124,8 @@ def _result(words: str, chance: random.Random, place: Path, met: Counter[str]) -
 
 
 def _limited(argv: list[str], place: Path, limit: int) -> runs.Answer:
-    """Run a command none of whose files may be larger than so many bytes."""
-    runs.reference(genuine=False)  # So that what starts forks is at work.
+    """Run a command with a limit of file size in bytes."""
+    runs.reference(genuine=False)  # Make sure that the server of forks is running.
     while True:
         at = time.monotonic() + _HEAD_START
         process = runs.start(argv, place, at=at)
@@ -137,7 +137,7 @@ def _limited(argv: list[str], place: Path, limit: int) -> runs.Answer:
 
 
 def _faults(answer: runs.Answer, folder: Path) -> list[str]:
-    """Return what is wrong with how a command says that there is no space."""
+    """Return the faults of a command's message about a full disk."""
     lines = answer.err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     wrong = [] if answer.code == 2 else [f"exit {answer}"]
@@ -161,7 +161,7 @@ def _sizes(folder: Path) -> list[int]:
 
 @functools.cache
 def _images() -> Path:
-    """Make a folder of images, once."""
+    """Return a folder of images, made once."""
     folder = runs.lasting_folder() / "images"
     answer = runs.run(["data", "demo", str(folder), "--images", "3", "--size", "32"], folder.parent)
     if answer.code != 0:
@@ -171,7 +171,7 @@ def _images() -> Path:
 
 @functools.cache
 def _volume() -> Path:
-    """Make a volume, once."""
+    """Return a volume, made once."""
     path = runs.lasting_folder() / "volume.nii"
     pixels = np.arange(32 * 32 * 8, dtype=np.uint16).reshape(32, 32, 8)
     nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), path)
@@ -180,7 +180,7 @@ def _volume() -> Path:
 
 @contextlib.contextmanager
 def _mounted(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """Yield a folder that is a disk of its own."""
+    """Yield a folder that is a separate disk."""
     folder.mkdir()
     _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder))
     try:

@@ -1,8 +1,8 @@
-"""A machine that stops before or after any step of durable writing: every run goes on from there.
+"""Stop the machine before or after any step of durable writing: every run can be resumed.
 
-All that is written durably goes through `polyseg.system.files.disk`. Here one takes its place that
-stops at a step, and knows what a disk is sure to hold then: contents that were flushed, by names
-that were.
+All durable writing goes through `polyseg.system.files.disk`. Here it is replaced by a disk that
+stops at a step, and records what a disk is then sure to hold: flushed contents under flushed
+names.
 """
 
 import contextlib
@@ -20,25 +20,25 @@ from polyseg.system.files import Disk
 from tests.stress import runs
 
 MEMORIES = ("kept", "torn", "forgotten")
-"""What is left of what was not flushed: all, names alone, or nothing."""
+"""What remains of data that was not flushed: all, names only, or nothing."""
 
 
 class Stopped(BaseException):
-    """The machine went down."""
+    """Raised in place of a stop of the machine."""
 
 
 class MortalDisk(Disk):
-    """Does what is asked until it stops, and then nothing any more."""
+    """A disk that works until it stops, and then does nothing."""
 
     def __init__(self, stops_at: int, root: Path) -> None:
         self.stops_at, self.moments = stops_at, 0
         self.contents: dict[int, bytes] = {}
-        """What was flushed of each file, by its number."""
+        """Flushed content of each file by inode number."""
         self.names: dict[int, dict[str, int]] = {}
-        """What was flushed of each folder: numbers by name."""
+        """Flushed entries of each folder: inode numbers by name."""
         self.held: list[int] = []
-        """Open files, lest the system gives their numbers to others."""
-        # What is there from an earlier life has reached the disk.
+        """Open files, so that the system does not reuse their inode numbers."""
+        # Files from before a restart are on the disk.
         for path in (root, *root.rglob("*")) if root.exists() else ():
             self._remember(path)
 
@@ -48,7 +48,7 @@ class MortalDisk(Disk):
         return self.moments >= self.stops_at
 
     def _step(self, act: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> Any:
-        """Do one thing, if the machine still stands; it may stop before and after it."""
+        """Do one step if the machine is running; it may stop before or after the step."""
         if self.dead:
             raise Stopped
         self._tick()
@@ -75,7 +75,7 @@ class MortalDisk(Disk):
         self._step(lambda: Disk.link(self, old, new))
 
     def remove(self, path: Path) -> None:
-        if not self.dead:  # What tidies up on its way out would not have come to it.
+        if not self.dead:  # After a stop no cleanup would have run.
             self._step(lambda: Disk.remove(self, path))
 
     def _remember(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class MortalDisk(Disk):
             self.contents[number] = path.read_bytes()
 
     def restart(self, root: Path, memory: str) -> None:
-        """Leave in `root` what the disk holds when the machine is back."""
+        """Write to `root` the files that the disk holds after a restart."""
         if memory != "kept":
             image = root.with_name("image")
             flushed_names = memory == "forgotten"
@@ -99,7 +99,7 @@ class MortalDisk(Disk):
             os.close(descriptor)
 
     def _lay_out(self, folder: Path, image: Path, flushed_names: bool) -> None:
-        """Copy a folder as it would be found."""
+        """Copy a folder as it would be found after a restart."""
         image.mkdir()
         now = {one.stat().st_ino: one for one in folder.rglob("*")}
         number = folder.stat().st_ino
@@ -112,11 +112,11 @@ class MortalDisk(Disk):
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Stop so many runs, each at another moment; return what failed."""
+    """Stop `count` runs, each at a different moment; return the failures."""
     with runs.workplace() as place:
         whole = _settings(place / "whole" / "run")
         moments = _moments_of(whole, resume=False)
-        # And while a run that was stopped is made whole again.
+        # And while a stopped run is being recovered.
         again = _moments_of(_stopped(place / "twice", moments // 2, "kept"), resume=True)
         cases = [(moment, None, memory) for moment in range(1, moments) for memory in MEMORIES]
         cases += [
@@ -143,7 +143,7 @@ def _settings(folder: Path) -> Config:
 
 
 def _moments_of(config: Config, *, resume: bool) -> int:
-    """Return at how many moments a run could be stopped; the run is complete then."""
+    """Complete a run and return the number of moments at which it could be stopped."""
     disk = MortalDisk(10**9, Path(str(config.output.path)))
     _train(config, disk, resume=resume)
     for descriptor in disk.held:

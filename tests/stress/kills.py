@@ -1,4 +1,4 @@
-"""Runs that are killed at any instant: they go on to the same end, or say that there is none."""
+"""Runs that are killed at any instant: they resume to the same result, or have no checkpoint."""
 
 import random
 import signal
@@ -9,7 +9,7 @@ from tests.stress import runs
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Kill so many runs, some of them several times; return what failed."""
+    """Kill `count` runs, some of them several times; return the failures."""
     hit: Counter[str] = Counter()
 
     def trial(chance: random.Random, number: int, place: Path) -> list[str]:
@@ -33,9 +33,9 @@ def _trial(chance: random.Random, place: Path, hit: Counter[str], *, genuine: bo
         if answer.code not in (0, -signal.SIGKILL):
             wrong.append(f"{argv[1]} ended by itself: {answer}")
         hit[_moment(answer.code, runs.committed_epoch(run))] += 1
-        argv, more = runs.go_on(run, place, genuine=genuine)
+        argv, more = runs.continued(run, place, genuine=genuine)
         wrong += more
-    return wrong + runs.end_well(argv, run, place, genuine=genuine)
+    return wrong + runs.complete(argv, run, place, genuine=genuine)
 
 
 def _moment(code: int | None, epoch: int) -> str:

@@ -1,4 +1,4 @@
-"""Pickles that would run code where a checkpoint is expected: refused in a line, never opened."""
+"""Pickles that would run code in place of a checkpoint: refused in one line, never unpickled."""
 
 import contextlib
 import gzip
@@ -23,7 +23,7 @@ from tests.stress.checkpoints import Sound
 
 
 class Malice:
-    """What makes a folder, the canary, when it is unpickled."""
+    """An object that creates a folder, the canary, when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -33,10 +33,10 @@ class Malice:
 
 
 def check(count: int, _: int = 0) -> list[str]:
-    """Give so many of all pairs of a pickle and a command to polyseg; return what failed."""
+    """Run `count` pairs of a pickle and a command; return the failures."""
     failures: list[str] = []
     for job in ("evaluate", "estimate_uncertainty", "predict", "train"):
-        importlib.import_module(f"polyseg.commands.{job}")  # Once, and not in every child.
+        importlib.import_module(f"polyseg.commands.{job}")  # Import once, not in every child.
     pairs = list(itertools.product(PICKLES.items(), COMMANDS))[:count]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -57,8 +57,8 @@ def check(count: int, _: int = 0) -> list[str]:
 
 
 def _not_harmed(load: Callable[[Path], Any], path: Path, canary: Path) -> list[str]:
-    """Return a fault if a reader that trusts the file does not make the canary: no trial then."""
-    with contextlib.suppress(Exception):  # Of what comes after it nothing has to be sound.
+    """Return a fault if a reader that trusts the file does not create the canary."""
+    with contextlib.suppress(Exception):  # Errors after unpickling do not matter.
         load(path)
     if not canary.exists():
         return ["harms no one who trusts it"]
@@ -73,7 +73,7 @@ def _faults(command: Callable[[Path], list[object]], path: Path) -> list[str]:
     return [] if named and "\n" not in said else [f"says {said!r}"]
 
 
-# Pickles, each with the reader that would be harmed by it.
+# Pickles, each with the reader that would run it.
 
 
 def raw(malice: Malice, _: Path) -> bytes:
@@ -87,7 +87,7 @@ def torch_zip(malice: Malice, _: Path) -> bytes:
 
 
 def torch_tar(malice: Malice, _: Path) -> bytes:
-    """Make what torch wrote in its first versions, and still reads."""
+    """Return the format of torch's first versions, which torch still reads."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name in ("sys_info", "storages", "tensors", "pickle"):
@@ -109,7 +109,7 @@ def packed(malice: Malice, _: Path) -> bytes:
 
 
 def polyglot(malice: Malice, folder: Path) -> bytes:
-    """Make a sound checkpoint that is an archive of torch too: those are read from their end."""
+    """Return a valid checkpoint that is also a torch archive, which is read from its end."""
     return Sound(folder / "sound.safetensors").content + torch_zip(malice, folder)
 
 

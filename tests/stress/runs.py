@@ -1,6 +1,6 @@
-"""Small training runs in processes of their own: starting them, ending them, comparing them.
+"""Start, end and compare small training runs in separate processes.
 
-Most of them are forks of a server that has imported everything. Genuine ones start by
+Most of them are forks of a server that has imported everything. Genuine processes are started by
 `python -m polyseg`.
 """
 
@@ -44,7 +44,7 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
 class Answer(NamedTuple):
-    """How a command ended, and what it said; no code where it did not end in time."""
+    """Exit code and output of a command; the code is None if it did not end in time."""
 
     code: int | None
     out: str
@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds that a process had a processor, and that it wanted one which others had."""
+    """Seconds that a process ran on a processor, and that it waited for one."""
 
     worked: float
     waited: float
@@ -72,20 +72,20 @@ class Running:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """Process id."""
         return int(self.process.pid or 0)
 
     def send(self, number: int) -> None:
-        """Send a signal, which an ended process does not mind."""
+        """Send a signal; do nothing if the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def ended(self) -> bool:
-        """Return whether the process is over."""
+        """Return whether the process has ended."""
         return self.wait(0) is not None
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        """Return the exit code, minus the signal's number for one; None: still at work."""
+        """Return the exit code, negative for a signal, or None if the process is still running."""
         if isinstance(self.process, subprocess.Popen):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
@@ -94,7 +94,7 @@ class Running:
         return self.process.exitcode
 
     def answer(self, seconds: float = PATIENCE) -> Answer:
-        """Return how it ended; what takes longer than `seconds` is killed."""
+        """Return its exit code and output; kill it after `seconds`."""
         code = self.wait(seconds)
         if code is None:
             self.send(signal.SIGKILL)
@@ -102,9 +102,9 @@ class Running:
         return Answer(code, *(_text(self.words, ending) for ending in (".out", ".err")))
 
     def work(self, seconds: float = PATIENCE) -> float:
-        """Wait until the process has worked for so long, or ends, or hangs; return its time.
+        """Wait until the process has run for `seconds`, ends, or hangs; return its processor time.
 
-        What counts is the time on a processor, so that a loaded machine moves no instant.
+        Processor time is counted, so that a loaded machine does not change the moment.
         """
         deadline = time.monotonic() + PATIENCE
         while not self.ended() and self.times().worked < seconds and time.monotonic() < deadline:
@@ -112,17 +112,17 @@ class Running:
         return self.last_times.worked
 
     def times(self) -> Times:
-        """Return for how long it has worked and waited, by the last look at it where it is over."""
+        """Return its running and waiting time, as last seen if it has ended."""
         with contextlib.suppress(OSError, IndexError):
             worked, waited, _ = _proc(self.pid, "schedstat")[0].split()
             self.last_times = Times(int(worked) / 1e9, int(waited) / 1e9)
         return self.last_times
 
     def has_begun(self) -> bool:
-        """Return whether polyseg itself is surely at work, and not Python's start before it.
+        """Return whether polyseg itself is certainly running, after the start of Python.
 
-        It is once it has taken SIGTERM over, or imported torch; in a fork, where torch is there
-        from the beginning, after a second at most.
+        This is so once it handles SIGTERM or has imported torch; in a fork, which has torch
+        from the beginning, after at most one second.
         """
         with contextlib.suppress(OSError):
             status = dict(
@@ -146,13 +146,13 @@ def _text(words: Path, ending: str) -> str:
 
 
 def start(argv: list[str], place: Path, *, genuine: bool = False, at: float = 0) -> Running:
-    """Start a command; what it says goes to files in `place`.
+    """Start a command with its output in files in `place`.
 
     Args:
-        argv: the arguments after `polyseg`.
-        place: a folder.
-        genuine: as `python -m polyseg`, not as a fork.
-        at: by `time.monotonic`, when a fork's command begins.
+        argv: arguments after `polyseg`.
+        place: folder for the output.
+        genuine: start as `python -m polyseg`, not as a fork.
+        at: time, by `time.monotonic`, at which the command of a fork begins.
     """
     words = place / f"words-{next(_numbers)}"
     if genuine:
@@ -187,19 +187,19 @@ def training(folder: Path, *, epochs: int = EPOCHS) -> list[str]:
 
 
 def resuming(folder: Path) -> list[str]:
-    """Return the arguments that go on with a run."""
+    """Return the arguments that resume a run."""
     return ["train", "--resume", "--out", str(folder)]
 
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    """Yield a folder that is gone afterwards."""
+    """Yield a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="polyseg-stress-") as folder:
         yield Path(folder)
 
 
 def lasting_folder() -> Path:
-    """Return a new folder that is gone when this process is."""
+    """Return a new folder that is removed when this process ends."""
     _kept.append(tempfile.TemporaryDirectory(prefix="polyseg-stress-"))
     return Path(_kept[-1].name)
 
@@ -207,7 +207,7 @@ def lasting_folder() -> Path:
 def trials(
     name: str, count: int, seed: int, trial: Callable[[random.Random, int, Path], list[str]]
 ) -> list[str]:
-    """Run trials, each with a folder and random numbers of its own; return what failed."""
+    """Run trials, each with its own folder and random numbers; return the failures."""
     failures = []
     for number in range(count):
         with workplace() as place:
@@ -223,7 +223,7 @@ def trials(
 
 
 class Reference(NamedTuple):
-    """A run that nothing disturbed, and how long its process worked."""
+    """An undisturbed run, and the processor time of its process."""
 
     folder: Path
     seconds: float
@@ -231,10 +231,10 @@ class Reference(NamedTuple):
 
 @functools.cache
 def reference(*, genuine: bool = True, epochs: int = EPOCHS) -> Reference:
-    """Make a run that nothing disturbs, once."""
+    """Return an undisturbed run, made once."""
     place = lasting_folder()
     if not genuine:
-        # The first fork finds nothing warm, and takes longer than those that it stands for.
+        # The first fork has cold caches and takes longer than later ones.
         run(training(place / "first"), place)
     process = start(training(place / "run", epochs=epochs), place, genuine=genuine)
     seconds = process.work()
@@ -245,35 +245,35 @@ def reference(*, genuine: bool = True, epochs: int = EPOCHS) -> Reference:
 
 
 def committed_epoch(folder: Path) -> int:
-    """Return the epoch of the last checkpoint, -1 where there is none."""
+    """Return the epoch of the last checkpoint, or -1 if there is none."""
     from polyseg.runs.checkpoints import read_checkpoint
 
     last = folder / "checkpoints" / "last.safetensors"
     return read_checkpoint(last).epoch if last.is_file() else -1
 
 
-def go_on(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str], list[str]]:
-    """Return the arguments that go on with a run that was ended, and what is wrong.
+def continued(folder: Path, place: Path, *, genuine: bool = False) -> tuple[list[str], list[str]]:
+    """Return the arguments that continue an interrupted run, and the faults found.
 
-    Where nothing was committed, resuming must be refused in a line, and the run begins anew.
+    If nothing was committed, resuming must be refused in one line, and the run starts again.
     """
     if committed_epoch(folder) >= 0:
         return resuming(folder), []
     refusal = run(resuming(folder), place, genuine=genuine)
-    good = refusal.code == 2 and is_a_line_on(folder, refusal.err)
+    good = refusal.code == 2 and is_one_line_naming(folder, refusal.err)
     wrong = [] if good else [f"--resume of a run without a checkpoint: {refusal}"]
     if committed_epoch(folder) >= 0:
         wrong.append("--resume of a run without a checkpoint began one")
     return training(folder), wrong
 
 
-def is_a_line_on(folder: Path, words: str) -> bool:
-    """Return whether this is one line, which names the folder."""
+def is_one_line_naming(folder: Path, words: str) -> bool:
+    """Return whether the text is one line that names the folder."""
     return len(words.splitlines()) == 1 and str(folder) in words
 
 
-def end_well(argv: list[str], folder: Path, place: Path, *, genuine: bool = False) -> list[str]:
-    """Run a command that ends a run, and return how that run differs from the reference."""
+def complete(argv: list[str], folder: Path, place: Path, *, genuine: bool = False) -> list[str]:
+    """Run a command that completes a run; return its differences from the reference."""
     answer = run(argv, place, genuine=genuine)
     if answer.code != 0:
         return [f"{argv[1]} failed: {answer}"]
@@ -281,7 +281,7 @@ def end_well(argv: list[str], folder: Path, place: Path, *, genuine: bool = Fals
 
 
 def differences(folder: Path, other: Path) -> list[str]:
-    """Return in what two runs differ, bit by bit, but for the seconds that they took."""
+    """Return the differences between two runs, bit by bit, except for times."""
     first, second = contents(folder), contents(other)
     found = [f"{name} is in one run only" for name in sorted(first.keys() ^ second.keys())]
     for name in sorted(first.keys() & second.keys()):
@@ -293,7 +293,7 @@ def differences(folder: Path, other: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what can be compared of all that a run holds, by file and name."""
+    """Return the comparable content of a run by file and name."""
     return {
         str(path.relative_to(folder)): {
             name: _comparable(value, folder)
@@ -306,13 +306,13 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    """Return the record that a file holds; None of files that tell when and where."""
+    """Return the record of a file, or None for files of times and paths."""
     from polyseg.runs.checkpoints import read_checkpoint
     from polyseg.runs.record_files import read_assessment, read_schedule
 
     if path.suffix == ".safetensors":
         checkpoint = read_checkpoint(path)
-        # Assessments hold the settings, which name the folder: so their hashes differ.
+        # Assessments hold the settings, which name the folder, so their hashes differ.
         names = dict.fromkeys(checkpoint.assessments, "")
         return dataclasses.replace(checkpoint, assessments=names)
     if path.suffix == ".h5":
@@ -326,7 +326,7 @@ def _read(path: Path) -> Any:
 
 
 def _leaves(record: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a record of records, by name."""
+    """Yield the values of a nested record by name."""
     if hasattr(record, "model_dump"):
         record = record.model_dump()
     if dataclasses.is_dataclass(record):
@@ -341,7 +341,7 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _comparable(value: Any, folder: Path) -> Any:
-    """Return bytes of numbers, so that NaN equals itself; and texts without the folder's name."""
+    """Return numbers as bytes, so that NaN equals itself, and texts without the folder's name."""
     if hasattr(value, "numpy"):
         value = value.numpy()
     if hasattr(value, "tobytes"):

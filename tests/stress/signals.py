@@ -1,4 +1,4 @@
-"""Signals that ask for the end at any instant: a code, a line, no traceback, a run to go on."""
+"""Signals at any instant: exit code, one line, no traceback, and a run that can be resumed."""
 
 import random
 import signal
@@ -18,11 +18,11 @@ KINDS = (
 )
 BETWEEN_TWO = 0.05
 LONGEST = 2.0
-"""Seconds from a signal to the end, without those in which others had the processor."""
+"""Seconds allowed from a signal to the end, without time spent waiting for a processor."""
 
 
-class _Asked(NamedTuple):
-    """What was known when a signal was sent, and how long the end took."""
+class _Signalled(NamedTuple):
+    """State of a run when a signal was sent, and the time until its end."""
 
     number: int
     begun: bool
@@ -31,7 +31,7 @@ class _Asked(NamedTuple):
 
 
 def check(count: int, seed: int) -> list[str]:
-    """End so many runs by signals; return what failed."""
+    """End `count` runs by signals; return the failures."""
     codes: Counter[int | None] = Counter()
 
     def trial(chance: random.Random, number: int, place: Path) -> list[str]:
@@ -58,11 +58,13 @@ def _trial(
     asked, answer = _end(process, run, numbers)
     codes[answer.code] += 1
     wrong = [f"{signal.Signals(asked.number).name}: {one}" for one in _wrong(asked, answer, run)]
-    argv, more = runs.go_on(run, place, genuine=genuine)
-    return wrong + more + runs.end_well(argv, run, place, genuine=genuine)
+    argv, more = runs.continued(run, place, genuine=genuine)
+    return wrong + more + runs.complete(argv, run, place, genuine=genuine)
 
 
-def _end(process: runs.Running, run: Path, numbers: Sequence[int]) -> tuple[_Asked, runs.Answer]:
+def _end(
+    process: runs.Running, run: Path, numbers: Sequence[int]
+) -> tuple[_Signalled, runs.Answer]:
     epoch, begun = runs.committed_epoch(run), process.has_begun()
     start, waited = time.monotonic(), process.times().waited
     for i, number in enumerate(numbers):
@@ -70,15 +72,15 @@ def _end(process: runs.Running, run: Path, numbers: Sequence[int]) -> tuple[_Ask
         process.send(number)
     process.work()
     seconds = time.monotonic() - start - (process.last_times.waited - waited)
-    return _Asked(numbers[0], begun, epoch, seconds), process.answer()
+    return _Signalled(numbers[0], begun, epoch, seconds), process.answer()
 
 
-def _wrong(asked: _Asked, answer: runs.Answer, run: Path) -> list[str]:
-    """Return what is wrong with the end of a command that was asked to."""
+def _wrong(asked: _Signalled, answer: runs.Answer, run: Path) -> list[str]:
+    """Return the faults of a command that was ended by signals."""
     if asked.seconds > LONGEST:
         return [f"took {asked.seconds:.1f} s to end"]
     if answer.code == 0 and "in " + str(run) in answer.out:
-        return []  # The results were out, and there was nothing left to end.
+        return []  # The results were complete, and nothing was left to end.
     if answer.code == -asked.number and not asked.begun:
         return []
     wrong = []
@@ -86,7 +88,7 @@ def _wrong(asked: _Asked, answer: runs.Answer, run: Path) -> list[str]:
         wrong.append(f"ended otherwise than with code {128 + asked.number}: {answer}")
     if "Traceback" in answer.err:
         wrong.append(f"a traceback: {answer.err}")
-    tested = (run / "evaluation" / "summary.json").exists()  # Then there is nothing to go on with.
+    tested = (run / "evaluation" / "summary.json").exists()  # Then nothing is left to resume.
     told = "--resume" in answer.err and str(run) in answer.err
     if asked.epoch >= 0 and not tested and not told:
         wrong.append(f"does not tell how to go on after epoch {asked.epoch}: {answer}")

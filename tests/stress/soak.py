@@ -1,4 +1,4 @@
-"""A long run in one process: memory, open files and threads must come to rest."""
+"""A long run in one process: memory, open files and threads must stop growing."""
 
 import gc
 import json
@@ -9,9 +9,9 @@ from tests.stress import runs
 
 SHOWN = (20, 50, 100, 150, 200)
 SETTLED = 20
-"""Epoch from which on files and threads may not grow; a third of shorter runs."""
+"""Epoch after which files and threads may not grow; in shorter runs, after a third."""
 WARM = 50
-"""Epoch from which on memory may grow by no more than both of the following."""
+"""Epoch after which memory may not grow by more than both of the following."""
 MOST_GROWTH, MOST_KILOBYTES = 0.05, 10_000
 _SECONDS_AN_EPOCH = 30.0
 
@@ -19,7 +19,7 @@ Sample = dict[str, int]
 
 
 def check(count: int, seed: int) -> list[str]:
-    """Train for so many epochs with an assessment after each; return what grew."""
+    """Train for `count` epochs with an assessment after each; return what grew."""
     with runs.workplace() as place:
         samples = _samples(place, count, seed)
     for epoch in [one for one in SHOWN if one <= len(samples)] or [len(samples)]:
@@ -33,7 +33,7 @@ def check(count: int, seed: int) -> list[str]:
 
 
 def _samples(place: Path, epochs: int, seed: int) -> list[Sample]:
-    """Return a sample after each epoch of a run in a process of its own."""
+    """Return a sample after each epoch of a run in a separate process."""
     path = place / "samples.jsonl"
     path.touch()
     process = forks.context().Process(
@@ -47,7 +47,7 @@ def _samples(place: Path, epochs: int, seed: int) -> list[Sample]:
 
 
 def _train(run: Path, epochs: int, seed: int, path: Path) -> None:
-    """Train, with a sample after each epoch."""
+    """Train and record a sample after each epoch."""
     import torch
 
     from polyseg.commands.train import train
@@ -75,7 +75,7 @@ def _sample() -> Sample:
 
 
 def _growth(samples: list[Sample]) -> list[str]:
-    """Return what has grown that should not."""
+    """Return the quantities that have grown but should not."""
     settled = samples[min(SETTLED, len(samples) // 3) :]
     failures = [
         f"{name} grew from {settled[0][name]} to {most}"
