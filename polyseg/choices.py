@@ -48,7 +48,7 @@ LAYOUTS = Registry(
     Row(
         "public-set",
         "a public data set recognised by the paths of its files, such as PH2",
-        f"{_LAYOUTS}.known_paths:read_public_set",
+        f"{_LAYOUTS}.public_sets:read_public_set",
     ),
     Row(
         "case-folders",
@@ -224,8 +224,8 @@ def score_names() -> tuple[str, ...]:
 def image_scores() -> dict[str, str]:
     """Return the help of each score of the whole image that can be computed as an extra one.
 
-    >>> list(image_scores())
-    ['dispersion', 'expected_error', 'pairwise_dice', 'size']
+    >>> image_scores()["size"]
+    '-log(max(foreground pixels of the mask, 1)); needs no passes'
     """
     rows = (*WHOLE_SCORES.values(), *PAIR_SCORES.values(), *FREE_SCORES.values())
     return {row.name: row.help for row in rows if row.of != "pixels"}
@@ -234,8 +234,8 @@ def image_scores() -> dict[str, str]:
 def map_names() -> tuple[str, ...]:
     """Return the names of the pixel maps that an assessment can keep.
 
-    >>> map_names()
-    ('mean', 'mutual_information', 'entropy', 'variance')
+    >>> map_names()[0]
+    'mean'
     """
     return ("mean", *UNCERTAINTIES)
 
@@ -380,6 +380,13 @@ MODALITIES = {
     "ultrasound": "gray images of a lesion with speckle",
     "endoscopy": "colour images of a lesion with highlights",
 }
+
+DROPOUT_KINDS = Registry(
+    "kind of dropout",
+    Row("channel", "whole feature maps", "torch.nn:Dropout2d"),
+    Row("element", "single values", "torch.nn:Dropout"),
+)
+"""Each function is a layer that takes its rate, and is a row of `networks.dropout` too."""
 
 _NETWORKS = "polyseg.networks.networks_by_name"
 

@@ -86,7 +86,7 @@ def size_difficulty(mask_pixels: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) -> Array:
-    """Return (D - D_pct) / (sigma_D + delta) over the images given (eq. 11).
+    """Return difficulties normalised by `normalise_by` with the statistics of these images.
 
     Args:
         difficulty: (n,), n at least 1.
@@ -108,7 +108,7 @@ def normalise(difficulty: Array, percentile: float = 50.0, delta: float = 1e-9) 
 
 
 def percentile_and_sigma(difficulty: NDArray[np.float64], percentile: float) -> tuple[float, float]:
-    """Return D_pct and sigma_D of some images, which `normalise` uses.
+    """Return D_pct and sigma_D of some images, such as those of a batch.
 
     Args:
         difficulty: (n,), n at least 1.
@@ -121,7 +121,13 @@ def percentile_and_sigma(difficulty: NDArray[np.float64], percentile: float) -> 
 
 
 def normalise_by(difficulty: Any, center: Any, sigma: Any, delta: float) -> Any:
-    """Return the difficulty normalised by given statistics, D_pct (`center`) and sigma_D.
+    """Return (D - D_pct) / (sigma_D + delta) (eq. 11).
+
+    Args:
+        difficulty: D, a number or an array.
+        center: D_pct.
+        sigma: sigma_D.
+        delta: avoids a division by zero if all difficulties are equal.
 
     >>> normalise_by(0.75, center=0.5, sigma=0.25, delta=0.0)
     1.0

@@ -1,4 +1,6 @@
-"""Uncertainty of each pixel from N samples: functions of all samples, and a running record.
+"""Uncertainty of each pixel, and scores of whole images, from N samples.
+
+There are functions of all samples, and a running record of them.
 
 Samples are foreground probabilities, so all entropies are binary and at most log 2.
 """

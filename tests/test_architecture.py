@@ -31,7 +31,7 @@ EQUATIONS = {
     "(eq. 9)": "uncertainty.predictive_entropy",
     "(eq. 10)": "uncertainty.mutual_information",
     "(section 3.4.1)": "difficulty.foreground_mean",
-    "(eq. 11)": "difficulty.normalise",
+    "(eq. 11)": "difficulty.normalise_by",
     "(eq. 12)": "difficulty.epsilon_from_difficulty",
 }
 

@@ -49,7 +49,7 @@ def test_every_choice_of_a_setting_is_explained():
                 assert list(explained[f"{section}.{name}"]) == list(words), name
                 for word, text in explained[f"{section}.{name}"].items():
                     assert text and f"  #   {word}: {text}" in template_lines
-    assert found >= 19
+    assert found >= 18
 
 
 def test_template_holds_the_defaults():

@@ -17,7 +17,7 @@ from polyseg.commands.schedule import read_record
 from polyseg.commands.train import train
 from polyseg.config import load_config
 from polyseg.data.formats.readers import read_image_stack, read_label_stack
-from polyseg.data.layouts.known_layouts import find_cases
+from polyseg.data.layouts.find_cases import find_cases
 from polyseg.data.layouts.manifest import read_manifest
 from polyseg.data.phantoms.phantom_sets import make_phantoms, write_phantoms
 from polyseg.errors import PolysegError

@@ -224,8 +224,11 @@ def test_constant_probability_has_the_auc_of_chance():
 def test_metrics_state_which_direction_is_better():
     mask = np.zeros((20, 20))
     mask[4:11, 5:13] = 1
+    larger = np.zeros((20, 20))
+    larger[3:12, 4:14] = 1
     better, worse = (
-        image_metrics(0.1 + 0.8 * np.roll(mask, shift), mask, tolerance=1) for shift in (1, 5)
+        image_metrics(0.1 + 0.8 * np.roll(predicted, shift), mask, tolerance=1)
+        for predicted, shift in ((mask, 1), (larger, 5))
     )
     for metric in METRICS.values():
         assert (better[metric.name] > worse[metric.name]) == metric.higher_is_better, metric.name

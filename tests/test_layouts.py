@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyseg.data.layouts import cases as cases_module
-from polyseg.data.layouts import known_layouts
+from polyseg.data.layouts import find_cases as finding
 from polyseg.data.layouts.cases import Case, raise_problems, stem_of
-from polyseg.data.layouts.known_layouts import holds_masks
+from polyseg.data.layouts.find_cases import holds_masks
 from polyseg.data.layouts.pairing import RULES
 from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.errors import PolysegError
@@ -22,7 +22,7 @@ from tests.layout_copies import COPIES, FAULTY_FILES, cvc_clinicdb_twice, plante
 
 def find_cases(*arguments, **settings):
     """Find cases as a run does, which raises an error if there are problems."""
-    layout = known_layouts.find_cases(*arguments, **settings)
+    layout = finding.find_cases(*arguments, **settings)
     raise_problems(layout.problems)
     return layout
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, stats
 
-from polyseg.data.layouts.known_layouts import find_cases
+from polyseg.data.layouts.find_cases import find_cases
 from polyseg.data.phantoms.lesions import Factors
 from polyseg.data.phantoms.phantom_sets import (
     MODALITIES,

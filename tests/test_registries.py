@@ -36,7 +36,7 @@ from polyseg.config import Config, settings_of, template
 from polyseg.data.augmentation import PRESETS
 from polyseg.data.formats.file_formats import FORMATS, Format
 from polyseg.data.formats.stacks import Stack
-from polyseg.data.layouts.known_paths import PUBLIC_SETS, PublicSet
+from polyseg.data.layouts.public_sets import PUBLIC_SETS, PublicSet
 from polyseg.data.preprocessing import Levels
 from polyseg.errors import PolysegError
 from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
@@ -52,7 +52,7 @@ from polyseg.figures.style import metric_name
 from polyseg.metrics.image_metrics import METRICS, Metric
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import stochastic_pass
-from polyseg.networks.dropout import DROPOUT_KINDS, DropoutKind, stochastic_layers
+from polyseg.networks.dropout import DROPOUT_LAYERS, DropoutLayer, stochastic_layers
 from polyseg.registry import Registry, Row
 from polyseg.report.document import Gallery
 from polyseg.report.run_files import read_evaluation, read_run
@@ -71,7 +71,7 @@ REGISTRIES = {name: one for name, one in vars(choices).items() if isinstance(one
 REGISTRIES |= {
     "COLUMNS": COLUMNS,
     "FORMATS": FORMATS,
-    "DROPOUT_KINDS": DROPOUT_KINDS,
+    "DROPOUT_LAYERS": DROPOUT_LAYERS,
     "METRICS": METRICS,
     "RUN_FIGURES": RUN_FIGURES,
     "EVALUATION_FIGURES": EVALUATION_FIGURES,
@@ -480,10 +480,10 @@ def test_kind_of_dropout_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     settings = ("network.name=tests.test_registries:with_drop_path", "network.kwargs={}")
     with pytest.raises(PolysegError, match="no active dropout layer"):
         train(tiny("before", *settings))
-    row = DropoutKind(
+    row = DropoutLayer(
         "DropPath", "drops images", "tests.test_registries:DropPath", lambda shape: (1, 1, 1)
     )
-    monkeypatch.setitem(DROPOUT_KINDS, "DropPath", row)
+    monkeypatch.setitem(DROPOUT_LAYERS, "DropPath", row)
     train(tiny("run", *settings))
     assert read_assessment(tmp_path / "run" / "uncertainty" / "epoch_0003.h5").difficulty.max() > 0
     # Each pass keeps all features, doubled, or none, so that only the bias is left.

@@ -763,7 +763,7 @@ def test_only_numbers_are_right_aligned():
     text = render(Page("", [], [], [PageSection("", [table])]))
     assert re.findall(r"<th scope=\"col\"([^>]*)>", text) == ["", ' class="number"', ""]
     with pytest.raises(ValueError):
-        Table("", ["a"], [["1", "2"]])
+        render(Page("", [], [], [PageSection("", [Table("", ["a"], [["1", "2"]])])]))
 
 
 def test_numbers_read_from_files_are_formatted_or_dashes():

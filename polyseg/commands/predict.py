@@ -16,6 +16,7 @@ from polyseg.choices import UNCERTAINTIES
 from polyseg.commands.outcome import Outcome
 from polyseg.config import MOST_SAMPLES, DataConfig, UncertaintyConfig
 from polyseg.data.dataset import ImageSet
+from polyseg.data.formats.file_formats import format_of
 from polyseg.data.formats.writers import write_labels, write_map
 from polyseg.data.layouts.cases import Case
 from polyseg.data.layouts.unlabelled import find_unlabelled
@@ -33,7 +34,6 @@ from polyseg.system.process_group import PATIENCE, Processes, together
 
 log = logging.getLogger(__name__)
 
-_OF_VOLUMES = (".nii", ".gz", ".dcm", ".ima", ".nrrd", ".mha", ".nhdr", ".mhd", "")
 _UNBOUNDED = 10**9
 """Value of data.memory, in MB, that keeps all images in memory."""
 _KNOWN_BY = ("predictions.csv",)
@@ -199,7 +199,8 @@ def _label_maps(probability: Maps, config: DataConfig, source: Path) -> dict[str
 
 def _foreground_of(source: Path) -> int:
     """Return the value of written foreground: 255 (visible as white) in 2D files, 1 in volumes."""
-    return 1 if source.is_dir() or source.suffix.lower() in _OF_VOLUMES else 255
+    kind = format_of(source)
+    return 1 if kind is not None and (kind.has_planes or kind.holds_series) else 255
 
 
 def label_map(probability: Maps, values: Sequence[int]) -> NDArray[Any]:

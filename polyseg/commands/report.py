@@ -226,7 +226,8 @@ def _loss(settings: Mapping[str, object]) -> str:
         return tables.brief(name)
     if settings.get("control.replay"):
         return f"{name}, replayed ε"
-    return f"{name}, {'adaptive' if enabled in (True, 'auto') else 'constant'} ε"
+    kind = {True: ", adaptive ε", "auto": ", adaptive ε", False: ", constant ε"}
+    return f"{name}{kind.get(enabled, '')}" if isinstance(enabled, bool | str) else str(name)
 
 
 def _comparison(evaluation: EvaluationFiles) -> list[Block]:

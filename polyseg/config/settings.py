@@ -388,10 +388,8 @@ class NetworkConfig(Section):
         "unet", "network by name, or your own factory as package.module:factory"
     )
     dropout: float = _setting(0.2, "dropout rate; 0: no dropout", ge=0, lt=1)
-    dropout_kind: Literal["channel", "element"] = _setting(
-        "channel",
-        "values that dropout sets to zero together",
-        choices={"channel": "whole feature maps", "element": "single values"},
+    dropout_kind: Annotated[str, OneOf(choices.DROPOUT_KINDS)] = _setting(
+        "channel", "values that dropout sets to zero together"
     )
     dropout_layers: str | Annotated[tuple[str, ...], _FROM_A_LIST] = _setting(
         "auto",

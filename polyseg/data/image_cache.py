@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from polyseg import __version__
 from polyseg.config import DataConfig
 from polyseg.data.dataset import Item
-from polyseg.data.formats.file_formats import format_of
+from polyseg.data.formats.file_formats import FORMATS, format_of
 from polyseg.data.layouts.cases import Case
 from polyseg.data.pixel_store import Shape, index_of
 from polyseg.errors import PolysegError
@@ -25,7 +25,6 @@ from polyseg.system.files import TEMPORARY_PREFIX, sha256_of_file
 
 log = logging.getLogger(__name__)
 
-_DECODERS = ("pillow", "tifffile", "imagecodecs", "nibabel", "pydicom", "SimpleITK")
 _DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "window")
 """Settings that the stored pixels depend on."""
 _SCHEMA = 2
@@ -57,7 +56,7 @@ def cache_key(cases: Sequence[Case], config: DataConfig) -> str:
     settings = [getattr(config, name) for name in _DECISIVE]
     # As a list, because the order of the labels is that of the channels.
     tasks = list(config.tasks.items())
-    versions = [(name, _version(name)) for name in _DECODERS]
+    versions = [(name, _version(name)) for row in FORMATS.values() for name in row.libraries]
     about = [_SCHEMA, settings, tasks, versions, __version__]
     digest = hashlib.sha256(json.dumps(about).encode())
     for case in cases:

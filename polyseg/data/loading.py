@@ -28,7 +28,7 @@ from polyseg.data.image_cache import (
     remove_unused,
 )
 from polyseg.data.layouts.cases import Case, Layout
-from polyseg.data.layouts.known_layouts import find_cases, holds_masks
+from polyseg.data.layouts.find_cases import find_cases, holds_masks
 from polyseg.data.layouts.unlabelled import find_unlabelled
 from polyseg.data.masks import UnclearValuesError, lines_about_unclear, to_masks, unite
 from polyseg.data.pixel_store import (

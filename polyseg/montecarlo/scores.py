@@ -1,4 +1,7 @@
-"""Compute the scores of each image from passes, their standard errors and rank stability."""
+"""Compute the scores of each image from passes, their standard errors and rank stability.
+
+The scores are rows of `choices` (`UNCERTAINTIES`, `WHOLE_SCORES` and others), not of this module.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -25,7 +25,7 @@ def _by_channel(shape: Sequence[int]) -> Sequence[int]:
 
 
 @dataclass(frozen=True)
-class DropoutKind(Row):
+class DropoutLayer(Row):
     """A type of dropout layer, named by `function`, with its rate in the attribute `p`.
 
     In evaluation mode it must return its input, which MC Dropout multiplies by a mask.
@@ -35,11 +35,11 @@ class DropoutKind(Row):
     """Shape of an image's mask, from the shape (C, H, W) of its features."""
 
 
-DROPOUT_KINDS = Registry(
+DROPOUT_LAYERS = Registry(
     "dropout layer",
-    DropoutKind("Dropout", "drops single values", "torch.nn:Dropout"),
+    DropoutLayer("Dropout", "drops single values", "torch.nn:Dropout"),
     *(
-        DropoutKind(name, "drops whole feature maps", f"torch.nn:{name}", _by_channel)
+        DropoutLayer(name, "drops whole feature maps", f"torch.nn:{name}", _by_channel)
         for name in ("Dropout1d", "Dropout2d", "Dropout3d")
     ),
 )
@@ -54,8 +54,8 @@ drawn, since a small rate seldom changes a pass."""
 
 
 def dropout_types() -> tuple[type[Any], ...]:
-    """Return the types of `DROPOUT_KINDS`."""
-    return tuple(kind.resolve() for kind in DROPOUT_KINDS.values())
+    """Return the types of `DROPOUT_LAYERS`."""
+    return tuple(kind.resolve() for kind in DROPOUT_LAYERS.values())
 
 
 def mask_shape(layer: Any, shape: Sequence[int]) -> torch.Size:
@@ -64,7 +64,7 @@ def mask_shape(layer: Any, shape: Sequence[int]) -> torch.Size:
     >>> mask_shape(nn.Dropout2d(), (4, 8, 8))
     torch.Size([4, 1, 1])
     """
-    kinds = (kind for kind in DROPOUT_KINDS.values() if isinstance(layer, kind.resolve()))
+    kinds = (kind for kind in DROPOUT_LAYERS.values() if isinstance(layer, kind.resolve()))
     return torch.Size(next(kinds).mask_shape(shape))
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import le
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from polyseg.choices import NETWORKS
+from polyseg.choices import DROPOUT_KINDS, NETWORKS
 from polyseg.errors import PolysegError, first_line
 from polyseg.networks.dropout import stochastic_layers
 from polyseg.registry import resolve
 from polyseg.system.memory import refuse_beyond_memory
-
-DropoutKind = Literal["channel", "element"]
 
 _CHANNELS = (16, 32, 64, 128, 256)
 _LARGEST_MULTIPLE = 512
@@ -109,7 +107,7 @@ def build_network(
     in_channels: int,
     out_channels: int = 1,
     dropout: float = 0.2,
-    dropout_kind: DropoutKind = "channel",
+    dropout_kind: str = "channel",
     dropout_layers: str | Iterable[str] = "auto",
     multiple_of: int = 32,
     settings: Mapping[str, Any] | None = None,
@@ -151,8 +149,7 @@ def build_network(
             # In place it would also change the features of a skip connection.
             network.get_submodule(layer.name).inplace = False  # type: ignore[assignment]
         else:
-            kind = nn.Dropout2d if dropout_kind == "channel" else nn.Dropout
-            _replace(network, layer.name, kind(dropout))
+            _replace(network, layer.name, DROPOUT_KINDS.find(dropout_kind).resolve()(dropout))
     return network
 
 

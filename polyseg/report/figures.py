@@ -1,4 +1,7 @@
-"""The figures of a report and their captions, from the files of runs."""
+"""The figures of a report and their captions, from the files of runs.
+
+A new figure is a row of figures/figures_by_name.py and needs nothing here.
+"""
 
 import io
 import re

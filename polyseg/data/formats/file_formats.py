@@ -35,6 +35,8 @@ class Format(Row):
     It takes source, values, path without suffix, plane and description, and returns the path. It
     raises PolysegError if the source has other slices. Without one predictions are PNG files.
     """
+    libraries: tuple[str, ...] = ()
+    """Packages that decode it; another version of one may decode other pixels."""
     holds_maps: bool = False
     """True where `write` takes float32 maps too; those of other formats are TIFF files."""
 
@@ -47,6 +49,7 @@ FORMATS = Registry(
         f"{_FORMATS}.images:read_picture",
         (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"),
         starts=(b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+        libraries=("pillow",),
     ),
     Format(
         "tiff",
@@ -55,6 +58,7 @@ FORMATS = Registry(
         (".tif", ".tiff", ".ome.tif", ".ome.tiff"),
         starts=(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
         write=f"{_FORMATS}.writers:write_tiff_like",
+        libraries=("tifffile", "imagecodecs"),
         holds_maps=True,
     ),
     Format(
@@ -64,6 +68,7 @@ FORMATS = Registry(
         (".nii", ".nii.gz"),
         has_planes=True,
         write=f"{_FORMATS}.nifti:write_nifti",
+        libraries=("nibabel",),
         holds_maps=True,
     ),
     Format(
@@ -73,6 +78,7 @@ FORMATS = Registry(
         (".dcm", ".ima"),
         holds_series=True,
         write=f"{_FORMATS}.dicom:write_dicom",
+        libraries=("pydicom",),
     ),
     Format(
         "itk",
@@ -82,6 +88,7 @@ FORMATS = Registry(
         has_planes=True,
         voxels=f"{_FORMATS}.itk:voxels_of",
         write=f"{_FORMATS}.itk:write_itk",
+        libraries=("SimpleITK",),
         holds_maps=True,
     ),
 )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from polyseg.data.layouts.cases import Folders, plain, stem_of
-from polyseg.data.layouts.known_layouts import find_cases
+from polyseg.data.layouts.find_cases import find_cases
 from polyseg.data.layouts.manifest import COLUMNS
 from polyseg.data.layouts.names import is_for_masks, is_mask_name
 from polyseg.data.layouts.pairing import match
