@@ -23,6 +23,7 @@ def bytes_kept(network, images):
     return sum(held.values()), logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", network_names())
 def test_recomputation_saves_memory_and_keeps_gradients(name):
     images = torch.rand(2, 1, 64, 64)

@@ -47,6 +47,7 @@ def equation_11_and_12(difficulty, percentile, sensitivity, low, high):
     return low + (high - low) / (1 + np.exp(-sensitivity * normalised))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["batch", "dataset"])
 def test_training_loop_of_docs_equals_polyseg_train(tiny, statistics):
     config = tiny(

@@ -106,6 +106,7 @@ def collect(images, **settings):
     return samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["light", "strong"])
 def test_samples_do_not_depend_on_workers_or_batch_size(images, preset):
     changes = PRESETS[preset]

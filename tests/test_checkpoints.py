@@ -258,6 +258,7 @@ def test_network_larger_than_its_weights_is_refused_before_it_is_built(
     assert made and max(made) < 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "basic-unet", "attention-unet", "dynunet", "segresnet"])
 def test_weights_of_every_network_are_checked(name):
     config = load_config(overrides=[f"network.name={name}"])

@@ -486,6 +486,7 @@ def test_help_shows_no_value_type_for_flags(polyseg, command):
     assert "--verbose" in done.out and "bool" not in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "offers"),
     [

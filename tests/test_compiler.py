@@ -222,6 +222,7 @@ def test_program_equals_plain_passes_for_each_region(region, caplog):
     check(build("unet"), [make_batch()], caplog, region=region)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("region", "kind"), [("mask", "channel"), ("boundary", "element"), ("prediction", "channel")]
 )
@@ -245,6 +246,7 @@ def test_program_accepts_images_without_masks(caplog):
     check(build("unet"), [make_batch()._replace(masks=None)], caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "masks"), [("unet", "consistent"), ("own", "independent")])
 def test_program_accepts_batches_of_several_sizes(name, masks, caplog):
     sizes = [(1, (32, 32)), (3, (32, 32)), (2, (40, 72)), (1, (72, 40)), (2, (32, 32))]
@@ -356,6 +358,7 @@ class Branching(nn.Module):
         return self.leave(self.drop(images)) if images.mean() > -9 else images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["consistent", "independent"])
 @pytest.mark.parametrize("network", [Gated, Tokens, Placed, Writing, Branching])
 def test_networks_that_cannot_be_split_equal_plain_passes(network, masks):
@@ -528,6 +531,7 @@ def broken_logits(self, masks, count):
     return PreparedBatch.original(self, masks, count) + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
@@ -733,6 +737,7 @@ def bytes_of_tensors():
     return sum({one.data_ptr(): one.nbytes() for one in found}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "save_maps"), [("auto", False), ("auto", True), ("plain", False)]
 )
@@ -771,6 +776,7 @@ def together(monkeypatch):
     return begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["auto", "plain"])
 @pytest.mark.parametrize(
     ("region", "kind", "masks"),

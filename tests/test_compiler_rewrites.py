@@ -235,6 +235,7 @@ def test_other_sums_are_kept(core):
 # Pointwise convolutions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(
     "inner",

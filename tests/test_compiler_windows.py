@@ -153,11 +153,13 @@ def check(pick, strange):
         assert apart.max() < 1e-4, f"{name}: {apart.max():.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", NETWORKS)
 def test_networks_of_listed_operations_equal_plain_passes(seed):
     check(random.Random(seed).randrange, strange=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", NETWORKS)
 def test_networks_of_other_operations_equal_plain_passes(seed):
     check(random.Random(seed).randrange, strange=1 + seed % 3)

@@ -463,6 +463,7 @@ for action in (
 """
 
 
+@pytest.mark.slow
 def test_limit_of_open_files_is_raised_or_reported_in_one_line(folder):
     """The soft limit is raised if the hard limit allows it; otherwise no worker hangs."""
     done = subprocess.run(

@@ -75,6 +75,7 @@ def unseen_error(folder, identity, label=""):
     return 1 - dice_of(donor)[identity, label]
 
 
+@pytest.mark.slow
 def test_each_donor_trains_on_one_half_and_is_tested_on_the_other(runs):
     own, a, b = (parts_of(runs / name) for name in ("run", "donor-a", "donor-b"))
     assert a["train"] | b["train"] == own["train"] and not a["train"] & b["train"]

@@ -70,6 +70,7 @@ def test_exported_masks_have_exactly_the_metrics_of_the_run(kind, exported, tmp_
     assert (out / "comparison.png").is_file() and (out / "predictions_worst.png").is_file()
 
 
+@pytest.mark.slow
 def test_labels_are_read_from_label_maps_and_separate_folders(exported, tmp_path, polyseg):
     data, masks, _, sets, _ = exported("labelled")
     for i in range(10):
@@ -99,6 +100,7 @@ def test_labels_are_read_from_label_maps_and_separate_folders(exported, tmp_path
         assert float(row["dice"]) == pytest.approx(dice, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_masks_can_be_compared_with_runs_and_reported(exported, tmp_path, polyseg):
     _, masks, _, _, run = exported("anisotropic")
     answer = polyseg(
@@ -155,6 +157,7 @@ def test_options_that_need_networks_are_refused_for_masks(
     assert answer.code == 2 and answer.err.strip().splitlines()[-1].startswith(f"error: {said}")
 
 
+@pytest.mark.slow
 def test_volumes_of_masks_are_read_slice_by_slice(exported, tmp_path, polyseg):
     data, masks, own, _, _ = exported("anisotropic")
     first = nibabel.load(masks / "0.nii.gz")
@@ -179,6 +182,7 @@ def with_metadata():
     set_track_meta(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "extension", "flat"),
     [

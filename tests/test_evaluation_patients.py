@@ -69,6 +69,7 @@ def test_means_and_tests_by_patient_equal_numpy_and_scipy(seed):
     assert difference.better + difference.worse + difference.equal == difference.patients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_by_patient_equal_a_cluster_bootstrap(seed):
     """Patients are resampled with all their images, and each mean counts once."""
@@ -154,6 +155,7 @@ def test_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
         assert said in notes
 
 
+@pytest.mark.slow
 def test_slices_of_a_volume_are_one_patient(tiny, tmp_path, monkeypatch):
     write_volumes(tmp_path / "set")
     data = f"data.path={tmp_path / 'set'}"
@@ -210,6 +212,7 @@ def test_patients_of_a_manifest_are_used_in_runs_and_comparisons(tiny, tmp_path,
         assert {row["id"]: row["group"] for row in csv.DictReader(file)} == patient
 
 
+@pytest.mark.slow
 def test_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):
     runs = [finished("a").path, finished("b").path, finished("c").path]
     asked = ("evaluate", *runs[:2], "--baseline", "a", "--no-figures", "--quiet")

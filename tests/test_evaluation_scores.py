@@ -124,6 +124,7 @@ def test_arms_are_compared_over_images_and_over_seeds():
     assert found.p == found.adjusted == pytest.approx(max(images, found.p_over_runs))
 
 
+@pytest.mark.slow
 def test_equal_arms_are_rarely_significant():
     """Each seed shifts all images of an arm, so a test over images alone would be significant."""
     rng = np.random.default_rng(3)

@@ -129,6 +129,7 @@ def by_hand(model, folder, identity, values):
     return found[0].numpy(), masks, spacing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SETS)
 def test_metrics_at_original_size_equal_an_independent_computation(kind, tiny, tmp_path, polyseg):
     write, overrides = SETS[kind]
@@ -169,6 +170,7 @@ def test_metrics_at_original_size_equal_an_independent_computation(kind, tiny, t
         assert summary["unit"] == "mm"
 
 
+@pytest.mark.slow
 def test_mean_over_passes_and_threshold_apply_at_original_size(tiny, tmp_path, polyseg):
     write_pictures(tmp_path / "set")
     run = run_of(tiny("run", f"data.path={tmp_path / 'set'}", "loss.name=dice")).path
@@ -222,6 +224,7 @@ def test_metrics_of_different_sizes_are_not_compared():
     refuse_other_sizes([old, files[1]])
 
 
+@pytest.mark.slow
 def test_report_of_runs_tested_at_different_sizes_is_refused(tiny, tmp_path, polyseg):
     old = shutil.copytree(HELD, tmp_path / "old")
     new = run_of(tiny("new", "loss.name=dice")).path

@@ -299,6 +299,7 @@ def test_shuffled_arms_make_few_claims():
 # Tables
 
 
+@pytest.mark.slow
 def test_script_prints_all_tables(tmp_path):
     study, *_ = measured(images=20)
     lines = list(oracle_rows((0.6,) * 3, (0.5,) * 3, (0.5,) * 3))
@@ -333,6 +334,7 @@ def test_script_prints_all_tables(tmp_path):
         assert len(widths) <= 1
 
 
+@pytest.mark.slow
 def test_results_page_has_the_tables_of_the_committed_rows():
     """To update: `python examples/study_analysis.py docs/study.jsonl --page docs/results.md`"""
     docs = SCRIPT.parent.parent / "docs"

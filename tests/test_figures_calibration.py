@@ -255,6 +255,7 @@ def pieces(figure):
     return [*figure.axes, *figure.legends, *texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [1, 12])
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES.keys())
 def test_nothing_overlaps_or_is_cut(draw, runs):
@@ -269,6 +270,7 @@ def test_nothing_overlaps_or_is_cut(draw, runs):
     assert not any(one.overlaps(other) for one, other in itertools.combinations(found, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["comparison", "differences"])
 def test_row_labels_do_not_overlap(name):
     figure = FIGURES[name](12)
@@ -305,6 +307,7 @@ def test_few_runs_fit_one_column():
     assert predictions([case(1)], ["a"], title="x").get_figwidth() == ONE_COLUMN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["risk", "differences", "predictions"])
 def test_equal_data_give_equal_files(name, tmp_path, monkeypatch):
     contents = []

@@ -133,6 +133,7 @@ def test_equal_curves_have_markers_of_different_size():
     assert sizes == sorted(set(sizes), reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "draw",
     [

@@ -338,6 +338,7 @@ def test_without_a_suffix_png_and_pdf_are_written(tmp_path):
     assert {path.name for path in png.parent.iterdir()} == {"curves.png", "curves.pdf"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
 def test_equal_figures_give_equal_files(suffix, tmp_path):
     def save(name, figure):

@@ -116,6 +116,7 @@ def work_on(most, seen):
     return work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 20])
 def test_work_is_done_once_and_in_order(most):
     portions = Portions("example", "less")

@@ -63,6 +63,7 @@ def thin(network, seed_of_pass, rate):
     return clone
 
 
+@pytest.mark.slow
 def test_passes_have_the_distribution_of_torch_dropout(network):
     """Mean and variance over many passes agree with training mode within their errors."""
     batch = make_batch(2)
@@ -109,6 +110,7 @@ def test_scores_follow_the_equations_from_the_passes(network):
     assert (result.foreground_pixels == 144).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled_or_plain")
 @pytest.mark.parametrize("name", network_names())
 def test_assessment_changes_neither_network_nor_random_state(name):
@@ -216,6 +218,7 @@ def test_mask_sizes_are_missing_if_any_image_has_no_mask(network):
         assert result.in_order(result.ids[::-1]).mask_pixels is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_maps", [False, True])
 @pytest.mark.parametrize("with_masks", [False, True])
 @pytest.mark.parametrize("samples", [2, 3, 4, 5])
@@ -259,6 +262,7 @@ def test_full_mask_is_not_the_easiest_by_its_boundary(network):
     np.testing.assert_allclose(result.difficulty[[0, 2]], alone.difficulty[[0, 2]], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "save_maps"), [(0.51, False), (0.9, True), (0.999, False)])
 def test_automatic_samples_reach_the_rank_target(network, target, save_maps):
     batches = list(split(make_batch(9), [4, 5]))
@@ -365,6 +369,7 @@ def assert_alike(found, expected):
         np.testing.assert_array_equal(found[name], expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("samples", "masks", "most"),
     [
@@ -385,6 +390,7 @@ def test_out_of_memory_divides_batches_and_keeps_scores(network, samples, masks,
     assert_alike(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_maps", [False, True])
 def test_out_of_memory_runs_the_program_on_parts(network, monkeypatch, save_maps):
     monkeypatch.setattr(assessment, "_FEWEST_COMPILED", 0)

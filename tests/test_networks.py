@@ -301,6 +301,7 @@ def test_dropout_inside_attention_is_refused():
         refuse_hidden_dropout(AttentionDropout(), torch.rand(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["channel", "element"])
 @pytest.mark.parametrize("name", network_names())
 def test_built_in_networks_are_random_by_dropout_layers_only(name, kind):
@@ -417,6 +418,7 @@ def test_alpha_dropout_is_refused_with_its_reason(layer):
         stochastic_layers(nn.Sequential(layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", network_names())
 def test_network_on_meta_device_has_the_same_shapes(name):
     state = torch.random.get_rng_state()

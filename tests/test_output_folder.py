@@ -420,12 +420,14 @@ class TestCommands:
         assert not (tmp_path / "out" / "stale").exists() and names(tmp_path) == ["out"]
         assert ".partial" not in third.out
 
+    @pytest.mark.slow
     def test_reported_files_exist(self, run, polyseg, tmp_path):
         told = polyseg("evaluate", run, "--json", "--quiet", "--out", tmp_path / "out").out
         record = json.loads(told)
         assert record["folder"] == str(tmp_path / "out") and len(record["files"]) > 5
         assert all(files.Path(one).is_file() for one in record["files"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "words",
         [

@@ -19,6 +19,7 @@ METRIC = f"uncertainty.metric={EXAMPLES / 'own_difficulty.py'}:unsure_area"
 MAP = f"control.map={EXAMPLES / 'own_difficulty.py'}:steps"
 
 
+@pytest.mark.slow
 def test_example_functions_train_and_are_recorded(tiny, tmp_path, polyseg):
     train(tiny("run", LOSS, METRIC, MAP))
     run = tmp_path / "run"

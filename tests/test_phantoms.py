@@ -134,6 +134,7 @@ def test_lesion_area_at_extreme_sizes(modality: str, size: tuple[int, int]) -> N
     assert 0.05 < phantom.mask.mean() < 0.15
 
 
+@pytest.mark.slow
 def test_equal_arguments_give_equal_bytes_in_another_process() -> None:
     script = (
         "import sys; sys.path[:0] = ['tests']\n"
@@ -183,6 +184,7 @@ def test_phantom_depends_on_seed_index_and_difficulty_only() -> None:
         assert digest(alone) == digest(phantom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FACTORS)
 def test_every_factor_follows_the_difficulty(phantoms: list[Phantom], name: str) -> None:
     values = [phantom.factors[name] for phantom in phantoms]
@@ -213,6 +215,7 @@ def test_contrast_to_noise_decreases_with_difficulty(phantoms: list[Phantom]) ->
     assert np.mean(ratios[-6:]) > 0.5, "the hardest are not lost in the noise"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", MODALITIES)
 @pytest.mark.parametrize(
     ("measure", "factor", "easy", "hard"),

@@ -52,6 +52,7 @@ def predict(polyseg, run, source, out, *more):
     return answer
 
 
+@pytest.mark.slow
 def test_images_keep_size_and_format(run, phantoms, polyseg, tmp_path):
     (tmp_path / "in").mkdir()
     kinds = (".png", ".bmp", ".tif", ".png", ".jpg", ".png")

@@ -125,6 +125,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["batch", "dataset", "labels"])
 class TestRunsWithRankAndWeight:
+    @pytest.mark.slow
     def test_every_epsilon_follows_from_its_record(self, runs, name):
         record = job.read_record(runs / name)
         schedule = record.schedule

@@ -264,6 +264,7 @@ def draw_nothing(*_):
     return None
 
 
+@pytest.mark.slow
 def test_run_figure_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     for name in list(RUN_FIGURES):
         monkeypatch.delitem(RUN_FIGURES, name)  # They take longer to draw.

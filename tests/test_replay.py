@@ -310,6 +310,7 @@ def test_replay_of_a_permuted_arm_equals_that_arm(tiny, finished):
     assert_same_weights(weights_of(first), weights_of(again))
 
 
+@pytest.mark.slow
 def test_replay_seed_changes_the_arm_and_defaults_to_the_run_seed(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     found = []

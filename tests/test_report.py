@@ -597,6 +597,7 @@ def test_page_is_accessible(make_run):
     assert all("scope" in one for one in page.all("th"))
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_pages_in_any_folder(make_run, drawn, tmp_path, monkeypatch):
     run = make_run()
     first = written(run)
@@ -635,6 +636,7 @@ def test_invalid_runs_and_existing_output_are_refused_in_one_line(make_run, tmp_
     assert out.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 1e300, np.inf, [-1e-9, 1e9, np.nan]])
 def test_impossible_values_are_drawn_or_left_out(make_run, drawn, value):
@@ -770,6 +772,7 @@ def test_numbers_read_from_files_are_formatted_or_dashes():
     assert [number(one) for one in (1e400, 10**400, True, [], 1234.5)] == ["–"] * 4 + ["1,234.500"]
 
 
+@pytest.mark.slow
 def test_large_svg_is_embedded_as_png(make_run, drawn, monkeypatch):
     monkeypatch.setattr(figures, "_LARGEST_DRAWING", 100)
     page = Parser(written(make_run()))

@@ -523,6 +523,7 @@ ADAPTIVE = ("batch", "early", "labels", "labels-dataset")
 class TestStatistics:
     """Statistics of eq. 11 as used in training."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ADAPTIVE)
     def test_every_epsilon_follows_from_the_files(self, runs, name):
         epsilon, expected = by_hand(runs / name)
@@ -656,6 +657,7 @@ class TestRealRuns:
             read_schedule(runs / "earlier/schedule.h5").epsilon,
         )
 
+    @pytest.mark.slow
     def test_run_before_its_first_epoch(self, runs, tmp_path, monkeypatch):
         def stop(*_):
             raise KeyboardInterrupt
@@ -878,6 +880,7 @@ class TestCommands:
         (folder,) = (runs / "labels-dataset").glob("schedule-2*")
         assert (folder / "1_bright/epsilon_map.pdf").is_file()
 
+    @pytest.mark.slow
     def test_plot_writes_figures_of_one_run(self, polyseg, runs, tmp_path):
         answer = polyseg("schedule", "plot", runs / "batch", "--out", tmp_path / "one")
         assert answer.code == 0, answer.err

@@ -99,6 +99,7 @@ def test_comparison_writes_tables_and_figures(two_runs, tmp_path):
     assert float(rows[0]["dice"]) == pytest.approx(means[0])
 
 
+@pytest.mark.slow
 def test_runs_with_different_seeds_are_one_arm(two_runs, finished, tmp_path):
     other = finished("plain", "control.enabled=false", "training.epochs=2").path
     record = summary_of(evaluate_runs([*two_runs, other], group=True, out=tmp_path / "arms"))
@@ -339,6 +340,7 @@ def test_moved_run_is_recognised(two_runs, tmp_path):
     assert record["runs"][0]["metrics"] == record["runs"][1]["metrics"]
 
 
+@pytest.mark.slow
 def test_runs_on_the_same_images_read_them_once(two_runs, tiny, tmp_path, monkeypatch):
     read = []
 
@@ -355,6 +357,7 @@ def test_runs_on_the_same_images_read_them_once(two_runs, tiny, tmp_path, monkey
     assert len(read) == 3
 
 
+@pytest.mark.slow
 def test_commands_read_each_checkpoint_once(two_runs, tmp_path, monkeypatch):
     read, content = [], checkpoints._content
 

@@ -717,6 +717,7 @@ def no_compiler(*_):
     raise RuntimeError("No working C++ compiler found\nSee the manual")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [True, False])
 def test_failed_compilation_names_the_setting(tiny, monkeypatch, at_once):
     if at_once:

@@ -61,6 +61,7 @@ def test_replay_imports_code_only_with_trust(polyseg, foreign_run, tmp_path):
     assert polyseg(*arguments, "--trust").code == 0 and canary.exists()
 
 
+@pytest.mark.slow
 def test_replay_copies_epsilons_but_not_settings(polyseg, tiny, tmp_path):
     train(tiny("run", "training.workers=1", "data.memory=17"))
     again = tmp_path / "again"

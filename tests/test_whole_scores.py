@@ -77,6 +77,7 @@ def samples_of(network, batch, count=N):
     return torch.stack(each).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("program", ["plain", "auto"])
 def test_scores_equal_numpy(monkeypatch, labels, program):
@@ -158,6 +159,7 @@ def test_score_against_the_mask_needs_a_mask():
     assert np.isfinite(found.scores["dispersion"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["dispersion", "expected_error", "size"])
 def test_run_adapts_to_a_whole_score_and_can_be_recomputed(tiny, tmp_path, metric):
     train(tiny("run", f"uncertainty.metric={metric}", "uncertainty.samples=4"))
@@ -182,6 +184,7 @@ def test_training_refuses_pairwise_dice_and_names_the_command(tiny):
         tiny("run", "uncertainty.metric=pairwise_dice")
 
 
+@pytest.mark.slow
 def test_commands_measure_whole_scores(polyseg, finished, tmp_path):
     run = finished("run")
     answer = polyseg(
