@@ -27,7 +27,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +386,35 @@ def oracles(study: Study) -> list[Oracle]:
     return found
 
 
+def oracle_differences(
+    study: Study, *, resamples: int = RESAMPLES
+) -> list[tuple[str, str, PairedDifference, PairedDifference]]:
+    """Return set, sensitivity, and the oracle's differences from uniform and permuted, over folds.
+
+    Permuted is the mean over the permuted runs for each image.
+    """
+    found = []
+    for one in oracles(study):
+        arms = [study.arm(one.set, f"permuted-{k}-{one.sensitivity}") for k in PERMUTATIONS]
+        means = [
+            replace(
+                arms[0][place],
+                arm="permuted",
+                dice={i: float(np.mean([arm[place].dice[i] for arm in arms])) for i in run.dice},
+            )
+            for place, run in arms[0].items()
+            if all(place in arm for arm in arms)
+        ]
+        with_means = replace(study, runs=[*study.runs, *means])
+        pair = [
+            _difference(with_means, one.set, f"oracle-{one.sensitivity}", [other], resamples)
+            for other in ("uniform", "permuted")
+        ]
+        if pair[0] is not None and pair[1] is not None:
+            found.append((one.set, one.sensitivity, pair[0], pair[1]))
+    return found
+
+
 def verdicts(found: Sequence[Oracle]) -> dict[str, str]:
     """Return the sentence of the rule for each set: may placing the steep loss help there?"""
     sentences = {}
@@ -640,7 +669,8 @@ def _passes(needed: Sequence[float]) -> str:
     return "{} ({} to {})".format(*shown) if low != high else shown[0]
 
 
-def _oracle_table(found: Sequence[Oracle]) -> list[str]:
+def _oracle_table(study: Study) -> list[str]:
+    found = oracles(study)
     if not found:
         return []
     rows = [
@@ -650,7 +680,24 @@ def _oracle_table(found: Sequence[Oracle]) -> list[str]:
     ]
     heads = ["set", "sensitivity", "fold", "oracle", "uniform", "permuted (mean)"]
     said = [f"- {name}: {sentence}." for name, sentence in verdicts(found).items()]
-    return [*_table(heads, rows), "", *said]
+    differences = [
+        [name, sensitivity, *(_with_interval(one) for one in pair)]
+        for name, sensitivity, *pair in oracle_differences(study)
+    ]
+    heads_of_differences = ["set", "sensitivity", "oracle - uniform", "oracle - permuted"]
+    return [
+        *_table(heads, rows),
+        "",
+        *_table(heads_of_differences, differences),
+        "",
+        "Differences over the images of all folds, with 95 % intervals of a bootstrap over groups.",
+        "",
+        *said,
+    ]
+
+
+def _with_interval(one: PairedDifference) -> str:
+    return f"{one.mean:+.4f} [{one.interval.low:+.4f}, {one.interval.high:+.4f}]"
 
 
 def _arms_table(study: Study) -> list[str]:
@@ -672,9 +719,8 @@ def _contrast_table(found: Sequence[Contrast]) -> list[str]:
         return []
     rows = []
     for one in found:
-        low, high = one.found.interval
         ps = (one.found.p_value, one.found.p_over_runs, one.adjusted)
-        cells = [f"{one.found.mean:+.4f} [{low:+.4f}, {high:+.4f}]", *map(_p, ps)]
+        cells = [_with_interval(one.found), *map(_p, ps)]
         counts = f"{one.found.patients}, {one.found.runs}"
         rows.append([one.name, one.set, counts, *cells])
     heads = ["contrast", "set", "groups, folds", "difference [95 % interval]"]
@@ -697,7 +743,7 @@ def _contrast_table(found: Sequence[Contrast]) -> list[str]:
 TABLES: Mapping[str, tuple[str, Callable[[Study], list[str]]]] = {
     "runs": ("Runs", _runs_table),
     "measures": ("Gate A: measures of difficulty", _validity_table),
-    "oracle": ("Gate B: the oracle", lambda study: _oracle_table(oracles(study))),
+    "oracle": ("Gate B: the oracle", _oracle_table),
     "arms": ("Gate C: mean test Dice of the arms", _arms_table),
     "contrasts": ("Gate C: contrasts", lambda study: _contrast_table(contrasts(study))),
 }

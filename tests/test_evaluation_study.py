@@ -180,6 +180,14 @@ def test_oracle_must_exceed_uniform_and_permuted_in_all_folds(oracle, uniform, p
     assert said in analysis.verdicts([found])["a"]
 
 
+def test_oracle_is_compared_over_the_images_of_all_folds():
+    lines = oracle_rows((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), (0.4, 0.5, 0.6))
+    ((name, sensitivity, uniform, permuted),) = analysis.oracle_differences(analysis.read(lines))
+    assert (name, sensitivity, uniform.runs, permuted.runs) == ("a", "1", 3, 3)
+    assert uniform.images == permuted.images == 18
+    assert uniform.mean == pytest.approx(0.1) and permuted.mean == pytest.approx(0.2)
+
+
 def test_set_with_missing_folds_has_no_verdict():
     rows = list(oracle_rows((0.6,) * 3, (0.5,) * 3, (0.5,) * 3))
     study = analysis.read(rows[:-1])  # A permuted arm of the last fold is missing.
