@@ -382,3 +382,11 @@ def test_commands_read_each_checkpoint_once(two_runs, tmp_path, monkeypatch):
     settings = [f"output.path={tmp_path / 'again'}", "training.epochs=3"]
     train(load_config(two_runs[0] / "config.yaml", settings), resume=True)
     assert read == ["again/last", "again/best"]
+
+
+@pytest.mark.parametrize(("start", "is_early"), [(1, False), (3, True)])
+def test_weights_from_before_adapted_epsilons_are_warned_of(finished, polyseg, start, is_early):
+    run = finished("run", f"control.start={start}")
+    answer = polyseg("evaluate", run.last, "--no-figures", "--out", run.path.parent / "out")
+    warning = f"of epoch 3, before the first with adapted epsilons ({start + 1})"
+    assert answer.code == 0 and (warning in " ".join(answer.err.split())) == is_early

@@ -75,7 +75,7 @@ Trust = Annotated[
     bool,
     setting(
         "--trust",
-        help="Import and run the code outside polyseg that a run names (package.module:function).",
+        help="Import and run a user's own code that a run names (package.module:function).",
     ),
 ]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")]

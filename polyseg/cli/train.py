@@ -84,7 +84,7 @@ def train(
         bool,
         options.in_out(
             "--resume",
-            help="Continue the run in --out from its last committed epoch. With more --epochs it "
+            help="Continue the run in --out from its last saved epoch. With more --epochs it "
             "is continued for longer, and the learning rate follows the new number.",
         ),
     ] = False,
@@ -107,7 +107,7 @@ def train(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train a network with a steeper loss for images that it is uncertain about; test it.
+    """Train a network with a steeper loss for images that it is uncertain about, then test it.
 
     Example: polyseg train --data my/images --out runs/first --set data.size=256
     """

@@ -31,7 +31,7 @@ from polyseg.figures import evaluation_files
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
 from polyseg.runs.run_folder import results_beside
-from polyseg.runs.trained_model import Inputs, LastImages, Trained, images_for, read_trained
+from polyseg.runs.trained_model import Inputs, LastImages, Model, Trained, images_for, read_trained
 from polyseg.system.files import short_names
 from polyseg.system.output_folder import moved, whole_folder
 from polyseg.system.process_group import PATIENCE, Processes, together
@@ -235,6 +235,7 @@ def _test(compared: _Compared, how: _TestContext, masks: OtherMasks | None) -> _
                 name,
                 part,
             )
+        _warn_if_early(name, model)
         images = images or found
         size = model.config.training.batch_size
         test = how.test(name, found, ids, model.config.data, size)
@@ -254,6 +255,20 @@ def _test(compared: _Compared, how: _TestContext, masks: OtherMasks | None) -> _
     if images is None:
         raise PolysegError("Missing argument: give runs, or --predictions with --data")
     return _Found(tested, compared, images, part or "test")
+
+
+def _warn_if_early(name: str, model: Model) -> None:
+    """Warn of weights of an adaptive run that no adapted epsilon has trained."""
+    config = model.config
+    first = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
+    if first and model.checkpoint.epoch <= first[0]:
+        log.warning(
+            "%s: these weights are of epoch %d, before the first with adapted epsilons (%d), so "
+            "differences from it do not show the effect of adapting",
+            name,
+            model.checkpoint.epoch,
+            first[0] + 1,
+        )
 
 
 def _images_without_run(config: DataConfig, how: _TestContext) -> tuple[ImageSet, list[str]]:

@@ -51,7 +51,8 @@ def load_config(
         if not equals:
             raise PolysegError(f"--set {override}: write KEY=VALUE, such as loss.epsilon=0.5")
         _set_key(tree, key.strip(), _parse_override(value, f"--set {override}"))
-    return build_config(tree, str(file) if file else "configuration")
+    source = "configuration" if file is None else f"{file}{' with options' if overrides else ''}"
+    return build_config(tree, source)
 
 
 def build_config(tree: Any, source: str) -> Config:

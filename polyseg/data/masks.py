@@ -27,6 +27,9 @@ _FEWEST_VALUES = 3
 _ROUNDING = 2.5 / 255
 _MOST_VALUES = 2**16
 _FEW_VALUES = 8
+_PHOTOGRAPH = 1000
+"""Number of different values above which masks are probably images."""
+_SWAPPED = "; so many values look like photographs: are the folders of images and masks swapped?"
 _MOST_SHOWN = 6
 _BLOCK = 2**20
 
@@ -113,7 +116,7 @@ def lines_about_unclear(unclear: Sequence[UnclearValuesError]) -> list[str]:
         lines.append(
             f"{names}: masks contain the {'colours' if coloured else 'values'} {shares}{more}; say "
             f"which are foreground, such as data.foreground=nonzero or data.foreground="
-            f"{_shown(example)}"
+            f"{_shown(example)}{_SWAPPED if len(counts) > _PHOTOGRAPH else ''}"
         )
     return lines
 

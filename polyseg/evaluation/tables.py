@@ -25,8 +25,8 @@ SIZES = {"original": "the images' own size", "network": "the size that the netwo
 """Size at which masks were compared, in words."""
 
 _MARKS = (
-    "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. This is "
-    "about these trained networks; about other seeds only if arms of several runs are compared."
+    "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. These "
+    "tests compare these trained networks; to compare losses, train several seeds of each."
 )
 _OVER_RUNS = (
     "Over runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
