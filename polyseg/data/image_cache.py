@@ -1,6 +1,7 @@
 """Decoded images on disk: where their file is, what it depends on, and when it is removed."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -30,11 +31,16 @@ _DECISIVE = ("size", "fit", "plane", "orientation", "channels", "normalise", "wi
 _SCHEMA = 2
 """Version of decoded images, raised when the same files and settings give another content."""
 _STALE_SECONDS = 24 * 3600
-_ITEM = TypeAdapter(Item)
 _NAME = re.compile(r"[0-9a-f]{64}\.images")
 _UNUSED_DAYS = 30
 """Age after which unused decoded images are removed, in days; they can be made again."""
 MEGABYTE = 10**6
+
+
+@functools.cache
+def _item_type() -> TypeAdapter[Item]:
+    # Building it takes longer than many commands run.
+    return TypeAdapter(Item)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -114,7 +120,7 @@ def item_from_row(row: tuple[dict[str, Any], Shape], path: Path) -> Item:
     """Return an item from its row in the index of decoded images."""
     about, shape = row
     try:
-        item = _ITEM.validate_python(about)
+        item = _item_type().validate_python(about)
         masks = 0 if item.shares is None else len(item.shares)
         described = (*item.size, item.channels, masks)
         if described != (shape.height, shape.width, shape.channels, shape.masks):
