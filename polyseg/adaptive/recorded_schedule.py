@@ -252,9 +252,7 @@ def stability(record: RunRecord) -> dict[str, Values]:
             [math.nan, *map(correlation, difficulties[1:], difficulties[:-1])]
         ),
         "last assessment": np.array([*last, math.nan]),
-        "infinitely many passes (expected)": np.array(
-            [_rank_stability(one) for one in record.assessments]
-        ),
+        "many passes (expected)": np.array([_rank_stability(one) for one in record.assessments]),
     }
 
 
