@@ -72,4 +72,4 @@ train shuffled permuted mean inverted size
 # With other seeds than before, the comparison is made again.
 polyseg evaluate "$out"/*-[0-9]* --group --baseline adaptive --trust --out "$out/comparison" \
   --overwrite --quiet >"$out/logs/comparison.txt"
-sed -n '/^## Dice against/,/^## /{/^## [^D]/d;p}' "$out/comparison/table.md"
+sed -n '/^## Dice: difference/,/^## /{/^## [^D]/d;p}' "$out/comparison/table.md"

@@ -12,7 +12,7 @@ from polyseg.evaluation.export import markdown, summary
 from polyseg.evaluation.scores import Evaluation, RunScores, compare, pool
 from tests.test_evaluation_patients import scored
 
-ROLES = {"dice": "dice", "permuted": "permuted"}
+ROLES = {"adaptive": {"dice": "dice", "permuted": "permuted"}}
 CLAUSES = {
     ("dice", "better"): "the adaptive loss was better than the Dice loss (",
     ("dice", "worse"): "the adaptive loss was worse than the Dice loss (",
@@ -53,7 +53,7 @@ def test_conclusion_states_better_worse_or_not_shown_for_each_arm(dice, permuted
         ]
     assert sentence.count(".") == len(re.findall(r"\d\.\d", sentence)) + 1  # It is one sentence.
     assert sentence.endswith("; 20 patients, 5 pairs of runs.")
-    numbers = r"difference in mean Dice (\S+), 95 % interval (\S+) to (\S+), adjusted p ([< \d.]+)"
+    numbers = r"mean Dice (\S+), 95 % interval (\S+) to (\S+), adjusted p ([< \d.]+)"
     for other, found in zip(arms[1:], re.findall(numbers, sentence), strict=True):
         mean, low, high = map(float, found[:3])
         assert mean == pytest.approx(arms[0].mean("dice") - other.mean("dice"), abs=6e-5)
@@ -62,11 +62,32 @@ def test_conclusion_states_better_worse_or_not_shown_for_each_arm(dice, permuted
         assert (p < 0.05) == (GAINS[dice if other.name == "dice" else permuted] != 0)
 
 
+@pytest.mark.parametrize("gain", GAINS)
+def test_conclusion_is_the_same_with_the_other_arm_as_baseline(gain):
+    """Counts are equal; the interval of the mirrored differences is equal up to resampling."""
+    arms = [arm("adaptive", 0.0), arm("dice", GAINS[gain])]
+    roles = {"adaptive": {"dice": "dice"}}
+    given = [conclusions(compare(arms, baseline), roles) for baseline in ("adaptive", "dice")]
+    one, other = (
+        re.findall(r"(.*)\((.*mean Dice \S+).*?, adjusted (.*)", text) for (text,) in given
+    )
+    assert one == other and CLAUSES["dice", gain][:-2].lower() in one[0][0].lower()
+
+
+def test_each_adaptive_arm_has_a_conclusion():
+    arms = [arm("entropy", 0.0), arm("variance", 0.05), arm("dice", 0.05)]
+    roles = {name: {"dice": "dice"} for name in ("entropy", "variance")}
+    first, second = conclusions(compare(arms, "dice"), roles)
+    assert first.startswith("entropy: the adaptive loss was better than the Dice loss (")
+    assert second.startswith("variance: no difference between the adaptive loss and the Dice")
+    assert conclusions(compare(arms, "dice"), {"entropy": {"permuted": "variance"}}) == []
+
+
 def test_conclusion_reports_disagreement_of_mean_and_most_cases():
     values = np.full(30, 0.6)
     other = values + np.where(np.arange(30) < 27, 0.01, -0.4) + np.arange(30) / 1e5
     runs = [scored("adaptive", values, [None] * 30), scored("dice", other, [None] * 30)]
-    (sentence,) = conclusions(compare(runs, "adaptive"), {"dice": "dice"})
+    (sentence,) = conclusions(compare(runs, "adaptive"), {"adaptive": {"dice": "dice"}})
     assert sentence.startswith("The mean and most cases disagree on whether the adaptive loss was")
     assert "steep" not in sentence
     assert sentence.endswith(
@@ -77,7 +98,7 @@ def test_conclusion_reports_disagreement_of_mean_and_most_cases():
 def test_conclusion_shows_no_difference_for_one_image_or_equal_runs():
     for values in ([0.5], [0.5] * 9):
         runs = [scored(name, values, [None] * len(values)) for name in ("adaptive", "dice")]
-        (sentence,) = conclusions(compare(runs, "adaptive"), {"dice": "dice"})
+        (sentence,) = conclusions(compare(runs, "adaptive"), {"adaptive": {"dice": "dice"}})
         assert sentence.startswith("No difference between the adaptive loss and the Dice loss was")
         assert ("too few for an adjusted p below 0.05" in sentence) == (len(values) == 1)
 
@@ -97,7 +118,7 @@ def test_each_label_has_a_conclusion():
         for label, gain in (("left", 0.05), ("right", 0.0))
         for one in (arm("adaptive", 0.0, label), arm("dice", gain, label))
     ]
-    left, right = conclusions(compare(arms, "adaptive"), {"dice": "dice"})
+    left, right = conclusions(compare(arms, "adaptive"), {"adaptive": {"dice": "dice"}})
     assert left.startswith("left: the adaptive loss was better than the Dice loss (")
     assert right.startswith("right: no difference between")
 
@@ -105,7 +126,9 @@ def test_each_label_has_a_conclusion():
 def test_tables_show_the_conclusion_below_the_differences():
     sentences, arms = conclusions_for(0.05, 0.0)
     evaluation = Evaluation(arms, compare(arms, "adaptive"), conclusions=sentences)
-    part = markdown(summary(evaluation)).split("## Dice against adaptive")[1].split("##")[0]
+    part = (
+        markdown(summary(evaluation)).split("## Dice: difference from adaptive")[1].split("##")[0]
+    )
     assert sentences[0] in part.splitlines()
     assert "conclusions" in summary(evaluation)
     damaged = summary(evaluation) | {"conclusions": 3}
@@ -123,13 +146,12 @@ def configs(**arms):
 def test_control_arms_are_recognised_by_their_settings():
     given = configs(a=("adaptive", []), b=("dice", []), c=("permuted", []))
     arms = arms_of(given)
-    assert roles_of(given, arms, "a") == {"dice": "b", "permuted": "c"}
-    assert roles_of(given, arms, "b") == {}
+    assert roles_of(given, arms) == {"a": {"dice": "b", "permuted": "c"}}
     given = configs(
         a=("adaptive", ["uncertainty.samples=7", "control.epsilon_max=2"]),
         b=("dice", ["training.learning_rate=0.5"]),
         c=("permuted", ["control.epsilon_max=3", "uncertainty.samples=7"]),
     )
-    assert roles_of(given, arms_of(given), "a") == {}
+    assert roles_of(given, arms_of(given)) == {"a": {}}
     given = configs(a=("adaptive", ["uncertainty.samples=7"]), b=("dice", []))
-    assert roles_of(given, arms_of(given), "a") == {"dice": "b"}
+    assert roles_of(given, arms_of(given)) == {"a": {"dice": "b"}}

@@ -115,7 +115,7 @@ def test_masks_can_be_compared_with_runs_and_reported(exported, tmp_path, polyse
     assert summary["comparisons"][0]["metrics"]["brier"]["images"] == 0
     page = tmp_path / "page.html"
     assert polyseg("report", run, "--evaluation", tmp_path / "out", "--out", page).code == 0
-    assert "nnunet against run" in page.read_text()
+    assert "nnunet minus run" in page.read_text()
 
 
 def test_missing_extra_and_wrong_size_masks_are_named(exported, tmp_path, polyseg):

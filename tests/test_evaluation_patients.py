@@ -119,7 +119,7 @@ def test_tables_state_the_numbers_of_patients_and_images():
     record = summary(Evaluation(alone, compare(alone, "a")))
     metrics, comparison = sheets(record)[:2]
     assert record["by"] == "image" and "patient" not in metrics.heads[1]
-    assert "if each image is an independent case" in comparison.notes[0]
+    assert "over the images, taken as independent" in comparison.notes[0]
 
 
 def test_arm_over_folds_tests_each_image_once_and_shows_both_spreads():
@@ -206,7 +206,7 @@ def test_patients_of_a_manifest_are_used_in_runs_and_comparisons(tiny, tmp_path,
     assert answer.code == 0, answer.err
     table = (out / "table.md").read_text()
     assert "dice (5 patients, 10 images)" in table
-    assert "bce against dice (5 patients, 10 images)" in table
+    assert "bce minus dice (5 patients, 10 images)" in table
     assert "Wilcoxon's signed-rank test over the patients" in table
     with (out / "per_image.csv").open() as file:
         assert {row["id"]: row["group"] for row in csv.DictReader(file)} == patient
@@ -222,12 +222,12 @@ def test_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):
     page = tmp_path / "page.html"
     answer = polyseg("report", *runs[:2], "--out", page)
     assert answer.code == 0 and folder.name in " ".join(answer.err.split()).replace(" ", "")
-    assert "b against a" in page.read_text()
+    assert "b minus a" in page.read_text()
     # A comparison of other runs, or a damaged one, is ignored.
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/summary.json").write_text("{")
     assert polyseg("report", *runs, "--out", page, "--overwrite").code == 0
-    assert "b against a" not in page.read_text()
+    assert "b minus a" not in page.read_text()
 
 
 def test_documented_error_rates_equal_the_simulation():

@@ -59,7 +59,9 @@ def compared():
 
 
 def test_notes_report_empty_masks_and_undefined_metrics(runs):
-    assert sheets(summary(Evaluation(runs)))[0].notes[1:] == [
+    _, better, *notes = sheets(summary(Evaluation(runs)))[0].notes
+    assert better == "Lower is better: HD95, ASD, Brier, NLL, ECE, ACE."
+    assert notes == [
         "b|50%: of 3 images 1 with both empty, 1 with prediction empty.",
         "b|50%: left out as undefined: Sensitivity of 1, AUC-ROC of 1, AP of 1.",
     ]
@@ -132,7 +134,7 @@ def test_equal_means_are_not_marked_as_best(runs):
 
 def test_comparison_table_shows_difference_interval_and_counts(compared):
     sheet = next(
-        one for one in sheets(summary(compared)) if one.title.startswith("new against plain")
+        one for one in sheets(summary(compared)) if one.title.startswith("new minus plain")
     )
     row = next(row for row in sheet.rows if row[0].text == "Dice")
     found = compared.comparisons[0].differences["dice"]

@@ -238,14 +238,14 @@ def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
             assert np.isnan(errors).all() and np.isnan(stability)
         else:
             assert (errors > 1e-7).all() and 0 <= stability <= 1
-    known = "standard error -, rank stability - (known from 4 passes)"
+    known = "standard error and rank stability unknown below 4 passes"
     assert (known in line) == (samples < 4)
 
 
-def test_undefined_rank_stability_is_shown_as_a_dash(network):
+def test_undefined_rank_stability_is_shown_as_unknown(network):
     """Two images have no rank correlation."""
     assert describe(assess(network, [make_batch(2)], UncertaintyConfig(samples=4))).endswith(
-        "rank stability -"
+        "expected rank correlation with many passes unknown"
     )
 
 
@@ -473,7 +473,7 @@ def test_correlation_with_error_is_described_for_each_label(network):
     )
     dice = np.array([0.1, 0.3, 0.2, 0.5, 0.4, 0.6])
     (line,) = describe_order(dataclasses.replace(found, **given, dice=dice))
-    assert line.endswith("D is not ordered by error; see `polyseg schedule validity`")
+    assert line.endswith("D falls as the error rises; see `polyseg schedule validity`")
     # The difficulty of one label increases with its error, the other decreases.
     both = dataclasses.replace(
         found,
@@ -488,5 +488,5 @@ def test_correlation_with_error_is_described_for_each_label(network):
     )
     first, second = describe_order(both)
     assert first.startswith("Spearman's correlation of D of x") and "see" not in first
-    assert "D of y is not ordered by error" in second
+    assert "D of y falls as the error rises" in second
     assert describe_order(dataclasses.replace(found, dice=np.full(6, np.nan))) == []

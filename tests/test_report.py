@@ -240,14 +240,14 @@ def test_assessment_table_equals_numpy(make_run):
 
 
 @pytest.mark.parametrize("labels", [(), ("bone", "cyst")])
-def test_page_reports_difficulty_that_is_not_ordered_by_error(make_run, labels):
+def test_page_reports_difficulty_that_falls_as_the_error_rises(make_run, labels):
     rows = IMAGES * (len(labels) or 1)
     run = make_run(labels=labels, dice=np.linspace(0.3, 0.9, rows))
     text = Parser(written(run)).text
     for name in [f"D of {label}" for label in labels] or ["D"]:
         assert (
             f"correlation of {name} with 1 - Dice: -1.00 (95 % interval -1.00 to -1.00, 30 images)"
-            f": {name} is not ordered by error; see `polyseg schedule validity`" in text
+            f": {name} falls as the error rises; see `polyseg schedule validity`" in text
         )
 
 
@@ -423,10 +423,10 @@ def test_comparison_comes_before_the_tests_of_single_runs(make_run, evaluation):
     assert "Comparison cmp" in Parser(page).text.partition("Contents")[0]
     found = section(page, "Comparison")
     text = Parser(found).text
-    assert "arm 0 against b (9 images). +/-/=: number of images that are better, worse" in text
+    assert "arm 0 minus b (9 images). +/-/=: number of images that are better, worse" in text
     assert " ".join(["Dice!*", *CELLS, "0.040"]) in text
     assert f"metric adaptive ({IMAGES} images) Dice! 0.500 ± 0.250" in text
-    assert text.index("against b") < text.index("Test metrics") < text.index("Figure 1.")
+    assert text.index("minus b") < text.index("Test metrics") < text.index("Figure 1.")
     assert "<summary>All images of cmp</summary>" in found
 
 
@@ -734,7 +734,7 @@ def test_comparison_tables_show_tests_over_images_and_over_runs():
     assert table.rows[0] == ["Dice!*", *CELLS, "0.040"]
     assert [row[0] for row in table.rows] == ["Dice!*", "HD95*"]
     assert table.rows[1][1].startswith("−0.012 ")  # distances have fewer decimals
-    assert "arm 0 against b" in table.caption and not list(dice_comparison(evaluation))
+    assert "arm 0 minus b" in table.caption and not list(dice_comparison(evaluation))
     record["comparisons"] = compared(DIFFERENCE, DIFFERENCE | OVER_RUNS)
     _, over_runs = comparison_tables(evaluation)
     assert "3 pairs of runs" in over_runs.caption
@@ -745,7 +745,7 @@ def test_comparison_tables_show_tests_over_images_and_over_runs():
         ["arm 0*", *CELLS, "± –", "–", "0.040"],
         ["arm 1*", *CELLS, "± 0.0046", "0.031", "0.040"],
     ]
-    assert dice.caption.startswith("Dice against b.") and "t-test" in dice.caption
+    assert dice.caption.startswith("Dice: difference from b.") and "t-test" in dice.caption
 
 
 def test_metric_table_shows_runs_and_seed_spread_of_an_arm():

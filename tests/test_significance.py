@@ -489,11 +489,11 @@ def test_few_images_have_no_interval():
 @pytest.mark.parametrize(
     ("low", "high", "order"),
     [
-        (-0.6, -0.2, "not ordered by error"),
-        (-0.6, 0.09, "not ordered by error"),
-        (-0.1, 0.1, "not shown to be ordered by error"),
-        (-0.3, 0.4, "not shown to be ordered by error"),
-        (0.01, 0.09, "not ordered by error"),
+        (-0.6, -0.2, "falls as the error rises"),
+        (-0.6, 0.09, "does not rank images by error"),
+        (-0.1, 0.1, "is not shown to rank images by error"),
+        (-0.3, 0.4, "is not shown to rank images by error"),
+        (0.01, 0.09, "does not rank images by error"),
         (0.05, 0.4, ""),
         (math.nan, math.nan, ""),
     ],

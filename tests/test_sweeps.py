@@ -250,13 +250,13 @@ def test_several_gpus_script_resumes_an_existing_run(tmp_path, script):
 def test_control_arms_refuse_other_settings_in_the_same_folder(tmp_path, script):
     notes, out = tmp_path / "notes", tmp_path / "arms"
     (out / "comparison").mkdir(parents=True)
-    (out / "comparison/table.md").write_text("## Dice against adaptive\n\na\n\n## bias\n")
+    (out / "comparison/table.md").write_text("## Dice: difference from adaptive\n\na\n\n## bias\n")
     variables = {"NOTES": str(notes), "FAILING": "nothing", "programs": {"polyseg": FAKE_POLYSEG}}
     asked = ("control_arms.sh", "demo", out)
     first = script(*asked, "0 3", "data.size=32", **variables)
     said, complaint = first.communicate(timeout=60)
     assert (first.returncode, complaint) == (0, "")
-    assert said.endswith("## Dice against adaptive\n\na\n\n")
+    assert said.endswith("## Dice: difference from adaptive\n\na\n\n")
     *trained, evaluated = notes.read_text().splitlines()
     assert len(trained) == 2 * 8
     shared = "--data demo --set loss.name=polydice1 --set data.size=32"
@@ -291,7 +291,7 @@ def test_control_arms_are_trained_resumed_and_summarised(tmp_path, script):
         assert configs[arm].loss.name.endswith("own_loss.py:loss")
         assert configs[arm].control.map == "weight"
         assert (configs[arm].control.replay_arm == arm) == (arm not in ("adaptive", "fixed"))
-    table, sentence = said.split("## Dice against adaptive")[1].split("\n\n", 2)[1:]
+    table, sentence = said.split("## Dice: difference from adaptive")[1].split("\n\n", 2)[1:]
     named = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
     assert set(named) == arms - {"adaptive"}
     assert "the adaptive loss and the Dice loss" in sentence and "steep loss" in sentence

@@ -276,7 +276,7 @@ def test_errors_are_raised_before_networks_are_tested(two_runs, tiny, tmp_path, 
         (["--corrupt", "fog"], "fog: is not a corruption; choose noise"),
         (["--tolerance", "0"], "--tolerance 0: choose a number above 0"),
         (["--failure", "2"], "--failure 2: choose a Dice above 0 and at most 1"),
-        (["--baseline", "dice_s0"], "--baseline: there is one run"),
+        (["--baseline", "dice_s0"], "--baseline: there is only one run"),
     ],
 )
 def test_invalid_options_give_one_line(polyseg, two_runs, tmp_path, arguments, said):
@@ -293,7 +293,7 @@ def test_evaluate_command_prints_its_tables(polyseg, two_runs, tmp_path):
     assert answer.code == 0, answer.err
     for text in (
         "Test metrics",
-        "dice_s0 against dice_s1",
+        "dice_s0 minus dice_s1",
         "Dice by size",
         "table.md",
         "NSD (2 px)",

@@ -98,7 +98,9 @@ def data_preview(
 @data_app.command("manifest")
 def data_manifest(
     path: options.DataPath,
-    out: Annotated[Path, options.in_out(help="CSV file to write.")] = Path("set.csv"),
+    out: Annotated[Path, options.in_out(metavar="FILE", help="CSV file to write.")] = Path(
+        "set.csv"
+    ),
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,

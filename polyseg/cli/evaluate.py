@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polyseg.cli import options
+from polyseg.cli import completion, options
 from polyseg.cli.display import messages
 from polyseg.cli.printing import print_outcome
 from polyseg.errors import PolysegError
@@ -29,9 +29,20 @@ def evaluate(
     ] = None,
     name: Annotated[
         list[str] | None,
-        options.in_out(help="Name of the masks in tables, one for each --predictions."),
+        options.in_out(
+            metavar="NAME", help="Name of the masks in tables, one for each --predictions."
+        ),
     ] = None,
-    overrides: options.Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        options.setting(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Setting of how --predictions without runs are read, such as data.foreground=2; "
+            "repeatable.",
+            autocompletion=completion.setting,
+        ),
+    ] = None,
     data: options.OtherData = None,
     part: options.Part = None,
     out: options.Out = None,
@@ -69,8 +80,8 @@ def evaluate(
         str,
         options.setting(
             metavar="CASE",
-            help="patient (means, intervals and tests over patients, if the data or data.group "
-            "name them) or image (over images).",
+            help="One case of means, intervals and tests: patient (all of its images; an image "
+            "where patients are not known) or image.",
         ),
     ] = "patient",
     uncertainty: Annotated[
@@ -92,11 +103,12 @@ def evaluate(
     tolerance: Annotated[
         float,
         options.setting(
-            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels."
+            metavar="MM",
+            help="Tolerance of the surface Dice, in mm where spacings are known, else in pixels.",
         ),
     ] = 2.0,
     failure: Annotated[
-        float, options.setting(help="Dice below which an image counts as failed.")
+        float, options.setting(metavar="DICE", help="Dice below which an image counts as failed.")
     ] = 0.7,
     figures: Annotated[
         bool, options.in_out("--figures/--no-figures", help="Draw the figures.")

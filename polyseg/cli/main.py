@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from typing import Annotated
@@ -26,6 +27,8 @@ from polyseg.system.process_group import rank_here
 from polyseg.system.signals import StopRequest, ending_at_once
 
 _LONGEST_LINE = 2000
+_NO_NUMBER = re.compile(r"Input should be a valid (integer|number), unable to parse .*")
+"""What pydantic says of text in place of a number."""
 
 app = App(
     name="polyseg",
@@ -111,7 +114,10 @@ def _print_error(error: PolysegError | TyperException | OSError) -> int:
         text = _visible(f"{where}{reason(error)}")
     else:
         # A mistyped command or option; without a message the help was printed instead.
-        message = error.format_message()
+        message = _NO_NUMBER.sub(
+            lambda found: f"must be a {'whole ' * (found[1] == 'integer')}number",
+            error.format_message(),
+        )
         text = f"{_visible(message)} (see --help)" if message else ""
     if text:
         process = f"process {rank_here()}: " if rank_here() else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from polyseg.choices import DEVICES, PRESETS
 from polyseg.cli import completion
@@ -25,23 +25,31 @@ def help_of(choices: Mapping[str, str]) -> str:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _PlainFlags:
-    """Base of commands whose help shows no type beside flags."""
+def _no_type(ctx: Any) -> None:
+    """Show no type."""
+
+
+class _PlainTypes:
+    """Base of commands whose help shows no Python types."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters."""
+        """Return the parameters; flags and arguments show no type, numbers show N."""
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
+            elif isinstance(parameter, TyperArgument):
+                parameter.display_type_rich = _no_type  # type: ignore[method-assign]
+            elif parameter.metavar is None:
+                parameter.metavar = "N"
         return parameters
 
 
-class _Command(_PlainFlags, TyperCommand):
+class _Command(_PlainTypes, TyperCommand):
     pass
 
 
-class _Group(_PlainFlags, TyperGroup):
+class _Group(_PlainTypes, TyperGroup):
     pass
 
 
@@ -100,7 +108,7 @@ OtherData = Annotated[
     in_out(
         "--data",
         metavar="PATH",
-        help="Data set: a folder or a CSV manifest (default: the images of the run).",
+        help="Other images: a folder or a CSV manifest (default: the data set of the run).",
     ),
 ]
 Part = Annotated[
@@ -108,7 +116,8 @@ Part = Annotated[
     in_out(
         "--split",
         metavar="PART",
-        help="Part of the images: train, val, test or all (default: test to evaluate, else all).",
+        help="Images to use: the run's train, val or test part, or all of them (default: test for "
+        "evaluate, else all).",
         autocompletion=completion.names(("train", "val", "test", "all")),
     ),
 ]

@@ -108,7 +108,7 @@ def print_correlations(console: Console, rows: Sequence[Mapping[str, Any]]) -> N
 def _correlation(value: Any) -> str:
     """Return a name, a correlation or its interval as a cell."""
     if isinstance(value, str):
-        return escape(value)
+        return escape(value.replace("_", " "))
     ends = value if isinstance(value, list) else [value]
     known = all(math.isfinite(end) for end in ends)
     return " to ".join(f"{end:.3f}" for end in ends) if known else "-"

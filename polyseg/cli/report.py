@@ -23,7 +23,8 @@ def report(
     ),
     overwrite: options.Overwrite = False,
     title: Annotated[
-        str | None, options.setting(help="Title of the page (default: names of the runs).")
+        str | None,
+        options.setting(metavar="TEXT", help="Title of the page (default: names of the runs)."),
     ] = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

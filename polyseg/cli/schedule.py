@@ -179,7 +179,7 @@ def schedule_validity(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Correlate D with 1 - Dice, with size and with its previous value: is it difficulty?
+    """Show whether D measures difficulty: its rank correlation with 1 - Dice and with size.
 
     Example: polyseg schedule validity runs/first --out validity
     """
@@ -206,7 +206,7 @@ def schedule_validity(
         _pair("with_error_given_size", "1 − Dice at\nequal size"),
         _pair("with_previous", "assessment\nbefore"),
     ]
-    title = f"{run}: Spearman's correlation, last and mean"
+    title = f"{run}: Spearman's correlation with ..., in the last assessment, mean of all"
     _print_table(title, columns, summary, found.notes)
     if donors:
         _print_unseen(run, found.rows)

@@ -76,7 +76,7 @@ def train(
     replay_arm: Annotated[
         str | None,
         options.one_of(
-            REPLAY_ARMS.choices(), "recorded", "Which image gets which of the replayed epsilons: "
+            REPLAY_ARMS.choices(), "recorded", "Which of the replayed epsilons an image gets: "
         ),
     ] = None,
     overrides: options.Overrides = None,

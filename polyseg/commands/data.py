@@ -168,5 +168,5 @@ def _copies(items: Sequence[Item]) -> dict[str, Any]:
     ]
     return {
         "copies of another image": sum(number - 1 for number in exact.values()),
-        "nearly copies": _first(near) or 0,
+        "near-duplicates": _first(near) or 0,
     }

@@ -83,7 +83,7 @@ class _Found:
         if reference is None:
             return found
         compared = compare(runs, reference)
-        sentences = conclusions(compared, roles_of(self.compared.configs, arms, reference))
+        sentences = conclusions(compared, roles_of(self.compared.configs, arms))
         return dataclasses.replace(found, comparisons=compared, conclusions=sentences)
 
 
@@ -152,12 +152,16 @@ def evaluate_runs(
         if not processes.leads:
             return Outcome(place, [])
         paths = [os.path.relpath(one.resolve(), place.resolve()) for one in places]
+        progress("comparing", 0, 1)
         evaluation = dataclasses.replace(found.evaluation(settings), sources=paths)
+        progress("comparing", 1, 1)
         figures = comparison.figures
+        progress("writing and drawing", 0, 1)
         files = evaluation_files.write_evaluation(evaluation, folder, figures=figures)
         if figures:
             drawn = [one for test in found.tested.values() for one in test.masks]
             files += evaluation_files.draw_predictions(evaluation, drawn, found.images, folder)
+        progress("writing and drawing", 1, 1)
     return Outcome(place, moved(files, folder, place), evaluation)
 
 
@@ -353,7 +357,7 @@ def _baseline_name(baseline: str, sources: Sequence[Path], names: Sequence[str],
     """Return the name in tables of the baseline that the user named."""
     if len(arms) < 2:
         what = "one arm" if len(sources) > 1 else "one run"
-        raise PolysegError(f"--baseline: there is {what}; also give what to compare with it")
+        raise PolysegError(f"--baseline: there is only {what} to test; also name those to compare")
     if baseline in arms:
         return baseline
     wanted = Path(baseline).resolve()

@@ -32,7 +32,7 @@ from polyseg.figures import evaluation_files, run_figures
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.networks.inference import choose_device
 from polyseg.records import Assessment, Progress, Schedule, no_progress
-from polyseg.runs.assessment_text import describe_order, difficulty_correlations, log_correlations
+from polyseg.runs.assessment_text import describe_order, difficulty_correlations
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.record_files import read_schedule, write_schedule
 from polyseg.runs.run_folder import RunDirectory, environment, new_run_path, read_assessments
@@ -210,7 +210,9 @@ def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
         "assessed after epochs": moments,
         **({"only for the record, as no epoch follows": moments[-1:]} if idle else {}),
         "MC-Dropout passes, all images together": stochastic,
-        "share of MC Dropout, at most": round(stochastic / (stochastic + plain), 3),
+        "share of the computing that is MC Dropout, at most": round(
+            stochastic / (stochastic + plain), 3
+        ),
     }
 
 
@@ -390,9 +392,9 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
     if trainer.assessments:
         assessments = read_assessments(run, trainer.assessments)
         correlations = difficulty_correlations(assessments[-1], images.known_difficulty)
-        log_correlations(correlations)
         notes = describe_order(assessments[-1])
     if config.output.figures:
+        progress("drawing figures", 0, 1)
         limits = (config.control.epsilon_min, config.control.epsilon_max)
         schedule = read_schedule(run.schedule)
         records = RunRecords(trainer.history, schedule, assessments, limits)
@@ -401,4 +403,5 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
             files += run_figures.draw_extremes(
                 trainer.network, config, images, assessments[-1], run.figures
             )
+        progress("drawing figures", 1, 1)
     return Outcome(run.path, files, evaluation, correlations, notes)

@@ -20,6 +20,13 @@ from polyseg.registry import not_among, words_of
 from polyseg.system.yaml import LONGEST_YAML, parse_yaml
 
 _MOST_PROBLEMS = 5
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+}
+"""Values that a setting takes, in words, by the beginning of pydantic's type of error."""
 
 
 def load_config(
@@ -141,8 +148,11 @@ def _describe(error: ValidationError) -> Iterator[str]:
             yield f"{key}: {message}" if key in settings else message
         elif first["type"] == "literal_error" and not others and settings[key]["choices"]:
             yield f"{key}: {not_among(first['input'], settings[key]['choices'], 'choice')}"
-        elif others:
-            yield f"{key}: {first['input']!r:.60} is not valid: {settings[key]['description']}"
+        elif not others and (expected := _EXPECTED.get(first["type"].partition("_")[0])):
+            yield f"{key}: must be {expected}, got {first['input']!r:.60}"
+        elif others or first["type"].endswith("_type"):
+            what = settings[key]["description"] if key in settings else first["msg"]
+            yield f"{key}: {first['input']!r:.60} is not valid: {what}"
         else:
             message = (first["msg"][:1].lower() + first["msg"][1:]).replace("input should", "must")
             yield f"{key}: {message}, got {first['input']!r:.60}"

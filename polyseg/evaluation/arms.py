@@ -48,27 +48,15 @@ def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
 
 
 def roles_of(
-    configs: Mapping[str, Config], arms: Mapping[str, Sequence[str]], reference: str
-) -> dict[str, str]:
-    """Return the arms that show whether the adaptive one helps, by role: "dice" and "permuted".
+    configs: Mapping[str, Config], arms: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, str]]:
+    """Return for each adaptive arm the arms that show whether it helps, by "dice" and "permuted".
 
-    They have the settings of the reference in everything else. A role is left out if no arm has it,
-    or more than one; there is none if the reference is not an adaptive arm.
+    They have the settings of the adaptive arm in everything else. A role is left out if no arm has
+    it, or more than one.
     """
     first = {arm: configs[names[0]] for arm, names in arms.items() if names[0] in configs}
-    if reference not in first or not first[reference].assesses:
-        return {}
-    own = first[reference]
-    found: dict[str, list[str]] = {"dice": [], "permuted": []}
-    for arm, config in first.items():
-        replays = config.control.replay is not None
-        is_dice = not replays and config.loss.name == "dice"
-        is_permuted = replays and config.control.replay_arm == "permuted"
-        if is_dice and _settings(config, _OF_THE_LOSS) == _settings(own, _OF_THE_LOSS):
-            found["dice"].append(arm)
-        if is_permuted and _settings(config) == _settings(own):
-            found["permuted"].append(arm)
-    return {role: names[0] for role, names in found.items() if len(names) == 1}
+    return {arm: _roles(own, first) for arm, own in first.items() if own.assesses}
 
 
 def pool_arms(runs: Sequence[RunScores], arms: Mapping[str, Sequence[str]]) -> list[RunScores]:
@@ -100,6 +88,19 @@ def pool_points(
         RobustnessPoint(*key, mean_scores([point.scores for point in of_arm]))
         for key, of_arm in found.items()
     ]
+
+
+def _roles(own: Config, arms: Mapping[str, Config]) -> dict[str, str]:
+    found: dict[str, list[str]] = {"dice": [], "permuted": []}
+    for arm, config in arms.items():
+        replays = config.control.replay is not None
+        is_dice = not replays and config.loss.name == "dice"
+        is_permuted = replays and config.control.replay_arm == "permuted"
+        if is_dice and _settings(config, _OF_THE_LOSS) == _settings(own, _OF_THE_LOSS):
+            found["dice"].append(arm)
+        if is_permuted and _settings(config) == _settings(own):
+            found["permuted"].append(arm)
+    return {role: names[0] for role, names in found.items() if len(names) == 1}
 
 
 def _key(config: Config) -> str:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from polyseg.evaluation.scores import Comparison, RunScores
 from polyseg.evaluation.tables import p_text
-from polyseg.metrics.significance import PairedDifference
+from polyseg.metrics.significance import Interval, PairedDifference
 
 LEVEL = 0.05
 """Adjusted p from which on no difference counts as shown."""
@@ -32,58 +33,88 @@ _ANSWERS = {
 """Answers by the role of the arm that the adaptive one is compared with."""
 
 
-def conclusions(comparisons: Sequence[Comparison], roles: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each label: was adaptive better than Dice, and than permuted, in Dice.
+def conclusions(
+    comparisons: Sequence[Comparison], roles: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """Return a sentence for each adaptive arm and label: was it better than Dice, and permuted.
 
     Args:
-        comparisons: of all arms with the adaptive one as baseline.
-        roles: the arms that are asked about by their role, "dice" or "permuted"; without any there
-            is no sentence.
+        comparisons: of arms with a baseline, which is the adaptive arm or one of its roles.
+        roles: for each adaptive arm the arms by role, "dice" or "permuted", that it is asked about;
+            there is no sentence without a comparison of the two.
     """
     found = []
     for label in dict.fromkeys(one.label for one in comparisons):
-        titles = {
-            role: RunScores(roles[role], [], label).title for role in _ANSWERS if role in roles
-        }
-        asked = {role: one for role in titles for one in comparisons if one.run == titles[role]}
-        if asked:
-            differences = {role: one.differences["dice"] for role, one in asked.items()}
+        for arm, others in roles.items():
+            asked = _asked(comparisons, arm, others, label)
+            if not asked:
+                continue
+            differences = {role: _gain(one, arm, label) for role, one in asked.items()}
             # Means over passes of MC Dropout have a baseline, and a family of p, of their own.
             baselines = {one.baseline for one in asked.values()}
             family = sum(one.baseline in baselines for one in comparisons)
-            found.append(_sentence(label, differences, family))
+            names = ([arm] if len(roles) > 1 else []) + ([label] if label else [])
+            found.append(_sentence(", ".join(names), differences, family))
     return found
 
 
-def outcome(found: PairedDifference) -> str:
-    """Return "better", "worse", "mixed" or "not shown": the baseline against the other arm.
+def outcome(gain: PairedDifference) -> str:
+    """Return "better", "worse", "mixed" or "not shown": the adaptive arm against the other.
 
     It is "mixed" where the mean says better and most cases say worse, or the other way round.
     """
-    if math.isnan(found.adjusted) or found.adjusted >= LEVEL:
+    if math.isnan(gain.adjusted) or gain.adjusted >= LEVEL:
         return "not shown"
-    # Differences are other - baseline.
-    if found.mean < 0 and found.worse > found.better:
+    if gain.mean > 0 and gain.better > gain.worse:
         return "better"
-    return "worse" if found.mean > 0 and found.better > found.worse else "mixed"
+    return "worse" if gain.mean < 0 and gain.worse > gain.better else "mixed"
 
 
-def _sentence(label: str, differences: Mapping[str, PairedDifference], comparisons: int) -> str:
+def _asked(
+    comparisons: Sequence[Comparison], arm: str, others: Mapping[str, str], label: str
+) -> dict[str, Comparison]:
+    """Return the comparisons of an adaptive arm with others, whichever is the baseline, by role."""
+    wanted = {
+        frozenset((_title(arm, label), _title(others[role], label))): role
+        for role in _ANSWERS
+        if role in others
+    }
+    pairs = {frozenset((one.baseline, one.run)): one for one in comparisons}
+    return {role: pairs[pair] for pair, role in wanted.items() if pair in pairs}
+
+
+def _title(arm: str, label: str) -> str:
+    return RunScores(arm, [], label).title
+
+
+def _gain(one: Comparison, arm: str, label: str) -> PairedDifference:
+    """Return the difference in Dice as adaptive - other."""
+    found = one.differences["dice"]
+    if one.run == _title(arm, label):
+        return found
+    interval = Interval(-found.interval.high, -found.interval.low)
+    counts = {"better": found.worse, "worse": found.better}
+    return replace(found, mean=-found.mean, interval=interval, **counts)
+
+
+def _sentence(name: str, gains: Mapping[str, PairedDifference], comparisons: int) -> str:
     clauses = [
-        f"{_ANSWERS[role][outcome(found)]} ({_numbers(found)})"
-        for role, found in differences.items()
+        f"{_ANSWERS[role][outcome(one)]} ({_numbers(role, one)})" for role, one in gains.items()
     ]
     text = ", and ".join(clauses)
-    text = f"{label}: {text}" if label else text[0].upper() + text[1:]
-    return f"{text}; {_basis(list(differences.values()), comparisons)}."
+    text = f"{name}: {text}" if name else text[0].upper() + text[1:]
+    return f"{text}; {_basis(list(gains.values()), comparisons)}."
 
 
-def _numbers(found: PairedDifference) -> str:
-    """Return baseline - other with its interval and p."""
-    low, high = -found.interval.high, -found.interval.low
+def _numbers(role: str, gain: PairedDifference) -> str:
+    """Return the gain in Dice with its interval and p."""
+    low, high = gain.interval
     interval = "" if math.isnan(low) else f", 95 % interval {low:+.4f} to {high:+.4f}"
-    p = p_text(found.adjusted)
-    return f"difference in mean Dice {-found.mean:+.4f}{interval}, adjusted p {p}"
+    other = "Dice loss" if role == "dice" else role
+    return (
+        f"adaptive minus {other}: mean Dice {gain.mean:+.4f}{interval}, "
+        f"adjusted p {p_text(gain.adjusted)}"
+    )
 
 
 def _basis(differences: Sequence[PairedDifference], comparisons: int) -> str:

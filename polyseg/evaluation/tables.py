@@ -207,8 +207,12 @@ def metrics_sheet(summary: Record) -> Sheet:
             " (an image is its mean over an arm's runs that tested it); in brackets the standard "
             "deviations of the means over seeds and over folds"
         )
+    lower = [
+        metric.title.partition(" (")[0] for metric in metrics if metric.higher_is_better is False
+    ]
+    better = [f"Lower is better: {', '.join(lower)}."] if lower else []
     marks = [_MARKS] if records(summary, "comparisons") else []
-    notes = [f"{spread}. {summary.get('rule', RULE)}", *marks, *_notes(found, metrics)]
+    notes = [f"{spread}. {summary.get('rule', RULE)}", *better, *marks, *_notes(found, metrics)]
     return Sheet(metrics_title(summary), heads, rows, notes)
 
 
@@ -235,7 +239,7 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
     against = " and ".join(dict.fromkeys(str(one.get("baseline", DASH)) for one, _ in compared))
     heads = ["run", *_comparison_heads(several)]
     notes = [*found, *_meaning(several, by_patient)]
-    return [Sheet(f"Dice against {against}", heads, rows, notes)], single
+    return [Sheet(f"Dice: difference from {against}", heads, rows, notes)], single
 
 
 def further_sheets(summary: Record) -> list[Sheet]:
@@ -282,12 +286,12 @@ def _by_patient(summary: Record) -> bool:
 
 def _meaning(several: bool, by_patient: bool) -> list[str]:
     case = "patient" if by_patient else "image"
-    alone = "" if by_patient else ", if each image is an independent case"
+    alone = "" if by_patient else ", taken as independent"
     larger = "the larger of the two p" if several else "p"
     return [
         f"+/-/=: number of {case}s that are better, worse, equal. Interval: bootstrap over the "
-        f"{case}s (BCa). p: Wilcoxon's signed-rank test over the {case}s, for these "
-        f"trained networks on other {case}s{alone}.",
+        f"{case}s (BCa). p: Wilcoxon's signed-rank test over the {case}s{alone}; it compares these "
+        "trained networks, not networks of other seeds.",
         *([_OVER_RUNS] if several else []),
         f"Holm: {larger}, adjusted for the number of runs compared in a metric, but not for the "
         "number of metrics.",
@@ -305,9 +309,9 @@ def _comparison_sheet(one: Record, metrics: Sequence[_Metric], by_patient: bool)
     patients = max(_whole(_difference(one, metric.key).get("patients")) for metric in metrics)
     cases = (f"{counted(patients, 'patient')}, " if by_patient else "") + counted(images, "image")
     paired = f", {counted(runs, 'pair')} of runs" if runs else ""
-    against = f"{one.get('run', DASH)} against {one.get('baseline', DASH)}"
+    title = f"{one.get('run', DASH)} minus {one.get('baseline', DASH)}"
     return Sheet(
-        f"{against} ({cases}{paired})",
+        f"{title} ({cases}{paired})",
         ["metric", *_comparison_heads(runs > 1)],
         [_comparison_row(one, metric, runs > 1) for metric in metrics],
         [*_meaning(runs > 1, by_patient), *([left_out] if fewer else [])],

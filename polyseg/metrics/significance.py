@@ -48,15 +48,17 @@ class RankCorrelation(NamedTuple):
 
     @property
     def order(self) -> str:
-        """The verdict on a difficulty and an error, "" if they are shown to be related.
+        """The verdict on a difficulty, if the other series is the error; "" if D rises with it.
 
         >>> RankCorrelation(-0.4, Interval(-0.6, -0.1), 75).order
-        'not ordered by error'
+        'falls as the error rises'
         """
-        if self.interval.high < _NO_ORDER:
-            return "not ordered by error"
-        contains_zero = self.interval.low <= 0 <= self.interval.high
-        return "not shown to be ordered by error" if contains_zero else ""
+        low, high = self.interval
+        if high < 0:
+            return "falls as the error rises"
+        if high < _NO_ORDER:
+            return "does not rank images by error"
+        return "is not shown to rank images by error" if low <= 0 <= high else ""
 
 
 @dataclass(frozen=True)

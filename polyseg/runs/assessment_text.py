@@ -1,8 +1,6 @@
 """An assessment as sentences, correlations and CSV."""
 
-import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,22 +11,20 @@ from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment
 from polyseg.system.files import csv_table
 
-log = logging.getLogger(__name__)
-
 
 def describe(assessment: Assessment) -> str:
-    """Return one line with the difficulties and their precision; a dash where it is unknown."""
-    quartiles = "/".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
-    text = f"difficulty by {assessment.metric}: quartiles {quartiles}"
+    """Return one line with the difficulties and their precision, if they are measured by passes."""
+    quartiles = ", ".join(f"{q:.4f}" for q in np.percentile(assessment.difficulty, (25, 50, 75)))
+    text = f"difficulty D ({assessment.metric}): quartiles {quartiles}"
     errors = assessment.scores_se.get(assessment.metric)
     if errors is None:
         return text
     error, stability = np.median(errors), assessment.rank_stability[assessment.metric]
-    text += f"; {assessment.samples} passes, "
-    text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
+    text += f"; {assessment.samples} passes: standard error "
     if assessment.samples < FEWEST_JUDGED:
-        text += f" (known from {FEWEST_JUDGED} passes)"
-    return text
+        return f"{text}and rank stability unknown below {FEWEST_JUDGED} passes"
+    known = f"{error:.4f}, expected rank correlation with many passes {stability:.3f}"
+    return text + known.replace("nan", "unknown")
 
 
 def describe_order(assessment: Assessment) -> list[str]:
@@ -41,7 +37,7 @@ def describe_order(assessment: Assessment) -> list[str]:
             continue
         name = f"D of {label}" if label else "D"
         low, high = found.interval
-        verdict = f": {name} is {found.order}" if found.order else ""
+        verdict = f": {name} {found.order}" if found.order else ""
         more = "; see `polyseg schedule validity`" if verdict else ""
         lines.append(
             f"Spearman's correlation of {name} with 1 - Dice: {found.value:.2f} (95 % interval "
@@ -71,19 +67,6 @@ def difficulty_correlations(
                 row["with known difficulty"] = spearman(scores[rows], truth)
             found.append(row)
     return found
-
-
-def log_correlations(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log the result of `difficulty_correlations`."""
-    for row in rows:
-        found = [
-            f"{value:.2f} {name}"
-            for name, value in row.items()
-            if isinstance(value, float) and math.isfinite(value)
-        ]
-        if found:
-            name = " of ".join(filter(None, (row["metric"], row.get("label"))))
-            log.info("Spearman's correlation of D by %s: %s", name, ", ".join(found))
 
 
 def assessment_csv(assessment: Assessment) -> str:

@@ -416,9 +416,9 @@ class Trainer:
         """Log why the training loss changes its scale, in the first adaptive epoch."""
         if epoch > 1 and self._assessed_for(epoch) >= 0 > max(self.assessed):
             log.info(
-                "from epoch %d on each image has its own epsilon, which changes the scale of the "
-                "training loss; history.csv also has the loss at the constant epsilon %g, as "
-                "train_loss_constant",
+                "from epoch %d on each image has its own epsilon: the training loss changes its "
+                "scale (history.csv also has it at the constant epsilon %g, as "
+                "train_loss_constant), and validation Dice may fall for some epochs",
                 *(epoch, self.config.loss.epsilon),
             )
 
