@@ -15,6 +15,8 @@ from polyseg.figures.style import Numbers, styled
 
 _MARKERS = "osD^vP"
 _COLUMNS = 3
+_LONGEST_OF_TWO = 16
+"""Largest length of a name with which two names fit side by side into a legend."""
 _MOST_IDS = 40
 
 
@@ -28,7 +30,8 @@ def epsilon_bands(runs: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
     >>> epsilon_bands(runs).axes[0].lines[0].get_ydata().round(2).tolist()
     [0.1, 0.1, 0.5, 0.5]
     """
-    lines = math.ceil(len(runs) / 2)
+    columns = 2 if max(map(len, runs)) <= _LONGEST_OF_TWO else 1
+    lines = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(style.ONE_COLUMN, 2.5 + 0.17 * lines))
     axes = figure.add_subplot(ylabel="ε")
     edges = []
@@ -43,7 +46,7 @@ def epsilon_bands(runs: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
         edges.append(steps)
     style.epochs_axis(axes, np.concatenate(edges), legend=False)
     title = "median, and band from 5 to 95 % of the images"
-    figure.legend(loc="outside upper center", ncols=2, handlelength=1.4, title=title)
+    figure.legend(loc="outside upper center", ncols=columns, handlelength=1.4, title=title)
     return figure
 
 
