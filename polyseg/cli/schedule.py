@@ -206,7 +206,7 @@ def schedule_validity(
         _pair("with_error_given_size", "1 − Dice at\nequal size"),
         _pair("with_previous", "assessment\nbefore"),
     ]
-    title = f"{run}: Spearman's correlation with ..., in the last assessment, mean of all"
+    title = f"{run}: Spearman's correlations, in the last assessment and mean of all"
     _print_table(title, columns, summary, found.notes)
     if donors:
         _print_unseen(run, found.rows)
