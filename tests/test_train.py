@@ -21,7 +21,7 @@ from polyseg.config import TrainingConfig
 from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.metrics.significance import rank_correlation
-from polyseg.networks.networks_by_name import hash_weights
+from polyseg.networks.segmentation_network import hash_weights
 from polyseg.runs import run_folder as run_folder_module
 from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint

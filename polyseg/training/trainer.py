@@ -24,7 +24,7 @@ from polyseg.metrics.dice import dice_coefficient
 from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.dropout import active_layers, refuse_hidden_dropout
 from polyseg.networks.inference import choose_algorithms, choose_device, predict
-from polyseg.networks.networks_by_name import SegmentationNetwork, refuse_untrainable
+from polyseg.networks.segmentation_network import SegmentationNetwork, refuse_untrainable
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.registry import is_own
 from polyseg.runs.checkpoints import Checkpoint, columns_of
