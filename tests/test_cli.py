@@ -21,7 +21,7 @@ from polyseg.commands.plot_loss import _derivative_where_the_sum_is_one
 from polyseg.config import Config, settings_of
 from polyseg.losses import polydice1_curve
 from polyseg.metrics.image_metrics import METRICS
-from polyseg.networks.networks_by_name import hash_weights
+from polyseg.networks.segmentation_network import hash_weights
 from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import read_assessment

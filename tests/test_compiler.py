@@ -19,7 +19,8 @@ from polyseg.montecarlo.compiler import operations, rewrite, window, winograd
 from polyseg.montecarlo.compiler.run import PreparedBatch, Program
 from polyseg.montecarlo.compiler.trace import UntraceableError
 from polyseg.networks.dropout import active_layers
-from polyseg.networks.networks_by_name import SlidingWindow, build_network, network_names
+from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.networks.segmentation_network import SlidingWindow
 from polyseg.records import Batch
 from polyseg.system.process_group import Processes
 

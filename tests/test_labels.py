@@ -16,7 +16,8 @@ from polyseg.config import ControlConfig, DataConfig, LossConfig, UncertaintyCon
 from polyseg.difficulty import epsilon_from_difficulty, normalise
 from polyseg.losses import polydice1_loss
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.networks_by_name import SegmentationNetwork, SlidingWindow, build_network
+from polyseg.networks.networks_by_name import build_network
+from polyseg.networks.segmentation_network import SegmentationNetwork, SlidingWindow
 from polyseg.records import Assessment, Batch
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import read_assessment, read_schedule

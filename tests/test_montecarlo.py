@@ -18,7 +18,8 @@ from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import stochastic_pass
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict
-from polyseg.networks.networks_by_name import build_network, hash_weights, network_names
+from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.networks.segmentation_network import hash_weights
 from polyseg.records import Batch
 from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy

@@ -14,11 +14,10 @@ from polyseg.errors import PolysegError
 from polyseg.losses import dice_loss
 from polyseg.networks import dropout
 from polyseg.networks.dropout import refuse_hidden_dropout, stochastic_layers
-from polyseg.networks.networks_by_name import (
+from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.networks.segmentation_network import (
     SegmentationNetwork,
-    build_network,
     hash_weights,
-    network_names,
     refuse_untrainable,
 )
 from polyseg.system import memory

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from polyseg.adaptive import recorded_schedule
+from polyseg.adaptive import recorded_schedule, replay, schedule_tables, score_correlations
 from polyseg.commands import schedule as job
 from polyseg.commands import schedule_figures as figures_job
 from polyseg.commands.train import train
@@ -95,14 +95,14 @@ class TestOverview:
     record = make_record(random_difficulties((2, 4, 7), 6), 7, "control.percentile=30")
 
     def test_overview_statistics_equal_numpy(self):
-        for k, row in enumerate(recorded_schedule.overview(self.record)):
+        for k, row in enumerate(schedule_tables.overview(self.record)):
             difficulty = self.record.assessments[k].difficulty
             assert row["difficulty_q05"] == np.quantile(difficulty, 0.05)
             assert row["difficulty_q50"] == np.median(difficulty)
             assert row["difficulty_percentile"] == np.quantile(difficulty, 0.3)
             assert row["sigma"] == np.sqrt(np.mean((difficulty - difficulty.mean()) ** 2))
             assert row["rank_stability"] == 0.5 + row["epoch"] / 100
-        first, second, last = recorded_schedule.overview(self.record)
+        first, second, last = schedule_tables.overview(self.record)
         assert first["epsilon_q95"] == pytest.approx(
             np.quantile(self.record.schedule.epsilon[2], 0.95), rel=1e-6
         )
@@ -113,7 +113,7 @@ class TestOverview:
 
     def test_rank_correlations_equal_scipy(self):
         one, two, three = (a.difficulty for a in self.record.assessments)
-        rows = recorded_schedule.overview(self.record)
+        rows = schedule_tables.overview(self.record)
         assert math.isnan(rows[0]["spearman_previous"])
         assert rows[1]["spearman_previous"] == pytest.approx(stats.spearmanr(one, two).statistic)
         assert rows[2]["spearman_previous"] == pytest.approx(stats.spearmanr(two, three).statistic)
@@ -122,19 +122,19 @@ class TestOverview:
         assert rows[0]["largest_2"] == f"i{one.argsort()[-2]}"
 
     def test_wrong_sign_share_covers_the_epochs_after_the_assessment(self):
-        rows = recorded_schedule.overview(self.record)  # shares 0, 0.1, ... of epochs 1, 2, ...
+        rows = schedule_tables.overview(self.record)  # shares 0, 0.1, ... of epochs 1, 2, ...
         assert rows[0]["wrong_sign_share"] == pytest.approx((0.2 + 0.3) / 2)  # epochs 3 and 4
         assert rows[1]["wrong_sign_share"] == pytest.approx((0.4 + 0.5 + 0.6) / 3)
 
     def test_fallbacks_are_counted(self):
         codes = np.array([0, 1, 2, 0, 1], np.int8)
         record = make_record({1: np.arange(5.0)}, 2, fallback=codes)
-        assert recorded_schedule.overview(record)[0]["fallbacks"] == 3
+        assert schedule_tables.overview(record)[0]["fallbacks"] == 3
 
     def test_labels_are_told_apart(self):
         labels = ["bright", "dark"] * 5
         record = make_record(random_difficulties((1, 2), 10), 3, labels=labels)
-        rows = recorded_schedule.overview(record)
+        rows = schedule_tables.overview(record)
         assert [(row["epoch"], row["label"]) for row in rows] == [
             (1, "bright"),
             (1, "dark"),
@@ -149,7 +149,7 @@ class TestOverview:
         )
 
     def test_overview_of_one_image_has_no_ranks(self):
-        row = recorded_schedule.overview(make_record({1: np.array([0.3])}, 2))[0]
+        row = schedule_tables.overview(make_record({1: np.array([0.3])}, 2))[0]
         assert row["largest_1"] == row["smallest_1"] == "i0" and row["sigma"] == 0
         assert "largest_2" not in row
 
@@ -161,7 +161,7 @@ class TestImageHistory:
     def test_rank_and_percentile_equal_scipy(self):
         record = make_record(TWO_RANKINGS, 4)
         for i in range(5):
-            for row in recorded_schedule.image_history(record, f"i{i}"):
+            for row in schedule_tables.image_history(record, f"i{i}"):
                 difficulty = TWO_RANKINGS[row["epoch"]]
                 assert row["rank"] == stats.rankdata(-difficulty, method="min")[i]
                 middle = stats.rankdata(difficulty, method="average")[i] - 0.5
@@ -169,7 +169,7 @@ class TestImageHistory:
 
     def test_image_history_equals_the_files(self):
         record = make_record(TWO_RANKINGS, 3)
-        first, second, last = recorded_schedule.image_history(record, "i2")
+        first, second, last = schedule_tables.image_history(record, "i2")
         assert (first["from_epoch"], first["to_epoch"], second["from_epoch"]) == (2, 2, 3)
         assert first["epsilon"] == record.schedule.epsilon[1, 2]
         assert second["epsilon"] == record.schedule.epsilon[2, 2]
@@ -187,7 +187,7 @@ class TestImageHistory:
     def test_epochs_with_equal_statistics_share_one_row(self):
         record = make_record(TWO_RANKINGS, 5)
         group = np.repeat(np.array([-1, 0, 0, 1, 2], np.int32)[:, None], 5, axis=1)
-        rows = recorded_schedule.image_history(
+        rows = schedule_tables.image_history(
             replace(record, schedule=replace(record.schedule, group=group)), "i0"
         )
         stretches = [(row["epoch"], row["from_epoch"], row["to_epoch"]) for row in rows]
@@ -196,20 +196,20 @@ class TestImageHistory:
     def test_statistics_that_were_not_recorded_are_missing(self):
         record = make_record(TWO_RANKINGS, 4)
         old = replace(record, schedule=replace(record.schedule, group=None, statistics=None))
-        rows = recorded_schedule.image_history(old, "i0")
+        rows = schedule_tables.image_history(old, "i0")
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(2, 3), (4, 4)]
         assert all(math.isnan(row["normalised"]) and math.isnan(row["sigma"]) for row in rows)
         assert rows[0]["epsilon"] == old.schedule.epsilon[1, 0]
 
     def test_unknown_image_is_refused_with_a_suggestion(self):
         with pytest.raises(PolysegError, match=r"did you mean i2\?"):
-            recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "ii2")
+            schedule_tables.image_history(make_record(TWO_RANKINGS, 3), "ii2")
         with pytest.raises(PolysegError, match="not a training image of made"):
-            recorded_schedule.image_history(make_record(TWO_RANKINGS, 3), "%%%")
+            schedule_tables.image_history(make_record(TWO_RANKINGS, 3), "%%%")
 
     def test_image_history_has_one_row_per_label(self):
         record = make_record(random_difficulties((1, 2), 6), 3, labels=["a", "b"] * 3)
-        rows = recorded_schedule.image_history(record, "i1")
+        rows = schedule_tables.image_history(record, "i1")
         assert [row["label"] for row in rows] == ["a", "b", "a", "b"]
         assert rows[1]["epsilon"] == record.schedule.epsilon[1, 3]
         assert all(1 <= row["rank"] <= 3 for row in rows)
@@ -218,7 +218,7 @@ class TestImageHistory:
 class TestTidy:
     def test_rows_equal_the_records(self):
         record = make_record(random_difficulties((1, 3), 5), 3, "control.percentile=80")
-        rows = recorded_schedule.tidy(record)
+        rows = schedule_tables.tidy(record)
         assert len(rows) == 10 and list(rows[0])[:3] == ["epoch", "id", "difficulty"]
         for k, one in enumerate(record.assessments):
             mine = rows[5 * k : 5 * k + 5]
@@ -236,19 +236,19 @@ class TestTidy:
 
     def test_labels_of_an_image_are_adjacent(self):
         record = make_record(random_difficulties((1,), 6), 2, labels=["a", "b"] * 3)
-        rows = recorded_schedule.tidy(record)
+        rows = schedule_tables.tidy(record)
         assert [row["id"] for row in rows] == record.schedule.ids
         assert [row["label"] for row in rows] == record.schedule.labels
         assert [row["epsilon"] for row in rows] == record.schedule.epsilon[1].tolist()
 
     def test_scores_without_passes_have_no_standard_errors(self):
         one = {"metric": "training_loss", "scores_se": {}}
-        rows = recorded_schedule.tidy(make_record({1: np.arange(4.0)}, 2, **one))
+        rows = schedule_tables.tidy(make_record({1: np.arange(4.0)}, 2, **one))
         assert all(math.isnan(row["difficulty_se"]) for row in rows)
 
     def test_names_like_formulas_are_escaped(self):
         names = ['a"b', "=1+1", "c,d", "-e", "@f"]
-        text = recorded_schedule.csv_text(
+        text = schedule_tables.csv_text(
             [{"id": name, "dice": dice} for name, dice in zip(names, range(5), strict=True)]
         )
         read = list(csv.DictReader(io.StringIO(text)))
@@ -257,7 +257,7 @@ class TestTidy:
     @given(st.lists(st.floats(), min_size=1))
     def test_csv_numbers_round_trip_or_are_empty(self, values):
         read = csv.DictReader(
-            io.StringIO(recorded_schedule.csv_text([{"k": 1, "x": x} for x in values]))
+            io.StringIO(schedule_tables.csv_text([{"k": 1, "x": x} for x in values]))
         )
         for row, value in zip(read, values, strict=True):
             if math.isfinite(value):
@@ -277,7 +277,7 @@ def partial_by_regression(first, second, given):
 class TestValidity:
     def test_correlations_equal_scipy(self):
         record = make_record(random_difficulties((1, 2), 12), 2)
-        rows = recorded_schedule.validity(record)
+        rows = score_correlations.validity(record)
         assert [row["score"] for row in rows] == 2 * list(record.assessments[0].scores)
         for k, one in enumerate(record.assessments):
             for row in rows[3 * k : 3 * k + 3]:
@@ -296,7 +296,9 @@ class TestValidity:
     @pytest.mark.parametrize(("usable", "known"), [(3, False), (4, True)])
     def test_correlations_of_few_images_are_undefined(self, usable, known):
         dice = np.r_[np.random.default_rng(1).random(usable), np.full(5 - usable, math.nan)]
-        row = recorded_schedule.validity(make_record(random_difficulties((1,), 5), 2, dice=dice))[0]
+        row = score_correlations.validity(make_record(random_difficulties((1,), 5), 2, dice=dice))[
+            0
+        ]
         assert row["images"] == usable
         assert math.isfinite(row["with_error"]) is known
         assert math.isfinite(row["with_error_given_size"]) is known
@@ -306,15 +308,15 @@ class TestValidity:
         pixels = np.array([5, 6, 7], np.int64)
         one = assessment(1, np.arange(3.0), foreground_pixels=pixels)
         codes = replace(one, fallback=np.array([0, 1, 2], np.int8))
-        assert recorded_schedule.mask_sizes(codes).tolist() == [5, 0, 0]
-        assert np.isnan(recorded_schedule.mask_sizes(replace(one, region="image"))).all()
+        assert replay.mask_sizes(codes).tolist() == [5, 0, 0]
+        assert np.isnan(replay.mask_sizes(replace(one, region="image"))).all()
         known = replace(one, region="image", mask_pixels=np.array([1, 2, 3], np.int64))
-        assert recorded_schedule.mask_sizes(known).tolist() == [1, 2, 3]
+        assert replay.mask_sizes(known).tolist() == [1, 2, 3]
 
     def test_summary_holds_the_last_value_and_the_mean_of_known_values(self):
         record = make_record(random_difficulties((1, 2, 3), 8), 3, labels=["a", "b"] * 4)
-        rows = recorded_schedule.validity(record)
-        summary = recorded_schedule.validity_summary(rows)
+        rows = score_correlations.validity(record)
+        summary = score_correlations.validity_summary(rows)
         assert [(row["label"], row["score"]) for row in summary[:3]] == [
             ("a", "mutual_information"),
             ("a", "entropy"),
@@ -329,8 +331,8 @@ class TestValidity:
         assert row["with_size_mean"] == pytest.approx(np.mean([r["with_size"] for r in own]))
 
     def test_validity_curves_equal_the_rows(self):
-        rows = recorded_schedule.validity(make_record(random_difficulties((1, 5), 8), 5))
-        curves = recorded_schedule.validity_curves(rows, "")
+        rows = score_correlations.validity(make_record(random_difficulties((1, 5), 8), 5))
+        curves = score_correlations.validity_curves(rows, "")
         assert curves["with_size"]["entropy"].tolist() == [
             row["with_size"] for row in rows if row["score"] == "entropy"
         ]
@@ -338,7 +340,7 @@ class TestValidity:
     def test_stability_equals_scipy(self):
         record = make_record(random_difficulties((1, 2, 4), 9), 4)
         one, two, three = (a.difficulty for a in record.assessments)
-        curves = recorded_schedule.stability(record)
+        curves = score_correlations.stability(record)
         previous, last, expected = curves.values()
         rho = lambda x, y: stats.spearmanr(x, y).statistic  # noqa: E731
         np.testing.assert_allclose(previous, [math.nan, rho(one, two), rho(two, three)])
@@ -453,7 +455,7 @@ class TestCompare:
         old = np.array([[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 2, 3], [1, 1, 1, 1]], np.float32)
         new = np.array([[0, 0, 0, 0], [1, 1, 2, 3], [0, 1, 2, 7], [1, 0, 1, 1]], np.float32)
         record = replace(record, schedule=replace(record.schedule, epsilon=old))
-        rows = recorded_schedule.compare(record, replace(record.schedule, epsilon=new))
+        rows = schedule_tables.compare(record, replace(record.schedule, epsilon=new))
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(1, 1), (2, 3), (4, 4)]
         assert [row["largest_change"] for row in rows] == [0, 4, 1]
         assert [row["raised_share"] for row in rows] == [0, 2 / 8, 0]
@@ -464,14 +466,14 @@ class TestCompare:
 
     def test_compare_skips_assessments_without_epochs(self):
         record = make_record(random_difficulties((0, 2), 4), 2)
-        rows = recorded_schedule.compare(record, record.schedule)
+        rows = schedule_tables.compare(record, record.schedule)
         assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(1, 2)]
 
     def test_labels_are_told_apart(self):
         record = make_record(random_difficulties((1,), 8), 2, labels=["a", "b"] * 4)
         epsilon = record.schedule.epsilon.copy()
         epsilon[:, 1::2] += 1
-        rows = recorded_schedule.compare(record, replace(record.schedule, epsilon=epsilon))
+        rows = schedule_tables.compare(record, replace(record.schedule, epsilon=epsilon))
         assert [row["raised_share"] for row in rows] == [0, 1, 0, 1]
 
 
@@ -651,7 +653,7 @@ class TestRealRuns:
         record = job.read_record(copy)
         assert [one.epoch for one in record.assessments] == [1, 3]
         assert record.schedule.epochs.tolist() == [1, 2, 3] and len(record.wrong_sign) == 3
-        assert len(recorded_schedule.overview(record)) == 2
+        assert len(schedule_tables.overview(record)) == 2
         assert np.array_equal(
             recorded_schedule.recompute(record, record.config).epsilon,
             read_schedule(runs / "earlier/schedule.h5").epsilon,
@@ -863,7 +865,7 @@ class TestCommands:
         assert "mutual information" in answer.out and "training loss" in answer.out
         assert sorted(path.name for path in out.iterdir()) == ["validity.pdf", "validity.png"]
         # The figure shows the measures of the table.
-        assert set(figures_job._PANELS) == set(recorded_schedule.MEASURES)
+        assert set(figures_job._PANELS) == set(score_correlations.MEASURES)
         rows = json.loads(polyseg("schedule", "validity", runs / "batch", "--json").out)
         assert {row["score"] for row in rows} == set(
             job.read_record(runs / "batch").assessments[0].scores

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from polyseg.config import TrainingConfig
 from polyseg.data.dataset import arrays_as_set, make_demo
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.metrics.significance import rank_correlation
-from polyseg.networks.networks_by_name import hash_weights
+from polyseg.networks.segmentation_network import hash_weights
 from polyseg.runs import run_folder as run_folder_module
 from polyseg.runs.assessment_text import describe_order
 from polyseg.runs.checkpoints import read_checkpoint, write_checkpoint
@@ -34,6 +33,7 @@ from polyseg.system.files import sha256_of_file
 from polyseg.training import nonfinite, optimizers
 from polyseg.training import step as step_module
 from polyseg.training import trainer as trainer_module
+from polyseg.training.log_lines import epoch_line
 
 
 def run_of(config):
@@ -946,13 +946,7 @@ def test_longest_epoch_line_fits_a_terminal():
     row = dict.fromkeys(COLUMNS, 0.0)
     row |= {"epoch": 1000, "train_loss": 0.98765, "validation_dice": 0.98765}
     row |= {"epsilon_q05": -0.4987, "epsilon_q95": 9.876, "seconds_train": 9876.5}
-    trainer = SimpleNamespace(
-        best_epoch=1000,
-        assessed=[5],
-        split={"val": ["a"]},
-        config=SimpleNamespace(training=SimpleNamespace(epochs=1000)),
-    )
-    line = trainer_module._epoch_line(row, trainer)
+    line = epoch_line(row, epochs=1000, best=True, adapts=True, validates=True)
     expected = "epoch 1000/1000  loss 0.988  val Dice 0.988 best  ε -0.50 to 9.88  9876 s"
     assert line == expected and len(line) <= 74
 

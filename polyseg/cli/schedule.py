@@ -196,7 +196,7 @@ def schedule_validity(
     if as_json or as_csv:
         _print_rows(found.rows, as_json)
         return
-    from polyseg.adaptive.recorded_schedule import validity_summary
+    from polyseg.adaptive.score_correlations import validity_summary
 
     summary = validity_summary(found.rows)
     columns = [
@@ -315,7 +315,7 @@ def _print_table(
 
 
 def _print_rows(rows: Sequence[Row], as_json: bool) -> None:
-    from polyseg.adaptive.recorded_schedule import csv_text
+    from polyseg.adaptive.schedule_tables import csv_text
 
     if as_json:
         print(json.dumps(without_nan(list(rows)), indent=2))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyseg.adaptive import recorded_schedule
+from polyseg.adaptive import recorded_schedule, schedule_tables, score_correlations
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
 from polyseg.choices import REDUCTIONS, map_of
 from polyseg.commands.donors import unseen_errors
@@ -64,7 +64,7 @@ def show(path: Path, image: str | None = None) -> TableWithNotes:
     """Return a row for each assessment, or the history of D and epsilon of one image."""
     record = read_record(path)
     if image is not None:
-        rows = recorded_schedule.image_history(record, image)
+        rows = schedule_tables.image_history(record, image)
         return TableWithNotes(rows, _notes_on_equations(record))
     notes = []
     if record.config.control.statistics == "batch":
@@ -74,14 +74,14 @@ def show(path: Path, image: str | None = None) -> TableWithNotes:
         )
     if len(record.labels) > 1:
         notes.append("wrong sign: over all labels together")
-    return TableWithNotes(recorded_schedule.overview(record), notes)
+    return TableWithNotes(schedule_tables.overview(record), notes)
 
 
 def export(path: Path, out: Path | None = None, *, overwrite: bool = False) -> str:
     """Return a row for each assessment and image as CSV, and write it to `out` if given."""
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
-    text = recorded_schedule.csv_text(recorded_schedule.tidy(read_record(path)))
+    text = schedule_tables.csv_text(schedule_tables.tidy(read_record(path)))
     if out is not None:
         write_text(out, text)
     return text
@@ -118,7 +118,7 @@ def recompute(
         notes.append(
             "from the recorded D: a training with these settings would have other difficulties"
         )
-    return TableWithNotes(recorded_schedule.compare(record, recomputed), notes)
+    return TableWithNotes(schedule_tables.compare(record, recomputed), notes)
 
 
 def validity(path: Path, donors: Sequence[Path] = ()) -> TableWithNotes:
@@ -132,7 +132,7 @@ def validity(path: Path, donors: Sequence[Path] = ()) -> TableWithNotes:
     note = f"last assessment: after epoch {last.epoch}; mean over {len(record.assessments)}"
     ids = list(dict.fromkeys(last.ids))
     unseen = unseen_errors(path, donors, ids, record.labels) if donors else None
-    return TableWithNotes(recorded_schedule.validity(record, unseen), [note])
+    return TableWithNotes(score_correlations.validity(record, unseen), [note])
 
 
 def _committed_schedule(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyseg.adaptive import recorded_schedule
+from polyseg.adaptive import score_correlations
 from polyseg.adaptive.recorded_schedule import Row, RunRecord
 from polyseg.commands.outcome import Outcome
 from polyseg.commands.schedule import read_record
@@ -73,7 +73,7 @@ def draw_validity(
     known_by = _files_named("validity.png")
     with whole_folder(target, overwrite=overwrite, known_by=known_by) as folder:
         for k, label in enumerate(labels, start=1):
-            curves = recorded_schedule.validity_curves(rows, label)
+            curves = score_correlations.validity_curves(rows, label)
             panels = {title: curves[measure] for measure, title in _PANELS.items()}
             below = folder / _plain(f"{k}_{label}" if label else "")
             files += save_figure(headed(validity_curves(epochs, panels), label), below / "validity")
@@ -102,7 +102,7 @@ def _draw(part: RunRecord, label: str, folder: Path) -> list[Path]:
     assessments, schedule = part.assessments, part.schedule
     epochs = [assessment.epoch for assessment in assessments]
     limits = (part.config.control.epsilon_min, part.config.control.epsilon_max)
-    figures = {"rank_stability": rank_curves(epochs, recorded_schedule.stability(part))}
+    figures = {"rank_stability": rank_curves(epochs, score_correlations.stability(part))}
     if len(schedule.epochs):
         figures["epsilon"] = epsilon_quantiles(schedule.epochs, schedule.epsilon, limits=limits)
         figures["epsilon_map"] = epsilon_map(
@@ -126,7 +126,7 @@ def _draw(part: RunRecord, label: str, folder: Path) -> list[Path]:
 
 def _panel(part: RunRecord, k: int) -> Panel:
     one = part.assessments[k]
-    found = recorded_schedule.correlation(one.difficulty, 1 - one.dice)
+    found = score_correlations.correlation(one.difficulty, 1 - one.dice)
     return Panel(one.epoch, one.difficulty, one.dice, found)
 
 

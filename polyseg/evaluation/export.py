@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from polyseg.evaluation.scores import Comparison, Evaluation, RunScores, failure_detection, strata
-from polyseg.evaluation.tables import DASH, RULE, Cell, Record, Sheet, sheets
+from polyseg.evaluation.summary_records import Record
+from polyseg.evaluation.tables import DASH, RULE, Cell, Sheet, sheets
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.system.files import csv_table, without_nan
 

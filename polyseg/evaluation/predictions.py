@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from polyseg.data.dataset import ImageSet
 from polyseg.data.preprocessing import resize_map
 from polyseg.networks.inference import predict
-from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.networks.segmentation_network import SegmentationNetwork
 
 At = Literal["original", "network"]
 """Size at which predictions and masks are compared: that of the image's file, or `data.size`."""

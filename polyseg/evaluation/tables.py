@@ -1,16 +1,24 @@
-"""Make the tables of an evaluation, as rows of cells, from its summary.json.
-
-The summary may come from another version or be damaged: a missing value, or one of another type,
-becomes a dash or is left out.
-"""
+"""Make the tables of an evaluation, as rows of cells, from its summary.json."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from polyseg.data.layouts.cases import counted
-from polyseg.metrics.image_metrics import METRICS
+from polyseg.evaluation.summary_records import (
+    Network,
+    Record,
+    SummaryMetric,
+    is_by_patient,
+    mapping,
+    metric_values,
+    metrics_of,
+    networks,
+    real,
+    records,
+    whole,
+)
 from polyseg.metrics.significance import stars
 
 RULE = (
@@ -32,8 +40,6 @@ _OVER_RUNS = (
     "Over runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
     "their paired t-test, for other seeds or folds (which share training images)."
 )
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,62 +65,6 @@ class Sheet:
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Network:
-    """The record of one network, or arm of several, and one label in a summary."""
-
-    record: Record
-
-    @property
-    def name(self) -> str:
-        """The name, with the kind of prediction."""
-        name = str(self.record.get("name", ""))
-        return f"{name} (MC mean)" if self.record.get("prediction") == "mc_mean" else name
-
-    @property
-    def label(self) -> str:
-        """The label, empty if the network has only one."""
-        return str(self.record.get("label", ""))
-
-    @property
-    def title(self) -> str:
-        """The name that tables show."""
-        return f"{self.name}: {self.label}" if self.label else self.name
-
-    @property
-    def patients(self) -> int:
-        """Number of patients; 0 if none are known."""
-        return _whole(self.record.get("patients"))
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return _whole(mapping(self.record, "counts").get("images"))
-
-    def statistics(self, key: str) -> Record:
-        """Return mean, deviation and so on of a metric."""
-        return mapping(mapping(self.record, "metrics"), key)
-
-    def mean(self, key: str) -> float:
-        """Return the mean of a metric; NaN if it is undefined."""
-        return _real(self.statistics(key).get("mean"))
-
-
-@dataclass(frozen=True)
-class _Metric:
-    """A metric of a summary, which may be unknown to this version."""
-
-    key: str
-    title: str
-    decimals: int
-    higher_is_better: Any
-
-
-def networks(summary: Record) -> list[Network]:
-    """Return the record of each network and label in a summary."""
-    return [Network(entry) for entry in records(summary, "runs")]
-
-
 def sheets(summary: Record, *, brief: bool = False) -> list[Sheet]:
     """Return the tables of an evaluation that are not empty.
 
@@ -135,7 +85,7 @@ def number(value: Any, digits: int, option: str = "") -> str:
 
     `option` is put in front of the format, such as "+" or ",".
     """
-    found = _real(value)
+    found = real(value)
     form = f".{digits}f" if abs(found) < 1e9 else ".3g"
     return DASH if math.isnan(found) else f"{found:{option}{form}}"
 
@@ -147,12 +97,6 @@ def p_text(value: float) -> str:
     ('< 0.001', '0.040', '–')
     """
     return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def mapping(record: Record, key: str) -> Record:
-    """Return the mapping under a key, or an empty one."""
-    found = record.get(key)
-    return found if isinstance(found, dict) else {}
 
 
 def size_of(summary: Record) -> str:
@@ -174,17 +118,11 @@ def metrics_title(summary: Record) -> str:
     return PARTS.get(str(summary.get("part")), "Test metrics")
 
 
-def records(record: Record, key: str) -> list[Record]:
-    """Return the mappings of the list under a key, or an empty list."""
-    found = record.get(key)
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-
-
 def metrics_sheet(summary: Record) -> Sheet:
     """Return the means of all metrics: a row per metric, a column per network and label."""
     found = networks(summary)
     keys = dict.fromkeys(key for one in found for key in mapping(one.record, "metrics"))
-    metrics = _metrics(summary, list(keys))
+    metrics = metrics_of(summary, list(keys))
     heads = ["metric", *(f"{one.title} ({_images(one)})" for one in found)]
     rows = []
     for metric in metrics:
@@ -200,7 +138,7 @@ def metrics_sheet(summary: Record) -> Sheet:
         ]
         rows.append([Cell(metric.title), *cells])
     spread = f"Masks are compared at {SIZES[size_of(summary)]}. "
-    cases = "patients, each the mean of its images" if _by_patient(summary) else "images"
+    cases = "patients, each the mean of its images" if is_by_patient(summary) else "images"
     spread += f"Mean ± standard deviation over the {cases}"
     if any(one.record.get("members") for one in found):
         spread += (
@@ -219,19 +157,19 @@ def metrics_sheet(summary: Record) -> Sheet:
 def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
     """Return a table of several comparisons in Dice, and one of each comparison in all metrics."""
     compared = [
-        (one, _metrics(summary, list(mapping(one, "metrics"))))
+        (one, metrics_of(summary, list(mapping(one, "metrics"))))
         for one in records(summary, "comparisons")
     ]
     in_dice = [
         (one, metrics[0]) for one, metrics in compared if metrics and metrics[0].key == "dice"
     ]
-    by_patient = _by_patient(summary)
+    by_patient = is_by_patient(summary)
     single = [_comparison_sheet(one, metrics, by_patient) for one, metrics in compared if metrics]
     given = summary.get("conclusions")
     found = [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
     if len(in_dice) < 2:
         return [], [replace(one, notes=[*found, *one.notes]) for one in single]
-    several = any(_whole(_difference(one, "dice").get("runs")) > 1 for one, _ in in_dice)
+    several = any(whole(metric_values(one, "dice").get("runs")) > 1 for one, _ in in_dice)
     rows = []
     for one, dice in in_dice:
         named, *cells = _comparison_row(one, dice, several)
@@ -248,26 +186,15 @@ def further_sheets(summary: Record) -> list[Sheet]:
     return [sheet for sheet in found if sheet.rows]
 
 
-def _metrics(summary: Record, keys: Sequence[str]) -> list[_Metric]:
-    titles = mapping(summary, "metrics")
-    found = []
-    for key in keys:
-        known, given = METRICS.get(key), mapping(titles, key)
-        title = str(given.get("title", known.title if known else key.replace("_", " ")))
-        better = given.get("higher_is_better", known.higher_is_better if known else None)
-        found.append(_Metric(key, title, known.decimals if known else 4, better))
-    return found
-
-
-def _notes(found: Sequence[Network], metrics: Sequence[_Metric]) -> Iterator[str]:
+def _notes(found: Sequence[Network], metrics: Sequence[SummaryMetric]) -> Iterator[str]:
     """Yield a sentence for each network with empty cases, or with metrics that are undefined."""
     for one in found:
         counts = mapping(one.record, "counts").items()
-        empty = [f"{n} with {what}" for what, n in counts if what != "images" and _whole(n)]
+        empty = [f"{n} with {what}" for what, n in counts if what != "images" and whole(n)]
         left_out = [
             f"{metric.title.partition(' (')[0]} of {missing}"
             for metric in metrics
-            if (missing := one.images - _whole(one.statistics(metric.key).get("n", one.images))) > 0
+            if (missing := one.images - whole(one.statistics(metric.key).get("n", one.images))) > 0
         ]
         if empty:
             yield f"{one.title}: of {one.images} images {', '.join(empty)}."
@@ -278,10 +205,6 @@ def _notes(found: Sequence[Network], metrics: Sequence[_Metric]) -> Iterator[str
 def _comparison_heads(several: bool) -> list[str]:
     over_runs = ["over runs", "p runs"] if several else []
     return ["difference [95 % interval]", "+/-/=", "p", *over_runs, "Holm"]
-
-
-def _by_patient(summary: Record) -> bool:
-    return summary.get("by") == "patient"
 
 
 def _meaning(several: bool, by_patient: bool) -> list[str]:
@@ -298,15 +221,15 @@ def _meaning(several: bool, by_patient: bool) -> list[str]:
     ]
 
 
-def _comparison_sheet(one: Record, metrics: Sequence[_Metric], by_patient: bool) -> Sheet:
-    counts = {metric: _whole(_difference(one, metric.key).get("images")) for metric in metrics}
+def _comparison_sheet(one: Record, metrics: Sequence[SummaryMetric], by_patient: bool) -> Sheet:
+    counts = {metric: whole(metric_values(one, metric.key).get("images")) for metric in metrics}
     images = max(counts.values())
-    runs = max(_whole(_difference(one, metric.key).get("runs")) for metric in metrics)
+    runs = max(whole(metric_values(one, metric.key).get("runs")) for metric in metrics)
     fewer = [
         f"{metric.title.partition(' (')[0]} of {n}" for metric, n in counts.items() if n < images
     ]
     left_out = f"Fewer images where a metric is undefined: {', '.join(fewer)}."
-    patients = max(_whole(_difference(one, metric.key).get("patients")) for metric in metrics)
+    patients = max(whole(metric_values(one, metric.key).get("patients")) for metric in metrics)
     cases = (f"{counted(patients, 'patient')}, " if by_patient else "") + counted(images, "image")
     paired = f", {counted(runs, 'pair')} of runs" if runs else ""
     title = f"{one.get('run', DASH)} minus {one.get('baseline', DASH)}"
@@ -318,24 +241,20 @@ def _comparison_sheet(one: Record, metrics: Sequence[_Metric], by_patient: bool)
     )
 
 
-def _difference(one: Record, key: str) -> Record:
-    return mapping(mapping(one, "metrics"), key)
-
-
-def _comparison_row(one: Record, metric: _Metric, several: bool) -> list[Cell]:
-    found, digits = _difference(one, metric.key), metric.decimals + 1
+def _comparison_row(one: Record, metric: SummaryMetric, several: bool) -> list[Cell]:
+    found, digits = metric_values(one, metric.key), metric.decimals + 1
     counts = "/".join(number(found.get(name), 0) for name in ("better", "worse", "equal"))
     low, high = (number(found.get(end), digits, "+") for end in ("low", "high"))
     interval = DASH if DASH in (low, high) else f"[{low}, {high}]"
     texts = [
         f"{number(found.get('mean'), digits, '+')} {interval}",
         counts,
-        p_text(_real(found.get("p_value"))),
+        p_text(real(found.get("p_value"))),
     ]
     if several:
         deviation = number(found.get("deviation_over_runs"), digits)
-        texts += [f"± {deviation}", p_text(_real(found.get("p_over_runs")))]
-    adjusted = _real(found.get("adjusted"))
+        texts += [f"± {deviation}", p_text(real(found.get("p_over_runs")))]
+    adjusted = real(found.get("adjusted"))
     name = Cell(metric.title, marks=stars(adjusted))
     return [name, *map(Cell, [*texts, p_text(adjusted)])]
 
@@ -355,7 +274,7 @@ def _strata_sheets(summary: Record) -> Iterator[Sheet]:
         filled = {
             title: parts
             for title, parts in thirds.items()
-            if sum(_whole(part.get("images")) > 0 for part in parts.values()) > 1
+            if sum(whole(part.get("images")) > 0 for part in parts.values()) > 1
         }
         names = list(dict.fromkeys(name for parts in filled.values() for name in parts))
         rows = [
@@ -381,7 +300,7 @@ def _failure_sheet(summary: Record) -> Sheet:
         for found in records(one.record, "failure_detection")
     ]
     heads = ["run", "uncertainty", "failed", "AUROC", "AURC", "E-AURC", "Spearman"]
-    limit = f"{_real(summary.get('failure_dice')):g}"
+    limit = f"{real(summary.get('failure_dice')):g}"
     note = f"Failed: Dice below {limit}. Risk, also for Spearman's, is 1 − Dice."
     return Sheet("Does the uncertainty find failures?", heads, rows, [note])
 
@@ -403,10 +322,10 @@ def _robustness_sheet(summary: Record) -> Sheet:
 
 def _of_images(stratum: Record) -> str:
     dice = number(mapping(stratum, "means").get("dice"), 3)
-    return f"{dice} ({_whole(stratum.get('images'))})"
+    return f"{dice} ({whole(stratum.get('images'))})"
 
 
-def _best(found: Sequence[Network], metric: _Metric) -> set[str]:
+def _best(found: Sequence[Network], metric: SummaryMetric) -> set[str]:
     """Return the networks of each label with the best mean as shown; none for a single network."""
     best: set[str] = set()
     for label in dict.fromkeys(one.label for one in found):
@@ -425,10 +344,10 @@ def _best(found: Sequence[Network], metric: _Metric) -> set[str]:
 
 def _marks(summary: Record, title: str, key: str) -> str:
     compared = (one for one in records(summary, "comparisons") if one.get("run") == title)
-    return next((stars(_real(_difference(one, key).get("adjusted"))) for one in compared), "")
+    return next((stars(real(metric_values(one, key).get("adjusted"))) for one in compared), "")
 
 
-def _spread(one: Network, metric: _Metric) -> str:
+def _spread(one: Network, metric: SummaryMetric) -> str:
     """Return "mean ± deviation (seeds s, folds f)" without undefined values."""
     found, digits = one.statistics(metric.key), metric.decimals
     deviation, *spreads = (
@@ -442,12 +361,12 @@ def _spread(one: Network, metric: _Metric) -> str:
     return f"{text} ({over})" if over else text
 
 
-def _details(one: Network, metric: _Metric) -> str:
+def _details(one: Network, metric: SummaryMetric) -> str:
     """Return the interval of a mean, and the number of images if it is not that of all."""
     found = one.statistics(metric.key)
     low, high = (number(found.get(end), metric.decimals) for end in ("low", "high"))
     interval = [] if DASH in (low, high) else [f"{low} to {high}"]
-    n = _whole(found.get("n", one.images))
+    n = whole(found.get("n", one.images))
     return ", ".join([*interval, *([] if n == one.images else [f"n = {n}"])])
 
 
@@ -456,14 +375,3 @@ def _images(one: Network) -> str:
     runs = f"{counted(len(members), 'run')}, " if isinstance(members, list) and members else ""
     patients = f"{counted(one.patients, 'patient')}, " if one.patients else ""
     return runs + patients + counted(one.images, "image")
-
-
-def _real(value: Any) -> float:
-    """Return a value as a float, NaN if a table cannot show it."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e300 else math.nan
-
-
-def _whole(value: Any) -> int:
-    found = _real(value)
-    return 0 if math.isnan(found) else int(found)

@@ -31,7 +31,7 @@ from polyseg.evaluation.scores import (
 )
 from polyseg.metrics.calibration import ReliabilityCurve
 from polyseg.montecarlo.assessment import assess
-from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.networks.segmentation_network import SegmentationNetwork
 from polyseg.records import Progress, no_progress
 from polyseg.runs.trained_model import (
     Inputs,

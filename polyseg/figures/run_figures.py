@@ -26,7 +26,7 @@ from polyseg.metrics.rank_stability import spearman
 from polyseg.records import Assessment
 
 if TYPE_CHECKING:
-    from polyseg.networks.networks_by_name import SegmentationNetwork
+    from polyseg.networks.segmentation_network import SegmentationNetwork
 
 
 def drawn_figures(
@@ -134,7 +134,7 @@ def draw_extremes(
     if assessment.metric not in UNCERTAINTIES:
         return []  # Other scores have no maps.
     # Imported here, because commands that draw recorded data only need no torch.
-    from polyseg.networks.networks_by_name import hash_weights
+    from polyseg.networks.segmentation_network import hash_weights
 
     order = np.argsort(-assessment.difficulty, kind="stable")
     moved = hash_weights(network) != assessment.weights_sha256

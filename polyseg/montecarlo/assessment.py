@@ -28,7 +28,7 @@ from polyseg.montecarlo.passes import Passes, ProgramFailedError
 from polyseg.montecarlo.scores import Measurement, ScoreTable, Wanted, extended
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
-from polyseg.networks.networks_by_name import hash_weights
+from polyseg.networks.segmentation_network import hash_weights
 from polyseg.records import Assessment, Batch, Progress, no_progress
 from polyseg.system.memory import Portions, explaining_memory
 from polyseg.system.process_group import ALONE, Processes

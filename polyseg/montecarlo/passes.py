@@ -20,7 +20,7 @@ from polyseg.montecarlo.compiler.trace import UntraceableError
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.networks.dropout import refuse_hidden_dropout
 from polyseg.networks.inference import device_of, images_of
-from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.networks.segmentation_network import SegmentationNetwork
 from polyseg.records import Batch
 from polyseg.system.memory import is_out_of_memory
 

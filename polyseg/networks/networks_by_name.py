@@ -8,16 +8,13 @@ of any size. Dropout layers that are not chosen are removed, so that training an
 import copy
 import fnmatch
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import le
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -25,80 +22,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from polyseg.choices import DROPOUT_KINDS, NETWORKS
 from polyseg.errors import PolysegError, first_line
 from polyseg.networks.dropout import stochastic_layers
+from polyseg.networks.segmentation_network import SegmentationNetwork
 from polyseg.registry import resolve
-from polyseg.system.memory import refuse_beyond_memory
 
 _CHANNELS = (16, 32, 64, 128, 256)
 _LARGEST_MULTIPLE = 512
 _MOST_BLOCKS = 16
-_WINDOWS_AT_ONCE = 4
-_BYTES_OF_TRAINING = 16
-"""Bytes for each parameter: itself, its gradient and two moments, in float32."""
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
-
-
-@dataclass(frozen=True)
-class SlidingWindow:
-    """The sliding window of a network that was trained on patches."""
-
-    size: tuple[int, int]
-    overlap: float
-    """Overlap of neighbouring windows as a share of their size, in [0, 1)."""
-
-
-class SegmentationNetwork(nn.Module):
-    """A network for images of any size: pads to a multiple of its stride, crops the logits back.
-
-    With `window`, larger images are segmented window by window in evaluation mode; the logits of
-    overlapping windows are averaged with Gaussian weights.
-
-    >>> network = build_network("unet", in_channels=1)
-    >>> network(torch.zeros(2, 1, 50, 70)).shape
-    torch.Size([2, 1, 50, 70])
-    """
-
-    def __init__(self, core: nn.Module, multiple: int) -> None:
-        super().__init__()
-        self.core = core
-        self.multiple = multiple
-        self.window: SlidingWindow | None = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, (B, out, H, W), of images (B, C, H, W)."""
-        window = self.window
-        if window is None or self.training or all(map(le, images.shape[-2:], window.size)):
-            return self._at_once(images)
-        from monai.inferers import sliding_window_inference
-
-        # One image at a time, because each may have its own MC-Dropout masks.
-        parts = [
-            sliding_window_inference(
-                image[None],
-                window.size,
-                sw_batch_size=_WINDOWS_AT_ONCE,
-                predictor=self._at_once,
-                overlap=window.overlap,
-                mode="gaussian",
-                padding_mode="replicate",
-            )
-            for image in images
-        ]
-        return torch.cat(parts)
-
-    def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
-        """Return images padded for the core, and the numbers of rows and columns before them."""
-        rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
-        top, left = rows // 2, columns // 2
-        if rows or columns:
-            edges = (left, columns - left, top, rows - top)
-            images = functional.pad(images, edges, mode="replicate")
-        return images, top, left
-
-    def _at_once(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        padded, top, left = self.padded(images)
-        logits: Tensor = self.core(padded)
-        return logits[..., top : top + height, left : left + width]
 
 
 def build_network(
@@ -168,39 +98,6 @@ def _drop_idle_biases(core: nn.Module) -> None:
 def network_names() -> list[str]:
     """Return the names that `build_network` knows."""
     return list(NETWORKS)
-
-
-def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
-    """Raise if a device has too little memory for training a network.
-
-    Needed are weights, gradients and Adam's two moments. The network may be on torch's "meta"
-    device, where it takes no memory.
-
-    >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
-    >>> refuse_untrainable(network, torch.device("cpu"))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    polyseg.errors.PolysegError: network: its 1,125,899,906,842,624 parameters, ...
-    """
-    count = sum(weights.numel() for weights in network.parameters())
-    refuse_beyond_memory(
-        _BYTES_OF_TRAINING * count,
-        f"network: its {count:,} parameters, with their gradients and moments,",
-        "lower the channels in network.kwargs",
-        device,
-    )
-
-
-def hash_weights(network: nn.Module) -> str:
-    """Return the sha256 of the names and values of a network's weights and buffers.
-
-    >>> hash_weights(nn.Identity())[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    for name, values in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -280,11 +177,6 @@ def _choose(layers: list[_Layer], wanted: str | Iterable[str]) -> set[str]:
                 f"{', '.join(names) or 'there are none'}"
             )
     return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-
-
-def _padding(size: int, multiple: int) -> int:
-    # At least two pixels at the bottleneck, because batch norm needs several values.
-    return max(math.ceil(size / multiple), 2) * multiple - size
 
 
 def _from_factory(

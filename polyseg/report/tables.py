@@ -6,6 +6,7 @@ from typing import Any
 
 from polyseg.errors import PolysegError
 from polyseg.evaluation import tables
+from polyseg.evaluation.summary_records import Network, Record, mapping, networks, records
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.report.document import Table
 from polyseg.report.run_files import EvaluationFiles
@@ -15,13 +16,13 @@ _LONGEST = 200
 TEST = tables.metrics_title({})
 
 
-def tested(evaluation: EvaluationFiles) -> list[tables.Network]:
+def tested(evaluation: EvaluationFiles) -> list[Network]:
     """Return the networks and labels in an evaluation's summary.
 
     >>> tested(EvaluationFiles("a", summary={"runs": [{"name": "last", "metrics": {}}]}))[0].title
     'a'
     """
-    return tables.networks(_summary([evaluation]))
+    return networks(_summary([evaluation]))
 
 
 def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
@@ -40,8 +41,8 @@ def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
 def _metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
     refuse_other_sizes(evaluations)
     summary = _summary(evaluations)
-    for label in dict.fromkeys(one.label for one in tables.networks(summary)):
-        runs = [one.record for one in tables.networks(summary) if one.label == label]
+    for label in dict.fromkeys(one.label for one in networks(summary)):
+        runs = [one.record for one in networks(summary) if one.label == label]
         sheet = tables.metrics_sheet({**summary, "runs": runs})
         if sheet.rows:
             yield _table(sheet, f"{sheet.title} of {label}" if label else sheet.title)
@@ -80,7 +81,7 @@ def images_tested(evaluation: EvaluationFiles) -> str:
     """Return the number of test images."""
     if tables.metrics_title(evaluation.summary) != TEST:
         return tables.DASH
-    counts = (tables.mapping(one.record, "counts").get("images") for one in tested(evaluation))
+    counts = (mapping(one.record, "counts").get("images") for one in tested(evaluation))
     return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or tables.DASH
 
 
@@ -89,11 +90,11 @@ def dice_tested(evaluation: EvaluationFiles) -> str:
     if tables.metrics_title(evaluation.summary) != TEST:
         return tables.DASH
     summary = _summary([evaluation])
-    found = tables.networks(summary)
+    found = networks(summary)
     if len({one.name for one in found}) != 1:
         return tables.DASH
     rows = {row[0].text: row[1:] for row in tables.metrics_sheet(summary).rows}
-    title = tables.mapping(tables.mapping(summary, "metrics"), "dice").get("title", heading("dice"))
+    title = mapping(mapping(summary, "metrics"), "dice").get("title", heading("dice"))
     cells = rows.get(str(title), [tables.Cell(tables.DASH)] * len(found))
     named = zip((one.label for one in found), cells, strict=True)
     return ", ".join(" ".join(filter(None, (label, cell.text))) for label, cell in named)
@@ -128,21 +129,21 @@ def brief(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def _summary(evaluations: Sequence[EvaluationFiles]) -> tables.Record:
+def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
     """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
         found = {key: _bounded(value) for key, value in evaluation.summary.items()}
-        entries = tables.records(found, "runs")
+        entries = records(found, "runs")
         if not evaluation.compares:
-            own, several = evaluation.name, len({tables.Network(one).name for one in entries}) > 1
+            own, several = evaluation.name, len({Network(one).name for one in entries}) > 1
             names = [f"{own}: {one.get('name', '')}" if several else own for one in entries]
             pairs = zip(entries, names, strict=True)
             entries = [
                 {**one, "name": name} | ({} if several else {"prediction": "plain"})
                 for one, name in pairs
             ]
-        metrics = {**merged["metrics"], **tables.mapping(found, "metrics")}
+        metrics = {**merged["metrics"], **mapping(found, "metrics")}
         merged |= found | {"runs": [*merged["runs"], *entries], "metrics": metrics}
     return merged
 

@@ -14,7 +14,7 @@ from polyseg.data.loading import load_images, load_others
 from polyseg.data.splits import PARTS, Split, split_by_settings
 from polyseg.errors import PolysegError
 from polyseg.networks.inference import choose_device
-from polyseg.networks.networks_by_name import SegmentationNetwork
+from polyseg.networks.segmentation_network import SegmentationNetwork
 from polyseg.records import Progress, no_progress
 from polyseg.runs.checkpoints import Checkpoint, read_checkpoint
 from polyseg.runs.run_folder import RunDirectory, find_checkpoint

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from polyseg.config import Config
 from polyseg.errors import PolysegError
-from polyseg.networks.networks_by_name import SegmentationNetwork, SlidingWindow, build_network
+from polyseg.networks.networks_by_name import build_network
+from polyseg.networks.segmentation_network import SegmentationNetwork, SlidingWindow
 from polyseg.runs.checkpoints import Checkpoint
 
 

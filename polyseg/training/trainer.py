@@ -24,10 +24,9 @@ from polyseg.metrics.dice import dice_coefficient
 from polyseg.montecarlo.assessment import assess, spread
 from polyseg.networks.dropout import active_layers, refuse_hidden_dropout
 from polyseg.networks.inference import choose_algorithms, choose_device, predict
-from polyseg.networks.networks_by_name import SegmentationNetwork, refuse_untrainable
+from polyseg.networks.segmentation_network import SegmentationNetwork, refuse_untrainable
 from polyseg.records import Assessment, Progress, Schedule, no_progress
 from polyseg.registry import is_own
-from polyseg.runs.assessment_text import describe, describe_order
 from polyseg.runs.checkpoints import Checkpoint, columns_of
 from polyseg.runs.history import Epoch, completed, row_of
 from polyseg.runs.record_files import read_assessment, write_assessment
@@ -37,6 +36,12 @@ from polyseg.system.memory import explaining_memory
 from polyseg.system.process_group import ALONE, Processes
 from polyseg.system.seeds import derive_seed
 from polyseg.system.signals import StopRequest, ending_when_asked, interruption
+from polyseg.training.log_lines import (
+    epoch_line,
+    log_assessment,
+    log_first_adaptive_epoch,
+    warn_if_best_is_early,
+)
 from polyseg.training.losses_by_name import as_tasks
 from polyseg.training.nonfinite import FiniteCheck
 from polyseg.training.optimizers import learning_rate, optimizer_tensors
@@ -136,7 +141,7 @@ class Trainer:
                 self.progress("training", self.epoch, epochs)
                 self._raise_on_signal()
         log.info("best validation Dice %.4f at epoch %d", self.best_dice, self.best_epoch)
-        self._warn_if_best_is_early()
+        warn_if_best_is_early(self.assessed, self.best_epoch)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore the state and the folder of a committed epoch.
@@ -203,12 +208,22 @@ class Trainer:
         self.epoch = epoch
         self.history.append(row)
         self._commit()
-        log.info("%s", _epoch_line(row, self))
+        log.info(
+            "%s",
+            epoch_line(
+                row,
+                epochs=self.config.training.epochs,
+                best=epoch == self.best_epoch,
+                adapts=self.assessed[-1] >= 0,
+                validates=bool(self.split["val"]),
+            ),
+        )
 
     def _train(self, epoch: int) -> Epoch:
         """Take the steps of an epoch, and return its record without validation."""
         ids, epochs = self.split["train"], self.config.training.epochs
-        self._explain_first_adaptive_epoch(epoch)
+        if epoch > 1 and self._assessed_for(epoch) >= 0 > max(self.assessed):
+            log_first_adaptive_epoch(epoch, self.config.loss.epsilon)
         labels = len(self.images.labels)
         used: list[tuple[list[str], Adapted]] = []
         done = 0
@@ -332,10 +347,7 @@ class Trainer:
             scores={**assessment.scores, "training_loss": self._training_losses()},
             config_yaml=self.config.to_yaml(),
         )
-        for line in (describe(assessment), *describe_order(assessment)):
-            log.info("%s", line)
-        if epoch == self.config.training.epochs:
-            log.info("this assessment only records the final weights, because no epoch follows it")
+        log_assessment(assessment, is_last=epoch == self.config.training.epochs)
         # Processes may round differently, so all of them use the same assessment.
         assessment = self.processes.from_leader(assessment)
         self._use_assessment(assessment)
@@ -398,29 +410,10 @@ class Trainer:
             return []
         return self.config.control.assessment_epochs(self.config.training.epochs)
 
-    def _warn_if_best_is_early(self) -> None:
-        adapted = [epoch for epoch, after in enumerate(self.assessed, start=1) if after >= 0]
-        if adapted and self.best_epoch < adapted[0]:
-            log.warning(
-                "the best checkpoint is from before epoch %d, the first with adapted epsilons, so "
-                "its test does not show their effect: train for longer, or lower control.start",
-                adapted[0],
-            )
-
     def _assessed_for(self, epoch: int) -> int:
         if self.replay is not None:
             return -1 if self.replay.assessed is None else int(self.replay.assessed[epoch - 1])
         return -1 if self.control.assessment is None else self.control.assessment.epoch
-
-    def _explain_first_adaptive_epoch(self, epoch: int) -> None:
-        """Log why the training loss changes its scale, in the first adaptive epoch."""
-        if epoch > 1 and self._assessed_for(epoch) >= 0 > max(self.assessed):
-            log.info(
-                "from epoch %d on each image has its own epsilon: the training loss changes its "
-                "scale (history.csv also has it at the constant epsilon %g, as "
-                "train_loss_constant), and validation Dice may fall for some epochs",
-                *(epoch, self.config.loss.epsilon),
-            )
 
     def _stopped_early(self) -> bool:
         patience = self.config.training.early_stopping
@@ -473,22 +466,3 @@ def _stopwatch(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
-
-
-def _epoch_line(row: dict[str, float], trainer: Trainer) -> str:
-    """Return the log line of an epoch in 74 columns, because a terminal puts the time before it.
-
-    If epsilon is adapted, the line shows its 5th and 95th percentiles.
-    """
-    best = " best" if trainer.best_epoch == row["epoch"] else ""
-    low, high = row["epsilon_q05"], row["epsilon_q95"]
-    adapted = trainer.assessed[-1] >= 0 or low < high
-    seconds = sum(value for name, value in row.items() if name.startswith("seconds"))
-    parts = [
-        f"epoch {row['epoch']:.0f}/{trainer.config.training.epochs}",
-        f"loss {row['train_loss']:.3f}",
-        f"val Dice {row['validation_dice']:.3f}{best}" if trainer.split["val"] else "",
-        f"ε {low:.2f} to {high:.2f}" if adapted else "",
-        f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s",
-    ]
-    return "  ".join(filter(None, parts))
