@@ -1,6 +1,6 @@
 """Uncertainty of each pixel, and scores of whole images, from N samples.
 
-There are functions of all samples, and a running record of them.
+Functions take all samples at once; `UncertaintyAccumulator` takes one at a time.
 
 Samples are foreground probabilities, so all entropies are binary and at most log 2.
 """
@@ -89,7 +89,7 @@ def mutual_information(samples: Tensor) -> Tensor:
 class Moments(NamedTuple):
     """Statistics of the samples at each pixel, each (...), from which uncertainties are computed.
 
-    To add an uncertainty, write a function of them, and its row in `choices.UNCERTAINTIES`.
+    To add an uncertainty, write a function of `Moments` and add a row to `choices.UNCERTAINTIES`.
     """
 
     mean: Tensor
@@ -235,7 +235,7 @@ class UncertaintyAccumulator:
 
     @classmethod
     def merged(cls, records: "Sequence[UncertaintyAccumulator]") -> "UncertaintyAccumulator":
-        """Return the record of all samples that several took in (Chan, Golub and LeVeque, 1979).
+        """Return one record of the samples of several records (Chan, Golub and LeVeque, 1979).
 
         >>> parts = [UncertaintyAccumulator(), UncertaintyAccumulator()]
         >>> for part, sample in zip(parts, torch.tensor([[0.0], [1.0]])):
@@ -254,7 +254,7 @@ class UncertaintyAccumulator:
         return cls(count, mean, squares, sum((one._entropy for one in records), torch.zeros(())))
 
     def without(self, part: "UncertaintyAccumulator") -> "UncertaintyAccumulator":
-        """Return the record without the samples of `part`, which holds some of them."""
+        """Return the record without the samples of `part`, a record of some of them."""
         if self._mean.shape != part._mean.shape or not 0 < part.count < self.count:
             raise ValueError(
                 f"{part.count} samples {tuple(part._mean.shape)} are not some of {self.count} "
