@@ -96,14 +96,14 @@ class Processes:
     def entered_by_leader(
         self, stack: contextlib.ExitStack, block: contextlib.AbstractContextManager[T]
     ) -> T:
-        """Enter a context in the leader until the stack ends; return its value in all processes."""
+        """Enter a context in the leader until the stack closes; return its value in all."""
         return self.from_leader(stack.enter_context(block) if self.leads else None)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """Wait for all processes at the end of the block, then raise if any of them failed.
 
-        So none still works when the leader, or the one that failed, cleans up.
+        Then no process is still working when another one cleans up.
         """
         error: Exception | None = None
         try:
