@@ -109,9 +109,9 @@ def grouped(cases: Sequence[Case], config: DataConfig) -> tuple[list[Case], str]
 
 
 def settled(config: DataConfig, layout: Layout | None = None) -> DataConfig:
-    """Return the settings with values from the data: data.size of auto, and regions as labels.
+    """Return the settings with values from the data: data.size for auto, and regions as labels.
 
-    A run records them, so that predictions of other images use the same.
+    A run records them, and predictions of other images use them.
     """
     auto = config.size == "auto"
     if config.path == "demo":
@@ -184,7 +184,7 @@ class _OriginalReader:
         """Return (H, W, C) and (K, H, W), by the id of the image."""
         if identity not in self.last:
             case = self.cases.get(identity) or self.cases[identity.rpartition("#")[0]]
-            self.last = {}  # Free memory first, so that it never holds two volumes.
+            self.last = {}  # Free the memory of the last volume before the next is read.
             slices = read_case(case, self.config)
             self.last = {name: (pixels, masks) for name, pixels, masks, _ in slices}
         return self.last[identity]
@@ -415,7 +415,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _merged(lines: Sequence[str]) -> list[str]:
-    """Return lines in which the same problem of many files has one line.
+    """Return lines with a single line for the same problem of many files.
 
     >>> _merged([f"images/{k}.png: is cut short at {k} bytes" for k in range(9)])
     ['images/0.png: is cut short at 0 bytes (so are 8 more files: 1.png, 2.png, 3.png, ...)']

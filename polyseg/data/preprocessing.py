@@ -47,7 +47,7 @@ def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:
     With "dataset" they are the image's own mean and deviation, which `pooled_levels` pools.
 
     Raises:
-        PolysegError: "unit" of pixels without a full range.
+        PolysegError: `data.normalise` is "unit" and the pixels have no full range.
 
     >>> levels_of(np.array([[[1], [3]]], np.uint8), DataConfig())
     Levels(offset=(2.0,), scale=(1.0,), clipped=False)
@@ -87,7 +87,7 @@ def window(image: NDArray[Any], config: DataConfig) -> Levels:
 
 
 def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
-    """Return mean and deviation over all pixels of images, from those and the pixels of each.
+    """Return mean and deviation over all images from those of each and its number of pixels.
 
     >>> pooled_levels([Levels((0.0,), (1.0,)), Levels((2.0,), (1.0,))], [1, 1])
     Levels(offset=(1.0,), scale=(1.4142135623730951,), clipped=False)
@@ -255,7 +255,7 @@ def cut_patch(
 def _pixel_of(masks: NDArray[np.uint8], generator: "np.random.Generator") -> tuple[int, int]:
     """Return row and column of a random foreground pixel."""
     inside = masks[0] if len(masks) == 1 else np.asarray(masks.any(axis=0))
-    # By rows first, because a list of all pixels takes long to make of a large mask.
+    # Choose the row first, because listing all pixels of a large mask is slow.
     ends = np.count_nonzero(inside, axis=1).cumsum()
     row = int(np.searchsorted(ends, generator.integers(ends[-1]), side="right"))
     return row, int(generator.choice(np.flatnonzero(inside[row])))

@@ -72,7 +72,7 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
 def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, description: str) -> Path:
     """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
 
-    For a folder the result is a folder of as many files of the same names.
+    For a folder of files the result is a folder of files with the same names.
     """
     imported("pydicom", source, "DICOM")
     target = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
@@ -135,7 +135,7 @@ def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
     sizes = sorted({f"{part.header.Rows} x {part.header.Columns}" for part in parts})
     if len(sizes) > 1:
         raise PolysegError(
-            f"{path}: its slices differ in size ({', '.join(sizes[:4])}); keep one size a folder"
+            f"{path}: its slices differ in size ({', '.join(sizes[:4])}); keep one size per folder"
         )
     if len(parts) > 1 and any(_frames_of(part.header) > 1 for part in parts):
         raise PolysegError(f"{path}: holds files of many frames; put each in a separate folder")
@@ -197,7 +197,7 @@ def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
         _refuse_undecodable(part)
         dataset = pydicom.dcmread(part.path)
         if dataset.file_meta.TransferSyntaxUID.is_compressed:
-            _refuse_outgrown_frames(part, dataset)
+            _refuse_oversized_frames(part, dataset)
         kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
         frames, rows, columns = _frames_of(dataset), int(dataset.Rows), int(dataset.Columns)
         shape = frames, rows, columns, int(dataset.get("SamplesPerPixel") or 1)
@@ -220,7 +220,7 @@ def _refuse_undecodable(part: _Part) -> None:
         header = part.header
         bits = int(header.BitsAllocated) * int(header.get("SamplesPerPixel") or 1)
         size = int(header.Rows) * int(header.Columns) * _frames_of(header) * bits // 8
-        # Chroma of half the width is the least that is stored uncompressed.
+        # Uncompressed pixels are smallest if chroma has half the width.
         if part.path.stat().st_size < size * 2 // 3:
             raise PolysegError(f"{part.path}: is cut short: its header announces {size:,} bytes")
         return
@@ -235,7 +235,7 @@ def _refuse_undecodable(part: _Part) -> None:
         )
 
 
-def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
+def _refuse_oversized_frames(part: _Part, dataset: Any) -> None:
     """Raise if a frame would decode to more than its rows and columns."""
     from pydicom.encaps import generate_frames
 
@@ -365,7 +365,7 @@ def _geometry_of(groups: Any) -> Iterator[Any]:
 
 
 def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
-    """Return an identifier that depends on the source's, the labels and their purpose only."""
+    """Return an identifier determined by the source's identifier, the labels and the purpose."""
     from pydicom.uid import generate_uid
 
     digest = hashlib.sha256(labels.tobytes()).hexdigest()

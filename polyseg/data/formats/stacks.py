@@ -46,7 +46,7 @@ class Stack:
     spacing: tuple[float, float] | None = None
     """Millimetres between rows and between columns of a slice, where the file says."""
     turned: int = 1
-    """Orientation tag (EXIF, 1 to 8) by which the stored pixels were turned; 1 is not at all."""
+    """Orientation tag (EXIF, 1 to 8) by which the stored pixels were rotated; 1: not rotated."""
 
 
 @contextlib.contextmanager
@@ -90,14 +90,14 @@ def _line(path: Path, why: str) -> str:
 
 
 def refuse_if_no_file(path: Path) -> None:
-    """Raise on pipes, devices and folders, which cannot be read or would be waited for.
+    """Raise on pipes, devices and folders, which cannot be read or could block.
 
     >>> refuse_if_no_file(Path("/dev/zero"))
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: /dev/zero: is no file; expected an image
+    polyseg.errors.PolysegError: /dev/zero: is not a file; expected an image
     """
     if path.exists() and not path.is_file():
-        raise PolysegError(f"{path}: is no file; expected an image")
+        raise PolysegError(f"{path}: is not a file; expected an image")
 
 
 def refuse_if_large(
@@ -111,7 +111,7 @@ def refuse_if_large(
     """Refuse a file by the sizes that it declares, before anything is decoded.
 
     Sides are height and width; `bytes_per_pixel` is the memory that all channels of a pixel take
-    while they are decoded, and `held` the size of the files, by default that of this one.
+    during decoding, and `held` the size of all files of an image, by default that of this file.
 
     >>> refuse_if_large(Path("a.png"), (10**5, 10**5), held=100)
     Traceback (most recent call last):
@@ -124,8 +124,7 @@ def refuse_if_large(
         raise PolysegError(f"{path}: has {height} x {width} pixels; at most {LARGEST_IMAGE:,}")
     if max(sides) > LONGEST_SIDE:
         raise PolysegError(
-            f"{path}: has {height} x {width} pixels; the longest side that is read is "
-            f"{LONGEST_SIDE:,}"
+            f"{path}: has {height} x {width} pixels; a side may have at most {LONGEST_SIDE:,}"
         )
     if slices > MOST_SLICES or slices * height * width > LARGEST_VOLUME:
         raise PolysegError(
@@ -143,25 +142,25 @@ def refuse_if_large(
         )
     if decoded > most:
         raise PolysegError(
-            f"{path}: would unpack {held:,} bytes to {decoded:,}, more than an image may be packed "
-            f"(here to {most:,}); save it with less compression if it is sound"
+            f"{path}: would unpack {held:,} bytes to {decoded:,}; at most {most:,} are allowed; "
+            "save it with less compression if it is not damaged"
         )
 
 
 def refuse_other_shape(path: Path, expected: Sequence[int], values: NDArray[Any]) -> None:
-    """Raise where values that belong to a file have another shape than its slices."""
+    """Raise if values to write for a file differ in shape from its slices."""
     if tuple(expected) != values.shape:
         shown, found = (" x ".join(map(str, shape)) for shape in (expected, values.shape))
-        raise PolysegError(f"{path}: has slices of {shown}; what was made of it has {found}")
+        raise PolysegError(f"{path}: has slices of {shown}; the values to write have {found}")
 
 
 def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
-    """Bring pixels of any number type to uint8, uint16, int16 or float32, keeping their values.
+    """Convert pixels of any number type to uint8, uint16, int16 or float32 without loss.
 
     Integers of more bits become 16 bit where all fit, else float32; bits become 0 and 255.
 
     Raises:
-        PolysegError: they are complex, records, not finite or none of 64 channels or fewer.
+        PolysegError: they are complex, records or not finite, or have over 64 channels.
 
     >>> image_pixels(Path("a.tif"), np.array([[[[-5], [300]]]], np.int64)).dtype
     dtype('int16')
@@ -180,9 +179,9 @@ def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
-    """Bring labels to integers, where all are within 0.001 of these; other fractions stay.
+    """Convert labels to integers if all are within 0.001 of one; otherwise keep fractions.
 
-    Floats that are given may be overwritten.
+    An array of floats may be overwritten.
 
     Raises:
         PolysegError: they are complex, records or not finite.

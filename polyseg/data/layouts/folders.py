@@ -30,7 +30,7 @@ from polyseg.data.layouts.names import (
     without_mask_endings,
 )
 from polyseg.data.layouts.pairing import match, split_by_suffix
-from polyseg.data.layouts.source import Source, ask, several_sets
+from polyseg.data.layouts.source import Source, ambiguity, several_sets
 from polyseg.errors import PolysegError
 
 _FIELD_OF_VIEW = re.compile(r"\d+_(training|test)_mask")
@@ -108,7 +108,7 @@ def _listed(source: Source, side: str) -> dict[str, _Files]:
 
 
 def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[str, _Files]:
-    """Return the files of the one folder that holds this side by its name, else of all."""
+    """Return the files of the folder named like this side, or of the data set's own folder."""
     root = search.source.path
     folders = search.candidates(root)[0 if side == "images" else 1]
     taken = {file.parent for file in without}
@@ -126,12 +126,12 @@ def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[s
 
 def _refuse_twice(where: str, items: Mapping[str, Sequence[Path]], findings: Findings) -> None:
     twice = [stem for stem, files in items.items() if len(files) > 1]
-    findings.problem(where, "name", twice, "of two files each, but for the suffix; keep one")
+    findings.problem(where, "name", twice, "shared by two files that differ in suffix; keep one")
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Images in one folder, and their masks in another, or beside them (None)."""
+    """A folder of images, and the folder of their masks; None if masks lie beside the images."""
 
     images: Path
     masks: Path | None
@@ -198,7 +198,7 @@ class _Search:
         return [each for each in found if self.holds_files(each)] or found
 
     def _without_fields_of_view(self, masks: list[Path]) -> list[Path]:
-        """Leave out DRIVE's mask/, which shows where the retina is and no annotation."""
+        """Leave out DRIVE's mask/, which holds fields of view, not annotations."""
         manual = any(plain(each.name) == "1stmanual" for each in masks)
         kept = []
         for each in masks:
@@ -331,7 +331,7 @@ class _Search:
 
 def _only(folder: Path, side: str, found: Sequence[Path]) -> Path:
     if len(found) > 1:
-        raise ask(folder, side, [each.name for each in found])
+        raise ambiguity(folder, side, [each.name for each in found])
     return found[0]
 
 
@@ -344,7 +344,7 @@ def _twin_key(folder: Path) -> str:
 
 
 def _groups(folders: Folders, folder: Path) -> list[Path]:
-    """Return the sub-folders that are no DICOM series, but parts or classes."""
+    """Return the sub-folders that are parts or classes, not DICOM series."""
     below = folders.list(folder).folders
     return [each for each in below if part_of(each.name) or folders.series(each) is None]
 
@@ -363,12 +363,12 @@ def items_of(folders: Folders, folder: Path, *, series: bool = True) -> dict[str
 
 
 def _refuse_two_kinds(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
-    """Raise where each name is of two files and their endings do not show which is the mask."""
+    """Raise if two files have each name and their suffixes do not show which is the mask."""
     kinds = {tuple(file.suffix for file in files) for files in items.values()}
     if len(items) > 1 and len(kinds) == 1 and len(pair := kinds.pop()) == 2:
         raise PolysegError(
-            f"{folder}: each name is of two files ({' and '.join(pair)}); name the masks "
-            f"by data.masks, such as data.masks='*{pair[1]}'"
+            f"{folder}: two files have each name ({' and '.join(pair)}); name the masks by "
+            f"data.masks, such as data.masks='*{pair[1]}'"
         )
 
 
@@ -420,7 +420,7 @@ def _without_second_observer(folder: Path, items: _Files, findings: Findings) ->
 
 
 def _with_lost_masks(images: _Files, masks: _Files) -> tuple[_Files, _Files]:
-    """Move images that are named as masks, and have no mask themselves, to the masks."""
+    """Move images that are named like masks, and have no mask themselves, to the masks."""
     found = match(images, masks).masks
     lost = {stem for stem in images if without_mask_endings(stem)[1:] and stem not in found}
     kept = {stem: files for stem, files in images.items() if stem not in lost}
@@ -432,7 +432,7 @@ def _name(units: Sequence[_Unit]) -> str:
     name = "images with masks beside them"
     if first.masks is not None:
         images, masks = first.images, first.masks
-        # In images/train/ and masks/train/ the upper folders have the names of the two sides.
+        # For images/train/ and masks/train/ use the names of the upper folders.
         while _twin_key(images) == _twin_key(masks) and images != masks:
             images, masks = images.parent, masks.parent
         name = f"{images.name}/ and {masks.name}/"

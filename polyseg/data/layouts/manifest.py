@@ -164,7 +164,7 @@ def _misfit(path: Path, folders: Folders) -> str | None:
     if not exists(path, "file"):
         return "there is no such file"
     if not is_readable(path):
-        return f"is of no supported kind ({' '.join(readable_suffixes())})"
+        return f"is not a supported file ({' '.join(readable_suffixes())})"
     return None
 
 
@@ -208,5 +208,5 @@ def _refuse_repeated_ids(
         if len(places) > 1:
             findings.problems.append(
                 f"{path}: lines {', '.join(places[:5])} have the same id {shown(name)}; "
-                "list an image once, or tell them apart in a column id"
+                "list an image once, or give different ids in a column id"
             )
