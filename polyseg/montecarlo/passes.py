@@ -57,14 +57,14 @@ class Passes:
     ) -> None:
         """Prepare the passes of a network in evaluation mode without running any.
 
-        `layers` are its active dropout layers by name, `streams` their masks; `compiled` is whether
-        to try to make a program of the network, and `kind` the precision of the computation.
+        `layers` are its active dropout layers by name, `streams` their masks; `compiled` says
+        whether to try to compile the network, and `kind` is the precision of the computation.
         """
         self.network, self.layers, self.streams = network, layers, streams
         self.compiled, self.kind = compiled, kind
         self.program: Program | None = None
         self.device = device_of(network)
-        # A network that works window by window would mistake passes for windows.
+        # A network that works window by window would treat passes as windows.
         windows = getattr(network, "window", None) is not None
         self.most_pixels = 0 if windows else _most_pixels_together(self.device)
         """Largest number of pixels of passes that run together; 0 to run each pass alone."""
@@ -130,7 +130,7 @@ class Passes:
         return masks
 
     def _prepare(self, images: Tensor) -> None:
-        """Check the network for hidden dropout and compile it, when the first image comes."""
+        """Check the network for hidden dropout and compile it, at the first images."""
         if self.tried:
             return
         self.tried = True

@@ -20,7 +20,7 @@ from polyseg.metrics.dice import dice_coefficient
 from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_stability
 from polyseg.montecarlo.passes import Passes
 from polyseg.montecarlo.regions import select_region
-from polyseg.networks.inference import images_of, shown
+from polyseg.networks.inference import images_of, size_text
 from polyseg.records import Batch, Metric
 from polyseg.registry import is_own
 from polyseg.system.memory import Portions
@@ -184,7 +184,7 @@ def extended(
         return part
 
     for one in measurements:
-        yield from portions.run(len(one.batch.ids), partial(extend, one), shown(one.batch))
+        yield from portions.run(len(one.batch.ids), partial(extend, one), size_text(one.batch))
 
 
 class Results:

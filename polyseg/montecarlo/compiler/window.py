@@ -62,7 +62,7 @@ class WindowedEnd:
     def of(
         cls, whole: Part, width: int, frame: Frame, prepare: Callable[[Part], None]
     ) -> "WindowedEnd | None":
-        """Return a network with the end after its maps of at most this width; None without one.
+        """Return a network whose end follows its last map of at most this width, or None.
 
         `width` is in pixels, `frame` the size of the output; `prepare` is applied to both parts.
         """
@@ -236,7 +236,7 @@ def _strided(size: int, stride: int, padding: int, dilation: int, margin: int) -
     """
     span = dilation * (size - 1)
     if not span + 1 - stride <= 2 * padding <= span:
-        return None  # The output has not 1 / stride of the input's size.
+        return None  # The output is not 1 / stride times the input's size.
     first = -(-(margin + padding) // stride)
     last = (margin + span - padding) // stride
     return max(first, last)
@@ -251,7 +251,7 @@ def _transposed(
     """
     span = dilation * (size - 1)
     if 2 * padding != span + 1 + more - stride:
-        return None  # The output has not stride times the input's size.
+        return None  # The output is not stride times the input's size.
     first = (margin - 1) * stride - padding + span + 1
     last = margin * stride + padding
     return max(first, last, 0)
