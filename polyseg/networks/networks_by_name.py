@@ -47,7 +47,7 @@ class SlidingWindow:
 
 
 class SegmentationNetwork(nn.Module):
-    """A network for images of any size: pads to a multiple of its stride, crops the logits back.
+    """A network for images of any size: it pads images to a multiple and crops the logits.
 
     With `window`, larger images are segmented window by window in evaluation mode; the logits of
     overlapping windows are averaged with Gaussian weights.
@@ -86,7 +86,7 @@ class SegmentationNetwork(nn.Module):
         return torch.cat(parts)
 
     def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
-        """Return images padded for the core, and the numbers of rows and columns before them."""
+        """Return images padded for the core, and the numbers of padded rows and columns before."""
         rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
         top, left = rows // 2, columns // 2
         if rows or columns:
@@ -156,7 +156,7 @@ def build_network(
 def _drop_idle_biases(core: nn.Module) -> None:
     """Remove the biases of convolutions whose output is normalised right away.
 
-    They have no effect, and their gradients are rounding errors, by which Adam would still step.
+    They have no effect; their gradients are rounding errors, which Adam would turn into steps.
     """
     for block in core.modules():
         steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
@@ -173,7 +173,7 @@ def network_names() -> list[str]:
 def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
     """Raise if a device has too little memory for training a network.
 
-    Needed are weights, gradients and Adam's two moments. The network may be on torch's "meta"
+    Training needs weights, gradients and Adam's two moments. The network may be on torch's "meta"
     device, where it takes no memory.
 
     >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
@@ -353,7 +353,7 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
-    """Add dropout to the end of the bottleneck and of each decoder level, as the other networks do.
+    """Add dropout to the end of the bottleneck and of each decoder level, as in other networks.
 
     SegResNet itself has one dropout layer, after its first convolution.
     """
@@ -363,15 +363,15 @@ def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults of one of MONAI's networks, small and in 2D."""
+    """The defaults of a small 2D version of one of MONAI's networks."""
 
     class_name: str
     settings: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
     wants_head: bool = False
-    """Whether it returns features, from which a 1 x 1 convolution makes logits, because it
-    normalises its output and logits could hardly leave [-3, 3]."""
+    """Whether a 1 x 1 convolution follows, because the network normalises its output, and logits
+    could hardly leave [-3, 3]."""
 
     def __call__(
         self, in_channels: int, out_channels: int, dropout: float, **settings: Any
