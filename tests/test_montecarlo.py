@@ -238,7 +238,7 @@ def test_errors_and_stability_are_missing_below_4_passes_and_never_0(
             assert np.isnan(errors).all() and np.isnan(stability)
         else:
             assert (errors > 1e-7).all() and 0 <= stability <= 1
-    known = "standard error -, rank stability - (known from 4 passes)"
+    known = "standard error -, rank stability - (needs 4 passes)"
     assert (known in line) == (samples < 4)
 
 

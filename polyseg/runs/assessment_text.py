@@ -27,7 +27,7 @@ def describe(assessment: Assessment) -> str:
     text += f"; {assessment.samples} passes, "
     text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
     if assessment.samples < FEWEST_JUDGED:
-        text += f" (known from {FEWEST_JUDGED} passes)"
+        text += f" (needs {FEWEST_JUDGED} passes)"
     return text
 
 

@@ -173,7 +173,7 @@ class RunDirectory:
 
         `split` is a result of `splits.split_json`, `now` of `environment`.
         """
-        # First the file by which the folder of a run is recognised.
+        # Write first the file by which the folder of a run is recognised.
         write_text(self.environment, json.dumps(now, indent=2) + "\n")
         self.write_config(config)
         write_text(self.split, split)
