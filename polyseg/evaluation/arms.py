@@ -1,4 +1,4 @@
-"""Combine runs that differ only by seed, fold or machine to arms."""
+"""Combine runs that differ only by seed, fold or machine into arms."""
 
 import json
 import os
@@ -26,7 +26,7 @@ _OF_ONE_ARM = {
 """Settings that may differ within an arm, besides those of the output."""
 
 _OF_THE_LOSS = ("loss.name", "loss.epsilon", "loss.terms", "loss.scale", "uncertainty.", "control.")
-"""Beginnings of the settings that a Dice arm may have other than the adaptive arm beside it."""
+"""Prefixes of the settings in which a Dice arm may differ from the adaptive arm."""
 
 
 def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
@@ -52,8 +52,8 @@ def roles_of(
 ) -> dict[str, str]:
     """Return the arms that show whether the adaptive one helps, by role: "dice" and "permuted".
 
-    They have the settings of the reference in everything else. A role is left out if no arm has it,
-    or more than one; there is none if the reference is not an adaptive arm.
+    Their other settings are those of the reference. A role is left out if no arm or several arms
+    have it; there is none if the reference is not an adaptive arm.
     """
     first = {arm: configs[names[0]] for arm, names in arms.items() if names[0] in configs}
     if reference not in first or not first[reference].assesses:
@@ -110,7 +110,7 @@ def _key(config: Config) -> str:
 
 
 def _settings(config: Config, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings, by key, without those that may differ within an arm and some more."""
+    """Return settings by key, except those that may differ within an arm or begin as `without`."""
     kept = {
         key: value
         for key, value in config.flat().items()

@@ -80,11 +80,11 @@ def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Fi
         near = next((name for name in unused if missing[0] in name), next(iter(unused), None))
         held = f" (not as {near})" if near else ""
         raise PolysegError(
-            f"{folder}: has no mask for {some('image', missing)}; name each mask as its image, "
+            f"{folder}: has no mask for {some('image', missing)}; name each mask like its image, "
             f"such as {missing[0]}.png{held}, or test fewer images by --split"
         )
     if extra := _unused(folder, there, found):
-        log.warning("%s: left out %s, named like no tested image", folder, some("file", extra))
+        log.warning("%s: left out %s without a tested image", folder, some("file", extra))
     return found
 
 

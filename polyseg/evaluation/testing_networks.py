@@ -52,7 +52,7 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 _PIXELS_AT_ONCE = 2**24
 """Largest number of pixels whose MC-Dropout maps are kept in memory at once."""
 _CHOOSING = 48
-"""Smallest number of images, up to a batch, that choose the number of passes."""
+"""Smallest number of images, rounded up to a batch, from which the number of passes is chosen."""
 
 Groups = Mapping[str, str | None]
 """The group of each image, such as its patient, by the image's id."""
@@ -196,7 +196,7 @@ def measure_network(model: Model, test: ImageTest, load: Load) -> NetworkResults
         for one in _plain(model.network, test)
     )
     plain = judge(test, predictions, thresholds)
-    points = list(_under_damage(model, test, plain))
+    points = list(_under_corruption(model, test, plain))
     return NetworkResults(plain + scores, points, kept.masks(test.processes))
 
 
@@ -281,7 +281,7 @@ def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
             total=len(part),
             also=also,
         ).in_order(part)
-        # With samples "auto", the first part chooses N for all.
+        # With samples "auto", N is chosen from the first part for all.
         settings = settings.model_copy(update={"samples": found.samples})
         for i, identity in enumerate(part):
             if identity not in mine:
@@ -301,8 +301,8 @@ def _parts(
 ) -> Iterator[list[str]]:
     """Yield a process's share of the images in parts whose maps fit into memory.
 
-    The first `choosing` images choose N. If there are several processes, all of them see these
-    images first, so that they choose the same N.
+    N is chosen from the first `choosing` images. If there are several processes, all of them get
+    these images first, and choose the same N.
     """
     first = next(_chunks(images, ids))[:choosing] if processes.count > 1 else []
     rest = [identity for identity in processes.share(ids) if identity not in first]
@@ -387,7 +387,7 @@ def _spacing(images: ImageSet, identity: str, at: At) -> tuple[float, float] | N
     return images.original_spacing(identity)
 
 
-def _under_damage(
+def _under_corruption(
     model: Model, test: ImageTest, clean: Sequence[RunScores]
 ) -> Iterator[RobustnessPoint]:
     """Yield the metrics of a network on images with each corruption and strength."""
@@ -395,7 +395,7 @@ def _under_damage(
     for corruption in test.settings.corruptions:
         yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
         for strength in STRENGTHS[1:]:
-            # The same seed for all networks, so that all get the same corrupted images.
+            # With one seed, all networks get the same corrupted images.
             images = corrupted(
                 test.images, corruption, strength, seed=0, config=model.config.data, ids=mine
             )
