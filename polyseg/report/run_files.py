@@ -1,6 +1,6 @@
-"""Reading the files of runs and evaluations for a report, with remarks on unreadable ones.
+"""Read the files of runs and evaluations for a report, with remarks on unreadable ones.
 
-Folders may come from strangers. Nothing outside the folder is read, wherever links lead; sizes are
+Folders may be untrusted. Nothing outside the folder is read, wherever links lead; sizes are
 checked before files are opened; a damaged file becomes a remark and the rest is shown. Weights are
 not decoded.
 """
@@ -40,7 +40,7 @@ class EvaluationFiles:
 
     name: str
     compares: bool = False
-    """Whether it is an evaluation of its own, not the test in a run's folder, shown as the run."""
+    """Whether it is a separate evaluation, not the test in a run's folder, shown with the run."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """Content of summary.json, unchecked."""
     per_image: Sequence[Sequence[str]] = ()
@@ -58,12 +58,12 @@ class RunFiles:
     name: str
     config_text: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """config.yaml by dotted key."""
+    """Settings of config.yaml by dotted key."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     history: Sequence[Mapping[str, float]] = ()
     """A row for each epoch, with its `epoch`."""
     assessments: Sequence[Assessment] = ()
-    """By epoch, without maps."""
+    """Assessments in order of epochs, without maps."""
     schedule: Schedule | None = None
     evaluation: EvaluationFiles = EvaluationFiles("")
     """The test in the run's folder; its remarks are among the run's."""
@@ -74,7 +74,7 @@ class RunFiles:
 
 
 def read_run(path: Path, name: str) -> RunFiles:
-    """Read the files of a run for a report, which calls it `name`.
+    """Read the files of a run, which the report calls `name`.
 
     A folder without config.yaml and history.csv raises PolysegError.
     """
@@ -105,7 +105,7 @@ def read_run(path: Path, name: str) -> RunFiles:
 
 
 def read_evaluation(path: Path, name: str) -> EvaluationFiles:
-    """Read the folder of `polyseg evaluate` for a report, which calls it `name`.
+    """Read the folder of an evaluation, which the report calls `name`.
 
     A folder without summary.json raises PolysegError.
     """
@@ -120,7 +120,7 @@ def read_evaluation(path: Path, name: str) -> EvaluationFiles:
 
 
 def sources_of(path: Path) -> list[str]:
-    """Return the runs that a summary.json compares, relative to its folder; none if it says none.
+    """Return the runs that a summary.json compares, relative to its folder, if it names them.
 
     Raises:
         OSError: it cannot be read.

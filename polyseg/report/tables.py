@@ -1,4 +1,4 @@
-"""The tables of a report about tests, from summary.json files that may come from strangers."""
+"""The tables of a report about tests, from summary.json files that may be untrusted."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
     """Yield the metrics, a table for each part and label, a column for each network or arm.
 
     Raises:
-        PolysegError: masks were compared at the networks' size in some, at the images' in others.
+        PolysegError: some compared masks at the network's size, others at the images' size.
     """
     parts: dict[str, list[EvaluationFiles]] = {}
     for one in evaluations:
@@ -54,7 +54,7 @@ def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
         raise PolysegError(
             f"report: {names['network']} has metrics at the network's size and {names['original']} "
             "at the images' own; run `polyseg evaluate` on both and give it by --evaluation, or "
-            "report them apart"
+            "report them separately"
         )
 
 
