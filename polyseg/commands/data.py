@@ -109,7 +109,7 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
 def _seen(images: ImageSet, config: DataConfig) -> str:
     """Return the size of the network's input in training, as text."""
     if config.size is None:
-        return "as they are"
+        return "unchanged"
     size = [config.size] * 2 if isinstance(config.size, int) else config.size
     return " x ".join(map(str, size)) + ("" if images.tiling is None else " (tiles)")
 
@@ -168,5 +168,5 @@ def _copies(items: Sequence[Item]) -> dict[str, Any]:
     ]
     return {
         "copies of another image": sum(number - 1 for number in exact.values()),
-        "nearly copies": _first(near) or 0,
+        "near copies": _first(near) or 0,
     }

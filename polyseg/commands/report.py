@@ -137,7 +137,7 @@ def page_of(
             runs, lambda run: _gallery(extreme_pictures(run))
         ),
         "Test images": _each(runs, _tests),
-        "How it was made": [*_machines(runs), *_each(runs, _command)],
+        "Versions and commands": [*_machines(runs), *_each(runs, _command)],
     }
     what = (
         f"Segmentation run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} segmentation runs"
@@ -395,7 +395,7 @@ def _each_image(evaluation: EvaluationFiles) -> list[Block]:
         return []
     rows = len(evaluation.per_image) - 1
     some = f", the first {_MOST_ROWS:,} of {rows:,}" if rows > _MOST_ROWS else ""
-    caption = f"{evaluation.name}: a row each network and image, {order}{some}."
+    caption = f"{evaluation.name}: a row for each network and image, {order}{some}."
     return [
         Folded(f"All images of {evaluation.name}", [Table(caption, head, cells, sortable=True)])
     ]
@@ -404,7 +404,7 @@ def _each_image(evaluation: EvaluationFiles) -> list[Block]:
 def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]], str]:
     """Return the heads and the first rows of per_image.csv, and their order in words."""
     keys, *rows = _shown_columns(evaluation.per_image) or [[]]
-    order = "in the file's order"
+    order = "in the order of the file"
     if "dice" in keys:
         rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
         order = "by Dice, the worst first"
