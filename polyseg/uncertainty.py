@@ -179,10 +179,10 @@ class PairwiseDice:
     def update(self, sample: Tensor) -> None:
         """Add one sample, (B, H, W) in [0, 1]; all samples have the same shape."""
         mask = np.packbits((sample >= 0.5).flatten(1).cpu().numpy(), axis=1)
-        size = _ones(mask)
+        size = _count_ones(mask)
         for other, other_size in zip(self.masks, self.sizes, strict=True):
             both = size + other_size
-            dice = 2 * _ones(mask & other) / both.clip(min=1)
+            dice = 2 * _count_ones(mask & other) / both.clip(min=1)
             self.total = self.total + np.where(both > 0, 1 - dice, 0.0)
         self.masks.append(mask)
         self.sizes.append(size)
@@ -196,7 +196,7 @@ class PairwiseDice:
         return torch.from_numpy(self.total / (count * (count - 1) / 2))
 
 
-def _ones(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _count_ones(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
     ones: NDArray[np.int64] = np.bitwise_count(packed).sum(axis=1, dtype=np.int64)
     return ones
 
@@ -289,24 +289,24 @@ class UncertaintyAccumulator:
     @property
     def mean(self) -> Tensor:
         """The mean prediction, (...) in [0, 1]."""
-        return self._filled(self._mean)
+        return self._nonempty(self._mean)
 
     @property
     def variance(self) -> Tensor:
         """The result of `prediction_variance`."""
-        return self._filled(self._squares) / self.count
+        return self._nonempty(self._squares) / self.count
 
     @property
     def entropy(self) -> Tensor:
         """The result of `predictive_entropy`."""
-        return binary_entropy(self._filled(self._mean).clamp(0, 1))
+        return binary_entropy(self._nonempty(self._mean).clamp(0, 1))
 
     @property
     def mutual_information(self) -> Tensor:
         """The result of the function `mutual_information`."""
         return mutual_information_of(self.moments)
 
-    def _filled(self, total: Tensor) -> Tensor:
+    def _nonempty(self, total: Tensor) -> Tensor:
         if self.count == 0:
             raise ValueError("no sample was added yet")
         return total

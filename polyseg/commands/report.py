@@ -86,9 +86,9 @@ def make_page(
             f"{MOST_RUNS} that a page can have; give fewer"
         )
     evaluations = evaluations or comparison_of(sources)
-    compared = [read_evaluation(*one) for one in _named(evaluations)]
+    compared = [read_evaluation(*one) for one in _with_names(evaluations)]
     runs = []
-    for k, (source, name) in enumerate(_named(sources), start=1):
+    for k, (source, name) in enumerate(_with_names(sources), start=1):
         runs.append(read_run(source, name))
         progress("reading runs", k, len(sources))
     page = page_of(runs, compared, title)
@@ -129,15 +129,15 @@ def page_of(
     """
     parts: dict[str, Sequence[Block]] = {
         "Summary": _summary(runs, evaluations),
-        "Comparison": _each(evaluations, _comparison),
+        "Comparison": _of_each(evaluations, _comparison),
         "Settings": _settings(runs),
         "Training": _training(runs),
-        "Difficulty and ε": _each(runs, _difficulty),
-        "Images of largest and smallest D": _each(
+        "Difficulty and ε": _of_each(runs, _difficulty),
+        "Images of largest and smallest D": _of_each(
             runs, lambda run: _gallery(extreme_pictures(run))
         ),
-        "Test images": _each(runs, _tests),
-        "Versions and commands": [*_machines(runs), *_each(runs, _command)],
+        "Test images": _of_each(runs, _tests),
+        "Versions and commands": [*_machines(runs), *_of_each(runs, _command)],
     }
     what = (
         f"Segmentation run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} segmentation runs"
@@ -161,11 +161,11 @@ def _check_place(out: Path, overwrite: bool) -> None:
     refuse_existing(out, overwrite=overwrite)
 
 
-def _named(sources: Sequence[Path]) -> list[tuple[Path, str]]:
+def _with_names(sources: Sequence[Path]) -> list[tuple[Path, str]]:
     return list(zip(sources, short_names(sources), strict=True)) if sources else []
 
 
-def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
+def _of_each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
     """Return the blocks of all sources, each under its name if there are several."""
     found: list[Block] = []
     for source in sources:
@@ -234,14 +234,14 @@ def _comparison(evaluation: EvaluationFiles) -> list[Block]:
     return [
         *_differences(evaluation),
         *tables.metric_tables([evaluation]),
-        *_found(evaluation),
+        *_figures_and_tables(evaluation),
         *_each_image(evaluation),
     ]
 
 
 def _tests(run: RunFiles) -> list[Block]:
     own = run.evaluation
-    return [*_differences(own), *_found(own), *_worst_images(own)]
+    return [*_differences(own), *_figures_and_tables(own), *_worst_images(own)]
 
 
 def _differences(evaluation: EvaluationFiles) -> list[Block]:
@@ -252,7 +252,7 @@ def _differences(evaluation: EvaluationFiles) -> list[Block]:
     return [*overview, folded] if overview else single
 
 
-def _found(evaluation: EvaluationFiles) -> list[Block]:
+def _figures_and_tables(evaluation: EvaluationFiles) -> list[Block]:
     """Return the figures, and the tables besides metrics and differences."""
     numbers, images = evaluation_pictures(evaluation)
     return [*_gallery(numbers), *tables.further_tables(evaluation), *_gallery(images)]

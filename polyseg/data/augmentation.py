@@ -83,7 +83,7 @@ def augment(image: Tensor, masks: Tensor, changes: Changes, seed: int) -> tuple[
     transform = _transform(changes, (image.shape[1], image.shape[2]))
     transform.set_random_state(seed=seed % 2**32)
     changed = transform({"image": image, "mask": masks.float()})
-    return _plain(changed["image"]), (_plain(changed["mask"]) >= 0.5).to(torch.uint8)
+    return _plain_tensor(changed["image"]), (_plain_tensor(changed["mask"]) >= 0.5).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)
@@ -147,5 +147,5 @@ def _gray_changes(changes: Changes) -> list[Any]:
     return steps
 
 
-def _plain(values: Any) -> Tensor:
+def _plain_tensor(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values))

@@ -168,7 +168,7 @@ def read_cases(
     found = list(problems)
     if config.size == "auto":
         config = config.model_copy(update={"size": _auto_size(cases, config)})
-    items, store = _keep(cases, config, _samples(cases, config, found, progress), found)
+    items, store = _store(cases, config, _samples(cases, config, found, progress), found)
     images = image_set(items, store, config, channels)
     return dataclasses.replace(images, read_original=_OriginalReader(cases, config))
 
@@ -199,7 +199,7 @@ def scan_cases(
     """Read cases and return facts about the images, without keeping pixels."""
     found = list(problems)
     items = [sample.item for sample in _samples(cases, config, found, progress)]
-    _refuse(found)
+    _raise_merged(found)
     return items
 
 
@@ -218,8 +218,8 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
     for path, stack in zip(case.images, stacks, strict=True):
         if stack.pixels.shape[:3] != first[:3]:
             raise PolysegError(
-                f"{path}: is {_sides(stack.pixels.shape[:3])}, {case.images[0]} "
-                f"{_sides(first[:3])}; the channels of an image must have the same size"
+                f"{path}: is {_size_text(stack.pixels.shape[:3])}, {case.images[0]} "
+                f"{_size_text(first[:3])}; the channels of an image must have the same size"
             )
     pixels = np.concatenate([stack.pixels for stack in stacks], axis=3)
     if pixels.dtype.name not in DTYPES:
@@ -266,8 +266,8 @@ def _masks_of(
     for path, label in zip(case.masks, labels, strict=True):
         if label.pixels.shape != shape:
             raise PolysegError(
-                f"{path}: is {_sides(label.pixels.shape)}, its image {case.images[0].name} "
-                f"{_sides(shape)}; they must have the same size"
+                f"{path}: is {_size_text(label.pixels.shape)}, its image {case.images[0].name} "
+                f"{_size_text(shape)}; they must have the same size"
             )
         masks.append(to_masks(label.pixels, path, foreground))
     return masks[0] if len(masks) == 1 else unite(masks)
@@ -331,7 +331,7 @@ def _prepare(
     return ReadImage(item, image, kept_masks)
 
 
-def _keep(
+def _store(
     cases: Sequence[Case], config: DataConfig, samples: Iterator[ReadImage], problems: list[str]
 ) -> tuple[list[Item], Store]:
     """Keep samples in memory up to data.memory; more are written to, or read from, a file."""
@@ -342,9 +342,9 @@ def _keep(
         held.append(sample)
         size += sample.image.nbytes + (0 if sample.masks is None else sample.masks.nbytes)
         if size > bound or size / len(held) * len(cases) > bound:
-            _refuse(problems)
+            _raise_merged(problems)
             return _on_disk(cases, config, held, samples, problems)
-    _refuse(problems)
+    _raise_merged(problems)
     images, masks = [sample.image for sample in held], [sample.masks for sample in held]
     return [sample.item for sample in held], MemoryStore(images, masks)
 
@@ -365,7 +365,7 @@ def _on_disk(
             held.reverse()  # Popped from its end, it frees memory while the file is written.
             for sample in itertools.chain((held.pop() for _ in range(len(held))), rest):
                 file.add(sample.image, sample.masks, dataclasses.asdict(sample.item))
-            _refuse(problems)
+            _raise_merged(problems)
     store = DiskStore(path)
     with contextlib.suppress(OSError):  # The file may belong to another user.
         os.utime(index_of(path))
@@ -407,7 +407,7 @@ def lost_foreground(items: Sequence[Item]) -> str:
     )
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _raise_merged(problems: Sequence[str]) -> None:
     if problems:
         lines = _merged([line for problem in problems for line in problem.splitlines()])
         more = len(lines) - _MOST_PROBLEMS
@@ -437,7 +437,7 @@ def _merged(lines: Sequence[str]) -> list[str]:
     return merged
 
 
-def _sides(shape: Sequence[int]) -> str:
+def _size_text(shape: Sequence[int]) -> str:
     """Return "4 x 3" for one slice, "2 slices of 4 x 3" for several."""
     count, height, width = shape
     return f"{height} x {width}" if count == 1 else f"{count} slices of {height} x {width}"

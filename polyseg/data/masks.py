@@ -74,7 +74,7 @@ def to_masks(
             masks[:, k] = np.isin(labels, values)
         else:
             for value in values:
-                _where_equal(labels, _as_in(labels, value, coloured), masks[:, k])
+                _where_equal(labels, _gray_if_possible(labels, value, coloured), masks[:, k])
     return masks
 
 
@@ -144,7 +144,7 @@ def _shown(value: float) -> str:
     return shown_value(int(value)) if value == int(value) else f"{value:.3g}"
 
 
-def _as_in(labels: NDArray[Any], value: int, coloured: bool) -> int:
+def _gray_if_possible(labels: NDArray[Any], value: int, coloured: bool) -> int:
     """Return the gray value of a colour in a gray mask, if it has one."""
     if coloured or value < COLOUR:
         return value
@@ -229,13 +229,13 @@ def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
         return False
     if edges.size and between.size < _FEWEST_VALUES:
         return False
-    found = [_misplaced(one, scale) for one in labels]
+    found = [_edges_of_slice(one, scale) for one in labels]
     soft = sum(count for count, _ in found)
     few = soft <= _FEW_PIXELS or soft < _EDGE_SHARE * labels.size
     return few and not any(stray for _, stray in found)
 
 
-def _misplaced(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
+def _edges_of_slice(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
     """Return the number of edge pixels of a slice, (H, W), and whether a value is misplaced."""
     count = 0
     rows = max(4 * _NOISE_REACH, _BLOCK // labels.shape[1])

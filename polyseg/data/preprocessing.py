@@ -60,7 +60,7 @@ def mean_and_deviation(image: NDArray[Any], _: DataConfig) -> Levels:
     """Return mean and deviation of each channel."""
     deviation = image.std(axis=(0, 1), dtype=np.float64)
     mean = image.mean(axis=(0, 1), dtype=np.float64)
-    return Levels(_plain(mean), _plain(np.maximum(deviation, _LEAST_DEVIATION)))
+    return Levels(_floats(mean), _floats(np.maximum(deviation, _LEAST_DEVIATION)))
 
 
 def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
@@ -77,7 +77,7 @@ def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
 def percentiles(image: NDArray[Any], _: DataConfig) -> Levels:
     """Return the 1st percentile of each channel, and its distance to the 99th."""
     low, high = np.percentile(image, (1, 99), axis=(0, 1))
-    return Levels(_plain(low), _plain(np.maximum(high - low, _LEAST_DEVIATION)), clipped=True)
+    return Levels(_floats(low), _floats(np.maximum(high - low, _LEAST_DEVIATION)), clipped=True)
 
 
 def window(image: NDArray[Any], config: DataConfig) -> Levels:
@@ -97,7 +97,7 @@ def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
     deviations = np.array([one.scale for one in levels])
     mean = (weights * means).sum(axis=0)
     variance = (weights * (deviations**2 + (means - mean) ** 2)).sum(axis=0)
-    return Levels(_plain(mean), _plain(np.sqrt(variance)))
+    return Levels(_floats(mean), _floats(np.sqrt(variance)))
 
 
 def levels_from(record: Any, channels: int) -> Levels | None:
@@ -238,7 +238,7 @@ def cut_patch(
     [(4, 12, 1), (1, 4, 12)]
     """
     generator = np.random.default_rng(seed)
-    image, masks = _at_least(image, masks, size)
+    image, masks = _padded_to(image, masks, size)
     top, left = (
         int(generator.integers(0, side - wanted + 1))
         for side, wanted in zip(image.shape[:2], size, strict=True)
@@ -261,7 +261,7 @@ def _pixel_of(masks: NDArray[np.uint8], generator: "np.random.Generator") -> tup
     return row, int(generator.choice(np.flatnonzero(inside[row])))
 
 
-def _at_least(
+def _padded_to(
     image: NDArray[Any], masks: NDArray[np.uint8] | None, size: tuple[int, int]
 ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
     lacking = [max(wanted - side, 0) for side, wanted in zip(image.shape[:2], size, strict=True)]
@@ -281,5 +281,5 @@ def _resize_plane(
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling[method]))
 
 
-def _plain(values: NDArray[Any]) -> tuple[float, ...]:
+def _floats(values: NDArray[Any]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)

@@ -281,7 +281,7 @@ def _all_grouped(members: Sequence[Member], pattern: str | None) -> list[Member]
         return list(members)
     grouped: list[Member] = []
     try:
-        with _at_most(_LONGEST_MATCHING):
+        with _time_limit(_LONGEST_MATCHING):
             for member in members:
                 grouped.append(_grouped(member, pattern))  # noqa: PERF401 - for its length
     except TimeoutError:
@@ -293,7 +293,7 @@ def _all_grouped(members: Sequence[Member], pattern: str | None) -> list[Member]
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block after some seconds; only in the main thread, by a signal."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -60,7 +60,7 @@ def training_batches(
         pin_memory=pinned,
     )
     with _explaining_workers():
-        _make_room_for_files(workers)
+        _raise_file_limit(workers)
         for names, batch in zip(order, loader, strict=True):
             if isinstance(batch, PolysegError):
                 raise batch
@@ -100,7 +100,7 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
         return augment(image, masks, self.changes, derive_seed(*key, "augmentation", identity))
 
 
-def _make_room_for_files(workers: int) -> None:
+def _raise_file_limit(workers: int) -> None:
     """Raise the number of files that may be open at once to what the workers need.
 
     A worker that cannot open a file cannot report it, and training would wait for it forever.

@@ -168,7 +168,7 @@ def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str
     If several are equally good, it is the one nearest to 0.5.
     """
     dices = [
-        [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
+        [_dice_curve(*pair) for pair in zip(one.probability, one.masks, strict=True)]
         for one in _plain(network, test, "choosing thresholds")
     ]
     means = np.mean(test.processes.joined(dices), axis=0).round(9)
@@ -423,16 +423,16 @@ class MaskKeeper:
 
     def masks(self, processes: Processes) -> list[PredictedMasks]:
         """Return the masks of all processes, with a record for each label."""
-        packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
-        shapes = _united(processes.gathered(self.shapes))
+        packed = {label: _merged(processes.gathered(self.packed[label])) for label in self.labels}
+        shapes = _merged(processes.gathered(self.shapes))
         return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]
 
 
-def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+def _merged(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _dices(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _dice_curve(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the Dice at each of `THRESHOLDS`, 1 if mask and prediction are empty."""
     truth = mask > 0
     found = []

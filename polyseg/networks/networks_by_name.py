@@ -136,7 +136,7 @@ def build_network(
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
         core, multiple = _by_name(name, in_channels, out_channels, dropout, settings)
-        _drop_idle_biases(core)
+        _remove_unused_biases(core)
     network = SegmentationNetwork(core, multiple)
     layers = _trace_dropout(network, name, in_channels, out_channels)
     if dropout_layers == "auto":
@@ -153,7 +153,7 @@ def build_network(
     return network
 
 
-def _drop_idle_biases(core: nn.Module) -> None:
+def _remove_unused_biases(core: nn.Module) -> None:
     """Remove the biases of convolutions whose output is normalised right away.
 
     They have no effect; their gradients are rounding errors, which Adam would turn into steps.

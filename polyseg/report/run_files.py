@@ -212,7 +212,7 @@ def _pictures(folder: _Folder, place: str) -> dict[str, bytes]:
     return {name: data for name, data in read.items() if data}
 
 
-def _bounded(path: Path, most: int) -> Path:
+def _checked_size(path: Path, most: int) -> Path:
     size = path.stat().st_size
     if size > most:
         raise ValueError(f"has {size:,} bytes, over {most:,}, and is left out")
@@ -220,7 +220,7 @@ def _bounded(path: Path, most: int) -> Path:
 
 
 def _text(path: Path) -> str:
-    return _bounded(path, _LARGEST_TEXT).read_text(encoding="utf-8")
+    return _checked_size(path, _LARGEST_TEXT).read_text(encoding="utf-8")
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -263,20 +263,20 @@ def _history(path: Path) -> list[dict[str, float]]:
 
 
 def _checkpoint(path: Path) -> Checkpoint:
-    checkpoint = read_checkpoint(_bounded(path, _LARGEST_CHECKPOINT), with_weights=False)
+    checkpoint = read_checkpoint(_checked_size(path, _LARGEST_CHECKPOINT), with_weights=False)
     _check_labels(checkpoint.config.data.labels)
     return checkpoint
 
 
 def _assessment(sha256: str | None, path: Path) -> Assessment:
-    assessment = read_assessment(_bounded(path, _LARGEST_ARRAYS), sha256=sha256)
+    assessment = read_assessment(_checked_size(path, _LARGEST_ARRAYS), sha256=sha256)
     _check_epoch(assessment.epoch)
     _check_labels(assessment.label_names)
     return assessment
 
 
 def _schedule(path: Path) -> Schedule:
-    schedule = read_schedule(_bounded(path, _LARGEST_ARRAYS))
+    schedule = read_schedule(_checked_size(path, _LARGEST_ARRAYS))
     for epoch in schedule.epochs:
         _check_epoch(epoch)
     _check_labels(dict.fromkeys(schedule.labels or [""]))
@@ -295,7 +295,7 @@ def _check_labels(labels: Collection[str]) -> None:
 
 def _png(path: Path) -> bytes:
     """Return the bytes of a PNG file of a size that browsers accept."""
-    data = _bounded(path, LARGEST_PICTURE).read_bytes()
+    data = _checked_size(path, LARGEST_PICTURE).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:

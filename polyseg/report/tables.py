@@ -132,7 +132,7 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> tables.Record:
     """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
-        found = {key: _bounded(value) for key, value in evaluation.summary.items()}
+        found = {key: _shortened(value) for key, value in evaluation.summary.items()}
         entries = tables.records(found, "runs")
         if not evaluation.compares:
             own, several = evaluation.name, len({tables.Network(one).name for one in entries}) > 1
@@ -147,12 +147,12 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> tables.Record:
     return merged
 
 
-def _bounded(value: Any) -> Any:
+def _shortened(value: Any) -> Any:
     """Return a value with its texts, lists and mappings shortened for a page."""
     if isinstance(value, dict):
-        return {brief(key): _bounded(one) for key, one in list(value.items())[:_MOST]}
+        return {brief(key): _shortened(one) for key, one in list(value.items())[:_MOST]}
     if isinstance(value, list):
-        return [_bounded(one) for one in value[:_MOST]]
+        return [_shortened(one) for one in value[:_MOST]]
     return value if isinstance(value, int | float | None) else brief(value)
 
 

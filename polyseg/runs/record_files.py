@@ -354,7 +354,7 @@ def _columns(
     }
 
 
-def _is_packed_as_ours(maps: Any) -> bool:
+def _has_expected_chunks(maps: Any) -> bool:
     """Return whether each chunk was written, by our filters, with a plausible size.
 
     A chunk that was never written would be read as zeros of any size, and HDF5's filters trust
@@ -394,7 +394,7 @@ def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
         plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
         if not plausible or len(dataset) != n or dataset.dtype != np.float16:
             raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
-        if dataset.chunks != (1, *dataset.shape[1:]) or not _is_packed_as_ours(dataset):
+        if dataset.chunks != (1, *dataset.shape[1:]) or not _has_expected_chunks(dataset):
             raise ValueError(f"maps/{name} must have one compressed chunk for each image")
         maps[name] = [dataset[i] for i in range(n)]
     return maps

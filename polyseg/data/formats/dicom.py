@@ -81,7 +81,7 @@ def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, descri
         sides = (int(parts[0].header.Rows), int(parts[0].header.Columns))
         frames = sum(_frames_of(part.header) for part in parts)
         refuse_other_shape(source, (frames, *sides), labels)
-        series = _new_identity(parts[0].header, "SeriesInstanceUID", labels, target.name)
+        series = _new_uid(parts[0].header, "SeriesInstanceUID", labels, target.name)
     for k, part in enumerate(parts):
         with guarded(part.path):
             mask = labels[k : k + 1] if len(parts) > 1 else labels
@@ -105,7 +105,7 @@ def _parts(path: Path) -> list[_Part]:
     for one in found:
         with guarded(one):
             parts.append(_Part(one, _dicom_header(one)))
-    _refuse_mixture(path, parts)
+    _refuse_mixed_series(path, parts)
     return _in_order(parts)
 
 
@@ -125,7 +125,7 @@ def _dicom_header(path: Path) -> Any:
     return header
 
 
-def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
+def _refuse_mixed_series(path: Path, parts: Sequence[_Part]) -> None:
     series = sorted({str(part.header.get("SeriesInstanceUID", "none")) for part in parts})
     if len(series) > 1:
         shown = ", ".join(series[:4]) + (", ..." if len(series) > 4 else "")
@@ -318,7 +318,7 @@ def _derived(part: _Part, labels: NDArray[Any], series: str, description: str) -
         if name in source:
             derived[name] = source[name]
     derived.SOPClassUID = _SECONDARY if len(labels) == 1 else _SECONDARY_FRAMES[bits]
-    derived.SOPInstanceUID = _new_identity(
+    derived.SOPInstanceUID = _new_uid(
         source, "SOPInstanceUID", labels, f"{series} {part.path.name}"
     )
     derived.SeriesInstanceUID = series
@@ -364,7 +364,7 @@ def _geometry_of(groups: Any) -> Iterator[Any]:
         yield kept
 
 
-def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
+def _new_uid(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
     """Return an identifier determined by the source's identifier, the labels and the purpose."""
     from pydicom.uid import generate_uid
 

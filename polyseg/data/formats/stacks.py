@@ -67,9 +67,9 @@ def guarded(path: Path) -> Iterator[None]:
     except MemoryError:
         raise PolysegError(f"{path}: does not fit into memory") from None
     except OSError as error:
-        raise PolysegError(_line(path, reason(error))) from None
+        raise PolysegError(_error_line(path, reason(error))) from None
     except Exception as error:  # Decoders fail on damaged files in many ways.
-        raise PolysegError(_line(path, str(error) or type(error).__name__)) from None
+        raise PolysegError(_error_line(path, str(error) or type(error).__name__)) from None
 
 
 def imported(name: str, path: Path, kind: str) -> Any:
@@ -83,7 +83,7 @@ def imported(name: str, path: Path, kind: str) -> Any:
         ) from None
 
 
-def _line(path: Path, why: str) -> str:
+def _error_line(path: Path, why: str) -> str:
     words = " ".join(why.split())[:120].rstrip()
     shown = "".join(letter if letter.isprintable() else "?" for letter in words)
     return f"{path}: cannot be read as an image: {shown}"
@@ -173,7 +173,7 @@ def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     if pixels.dtype in _IMAGE_TYPES:
         return pixels
     if pixels.dtype.kind in "iu":
-        return pixels.astype(_type_for(pixels, (np.int16, np.uint16)) or np.float32)
+        return pixels.astype(_first_fitting_type(pixels, (np.int16, np.uint16)) or np.float32)
     with np.errstate(over="ignore"):
         return _native(path, pixels.astype(np.float32))
 
@@ -195,7 +195,7 @@ def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     if pixels.dtype.kind in "iu":
         return pixels
     near = all((abs(one - np.rint(one)) <= 1e-3).all() for one in pixels)
-    if not near or _type_for(pixels, (np.int32,)) is None:
+    if not near or _first_fitting_type(pixels, (np.int32,)) is None:
         return pixels.astype(np.float32, copy=False)
     # In the same memory where possible, because a volume of labels may be large.
     reused = pixels.dtype == np.float32 and pixels.flags.writeable
@@ -211,7 +211,7 @@ def whole_numbers(pixels: NDArray[Any]) -> NDArray[Any]:
     >>> whole_numbers(np.array([[1.0, -7.0]])).dtype, whole_numbers(np.array([[0.5]])).dtype
     (dtype('int16'), dtype('float64'))
     """
-    kind = _type_for(pixels, (np.int16,)) if pixels.dtype == np.float64 else None
+    kind = _first_fitting_type(pixels, (np.int16,)) if pixels.dtype == np.float64 else None
     if kind is None or not all(np.array_equal(one, np.rint(one)) for one in pixels):
         return pixels
     return pixels.astype(kind)
@@ -226,7 +226,7 @@ def _native(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
-def _type_for(pixels: NDArray[Any], kinds: tuple[type[np.integer[Any]], ...]) -> Any:
+def _first_fitting_type(pixels: NDArray[Any], kinds: tuple[type[np.integer[Any]], ...]) -> Any:
     """Return the first type whose range holds all values, or None."""
     low, high = pixels.min(), pixels.max()
     for kind in kinds:

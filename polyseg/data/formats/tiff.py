@@ -61,11 +61,11 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
     (5, 20, 30, 1)
     """
     with guarded(path):
-        _refuse_tangled_tiff(path)
+        _refuse_circular_tiff(path)
         with _opened_tiff(path) as file:
             series = _only_series(path, file)
             page = series.keyframe
-            _refuse_misleading_tiff(path, page)
+            _refuse_unsupported_tiff(path, page)
             _refuse_incomplete_tiff(path, series)
             _refuse_if_large_tiff(path, series)
             pixels = _stack_of(path, file, series, labels=labels)
@@ -77,7 +77,7 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
 def tiff_resolution(path: Path) -> tuple[tuple[float, float], int] | None:
     """Return pixels per unit, across and down, and the unit's number of a TIFF that was read."""
     with guarded(path):
-        _refuse_tangled_tiff(path)
+        _refuse_circular_tiff(path)
         with _opened_tiff(path) as file:
             return _resolution(file.pages.first)
 
@@ -86,7 +86,7 @@ def _opened_tiff(path: Path) -> Any:
     return tifffile.TiffFile(path, **{f"is_{kind}": False for kind in _FOREIGN_KINDS})
 
 
-def _refuse_tangled_tiff(path: Path) -> None:
+def _refuse_circular_tiff(path: Path) -> None:
     """Walk the directories once, because tifffile would follow a circle of them forever."""
     size = path.stat().st_size
     seen: set[int] = set()
@@ -151,7 +151,7 @@ def _only_series(path: Path, file: Any) -> Any:
     return series[0]
 
 
-def _refuse_misleading_tiff(path: Path, page: Any) -> None:
+def _refuse_unsupported_tiff(path: Path, page: Any) -> None:
     """Raise on compressions and kinds of pixels that are not read."""
     kind = getattr(page.compression, "name", page.compression)
     if kind not in _COMPRESSIONS:

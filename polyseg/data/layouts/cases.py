@@ -145,7 +145,7 @@ class Folders:
                         )
                     if is_junk(entry.name):
                         continue
-                    if exists(entry, "folder") and not _leads_back(entry):
+                    if exists(entry, "folder") and not _links_to_parent(entry):
                         folders.append(entry.name)
                     elif exists(entry, "file"):
                         readable = is_readable(folder / entry.name)
@@ -378,7 +378,7 @@ def seen_in(folder: Path) -> str:
     return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"
 
 
-def _leads_back(entry: os.DirEntry[str]) -> bool:
+def _links_to_parent(entry: os.DirEntry[str]) -> bool:
     if not entry.is_symlink():
         return False
     target, here = Path(entry.path).resolve(), Path(entry.path).parent.resolve()

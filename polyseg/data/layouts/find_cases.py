@@ -44,7 +44,7 @@ def find_cases(
     _check_settings(source)
     found = _first(source)
     if found is None:
-        raise PolysegError(*_unknown(source))
+        raise PolysegError(*_unknown_layout(source))
     files = [file for case in found.cases for file in (*case.images, *(case.masks or ()))]
     notes, problems = left_out(source.folders, (file.parent for file in files))
     return replace(found, notes=(*found.notes, *notes), problems=(*found.problems, *problems))
@@ -87,7 +87,7 @@ def _check_settings(source: Source) -> None:
         raise PolysegError(f"{path}: is a folder; data.layout=manifest takes a CSV file")
 
 
-def _unknown(source: Source) -> Sequence[str]:
+def _unknown_layout(source: Source) -> Sequence[str]:
     """Return the error lines about a folder without a known layout."""
     path, layout = source.path, source.layout
     lacks = "has no known layout" if not source.chosen else f"does not fit data.layout={layout}"

@@ -66,15 +66,15 @@ def read_suffixes(source: Source) -> Layout | None:
 def _read_listed(source: Source) -> Layout:
     """Read the folders or patterns that the settings give, several masks of an image united."""
     search = _Search(source)
-    masks = _listed(source, "masks") or _found(search, "masks")
+    masks = _listed(source, "masks") or _files_of_side(search, "masks")
     used = [file for items in masks.values() for files in items.values() for file in files]
-    images = _listed(source, "images") or _found(search, "images", used)
+    images = _listed(source, "images") or _files_of_side(search, "images", used)
     pictures: dict[str, list[Path]] = {}
     for items in images.values():
         for stem, files in items.items():
             pictures.setdefault(stem, []).extend(files)
     findings = Findings(source.unmasked, search.problems, search.notes)
-    _refuse_twice(str(source.path), pictures, findings)
+    _report_repeated(str(source.path), pictures, findings)
     pairs = [match(pictures, items) for items in masks.values()]
     for name, pair in zip(masks, pairs, strict=True):
         findings.problem(name, "mask", pair.lost, "without an image")
@@ -107,13 +107,13 @@ def _listed(source: Source, side: str) -> dict[str, _Files]:
     return found
 
 
-def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[str, _Files]:
+def _files_of_side(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[str, _Files]:
     """Return the files of the folder named like this side, or of the data set's own folder."""
     root = search.source.path
     folders = search.candidates(root)[0 if side == "images" else 1]
     taken = {file.parent for file in without}
     folders = [each for each in folders if each not in taken]
-    place = _only(root, side, folders) if folders else next(iter(taken), root)
+    place = _single(root, side, folders) if folders else next(iter(taken), root)
     items = {
         stem: kept
         for stem, files in items_of(search.folders, place).items()
@@ -124,7 +124,7 @@ def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[s
     return {f"{place.name}/": items}
 
 
-def _refuse_twice(where: str, items: Mapping[str, Sequence[Path]], findings: Findings) -> None:
+def _report_repeated(where: str, items: Mapping[str, Sequence[Path]], findings: Findings) -> None:
     twice = [stem for stem, files in items.items() if len(files) > 1]
     findings.problem(where, "name", twice, "shared by two files that differ in suffix; keep one")
 
@@ -219,7 +219,7 @@ class _Search:
         for each in self.folders.list(folder).folders:
             if plain(each.name) == OTHER_OBSERVER and each not in masks:
                 self._note(f"{each}: holds a second observer's annotations: left out")
-        only_images, only_masks = _only(folder, "images", images), _only(folder, "masks", masks)
+        only_images, only_masks = _single(folder, "images", images), _single(folder, "masks", masks)
         return self._nested(only_images, only_masks, part, prefix)
 
     def _compounds(self, folder: Path, part: str | None, prefix: str) -> list[_Unit]:
@@ -232,8 +232,8 @@ class _Search:
         units = []
         for name, sides in found.items():
             if sides["images"] and sides["masks"]:
-                images = _only(folder, "images", sides["images"])
-                masks = _only(folder, "masks", sides["masks"])
+                images = _single(folder, "images", sides["images"])
+                masks = _single(folder, "masks", sides["masks"])
                 units += self._nested(images, masks, part or name, _joined(prefix, name))
         for name, sides in found.items() if units else ():
             if not sides["masks"]:
@@ -291,7 +291,7 @@ class _Search:
         items = items_of(self.folders, folder, series=False)
         _, masks = split_by_suffix(items)
         if not masks:
-            _refuse_two_kinds(folder, items)
+            _refuse_unclear_masks(folder, items)
         return [_Unit(folder, None, part, prefix)] if masks else []
 
     def _below(self, folder: Path, part: str | None, prefix: str, depth: int) -> list[_Unit]:
@@ -329,7 +329,7 @@ class _Search:
             self.notes.append(text)
 
 
-def _only(folder: Path, side: str, found: Sequence[Path]) -> Path:
+def _single(folder: Path, side: str, found: Sequence[Path]) -> Path:
     if len(found) > 1:
         raise ambiguity(folder, side, [each.name for each in found])
     return found[0]
@@ -362,7 +362,7 @@ def items_of(folders: Folders, folder: Path, *, series: bool = True) -> dict[str
     return found
 
 
-def _refuse_two_kinds(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
+def _refuse_unclear_masks(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
     """Raise if two files have each name and their suffixes do not show which is the mask."""
     kinds = {tuple(file.suffix for file in files) for files in items.values()}
     if len(items) > 1 and len(kinds) == 1 and len(pair := kinds.pop()) == 2:
@@ -390,8 +390,8 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
             f"{next(iter(masks))}); expected equal names, or _mask, _segmentation, ... after them"
         )
         return
-    _refuse_twice(where, pictures, findings)
-    _refuse_twice(str(mask_folder), masks, findings)
+    _report_repeated(where, pictures, findings)
+    _report_repeated(str(mask_folder), masks, findings)
     findings.problem(str(mask_folder), "mask", pairs.lost, f"without an image in {where}")
     if pairs.rule.name != "equal":
         image, files = next(iter(pairs.masks.items()))

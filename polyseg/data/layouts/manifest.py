@@ -139,7 +139,7 @@ def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
     if not (row.cells["image"] + row.cells["mask"]).isprintable():
         problem("a path is not valid text")
     for file in (*images, *masks):
-        if what := _misfit(file, folders):
+        if what := _problem_with(file, folders):
             problem(f"{shown(file)}: {what}")
     split, group, own_id = (row.cells.get(name, "") for name in ("split", "group", "id"))
     part = part_of(split)
@@ -155,7 +155,7 @@ def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
     return Case(own_id, images, masks or None, part, group or None)
 
 
-def _misfit(path: Path, folders: Folders) -> str | None:
+def _problem_with(path: Path, folders: Folders) -> str | None:
     if exists(path, "folder"):
         try:
             return None if folders.series(path) else "is a folder, but holds no DICOM series"

@@ -68,7 +68,7 @@ class WindowedEnd:
         """
         network = whole.function
         output = results_of(network)[0]
-        early = _closed(whole.up_to_width(width))
+        early = _with_dependencies(whole.up_to_width(width))
         calls = [node for node in network.graph.nodes if node.op == "call_function"]
         while True:
             late = [node for node in calls if node not in early]
@@ -78,7 +78,7 @@ class WindowedEnd:
             barred = {node for node in late if margins[node] is None}
             if not barred:
                 break
-            early |= _closed(barred)
+            early |= _with_dependencies(barred)
         steps = [_step(node, frame) for node in margins if sides_of(node) is not None]
         head, end = cut(network, early)
         for part in (head, end):
@@ -157,7 +157,7 @@ class WindowedEnd:
         return values
 
 
-def _closed(nodes: set[Node]) -> set[Node]:
+def _with_dependencies(nodes: set[Node]) -> set[Node]:
     """Return operations together with all operations that they depend on."""
     found, waiting = set(nodes), list(nodes)
     while waiting:
@@ -257,7 +257,7 @@ def _transposed(
     return max(first, last, 0)
 
 
-def _worst(margins: list[int | None]) -> int | None:
+def _largest(margins: list[int | None]) -> int | None:
     return None if None in margins else max(margins)
 
 
@@ -269,7 +269,7 @@ def _convolution(node: Node, margin: int) -> int | None:
     names = ("stride", "padding", "dilation", *(("output_padding",) if conv.transposed else ()))
     axes = zip(sizes, *(pair(given[name]) for name in names), strict=True)
     rule = _transposed if conv.transposed else _strided
-    return _worst([rule(*axis, margin) for axis in axes])
+    return _largest([rule(*axis, margin) for axis in axes])
 
 
 def _pooling(node: Node, margin: int) -> int | None:
@@ -278,7 +278,7 @@ def _pooling(node: Node, margin: int) -> int | None:
         return None
     stride = given["stride"] or given["kernel_size"]
     settings = (given["kernel_size"], stride, given["padding"], given.get("dilation", 1))
-    return _worst([_strided(*axis, margin) for axis in zip(*map(pair, settings), strict=True)])
+    return _largest([_strided(*axis, margin) for axis in zip(*map(pair, settings), strict=True)])
 
 
 def _upsampling(node: Node, margin: int) -> int | None:
