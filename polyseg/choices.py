@@ -149,7 +149,7 @@ WHOLE_SCORES = Registry(
         needs_mask=True,
     ),
 )
-"""Scores from the passes of MC Dropout over the whole image, whatever the region."""
+"""Scores from the passes of MC Dropout over the whole image, for any region."""
 
 PAIR_SCORES = Registry(
     "score of pairs of passes",
@@ -386,7 +386,7 @@ DROPOUT_KINDS = Registry(
     Row("channel", "whole feature maps", "torch.nn:Dropout2d"),
     Row("element", "single values", "torch.nn:Dropout"),
 )
-"""Each function is a layer that takes its rate, and is a row of `networks.dropout` too."""
+"""Each function is a layer that takes its rate, and is also a row of `networks.dropout`."""
 
 _NETWORKS = "polyseg.networks.networks_by_name"
 

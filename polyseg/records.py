@@ -41,7 +41,7 @@ class Difficulties(NamedTuple):
     ids: list[str]
     """Ids of the images; with K labels each is repeated K times in a row."""
     difficulty: NDArray[np.float64]
-    """(n,), or (n K,)."""
+    """(n,), or (n K,), difficulties D."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class Schedule:
     epochs: NDArray[np.int64]
     """(E,) numbers of the epochs, from 1."""
     epsilon: NDArray[np.float32]
-    """(E, n) as used by the loss."""
+    """(E, n) epsilons as the loss used them."""
     labels: list[str] | None = None
-    """(n,) as in `Assessment`."""
+    """(n,) label of each column, as in `Assessment`."""
     assessed: NDArray[np.int64] | None = None
     """(E,) epoch of the assessment that each epoch uses; -1 before the first assessment."""
     group: NDArray[np.int32] | None = None

@@ -21,7 +21,7 @@ class Row:
     help: str
     """One sentence without a full stop."""
     function: str = ""
-    """Its function as "module:name", imported at first use."""
+    """Function as "module:name", imported at first use."""
 
     def resolve(self) -> Any:
         """Return the function."""

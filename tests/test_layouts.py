@@ -442,7 +442,7 @@ def test_masks_are_paired_by_rules(tmp_path, image, mask, rule):
 
 def test_pairing_rules_skip_masks_that_fit_two_images(tmp_path):
     make(tmp_path, "images/1.png", "images/01.png", "images/2.png", "masks/001.png")
-    assert "no name fits one in" in error_of(tmp_path)
+    assert "no name matches one in" in error_of(tmp_path)
 
 
 def test_masks_of_a_second_observer_are_left_out(tmp_path):

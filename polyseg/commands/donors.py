@@ -16,7 +16,7 @@ _HOW = "make the donors by examples/donors.sh"
 def unseen_errors(
     run: Path, donors: Sequence[Path], ids: Collection[str], labels: Sequence[str]
 ) -> dict[tuple[str, str], float]:
-    """Return 1 - Dice of each image by the donor that has not seen it, by (id, label).
+    """Return 1 - Dice of each image from the donor that has not seen it, by (id, label).
 
     A donor has seen the images of its training part and of its validation part, which chooses the
     checkpoint. The Dice is from the evaluation at the end of its training; NaN if undefined. `ids`

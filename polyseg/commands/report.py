@@ -219,7 +219,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
 
 
 def _loss(settings: Mapping[str, object]) -> str:
-    """Return the name of the loss, and where epsilon comes from if the loss has one."""
+    """Return the name of the loss, and the source of its epsilon if it has one."""
     name, enabled = settings.get("loss.name", DASH), settings.get("control.enabled")
     row = LOSSES.get(name) if isinstance(name, str) else None
     if row is None or not row.has_epsilon:
@@ -445,7 +445,7 @@ def _machines(runs: Sequence[RunFiles]) -> list[Block]:
         for key in list(keys)[:_MOST_FACTS]
     ]
     return [
-        Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
+        Table("Versions and machine.", ["item", *(run.name for run in known)], rows),
         Text(
             "The command of a run, with its settings above, repeats it: with equal results on the "
             "same CPU with the same versions and number of threads."

@@ -169,7 +169,7 @@ class DataConfig(Section):
         "auto",
         "whether images are rotated as their orientation tag (EXIF, TIFF) says",
         choices={
-            "auto": "rotate; stop with an error where image and mask have different tags and their "
+            "auto": "rotate; stop with an error if image and mask have different tags and their "
             "sizes do not show which is right",
             "tag": "rotate images and masks by their own tags",
             "stored": "use images and masks as stored",
@@ -220,7 +220,7 @@ class DataConfig(Section):
     folds: int = _setting(5, "number of cross-validation folds", ge=2, le=1000)
     fold: int | None = _setting(
         None,
-        "fold used for testing, from 0 (for validation where the data set has a test set); null: "
+        "fold used for testing, from 0 (for validation if the data set has a test set); null: "
         "no cross-validation",
         ge=0,
     )
@@ -514,7 +514,7 @@ class UncertaintyConfig(Section):
         "auto",
         "how the passes are computed",
         choices={
-            "auto": "compute parts that do not depend on dropout once for all passes, where that "
+            "auto": "compute parts that do not depend on dropout once for all passes, if that "
             "saves time",
             "plain": "run the whole network in each pass",
         },

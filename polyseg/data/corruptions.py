@@ -27,7 +27,7 @@ from polyseg.errors import PolysegError
 from polyseg.system.seeds import derive_seed
 
 Gray = NDArray[np.float64]
-"""(H, W, C), 0 at the image's 1st percentile and 1 at its 99th."""
+"""Gray values, (H, W, C), 0 at the image's 1st percentile and 1 at its 99th."""
 
 STRENGTHS = (0, 1, 2, 3, 4, 5)
 """Strengths, from none to severe."""

@@ -113,7 +113,7 @@ class ImageSet:
 
     @cached_property
     def known_difficulty(self) -> Mapping[str, float]:
-        """Difficulty by id, where it is known."""
+        """Difficulty by id, for images of known difficulty."""
         return {
             item.id: item.known_difficulty
             for item in self.items

@@ -70,7 +70,7 @@ def with_groups(cases: Sequence[Case], split_given: bool) -> tuple[list[Case], G
 
 
 def _by_folders(cases: Sequence[Case]) -> Guess | None:
-    """Group by the outermost folders below which images lie, if these have numbers."""
+    """Group by the outermost folders that contain images, if these have numbers."""
     places = [case.images[0].parent.parts for case in cases]
     above = len(Path(commonpath([Path(*place) for place in places])).parts)
     for depth in range(above, max(map(len, places))):
@@ -91,7 +91,7 @@ def _is_of_images(name: str) -> bool:
 
 
 def _by_names(cases: Sequence[Case]) -> Guess | None:
-    """Group by the first number that varies, where further numbers follow it in every name."""
+    """Group by the first number that varies, if further numbers follow it in every name."""
     ids = [case.id for case in cases]
     numbers = [list(_NUMBER.finditer(name, name.rfind("/") + 1)) for name in ids]
     usual = Counter(map(len, numbers)).most_common(1)[0][0]

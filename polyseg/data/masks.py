@@ -122,7 +122,7 @@ def lines_about_unclear(unclear: Sequence[UnclearValuesError]) -> list[str]:
 
 
 def _label_map(mask: Path) -> dict[float, str]:
-    """Return names by colour, "liver, ", where a labelmap.txt of CVAT lies beside the masks."""
+    """Return names by colour, "liver, ", if CVAT's labelmap.txt is beside the masks."""
     for folder in mask.parents[:2]:
         with contextlib.suppress(OSError, ValueError):
             lines = (folder / "labelmap.txt").read_text(encoding="utf-8")[:100_000]

@@ -25,9 +25,9 @@ from polyseg.errors import PolysegError, reason
 from polyseg.system.files import atomic_path, read_text, write_text
 
 Image = NDArray[Any]
-"""(H, W, C), of one of DTYPES."""
+"""Pixels, (H, W, C), of one of DTYPES."""
 Masks = NDArray[np.uint8]
-"""(K, H, W) in {0, 1}."""
+"""Masks, (K, H, W) in {0, 1}."""
 
 DTYPES = ("uint8", "uint16", "int16", "float32")
 

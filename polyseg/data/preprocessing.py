@@ -23,7 +23,7 @@ class Levels:
     offset: tuple[float, ...]
     scale: tuple[float, ...]
     clipped: bool = False
-    """True where values are clipped to [0, 1]."""
+    """Whether values are clipped to [0, 1]."""
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return an image, (H, W, C), as (C, H, W) float32.

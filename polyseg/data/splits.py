@@ -156,8 +156,8 @@ def divide(
     if len(groups) < wanted:
         what = "images" if len(groups) == len(members) else "groups"
         raise PolysegError(
-            f"data: {len(groups)} {what} are too few for {wanted} parts; give more, shares of 0 in "
-            "data.split, or fewer data.folds"
+            f"data: {len(groups)} {what} are too few for {wanted} parts; add some, set shares of 0 "
+            "in data.split, or fewer data.folds"
             + ("" if what == "images" else ", or divide single images by data.group=none")
         )
     generator = np.random.default_rng(config.split_seed)

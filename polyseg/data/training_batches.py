@@ -101,7 +101,7 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _raise_file_limit(workers: int) -> None:
-    """Raise the number of files that may be open at once to what the workers need.
+    """Raise the limit of open files to the number that the workers need.
 
     A worker that cannot open a file cannot report it, and training would wait for it forever.
     """

@@ -50,7 +50,7 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
     """Return the metrics of the masks in a folder; those that need probabilities are undefined.
 
     A file has the id of its image as its name: a label map, or one file for each label, as
-    LABEL/ID or as ID_LABEL. Where no file has just the id, any one pattern that gives a file for
+    LABEL/ID or as ID_LABEL. If no file has just the id, any one pattern that gives a file for
     each image is taken, such as ID_seg or ID/ID_trans.
 
     Raises:

@@ -36,9 +36,9 @@ class OutlinedImage:
 
     title: str
     image: Numbers
-    """(H, W), or (H, W, 3) in [0, 1]."""
+    """Image, (H, W), or (H, W, 3) in [0, 1]."""
     masks: Numbers
-    """(K, H, W) in {0, 1}, each outlined in its own colour."""
+    """Masks, (K, H, W) in {0, 1}, each outlined in its own colour."""
 
 
 @styled
@@ -71,10 +71,10 @@ class OverlayCase:
     mean: Numbers
     """(H, W) mean prediction in [0, 1]."""
     uncertainty: Numbers
-    """(H, W) at least 0."""
+    """(H, W) uncertainty, at least 0."""
     difficulty: float
     dice: float
-    """In [0, 1]; NaN without a mask."""
+    """Dice in [0, 1]; NaN without a mask."""
 
 
 @styled

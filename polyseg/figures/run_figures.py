@@ -138,7 +138,7 @@ def draw_extremes(
 
     order = np.argsort(-assessment.difficulty, kind="stable")
     moved = hash_weights(network) != assessment.weights_sha256
-    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
+    since = f" at epoch {assessment.epoch}, measured with the trained network" if moved else ""
     shown = min(config.output.overlays, len(order))
     if shown == 0:
         return []

@@ -102,9 +102,9 @@ class Panel(NamedTuple):
 
     epoch: int
     difficulty: Numbers
-    """(n,)"""
+    """Difficulties D, (n,)."""
     dice: Numbers
-    """(n,) in [0, 1]; NaN without a mask."""
+    """Dice, (n,) in [0, 1]; NaN without a mask."""
     correlation: float
     """Spearman's correlation of D with 1 - Dice."""
 

@@ -43,7 +43,7 @@ class Segmentation:
     """
 
     probability: Values
-    """(H, W) in [0, 1]."""
+    """(H, W) probabilities of foreground, in [0, 1]."""
     truth: Binary
     """(H, W), the foreground of the mask."""
     threshold: float = 0.5
@@ -138,7 +138,7 @@ class Metric(Row):
     """
 
     title: str = ""
-    """Its name in tables and figures."""
+    """Name in tables and figures."""
     value: Callable[[Segmentation], float] = lambda _: math.nan
     decimals: int = 3
     higher_is_better: bool = True

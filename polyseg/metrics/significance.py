@@ -41,7 +41,7 @@ class RankCorrelation(NamedTuple):
     """Spearman's correlation of two series, with its confidence interval."""
 
     value: float
-    """NaN where undefined."""
+    """The correlation; NaN where undefined."""
     interval: Interval
     images: int
     """Number of images with both values."""
@@ -63,7 +63,7 @@ class RankCorrelation(NamedTuple):
 class PairedDifference:
     """Difference of a network from a baseline in one metric on the same images.
 
-    A case is a patient where patients are known, otherwise an image.
+    A case is a patient if patients are known, otherwise an image.
     """
 
     images: int
@@ -211,7 +211,7 @@ def paired_difference(
         baseline: (n,), the metric of each image by one network.
         other: (n,), of the same images by the other; another number of images raises PolysegError.
         groups: n names, such as patients; None makes every image a case of its own.
-        higher_is_better: False where a small value is good, such as a distance.
+        higher_is_better: False if small values are good, such as distances.
         level: level of the interval, in (0, 1).
         resamples: number of resamples of the bootstrap over the cases, at least 1.
         seed: random seed of the resampling.

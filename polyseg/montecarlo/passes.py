@@ -70,7 +70,7 @@ class Passes:
         """Largest number of pixels of passes that run together; 0 to run each pass alone."""
         self.checked: set[tuple[Any, ...]] = set()
         self.joinable: dict[tuple[Any, ...], bool] = {}
-        """Whether passes that run together give the same results, by way of computation."""
+        """Whether passes that run together give the same results, for each way of computation."""
         self.tried = False
 
     def parts(self, batch: Batch) -> Iterator[Batch]:

@@ -52,7 +52,7 @@ class Wanted:
 
     @property
     def whole_frame(self) -> bool:
-        """Whether all pixels are needed, whatever the region."""
+        """Whether all pixels are needed, for any region."""
         return self.save_maps or any(score_of(name).of != "mask" for name in self.also)
 
 

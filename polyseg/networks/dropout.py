@@ -161,7 +161,7 @@ def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
         found, _ = _pass_without_dropout(network, images, seed=seed)
         # NaN of diverged weights is not randomness.
         if (found - expected).nan_to_num().abs().max() > tolerance:
-            what = ", ".join(sorted(drawn)) or "a generator of its own"
+            what = ", ".join(sorted(drawn)) or "its own generator"
             raise PolysegError(
                 f"network: its output in training is random even without its dropout layers, by "
                 f"{what}, which MC Dropout cannot control; replace it by nn.Dropout or "

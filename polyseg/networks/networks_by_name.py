@@ -33,7 +33,7 @@ _LARGEST_MULTIPLE = 512
 _MOST_BLOCKS = 16
 _WINDOWS_AT_ONCE = 4
 _BYTES_OF_TRAINING = 16
-"""Bytes for each parameter: itself, its gradient and two moments, in float32."""
+"""Bytes for a parameter, its gradient and two moments, in float32."""
 _SET_ELSEWHERE = ("spatial_dims", "in_channels", "out_channels", "dropout", "deep_supervision")
 
 

@@ -52,7 +52,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, as many as fit."""
+    """Pictures in rows, side by side."""
 
     pictures: Sequence[Picture]
 

@@ -138,7 +138,7 @@ class _Folder:
         self.remarks: list[str] = []
 
     def read(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
-        """Return what `reader` reads, or `missing`, with a remark if the file exists."""
+        """Return the result of `reader`, or else `missing`, with a remark if the file exists."""
         path = self.path / name
         try:
             if not path.exists() and not path.is_symlink():
@@ -155,7 +155,7 @@ class _Folder:
             *(RuntimeError, SyntaxError, EOFError, csv.Error, PolysegError),
         ) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        # A page should not disclose where the folder is.
+        # A page should not disclose the path of the folder.
         reason = " ".join(reason.replace(f"{path}: ", "").split())[:200]
         self.remarks.append(f"{name} could not be read: {reason}")
         return missing

@@ -132,7 +132,7 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     text = json.dumps(header)
     stored = {name: stored_of(values) for name, values in tensors.items()}
     metadata = {"polyseg": text, "sha256": digest_of(text, stored)}
-    # Not `save_file`, which writes a temporary file of its own.
+    # Not `save_file`, which writes its own temporary file.
     with atomic_path(path) as temporary:
         temporary.write_bytes(_packed(tensors, metadata))
 

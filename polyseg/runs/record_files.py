@@ -207,7 +207,7 @@ def _refuse_damage(path: Path) -> None:
     with path.open("rb") as stream:
         found = stream.read(_SEAL_BYTES)
         if not found.startswith(_SEAL.encode()):
-            raise ValueError("has no sha256: it is of an earlier schema or of another program")
+            raise ValueError("has no sha256: an earlier schema or another program wrote it")
         if found != _seal_of(stream):
             raise ValueError("its sha256 differs: it is damaged")
 
@@ -235,7 +235,7 @@ def _has(file: Any, name: str) -> bool:
 
 
 def _dataset(file: Any, name: str) -> Any:
-    """Return a dataset that lies in this file: no link, and neither external nor virtual."""
+    """Return a dataset of this file, which is no link, and neither external nor virtual."""
     if not _has(file, name):
         raise ValueError(f"{name} is missing")
     group = file[name]

@@ -74,7 +74,7 @@ class Disk:
 
 
 disk = Disk()
-"""The disk that all durable writing goes through."""
+"""The disk that all durable writing uses."""
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class Portions:
     """
 
     def __init__(self, task: str, advice: str) -> None:
-        """Set the task, for the log and for errors, and what to do if one image does not fit."""
+        """Set the task, for the log and for errors, and the advice if one image does not fit."""
         self.task, self.advice = task, advice
         self.most = self.reported = sys.maxsize
 

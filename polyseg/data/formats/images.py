@@ -54,8 +54,8 @@ def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
     colours, alpha = pixels[..., :-1], pixels[..., -1]
     if (colours == colours[:1, :1]).all() and alpha.min() != alpha.max():
         raise PolysegError(
-            f"{path}: is of one colour and differs by its transparency alone, which is dropped; "
-            "save the mask as gray"
+            f"{path}: has one colour and differs only in transparency, which is dropped; save the "
+            "mask as gray"
         )
 
 

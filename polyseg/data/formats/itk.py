@@ -169,7 +169,7 @@ def voxels_of(path: Path) -> Path:
 
 
 def _voxels(path: Path) -> _Voxels:
-    """Return where voxels are; a header may name any file, so only one beside it is accepted."""
+    """Return the place of voxels; a header may name any file, so only one beside is accepted."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER)
     packed = None

@@ -1,7 +1,6 @@
 """Read and write NIfTI volumes; the only module that imports nibabel.
 
-Slices are laid out as radiologists look at them, and do not depend on the order of the voxels on
-disk: axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones
+Slices are oriented as radiologists view them, and do not depend on the order of the voxels on disk: axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones
 from front to back, rows downward, columns to the left; sagittal ones from right to left, rows
 downward, columns to the back. A volume of a single slice is shown as that slice in every plane.
 """
@@ -47,8 +46,8 @@ def read_nifti(
 ) -> Stack:
     """Read a NIfTI volume, .nii or .nii.gz, of two or three axes and optionally one of channels.
 
-    Images are scaled by slope and intercept where the header has them. NaN, which some scanners'
-    programs write where nothing was measured, becomes the smallest value. With `stored` the voxels
+    Images are scaled by slope and intercept if the header has them. NaN, which some scanners'
+    programs write for missing measurements, becomes the smallest value. With `stored` the voxels
     are shown in their order, and the orientation in the header is ignored.
 
     >>> import tempfile, nibabel

@@ -26,7 +26,7 @@ LARGEST_DECODED = 2**31
 MOST_SLICES = 2**14
 MOST_CHANNELS = 64
 
-# A file may unpack to this many bytes, or to so many times its own size. No real picture is packed
+# A file may unpack to this many bytes, or to this multiple of its size. No real picture is packed
 # to below 1 %. Volumes of labels may be, up to the limit of gzip, but unpacking larger ones only to
 # find them empty would take too long.
 SMALL = 2**26

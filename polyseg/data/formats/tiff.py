@@ -103,7 +103,7 @@ def _refuse_circular_tiff(path: Path) -> None:
             bytes_of_value = count * (_BYTES_OF_TYPE[kind] if kind < len(_BYTES_OF_TYPE) else 1)
             values += bytes_of_value if bytes_of_value > 8 else 0
             if code == _SUBIMAGES_TAG and count > _MOST_SUBIMAGES:
-                raise PolysegError(f"{path}: a page has {count} pages of its own; remove them")
+                raise PolysegError(f"{path}: a page has {count} sub-pages; remove them")
         if values > size:
             raise PolysegError(f"{path}: is damaged: its tags are longer than the file")
 
@@ -144,7 +144,7 @@ def _only_series(path: Path, file: Any) -> Any:
         sizes = ", ".join(" x ".join(map(str, one.shape)) for one in series[:4])
         raise PolysegError(
             f"{path}: holds {len(series)} images of different kinds ({sizes}); "
-            "save each as a file of its own"
+            "save each in its own file"
         )
     if any(page is None for page in series[0].pages):
         raise PolysegError(f"{path}: is damaged: not all of its pages are there")

@@ -35,7 +35,7 @@ def write_labels(
     Args:
         source: the image's file, or the folder of its series.
         labels: slices in the order in which `source` is read.
-        folder: where to write.
+        folder: folder of the new file.
         name: name of the file, without suffix.
         plane: how `source` was sliced.
 

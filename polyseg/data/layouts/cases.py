@@ -65,13 +65,13 @@ class Layout:
     cases: list[Case]
     """Cases in order of their ids, which are unique and printable."""
     labels: Mapping[str, int]
-    """Names of label values where a dataset.json gives them, without the background."""
+    """Names of label values if a dataset.json gives them, without the background."""
     notes: tuple[str, ...] = ()
     """Lines for the log."""
     problems: tuple[str, ...] = ()
     """Lines about wrong names and missing files; the content of files is checked later."""
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Label values of each task that the data set declares; empty where it declares none."""
+    """Label values of each task that the data set declares; empty if it declares none."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Findings:
     def add(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
         """Add cases, and treat those without a mask by `unmasked`.
 
-        The prefix precedes their ids where two ids would be equal without it.
+        The prefix precedes ids if two ids would be equal without it.
 
         >>> findings = Findings("empty")
         >>> findings.add("a/images", [Case("1", (Path("a/images/1.png"),), None)])
@@ -287,7 +287,7 @@ def is_junk(name: str) -> bool:
 
 
 def exists(path: Path | os.DirEntry[str], kind: Literal["file", "folder"]) -> bool:
-    """Return whether a file or folder exists; False where a path is too long or circular.
+    """Return whether a file or folder exists; False if a path is too long or circular.
 
     >>> exists(Path("x" * 5000), "file")
     False

@@ -59,7 +59,7 @@ def read_folders(source: Source) -> Layout | None:
 
 
 def read_suffixes(source: Source) -> Layout | None:
-    """Read masks beside their images where the user says so; `read_folders` finds them as well."""
+    """Read masks beside their images if the user asks for it; `read_folders` finds them too."""
     return read_folders(source) if source.chosen else None
 
 
@@ -386,7 +386,7 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
         findings.problems.append(f"{where}: holds no image ({' '.join(readable_suffixes())})")
     if pictures and masks and not pairs.masks:
         findings.problems.append(
-            f"{where}: no name fits one in {mask_folder} (such as {next(iter(pictures))} and "
+            f"{where}: no name matches one in {mask_folder} (such as {next(iter(pictures))} and "
             f"{next(iter(masks))}); expected equal names, or _mask, _segmentation, ... after them"
         )
         return

@@ -239,7 +239,7 @@ def _channels(root: Path, description: _Json) -> int | None:
 def _label_values(root: Path, description: _Json) -> tuple[dict[str, int], _Regions]:
     """Return labels, {"tumour": 1} of version 2 or {"1": "tumour"} of version 1, and regions.
 
-    A region is a task of several values; where there is one, each other label is a task too.
+    A region is a task of several values; if there is one, every other label is a task too.
     """
     where = f"{root / DESCRIPTION}: labels"
     said = description.get("labels", {})

@@ -100,7 +100,7 @@ def center_of(blob: Blob) -> Place:
 
 
 def smooth_noise(rng: np.random.Generator, size: Size, rows: float, columns: float) -> Field:
-    """Return noise of mean 0 and deviation about 1 with so many bumps down and across."""
+    """Return noise of mean 0 and deviation about 1, with `rows` by `columns` bumps."""
     grid = rng.standard_normal((max(round(rows), 2) + 2, max(round(columns), 2) + 2))
     y = np.linspace(0.5, grid.shape[0] - 1.5, size[0])
     x = np.linspace(0.5, grid.shape[1] - 1.5, size[1])

@@ -24,7 +24,7 @@ _PAINTERS = {"ultrasound": ultrasound.paint, "endoscopy": endoscopy.paint}
 
 @dataclass(frozen=True)
 class Phantom:
-    """An image of a lesion, where the lesion is, and what makes it hard to find.
+    """An image of a lesion, its mask, and its factors of difficulty.
 
     Attributes:
         id: such as "phantom_0007".
