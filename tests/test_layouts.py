@@ -239,7 +239,7 @@ def test_set_without_any_mask_is_refused(tmp_path):
 def test_names_that_never_match_give_one_line(tmp_path):
     make(tmp_path, *many("images/a#.png"), *many("masks/b#.png"))
     text = error_of(tmp_path)
-    assert "no name fits" in text
+    assert "no name matches" in text
     assert "such as a1 and b1" in text
     assert "\n" not in text
 

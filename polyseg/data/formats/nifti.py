@@ -1,8 +1,9 @@
 """Read and write NIfTI volumes; the only module that imports nibabel.
 
-Slices are oriented as radiologists view them, and do not depend on the order of the voxels on disk: axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones
-from front to back, rows downward, columns to the left; sagittal ones from right to left, rows
-downward, columns to the back. A volume of a single slice is shown as that slice in every plane.
+Slices are oriented as radiologists view them, and do not depend on the order of the voxels on disk:
+axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones from
+front to back, rows downward, columns to the left; sagittal ones from right to left, rows downward,
+columns to the back. A volume of a single slice is shown as that slice in every plane.
 """
 
 import gzip

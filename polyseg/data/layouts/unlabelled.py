@@ -40,7 +40,7 @@ def find_unlabelled(paths: Sequence[Path]) -> list[Case]:
         Cases in order of their ids; names of folders precede ids that would not be unique.
 
     Raises:
-        PolysegError: one cannot be read or holds no image; all of them are named, a line each.
+        PolysegError: one cannot be read or holds no image; the message names all, one per line.
     """
     folders = Folders()
     cases: list[Case] = []
