@@ -22,7 +22,7 @@ from polyseg.evaluation.testing_networks import (
     ImageTest,
     MaskKeeper,
     NetworkResults,
-    judge,
+    scores_of,
     true_masks,
 )
 from polyseg.metrics.image_metrics import METRICS
@@ -61,7 +61,9 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
     files = _files_of(folder, test, config)
     keeper = MaskKeeper(test.name, labels, dict.fromkeys(labels, 0.5))
     predictions = (keeper(one) for one in _predictions(test, files, config))
-    scores = [_without_probabilities(run) for run in judge(test, predictions, keeper.thresholds)]
+    scores = [
+        _without_probabilities(run) for run in scores_of(test, predictions, keeper.thresholds)
+    ]
     if not any(image.predicted_pixels for run in scores for image in run.scores):
         log.warning("%s: no mask has foreground; see data.foreground", folder)
     return NetworkResults(scores, [], keeper.masks(test.processes))

@@ -159,7 +159,7 @@ class ImagePrediction(NamedTuple):
 
 def score(network: SegmentationNetwork, test: ImageTest) -> list[RunScores]:
     """Return the metrics of a network without dropout at threshold 0.5, a record for each label."""
-    return judge(test, _plain(network, test), dict.fromkeys(test.images.labels, 0.5))
+    return scores_of(test, _plain(network, test), dict.fromkeys(test.images.labels, 0.5))
 
 
 def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str, float]:
@@ -188,14 +188,14 @@ def measure_network(model: Model, test: ImageTest, load: Load) -> NetworkResults
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
     if test.settings.uncertainty:
-        scores = judge(test, _passes(model, test), thresholds, "mc_mean")
+        scores = scores_of(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
     kept = MaskKeeper(test.name, test.images.labels, thresholds)
     predictions = (
         kept(one._replace(uncertainty=uncertainty.get(one.id, {})))
         for one in _plain(model.network, test)
     )
-    plain = judge(test, predictions, thresholds)
+    plain = scores_of(test, predictions, thresholds)
     points = list(_under_corruption(model, test, plain))
     return NetworkResults(plain + scores, points, kept.masks(test.processes))
 
@@ -326,7 +326,7 @@ def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
     yield part
 
 
-def judge(
+def scores_of(
     test: ImageTest,
     predictions: Iterable[ImagePrediction],
     thresholds: Mapping[str, float],
@@ -401,7 +401,7 @@ def _under_corruption(
             )
             task = f"testing {test.name} under {corruption} {strength}"
             predictions = _plain(model.network, dataclasses.replace(test, images=images), task)
-            for run in judge(test, predictions, thresholds):
+            for run in scores_of(test, predictions, thresholds):
                 yield RobustnessPoint(run.title, corruption, strength, run.scores)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-FEWEST_JUDGED = 4
+FEWEST_PASSES = 4
 """Smallest number of passes for a standard error and a rank stability. With fewer, half of the
 passes is a single pass, whose mutual information and variance are 0."""
 

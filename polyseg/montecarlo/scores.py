@@ -17,7 +17,7 @@ from polyseg.choices import FREE_SCORES, REGIONS, UNCERTAINTIES, Score, score_na
 from polyseg.difficulty import foreground_mean, mean_by_image
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
-from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_stability
+from polyseg.metrics.rank_stability import FEWEST_PASSES, jackknife_error, rank_stability
 from polyseg.montecarlo.passes import Passes
 from polyseg.montecarlo.regions import select_region
 from polyseg.networks.inference import images_of, size_text
@@ -232,7 +232,7 @@ class Results:
 
     def errors(self) -> NDArray[np.float64]:
         """Return the standard errors of the scores, (metrics, rows); NaN for too few passes."""
-        if self.everything.count < FEWEST_JUDGED:
+        if self.everything.count < FEWEST_PASSES:
             return np.full_like(self.scores(), np.nan)
         left_out = [self.scores(self.everything.without(group)) for group in self.groups]
         return jackknife_error(np.stack(left_out))
@@ -242,7 +242,7 @@ class Results:
 
         They are NaN for too few passes.
         """
-        if self.everything.count < FEWEST_JUDGED:
+        if self.everything.count < FEWEST_PASSES:
             return np.full((1, 2, *self.scores().shape), np.nan)
         middle = len(self.groups) // 2
         ways = []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from polyseg.difficulty import FALLBACKS
-from polyseg.metrics.rank_stability import FEWEST_JUDGED, spearman
+from polyseg.metrics.rank_stability import FEWEST_PASSES, spearman
 from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment
 from polyseg.system.files import csv_table
@@ -26,8 +26,8 @@ def describe(assessment: Assessment) -> str:
     error, stability = np.median(errors), assessment.rank_stability[assessment.metric]
     text += f"; {assessment.samples} passes, "
     text += f"standard error {error:.4f}, rank stability {stability:.3f}".replace("nan", "-")
-    if assessment.samples < FEWEST_JUDGED:
-        text += f" (needs {FEWEST_JUDGED} passes)"
+    if assessment.samples < FEWEST_PASSES:
+        text += f" (needs {FEWEST_PASSES} passes)"
     return text
 
 

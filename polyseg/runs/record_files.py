@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from polyseg.choices import UNCERTAINTIES, WHOLE_SCORES, map_names, score_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
-from polyseg.metrics.rank_stability import FEWEST_JUDGED
+from polyseg.metrics.rank_stability import FEWEST_PASSES
 from polyseg.records import Assessment, Metric, Schedule
 from polyseg.registry import is_own
 from polyseg.system.files import atomic_path, sha256_of_file
@@ -56,9 +56,9 @@ def write_assessment(path: str | Path, assessment: Assessment) -> str:
         for name, values in assessment.scores.items():
             place = f"scores/{_key(name)}"
             file[place] = values
-            if name in assessment.rank_stability and assessment.samples >= FEWEST_JUDGED:
+            if name in assessment.rank_stability and assessment.samples >= FEWEST_PASSES:
                 file[place].attrs["rank_stability"] = assessment.rank_stability[name]
-        judged = assessment.scores_se if assessment.samples >= FEWEST_JUDGED else {}
+        judged = assessment.scores_se if assessment.samples >= FEWEST_PASSES else {}
         for name, values in judged.items():
             file[f"scores_se/{_key(name)}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
@@ -84,7 +84,7 @@ def read_assessment(
         n, attributes = len(ids), _attributes(file)
         names = _score_names(attributes["metric"])
         scores = _columns(file, "scores", n, names)
-        if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros here.
+        if attributes["samples"] < FEWEST_PASSES:  # Version 0.1 wrote zeros here.
             judged = {*UNCERTAINTIES, *WHOLE_SCORES, *filter(is_own, scores)}
             measured = [name for name in names if name in scores and name in judged]
             errors = {name: np.full(n, np.nan) for name in measured}
