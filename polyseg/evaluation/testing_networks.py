@@ -340,7 +340,7 @@ def scores_of(
     curves = [ReliabilityCurve() for _ in labels]
     for one in predictions:
         spacing = spacings[one.id] if in_mm else None
-        rows.append(_scores_of(test, one, thresholds, spacing))
+        rows.append(_scores_of_image(test, one, thresholds, spacing))
         for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
             curve.add(probability, masks)
     rows, of_all = test.processes.joined(rows), test.processes.gathered(curves)
@@ -359,7 +359,7 @@ def scores_of(
     ]
 
 
-def _scores_of(
+def _scores_of_image(
     test: ImageTest,
     one: ImagePrediction,
     thresholds: Mapping[str, float],
