@@ -9,11 +9,11 @@ from collections.abc import MutableMapping
 from typing import Any
 
 _SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
-"""Longest spinning of an idle OpenMP thread: iterations (GNU), milliseconds (LLVM and Intel)."""
+"""Spinning time of idle OpenMP threads: in iterations (GNU) or milliseconds (LLVM and Intel)."""
 
 
 def main() -> None:
-    """Run the command line, without a traceback if a signal comes before or after it."""
+    """Run the command line; a signal before or after it prints no traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     shorten_waiting(os.environ)
@@ -41,9 +41,9 @@ def shorten_waiting(environment: MutableMapping[str, str]) -> None:
 
 
 class _Output(io.FileIO):
-    """A standard stream that drops what it cannot write.
+    """A standard stream that drops text that it cannot write.
 
-    stdout does so only when its reader has left, as `head` does; other errors are raised.
+    stdout drops text only after its reader has exited, as `head` does; it raises other errors.
     """
 
     def write(self, data: Any, /) -> int:
@@ -64,10 +64,10 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            # Takes the free descriptor, which the next opened file would get otherwise.
+            # Occupy the free descriptor; otherwise the next opened file would get it.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         elif mode == "w":
-            # Unbuffered, because a buffer refuses a signal handler that prints during a write.
+            # Unbuffered: a buffered stream raises if a signal handler prints during a write.
             text = io.TextIOWrapper(
                 _Output(stream.fileno(), "w", closefd=False),
                 encoding=stream.encoding,

@@ -1,6 +1,6 @@
-"""Tables of the values that settings choose by name, from which help and docs are made.
+"""Registries of the values that settings choose by name; help and docs list their rows.
 
-Each row names its function as "module:name", so that this module does not import the functions.
+Each row names its function as "module:name", because this module imports none of the functions.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from polyseg.registry import Registry, Row, is_own, resolve
 
 @dataclass(frozen=True)
 class Loss(Row):
-    """A loss; its function makes it from the settings of `loss`.
+    """A loss, which the function of the row makes from a `LossConfig`.
 
-    The function takes a `LossConfig` and returns a function of (B, 1, H, W) logits and mask and
-    (B,) epsilon, which returns (B,) losses.
+    The loss is itself a function: of (B, 1, H, W) logits and mask and (B,) epsilon. It returns
+    (B,) losses.
     """
 
     parameters: tuple[str, ...] = ()
     """The settings of `loss` that the loss uses, besides `epsilon`."""
     has_epsilon: bool = False
-    """Whether the loss depends on epsilon, so that epsilon can be adapted."""
+    """Whether the loss depends on epsilon, and epsilon can be adapted."""
 
 
 _LAYOUTS = "polyseg.data.layouts"
@@ -149,7 +149,7 @@ WHOLE_SCORES = Registry(
         needs_mask=True,
     ),
 )
-"""Scores from the passes of MC Dropout over the whole image, whatever the region."""
+"""Scores from the passes of MC Dropout over the whole image, for any region."""
 
 PAIR_SCORES = Registry(
     "score of pairs of passes",
@@ -186,7 +186,7 @@ The trainer computes the training loss, which has no function here.
 
 
 def score_of(name: str) -> Score:
-    """Return the row of a score.
+    """Return the registry row of a score, or a new row for a user's own function.
 
     >>> score_of("dispersion").of
     'moments'
@@ -201,7 +201,7 @@ def score_of(name: str) -> Score:
 
 
 def loss_of(name: str) -> Loss:
-    """Return the row of a loss; a user's own loss is given epsilon.
+    """Return the registry row of a loss, or a new row for a user's own function of epsilon.
 
     >>> loss_of("my_loss.py:loss").has_epsilon
     True
@@ -211,7 +211,7 @@ def loss_of(name: str) -> Loss:
 
 
 def map_of(name: str) -> Row:
-    """Return the row of a map from normalised difficulties to epsilons."""
+    """Return the registry row of a map to epsilon, or a new row for a user's own function."""
     own = Row(name, "your own function", name)
     return MAPS.get(name, own) if is_own(name) else MAPS[name]
 
@@ -222,7 +222,7 @@ def score_names() -> tuple[str, ...]:
 
 
 def image_scores() -> dict[str, str]:
-    """Return the help of each score of the whole image that can be computed as an extra one.
+    """Return the help of each whole-image score that can be computed in addition to D.
 
     >>> image_scores()["size"]
     '-log(max(foreground pixels of the mask, 1)); needs no passes'
@@ -266,8 +266,8 @@ MAPS = Registry(
     ),
     Row(
         "weight",
-        "(c exp(lambda D_norm) - 1) / 2, clipped to the range, c such that the weights "
-        "1 + 2 epsilon of the images normalised together average 1",
+        "(c exp(lambda D_norm) - 1) / 2, clipped to the range; c makes the weights 1 + 2 epsilon "
+        "of the images that are normalised together average 1",
         f"{_DIFFICULTY}:epsilon_from_weight",
     ),
 )
@@ -283,7 +283,7 @@ class Arm(Row):
     """A control arm of a recorded run."""
 
     of_difficulty: bool = False
-    """Whether the arm changes D, from which epsilons are recomputed in the batches of the run."""
+    """Whether the arm changes D; epsilons are then recomputed from D in the run's batches."""
 
 
 _REPLAY = "polyseg.adaptive.replay"
@@ -296,7 +296,7 @@ REPLAY_ARMS = Registry(
         "the recorded epsilons given to other images, drawn anew after each assessment",
         f"{_REPLAY}:shuffled",
     ),
-    Arm("mean", "the mean epsilon of the epoch, for every image", f"{_REPLAY}:mean"),
+    Arm("mean", "the mean epsilon of the epoch for all images", f"{_REPLAY}:mean"),
     Arm(
         "inverted",
         "the recorded epsilons in reverse order: the largest for the image that had the smallest",
@@ -342,7 +342,7 @@ PRESETS = Registry(
     "preset",
     Preset(
         "thesis",
-        "the method of the thesis as docs/method.md reads it; stays the same if defaults change",
+        "the method of the thesis, see docs/method.md; stays the same if defaults change",
         settings=(
             "loss.name=polydice1",
             "loss.epsilon=0.0",
@@ -386,7 +386,7 @@ DROPOUT_KINDS = Registry(
     Row("channel", "whole feature maps", "torch.nn:Dropout2d"),
     Row("element", "single values", "torch.nn:Dropout"),
 )
-"""Each function is a layer that takes its rate, and is a row of `networks.dropout` too."""
+"""Each function is a layer that takes its rate, and is also a row of `networks.dropout`."""
 
 _NETWORKS = "polyseg.networks.networks_by_name"
 
@@ -400,7 +400,7 @@ NETWORKS = Registry(
 )
 """Functions of in_channels, out_channels, the dropout rate and further arguments.
 
-They return the network and the number that the sides of its images must be multiples of.
+They return the network, and a number that must divide the height and width of its images.
 """
 
 
@@ -409,7 +409,7 @@ class Optimizer(Row):
     """An optimizer; its function makes it from a list of weights and the settings of `training`."""
 
     state: tuple[str, ...] = ()
-    """Names of the tensors that it keeps for each weight, in a checkpoint."""
+    """Names of the tensors that it stores for each weight in a checkpoint."""
 
 
 _OPTIMIZERS = "polyseg.training.optimizers"
@@ -437,7 +437,7 @@ SCHEDULERS = Registry(
     ),
     Row("constant", "stays the same", f"{_OPTIMIZERS}:constant"),
 )
-"""Functions of e/E after e of E epochs, which return the factor of the learning rate."""
+"""Functions of the share of finished epochs that return the factor of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -480,7 +480,7 @@ NORMALISATIONS = Registry(
 
 @dataclass(frozen=True)
 class Region(Row):
-    """The pixels of an image that its difficulty is averaged over.
+    """A choice of the pixels over which the difficulty of an image is averaged.
 
     Its function takes mask and prediction, (B, H, W) bool, and the width of a band in pixels, and
     returns regions of that shape: the requested one, then those that replace an empty one.

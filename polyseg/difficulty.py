@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", NDArray[np.float64], "Tensor")
 
 FALLBACKS = ("none", "prediction", "empty")
-"""Fallbacks of `select_region`, by code: the requested region was used; the prediction, because
-that region is empty; no pixels, because the prediction is empty too."""
+"""Regions that `select_region` used, by code: the requested one; the prediction, if the requested
+region is empty; no pixels, if the prediction is empty too."""
 
 
 def foreground_mean(pixel_map: Array, region: Array) -> Array:
@@ -193,10 +193,10 @@ def epsilon_from_difficulty(
 def epsilon_from_weight(
     normalised: NDArray[np.float64], epsilon_min: float, epsilon_max: float, sensitivity: float
 ) -> NDArray[np.float64]:
-    """Return clip((c exp(lambda D_norm) - 1) / 2, eps_min, eps_max), c such that weights average 1.
+    """Return clip((c exp(lambda D_norm) - 1) / 2, eps_min, eps_max), for mean weight 1.
 
-    The weight of an image's angle term is 1 + 2 epsilon. The mean weight of the images is 1, as
-    with epsilon 0 for all, so that only their shares change. c is found by bisection.
+    The weight of an image's angle term is 1 + 2 epsilon. Bisection finds the c for which the mean
+    weight is 1, as with epsilon 0 for all images, so only the relative weights change.
 
     Args:
         normalised: (n,) normalised difficulties of the images normalised together.

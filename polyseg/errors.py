@@ -36,7 +36,7 @@ class Interrupted(BaseException):
 
 
 def reason(error: OSError) -> str:
-    """Return the message of an OSError, with advice where there is some.
+    """Return the message of an OSError, with advice for common errors.
 
     >>> reason(OSError(errno.EMFILE, "Too many open files"))
     'Too many open files; raise `ulimit -n`, or lower training.workers'
@@ -49,5 +49,5 @@ def reason(error: OSError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type without a message."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

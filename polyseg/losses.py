@@ -192,8 +192,8 @@ class PolyDice1Loss(torch.nn.Module):
     """PolyDice-1 as a module, for training loops that expect one.
 
     Args:
-        sigmoid: the input is logits, and the loss applies a sigmoid; without it, probabilities.
-        per_channel: see `polydice_loss`, as for scale, scale_gradient and smooth.
+        sigmoid: whether the input is logits, to which the loss applies a sigmoid.
+        per_channel, scale, scale_gradient, smooth: see `polydice_loss`.
         reduction: "mean" over all images (and channels), or "none": (B,), or (B, C) with
             `per_channel`.
 

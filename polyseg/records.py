@@ -34,14 +34,14 @@ class Batch(NamedTuple):
 
 
 class Difficulties(NamedTuple):
-    """The part of an assessment that epsilons follow from."""
+    """The fields of an assessment that determine the epsilons."""
 
     epoch: int
     """Epochs that the network was trained for."""
     ids: list[str]
-    """The images; with K labels, each K times in a row."""
+    """Ids of the images; with K labels each is repeated K times in a row."""
     difficulty: NDArray[np.float64]
-    """(n,), or (n K,)."""
+    """(n,), or (n K,), difficulties D."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Assessment:
         return replace(self._at(rows), labels=None)
 
     def in_order(self, ids: Sequence[str]) -> "Assessment":
-        """Return the rows in another order of the images."""
+        """Return the rows in the given order of the images."""
         rows: dict[str, list[int]] = {}
         for i, identity in enumerate(self.ids):
             rows.setdefault(identity, []).append(i)
@@ -135,13 +135,13 @@ class Schedule:
     epochs: NDArray[np.int64]
     """(E,) numbers of the epochs, from 1."""
     epsilon: NDArray[np.float32]
-    """(E, n) as used by the loss."""
+    """(E, n) epsilons as the loss used them."""
     labels: list[str] | None = None
-    """(n,) as in `Assessment`."""
+    """(n,) label of each column, as in `Assessment`."""
     assessed: NDArray[np.int64] | None = None
     """(E,) epoch of the assessment that each epoch uses; -1 before the first assessment."""
     group: NDArray[np.int32] | None = None
-    """(E, n) row of `statistics` behind each epsilon, -1 for none; None if there are none."""
+    """(E, n) row of `statistics` used for each epsilon, -1 for none; None without statistics."""
     statistics: NDArray[np.float64] | None = None
     """(S, 2) D_pct and sigma_D of eq. 11, a row for each batch (or data set) and label."""
 
@@ -173,7 +173,7 @@ class Schedule:
             )
 
     def percentile_and_sigma(self) -> NDArray[np.float64]:
-        """Return D_pct and sigma_D behind each epsilon, (E, n, 2), NaN where not recorded.
+        """Return D_pct and sigma_D used for each epsilon, (E, n, 2), NaN where not recorded.
 
         >>> Schedule(["a"], np.array([1]), np.zeros((1, 1), np.float32)).percentile_and_sigma()
         array([[[nan, nan]]])

@@ -21,7 +21,7 @@ class Row:
     help: str
     """One sentence without a full stop."""
     function: str = ""
-    """Its function as "module:name", imported at first use."""
+    """Function as "module:name", imported at first use."""
 
     def resolve(self) -> Any:
         """Return the function."""
@@ -35,12 +35,12 @@ def resolve(place: str) -> Any:
     3.0
     """
     module, _, name = place.rpartition(":")
-    return getattr(_of_file(module) if module.endswith(".py") else import_module(module), name)
+    return getattr(_import_file(module) if module.endswith(".py") else import_module(module), name)
 
 
 @cache
-def _of_file(path: str) -> ModuleType:
-    """Return a Python file as a module, which is run once."""
+def _import_file(path: str) -> ModuleType:
+    """Import a Python file once, and return the module."""
     name = f"polyseg_own_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
@@ -51,7 +51,7 @@ def _of_file(path: str) -> ModuleType:
 
 
 def is_own(name: str) -> bool:
-    """Return whether a name is that of a user's own code, "module:name" or "file.py:name".
+    """Return whether a name refers to a user's own code: "module:name" or "file.py:name".
 
     >>> is_own("my_loss.py:loss"), is_own("dice")
     (True, False)
@@ -111,7 +111,7 @@ def not_among(value: object, names: Iterable[str], kind: str) -> str:
 
 
 def words_of(text: str) -> set[str]:
-    """Return the words of a text, in small letters.
+    """Return the words of a text in lower case.
 
     >>> sorted(words_of("lambda of eq. 12"))
     ['12', 'eq', 'lambda', 'of']

@@ -1,6 +1,6 @@
 """Uncertainty of each pixel, and scores of whole images, from N samples.
 
-There are functions of all samples, and a running record of them.
+Functions take all samples at once; `UncertaintyAccumulator` takes one at a time.
 
 Samples are foreground probabilities, so all entropies are binary and at most log 2.
 """
@@ -89,7 +89,7 @@ def mutual_information(samples: Tensor) -> Tensor:
 class Moments(NamedTuple):
     """Statistics of the samples at each pixel, each (...), from which uncertainties are computed.
 
-    To add an uncertainty, write a function of them, and its row in `choices.UNCERTAINTIES`.
+    To add an uncertainty, write a function of `Moments` and add a row to `choices.UNCERTAINTIES`.
     """
 
     mean: Tensor
@@ -179,10 +179,10 @@ class PairwiseDice:
     def update(self, sample: Tensor) -> None:
         """Add one sample, (B, H, W) in [0, 1]; all samples have the same shape."""
         mask = np.packbits((sample >= 0.5).flatten(1).cpu().numpy(), axis=1)
-        size = _ones(mask)
+        size = _count_ones(mask)
         for other, other_size in zip(self.masks, self.sizes, strict=True):
             both = size + other_size
-            dice = 2 * _ones(mask & other) / both.clip(min=1)
+            dice = 2 * _count_ones(mask & other) / both.clip(min=1)
             self.total = self.total + np.where(both > 0, 1 - dice, 0.0)
         self.masks.append(mask)
         self.sizes.append(size)
@@ -196,7 +196,7 @@ class PairwiseDice:
         return torch.from_numpy(self.total / (count * (count - 1) / 2))
 
 
-def _ones(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _count_ones(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
     ones: NDArray[np.int64] = np.bitwise_count(packed).sum(axis=1, dtype=np.int64)
     return ones
 
@@ -235,7 +235,7 @@ class UncertaintyAccumulator:
 
     @classmethod
     def merged(cls, records: "Sequence[UncertaintyAccumulator]") -> "UncertaintyAccumulator":
-        """Return the record of all samples that several took in (Chan, Golub and LeVeque, 1979).
+        """Return one record of the samples of several records (Chan, Golub and LeVeque, 1979).
 
         >>> parts = [UncertaintyAccumulator(), UncertaintyAccumulator()]
         >>> for part, sample in zip(parts, torch.tensor([[0.0], [1.0]])):
@@ -254,7 +254,7 @@ class UncertaintyAccumulator:
         return cls(count, mean, squares, sum((one._entropy for one in records), torch.zeros(())))
 
     def without(self, part: "UncertaintyAccumulator") -> "UncertaintyAccumulator":
-        """Return the record without the samples of `part`, which holds some of them."""
+        """Return the record without the samples of `part`, a record of some of them."""
         if self._mean.shape != part._mean.shape or not 0 < part.count < self.count:
             raise ValueError(
                 f"{part.count} samples {tuple(part._mean.shape)} are not some of {self.count} "
@@ -289,24 +289,24 @@ class UncertaintyAccumulator:
     @property
     def mean(self) -> Tensor:
         """The mean prediction, (...) in [0, 1]."""
-        return self._filled(self._mean)
+        return self._nonempty(self._mean)
 
     @property
     def variance(self) -> Tensor:
         """The result of `prediction_variance`."""
-        return self._filled(self._squares) / self.count
+        return self._nonempty(self._squares) / self.count
 
     @property
     def entropy(self) -> Tensor:
         """The result of `predictive_entropy`."""
-        return binary_entropy(self._filled(self._mean).clamp(0, 1))
+        return binary_entropy(self._nonempty(self._mean).clamp(0, 1))
 
     @property
     def mutual_information(self) -> Tensor:
         """The result of the function `mutual_information`."""
         return mutual_information_of(self.moments)
 
-    def _filled(self, total: Tensor) -> Tensor:
+    def _nonempty(self, total: Tensor) -> Tensor:
         if self.count == 0:
             raise ValueError("no sample was added yet")
         return total

@@ -377,7 +377,7 @@ def test_evaluate_accepts_data_in_a_new_place(polyseg, tmp_path, images):
     _, other = evaluated("--out", tmp_path / "e", "--data", others)
     assert other[0]["counts"]["images"] == 4
     answer, _ = evaluated("--data", others, "--split", "test")
-    assert answer.code == 2 and "is not what" in answer.err
+    assert answer.code == 2 and "was not trained on" in answer.err
     answer = polyseg("estimate-uncertainty", run, "--data", new, "--split", "test", "--json")
     assert answer.code == 0 and "reading its images from" in " ".join(answer.err.split())
 

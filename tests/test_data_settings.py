@@ -174,7 +174,7 @@ def test_data_check_finds_a_group_in_two_given_parts(folder, polyseg, tmp_path):
     answer = polyseg("data", "check", tmp_path / "l.csv", "--set", "data.foreground={a: 1, b: 2}")
     assert (
         answer.code == 2
-        and "images of one group are on two sides: p3 (train and val)" in answer.err
+        and "images of one group are in two parts: p3 (train and val)" in answer.err
     )
     rows = [row.rpartition(",")[0] for row in rows]
     (tmp_path / "l.csv").write_text("\n".join(rows))

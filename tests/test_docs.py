@@ -42,7 +42,7 @@ def test_architecture_page_lists_packages_in_import_order():
 
 def test_modules_named_in_the_architecture_page_exist():
     page = (TOP / "docs" / "architecture.md").read_text()
-    places = [one for row in table_of("## I want to", page) for one in row[1].split(", ")]
+    places = [one for row in table_of("## Where to make", page) for one in row[1].split(", ")]
     places += re.findall(r"`([\w/]+\.py|[\w/]+/)`", page)
     assert len(places) > 30
     for place in places:

@@ -204,7 +204,7 @@ def test_all_problems_are_reported_together(tmp_path):
     make(tmp_path, *many("images/#.png", 9), *many("masks/#.png", 2), "masks/b.png", "images/1.bmp")
     lines = error_of(tmp_path).split("\n")
     assert len(lines) == 3
-    assert "1 name (1) of two files each" in lines[0]
+    assert "1 name (1) shared by two files" in lines[0]
     assert "1 mask (b.png) without an image" in lines[1]
     assert "7 images (3.png, 4.png, 5.png, 6.png, 7.png and 2 more) without a mask" in lines[2]
     assert "data.unmasked=empty" in lines[2]
@@ -239,7 +239,7 @@ def test_set_without_any_mask_is_refused(tmp_path):
 def test_names_that_never_match_give_one_line(tmp_path):
     make(tmp_path, *many("images/a#.png"), *many("masks/b#.png"))
     text = error_of(tmp_path)
-    assert "no name fits" in text
+    assert "no name matches" in text
     assert "such as a1 and b1" in text
     assert "\n" not in text
 
@@ -267,11 +267,11 @@ def test_folder_without_readable_files_is_no_candidate(tmp_path):
 
 def test_folder_names_can_be_given_by_settings(tmp_path):
     make(tmp_path, *many("train/photos/#.png"), *many("train/drawn by A/#.png"))
-    assert "is of no known layout" in error_of(tmp_path)
+    assert "has no known layout" in error_of(tmp_path)
     layout = find_cases(tmp_path, images="photos", masks="drawn by A")
     assert layout.name == "photos/ and drawn by A/, with parts train"
     text = error_of(tmp_path, images="photos", masks="nowhere")
-    assert "nothing was found by data.images='photos' and data.masks='nowhere'" in text
+    assert "nothing matches data.images='photos' and data.masks='nowhere'" in text
     assert "is the folder of images too" in error_of(tmp_path, images="a", masks="A")
     assert "data.images: has no effect" in error_of(tmp_path, images="a", layout="nnunet")
 
@@ -284,7 +284,7 @@ def test_error_names_the_setting_if_one_folder_is_known(tmp_path):
 
 def test_folder_with_two_sets_is_refused(tmp_path):
     text = error_of(cvc_clinicdb_twice(tmp_path))
-    assert "holds 2 data sets (PNG/, TIF/); give the path of one of them" in text
+    assert "holds 2 data sets (PNG/, TIF/); give the path of one" in text
     assert find_cases(tmp_path / "CVC-ClinicDB/TIF").cases[0].images[0].suffix == ".tif"
 
 
@@ -293,7 +293,7 @@ def test_drive_test_part_without_annotations_is_left_out(tmp_path):
         for number in range(first, first + 3):
             make(tmp_path / part, f"images/{number}_{part}.tif", f"mask/{number}_{part}_mask.gif")
     text = error_of(tmp_path)
-    assert "is of no known layout" in text
+    assert "has no known layout" in text
     make(tmp_path, *[f"training/1st_manual/{number}_manual1.gif" for number in (21, 22, 23)])
     layout = find_cases(tmp_path)
     assert ids(layout) == ["21_training", "22_training", "23_training"]
@@ -442,7 +442,7 @@ def test_masks_are_paired_by_rules(tmp_path, image, mask, rule):
 
 def test_pairing_rules_skip_masks_that_fit_two_images(tmp_path):
     make(tmp_path, "images/1.png", "images/01.png", "images/2.png", "masks/001.png")
-    assert "no name fits one in" in error_of(tmp_path)
+    assert "no name matches one in" in error_of(tmp_path)
 
 
 def test_masks_of_a_second_observer_are_left_out(tmp_path):
@@ -509,7 +509,7 @@ def test_one_folder_per_case_with_fixed_names(tmp_path):
 def test_file_names_of_cases_can_be_given_by_settings(tmp_path):
     for number in range(4):
         make(tmp_path / f"case_{number}", "scan.png", "truth.png")
-    assert "is of no known layout" in error_of(tmp_path)
+    assert "has no known layout" in error_of(tmp_path)
     layout = find_cases(tmp_path, images="scan", masks="truth")
     assert ids(layout) == [f"case_{number}" for number in range(4)]
     assert layout.cases[3].masks == (tmp_path / "case_3/truth.png",)
@@ -648,7 +648,7 @@ def test_nnunet_cases_must_have_the_same_channels(tmp_path):
     make(tmp_path, "imagesTr/x_0000.tif")
     lines = error_of(tmp_path).split("\n")
     assert "1 file (x_0000.tif) not ending in .png" in lines[0]
-    assert "1 image (odd.png) carry no channel; expected CASE_0000.png" in lines[1]
+    assert "1 image (odd.png) without a channel in the name; expected CASE_0000.png" in lines[1]
     assert "2 cases (b, c) without exactly the channels _0000 to _0001" in lines[2]
     assert "1 mask (d) without an image" in lines[3]
 
@@ -680,10 +680,10 @@ def test_dataset_json_of_another_tool_is_ignored(tmp_path):
         ({"image": "imagesTr/no.nii.gz"}, "there is no such file"),
         ({"image": "x" * 5000}, "there is no such file"),
         ({"image": "a\0\ud800"}, "there is no such file"),
-        ({"image": "dataset.json"}, "is of no supported kind"),
-        ({"image": 5}, "5 is no path"),
-        ([[]], "a list is no path"),
-        (LISTED["training"][0], "stand for two images"),
+        ({"image": "dataset.json"}, "is not a supported file"),
+        ({"image": 5}, "5 is not a path"),
+        ([[]], "a list is not a path"),
+        (LISTED["training"][0], "belong to two images"),
     ],
 )
 def test_files_listed_by_the_decathlon_must_exist(tmp_path, entry, expected):
@@ -798,7 +798,7 @@ def test_all_problems_of_a_manifest_are_reported(tmp_path):
     assert lines[0].endswith("m/9.png: there is no such file")
     assert "line 3: split is later; expected train, val, test or nothing" in lines[1]
     assert "line 4: names no image" in lines[2]
-    assert "is of no supported kind" in lines[3]
+    assert "is not a supported file" in lines[3]
     assert "is a folder, but holds no DICOM series" in lines[4]
     assert "line 5: id ../z cannot be used" in lines[5]
     assert "lines 2, 3 have the same id x" in lines[6]
@@ -950,7 +950,7 @@ def test_images_to_predict_get_unique_ids(tmp_path):
     cases = find_unlabelled([tmp_path / "x/a", tmp_path / "y/a/1.png", tmp_path / "x/b"])
     assert [case.id for case in cases] == ["x/a/1", "x/b/2", "y/a/1"]
     make(tmp_path, "x/a/1.jpg")
-    with pytest.raises(PolysegError, match="of two images each"):
+    with pytest.raises(PolysegError, match="shared by images"):
         find_unlabelled([tmp_path / "x/a"])
 
 
@@ -969,7 +969,7 @@ def test_everything_that_cannot_be_predicted_is_named(tmp_path):
     with pytest.raises(PolysegError) as caught:
         find_unlabelled([tmp_path / "notes.txt", tmp_path / "empty", tmp_path / "nowhere"])
     lines = str(caught.value).split("\n")
-    assert "is of no supported kind" in lines[0]
+    assert "is not a supported file" in lines[0]
     assert "holds no image" in lines[1]
     assert "there is no such file" in lines[2]
     with pytest.raises(PolysegError, match="no image was named"):

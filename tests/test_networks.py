@@ -325,7 +325,7 @@ RANDOM = {
     "rrelu": lambda x: functional.rrelu(x, training=True),
     "Python's random": lambda x: x if random.random() < 0.95 else torch.zeros_like(x),
     "numpy.random": lambda x: x * float(np.random.rand() < 0.95),  # noqa: NPY002
-    "a generator of its own": lambda x: x * torch.rand(image_by_image(x), generator=OWN),
+    "its own generator": lambda x: x * torch.rand(image_by_image(x), generator=OWN),
 }
 OWN = torch.Generator()
 

@@ -56,11 +56,11 @@ def write(folder, text):
 @pytest.mark.parametrize(
     ("setting", "text", "expected"),
     [
-        ("loss.name", "def f(logits, mask, epsilon): return logits.mean()", "one loss an image"),
+        ("loss.name", "def f(logits, mask, epsilon): return logits.mean()", "one loss per image"),
         ("loss.name", "def f(logits, mask, epsilon): return mask.sum((1, 2, 3))", "no gradient"),
         ("loss.name", "def f(logits, mask, epsilon): return logits.sum((1, 2, 3)) / 0", "finite"),
         ("loss.name", "def f(logits): return logits", "fails on a small input: .*positional"),
-        ("uncertainty.metric", "def f(moments, mask): return moments.mean", "one number an image"),
+        ("uncertainty.metric", "def f(moments, mask): return moments.mean", "one number per image"),
         ("uncertainty.metric", "def f(probability, mask): return 1 / 0", "division by zero"),
         ("control.map", "def f(z, low, high, rate): return z", "must lie in -0.5 to 100"),
         ("control.map", "def f(z, low, high, rate): return z * np.nan", "not finite"),

@@ -104,5 +104,5 @@ def test_missing_index_or_truncated_file_is_one_line(path):
     with pytest.raises(PolysegError, match="its size is not that of its images"):
         DiskStore(path)
     index_of(path).unlink()
-    with pytest.raises(PolysegError, match=r"cannot be read: No such file .*made anew"):
+    with pytest.raises(PolysegError, match=r"cannot be read: No such file .*writes it again"):
         DiskStore(path)

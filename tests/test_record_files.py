@@ -369,7 +369,7 @@ def test_files_of_an_earlier_schema_are_refused(tmp_path, assessment):
     path = tmp_path / "old.h5"
     with h5py.File(path, "w") as file:
         file.attrs.update({"kind": "polyseg assessment", "schema": 1})
-    with pytest.raises(PolysegError, match=r"old\.h5: .* is of an earlier schema"):
+    with pytest.raises(PolysegError, match=r"old\.h5: .* an earlier schema or another program"):
         read_assessment(path)
     with pytest.raises(PolysegError, match=r"old\.h5: .* has schema 1, not 2"):
         read_assessment(path, sha256=sha256_of_file(path))

@@ -470,7 +470,7 @@ def test_public_data_set_is_added_by_one_row(monkeypatch, tmp_path, polyseg):
     found = json.loads(answer.out)
     assert (found["layout"], found["images"]) == ("four", 8)
     assert found["groups"].startswith("4 (subject_a, subject_b")
-    assert found["notes"] == [f"{tmp_path / 'set'}: 1 file (more.png) of other names left out"]
+    assert found["notes"] == [f"{tmp_path / 'set'}: 1 file (more.png) with other names left out"]
     (tmp_path / "set/subject_b/drawn/1_x.png").rename(tmp_path / "set/subject_b/drawn/3_x.png")
     refused = polyseg("data", "check", tmp_path / "set")
     assert "1 mask (3_x.png) without an image" in refused.err

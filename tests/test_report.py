@@ -268,7 +268,8 @@ def test_long_image_tables_are_shortened(make_run, evaluation, monkeypatch):
     assert "20 of 31 test images of a by Dice" in page
     assert "The first 27 of 31 test images of a by Dice" in page
     assert (
-        "cmp: a row each network and image, by Dice, the worst first, the first 27 of 31." in page
+        "cmp: a row for each network and image, by Dice, the worst first, the first 27 of 31."
+        in page
     )
     assert "case undefined" not in page  # undefined values come last
 

@@ -833,7 +833,7 @@ class TestCommands:
         answer = polyseg(*asked, "--out", out)
         assert answer.code == 0, answer.err
         assert "2–3" in answer.out and str(out) in answer.out
-        assert "would have other difficulties" in " ".join(answer.out.split())
+        assert "would measure other difficulties" in " ".join(answer.out.split())
         new, old = read_schedule(out), read_schedule(runs / "batch/schedule.h5")
         assert np.ptp(new.epsilon) > np.ptp(old.epsilon)
         rows = json.loads(polyseg(*asked, "--json").out)

@@ -32,9 +32,9 @@ from polyseg.data.phantoms.phantom_sets import make_phantoms
 from polyseg.data.splits import (
     PARTS,
     Member,
+    groups_in_two_parts,
     read_split_file,
     split_by_settings,
-    torn_groups,
 )
 from polyseg.errors import PolysegError
 
@@ -210,7 +210,7 @@ def test_group_pattern_keeps_slices_of_a_volume_together(pattern):
     images = [Member(f"v{i}#{k:03d}", k / 9, f"v{i}") for i in range(8) for k in range(9)]
     config = DataConfig(group=pattern)
     split = split_by_settings(images, config)
-    assert torn_groups(split, images, DataConfig()) == []
+    assert groups_in_two_parts(split, images, DataConfig()) == []
     assert all(split.values())
 
 
@@ -248,7 +248,7 @@ def test_group_patterns_work_in_other_threads():
 def test_groups_divided_by_given_parts_are_named():
     images = [Member("a", group="x", part="train"), Member("b", group="x", part="test")]
     split = split_by_settings(images, DataConfig(split=(1.0, 0.0, 0.0)))
-    assert torn_groups(split, images, DataConfig()) == ["x (train and test)"]
+    assert groups_in_two_parts(split, images, DataConfig()) == ["x (train and test)"]
 
 
 def test_images_missing_from_the_split_file_are_counted(tmp_path, caplog):

@@ -185,7 +185,7 @@ def test_chosen_threshold_maximises_dice():
         assert choose_thresholds(network, ImageTest("", images, images.ids, 3)) == {"": expected}
     probability = torch.rand(1, 9, 9, dtype=torch.float64)
     mask = torch.rand(1, 9, 9) > 0.5
-    dices = testing_module._dices(probability[0].numpy(), mask[0].numpy())
+    dices = testing_module._dice_curve(probability[0].numpy(), mask[0].numpy())
     for threshold, dice in zip(THRESHOLDS, dices, strict=True):
         expected = dice_coefficient(probability >= threshold, mask)
         assert dice == pytest.approx(float(expected))

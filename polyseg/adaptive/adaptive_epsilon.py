@@ -52,7 +52,7 @@ class AdaptiveEpsilon:
         self._rule = EpsilonControl(control, constant)
 
     def assess(self, network: nn.Module, batches: Iterable[Batch], epoch: int = 0) -> Assessment:
-        """Measure the difficulty of all training images, which decides the epsilons from now on.
+        """Measure the difficulties of all training images, which determine later epsilons.
 
         Args:
             network: see `polyseg.assess`.

@@ -29,7 +29,7 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True)
 class EpsilonControl:
-    """The rule by which images get their epsilon between two assessments.
+    """The computation of epsilons between two assessments.
 
     >>> EpsilonControl(ControlConfig(), constant=0.0).epsilon(["a", "b"])
     array([0., 0.])
@@ -117,7 +117,7 @@ def epsilon_of(normalised: NDArray[np.float64], config: ControlConfig) -> NDArra
 
 @dataclass
 class Recorder:
-    """The columns of a schedule, which grow by an epoch at a time.
+    """The columns of a schedule, which grow by one epoch at a time.
 
     >>> recorder = Recorder(["a", "b"])
     >>> recorder.add([(["b", "a"], Adapted(np.array([0.5, 1.0]), np.array([[0.1, 0.2]])))])
@@ -132,7 +132,7 @@ class Recorder:
     epsilon: list[NDArray[np.float32]] = field(default_factory=list)
     """Epsilons of each epoch, (n K,)."""
     group: list[NDArray[np.int32]] = field(default_factory=list)
-    """Rows of `statistics` behind the epsilons of each epoch, (n K,)."""
+    """Rows of `statistics` used for the epsilons of each epoch, (n K,)."""
     statistics: list[NDArray[np.float64]] = field(default_factory=list)
     """D_pct and sigma_D, (2,) each."""
 

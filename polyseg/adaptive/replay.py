@@ -1,7 +1,7 @@
 """Replay a recorded schedule instead of assessing images, as recorded or as a control arm.
 
 An arm assigns the epsilons of each epoch, or the D that they are computed from, to other images. If
-training is as good with it, the assignment of epsilons to images has no effect.
+training succeeds as well with the arm, the assignment of epsilons to images has no effect.
 """
 
 import math
@@ -53,7 +53,7 @@ def replay_arm(schedule: Schedule, arm: str, seed: int) -> Schedule:
 
 
 def arm_of_difficulty(assessment: Assessment, arm: str, seed: int) -> Assessment:
-    """Return an assessment with its D replaced as a row of `choices.REPLAY_ARMS` says.
+    """Return an assessment with its D replaced by an arm of `choices.REPLAY_ARMS`.
 
     Arms that change epsilons return D unchanged. Values that the arm needs and that were not
     recorded raise PolysegError.

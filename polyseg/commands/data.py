@@ -50,7 +50,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
         **_parts_and_groups(items, data),
         "split": {part: len(ids) for part, ids in split.items()},
         "sizes": _most_common("{} x {}".format(*item.original_size) for item in items),
-        "size that the network sees": _seen(images, data),
+        "size that the network sees": _input_size(images, data),
         "channels": sorted({item.channels for item in items}),
         "bits": sorted({item.bits for item in items}),
         **_spacing(items),
@@ -106,10 +106,10 @@ def write_demo(path: Path, *, count: int, size: int, modality: str, seed: int) -
     phantom_sets.write_phantoms(path, made)
 
 
-def _seen(images: ImageSet, config: DataConfig) -> str:
+def _input_size(images: ImageSet, config: DataConfig) -> str:
     """Return the size of the network's input in training, as text."""
     if config.size is None:
-        return "as they are"
+        return "unchanged"
     size = [config.size] * 2 if isinstance(config.size, int) else config.size
     return " x ".join(map(str, size)) + ("" if images.tiling is None else " (tiles)")
 
@@ -126,10 +126,10 @@ def _parts_and_groups(items: Sequence[Item], config: DataConfig) -> dict[str, An
 
 
 def _most_common(values: Iterable[str]) -> list[str]:
-    return _first([f"{value} ({number})" for value, number in Counter(values).most_common()])
+    return _first_few([f"{value} ({number})" for value, number in Counter(values).most_common()])
 
 
-def _first(texts: list[str]) -> list[str]:
+def _first_few(texts: list[str]) -> list[str]:
     more = len(texts) - _SHOWN
     return texts[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
@@ -168,5 +168,5 @@ def _copies(items: Sequence[Item]) -> dict[str, Any]:
     ]
     return {
         "copies of another image": sum(number - 1 for number in exact.values()),
-        "near-duplicates": _first(near) or 0,
+        "near-duplicates": _first_few(near) or 0,
     }

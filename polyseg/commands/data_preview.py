@@ -43,7 +43,7 @@ def preview(
 
 
 def _varied(images: ImageSet, ids: Sequence[str], count: int) -> list[str]:
-    """Return images to look at: with foreground first, and from as many groups as possible."""
+    """Return images to draw: with foreground first, and from as many groups as possible."""
     seen: Counter[str] = Counter()
     turn = {}
     for identity in sorted(ids, key=lambda one: not images.item(one).foreground):

@@ -16,14 +16,14 @@ _HOW = "make the donors by examples/donors.sh"
 def unseen_errors(
     run: Path, donors: Sequence[Path], ids: Collection[str], labels: Sequence[str]
 ) -> dict[tuple[str, str], float]:
-    """Return 1 - Dice of each image by the donor that has not seen it, by (id, label).
+    """Return 1 - Dice of each image from the donor that has not seen it, by (id, label).
 
     A donor has seen the images of its training part and of its validation part, which chooses the
     checkpoint. The Dice is from the evaluation at the end of its training; NaN if undefined. `ids`
     are the training images of `run`.
     """
     _, own = RunDirectory(run).read_split()
-    seen = {donor: _seen(donor, run, own, ids) for donor in donors}
+    seen = {donor: _seen_images(donor, run, own, ids) for donor in donors}
     for count, whom in ((len(donors), "both donors"), (0, "neither donor")):
         wrong = [one for one in ids if sum(one in held for held in seen.values()) == count]
         if wrong:
@@ -33,7 +33,7 @@ def unseen_errors(
             )
     errors: dict[tuple[str, str], float] = {}
     for donor, held in seen.items():
-        tested = _tested(donor)
+        tested = _tested_dice(donor)
         for place in [(one, label) for one in ids if one not in held for label in labels]:
             if place not in tested:
                 what = " of ".join(filter(None, reversed(place)))
@@ -42,7 +42,7 @@ def unseen_errors(
     return errors
 
 
-def _seen(donor: Path, run: Path, own: Mapping[str, str], ids: Collection[str]) -> set[str]:
+def _seen_images(donor: Path, run: Path, own: Mapping[str, str], ids: Collection[str]) -> set[str]:
     """Return the images that a donor was trained or chosen on."""
     folder = RunDirectory(donor)
     if not folder.last.is_file():
@@ -57,7 +57,7 @@ def _seen(donor: Path, run: Path, own: Mapping[str, str], ids: Collection[str]) 
     return {*split["train"], *split["val"]}
 
 
-def _tested(donor: Path) -> dict[tuple[str, str], float]:
+def _tested_dice(donor: Path) -> dict[tuple[str, str], float]:
     """Return the Dice of the images that a donor was tested on, by (id, label)."""
     path = RunDirectory(donor).evaluation / "per_image.csv"
     try:

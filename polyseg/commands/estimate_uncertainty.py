@@ -46,7 +46,7 @@ def estimate_uncertainty(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Measure the uncertainty of a checkpoint about any images, in the format of a run's record.
+    """Measure how uncertain a network is about any images, and write an assessment file.
 
     Several processes share the images; the leading one writes. `also` names further scores.
     """

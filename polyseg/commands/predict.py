@@ -139,7 +139,7 @@ def _predict_share(
 
 
 def _is_full_disk(error: PolysegError) -> bool:
-    """Return whether the disk, not the image, caused the error, so that every image would fail."""
+    """Return whether the disk, not the image, caused the error, which would fail every image."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
 
 

@@ -86,9 +86,9 @@ def make_page(
             f"{MOST_RUNS} that a page can have; give fewer"
         )
     evaluations = evaluations or comparison_of(sources)
-    compared = [read_evaluation(*one) for one in _named(evaluations)]
+    compared = [read_evaluation(*one) for one in _with_names(evaluations)]
     runs = []
-    for k, (source, name) in enumerate(_named(sources), start=1):
+    for k, (source, name) in enumerate(_with_names(sources), start=1):
         runs.append(read_run(source, name))
         progress("reading runs", k, len(sources))
     page = page_of(runs, compared, title)
@@ -129,15 +129,15 @@ def page_of(
     """
     parts: dict[str, Sequence[Block]] = {
         "Summary": _summary(runs, evaluations),
-        "Comparison": _each(evaluations, _comparison),
+        "Comparison": _of_each(evaluations, _comparison),
         "Settings": _settings(runs),
         "Training": _training(runs),
-        "Difficulty and ε": _each(runs, _difficulty),
-        "Images of largest and smallest D": _each(
+        "Difficulty and ε": _of_each(runs, _difficulty),
+        "Images of largest and smallest D": _of_each(
             runs, lambda run: _gallery(extreme_pictures(run))
         ),
-        "Test images": _each(runs, _tests),
-        "How it was made": [*_machines(runs), *_each(runs, _command)],
+        "Test images": _of_each(runs, _tests),
+        "Versions and commands": [*_machines(runs), *_of_each(runs, _command)],
     }
     what = (
         f"Segmentation run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} segmentation runs"
@@ -161,11 +161,11 @@ def _check_place(out: Path, overwrite: bool) -> None:
     refuse_existing(out, overwrite=overwrite)
 
 
-def _named(sources: Sequence[Path]) -> list[tuple[Path, str]]:
+def _with_names(sources: Sequence[Path]) -> list[tuple[Path, str]]:
     return list(zip(sources, short_names(sources), strict=True)) if sources else []
 
 
-def _each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
+def _of_each(sources: Sequence[S], blocks_of: Callable[[S], Sequence[Block]]) -> Sequence[Block]:
     """Return the blocks of all sources, each under its name if there are several."""
     found: list[Block] = []
     for source in sources:
@@ -219,7 +219,7 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
 
 
 def _loss(settings: Mapping[str, object]) -> str:
-    """Return the name of the loss, and where epsilon comes from if the loss has one."""
+    """Return the name of the loss, and the source of its epsilon if it has one."""
     name, enabled = settings.get("loss.name", DASH), settings.get("control.enabled")
     row = LOSSES.get(name) if isinstance(name, str) else None
     if row is None or not row.has_epsilon:
@@ -234,14 +234,14 @@ def _comparison(evaluation: EvaluationFiles) -> list[Block]:
     return [
         *_differences(evaluation),
         *tables.metric_tables([evaluation]),
-        *_found(evaluation),
+        *_figures_and_tables(evaluation),
         *_each_image(evaluation),
     ]
 
 
 def _tests(run: RunFiles) -> list[Block]:
     own = run.evaluation
-    return [*_differences(own), *_found(own), *_worst_images(own)]
+    return [*_differences(own), *_figures_and_tables(own), *_worst_images(own)]
 
 
 def _differences(evaluation: EvaluationFiles) -> list[Block]:
@@ -252,7 +252,7 @@ def _differences(evaluation: EvaluationFiles) -> list[Block]:
     return [*overview, folded] if overview else single
 
 
-def _found(evaluation: EvaluationFiles) -> list[Block]:
+def _figures_and_tables(evaluation: EvaluationFiles) -> list[Block]:
     """Return the figures, and the tables besides metrics and differences."""
     numbers, images = evaluation_pictures(evaluation)
     return [*_gallery(numbers), *tables.further_tables(evaluation), *_gallery(images)]
@@ -395,7 +395,7 @@ def _each_image(evaluation: EvaluationFiles) -> list[Block]:
         return []
     rows = len(evaluation.per_image) - 1
     some = f", the first {_MOST_ROWS:,} of {rows:,}" if rows > _MOST_ROWS else ""
-    caption = f"{evaluation.name}: a row each network and image, {order}{some}."
+    caption = f"{evaluation.name}: a row for each network and image, {order}{some}."
     return [
         Folded(f"All images of {evaluation.name}", [Table(caption, head, cells, sortable=True)])
     ]
@@ -404,7 +404,7 @@ def _each_image(evaluation: EvaluationFiles) -> list[Block]:
 def _image_rows(evaluation: EvaluationFiles) -> tuple[list[str], list[list[str]], str]:
     """Return the heads and the first rows of per_image.csv, and their order in words."""
     keys, *rows = _shown_columns(evaluation.per_image) or [[]]
-    order = "in the file's order"
+    order = "in the order of the file"
     if "dice" in keys:
         rows.sort(key=lambda row: _sort_key(row[keys.index("dice")]))
         order = "by Dice, the worst first"
@@ -445,7 +445,7 @@ def _machines(runs: Sequence[RunFiles]) -> list[Block]:
         for key in list(keys)[:_MOST_FACTS]
     ]
     return [
-        Table("Versions and machine.", ["what", *(run.name for run in known)], rows),
+        Table("Versions and machine.", ["item", *(run.name for run in known)], rows),
         Text(
             "The command of a run, with its settings above, repeats it: with equal results on the "
             "same CPU with the same versions and number of threads."

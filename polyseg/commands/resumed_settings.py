@@ -32,7 +32,7 @@ _CHANGED_IF_ACCEPTED = (
     "training.channels_last",
     "training.deterministic",
 )
-"""Settings that --accept-changes may change, because the record of earlier epochs stays true."""
+"""Settings that --accept-changes may change: the record of earlier epochs stays valid."""
 _DECISIVE = (
     "polyseg",
     "torch",
@@ -98,8 +98,8 @@ def refuse_changed_environment(
 def recorded_config(config: Config, epochs: int) -> Config:
     """Return the settings that a run records.
 
-    Paths become absolute, and the first assessment is given in whole epochs, so that it stays the
-    same when the run is resumed for more epochs.
+    Paths become absolute, and the first assessment is given in whole epochs, because it must not
+    change when the run is resumed for more epochs.
     """
     settings = config.flat()
     paths = [key for key in ("data.split_file", "control.replay") if settings[key] is not None]

@@ -45,7 +45,7 @@ def read_record(path: str | Path) -> RunRecord:
         owner = next((p for p in path.parents if RunDirectory(p).last.is_file()), None)
         hint = "give the folder of a run" if owner is None else f"give the run, {owner}"
         raise PolysegError(f"{path}: is not a run (it has no {run.last.relative_to(path)}); {hint}")
-    # The checkpoint first: all that it names is there, whatever is written meanwhile.
+    # Read the checkpoint first: all files that it names exist, even while the run continues.
     checkpoint = read_checkpoint(run.last, with_weights=False)
     if not checkpoint.assessments:
         raise PolysegError(f"{path}: {_why_not_assessed(checkpoint.config)}")
@@ -116,7 +116,7 @@ def recompute(
     notes = []
     if overrides:
         notes.append(
-            "from the recorded D: a training with these settings would have other difficulties"
+            "from the recorded D: a training with these settings would measure other difficulties"
         )
     return TableWithNotes(schedule_tables.compare(record, recomputed), notes)
 
@@ -154,8 +154,8 @@ def _notes_on_equations(record: RunRecord) -> list[str]:
     notes = [
         _reduction_note(control),
         _map_note(control),
-        f"{statistics}: of the batch that the image was in (control.statistics=batch), so "
-        "epsilon differs from epoch to epoch"
+        f"{statistics}: of the batch of the image (control.statistics=batch), so epsilon differs "
+        "from epoch to epoch"
         if control.statistics == "batch"
         else f"{statistics}: of all training images (control.statistics=dataset)",
     ]
@@ -164,8 +164,8 @@ def _notes_on_equations(record: RunRecord) -> list[str]:
     lacking = schedule.epochs[~known & (schedule.epochs > record.assessments[0].epoch)]
     if lacking.size:
         notes.append(
-            f"not recorded from epoch {lacking[0]} to {lacking[-1]}, by an older polyseg: D_pct "
-            "and sigma; epsilon there is that of the first epoch of the row"
+            f"D_pct and sigma were not recorded from epoch {lacking[0]} to {lacking[-1]}, by an "
+            "older polyseg; epsilon there is that of the first epoch of the row"
         )
     return notes
 

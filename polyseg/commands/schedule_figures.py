@@ -30,7 +30,7 @@ _PANELS = {
     "with_error": "with 1 − Dice",
     "with_size": "with the size\nof the mask",
     "with_error_given_size": "with 1 − Dice\nat equal size",
-    "with_previous": "with the\nassessment before",
+    "with_previous": "with the previous\nassessment",
 }
 
 

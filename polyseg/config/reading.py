@@ -162,7 +162,7 @@ def _nearest(key: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a hint at the setting that an unknown key may mean.
 
     That is one of the same name in another section, one of its section whose description has the
-    name as a word (control.lambda: "lambda of eq. 12"), or one that is spelled nearly so.
+    name as a word (control.lambda: "lambda of eq. 12"), or one with a similar spelling.
     """
     section, _, name = key.rpartition(".")
     near = (

@@ -43,7 +43,7 @@ def _setting(
 
 
 class OneOf:
-    """Validator of a setting whose value is a name in one of some registries.
+    """Validator of a setting whose value is a name of the given registries.
 
     With `own`, a user's function is allowed too: "package.module:function" or "file.py:function".
     """
@@ -90,7 +90,7 @@ class Section(BaseModel):
 
 Side = Annotated[int, Field(ge=16, le=_LARGEST_SIDE)]
 _FROM_A_LIST = Strict(False)
-"""Permission to write a tuple as a list; its elements stay strict."""
+"""Marker that lets a tuple be written as a list; its elements stay strict."""
 Names = str | Annotated[tuple[str, ...], _FROM_A_LIST] | None
 LabelValue = int | str
 LabelValues = LabelValue | Annotated[tuple[LabelValue, ...], _FROM_A_LIST]
@@ -169,7 +169,7 @@ class DataConfig(Section):
         "auto",
         "whether images are rotated as their orientation tag (EXIF, TIFF) says",
         choices={
-            "auto": "rotate; stop with an error where image and mask have different tags and their "
+            "auto": "rotate; stop with an error if image and mask have different tags and their "
             "sizes do not show which is right",
             "tag": "rotate images and masks by their own tags",
             "stored": "use images and masks as stored",
@@ -192,8 +192,8 @@ class DataConfig(Section):
     size: Side | Annotated[tuple[Side, Side], _FROM_A_LIST] | Literal["auto"] | None = _setting(
         "auto",
         "size of the network's input: one number for a square, or [height, width]; auto: the "
-        "median size of the images in proportion, sides at most 256 and multiples of 16 (128 for "
-        "the demo), as recorded by the run; null: the size of each image",
+        "median size of the images, reduced to sides of at most 256 that are multiples of 16 (128 "
+        "for the demo), which the run records; null: the size of each image",
         "pixels",
     )
     fit: Literal["resize", "tile"] = _setting(
@@ -220,7 +220,7 @@ class DataConfig(Section):
     folds: int = _setting(5, "number of cross-validation folds", ge=2, le=1000)
     fold: int | None = _setting(
         None,
-        "fold used for testing, from 0 (for validation where the data set has a test set); null: "
+        "fold used for testing, from 0 (for validation if the data set has a test set); null: "
         "no cross-validation",
         ge=0,
     )
@@ -514,7 +514,7 @@ class UncertaintyConfig(Section):
         "auto",
         "how the passes are computed",
         choices={
-            "auto": "compute parts that do not depend on dropout once for all passes, where that "
+            "auto": "compute parts that do not depend on dropout once for all passes, if that "
             "saves time",
             "plain": "run the whole network in each pass",
         },
@@ -578,8 +578,8 @@ class ControlConfig(Section):
     )
     statistics: Literal["batch", "dataset"] = _setting(
         "batch",
-        "images that are normalised together, which percentile, sigma, ranks and mean weight refer "
-        "to",
+        "images that are normalised together, over which percentile, sigma, ranks and mean weight "
+        "are computed",
         choices={
             "batch": "those of the batch",
             "dataset": "all training images, at the assessment",
@@ -675,15 +675,15 @@ class TrainingConfig(Section):
     channels_last: bool | Literal["auto"] = _setting(
         "auto",
         "store the channels of a pixel next to each other in memory: on one CPU thread a step with "
-        "images of 256 x 256 takes 0.76 times as long (GPUs are not measured); results differ by "
-        "rounding only with channel dropout, while element dropout may draw other masks; auto: on "
-        "CPUs, except for your own networks and those with instance normalisation",
+        "images of 256 x 256 takes 0.76 times as long (GPUs were not measured); results differ by "
+        "rounding only, but element dropout may draw other masks; auto: on CPUs, except for your "
+        "own networks and those with instance normalisation",
     )
     deterministic: bool = _setting(
         True,
-        "on a GPU: use algorithms that give the same bits each time, where torch has them, so that "
-        "a resumed run equals an uninterrupted one; false: use the fastest, and runs may differ "
-        "from the first step on; no effect on a CPU",
+        "on a GPU: use deterministic algorithms where torch has them, so a resumed run equals an "
+        "uninterrupted one; false: use the fastest algorithms, and runs may differ from the first "
+        "step on; no effect on a CPU",
     )
     sync_batch_norm: bool = _setting(
         True,
@@ -772,13 +772,13 @@ class Config(Section):
         passes = self.uncertainty.takes_passes
         if passes and ":" not in self.network.name and self.network.dropout == 0:
             raise ValueError(
-                "network.dropout is 0, so that all passes of MC Dropout would be equal; "
+                "network.dropout is 0, so all passes of MC Dropout would be equal; "
                 "set it above 0, or control.enabled=false"
             )
         if not self.control.assessment_epochs(self.training.epochs):
             raise ValueError(
                 f"control.start {self.control.start:g} is beyond training.epochs "
-                f"{self.training.epochs}, so that no image would be assessed; lower it"
+                f"{self.training.epochs}, so no image would be assessed; lower it"
             )
         return self
 

@@ -70,7 +70,7 @@ def changes_of(config: DataConfig) -> Changes | None:
 
 
 def augment(image: Tensor, masks: Tensor, changes: Changes, seed: int) -> tuple[Tensor, Tensor]:
-    """Return an image and its masks with the same random change, which depends on the seed only.
+    """Return an image and its masks with the same random change, determined by the seed.
 
     The image is (C, H, W) float32 and normalised; the masks are (K, H, W) uint8 in {0, 1}. The
     results have the same shapes and types.
@@ -83,12 +83,12 @@ def augment(image: Tensor, masks: Tensor, changes: Changes, seed: int) -> tuple[
     transform = _transform(changes, (image.shape[1], image.shape[2]))
     transform.set_random_state(seed=seed % 2**32)
     changed = transform({"image": image, "mask": masks.float()})
-    return _plain(changed["image"]), (_plain(changed["mask"]) >= 0.5).to(torch.uint8)
+    return _plain_tensor(changed["image"]), (_plain_tensor(changed["mask"]) >= 0.5).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)
 def _transform(changes: Changes, size: tuple[int, int]) -> Any:
-    """Return flips, a combined rotation, scale and shift, elastic deformation, and gray values."""
+    """Return MONAI's transform: flips, affine and elastic deformation, gray-value changes."""
     from monai import transforms
     from monai.data import set_track_meta
 
@@ -147,5 +147,5 @@ def _gray_changes(changes: Changes) -> list[Any]:
     return steps
 
 
-def _plain(values: Any) -> Tensor:
+def _plain_tensor(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values))

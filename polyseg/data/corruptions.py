@@ -1,9 +1,9 @@
 """Corrupt images at graded strengths, to test the robustness of networks.
 
 The idea, and its five grades, are from D. Hendrycks and T. Dietterich, "Benchmarking neural network
-robustness to common corruptions and perturbations" (ICLR 2019). Gray values are damaged in units of
-the image's own range, so the grades mean the same for pixels of 8 and 16 bits and of real values;
-lengths are shares of the image's shorter side.
+robustness to common corruptions and perturbations" (ICLR 2019). Gray values are changed in units of
+the image's own range, so a grade is the same for 8-bit, 16-bit and floating-point pixels; lengths
+are shares of the image's shorter side.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from polyseg.errors import PolysegError
 from polyseg.system.seeds import derive_seed
 
 Gray = NDArray[np.float64]
-"""(H, W, C), 0 at the image's 1st percentile and 1 at its 99th."""
+"""Gray values, (H, W, C), 0 at the image's 1st percentile and 1 at its 99th."""
 
 STRENGTHS = (0, 1, 2, 3, 4, 5)
 """Strengths, from none to severe."""
@@ -43,7 +43,7 @@ AMOUNTS: dict[str, tuple[float, ...]] = {
     "resolution": (1.5, 2.0, 3.0, 4.0, 6.0),  # old pixels along a side of a new one
     "jpeg": (50, 25, 15, 9, 5),  # quality
 }
-"""What each corruption does at the strengths 1 to 5, gray values in units of `Gray`."""
+"""Parameter of each corruption at the strengths 1 to 5, with gray values in units of `Gray`."""
 
 CORRUPTIONS = tuple(AMOUNTS)
 
@@ -63,9 +63,9 @@ def corrupt(image: Image, name: str, strength: int, *, seed: int, side: int | No
     Args:
         image: (H, W, C), of any type, finite.
         name: one of `CORRUPTIONS`.
-        strength: 0 to 5; with 0 the image comes back as it is, and so does one of a single value.
-        seed: equal seeds give equal damage; noise and field differ between strengths in size only.
-        side: what lengths are shares of, in pixels; by default the shorter side.
+        strength: 0 to 5; 0 does not change the image. An image of a single value never changes.
+        seed: random seed; with equal seeds noise differs between strengths in amplitude only.
+        side: length in pixels to which lengths are relative; by default the shorter side.
 
     Raises:
         PolysegError: there is no such corruption or strength.
@@ -123,7 +123,7 @@ def corrupted(
     seeds = [derive_seed(seed, "corruption", name, identity) for identity in ids]
     places = [images.index[identity] for identity in ids]
     side = min(images.tiling.size) if images.tiling is not None else None
-    store = _DamagedStore(images.store, places, seeds, name, strength, side)
+    store = _CorruptedStore(images.store, places, seeds, name, strength, side)
     items = [images.items[i] for i in places]
     if images.levels is None:
         items = [
@@ -134,12 +134,12 @@ def corrupted(
 
 
 @dataclass(frozen=True)
-class _DamagedStore:
+class _CorruptedStore:
     """Some images of another store, each corrupted at access."""
 
     store: Store
     places: Sequence[int]
-    """In that store."""
+    """Positions of the images in that store."""
     seeds: Sequence[int]
     name: str
     strength: int
@@ -189,12 +189,12 @@ def _contrast(gray: Gray, share: float, _: Generator, __: int) -> Gray:
 
 
 def _gamma(gray: Gray, exponent: float, _: Generator, __: int) -> Gray:
-    # Beyond the percentiles a power would be undefined, or brighten.
+    # Outside [0, 1] a power is undefined or brightens.
     return np.where((gray > 0) & (gray < 1), np.abs(gray) ** exponent, gray)
 
 
 def _bias(gray: Gray, factor: float, generator: Generator, _: int) -> Gray:
-    """Return the image times a smooth field in [1 / factor, factor], one of which it reaches."""
+    """Return the image times a smooth field in [1 / factor, factor] that reaches one end."""
     weights = generator.standard_normal((3, 3))
     weights[0, 0] = 0
     rows, columns = (np.linspace(-1, 1, length) for length in gray.shape[:2])
@@ -209,7 +209,7 @@ def _resolution(gray: Gray, factor: float, _: Generator, __: int) -> Gray:
 
 
 def _jpeg(gray: Gray, quality: float, _: Generator, __: int) -> Gray:
-    """Return the image plus the changes by 8 bits and compression between the percentiles."""
+    """Return the image plus the errors of 8-bit rounding and JPEG between the percentiles."""
     shown = gray.clip(0, 1)
     levels = np.rint(255 * shown).astype(np.uint8)
     if levels.shape[2] == 3:

@@ -66,7 +66,7 @@ class Item:
 
     @property
     def bytes(self) -> int:
-        """Bytes of pixels and masks as they are kept."""
+        """Size of pixels and masks as stored, in bytes."""
         each = self.channels * self.bits // 8 + len(self.shares or ())
         return each * self.size[0] * self.size[1]
 
@@ -87,7 +87,7 @@ class ImageSet:
     items: Sequence[Item]
     store: Store
     channels: int
-    """Number of channels of every image; gray images among RGB ones are repeated."""
+    """Number of channels of every image; gray images among RGB images get equal channels."""
     labels: tuple[str, ...] = ("",)
     """Names of the K channels of the masks."""
     tiling: Tiling | None = None
@@ -113,7 +113,7 @@ class ImageSet:
 
     @cached_property
     def known_difficulty(self) -> Mapping[str, float]:
-        """Difficulty by id, where it is known."""
+        """Difficulty by id, for images of known difficulty."""
         return {
             item.id: item.known_difficulty
             for item in self.items
@@ -204,7 +204,7 @@ class ImageSet:
                 yield Batch(names, torch.stack(images), stacked, self.labels)
 
     def pooled_over(self, ids: Sequence[str]) -> Levels:
-        """Return mean and deviation over all pixels of some images."""
+        """Return the levels by mean and standard deviation over all pixels of some images."""
         items = [self.item(identity) for identity in ids]
         levels = [self._repeated(item.levels) for item in items]
         return pooled_levels(levels, [item.size[0] * item.size[1] for item in items])

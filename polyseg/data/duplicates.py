@@ -37,14 +37,14 @@ class Likeness:
     exact: str
     """sha256 of the pixels."""
     near: str
-    """Perceptual hash, 64 hexadecimal digits; empty where nothing is nearly the same: for flat
-    images, and for slices of volumes, which resemble those of others by their anatomy."""
+    """Perceptual hash, 64 hexadecimal digits; empty for flat images, and for slices of volumes,
+    which resemble slices of other patients by their anatomy."""
     flat: bool = False
-    """True where all pixels have one value; such images are no copies."""
+    """Whether all pixels have one value; such images do not count as copies."""
 
 
 def content_hash(pixels: NDArray[Any]) -> str:
-    """Return the sha256 of an image's pixels, whatever file format held them."""
+    """Return the sha256 of an image's pixels, independent of the file format."""
     digest = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
     digest.update(np.ascontiguousarray(pixels).tobytes())
     return digest.hexdigest()
@@ -74,7 +74,7 @@ def perceptual_hash(pixels: NDArray[Any]) -> str:
     return np.packbits(above).tobytes().hex()
 
 
-# Importing scipy.fft would take longer than hashing many a data set.
+# Importing scipy.fft would take longer than hashing a small data set.
 def _cosines() -> NDArray[np.float64]:
     """Return the lowest frequencies of the orthonormal cosine transform (type II), (16, 64)."""
     frequency, place = np.arange(_KEPT)[:, None], np.arange(_SIDE)
@@ -94,7 +94,7 @@ def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str
         A sentence about each pair that was allowed; nearly equal pairs are limited in number.
 
     Raises:
-        PolysegError: names the pairs and their parts, and what corrects or allows it.
+        PolysegError: a pair is not allowed; the message names pairs, parts and remedies.
 
     >>> twin = Likeness("1", 64 * "0")
     >>> refuse_leaks({"train": ["a"], "val": [], "test": ["b"]}, {"a": twin, "b": twin}, "allow")
@@ -116,8 +116,8 @@ def refuse_leaks(split: Split, likeness: Mapping[str, Likeness], duplicates: str
     if refused:
         more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise PolysegError(
-            f"data: {'; '.join(refused[:_SHOWN])}{more}. The test would be of what was trained on: "
-            "remove copies, keep images of one origin together by data.group, or allow it by "
+            f"data: {'; '.join(refused[:_SHOWN])}{more}. Copies of training images bias the test: "
+            "remove them, keep images of one origin together by data.group, or allow them by "
             f"data.duplicates={'allow' if exact else 'allow-near'}"
         )
     return exact + nearly

@@ -17,7 +17,7 @@ _NO_PATIENTS = re.compile(
     r"(fold|batch|part|set|site|grade|class|level|stage|type|version|v|vol|dataset)[ _-]*\d+$",
     re.IGNORECASE,
 )
-"""Names with a number that are hardly of a patient."""
+"""Names with a number that probably do not name patients."""
 _DATE = re.compile(r"(19|20)\d\d((0[1-9]|1[0-2])([0-2]\d|3[01]))?")
 
 
@@ -46,7 +46,7 @@ class Guess:
         return (
             f"suspected: {images} images may form {what}, such as patients, and they are not kept "
             "together; data.group takes a regular expression that finds the group in a name, "
-            "data.group=none ends this line"
+            "data.group=none removes this line"
         )
 
 
@@ -70,7 +70,7 @@ def with_groups(cases: Sequence[Case], split_given: bool) -> tuple[list[Case], G
 
 
 def _by_folders(cases: Sequence[Case]) -> Guess | None:
-    """Group by the outermost folders below which images lie, if these have numbers."""
+    """Group by the outermost folders that contain images, if these have numbers."""
     places = [case.images[0].parent.parts for case in cases]
     above = len(Path(commonpath([Path(*place) for place in places])).parts)
     for depth in range(above, max(map(len, places))):
@@ -85,18 +85,18 @@ def _by_folders(cases: Sequence[Case]) -> Guess | None:
 
 
 def _is_of_images(name: str) -> bool:
-    """Return whether a folder is of images or of a part by its name, and so not of a patient."""
+    """Return whether a folder's name means images or a part of the split, not a patient."""
     words = [plain(name), *map(plain, re.split(r"[ _-]+", name))]
     return any(word in (*IMAGE_FOLDERS, *MASK_FOLDERS) or part_of(word) for word in words)
 
 
 def _by_names(cases: Sequence[Case]) -> Guess | None:
-    """Group by the first number that varies, where further numbers follow it in every name."""
+    """Group by the first number that varies, if further numbers follow it in every name."""
     ids = [case.id for case in cases]
     numbers = [list(_NUMBER.finditer(name, name.rfind("/") + 1)) for name in ids]
     usual = Counter(map(len, numbers)).most_common(1)[0][0]
     whole = [n for n, found in enumerate(numbers) if len(found) == usual]
-    # Hashes, such as cju0qkwl35piu0, have numbers too, but no two are built alike.
+    # Hashes, such as cju0qkwl35piu0, have numbers too, but no two have the same form.
     shapes = Counter(_NUMBER.sub("#", ids[n]) for n in whole)
     alike = shapes.most_common(1)[0][1] > len(cases) / 2 or len(shapes) <= max(3, len(cases) / 20)
     if usual < 2 or not alike or len(whole) < len(cases) / 2:
@@ -118,6 +118,6 @@ def _by_names(cases: Sequence[Case]) -> Guess | None:
 
 
 def _are_groups(keys: Sequence[str]) -> bool:
-    """Return whether there are several groups and half of the images or more share theirs."""
+    """Return whether there are several groups, and at least half of the images share one."""
     sizes = Counter(keys).values()
     return len(sizes) >= _FEWEST_GROUPS and 2 * sum(n for n in sizes if n > 1) >= len(keys)

@@ -1,4 +1,4 @@
-"""Decoded images on disk: where their file is, what it depends on, and when it is removed."""
+"""Files of decoded images: their folder, their key, and the removal of unused ones."""
 
 import contextlib
 import functools

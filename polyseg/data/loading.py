@@ -106,9 +106,9 @@ def grouped(cases: Sequence[Case], config: DataConfig) -> tuple[list[Case], str]
 
 
 def settled(config: DataConfig, layout: Layout | None = None) -> DataConfig:
-    """Return the settings with values from the data: data.size of auto, and regions as labels.
+    """Return the settings with values from the data: data.size for auto, and regions as labels.
 
-    A run records them, so that predictions of other images use the same.
+    A run records them, and predictions of other images use them.
     """
     auto = config.size == "auto"
     if config.path == "demo":
@@ -165,7 +165,7 @@ def read_cases(
     found = list(problems)
     if config.size == "auto":
         config = config.model_copy(update={"size": _auto_size(cases, config)})
-    items, store = _keep(cases, config, _samples(cases, config, found, progress), found)
+    items, store = _store(cases, config, _samples(cases, config, found, progress), found)
     images = image_set(items, store, config, channels)
     return dataclasses.replace(images, read_original=_OriginalReader(cases, config))
 
@@ -181,7 +181,7 @@ class _OriginalReader:
         """Return (H, W, C) and (K, H, W), by the id of the image."""
         if identity not in self.last:
             case = self.cases.get(identity) or self.cases[identity.rpartition("#")[0]]
-            self.last = {}  # Free memory first, so that it never holds two volumes.
+            self.last = {}  # Free the memory of the last volume before the next is read.
             slices = read_case(case, self.config)
             self.last = {name: (pixels, masks) for name, pixels, masks, _ in slices}
         return self.last[identity]
@@ -196,7 +196,7 @@ def scan_cases(
     """Read cases and return facts about the images, without keeping pixels."""
     found = list(problems)
     items = [sample.item for sample in _samples(cases, config, found, progress)]
-    _refuse(found)
+    _raise_merged(found)
     return items
 
 
@@ -258,7 +258,7 @@ def _prepare(
     return ReadImage(item, image, kept_masks)
 
 
-def _keep(
+def _store(
     cases: Sequence[Case], config: DataConfig, samples: Iterator[ReadImage], problems: list[str]
 ) -> tuple[list[Item], Store]:
     """Keep samples in memory up to data.memory; more are written to, or read from, a file."""
@@ -269,9 +269,9 @@ def _keep(
         held.append(sample)
         size += sample.image.nbytes + (0 if sample.masks is None else sample.masks.nbytes)
         if size > bound or size / len(held) * len(cases) > bound:
-            _refuse(problems)
+            _raise_merged(problems)
             return _on_disk(cases, config, held, samples, problems)
-    _refuse(problems)
+    _raise_merged(problems)
     images, masks = [sample.image for sample in held], [sample.masks for sample in held]
     return [sample.item for sample in held], MemoryStore(images, masks)
 
@@ -292,7 +292,7 @@ def _on_disk(
             held.reverse()  # Popped from its end, it frees memory while the file is written.
             for sample in itertools.chain((held.pop() for _ in range(len(held))), rest):
                 file.add(sample.image, sample.masks, dataclasses.asdict(sample.item))
-            _refuse(problems)
+            _raise_merged(problems)
     store = DiskStore(path)
     with contextlib.suppress(OSError):  # The file may belong to another user.
         os.utime(index_of(path))
@@ -334,7 +334,7 @@ def lost_foreground(items: Sequence[Item]) -> str:
     )
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _raise_merged(problems: Sequence[str]) -> None:
     if problems:
         lines = _merged([line for problem in problems for line in problem.splitlines()])
         more = len(lines) - _MOST_PROBLEMS
@@ -342,7 +342,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _merged(lines: Sequence[str]) -> list[str]:
-    """Return lines in which the same problem of many files has one line.
+    """Return lines with a single line for the same problem of many files.
 
     >>> _merged([f"images/{k}.png: is cut short at {k} bytes" for k in range(9)])
     ['images/0.png: is cut short at 0 bytes (so are 8 more files: 1.png, 2.png, 3.png, ...)']

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from polyseg.config.label_values import COLOUR, NONZERO, shown_value
 from polyseg.errors import PolysegError
 
-# Values up to this share of full scale, and as near to full, are noise of compression around 0 and
-# full (JPEG of quality 75 overshoots by 15 %); the rest are edges.
+# Values within this share of full scale from 0 or from full are compression noise (JPEG of quality
+# 75 overshoots by 15 %); values between are edges.
 _NOISE = 0.15
-# Edges lie this near to the outline, in pixels, and so does noise, which JPEG keeps in blocks of
-# 8 (16 where the mask was enlarged later). Labels of real areas lie farther off.
+# Largest distances of edges and of noise from the outline, in pixels: JPEG keeps noise in blocks of
+# 8 (16 if the mask was enlarged later). Labels of real areas lie farther away.
 _EDGE_REACH = 4
 _NOISE_REACH = 16
 _EDGE_SHARE = 0.1
 _FEW_PIXELS = 200
 _FEWEST_VALUES = 3
-# JPEG may shift flat areas by so much of full scale.
+# JPEG may shift flat areas by this share of full scale.
 _ROUNDING = 2.5 / 255
 _MOST_VALUES = 2**16
 _FEW_VALUES = 8
@@ -43,12 +43,12 @@ def to_masks(
         labels: as read, integers or floats; colours are COLOUR + 65536 R + 256 G + B.
         path: their file, for errors.
         foreground: K tuples of label values: channel k is 1 where the value is among the k-th,
-            other labels are background. None makes one channel of 0/1, 0/255, 0/65535, and of
-            such masks whose edges were smoothed (anti-aliasing, JPEG): 1 from half on.
+            other labels are background. None makes one channel of 0/1, 0/255 or 0/65535; edges may
+            be smoothed (anti-aliasing, JPEG), and are 1 from half full scale on.
 
     Raises:
-        UnclearValuesError: `foreground` is None and the values are others, or it names no colour and
-            the mask is of colours.
+        UnclearValuesError: `foreground` is None and there are other values, or it names no colour
+            and the mask has colours.
 
     >>> labels = np.array([[[0, 1, 2, 4]]])
     >>> to_masks(labels, Path("a.png"), [(1, 4), (2,)])[0, :, 0]
@@ -74,7 +74,7 @@ def to_masks(
             masks[:, k] = np.isin(labels, values)
         else:
             for value in values:
-                _where_equal(labels, _as_in(labels, value, coloured), masks[:, k])
+                _where_equal(labels, _gray_if_possible(labels, value, coloured), masks[:, k])
     return masks
 
 
@@ -122,7 +122,7 @@ def lines_about_unclear(unclear: Sequence[UnclearValuesError]) -> list[str]:
 
 
 def _label_map(mask: Path) -> dict[float, str]:
-    """Return names by colour, "liver, ", where a labelmap.txt of CVAT lies beside the masks."""
+    """Return names by colour, "liver, ", if CVAT's labelmap.txt is beside the masks."""
     for folder in mask.parents[:2]:
         with contextlib.suppress(OSError, ValueError):
             lines = (folder / "labelmap.txt").read_text(encoding="utf-8")[:100_000]
@@ -144,7 +144,7 @@ def _shown(value: float) -> str:
     return shown_value(int(value)) if value == int(value) else f"{value:.3g}"
 
 
-def _as_in(labels: NDArray[Any], value: int, coloured: bool) -> int:
+def _gray_if_possible(labels: NDArray[Any], value: int, coloured: bool) -> int:
     """Return the gray value of a colour in a gray mask, if it has one."""
     if coloured or value < COLOUR:
         return value
@@ -192,7 +192,7 @@ def _where_equal(
 
 
 def _distinct(labels: NDArray[Any]) -> NDArray[Any]:
-    """Return the values that occur, in order, up to a number of them."""
+    """Return the values that occur, in order, up to a limit."""
     flat = labels.reshape(-1)
     found = flat[:1]
     for start in range(0, flat.size, _BLOCK):
@@ -229,13 +229,13 @@ def _is_soft(labels: NDArray[Any], values: NDArray[Any], scale: float) -> bool:
         return False
     if edges.size and between.size < _FEWEST_VALUES:
         return False
-    found = [_misplaced(one, scale) for one in labels]
+    found = [_edges_of_slice(one, scale) for one in labels]
     soft = sum(count for count, _ in found)
     few = soft <= _FEW_PIXELS or soft < _EDGE_SHARE * labels.size
     return few and not any(stray for _, stray in found)
 
 
-def _misplaced(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
+def _edges_of_slice(labels: NDArray[Any], scale: float) -> tuple[int, bool]:
     """Return the number of edge pixels of a slice, (H, W), and whether a value is misplaced."""
     count = 0
     rows = max(4 * _NOISE_REACH, _BLOCK // labels.shape[1])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from polyseg.config import Config, DataConfig
 from polyseg.data.dataset import ImageSet, Item, member_of
 from polyseg.data.duplicates import refuse_leaks
-from polyseg.data.splits import Split, split_by_settings, torn_groups
+from polyseg.data.splits import Split, groups_in_two_parts, split_by_settings
 from polyseg.errors import PolysegError
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ def _refuse_shared(split: Split, items: Sequence[Item], config: DataConfig) -> N
     likeness = {item.id: item.likeness for item in items}
     for sentence in refuse_leaks(split, likeness, config.duplicates)[:_SHOWN]:
         log.warning("%s, which data.duplicates allows", sentence)
-    if torn := torn_groups(split, [member_of(item) for item in items], config):
-        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
-        what = f"data: images of one group are on two sides: {', '.join(torn[:_SHOWN])}{more}"
+    if shared := groups_in_two_parts(split, [member_of(item) for item in items], config):
+        more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
+        what = f"data: images of one group are in two parts: {', '.join(shared[:_SHOWN])}{more}"
         if config.duplicates != "allow":
             raise PolysegError(f"{what}; correct the split, or allow it by data.duplicates=allow")
         log.warning("%s, which data.duplicates allows", what)
@@ -92,7 +92,7 @@ def _warn_of_many_windows(images: ImageSet) -> None:
     windows = -(-rows // height) * -(-columns // width)
     if windows > _MANY_WINDOWS:
         log.warning(
-            "an image of %d x %d takes over %d windows of %d x %d, each pass of MC Dropout anew; a "
+            "an image of %d x %d needs over %d windows of %d x %d in each pass of MC Dropout; a "
             "larger data.size is faster",
             *(rows, columns, windows, height, width),
         )

@@ -25,9 +25,9 @@ from polyseg.errors import PolysegError, reason
 from polyseg.system.files import atomic_path, read_text, write_text
 
 Image = NDArray[Any]
-"""(H, W, C), of one of DTYPES."""
+"""Pixels, (H, W, C), of one of DTYPES."""
 Masks = NDArray[np.uint8]
-"""(K, H, W) in {0, 1}."""
+"""Masks, (K, H, W) in {0, 1}."""
 
 DTYPES = ("uint8", "uint16", "int16", "float32")
 
@@ -96,7 +96,7 @@ class DiskStore:
             self._checksums = [int(row["checksum"]) for row in rows]
             if not all(_plausible(shape) for shape in self.shapes):
                 raise ValueError("the shape of an image is not valid")
-            # Python integers, which false sizes in the index cannot overflow.
+            # Python integers, because wrong sizes in the index could overflow NumPy's.
             self._offsets = list(
                 itertools.accumulate((one.bytes for one in self.shapes), initial=0)
             )
@@ -130,14 +130,14 @@ class DiskStore:
         return image, masks.reshape(shape.masks, shape.height, shape.width)
 
     def _unreadable(self, error: OSError) -> PolysegError:
-        anew = "; it will be made anew at the next start"
+        remedy = "; the next start writes it again"
         gone = error.errno in (errno.ENOENT, errno.ESTALE)
-        return PolysegError(f"{self.path}: cannot be read: {reason(error)}{anew if gone else ''}")
+        return PolysegError(f"{self.path}: cannot be read: {reason(error)}{remedy if gone else ''}")
 
     def _damaged(self, why: str) -> PolysegError:
         return PolysegError(
             f"{self.path}: is not a file of decoded images ({why}); remove it and "
-            f"{index_of(self.path).name}, they will be made anew"
+            f"{index_of(self.path).name}; the next start writes them again"
         )
 
     def __getstate__(self) -> dict[str, Any]:

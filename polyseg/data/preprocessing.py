@@ -23,7 +23,7 @@ class Levels:
     offset: tuple[float, ...]
     scale: tuple[float, ...]
     clipped: bool = False
-    """True where values are clipped to [0, 1]."""
+    """Whether values are clipped to [0, 1]."""
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return an image, (H, W, C), as (C, H, W) float32.
@@ -47,7 +47,7 @@ def levels_of(image: NDArray[Any], config: DataConfig) -> Levels:
     With "dataset" they are the image's own mean and deviation, which `pooled_levels` pools.
 
     Raises:
-        PolysegError: "unit" of pixels without a full range.
+        PolysegError: `data.normalise` is "unit" and the pixels have no full range.
 
     >>> levels_of(np.array([[[1], [3]]], np.uint8), DataConfig())
     Levels(offset=(2.0,), scale=(1.0,), clipped=False)
@@ -60,7 +60,7 @@ def mean_and_deviation(image: NDArray[Any], _: DataConfig) -> Levels:
     """Return mean and deviation of each channel."""
     deviation = image.std(axis=(0, 1), dtype=np.float64)
     mean = image.mean(axis=(0, 1), dtype=np.float64)
-    return Levels(_plain(mean), _plain(np.maximum(deviation, _LEAST_DEVIATION)))
+    return Levels(_floats(mean), _floats(np.maximum(deviation, _LEAST_DEVIATION)))
 
 
 def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
@@ -77,7 +77,7 @@ def full_range(image: NDArray[Any], _: DataConfig) -> Levels:
 def percentiles(image: NDArray[Any], _: DataConfig) -> Levels:
     """Return the 1st percentile of each channel, and its distance to the 99th."""
     low, high = np.percentile(image, (1, 99), axis=(0, 1))
-    return Levels(_plain(low), _plain(np.maximum(high - low, _LEAST_DEVIATION)), clipped=True)
+    return Levels(_floats(low), _floats(np.maximum(high - low, _LEAST_DEVIATION)), clipped=True)
 
 
 def window(image: NDArray[Any], config: DataConfig) -> Levels:
@@ -87,7 +87,7 @@ def window(image: NDArray[Any], config: DataConfig) -> Levels:
 
 
 def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
-    """Return mean and deviation over all pixels of images, from those and the pixels of each.
+    """Return mean and deviation over all images from those of each and its number of pixels.
 
     >>> pooled_levels([Levels((0.0,), (1.0,)), Levels((2.0,), (1.0,))], [1, 1])
     Levels(offset=(1.0,), scale=(1.4142135623730951,), clipped=False)
@@ -97,7 +97,7 @@ def pooled_levels(levels: Sequence[Levels], pixels: Sequence[int]) -> Levels:
     deviations = np.array([one.scale for one in levels])
     mean = (weights * means).sum(axis=0)
     variance = (weights * (deviations**2 + (means - mean) ** 2)).sum(axis=0)
-    return Levels(_plain(mean), _plain(np.sqrt(variance)))
+    return Levels(_floats(mean), _floats(np.sqrt(variance)))
 
 
 def levels_from(record: Any, channels: int) -> Levels | None:
@@ -238,7 +238,7 @@ def cut_patch(
     [(4, 12, 1), (1, 4, 12)]
     """
     generator = np.random.default_rng(seed)
-    image, masks = _at_least(image, masks, size)
+    image, masks = _padded_to(image, masks, size)
     top, left = (
         int(generator.integers(0, side - wanted + 1))
         for side, wanted in zip(image.shape[:2], size, strict=True)
@@ -255,13 +255,13 @@ def cut_patch(
 def _pixel_of(masks: NDArray[np.uint8], generator: "np.random.Generator") -> tuple[int, int]:
     """Return row and column of a random foreground pixel."""
     inside = masks[0] if len(masks) == 1 else np.asarray(masks.any(axis=0))
-    # By rows first, because a list of all pixels takes long to make of a large mask.
+    # Choose the row first, because listing all pixels of a large mask is slow.
     ends = np.count_nonzero(inside, axis=1).cumsum()
     row = int(np.searchsorted(ends, generator.integers(ends[-1]), side="right"))
     return row, int(generator.choice(np.flatnonzero(inside[row])))
 
 
-def _at_least(
+def _padded_to(
     image: NDArray[Any], masks: NDArray[np.uint8] | None, size: tuple[int, int]
 ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
     lacking = [max(wanted - side, 0) for side, wanted in zip(image.shape[:2], size, strict=True)]
@@ -281,5 +281,5 @@ def _resize_plane(
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling[method]))
 
 
-def _plain(values: NDArray[Any]) -> tuple[float, ...]:
+def _floats(values: NDArray[Any]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)

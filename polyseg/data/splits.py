@@ -47,8 +47,8 @@ class Member:
 def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     """Split images, of unique ids, by a file, by the parts in the data, by folds, or by shares.
 
-    Where the data name test images but none for validation, those are drawn from the others. A
-    fold is the test part, or the validation part if the data have a test part.
+    If the data give a test part but no validation part, validation images are drawn from the
+    others. A fold is the test part, or the validation part if the data have a test part.
 
     Raises:
         PolysegError: too few images or groups, or a file that does not fit.
@@ -85,11 +85,11 @@ def split_by_settings(members: Sequence[Member], config: DataConfig) -> Split:
     return {part: sorted(ids) for part, ids in split.items()}
 
 
-def torn_groups(split: Split, members: Sequence[Member], config: DataConfig) -> list[str]:
+def groups_in_two_parts(split: Split, members: Sequence[Member], config: DataConfig) -> list[str]:
     """Return the groups with images in two parts of a split.
 
     >>> members = [Member("a", group="x"), Member("b", group="x")]
-    >>> torn_groups({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
+    >>> groups_in_two_parts({"train": ["a"], "val": [], "test": ["b"]}, members, DataConfig())
     ['x (train and test)']
     """
     group_of = groups_by_id(members, config)
@@ -156,8 +156,8 @@ def divide(
     if len(groups) < wanted:
         what = "images" if len(groups) == len(members) else "groups"
         raise PolysegError(
-            f"data: {len(groups)} {what} are too few for {wanted} parts; give more, shares of 0 in "
-            "data.split, or fewer data.folds"
+            f"data: {len(groups)} {what} are too few for {wanted} parts; add some, set shares of 0 "
+            "in data.split, or fewer data.folds"
             + ("" if what == "images" else ", or divide single images by data.group=none")
         )
     generator = np.random.default_rng(config.split_seed)
@@ -281,7 +281,7 @@ def _all_grouped(members: Sequence[Member], pattern: str | None) -> list[Member]
         return list(members)
     grouped: list[Member] = []
     try:
-        with _at_most(_LONGEST_MATCHING):
+        with _time_limit(_LONGEST_MATCHING):
             for member in members:
                 grouped.append(_grouped(member, pattern))  # noqa: PERF401 - for its length
     except TimeoutError:
@@ -293,7 +293,7 @@ def _all_grouped(members: Sequence[Member], pattern: str | None) -> list[Member]
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block after some seconds; only in the main thread, by a signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -314,7 +314,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _grouped(member: Member, pattern: str) -> Member:
     """Return a member with the group that a pattern finds in its id: its first group, or all.
 
-    Slices go by the id of their volume, so that none is torn apart.
+    The pattern is matched with the id of a slice's volume, which keeps volumes whole.
     """
     found = re.search(pattern, volume_of(member.id)[:_LONGEST_MATCHED])
     group = found and found[1 if found.re.groups else 0]

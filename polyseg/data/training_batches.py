@@ -38,9 +38,9 @@ def training_batches(
     pinned: bool = False,
     processes: Processes = ALONE,
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Yield the batches of an epoch: shuffled by (seed, epoch), cut and changed by id as well.
+    """Yield the batches of an epoch, shuffled, cropped and augmented by seed, epoch and id.
 
-    Each has the names of all of its images, and this process's rows of its images and masks. The
+    Each has the ids of all its images, and this process's rows of the images and masks. The
     number of workers changes no batch, the batch size changes no sample, and torch's global random
     stream is not used. CUDA can copy pinned batches while it computes.
 
@@ -60,7 +60,7 @@ def training_batches(
         pin_memory=pinned,
     )
     with _explaining_workers():
-        _make_room_for_files(workers)
+        _raise_file_limit(workers)
         for names, batch in zip(order, loader, strict=True):
             if isinstance(batch, PolysegError):
                 raise batch
@@ -100,10 +100,10 @@ class _Samples(Dataset[tuple[Tensor, Tensor]]):
         return augment(image, masks, self.changes, derive_seed(*key, "augmentation", identity))
 
 
-def _make_room_for_files(workers: int) -> None:
-    """Raise the number of files that may be open at once to what the workers need.
+def _raise_file_limit(workers: int) -> None:
+    """Raise the limit of open files to the number that the workers need.
 
-    A worker that cannot open another file cannot report it, and would be waited for forever.
+    A worker that cannot open a file cannot report it, and training would wait for it forever.
     """
     if workers == 0:
         return

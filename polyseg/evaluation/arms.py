@@ -1,4 +1,4 @@
-"""Combine runs that differ only by seed, fold or machine to arms."""
+"""Combine runs that differ only by seed, fold or machine into arms."""
 
 import json
 import os
@@ -26,7 +26,7 @@ _OF_ONE_ARM = {
 """Settings that may differ within an arm, besides those of the output."""
 
 _OF_THE_LOSS = ("loss.name", "loss.epsilon", "loss.terms", "loss.scale", "uncertainty.", "control.")
-"""Beginnings of the settings that a Dice arm may have other than the adaptive arm beside it."""
+"""Prefixes of the settings in which a Dice arm may differ from the adaptive arm."""
 
 
 def arms_of(configs: Mapping[str, Config]) -> dict[str, list[str]]:
@@ -111,7 +111,7 @@ def _key(config: Config) -> str:
 
 
 def _settings(config: Config, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings, by key, without those that may differ within an arm and some more."""
+    """Return settings by key, except those that may differ within an arm or begin as `without`."""
     kept = {
         key: value
         for key, value in config.flat().items()

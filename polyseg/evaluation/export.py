@@ -55,7 +55,7 @@ def per_image_csv(runs: Sequence[RunScores]) -> str:
             found = [image.uncertainty.get(name, math.nan) for name in unsure]
             pixels = [image.mask_pixels, image.predicted_pixels]
             names = [run.at, image.id, *([image.group or ""] if by_group else [])]
-            rows.append([*own, *names, *map(_plain, values), *pixels, *map(_plain, found)])
+            rows.append([*own, *names, *map(_text, values), *pixels, *map(_text, found)])
     return csv_table([*heads, *metrics, "mask_pixels", "predicted_pixels", *unsure], rows)
 
 
@@ -63,7 +63,7 @@ def robustness_csv(evaluation: Evaluation) -> str:
     """Return the means of all metrics at each strength of each corruption as CSV."""
     metrics = list(METRICS)
     rows = [
-        [point.run, point.corruption, point.strength, *(_plain(point.mean(key)) for key in metrics)]
+        [point.run, point.corruption, point.strength, *(_text(point.mean(key)) for key in metrics)]
         for point in evaluation.robustness
     ]
     return csv_table(["run", "corruption", "strength", *metrics], rows)
@@ -213,5 +213,5 @@ def _plain_line(text: str) -> str:
     return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
-def _plain(value: float) -> str:
+def _text(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.9g}"

@@ -42,8 +42,7 @@ def at_size(
 ) -> NDArray[np.floating]:
     """Return probabilities of an image, (K, h, w), as float32 at the size of its file.
 
-    With "network" they are not changed. Resizing is bilinear, so that values stay between those of
-    their neighbours.
+    With "network" they are not changed. Bilinear resizing keeps values between their neighbours'.
     """
     if at == "network":
         return maps

@@ -102,7 +102,7 @@ class RunScores:
 
     @property
     def patients(self) -> int | None:
-        """Number of groups, of which an image without one is its own; None if none are known."""
+        """Number of groups, counting each image without one as a group; None if none are known."""
         groups = self.groups
         return None if groups is None else group_means(np.zeros(len(groups)), groups).size
 
@@ -263,10 +263,9 @@ class Evaluation:
         return metric.heading(self.unit, self.tolerance)
 
     def difficulty(self, run: RunScores) -> Values | None:
-        """Return the first run's difficulty of a run's images, so that thirds are the same.
+        """Return the difficulty of a run's images for the first run, for equal thirds in all runs.
 
-        It is the first uncertainty that was measured, (n,), with NaN for images without it, or
-        None.
+        It is the first measured uncertainty, (n,), NaN for images without it; None without any.
         """
         first = next((one for one in self.runs if one.label == run.label), run)
         names = [name for image in first.scores for name in image.uncertainty]
@@ -382,7 +381,7 @@ def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stra
 
     Args:
         run: the run; images without foreground are in no third by size.
-        difficulty: (n,), from one of the compared runs, so that all have the same thirds.
+        difficulty: (n,), from one run, which defines the thirds of all compared runs.
     """
     sizes = np.array([image.mask_pixels or math.nan for image in run.scores])
     ways = [("size", SIZES, sizes)]

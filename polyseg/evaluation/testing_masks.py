@@ -22,7 +22,7 @@ from polyseg.evaluation.testing_networks import (
     ImageTest,
     MaskKeeper,
     NetworkResults,
-    judge,
+    scores_of,
     true_masks,
 )
 from polyseg.metrics.image_metrics import METRICS
@@ -50,7 +50,7 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
     """Return the metrics of the masks in a folder; those that need probabilities are undefined.
 
     A file has the id of its image as its name: a label map, or one file for each label, as
-    LABEL/ID or as ID_LABEL. Where no file has just the id, any one pattern that gives a file for
+    LABEL/ID or as ID_LABEL. If no file has just the id, any one pattern that gives a file for
     each image is taken, such as ID_seg or ID/ID_trans.
 
     Raises:
@@ -61,7 +61,9 @@ def measure_masks(folder: Path, test: ImageTest, config: DataConfig) -> NetworkR
     files = _files_of(folder, test, config)
     keeper = MaskKeeper(test.name, labels, dict.fromkeys(labels, 0.5))
     predictions = (keeper(one) for one in _predictions(test, files, config))
-    scores = [_without_probabilities(run) for run in judge(test, predictions, keeper.thresholds)]
+    scores = [
+        _without_probabilities(run) for run in scores_of(test, predictions, keeper.thresholds)
+    ]
     if not any(image.predicted_pixels for run in scores for image in run.scores):
         log.warning("%s: no mask has foreground; see data.foreground", folder)
     return NetworkResults(scores, [], keeper.masks(test.processes))
@@ -80,11 +82,11 @@ def _files_of(folder: Path, test: ImageTest, config: DataConfig) -> dict[str, Fi
         near = next((name for name in unused if missing[0] in name), next(iter(unused), None))
         held = f" (not as {near})" if near else ""
         raise PolysegError(
-            f"{folder}: has no mask for {some('image', missing)}; name each mask as its image, "
+            f"{folder}: has no mask for {some('image', missing)}; name each mask like its image, "
             f"such as {missing[0]}.png{held}, or test fewer images by --split"
         )
     if extra := _unused(folder, there, found):
-        log.warning("%s: left out %s, named like no tested image", folder, some("file", extra))
+        log.warning("%s: left out %s without a tested image", folder, some("file", extra))
     return found
 
 

@@ -52,7 +52,7 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 _PIXELS_AT_ONCE = 2**24
 """Largest number of pixels whose MC-Dropout maps are kept in memory at once."""
 _CHOOSING = 48
-"""Smallest number of images, up to a batch, that choose the number of passes."""
+"""Smallest number of images, rounded up to a batch, from which the number of passes is chosen."""
 
 Groups = Mapping[str, str | None]
 """The group of each image, such as its patient, by the image's id."""
@@ -159,7 +159,7 @@ class ImagePrediction(NamedTuple):
 
 def score(network: SegmentationNetwork, test: ImageTest) -> list[RunScores]:
     """Return the metrics of a network without dropout at threshold 0.5, a record for each label."""
-    return judge(test, _plain(network, test), dict.fromkeys(test.images.labels, 0.5))
+    return scores_of(test, _plain(network, test), dict.fromkeys(test.images.labels, 0.5))
 
 
 def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str, float]:
@@ -168,7 +168,7 @@ def choose_thresholds(network: SegmentationNetwork, test: ImageTest) -> dict[str
     If several are equally good, it is the one nearest to 0.5.
     """
     dices = [
-        [_dices(*pair) for pair in zip(one.probability, one.masks, strict=True)]
+        [_dice_curve(*pair) for pair in zip(one.probability, one.masks, strict=True)]
         for one in _plain(network, test, "choosing thresholds")
     ]
     means = np.mean(test.processes.joined(dices), axis=0).round(9)
@@ -188,15 +188,15 @@ def measure_network(model: Model, test: ImageTest, load: Load) -> NetworkResults
     thresholds = _thresholds(model, test, load)
     scores: list[RunScores] = []
     if test.settings.uncertainty:
-        scores = judge(test, _passes(model, test), thresholds, "mc_mean")
+        scores = scores_of(test, _passes(model, test), thresholds, "mc_mean")
     uncertainty = _by_image(scores)
     kept = MaskKeeper(test.name, test.images.labels, thresholds)
     predictions = (
         kept(one._replace(uncertainty=uncertainty.get(one.id, {})))
         for one in _plain(model.network, test)
     )
-    plain = judge(test, predictions, thresholds)
-    points = list(_under_damage(model, test, plain))
+    plain = scores_of(test, predictions, thresholds)
+    points = list(_under_corruption(model, test, plain))
     return NetworkResults(plain + scores, points, kept.masks(test.processes))
 
 
@@ -281,7 +281,7 @@ def _passes(model: Model, test: ImageTest) -> Iterator[ImagePrediction]:
             total=len(part),
             also=also,
         ).in_order(part)
-        # With samples "auto", the first part chooses N for all.
+        # With samples "auto", N is chosen from the first part for all.
         settings = settings.model_copy(update={"samples": found.samples})
         for i, identity in enumerate(part):
             if identity not in mine:
@@ -301,8 +301,8 @@ def _parts(
 ) -> Iterator[list[str]]:
     """Yield a process's share of the images in parts whose maps fit into memory.
 
-    The first `choosing` images choose N. If there are several processes, all of them see these
-    images first, so that they choose the same N.
+    N is chosen from the first `choosing` images. If there are several processes, all of them get
+    these images first, and choose the same N.
     """
     first = next(_chunks(images, ids))[:choosing] if processes.count > 1 else []
     rest = [identity for identity in processes.share(ids) if identity not in first]
@@ -326,7 +326,7 @@ def _chunks(images: ImageSet, ids: Sequence[str]) -> Iterator[list[str]]:
     yield part
 
 
-def judge(
+def scores_of(
     test: ImageTest,
     predictions: Iterable[ImagePrediction],
     thresholds: Mapping[str, float],
@@ -340,7 +340,7 @@ def judge(
     curves = [ReliabilityCurve() for _ in labels]
     for one in predictions:
         spacing = spacings[one.id] if in_mm else None
-        rows.append(_scores_of(test, one, thresholds, spacing))
+        rows.append(_scores_of_image(test, one, thresholds, spacing))
         for curve, probability, masks in zip(curves, one.probability, one.masks, strict=True):
             curve.add(probability, masks)
     rows, of_all = test.processes.joined(rows), test.processes.gathered(curves)
@@ -359,7 +359,7 @@ def judge(
     ]
 
 
-def _scores_of(
+def _scores_of_image(
     test: ImageTest,
     one: ImagePrediction,
     thresholds: Mapping[str, float],
@@ -387,7 +387,7 @@ def _spacing(images: ImageSet, identity: str, at: At) -> tuple[float, float] | N
     return images.original_spacing(identity)
 
 
-def _under_damage(
+def _under_corruption(
     model: Model, test: ImageTest, clean: Sequence[RunScores]
 ) -> Iterator[RobustnessPoint]:
     """Yield the metrics of a network on images with each corruption and strength."""
@@ -395,13 +395,13 @@ def _under_damage(
     for corruption in test.settings.corruptions:
         yield from (RobustnessPoint(run.title, corruption, 0, run.scores) for run in clean)
         for strength in STRENGTHS[1:]:
-            # The same seed for all networks, so that all get the same corrupted images.
+            # With one seed, all networks get the same corrupted images.
             images = corrupted(
                 test.images, corruption, strength, seed=0, config=model.config.data, ids=mine
             )
             task = f"testing {test.name} under {corruption} {strength}"
             predictions = _plain(model.network, dataclasses.replace(test, images=images), task)
-            for run in judge(test, predictions, thresholds):
+            for run in scores_of(test, predictions, thresholds):
                 yield RobustnessPoint(run.title, corruption, strength, run.scores)
 
 
@@ -423,16 +423,16 @@ class MaskKeeper:
 
     def masks(self, processes: Processes) -> list[PredictedMasks]:
         """Return the masks of all processes, with a record for each label."""
-        packed = {label: _united(processes.gathered(self.packed[label])) for label in self.labels}
-        shapes = _united(processes.gathered(self.shapes))
+        packed = {label: _merged(processes.gathered(self.packed[label])) for label in self.labels}
+        shapes = _merged(processes.gathered(self.shapes))
         return [PredictedMasks(self.name, label, packed[label], shapes) for label in self.labels]
 
 
-def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+def _merged(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _dices(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _dice_curve(probability: NDArray[np.floating], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the Dice at each of `THRESHOLDS`, 1 if mask and prediction are empty."""
     truth = mask > 0
     found = []

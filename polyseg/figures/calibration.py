@@ -1,6 +1,6 @@
 """Reliability diagrams and risk-coverage curves.
 
-Up to four runs share a panel; each of more has its own, with the others in gray.
+Up to four runs share a panel; of more runs each has its own panel, with the others in gray.
 """
 
 import math
@@ -70,7 +70,7 @@ def risk_coverage_curves(
     best: Sequence[Curve] | None = None,
     uncertainty: str = "",
 ) -> Figure:
-    """Draw the mean risk, 1 - Dice, of the most certain images over how many are kept.
+    """Draw the mean risk, 1 - Dice, of the most certain images over the share that is kept.
 
     `curves` hold for each run coverage, (n,) rising to 1, and selective risk, (n,), whose mean is
     AURC; `best` the same in the order of the risk itself, drawn dotted. The dashed line is the mean
@@ -109,7 +109,7 @@ def _panels(
 ) -> tuple[Figure, list[tuple[Axes, Sequence[int]]]]:
     """Return a figure, and its panels with the indices of their runs.
 
-    `heights` are those of the one panel for few runs, and of each one for many, in inches.
+    `heights`, in inches, are that of a shared panel and that of each panel of many runs.
     """
     together = runs <= _TOGETHER
     shown = [range(runs)] if together else [range(i, i + 1) for i in range(runs)]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of a run from which its figures are drawn; an empty one was not kept."""
+    """The records of a run from which its figures are drawn; missing ones are empty."""
 
     history: Sequence[Mapping[str, float]] = ()
-    """A row an epoch."""
+    """Rows of history.csv, one for each epoch."""
     schedule: Schedule | None = None
     assessments: Sequence[Assessment] = ()
-    """By rising epoch."""
+    """Assessments in order of epochs."""
     limits: tuple[float | None, float | None] = (None, None)
     """`control.epsilon_min` and `control.epsilon_max`; None: the least or largest epsilon."""
 
@@ -42,7 +42,7 @@ class Drawn:
     figure: "Figure"
     caption: str
     alternative: str
-    """What it shows, for readers who do not see it."""
+    """Description for readers who cannot see it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunFigure(Row):
     """
 
     source: Literal["history", "schedule", "assessments"] = "history"
-    """The record that it needs; those of the history have no label."""
+    """The record that it needs; figures of the history have no label."""
 
 
 _RUN = "polyseg.figures.run_figures"
@@ -133,4 +133,4 @@ IMAGE_FIGURES = Registry(
     Row("predictions_worst", f"the images with the lowest {_OUTLINED}"),
     Row("predictions_best", f"the images with the highest {_OUTLINED}"),
 )
-"""Figures that need images as well, so that the report takes them from files; help: caption."""
+"""Figures that need images, which the report takes from files; the help is the caption."""

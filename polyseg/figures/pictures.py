@@ -36,9 +36,9 @@ class OutlinedImage:
 
     title: str
     image: Numbers
-    """(H, W), or (H, W, 3) in [0, 1]."""
+    """Image, (H, W), or (H, W, 3) in [0, 1]."""
     masks: Numbers
-    """(K, H, W) in {0, 1}, each outlined in its own colour."""
+    """Masks, (K, H, W) in {0, 1}, each outlined in its own colour."""
 
 
 @styled
@@ -71,10 +71,10 @@ class OverlayCase:
     mean: Numbers
     """(H, W) mean prediction in [0, 1]."""
     uncertainty: Numbers
-    """(H, W) at least 0."""
+    """(H, W) uncertainty, at least 0."""
     difficulty: float
     dice: float
-    """In [0, 1]; NaN without a mask."""
+    """Dice in [0, 1]; NaN without a mask."""
 
 
 @styled
@@ -88,7 +88,7 @@ def overlays(
         metric: name of the uncertainty.
         title: of the figure.
         highest: uncertainty at the upper end of the colours, which start at 0; by default
-            `highest_uncertainty` of the cases. Give it so that several figures can be compared.
+            `highest_uncertainty` of the cases. Figures with the same value can be compared.
 
     >>> blank = np.zeros((4, 6))
     >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
@@ -146,9 +146,9 @@ class PredictionCase:
     mask: Numbers
     """(H, W) in {0, 1}."""
     predictions: Sequence[Numbers]
-    """R of (H, W) bool."""
+    """R arrays, (H, W) bool."""
     dice: Sequence[float]
-    """R in [0, 1]."""
+    """R values in [0, 1]."""
 
 
 @styled

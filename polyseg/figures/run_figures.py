@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def drawn_figures(
     records: RunRecords, names: Collection[str] = RUN_FIGURES
 ) -> Iterator[tuple[RunFigure, str, Drawn]]:
-    """Yield the figures of a run with their rows and labels, all those of a label together."""
+    """Yield the figures of a run with their rows and labels, grouped by label."""
     rows = [row for name, row in RUN_FIGURES.items() if name in names]
     parts = [("", [row for row in rows if row.source == "history"])]
     parts += [(one, [row for row in rows if row.source != "history"]) for one in records.labels]
@@ -71,7 +71,7 @@ def curves(records: RunRecords, _: str) -> Drawn:
 
 
 def epsilon(records: RunRecords, label: str) -> Drawn | None:
-    """Draw the quantiles of epsilon over the epochs, if it moved."""
+    """Draw the quantiles of epsilon over the epochs, if it changed."""
     assert records.schedule is not None
     values = np.asarray(records.schedule.of_label(label).epsilon, dtype=np.float64)
     known = values[np.isfinite(values)]
@@ -138,7 +138,7 @@ def draw_extremes(
 
     order = np.argsort(-assessment.difficulty, kind="stable")
     moved = hash_weights(network) != assessment.weights_sha256
-    since = f" at epoch {assessment.epoch}, as the trained network sees them" if moved else ""
+    since = f" at epoch {assessment.epoch}, measured with the trained network" if moved else ""
     shown = min(config.output.overlays, len(order))
     if shown == 0:
         return []
@@ -166,7 +166,7 @@ def _measured_again(
 ) -> tuple[Assessment, list[int]]:
     """Return a new assessment, with maps, of the images of some rows, and its rows by falling D.
 
-    The order follows the new D, which a figure shows.
+    The order is that of the new D, which the figure shows.
     """
     from polyseg.montecarlo.assessment import assess
 

@@ -1,4 +1,4 @@
-"""Figures of schedules, and of the validity of the difficulties behind them."""
+"""Figures of schedules, and of the validity of their difficulties."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -65,10 +65,10 @@ def epsilon_map(
     Args:
         epochs: (E,) from 1.
         epsilon: (E, n).
-        difficulty: (n,), by which the images are put in order.
+        difficulty: (n,), by which the images are sorted.
         limits: eps_min and eps_max, which the colours reach at least.
         assessed: the epochs after which the difficulties were measured, marked above.
-        ids: (n,), written beside the rows: all up to 40, of more images every few.
+        ids: (n,), written beside the rows: all of up to 40, otherwise a regular selection.
 
     >>> epsilon = np.array([[0.0, 0.5]])
     >>> figure = epsilon_map(np.array([1]), epsilon, np.array([0.1, 0.2]), limits=(-0.4, 1.0))
@@ -105,9 +105,9 @@ class Panel(NamedTuple):
 
     epoch: int
     difficulty: Numbers
-    """(n,)"""
+    """Difficulties D, (n,)."""
     dice: Numbers
-    """(n,) in [0, 1]; NaN without a mask."""
+    """Dice, (n,) in [0, 1]; NaN without a mask."""
     correlation: float
     """Spearman's correlation of D with 1 - Dice."""
 
@@ -146,7 +146,7 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
 
 @styled
 def rank_curves(epochs: Sequence[int], curves: Mapping[str, Numbers]) -> Figure:
-    """Draw rank correlations of D at each assessment with D elsewhere.
+    """Draw rank correlations of D at each assessment with other D.
 
     `curves` maps the name of the other D to correlations, (A,), at A epochs; NaN leaves a gap.
 

@@ -1,6 +1,6 @@
 """The style of all figures, and functions that several of them use.
 
-Figures are drawn without pyplot, so that they need no display and no global state, and without the
+Figures are drawn without pyplot, which has global state and may need a display, and without the
 user's matplotlibrc. Equal data give equal files, byte for byte.
 """
 
@@ -32,7 +32,7 @@ BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
 RED, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 MARKERS = "osD^vPX"
-"""Markers; their number is no multiple of the number of colours, so that pairs rarely repeat."""
+"""Markers; their number and that of the colours have no common divisor, so pairs rarely repeat."""
 GRAY, SHADE = "0.6", "0.92"
 
 STYLE: dict[str, Any] = {
@@ -136,8 +136,8 @@ def boxes(
 ) -> None:
     """Draw quartiles as boxes, medians as lines and whiskers from 5 to 95 %.
 
-    `samples` are arrays (n_i,) of finite values, of which an empty one gets no box; `positions` are
-    the centres, in whose unit `width` is. `horizontal` puts the values along x.
+    `samples` are arrays (n_i,) of finite values; empty ones get no box. `positions` are the centres
+    of the boxes, and `width` has the same unit. `horizontal` puts the values along x.
     """
     # Not by matplotlib's boxplot, which imports pyplot.
     upright: tuple[Callable[..., Any], ...] = (axes.bar, axes.vlines, axes.hlines)

@@ -150,7 +150,7 @@ def difficulty_distribution(
 
 
 def _legend_above(axes: Axes) -> None:
-    """Put the legend above a panel, so that it hides no curve."""
+    """Put the legend above a panel, where it hides no curve."""
     if axes.get_legend_handles_labels()[0]:
         above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0}
         spacing = {"columnspacing": 0.8, "handlelength": 1, "handletextpad": 0.5}

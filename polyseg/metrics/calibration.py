@@ -1,9 +1,9 @@
-"""Calibration of probabilities, and what an uncertainty says about errors.
+"""Calibration of probabilities, and measures of how well an uncertainty predicts errors.
 
 All functions use NumPy in float64 over all elements of their arguments, which have the same shape
 and no NaN. `probability` is in [0, 1], `truth` in {0, 1}; a probability that is NaN or outside
-[0, 1] raises PolysegError. Elements with equal scores count with the mean of their outcomes, its
-expected value over their random order.
+[0, 1] raises PolysegError. Elements with equal scores each count with the mean of their outcomes,
+the expected value over all orders of these elements.
 """
 
 import math
@@ -137,7 +137,7 @@ class ReliabilityCurve:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Elements in the order of a score, with their outcomes: one sort for several measures.
+    """Elements sorted by a score, with their outcomes: one sort serves several measures.
 
     >>> ranking = Ranking.of([0.9, 0.4, 0.4], [1, 0, 1])
     >>> ranking.score, ranking.count, ranking.mean_outcome
@@ -218,8 +218,8 @@ def risk_coverage(risk: ArrayLike, uncertainty: ArrayLike) -> tuple[Values, Valu
     """Return coverage and selective risk, (n,) each, when only the most certain images are kept.
 
     The k most certain of n images are a coverage of k / n; the selective risk is their mean risk
-    (El-Yaniv and Wiener, JMLR 2010), such as 1 - Dice. Of equal uncertainties it is the expected
-    value over their random order.
+    (El-Yaniv and Wiener, JMLR 2010), such as 1 - Dice. For equal uncertainties it is the expected
+    value over all orders of these images.
 
     >>> risk_coverage([0.5, 0.1, 0.3], [9.0, 2.0, 2.0])
     (array([0.33333333, 0.66666667, 1.        ]), array([0.2, 0.2, 0.3]))

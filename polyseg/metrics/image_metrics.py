@@ -36,18 +36,18 @@ Binary = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A prediction of one image beside its mask, with the intermediate results that metrics share.
+    """A prediction for one image and its mask, with intermediate results that metrics share.
 
     >>> Segmentation(np.array([[0.9, 0.4]]), np.array([[True, True]])).predicted
     array([[ True, False]])
     """
 
     probability: Values
-    """(H, W) in [0, 1]."""
+    """(H, W) probabilities of foreground, in [0, 1]."""
     truth: Binary
     """(H, W), the foreground of the mask."""
     threshold: float = 0.5
-    """Probability from which a pixel is predicted as foreground."""
+    """Smallest probability that predicts a pixel as foreground."""
     spacing: tuple[float, float] = (1.0, 1.0)
     """Distance of rows and of columns, in mm or pixels."""
     tolerance: float = 2.0
@@ -138,16 +138,16 @@ class Metric(Row):
     """
 
     title: str = ""
-    """Its name in tables and figures."""
+    """Name in tables and figures."""
     value: Callable[[Segmentation], float] = lambda _: math.nan
     decimals: int = 3
     higher_is_better: bool = True
     unit: str = ""
     """Text in brackets after the title; "{length}" stands for px or mm, "{tolerance}" for NSD's."""
     in_figures: bool = False
-    """Whether figures that compare runs have a panel of it."""
+    """Whether figures that compare runs have a panel for it."""
     of_probability: bool = False
-    """Whether it depends on the probabilities, and not on the threshold."""
+    """Whether it depends on the probabilities, not on the threshold."""
 
     def heading(self, length: str = "px", tolerance: float = 2.0) -> str:
         """Return the title with its unit, distances being in `length`."""
@@ -277,7 +277,7 @@ def image_metrics(
     spacing: tuple[float, float] | None = None,
     tolerance: float = 2.0,
 ) -> dict[str, float]:
-    """Return all metrics of one image, the prediction being probability >= threshold.
+    """Return all metrics of one image, predicted as foreground where probability >= threshold.
 
     Args:
         probability: (H, W) in [0, 1].

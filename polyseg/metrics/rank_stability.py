@@ -1,4 +1,4 @@
-"""Rank correlations, and how reliable the ranks of difficulties are for some number of passes."""
+"""Rank correlations, and the reliability of difficulty ranks from a limited number of passes."""
 
 import math
 from typing import Any
@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-FEWEST_JUDGED = 4
-"""Smallest number of passes for a standard error and a rank stability. Below it, half of the passes
-is a single one, whose mutual information and variance are 0."""
+FEWEST_PASSES = 4
+"""Smallest number of passes for a standard error and a rank stability. With fewer, half of the
+passes is a single pass, whose mutual information and variance are 0."""
 
 
 def ranks(values: Values) -> Values:
@@ -65,10 +65,10 @@ def partial_spearman(first: Values, second: Values, given: Values) -> float:
 def rank_stability(halves: Values) -> float:
     """Return the expected rank correlation of a difficulty with that of infinitely many passes.
 
-    The correlation r of two halves of the passes is the reliability of half of them, 2 r / (1 + r)
-    that of all (Spearman and Brown, 1910); its root is the correlation with what they estimate.
-    `halves` are (S, 2, n) difficulties by either half, for S ways of halving. The result is in [0,
-    1]; NaN where ranks are undefined.
+    The correlation r of two halves of the passes is the reliability of one half; that of all passes
+    is 2 r / (1 + r) (Spearman and Brown, 1910), and its root is the expected correlation. `halves`
+    are (S, 2, n) difficulties from each half, for S ways of halving. The result is in [0, 1]; NaN
+    where ranks are undefined.
 
     >>> rank_stability(np.array([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]]))
     1.0

@@ -21,11 +21,11 @@ Groups = Sequence[str | None] | None
 """The group of each image, such as its patient."""
 
 _DIGITS = 12
-"""Number of decimals of a difference, as a share of the largest value, that are kept."""
+"""Number of decimals to which differences are rounded, relative to the largest value."""
 _ENUMERATED = 13
 """Largest number of differences whose signs are all enumerated, which is exact even with ties."""
 _NO_ORDER = 0.1
-"""Upper end of an interval below which a correlation counts as none."""
+"""Largest upper end of the interval of a correlation that counts as none."""
 _BATCH = 50_000
 """Number of values that the bootstrap draws at a time, to bound its memory."""
 
@@ -41,7 +41,7 @@ class RankCorrelation(NamedTuple):
     """Spearman's correlation of two series, with its confidence interval."""
 
     value: float
-    """NaN where undefined."""
+    """The correlation; NaN where undefined."""
     interval: Interval
     images: int
     """Number of images with both values."""
@@ -65,11 +65,11 @@ class RankCorrelation(NamedTuple):
 class PairedDifference:
     """Difference of a network from a baseline in one metric on the same images.
 
-    A case is a patient where patients are known, otherwise an image.
+    A case is a patient if patients are known, otherwise an image.
     """
 
     images: int
-    """Number of images for which the metric of both is defined."""
+    """Number of images for which the metric is defined for both networks."""
     mean: float
     """Mean over the cases of other - baseline; NaN without images."""
     interval: Interval
@@ -83,13 +83,13 @@ class PairedDifference:
     patients: int = 0
     """Number of patients of those images; 0 where none are known."""
     runs: int = 0
-    """Number of pairs of runs with equal seed and fold, where arms of several are compared."""
+    """Number of pairs of runs with equal seed and fold, if arms of several runs are compared."""
     deviation_over_runs: float = math.nan
     """Standard deviation of the pairs' differences; NaN below two."""
     p_over_runs: float = math.nan
     """p of the paired t-test over the pairs of runs, two-sided; NaN below two."""
     adjusted: float = math.nan
-    """`p` adjusted by `adjust_together`; NaN before."""
+    """`p` adjusted by `adjust_together`; NaN until then."""
 
     @property
     def p(self) -> float:
@@ -153,7 +153,7 @@ def mean_interval(
     if known[0] == known[-1]:
         return Interval(float(known[0]), float(known[0]))
     mirrored = -known[::-1]
-    # The same one of values and their mirror image is resampled each time.
+    # Of values and mirrored values always resample the same one.
     if mirrored.tolist() > known.tolist():
         low, high = _bootstrap(mirrored, level, resamples, seed)
         return Interval(0.0 - high, 0.0 - low)
@@ -213,7 +213,7 @@ def paired_difference(
         baseline: (n,), the metric of each image by one network.
         other: (n,), of the same images by the other; another number of images raises PolysegError.
         groups: n names, such as patients; None makes every image a case of its own.
-        higher_is_better: False where a small value is good, such as a distance.
+        higher_is_better: False if small values are good, such as distances.
         level: level of the interval, in (0, 1).
         resamples: number of resamples of the bootstrap over the cases, at least 1.
         seed: random seed of the resampling.
@@ -240,10 +240,10 @@ def paired_difference(
 
 
 def over_runs(found: PairedDifference, differences: ArrayLike) -> PairedDifference:
-    """Return a comparison over images with the paired t-test over the runs of two arms.
+    """Add the paired t-test over the runs of two arms to a comparison over images.
 
     Images show whether these networks differ; only other seeds show whether two ways of training
-    do. `differences` are (m,), of the means of each pair of runs with equal seed and fold.
+    differ. `differences`, (m,), are those of the means of runs with equal seed and fold.
 
     >>> found = paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
     >>> round(over_runs(found, [0.1, 0.2, 0.0]).p_over_runs, 3)
@@ -373,7 +373,7 @@ def _differences(baseline: ArrayLike, other: ArrayLike) -> tuple[Values, float]:
         )
     both = np.isfinite(first) & np.isfinite(second)
     largest = np.abs(np.stack([first[both], second[both]])).max(initial=0.0)
-    # A power of two: scaling by it rounds nothing.
+    # A power of two, because scaling by it causes no rounding.
     unit = float(np.ldexp(1.0, np.frexp(largest)[1]))
     differences = np.full(first.shape, np.nan)
     differences[both] = second[both] - first[both]
@@ -382,7 +382,7 @@ def _differences(baseline: ArrayLike, other: ArrayLike) -> tuple[Values, float]:
 
 def _rounded(values: Values, unit: float) -> Values:
     rounded: Values = np.round(values / unit, _DIGITS) * unit
-    return rounded + 0.0  # of -0 makes 0
+    return rounded + 0.0  # -0 becomes 0
 
 
 def _signed_rank(differences: Values) -> float:
@@ -409,7 +409,7 @@ def _signed_rank(differences: Values) -> float:
 
 
 def _defined_means(values: Values, axis: int) -> Values:
-    """Return the means over the values that are not NaN, without slices of NaN alone."""
+    """Return the means over the values that are not NaN, without slices that are all NaN."""
     defined = (~np.isnan(values)).sum(axis=axis)
     means: Values = np.nansum(values, axis=axis)[defined > 0] / defined[defined > 0]
     return means

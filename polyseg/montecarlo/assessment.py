@@ -121,7 +121,7 @@ def assess(
 def _with_fallback(
     attempt: Callable[..., "_Attempt"], batches: Iterable[Batch], settings: UncertaintyConfig
 ) -> "_Attempt":
-    """Return the attempt with compiled passes, or if these fail that with plain passes."""
+    """Return the result of compiled passes, or of plain passes if those fail."""
     compiled, first = _is_worth_compiling(batches, settings)
     try:
         return attempt(first, compiled=compiled)
@@ -168,7 +168,7 @@ class _Attempt:
         self.divided = self.processes
         wanted = self.settings.samples if self.settings.takes_passes else 0
         if wanted == "auto":
-            # All processes measure the images that choose N, in order to choose the same.
+            # All processes measure the images from which N is chosen, and choose the same N.
             self.divided = ALONE
             metric = self.wanted.streamed.index(self.settings.metric)
             with _failing_in_all(self.processes):
@@ -225,9 +225,9 @@ def spread(ids: Sequence[str]) -> list[str]:
 def _is_worth_compiling(
     batches: Iterable[Batch], settings: UncertaintyConfig
 ) -> tuple[bool, Iterable[Batch]]:
-    """Return whether compiling saves time, and the batches, including those read for the answer.
+    """Return whether compiling saves time, and the batches, including those read to decide.
 
-    The answer depends on the images only, so that an assessment is always computed the same way.
+    The decision depends on the images only: a repeated assessment is computed in the same way.
     """
     if settings.program == "plain" or not settings.takes_passes:
         return False, batches
@@ -235,7 +235,7 @@ def _is_worth_compiling(
     if following is batches:
         log.info("MC Dropout: passes are not compiled, because the batches can be read only once")
         return False, batches
-    # An N that is not known yet counts as the largest: compiling in vain costs about a second.
+    # An unknown N counts as the largest: unnecessary compilation costs about a second.
     passes = MOST if settings.samples == "auto" else settings.samples
     for batch in following:
         read.append(batch)

@@ -8,19 +8,19 @@ from polyseg.montecarlo.scores import Measurement, Results, join_halves, stabili
 FEWEST, MOST = 6, 100
 """Bounds of N."""
 _IMAGES, _BYTES = 48, 2**28
-"""Number of images that choose N, and the size of their records, in bytes, that ends earlier."""
+"""Largest number of images from which N is chosen, and size of their records, in bytes."""
 
 Extend = Callable[[Iterable[Measurement], int], Iterable[Measurement]]
-"""Function that returns measurements with that number of passes, perhaps in smaller parts."""
+"""Function that runs passes of measurements up to that number, and may divide their batches."""
 
 
 def choose_samples(
     measurements: Iterator[Measurement], target: float, metric: int, extend: Extend
 ) -> tuple[int, list[Measurement]]:
-    """Return the least N whose expected rank stability reaches the target, and measurements.
+    """Return the least N whose expected rank stability reaches the target, and first measurements.
 
-    These are the first ones, which are consumed and get N passes by `extend`. `target` is in (0,
-    1), and `metric` the index in `Wanted.streamed` of the score that ranks the images.
+    These are taken from `measurements` and get N passes by `extend`. `target` is in (0, 1), and
+    `metric` the index in `Wanted.streamed` of the score that ranks the images.
     """
     pilot = _first_of(measurements)
     samples = FEWEST

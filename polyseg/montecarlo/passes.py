@@ -57,25 +57,25 @@ class Passes:
     ) -> None:
         """Prepare the passes of a network in evaluation mode without running any.
 
-        `layers` are its active dropout layers by name, `streams` their masks; `compiled` is whether
-        to try to make a program of the network, and `kind` the precision of the computation.
+        `layers` are its active dropout layers by name, `streams` their masks; `compiled` says
+        whether to try to compile the network, and `kind` is the precision of the computation.
         """
         self.network, self.layers, self.streams = network, layers, streams
         self.compiled, self.kind = compiled, kind
         self.program: Program | None = None
         self.device = device_of(network)
-        # A network that works window by window would mistake passes for windows.
+        # A network that works window by window would treat passes as windows.
         windows = getattr(network, "window", None) is not None
         self.most_pixels = 0 if windows else _most_pixels_together(self.device)
         """Largest number of pixels of passes that run together; 0 to run each pass alone."""
         self.checked: set[tuple[Any, ...]] = set()
         self.joinable: dict[tuple[Any, ...], bool] = {}
-        """Whether passes that run together give the same results, by way of computation."""
+        """Whether passes that run together give the same results, for each way of computation."""
         self.tried = False
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
         """Divide a batch into parts that are computed fastest."""
-        for part in _by_emptiness(batch):
+        for part in _split_by_foreground(batch):
             self._prepare(part.images[:1].to(self.device))
             yield from self._cache_sized(part)
 
@@ -87,7 +87,7 @@ class Passes:
         for start in range(0, len(batch.ids), at_once):
             yield images_of(batch, slice(start, start + at_once))
 
-    def plainly(self, images: Tensor, ids: list[str], passes: range) -> Tensor:
+    def plain_passes(self, images: Tensor, ids: list[str], passes: range) -> Tensor:
         """Return the probabilities of passes of the whole network, (passes B K, H, W)."""
         streams = self.streams.of(ids, images.shape[2:])
         with self._autocast():
@@ -113,7 +113,7 @@ class Passes:
             return BatchPasses(self, images, ids, chosen, None)
         with _program_failing():
             ours = BatchPasses(self, images, ids, chosen, self.program)
-            if ours.way not in self.checked and not self._is_sound(ours):
+            if ours.way not in self.checked and not self._agrees_with_network(ours):
                 raise ProgramFailedError("its result differs from the network's")
         self.checked.add(ours.way)
         return ours
@@ -130,7 +130,7 @@ class Passes:
         return masks
 
     def _prepare(self, images: Tensor) -> None:
-        """Check the network for hidden dropout and compile it, when the first image comes."""
+        """Check the network for hidden dropout and compile it, at the first images."""
         if self.tried:
             return
         self.tried = True
@@ -151,7 +151,7 @@ class Passes:
         except Exception as error:  # A user's network may fail in any way; plain passes remain.
             log.info("MC Dropout: the network is not compiled, because %s", first_line(error)[:200])
 
-    def _is_sound(self, ours: "BatchPasses") -> bool:
+    def _agrees_with_network(self, ours: "BatchPasses") -> bool:
         """Compare a program with the whole network, in a pass and without dropout.
 
         The first and the last image of the batch are enough to find a wrong program.
@@ -167,11 +167,11 @@ class Passes:
             (_of_images(ours.without_dropout, len(ours.ids), rows), whole.without_dropout),
         )
         return all(
-            _are_alike(found, wanted, rounding)
+            _are_close(found, wanted, rounding)
             for (found, wanted), rounding in zip(pairs, self._rounding(whole), strict=True)
         )
 
-    def may_join(self, ours: "BatchPasses") -> bool:
+    def can_run_together(self, ours: "BatchPasses") -> bool:
         """Return whether passes over a batch give the same results together as one by one."""
         if ours.way not in self.joinable:
             try:
@@ -184,7 +184,7 @@ class Passes:
                 together, alone = (), []
             rounding, _ = self._rounding(ours)
             self.joinable[ours.way] = len(together) == 2 and all(
-                _are_alike(one, other, rounding) for one, other in zip(together, alone, strict=True)
+                _are_close(one, other, rounding) for one, other in zip(together, alone, strict=True)
             )
         return self.joinable[ours.way]
 
@@ -263,10 +263,10 @@ class BatchPasses:
             padded, self.top, self.left = _padded(passes.network, images)
             # Windows are computed image by image, which is fast on CPUs only.
             self.inside = PreparedBatch(
-                program, padded, self._placed(chosen, padded), crop=not passes.most_pixels
+                program, padded, self._chosen_in_padded(chosen, padded), crop=not passes.most_pixels
             )
 
-    def _placed(self, chosen: Tensor | None, padded: Tensor) -> Tensor | None:
+    def _chosen_in_padded(self, chosen: Tensor | None, padded: Tensor) -> Tensor | None:
         """Return the chosen pixels as pixels of the padded images."""
         if chosen is None:
             return None
@@ -291,7 +291,7 @@ class BatchPasses:
         pixels, first = self.images[:, 0].numel(), passes.start
         while first < passes.stop:
             count = max(1, min(self.passes.most_pixels // pixels, passes.stop - first))
-            if count > 1 and not self.passes.may_join(self):
+            if count > 1 and not self.passes.can_run_together(self):
                 count = 1
             try:
                 found = self.together(range(first, first + count))
@@ -306,7 +306,7 @@ class BatchPasses:
     def together(self, passes: range) -> tuple[Tensor, ...]:
         """Return the probabilities of passes that run together, each as `sample` does."""
         if self.inside is None:
-            whole = self.passes.plainly(self.images, self.ids, passes).cpu()
+            whole = self.passes.plain_passes(self.images, self.ids, passes).cpu()
             each = whole.chunk(len(passes))
             if self.chosen is None:
                 return each
@@ -348,7 +348,7 @@ def _most_pixels_together(device: torch.device) -> int:
     return 0 if device.type == "cpu" else _PIXELS_AT_ONCE
 
 
-def _by_emptiness(batch: Batch) -> list[Batch]:
+def _split_by_foreground(batch: Batch) -> list[Batch]:
     """Divide a batch into images with foreground of every label, and other images.
 
     The region of the other images depends on the passes, which therefore need all pixels.
@@ -360,7 +360,7 @@ def _by_emptiness(batch: Batch) -> list[Batch]:
     return [images_of(batch, some) for some in rows if some]
 
 
-def _are_alike(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
+def _are_close(found: Tensor, wanted: Tensor, rounding: Tensor) -> bool:
     """Return whether probabilities are equal up to rounding, also in a lower precision."""
     if found.shape != wanted.shape:
         return False

@@ -17,10 +17,10 @@ from polyseg.choices import FREE_SCORES, REGIONS, UNCERTAINTIES, Score, score_na
 from polyseg.difficulty import foreground_mean, mean_by_image
 from polyseg.errors import PolysegError
 from polyseg.metrics.dice import dice_coefficient
-from polyseg.metrics.rank_stability import FEWEST_JUDGED, jackknife_error, rank_stability
+from polyseg.metrics.rank_stability import FEWEST_PASSES, jackknife_error, rank_stability
 from polyseg.montecarlo.passes import Passes
 from polyseg.montecarlo.regions import select_region
-from polyseg.networks.inference import images_of, shown
+from polyseg.networks.inference import images_of, size_text
 from polyseg.records import Batch, Metric
 from polyseg.registry import is_own
 from polyseg.system.memory import Portions
@@ -52,7 +52,7 @@ class Wanted:
 
     @property
     def whole_frame(self) -> bool:
-        """Whether all pixels are needed, whatever the region."""
+        """Whether all pixels are needed, for any region."""
         return self.save_maps or any(score_of(name).of != "mask" for name in self.also)
 
 
@@ -184,7 +184,7 @@ def extended(
         return part
 
     for one in measurements:
-        yield from portions.run(len(one.batch.ids), partial(extend, one), shown(one.batch))
+        yield from portions.run(len(one.batch.ids), partial(extend, one), size_text(one.batch))
 
 
 class Results:
@@ -232,7 +232,7 @@ class Results:
 
     def errors(self) -> NDArray[np.float64]:
         """Return the standard errors of the scores, (metrics, rows); NaN for too few passes."""
-        if self.everything.count < FEWEST_JUDGED:
+        if self.everything.count < FEWEST_PASSES:
             return np.full_like(self.scores(), np.nan)
         left_out = [self.scores(self.everything.without(group)) for group in self.groups]
         return jackknife_error(np.stack(left_out))
@@ -242,7 +242,7 @@ class Results:
 
         They are NaN for too few passes.
         """
-        if self.everything.count < FEWEST_JUDGED:
+        if self.everything.count < FEWEST_PASSES:
             return np.full((1, 2, *self.scores().shape), np.nan)
         middle = len(self.groups) // 2
         ways = []

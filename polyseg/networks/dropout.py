@@ -49,8 +49,8 @@ _CHANGES_THE_MEAN = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPS_INSIDE = (nn.MultiheadAttention, nn.RNNBase)
 _CHECKED = WeakSet[nn.Module]()
 _SEEDS, _SEEDS_IF_DRAWN = 5, 50
-"""Numbers of passes that are compared to find other randomness: the second where random numbers are
-drawn, since a small rate seldom changes a pass."""
+"""Numbers of passes that are compared to find other randomness, without and with calls that draw
+random numbers: a small rate seldom changes a pass."""
 
 
 def dropout_types() -> tuple[type[Any], ...]:
@@ -113,13 +113,13 @@ def active_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
-    """Raise if something is random in training that MC Dropout would not repeat in its passes.
+    """Raise if training has other randomness than that of the passes of MC Dropout.
 
     Examples are functional dropout, an active layer that is not called in evaluation mode or whose
     first dimension is not the image, and stochastic depth by torch.bernoulli.
 
-    A pass in training and one in evaluation mode count the dropout calls. Passes with several
-    seeds, dropout layers in evaluation and all else in training mode, must then give equal outputs.
+    It counts the dropout calls in a pass in training mode and in one in evaluation mode. Then it
+    compares passes with several seeds, with only the dropout layers in evaluation mode.
     `images` are (B, C, H, W), B at least 2. Modes, buffers and random streams (torch, NumPy,
     Python) are restored.
 
@@ -127,7 +127,7 @@ def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
     """
     in_training, dropped = _count_calls(network, images, training=True)
     in_evaluation, _ = _count_calls(network, images, training=False)
-    # Negative where layers of other types than torch's drop.
+    # Negative if layers of other types than torch's apply dropout.
     if (hidden := dropped - in_training.total()) > 0:
         raise PolysegError(
             f"network: {hidden} calls of functional dropout in a pass, which MC Dropout cannot "
@@ -150,7 +150,7 @@ def refuse_hidden_dropout(network: nn.Module, images: Tensor) -> None:
 def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
     """Raise if passes in training mode with dropout layers off differ by the seed.
 
-    A network is checked once: training changes its weights, not what it draws.
+    A network is checked once, because training does not change which functions it calls.
     """
     if network in _CHECKED:
         return
@@ -161,7 +161,7 @@ def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
         found, _ = _pass_without_dropout(network, images, seed=seed)
         # NaN of diverged weights is not randomness.
         if (found - expected).nan_to_num().abs().max() > tolerance:
-            what = ", ".join(sorted(drawn)) or "a generator of its own"
+            what = ", ".join(sorted(drawn)) or "its own generator"
             raise PolysegError(
                 f"network: its output in training is random even without its dropout layers, by "
                 f"{what}, which MC Dropout cannot control; replace it by nn.Dropout or "
@@ -173,7 +173,7 @@ def _refuse_other_randomness(network: nn.Module, images: Tensor) -> None:
 def _pass_without_dropout(
     network: nn.Module, images: Tensor, *, seed: int
 ) -> tuple[Tensor, set[str]]:
-    """Return the output without dropout in training mode, flat, and the functions that drew."""
+    """Return the flat output in training mode without dropout, and the random functions called."""
     with held_in_mode(network, training=True), _restored(network, images.device):
         for layer in stochastic_layers(network).values():
             layer.eval()
@@ -222,7 +222,7 @@ def _count_calls(network: nn.Module, images: Tensor, *, training: bool) -> tuple
         if output.shape[0] != len(images):
             raise PolysegError(
                 f"network layer {name}: the first dimension of its output is {output.shape[0]} "
-                f"for {len(images)} images; MC Dropout needs it to be the image"
+                f"for {len(images)} images; MC Dropout needs one entry for each image"
             )
 
     hooks = [
@@ -280,7 +280,7 @@ def _numpy_state() -> str:
 
 
 class _DropoutCalls(TorchFunctionMode):
-    """Counts calls that drop something, by layers or functions."""
+    """Counts calls of dropout with effect, by layers or functions."""
 
     _functions = frozenset(
         {

@@ -1,4 +1,4 @@
-"""Running a network without dropout and gradients."""
+"""Run a network without dropout and gradients."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from polyseg.records import Batch
 from polyseg.system.memory import Portions
 
 LESS_MEMORY = "use smaller images (data.size), a smaller network, or the CPU (training.device=cpu)"
-"""Advice where memory does not suffice for one image."""
+"""Advice for the error that one image does not fit into memory."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
-    """Let a GPU use deterministic algorithms, or the fastest ones as found by trial.
+    """Let a GPU use deterministic algorithms, or measure which are the fastest.
 
     Call it before anything is computed on the GPU, because cuBLAS reads its setting once. Nothing
     changes for other devices.
@@ -68,7 +68,7 @@ def held_in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
 def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Yield the batches with their logits, (B, K, H, W) float32 on the CPU.
 
-    Batches are divided where memory does not suffice for a whole one.
+    Batches that do not fit into memory are divided.
 
     >>> batch = Batch(["a"], torch.zeros(1, 1, 4, 4), None)
     >>> [logits.shape for _, logits in predict(nn.Conv2d(1, 1, 1), [batch])]
@@ -76,7 +76,7 @@ def predict(network: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batc
     """
     portions = Portions("prediction", LESS_MEMORY)
     for batch in batches:
-        yield from portions.run(len(batch.ids), partial(_predict, network, batch), shown(batch))
+        yield from portions.run(len(batch.ids), partial(_predict, network, batch), size_text(batch))
 
 
 def _predict(network: nn.Module, batch: Batch, rows: slice) -> tuple[Batch, Tensor]:
@@ -92,6 +92,6 @@ def images_of(batch: Batch, rows: slice | list[int]) -> Batch:
     return batch._replace(ids=ids, images=batch.images[rows], masks=masks)
 
 
-def shown(batch: Batch) -> str:
-    """Return the description of an image of a batch for errors."""
+def size_text(batch: Batch) -> str:
+    """Return the size of the images of a batch as text for errors."""
     return "an image of {} x {}".format(*batch.images.shape[2:])

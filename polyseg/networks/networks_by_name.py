@@ -66,7 +66,7 @@ def build_network(
         core, multiple = _from_factory(name, in_channels, out_channels, settings), multiple_of
     else:
         core, multiple = _by_name(name, in_channels, out_channels, dropout, settings)
-        _drop_idle_biases(core)
+        _remove_unused_biases(core)
     network = SegmentationNetwork(core, multiple)
     layers = _trace_dropout(network, name, in_channels, out_channels)
     if dropout_layers == "auto":
@@ -83,10 +83,10 @@ def build_network(
     return network
 
 
-def _drop_idle_biases(core: nn.Module) -> None:
+def _remove_unused_biases(core: nn.Module) -> None:
     """Remove the biases of convolutions whose output is normalised right away.
 
-    They have no effect, and their gradients are rounding errors, by which Adam would still step.
+    They have no effect; their gradients are rounding errors, which Adam would turn into steps.
     """
     for block in core.modules():
         steps = dict(getattr(block, "adn", nn.Sequential()).named_children())
@@ -245,7 +245,7 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
-    """Add dropout to the end of the bottleneck and of each decoder level, as the other networks do.
+    """Add dropout to the end of the bottleneck and of each decoder level, as in other networks.
 
     SegResNet itself has one dropout layer, after its first convolution.
     """
@@ -255,15 +255,15 @@ def _add_dropout_to_segresnet(core: Any, rate: float) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults of one of MONAI's networks, small and in 2D."""
+    """The defaults of a small 2D version of one of MONAI's networks."""
 
     class_name: str
     settings: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], int]
     add_dropout: Callable[[Any, float], None] | None = None
     wants_head: bool = False
-    """Whether it returns features, from which a 1 x 1 convolution makes logits, because it
-    normalises its output and logits could hardly leave [-3, 3]."""
+    """Whether a 1 x 1 convolution follows, because the network normalises its output, and logits
+    could hardly leave [-3, 3]."""
 
     def __call__(
         self, in_channels: int, out_channels: int, dropout: float, **settings: Any

@@ -1,8 +1,8 @@
-"""From plain records to one HTML file that needs nothing but itself.
+"""Turn plain records into one self-contained HTML file.
 
-Records may come from strangers. All text is escaped, invisible control characters are shown as
-U+FFFD, pictures are data in image tags, and the page's Content-Security-Policy forbids connections
-and all styles and scripts but polyseg's two. Equal records give equal pages, byte for byte.
+Records may be untrusted. All text is escaped, invisible control characters are shown as U+FFFD,
+pictures are embedded as data URLs, and the page's Content-Security-Policy forbids connections, and
+styles and scripts other than polyseg's. Equal records give equal pages, byte for byte.
 """
 
 import base64
@@ -52,7 +52,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, as many as fit."""
+    """Pictures in rows, side by side."""
 
     pictures: Sequence[Picture]
 
@@ -64,7 +64,7 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    """Each as long as the head; text after a line break is shown smaller, in a second line."""
+    """Rows as long as the head; text after a line break is shown smaller, in a second line."""
     sortable: bool = False
 
 

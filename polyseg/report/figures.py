@@ -72,7 +72,7 @@ def extreme_pictures(run: RunFiles) -> list[Picture]:
     redrawn = tuple(f"figures/{row.name}" for row in rows if getattr(run, row.source))
     names = [one for one in run.pictures if one.startswith("figures")]
     found = [one for one in names if not one.startswith(redrawn)]
-    # The largest D first.
+    # Show the figure of the largest D first.
     found.sort(key=lambda name: _kind(name)[0] not in ("overlays_largest_d", "overlays_hardest"))
     return [_kept(run, name) for name in found]
 

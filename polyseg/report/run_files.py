@@ -1,6 +1,6 @@
-"""Reading the files of runs and evaluations for a report, with remarks on unreadable ones.
+"""Read the files of runs and evaluations for a report, with remarks on unreadable ones.
 
-Folders may come from strangers. Nothing outside the folder is read, wherever links lead; sizes are
+Folders may be untrusted. Nothing outside the folder is read, wherever links lead; sizes are
 checked before files are opened; a damaged file becomes a remark and the rest is shown. Weights are
 not decoded.
 """
@@ -40,7 +40,7 @@ class EvaluationFiles:
 
     name: str
     compares: bool = False
-    """Whether it is an evaluation of its own, not the test in a run's folder, shown as the run."""
+    """Whether it is a separate evaluation, not the test in a run's folder, shown with the run."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """Content of summary.json, unchecked."""
     per_image: Sequence[Sequence[str]] = ()
@@ -58,12 +58,12 @@ class RunFiles:
     name: str
     config_text: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """config.yaml by dotted key."""
+    """Settings of config.yaml by dotted key."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     history: Sequence[Mapping[str, float]] = ()
     """A row for each epoch, with its `epoch`."""
     assessments: Sequence[Assessment] = ()
-    """By epoch, without maps."""
+    """Assessments in order of epochs, without maps."""
     schedule: Schedule | None = None
     evaluation: EvaluationFiles = EvaluationFiles("")
     """The test in the run's folder; its remarks are among the run's."""
@@ -74,7 +74,7 @@ class RunFiles:
 
 
 def read_run(path: Path, name: str) -> RunFiles:
-    """Read the files of a run for a report, which calls it `name`.
+    """Read the files of a run, which the report calls `name`.
 
     A folder without config.yaml and history.csv raises PolysegError.
     """
@@ -105,7 +105,7 @@ def read_run(path: Path, name: str) -> RunFiles:
 
 
 def read_evaluation(path: Path, name: str) -> EvaluationFiles:
-    """Read the folder of `polyseg evaluate` for a report, which calls it `name`.
+    """Read the folder of an evaluation, which the report calls `name`.
 
     A folder without summary.json raises PolysegError.
     """
@@ -120,7 +120,7 @@ def read_evaluation(path: Path, name: str) -> EvaluationFiles:
 
 
 def sources_of(path: Path) -> list[str]:
-    """Return the runs that a summary.json compares, relative to its folder; none if it says none.
+    """Return the runs that a summary.json compares, relative to its folder, if it names them.
 
     Raises:
         OSError: it cannot be read.
@@ -138,7 +138,7 @@ class _Folder:
         self.remarks: list[str] = []
 
     def read(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
-        """Return what `reader` reads, or `missing`, with a remark if the file exists."""
+        """Return the result of `reader`, or else `missing`, with a remark if the file exists."""
         path = self.path / name
         try:
             if not path.exists() and not path.is_symlink():
@@ -155,7 +155,7 @@ class _Folder:
             *(RuntimeError, SyntaxError, EOFError, csv.Error, PolysegError),
         ) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        # A page should not disclose where the folder is.
+        # A page should not disclose the path of the folder.
         reason = " ".join(reason.replace(f"{path}: ", "").split())[:200]
         self.remarks.append(f"{name} could not be read: {reason}")
         return missing
@@ -212,7 +212,7 @@ def _pictures(folder: _Folder, place: str) -> dict[str, bytes]:
     return {name: data for name, data in read.items() if data}
 
 
-def _bounded(path: Path, most: int) -> Path:
+def _checked_size(path: Path, most: int) -> Path:
     size = path.stat().st_size
     if size > most:
         raise ValueError(f"has {size:,} bytes, over {most:,}, and is left out")
@@ -220,7 +220,7 @@ def _bounded(path: Path, most: int) -> Path:
 
 
 def _text(path: Path) -> str:
-    return _bounded(path, _LARGEST_TEXT).read_text(encoding="utf-8")
+    return _checked_size(path, _LARGEST_TEXT).read_text(encoding="utf-8")
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -263,20 +263,20 @@ def _history(path: Path) -> list[dict[str, float]]:
 
 
 def _checkpoint(path: Path) -> Checkpoint:
-    checkpoint = read_checkpoint(_bounded(path, _LARGEST_CHECKPOINT), with_weights=False)
+    checkpoint = read_checkpoint(_checked_size(path, _LARGEST_CHECKPOINT), with_weights=False)
     _check_labels(checkpoint.config.data.labels)
     return checkpoint
 
 
 def _assessment(sha256: str | None, path: Path) -> Assessment:
-    assessment = read_assessment(_bounded(path, _LARGEST_ARRAYS), sha256=sha256)
+    assessment = read_assessment(_checked_size(path, _LARGEST_ARRAYS), sha256=sha256)
     _check_epoch(assessment.epoch)
     _check_labels(assessment.label_names)
     return assessment
 
 
 def _schedule(path: Path) -> Schedule:
-    schedule = read_schedule(_bounded(path, _LARGEST_ARRAYS))
+    schedule = read_schedule(_checked_size(path, _LARGEST_ARRAYS))
     for epoch in schedule.epochs:
         _check_epoch(epoch)
     _check_labels(dict.fromkeys(schedule.labels or [""]))
@@ -295,7 +295,7 @@ def _check_labels(labels: Collection[str]) -> None:
 
 def _png(path: Path) -> bytes:
     """Return the bytes of a PNG file of a size that browsers accept."""
-    data = _bounded(path, LARGEST_PICTURE).read_bytes()
+    data = _checked_size(path, LARGEST_PICTURE).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:

@@ -1,4 +1,4 @@
-"""The tables of a report about tests, from summary.json files that may come from strangers."""
+"""The tables of a report about tests, from summary.json files that may be untrusted."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def metric_tables(evaluations: Sequence[EvaluationFiles]) -> Iterator[Table]:
     """Yield the metrics, a table for each part and label, a column for each network or arm.
 
     Raises:
-        PolysegError: masks were compared at the networks' size in some, at the images' in others.
+        PolysegError: some compared masks at the network's size, others at the images' size.
     """
     parts: dict[str, list[EvaluationFiles]] = {}
     for one in evaluations:
@@ -55,7 +55,7 @@ def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
         raise PolysegError(
             f"report: {names['network']} has metrics at the network's size and {names['original']} "
             "at the images' own; run `polyseg evaluate` on both and give it by --evaluation, or "
-            "report them apart"
+            "report them separately"
         )
 
 
@@ -133,7 +133,7 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
     """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
-        found = {key: _bounded(value) for key, value in evaluation.summary.items()}
+        found = {key: _shortened(value) for key, value in evaluation.summary.items()}
         entries = records(found, "runs")
         if not evaluation.compares:
             own, several = evaluation.name, len({Network(one).name for one in entries}) > 1
@@ -148,12 +148,12 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
     return merged
 
 
-def _bounded(value: Any) -> Any:
+def _shortened(value: Any) -> Any:
     """Return a value with its texts, lists and mappings shortened for a page."""
     if isinstance(value, dict):
-        return {brief(key): _bounded(one) for key, one in list(value.items())[:_MOST]}
+        return {brief(key): _shortened(one) for key, one in list(value.items())[:_MOST]}
     if isinstance(value, list):
-        return [_bounded(one) for one in value[:_MOST]]
+        return [_shortened(one) for one in value[:_MOST]]
     return value if isinstance(value, int | float | None) else brief(value)
 
 

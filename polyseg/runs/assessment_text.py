@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from polyseg.difficulty import FALLBACKS
-from polyseg.metrics.rank_stability import FEWEST_JUDGED, spearman
+from polyseg.metrics.rank_stability import FEWEST_PASSES, spearman
 from polyseg.metrics.significance import rank_correlation
 from polyseg.records import Assessment
 from polyseg.system.files import csv_table
@@ -21,8 +21,8 @@ def describe(assessment: Assessment) -> str:
         return text
     error, stability = np.median(errors), assessment.rank_stability[assessment.metric]
     text += f"; {assessment.samples} passes: standard error "
-    if assessment.samples < FEWEST_JUDGED:
-        return f"{text}and rank stability unknown below {FEWEST_JUDGED} passes"
+    if assessment.samples < FEWEST_PASSES:
+        return f"{text}and rank stability unknown below {FEWEST_PASSES} passes"
     known = f"{error:.4f}, expected rank correlation with many passes {stability:.3f}"
     return text + known.replace("nan", "unknown")
 

@@ -58,7 +58,7 @@ _DTYPES = {
 
 
 class Stored(NamedTuple):
-    """A tensor as a file keeps it, with little-endian bytes."""
+    """A tensor as stored in a file, with little-endian bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,10 +67,10 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network's weights and the training behind them.
+    """A network's weights and the state of its training.
 
-    `optimizer`, `scaler`, `history`, `schedule` and `losses` are empty or None in a checkpoint that
-    training cannot be resumed from.
+    `optimizer`, `scaler`, `history`, `schedule` and `losses` are empty or None in a checkpoint of
+    weights only, from which training cannot be resumed.
     """
 
     config: Config
@@ -99,7 +99,7 @@ class Checkpoint:
     split: str = ""
     """sha256 of the run's split.json; empty without one."""
     levels: Levels | None = None
-    """Gray levels of the training images, where the normalisation of all images uses them."""
+    """Gray levels of the training images, if all images are normalised by them."""
 
     def weights_only(self) -> "Checkpoint":
         """Return the checkpoint without the fields that only resuming needs."""
@@ -132,7 +132,7 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     text = json.dumps(header)
     stored = {name: stored_of(values) for name, values in tensors.items()}
     metadata = {"polyseg": text, "sha256": digest_of(text, stored)}
-    # Not `save_file`, which writes a temporary file of its own.
+    # Not `save_file`, which writes its own temporary file.
     with atomic_path(path) as temporary:
         temporary.write_bytes(_packed(tensors, metadata))
 
@@ -195,7 +195,7 @@ def _content(path: Path) -> bytes:
         raise OSError("is not a file")
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        # Twice the size: the bytes, and the tensors made from them.
+        # Twice the size, for the bytes and for the tensors that are made from them.
         refuse_beyond_memory(2 * size, f"{path}: its {size:,} bytes", "use a larger machine")
         return stream.read(size)
 
@@ -208,7 +208,7 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 
 def stored_of(tensor: "Tensor") -> Stored:
-    """Return a tensor as a file keeps it, without copying the values."""
+    """Return a tensor as stored in a file, without copying the values."""
     import torch
 
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

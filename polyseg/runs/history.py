@@ -22,22 +22,22 @@ class Epoch:
     """The results of an epoch, from which the columns are computed."""
 
     number: int
-    """From 1."""
+    """Number of the epoch, from 1."""
     learning_rate: float
     losses: "Tensor"
     """(n,) losses of the images, or of each label of each image, in the steps that were taken."""
     losses_at_constant: "Tensor"
-    """(n,) the same at the constant `loss.epsilon`."""
+    """(n,) losses of the same steps at the constant `loss.epsilon`."""
     epsilon: NDArray[np.float32]
-    """(n,) of all training images and labels."""
+    """(n,) epsilons of all training images and labels."""
     wrong_sign: int
-    """Number of `losses` in the region where a PolyDice loss rises with s."""
+    """Number of images and labels whose PolyDice loss rises with s."""
     skipped: int
     """Number of steps skipped because loss or gradients were not finite."""
     validation_losses: "Tensor | None" = None
-    """(images, labels) at the constant epsilon; None without validation images."""
+    """(images, labels) losses at the constant epsilon; None without validation images."""
     validation_dice: "Tensor | None" = None
-    """(images, labels)."""
+    """(images, labels) Dice coefficients."""
     assessed: bool = False
     """Whether an assessment followed."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def _quantile(q: int) -> Column:
 def _duration(phase: str) -> Column:
     return Column(
         f"seconds_{phase}",
-        f"duration of {phase}",
+        f"duration of the {phase} phase",
         unit="s",
         value=lambda epoch: epoch.seconds.get(phase, math.nan),
     )
@@ -86,7 +86,7 @@ COLUMNS = Registry(
     *(_quantile(q) for q in (5, 25, 50, 75, 95)),
     Column(
         "wrong_sign_images",
-        "number of images in the region where the loss rises with s",
+        "number of images whose loss rises with s",
         unit="images",
         value=lambda epoch: epoch.wrong_sign,
     ),
@@ -119,7 +119,7 @@ COLUMNS = Registry(
     *(_duration(phase) for phase in ("train", "validation", "assessment")),
     Column(
         "train_loss_constant",
-        "mean loss of the training images at the constant `loss.epsilon`, as `validation_loss` is",
+        "mean loss of the training images at the constant `loss.epsilon`, as `validation_loss`",
         value=lambda epoch: _mean(epoch.losses_at_constant),
     ),
 )

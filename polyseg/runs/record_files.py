@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from polyseg.choices import UNCERTAINTIES, WHOLE_SCORES, map_names, score_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
-from polyseg.metrics.rank_stability import FEWEST_JUDGED
+from polyseg.metrics.rank_stability import FEWEST_PASSES
 from polyseg.records import Assessment, Metric, Schedule
 from polyseg.registry import is_own
 from polyseg.system.files import atomic_path, sha256_of_file
@@ -56,9 +56,9 @@ def write_assessment(path: str | Path, assessment: Assessment) -> str:
         for name, values in assessment.scores.items():
             place = f"scores/{_key(name)}"
             file[place] = values
-            if name in assessment.rank_stability and assessment.samples >= FEWEST_JUDGED:
+            if name in assessment.rank_stability and assessment.samples >= FEWEST_PASSES:
                 file[place].attrs["rank_stability"] = assessment.rank_stability[name]
-        judged = assessment.scores_se if assessment.samples >= FEWEST_JUDGED else {}
+        judged = assessment.scores_se if assessment.samples >= FEWEST_PASSES else {}
         for name, values in judged.items():
             file[f"scores_se/{_key(name)}"] = values
         for column in ("foreground_pixels", "fallback", "dice"):
@@ -84,7 +84,7 @@ def read_assessment(
         n, attributes = len(ids), _attributes(file)
         names = _score_names(attributes["metric"])
         scores = _columns(file, "scores", n, names)
-        if attributes["samples"] < FEWEST_JUDGED:  # Version 0.1 wrote zeros here.
+        if attributes["samples"] < FEWEST_PASSES:  # Version 0.1 wrote zeros here.
             judged = {*UNCERTAINTIES, *WHOLE_SCORES, *filter(is_own, scores)}
             measured = [name for name in names if name in scores and name in judged]
             errors = {name: np.full(n, np.nan) for name in measured}
@@ -207,7 +207,7 @@ def _refuse_damage(path: Path) -> None:
     with path.open("rb") as stream:
         found = stream.read(_SEAL_BYTES)
         if not found.startswith(_SEAL.encode()):
-            raise ValueError("has no sha256: it is of an earlier schema or of another program")
+            raise ValueError("has no sha256: an earlier schema or another program wrote it")
         if found != _seal_of(stream):
             raise ValueError("its sha256 differs: it is damaged")
 
@@ -235,7 +235,7 @@ def _has(file: Any, name: str) -> bool:
 
 
 def _dataset(file: Any, name: str) -> Any:
-    """Return a dataset that lies in this file: no link, and neither external nor virtual."""
+    """Return a dataset of this file, which is no link, and neither external nor virtual."""
     if not _has(file, name):
         raise ValueError(f"{name} is missing")
     group = file[name]
@@ -354,7 +354,7 @@ def _columns(
     }
 
 
-def _is_packed_as_ours(maps: Any) -> bool:
+def _has_expected_chunks(maps: Any) -> bool:
     """Return whether each chunk was written, by our filters, with a plausible size.
 
     A chunk that was never written would be read as zeros of any size, and HDF5's filters trust
@@ -394,7 +394,7 @@ def _read_maps(file: Any, n: int) -> dict[str, list[NDArray[np.floating]]]:
         plausible = dataset.ndim == 3 and np.prod(dataset.shape[1:], dtype=float) <= _MOST_PIXELS
         if not plausible or len(dataset) != n or dataset.dtype != np.float16:
             raise ValueError(f"maps/{name} must be ({n}, H, W) float16")
-        if dataset.chunks != (1, *dataset.shape[1:]) or not _is_packed_as_ours(dataset):
+        if dataset.chunks != (1, *dataset.shape[1:]) or not _has_expected_chunks(dataset):
             raise ValueError(f"maps/{name} must have one compressed chunk for each image")
         maps[name] = [dataset[i] for i in range(n)]
     return maps

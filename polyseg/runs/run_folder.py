@@ -121,7 +121,7 @@ class RunDirectory:
 
         If a file cannot be written, earlier epochs stay committed.
         """
-        self._write_views(checkpoint)
+        self._write_copies(checkpoint)
         if self.last.is_file():
             keep_as(self.last, self.previous)
         write_checkpoint(self.last, checkpoint)
@@ -141,7 +141,7 @@ class RunDirectory:
         self._remove_unfinished_files()
         if self._last_is_damaged and self.last.is_file():
             files.disk.rename(self.last, self.last.with_suffix(".damaged"))
-        self._write_views(checkpoint)
+        self._write_copies(checkpoint)
         self._write_best(checkpoint)
 
     def _remove_unfinished_files(self) -> None:
@@ -151,7 +151,7 @@ class RunDirectory:
                 if not path.is_dir():
                     files.disk.remove(path)
 
-    def _write_views(self, checkpoint: Checkpoint) -> None:
+    def _write_copies(self, checkpoint: Checkpoint) -> None:
         if checkpoint.history:
             rows = (completed(row).values() for row in checkpoint.history)
             cells = ([f"{value:.9g}" for value in row] for row in rows)
@@ -173,7 +173,7 @@ class RunDirectory:
 
         `split` is a result of `splits.split_json`, `now` of `environment`.
         """
-        # First the file by which the folder of a run is recognised.
+        # Write first the file by which the folder of a run is recognised.
         write_text(self.environment, json.dumps(now, indent=2) + "\n")
         self.write_config(config)
         write_text(self.split, split)

@@ -44,11 +44,11 @@ class Trained:
         return self.checkpoint.config
 
     def weights_only(self) -> "Trained":
-        """Return this without the state that only resuming needs."""
+        """Return a copy without the state that only resuming needs."""
         return dataclasses.replace(self, checkpoint=self.checkpoint.weights_only())
 
     def build(self, device: str, *, trust: bool) -> "Model":
-        """Build the network on a device; one of code outside polyseg needs `trust`."""
+        """Build the network on a device; a network of code outside polyseg needs `trust`."""
         network = network_of(self.checkpoint, trust=trust).to(choose_device(device))
         return Model(self.source, self.run, self.checkpoint, network)
 
@@ -88,7 +88,7 @@ def read_trained(source: str | Path) -> Trained:
     keep_freed_memory()
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
-    # The place of decoded images belongs to the machine, not to the checkpoint.
+    # The folder of decoded images depends on the machine, not on the checkpoint.
     data = checkpoint.config.data.model_copy(
         update={name: DataConfig.model_fields[name].default for name in ("memory", "cache")}
     )
@@ -99,7 +99,7 @@ def read_trained(source: str | Path) -> Trained:
 
 
 class LastImages:
-    """A loader that keeps the last set of images, so that runs on equal data share it."""
+    """A loader that keeps the last set of images for the next run on the same data."""
 
     def __init__(self, cache: str | Path | None = None) -> None:
         self.cache = {} if cache is None else {"cache": str(cache)}
@@ -139,7 +139,7 @@ def images_for(
         config = config.model_copy(update={"cache": str(inputs.cache)})
     demo = config.path == "demo"
     if data is not None and (demo or data.resolve() != Path(config.path).resolve()):
-        # Another folder has the run's split only if it replaces a folder that is gone.
+        # Another folder has the run's split only if it replaces a missing folder.
         if part not in (None, "all") and not is_gone(config):
             raise _not_trained_on(model, data, part)
         images = load_others(data, config, model.checkpoint.channels, progress)
@@ -179,7 +179,7 @@ def part_of(split: Split, part: str, images: ImageSet, model: Model) -> list[str
 
 
 def _not_trained_on(model: Model, data: Path, part: str | None) -> PolysegError:
-    return PolysegError(f"--split {part}: {data} is not what {model.source} was trained on")
+    return PolysegError(f"--split {part}: {model.source} was not trained on {data}")
 
 
 def is_gone(config: DataConfig) -> bool:
@@ -226,7 +226,7 @@ def split_of_run(run: RunDirectory, images: ImageSet, sha256: str = "") -> Split
 def _split_of_file(model: Model, images: ImageSet, part: str) -> Split:
     """Return the split for a checkpoint outside of its run, computed again from its settings.
 
-    Not if the settings name a pattern or a file, which are not to be trusted.
+    Settings with a pattern or a file, which are untrusted, raise PolysegError.
     """
     if part == "all":
         return {}
@@ -265,6 +265,6 @@ def passes_of(config: Config, *, masks: bool = True, **changes: Any) -> Uncertai
         log.info("uncertainty.metric is mutual_information here, as %s takes no passes", metric)
         changes["metric"] = "mutual_information"
     elif score_of(metric).needs_mask and not masks:
-        log.info("uncertainty.metric %s needs masks: mutual_information here", metric)
+        log.info("uncertainty.metric is mutual_information here, as %s needs masks", metric)
         changes["metric"] = "mutual_information"
     return config.uncertainty.model_copy(update=changes)

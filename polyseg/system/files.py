@@ -74,7 +74,7 @@ class Disk:
 
 
 disk = Disk()
-"""The disk that all durable writing goes through."""
+"""The disk that all durable writing uses."""
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def keep_as(path: Path, older: Path) -> None:
     'first'
     """
     if older.exists() and older.samefile(path):
-        return  # Renaming one name of a file to another of the same file does nothing.
+        return  # rename() does nothing if both names are links to the same file.
     second = older.with_name(f"{TEMPORARY_PREFIX}{older.name}")
     try:
         disk.remove(second)
@@ -151,7 +151,7 @@ def csv_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table as CSV text without cells that a spreadsheet would compute.
 
     Text that starts with =, +, -, @, a tab or a line break gets an apostrophe before it unless it
-    is a number; so does such text after apostrophes, so that `csv_rows` can undo it exactly.
+    is a number; so does such text after apostrophes. `csv_rows` removes the added apostrophes.
 
     >>> print(csv_table(["id", "change"], [["=1+1", "-0.5"], ["a,b", -2]]), end="")
     id,change
@@ -234,7 +234,7 @@ def lock(descriptor: int, path: Path, *, owner: str) -> None:
 
 
 def short_names(sources: Sequence[Path]) -> list[str]:
-    """Return the shortest path endings that differ; PolysegError if a source is repeated.
+    """Return the shortest path endings that are distinct; PolysegError if a source is repeated.
 
     >>> short_names([Path("/runs/a/last.safetensors"), Path("/runs/b/last.safetensors")])
     ['a/last.safetensors', 'b/last.safetensors']

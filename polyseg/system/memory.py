@@ -1,4 +1,4 @@
-"""Memory: how much there is, errors where it runs out, and smaller batches in that case."""
+"""Measure memory, report errors when it runs out, and retry with smaller batches."""
 
 import contextlib
 import ctypes
@@ -60,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_memory(task: str, advice: str) -> Iterator[None]:
-    """Turn running out of memory in the block into an error that says what to do."""
+    """Turn an out-of-memory error in the block into a PolysegError with advice."""
     try:
         yield
     except Exception as error:
@@ -99,8 +99,7 @@ def refuse_beyond_memory(
 ) -> None:
     """Raise if something needs more bytes than the machine, or a CUDA device, has in total.
 
-    `what` says what needs them, such as "data.demo_images: 100 images", and `advice` how to need
-    fewer.
+    `what` names the data, such as "data.demo_images: 100 images"; `advice` says how to need less.
     """
     there = memory_of(device)
     if needed > there:
@@ -112,7 +111,7 @@ def refuse_beyond_memory(
 
 
 class Portions:
-    """Work on many images at once, and on half as many after each time that memory runs out.
+    """Work on many images at once; each time that memory runs out, halve the number.
 
     >>> def work(rows):
     ...     if rows.stop - rows.start > 2:
@@ -123,7 +122,7 @@ class Portions:
     """
 
     def __init__(self, task: str, advice: str) -> None:
-        """Set the task, for the log and for errors, and what to do if one image does not fit."""
+        """Set the task, for the log and for errors, and the advice if one image does not fit."""
         self.task, self.advice = task, advice
         self.most = self.reported = sys.maxsize
 
@@ -168,5 +167,5 @@ def _attempt(work: Callable[[slice], Result], rows: slice) -> list[Result]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        log.debug("%s", str(error))  # The text only: a log may keep what it is given.
+        log.debug("%s", str(error))  # As text, because a handler may keep its arguments.
         return []

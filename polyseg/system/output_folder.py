@@ -17,8 +17,8 @@ def whole_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `path` if the block succeeds.
 
-    An error or a signal in the block removes it and leaves `path` as it was. What a killed process
-    has left behind is removed by the next one that writes to `path`.
+    An error or a signal in the block removes it and leaves `path` as it was. The next process that
+    writes to `path` removes the files that a killed process has left there.
 
     `path` must be new or empty. With `overwrite` it may also hold earlier results, which are
     recognised by a match of one of the patterns `known_by`. Otherwise, and while another process
@@ -32,7 +32,7 @@ def whole_folder(
     'done'
     """
     with contextlib.ExitStack() as stack:
-        with _in_one_line(path):
+        with _explaining_os_errors(path):
             _refuse_occupied(path, overwrite, known_by)
             place = Path(os.path.realpath(path))
             _refuse_immovable(place, path)
@@ -47,7 +47,7 @@ def whole_folder(
             if kind is not None:
                 files.disk.remove_folder(temporary)
 
-        with _in_one_line(path):
+        with _explaining_os_errors(path):
             _restore(place, older)
             stack.callback(_restore, place, older)
             _refuse_occupied(path, overwrite, known_by)
@@ -57,7 +57,7 @@ def whole_folder(
         except PolysegError as error:
             lines = (str(line).replace(str(temporary), str(path)) for line in error.args)
             raise PolysegError(*lines) from error
-        with _in_one_line(path):
+        with _explaining_os_errors(path):
             _refuse_occupied(path, overwrite, known_by)
             _publish(temporary, place, older)
 
@@ -85,7 +85,7 @@ def refuse_existing_figure(path: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _in_one_line(path: Path) -> Iterator[None]:
+def _explaining_os_errors(path: Path) -> Iterator[None]:
     """Turn an OSError in the block into a PolysegError."""
     try:
         yield
@@ -156,7 +156,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed process has left in its temporary folder."""
+    """Remove the files that a killed process has left in its temporary folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             files.disk.remove_folder(entry)
@@ -178,7 +178,7 @@ def _publish(temporary: Path, place: Path, older: Path) -> None:
 
 
 def _restore(place: Path, older: Path) -> None:
-    """Undo a replacement that was interrupted, or remove what was replaced."""
+    """Undo an interrupted replacement, or remove the replaced folder."""
     if os.path.lexists(older):
         if _is_occupied(place):
             files.disk.remove_folder(older)

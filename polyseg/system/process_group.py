@@ -23,8 +23,8 @@ _ENDED = ("Connection closed", "Connection reset", "Connection refused", "Broken
 """Parts of the messages of a collective operation when another process has ended."""
 _VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _OTHER_ENDED = (
-    "another process of this command has ended, so this one ends too; see its message; a training "
-    "can be resumed from its last epoch by --resume"
+    "another process of this command has ended, so this one ends too; see its message; --resume "
+    "continues a training from its last epoch"
 )
 PATIENCE = timedelta(days=2)
 """Longest time to wait for a slower process; torchrun itself ends all when one ends."""
@@ -96,14 +96,14 @@ class Processes:
     def entered_by_leader(
         self, stack: contextlib.ExitStack, block: contextlib.AbstractContextManager[T]
     ) -> T:
-        """Enter a context in the leader until the stack ends; return its value in all processes."""
+        """Enter a context in the leader until the stack closes; return its value in all."""
         return self.from_leader(stack.enter_context(block) if self.leads else None)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """Wait for all processes at the end of the block, then raise if any of them failed.
 
-        So none still works when the leader, or the one that failed, cleans up.
+        Then no process is still working when another one cleans up.
         """
         error: Exception | None = None
         try:
@@ -142,7 +142,7 @@ def together(device: "Device", patience: timedelta | None = None) -> Iterator[Pr
             place, there = int(os.environ.get("LOCAL_RANK", "0")), cuda.device_count()
             if place >= there:
                 raise PolysegError(
-                    f"torchrun: process {place} has no GPU of its own; this machine has {there}; "
+                    f"torchrun: process {place} has no GPU for itself; this machine has {there}; "
                     "lower --nproc-per-node"
                 )
             cuda.set_device(place)

@@ -1,4 +1,4 @@
-"""Seeds derived from a purpose, so that random streams have no state to save."""
+"""Seeds derived from their purpose, for random streams that have no state to save."""
 
 import hashlib
 

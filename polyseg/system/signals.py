@@ -1,7 +1,7 @@
 """Signals: end the work at once, or after the current step.
 
-SIGINT is Ctrl-C; SIGTERM comes from systems and schedulers; SIGUSR1 can be ordered from a scheduler
-some time before its limit; SIGHUP comes when a terminal is closed.
+SIGINT is Ctrl-C; systems and schedulers send SIGTERM; a scheduler can be told to send SIGUSR1 some
+time before its limit; SIGHUP comes when a terminal is closed.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ _SECONDS_TO_REPEAT = 0.5
 
 
 class StopRequest:
-    """The signal that has asked the work to stop, if any."""
+    """A signal that may have asked the work to stop."""
 
     number = 0
     """Number of the signal; 0 before one has come."""
     done = False
-    """Whether the work is over, so that further signals are ignored."""
+    """Whether the work is over; further signals are then ignored."""
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def ending_at_once() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def ending_when_asked(progress: Callable[[], str]) -> Iterator[StopRequest]:
-    """Yield a request that the block looks at after each step; raise at a second signal.
+    """Yield a request that the block checks after each step; raise at a second signal.
 
     `progress` returns how far the work has come, for the message of the second signal.
 

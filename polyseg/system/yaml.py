@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    # The rules of YAML 1.1, so that text which it reads as something else is quoted.
+    # YAML 1.1's rules, which quote text that YAML 1.1 would read as another type.
     yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
 
 

@@ -25,7 +25,7 @@ class BatchNormTogether(_BatchNorm):
     def forward(self, features: Tensor) -> Tensor:
         """Return normalised features, (B, C, ...); B may be 0 in some of the processes."""
         if not (self.training and torch.is_grad_enabled()):
-            # Without gradients it is no step, and this process may be the only one to call it.
+            # Without gradients this is no training step, and other processes may not call it.
             return super().forward(features)
         wide = features.float()
         dims = [i for i in range(wide.dim()) if i != 1]
@@ -106,7 +106,7 @@ class DropoutTogether:
     def __init__(self, layers: Mapping[str, Any], processes: Processes) -> None:
         self.layers, self.processes = layers, processes
         self.total, self.rows = 0, slice(None)
-        """Number of images in the whole batch, and the rows of those in the next forward pass."""
+        """Number of images in the whole batch, and the rows in the next forward pass."""
 
     @contextlib.contextmanager
     def taking_over(self) -> Iterator[None]:

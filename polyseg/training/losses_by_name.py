@@ -23,7 +23,7 @@ class Note(NamedTuple):
     """Further results of a step, each (B,) without gradient."""
 
     at_constant: Tensor
-    """Losses at the constant epsilon; equal to the losses of the step where epsilon is constant."""
+    """Losses at the constant epsilon; equal to the losses of the step if epsilon is constant."""
     wrong_sign: Tensor
     """Whether the PolyDice loss of the image rises with s."""
 

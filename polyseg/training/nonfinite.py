@@ -18,7 +18,7 @@ _STEPS_BETWEEN_CHECKS = 16
 
 @dataclass(frozen=True)
 class FiniteCheck:
-    """Checks the steps of an epoch while it goes on."""
+    """Checks the steps of an epoch while it runs."""
 
     steps: Steps
     kept: Path

@@ -69,7 +69,7 @@ def _check_loss(config: Config) -> None:
     logits, mask = _small_input()
     logits.requires_grad_()
     losses = build_objective(config.loss)(logits, mask, torch.tensor([0.0, 0.5]))
-    _refuse(losses, (2,), "one loss an image")
+    _refuse(losses, (2,), "one loss per image")
     if not losses.requires_grad:
         raise PolysegError("its losses have no gradient; compute them from the logits")
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
@@ -85,13 +85,13 @@ def _check_metric(config: Config) -> None:
         record.update((logits[:, 0] + shift).sigmoid())
     row = score_of(config.uncertainty.metric)
     given = record.moments if row.of == "moments" else logits[:, 0].sigmoid()
-    _refuse(row.resolve()(given, truth), (2,), "one number an image")
+    _refuse(row.resolve()(given, truth), (2,), "one number per image")
 
 
 def _check_map(config: Config) -> None:
     normalised = np.linspace(-2, 2, 5)
     epsilon = np.asarray(epsilon_of(normalised, config.control), dtype=np.float64)
-    _refuse(torch.from_numpy(epsilon), (5,), "one epsilon an image")
+    _refuse(torch.from_numpy(epsilon), (5,), "one epsilon per image")
     least = least_epsilon(config.loss.polydice_terms or 1)
     if epsilon.min() < least or epsilon.max() > LARGEST_EPSILON:
         raise PolysegError(

@@ -72,7 +72,7 @@ def read_dicom(path: Path, *, labels: bool = False) -> Stack:
 def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, description: str) -> Path:
     """Write labels, (N, H, W) of 8 or 16 bit, as DICOM of the same patient, study and geometry.
 
-    For a folder the result is a folder of as many files of the same names.
+    For a folder of files the result is a folder of files with the same names.
     """
     imported("pydicom", source, "DICOM")
     target = path if source.is_dir() else path.with_name(f"{path.name}.dcm")
@@ -81,7 +81,7 @@ def write_dicom(source: Path, labels: NDArray[Any], path: Path, _: Plane, descri
         sides = (int(parts[0].header.Rows), int(parts[0].header.Columns))
         frames = sum(_frames_of(part.header) for part in parts)
         refuse_other_shape(source, (frames, *sides), labels)
-        series = _new_identity(parts[0].header, "SeriesInstanceUID", labels, target.name)
+        series = _new_uid(parts[0].header, "SeriesInstanceUID", labels, target.name)
     for k, part in enumerate(parts):
         with guarded(part.path):
             mask = labels[k : k + 1] if len(parts) > 1 else labels
@@ -105,7 +105,7 @@ def _parts(path: Path) -> list[_Part]:
     for one in found:
         with guarded(one):
             parts.append(_Part(one, _dicom_header(one)))
-    _refuse_mixture(path, parts)
+    _refuse_mixed_series(path, parts)
     return _in_order(parts)
 
 
@@ -125,7 +125,7 @@ def _dicom_header(path: Path) -> Any:
     return header
 
 
-def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
+def _refuse_mixed_series(path: Path, parts: Sequence[_Part]) -> None:
     series = sorted({str(part.header.get("SeriesInstanceUID", "none")) for part in parts})
     if len(series) > 1:
         shown = ", ".join(series[:4]) + (", ..." if len(series) > 4 else "")
@@ -135,7 +135,7 @@ def _refuse_mixture(path: Path, parts: Sequence[_Part]) -> None:
     sizes = sorted({f"{part.header.Rows} x {part.header.Columns}" for part in parts})
     if len(sizes) > 1:
         raise PolysegError(
-            f"{path}: its slices differ in size ({', '.join(sizes[:4])}); keep one size a folder"
+            f"{path}: its slices differ in size ({', '.join(sizes[:4])}); keep one size per folder"
         )
     if len(parts) > 1 and any(_frames_of(part.header) > 1 for part in parts):
         raise PolysegError(f"{path}: holds files of many frames; put each in a separate folder")
@@ -197,7 +197,7 @@ def _read_part(part: _Part, *, labels: bool) -> NDArray[Any]:
         _refuse_undecodable(part)
         dataset = pydicom.dcmread(part.path)
         if dataset.file_meta.TransferSyntaxUID.is_compressed:
-            _refuse_outgrown_frames(part, dataset)
+            _refuse_oversized_frames(part, dataset)
         kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
         frames, rows, columns = _frames_of(dataset), int(dataset.Rows), int(dataset.Columns)
         shape = frames, rows, columns, int(dataset.get("SamplesPerPixel") or 1)
@@ -220,7 +220,7 @@ def _refuse_undecodable(part: _Part) -> None:
         header = part.header
         bits = int(header.BitsAllocated) * int(header.get("SamplesPerPixel") or 1)
         size = int(header.Rows) * int(header.Columns) * _frames_of(header) * bits // 8
-        # Chroma of half the width is the least that is stored uncompressed.
+        # Uncompressed pixels are smallest if chroma has half the width.
         if part.path.stat().st_size < size * 2 // 3:
             raise PolysegError(f"{part.path}: is cut short: its header announces {size:,} bytes")
         return
@@ -235,7 +235,7 @@ def _refuse_undecodable(part: _Part) -> None:
         )
 
 
-def _refuse_outgrown_frames(part: _Part, dataset: Any) -> None:
+def _refuse_oversized_frames(part: _Part, dataset: Any) -> None:
     """Raise if a frame would decode to more than its rows and columns."""
     from pydicom.encaps import generate_frames
 
@@ -318,7 +318,7 @@ def _derived(part: _Part, labels: NDArray[Any], series: str, description: str) -
         if name in source:
             derived[name] = source[name]
     derived.SOPClassUID = _SECONDARY if len(labels) == 1 else _SECONDARY_FRAMES[bits]
-    derived.SOPInstanceUID = _new_identity(
+    derived.SOPInstanceUID = _new_uid(
         source, "SOPInstanceUID", labels, f"{series} {part.path.name}"
     )
     derived.SeriesInstanceUID = series
@@ -364,8 +364,8 @@ def _geometry_of(groups: Any) -> Iterator[Any]:
         yield kept
 
 
-def _new_identity(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
-    """Return an identifier that depends on the source's, the labels and their purpose only."""
+def _new_uid(source: Any, name: str, labels: NDArray[Any], purpose: str) -> str:
+    """Return an identifier determined by the source's identifier, the labels and the purpose."""
     from pydicom.uid import generate_uid
 
     digest = hashlib.sha256(labels.tobytes()).hexdigest()

@@ -20,25 +20,25 @@ class Format(Row):
     """
 
     suffixes: tuple[str, ...] = ()
-    """How names of files end, in lower case."""
+    """Suffixes of the files, in lower case."""
     starts: tuple[bytes, ...] = ()
     """First bytes that only files of this kind have; they count more than the name."""
     has_planes: bool = False
-    """True where files are volumes; `plane=` and `stored=` then give how they are sliced."""
+    """Whether files are volumes; the function then also takes `plane=` and `stored=`."""
     holds_series: bool = False
-    """True where a folder can hold one image, a slice in each file."""
+    """Whether a folder can hold one image, with a slice in each file."""
     voxels: str = ""
     """Function that returns the file that holds the voxels, where headers may name another."""
     write: str = ""
-    """Function that writes (N, H, W) values beside the geometry of their source.
+    """Function that writes (N, H, W) values with the geometry of their source.
 
     It takes source, values, path without suffix, plane and description, and returns the path. It
-    raises PolysegError if the source has other slices. Without one predictions are PNG files.
+    raises PolysegError if the source has other slices. Without it predictions are PNG files.
     """
     libraries: tuple[str, ...] = ()
     """Packages that decode it; another version of one may decode other pixels."""
     holds_maps: bool = False
-    """True where `write` takes float32 maps too; those of other formats are TIFF files."""
+    """Whether `write` also takes float32 maps; maps of other formats are TIFF files."""
 
 
 FORMATS = Registry(
@@ -95,12 +95,12 @@ FORMATS = Registry(
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Return how the names of images and masks end; DICOM files may have no suffix at all."""
+    """Return the suffixes of images and masks; DICOM files may have none."""
     return tuple(suffix for row in FORMATS.values() for suffix in row.suffixes)
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix that says a file's kind, in lower case, or "".
+    """Return the suffix that identifies a file's format, in lower case, or "".
 
     >>> suffix_of(Path("a.b.NII.gz")), suffix_of(Path("1.2.840"))
     ('.nii.gz', '')
@@ -110,7 +110,7 @@ def suffix_of(path: Path) -> str:
 
 
 def format_of(path: Path) -> Format | None:
-    """Return the format of a file or folder, by its first bytes, its name, or DICOM's mark.
+    """Return the format of a file or folder by its first bytes, its name, or DICOM's prefix.
 
     >>> format_of(Path("a.JPG")).name, format_of(Path("notes.txt"))
     ('picture', None)

@@ -30,7 +30,7 @@ def read_picture(path: Path, *, labels: bool = False) -> Stack:
     """Read PNG, JPEG, BMP, GIF or WebP as a stack of one slice; alpha is dropped.
 
     Images and masks are rotated by their orientation tag (EXIF). Of a palette, labels are the
-    numbers (the grays of a gray GIF), images the colours. No spacing is taken from dots per inch.
+    indices (in a gray GIF the grays), images the colours. Dots per inch are not used as spacing.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -54,8 +54,8 @@ def _refuse_if_only_transparent(path: Path, pixels: NDArray[Any]) -> None:
     colours, alpha = pixels[..., :-1], pixels[..., -1]
     if (colours == colours[:1, :1]).all() and alpha.min() != alpha.max():
         raise PolysegError(
-            f"{path}: is of one colour and differs by its transparency alone, which is dropped; "
-            "save the mask as gray"
+            f"{path}: has one colour and differs only in transparency, which is dropped; save the "
+            "mask as gray"
         )
 
 
@@ -95,7 +95,7 @@ def _read_with_pillow(path: Path, *, keep_palette: bool) -> tuple[NDArray[Any], 
     try:
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
             if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
-                raise PolysegError(f"{path}: is animated; expected one picture a file")
+                raise PolysegError(f"{path}: is animated; expected one picture per file")
             deep = image.format == "PNG" and _is_deep_colour(path)
             each = _bytes_per_pixel(image, deep=deep, keep_palette=keep_palette)
             refuse_if_large(path, (image.height, image.width), bytes_per_pixel=each)
@@ -128,7 +128,7 @@ def _mode_to_read(image: Image.Image, *, keep_palette: bool) -> str:
         return "RGB" if image.mode in _COLOUR_MODES else image.mode
     colours = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
     gray = bool((colours == colours[:, :1]).all())
-    # A GIF stores gray values by a palette, so its numbers mean nothing else.
+    # A gray GIF stores gray values by a palette, whose indices have no meaning.
     if keep_palette and not (gray and image.format == "GIF"):
         return "P"
     return "L" if gray else "RGB"
@@ -214,7 +214,7 @@ def as_stored(stack: Stack) -> Stack:
 
 
 def one_channel(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return the one channel, (N, H, W), of labels, (N, H, W, C), that have equal ones.
+    """Return labels, (N, H, W, C) with equal channels, as one channel, (N, H, W).
 
     Colours of 8 bit become numbers, COLOUR + 65536 R + 256 G + B.
     """

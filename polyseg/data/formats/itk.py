@@ -36,7 +36,7 @@ _IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 _LONGEST_HEADER = 2**16
 _BLOCK = 2**20
 _LINES = re.MULTILINE | re.IGNORECASE
-# MetaImage's own reader takes = and :, and keys of this case only.
+# MetaImage's own reader accepts = and :, and is case-sensitive.
 _META_FILE = re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
 _META_PACKED = re.compile(rb"^[ \t]*CompressedData[ \t]*[=:][ \t]*[t1]", _LINES)
 _META_SIZE = re.compile(rb"^[ \t]*CompressedDataSize[ \t]*[=:][ \t]*(\d{1,12})[ \t\r]*$", _LINES)
@@ -60,7 +60,7 @@ def read_itk(
     with guarded(path):
         reader = _header(path, itk)
         try:
-            with _without_its_lines():
+            with _suppressing_reader_output():
                 image = reader.Execute()
         except RuntimeError:
             raise PolysegError(
@@ -104,7 +104,7 @@ def write_itk(
 
 
 @contextlib.contextmanager
-def _without_its_lines() -> Iterator[None]:
+def _suppressing_reader_output() -> Iterator[None]:
     """Drop the lines about damaged files that MetaImage's reader writes to file descriptor 2."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -123,7 +123,7 @@ def _header(path: Path, itk: Any) -> Any:
     reader.SetImageIO(_READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
     try:
-        with _without_its_lines():
+        with _suppressing_reader_output():
             reader.ReadImageInformation()
     except RuntimeError:
         raise PolysegError(f"{path}: is damaged: its header cannot be read") from None
@@ -148,15 +148,15 @@ def _header(path: Path, itk: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Voxels:
-    """The place of the voxels by their header."""
+    """The place of the voxels, as their header describes it."""
 
     file: Path
     start: int
-    """Number of bytes of the file before them."""
+    """Number of bytes before the voxels in the file."""
     encoding: str
-    """"raw", "gzip" (also zlib's) or another."""
+    """"raw", "gzip" (also for zlib) or another encoding."""
     packed: int | None = None
-    """Number of packed bytes in a MetaImage header; None for all up to the end of the file."""
+    """Number of compressed bytes by a MetaImage header; None for all up to the end of the file."""
 
 
 def voxels_of(path: Path) -> Path:
@@ -169,7 +169,7 @@ def voxels_of(path: Path) -> Path:
 
 
 def _voxels(path: Path) -> _Voxels:
-    """Return where voxels are; a header may name any file, so only one beside it is accepted."""
+    """Return the place of voxels; a header may name any file, so only one beside is accepted."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER)
     packed = None
@@ -192,7 +192,7 @@ def _voxels(path: Path) -> _Voxels:
     if not names:
         return _Voxels(path, start, encoding, packed)
     name = b" ".join(names).decode("utf-8", "replace")
-    # A % makes a pattern of many files, LIST is followed by their names.
+    # A % is a pattern of many file names; LIST precedes such names.
     single = name == Path(name).name and name.isprintable() and "%" not in name
     if not single or name.startswith("LIST") or not (path.parent / name).is_file():
         raise PolysegError(

@@ -1,9 +1,9 @@
 """Read and write NIfTI volumes; the only module that imports nibabel.
 
-Slices are laid out as radiologists look at them, and do not depend on the order of the voxels on
-disk: axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones
-from front to back, rows downward, columns to the left; sagittal ones from right to left, rows
-downward, columns to the back. A volume of a single slice is shown as that slice in every plane.
+Slices are oriented as radiologists view them, and do not depend on the order of the voxels on disk:
+axial ones from the feet up, rows to the back, columns to the patient's left; coronal ones from
+front to back, rows downward, columns to the left; sagittal ones from right to left, rows downward,
+columns to the back. A volume of a single slice is shown as that slice in every plane.
 """
 
 import gzip
@@ -45,10 +45,10 @@ AS_STORED = np.diag([-1.0, -1.0, 1.0, 1.0])
 def read_nifti(
     path: Path, plane: Plane = "axial", *, labels: bool = False, stored: bool = False
 ) -> Stack:
-    """Read a NIfTI volume, .nii or .nii.gz, of two or three axes and one of channels.
+    """Read a NIfTI volume, .nii or .nii.gz, of two or three axes and optionally one of channels.
 
-    Images are scaled by slope and intercept where the header has them. NaN, which some scanners'
-    programs write where nothing was measured, becomes the smallest value. With `stored` the voxels
+    Images are scaled by slope and intercept if the header has them. NaN, which some scanners'
+    programs write for missing measurements, becomes the smallest value. With `stored` the voxels
     are shown in their order, and the orientation in the header is ignored.
 
     >>> import tempfile, nibabel
@@ -130,7 +130,7 @@ def _nifti_header(path: Path, stream: IO[bytes], nibabel: Any) -> Any:
         if size in sizes:
             block = start + stream.read(size - 4)
             if len(block) < size:
-                raise PolysegError(f"{path}: is cut short: its header is not whole")
+                raise PolysegError(f"{path}: is cut short: its header is incomplete")
             header = kind(block, check=False)
             if header["magic"].item()[:3] == magic:
                 return header
@@ -237,7 +237,7 @@ def plane_of(shape: Sequence[int], affine: NDArray[Any], plane: Plane) -> Plane:
 
 
 def spacing_of(affine: NDArray[Any], plane: Plane, millimetres: float = 1.0) -> tuple[float, float]:
-    """Return millimetres between rows and columns of slices, by those in a unit of the affine.
+    """Return millimetres between rows and columns; the affine is in units of `millimetres`.
 
     >>> spacing_of(np.diag([0.7, 0.8, 3.0, 1.0]), "axial")
     (0.8, 0.7)
@@ -262,7 +262,7 @@ def _copied(view: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[
     """Copy slices in order, scaled to float32 or in native byte order."""
     kind = view.dtype.newbyteorder("=") if scaling is None else np.dtype(np.float32)
     copied = np.zeros(view.shape, kind)
-    # Where rows cross the order on disk, a few columns at a time are ten times as fast.
+    # If rows are not contiguous in the file, copying few columns at a time is ten times as fast.
     fastest = min(range(3), key=lambda axis: (view.shape[axis] == 1, abs(view.strides[axis])))
     step = view.shape[2] if fastest == 2 else _COLUMNS
     other = 1 if fastest == 0 else 0

@@ -12,10 +12,10 @@ def read_image_stack(path: str | Path, plane: Plane = "axial") -> Stack:
 
     Args:
         path: a file, or a folder that holds one DICOM series.
-        plane: how a NIfTI volume is sliced; all else is as stored.
+        plane: plane in which a volume is sliced; other files are read as stored.
 
     Raises:
-        PolysegError: it is damaged, too large or of a kind that is not read.
+        PolysegError: it is damaged, too large or in an unsupported format.
     """
     return _read(Path(path), plane, labels=False)
 
@@ -44,7 +44,7 @@ def _read(path: Path, plane: Plane, *, labels: bool, stored: bool = False) -> St
         if kind is not None and not (kind.holds_series and path.is_dir()):
             refuse_if_no_file(path)
     if kind is None:
-        raise PolysegError(f"{path}: is of no supported kind: {', '.join(readable_suffixes())}")
+        raise PolysegError(f"{path}: is not a supported file: {', '.join(readable_suffixes())}")
     how = {"plane": plane, "stored": stored} if kind.has_planes else {}
     stack: Stack = kind.resolve()(path, labels=labels, **how)
     return stack

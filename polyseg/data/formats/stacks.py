@@ -26,7 +26,7 @@ LARGEST_DECODED = 2**31
 MOST_SLICES = 2**14
 MOST_CHANNELS = 64
 
-# A file may unpack to this many bytes, or to so many times its own size. No real picture is packed
+# A file may unpack to this many bytes, or to this multiple of its size. No real picture is packed
 # to below 1 %. Volumes of labels may be, up to the limit of gzip, but unpacking larger ones only to
 # find them empty would take too long.
 SMALL = 2**26
@@ -46,7 +46,7 @@ class Stack:
     spacing: tuple[float, float] | None = None
     """Millimetres between rows and between columns of a slice, where the file says."""
     turned: int = 1
-    """Orientation tag (EXIF, 1 to 8) by which the stored pixels were turned; 1 is not at all."""
+    """Orientation tag (EXIF, 1 to 8) by which the stored pixels were rotated; 1: not rotated."""
 
 
 @contextlib.contextmanager
@@ -67,9 +67,9 @@ def guarded(path: Path) -> Iterator[None]:
     except MemoryError:
         raise PolysegError(f"{path}: does not fit into memory") from None
     except OSError as error:
-        raise PolysegError(_line(path, reason(error))) from None
+        raise PolysegError(_error_line(path, reason(error))) from None
     except Exception as error:  # Decoders fail on damaged files in many ways.
-        raise PolysegError(_line(path, str(error) or type(error).__name__)) from None
+        raise PolysegError(_error_line(path, str(error) or type(error).__name__)) from None
 
 
 def imported(name: str, path: Path, kind: str) -> Any:
@@ -83,21 +83,21 @@ def imported(name: str, path: Path, kind: str) -> Any:
         ) from None
 
 
-def _line(path: Path, why: str) -> str:
+def _error_line(path: Path, why: str) -> str:
     words = " ".join(why.split())[:120].rstrip()
     shown = "".join(letter if letter.isprintable() else "?" for letter in words)
     return f"{path}: cannot be read as an image: {shown}"
 
 
 def refuse_if_no_file(path: Path) -> None:
-    """Raise on pipes, devices and folders, which cannot be read or would be waited for.
+    """Raise on pipes, devices and folders, which cannot be read or could block.
 
     >>> refuse_if_no_file(Path("/dev/zero"))
     Traceback (most recent call last):
-    polyseg.errors.PolysegError: /dev/zero: is no file; expected an image
+    polyseg.errors.PolysegError: /dev/zero: is not a file; expected an image
     """
     if path.exists() and not path.is_file():
-        raise PolysegError(f"{path}: is no file; expected an image")
+        raise PolysegError(f"{path}: is not a file; expected an image")
 
 
 def refuse_if_large(
@@ -111,7 +111,7 @@ def refuse_if_large(
     """Refuse a file by the sizes that it declares, before anything is decoded.
 
     Sides are height and width; `bytes_per_pixel` is the memory that all channels of a pixel take
-    while they are decoded, and `held` the size of the files, by default that of this one.
+    during decoding, and `held` the size of all files of an image, by default that of this file.
 
     >>> refuse_if_large(Path("a.png"), (10**5, 10**5), held=100)
     Traceback (most recent call last):
@@ -124,8 +124,7 @@ def refuse_if_large(
         raise PolysegError(f"{path}: has {height} x {width} pixels; at most {LARGEST_IMAGE:,}")
     if max(sides) > LONGEST_SIDE:
         raise PolysegError(
-            f"{path}: has {height} x {width} pixels; the longest side that is read is "
-            f"{LONGEST_SIDE:,}"
+            f"{path}: has {height} x {width} pixels; a side may have at most {LONGEST_SIDE:,}"
         )
     if slices > MOST_SLICES or slices * height * width > LARGEST_VOLUME:
         raise PolysegError(
@@ -143,25 +142,25 @@ def refuse_if_large(
         )
     if decoded > most:
         raise PolysegError(
-            f"{path}: would unpack {held:,} bytes to {decoded:,}, more than an image may be packed "
-            f"(here to {most:,}); save it with less compression if it is sound"
+            f"{path}: would unpack {held:,} bytes to {decoded:,}; at most {most:,} are allowed; "
+            "save it with less compression if it is not damaged"
         )
 
 
 def refuse_other_shape(path: Path, expected: Sequence[int], values: NDArray[Any]) -> None:
-    """Raise where values that belong to a file have another shape than its slices."""
+    """Raise if values to write for a file differ in shape from its slices."""
     if tuple(expected) != values.shape:
         shown, found = (" x ".join(map(str, shape)) for shape in (expected, values.shape))
-        raise PolysegError(f"{path}: has slices of {shown}; what was made of it has {found}")
+        raise PolysegError(f"{path}: has slices of {shown}; the values to write have {found}")
 
 
 def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
-    """Bring pixels of any number type to uint8, uint16, int16 or float32, keeping their values.
+    """Convert pixels of any number type to uint8, uint16, int16 or float32 without loss.
 
     Integers of more bits become 16 bit where all fit, else float32; bits become 0 and 255.
 
     Raises:
-        PolysegError: they are complex, records, not finite or none of 64 channels or fewer.
+        PolysegError: they are complex, records or not finite, or have over 64 channels.
 
     >>> image_pixels(Path("a.tif"), np.array([[[[-5], [300]]]], np.int64)).dtype
     dtype('int16')
@@ -174,15 +173,15 @@ def image_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     if pixels.dtype in _IMAGE_TYPES:
         return pixels
     if pixels.dtype.kind in "iu":
-        return pixels.astype(_type_for(pixels, (np.int16, np.uint16)) or np.float32)
+        return pixels.astype(_first_fitting_type(pixels, (np.int16, np.uint16)) or np.float32)
     with np.errstate(over="ignore"):
         return _native(path, pixels.astype(np.float32))
 
 
 def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
-    """Bring labels to integers, where all are within 0.001 of these; other fractions stay.
+    """Convert labels to integers if all are within 0.001 of one; otherwise keep fractions.
 
-    Floats that are given may be overwritten.
+    An array of floats may be overwritten.
 
     Raises:
         PolysegError: they are complex, records or not finite.
@@ -196,7 +195,7 @@ def label_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     if pixels.dtype.kind in "iu":
         return pixels
     near = all((abs(one - np.rint(one)) <= 1e-3).all() for one in pixels)
-    if not near or _type_for(pixels, (np.int32,)) is None:
+    if not near or _first_fitting_type(pixels, (np.int32,)) is None:
         return pixels.astype(np.float32, copy=False)
     # In the same memory where possible, because a volume of labels may be large.
     reused = pixels.dtype == np.float32 and pixels.flags.writeable
@@ -212,7 +211,7 @@ def whole_numbers(pixels: NDArray[Any]) -> NDArray[Any]:
     >>> whole_numbers(np.array([[1.0, -7.0]])).dtype, whole_numbers(np.array([[0.5]])).dtype
     (dtype('int16'), dtype('float64'))
     """
-    kind = _type_for(pixels, (np.int16,)) if pixels.dtype == np.float64 else None
+    kind = _first_fitting_type(pixels, (np.int16,)) if pixels.dtype == np.float64 else None
     if kind is None or not all(np.array_equal(one, np.rint(one)) for one in pixels):
         return pixels
     return pixels.astype(kind)
@@ -227,7 +226,7 @@ def _native(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
-def _type_for(pixels: NDArray[Any], kinds: tuple[type[np.integer[Any]], ...]) -> Any:
+def _first_fitting_type(pixels: NDArray[Any], kinds: tuple[type[np.integer[Any]], ...]) -> Any:
     """Return the first type whose range holds all values, or None."""
     low, high = pixels.min(), pixels.max()
     for kind in kinds:

@@ -48,10 +48,10 @@ _PRINTERS = (1, 72, 75, 90, 96, 100, 120, 144, 150, 180, 200, 240, 300, 360, 400
 def read_tiff(path: Path, *, labels: bool = False) -> Stack:
     """Read a TIFF of one picture or of a stack of them.
 
-    Of its axes Y and X are those of a slice, S and C are channels, all others are slices. Images
-    in which 0 is white, of 1, 8 or 16 bit, are inverted, so that they are as displayed; bits that
-    tifffile wrote are not. Labels are the values as stored, without palette or inversion. The
-    spacing is that of the resolution tags, unless these are a printer's.
+    The axes Y and X are those of a slice, S and C are channels, all others are slices. Images of 1,
+    8 or 16 bit in which 0 is white are inverted, as for display; 1-bit images from tifffile are
+    not. Labels are the values as stored, without palette or inversion. The spacing is that of the
+    resolution tags, unless these are typical of printing.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -61,11 +61,11 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
     (5, 20, 30, 1)
     """
     with guarded(path):
-        _refuse_tangled_tiff(path)
+        _refuse_circular_tiff(path)
         with _opened_tiff(path) as file:
             series = _only_series(path, file)
             page = series.keyframe
-            _refuse_misleading_tiff(path, page)
+            _refuse_unsupported_tiff(path, page)
             _refuse_incomplete_tiff(path, series)
             _refuse_if_large_tiff(path, series)
             pixels = _stack_of(path, file, series, labels=labels)
@@ -77,7 +77,7 @@ def read_tiff(path: Path, *, labels: bool = False) -> Stack:
 def tiff_resolution(path: Path) -> tuple[tuple[float, float], int] | None:
     """Return pixels per unit, across and down, and the unit's number of a TIFF that was read."""
     with guarded(path):
-        _refuse_tangled_tiff(path)
+        _refuse_circular_tiff(path)
         with _opened_tiff(path) as file:
             return _resolution(file.pages.first)
 
@@ -86,7 +86,7 @@ def _opened_tiff(path: Path) -> Any:
     return tifffile.TiffFile(path, **{f"is_{kind}": False for kind in _FOREIGN_KINDS})
 
 
-def _refuse_tangled_tiff(path: Path) -> None:
+def _refuse_circular_tiff(path: Path) -> None:
     """Walk the directories once, because tifffile would follow a circle of them forever."""
     size = path.stat().st_size
     seen: set[int] = set()
@@ -103,13 +103,13 @@ def _refuse_tangled_tiff(path: Path) -> None:
             bytes_of_value = count * (_BYTES_OF_TYPE[kind] if kind < len(_BYTES_OF_TYPE) else 1)
             values += bytes_of_value if bytes_of_value > 8 else 0
             if code == _SUBIMAGES_TAG and count > _MOST_SUBIMAGES:
-                raise PolysegError(f"{path}: a page has {count} pages of its own; remove them")
+                raise PolysegError(f"{path}: a page has {count} sub-pages; remove them")
         if values > size:
             raise PolysegError(f"{path}: is damaged: its tags are longer than the file")
 
 
 def _directories(path: Path) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-    """Yield where each directory lies and its tags: code, type and count."""
+    """Yield the position of each directory, and the code, type and count of its tags."""
     with path.open("rb") as stream:
         start = stream.read(16)
         order = "<" if start[:2] == b"II" else ">"
@@ -137,21 +137,21 @@ def _directories(path: Path) -> Iterator[tuple[int, list[tuple[int, int, int]]]]
 
 def _only_series(path: Path, file: Any) -> Any:
     """Return the one series of equal pages; a reduced copy of it does not count."""
-    # tifffile takes pages of half the size as levels of a series; only marked ones are no images.
+    # tifffile takes pages of half the size as reduced copies; only those marked as such are.
     levels = [level for one in file.series for level in one.levels]
     series = [one for one in levels if not one.keyframe.is_reduced] or levels
     if len(series) != 1:
         sizes = ", ".join(" x ".join(map(str, one.shape)) for one in series[:4])
         raise PolysegError(
             f"{path}: holds {len(series)} images of different kinds ({sizes}); "
-            "save each as a file of its own"
+            "save each in its own file"
         )
     if any(page is None for page in series[0].pages):
         raise PolysegError(f"{path}: is damaged: not all of its pages are there")
     return series[0]
 
 
-def _refuse_misleading_tiff(path: Path, page: Any) -> None:
+def _refuse_unsupported_tiff(path: Path, page: Any) -> None:
     """Raise on compressions and kinds of pixels that are not read."""
     kind = getattr(page.compression, "name", page.compression)
     if kind not in _COMPRESSIONS:
@@ -170,7 +170,7 @@ def _refuse_misleading_tiff(path: Path, page: Any) -> None:
 
 
 def _refuse_incomplete_tiff(path: Path, series: Any) -> None:
-    """Raise where strips or tiles are missing, shared, or decode to more than their place."""
+    """Raise if strips or tiles are missing or shared, or decode to more than their size."""
     size = path.stat().st_size
     expected = math.prod(series.keyframe.chunked)
     total = segments = 0
@@ -187,10 +187,10 @@ def _refuse_incomplete_tiff(path: Path, series: Any) -> None:
     if segments > max(_MOST_SEGMENTS, size // 64):
         raise PolysegError(f"{path}: has {segments:,} strips or tiles; save it with larger ones")
     if series.keyframe.compression == COMPRESSION.JPEG:
-        _refuse_outgrown_jpeg(path, series)
+        _refuse_oversized_jpeg(path, series)
 
 
-def _refuse_outgrown_jpeg(path: Path, series: Any) -> None:
+def _refuse_oversized_jpeg(path: Path, series: Any) -> None:
     """Raise where the JPEG of a strip or tile is larger than the strip or tile itself."""
     page = series.keyframe
     height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
@@ -266,7 +266,7 @@ def _without_alpha(page: Any, pixels: NDArray[Any], axes: str) -> NDArray[Any]:
 
 
 def _slices(pixels: NDArray[Any], axes: str) -> NDArray[Any]:
-    """Bring pixels of any axes to (N, H, W, C)."""
+    """Reorder pixels of any axes to (N, H, W, C)."""
     channels = [i for i, axis in enumerate(axes) if axis in "SC"]
     sides = [axes.index("Y"), axes.index("X")]
     others = [i for i in range(len(axes)) if i not in channels + sides]

@@ -29,14 +29,14 @@ def write_labels(
 ) -> Path:
     """Write labels, (N, H, W), as a file of the kind and geometry of their source; return its path.
 
-    PNG, TIFF, NIfTI and DICOM stay what they are, a DICOM series becomes a folder of files of the
-    same names; BMP stays BMP if 8 bit are enough; others become PNG. Nothing is lost.
+    PNG, TIFF, NIfTI and DICOM keep their format (a DICOM series becomes a folder of files of the
+    same names), and so does BMP if 8 bit suffice; others become PNG. Compression is lossless.
 
     Args:
         source: the image's file, or the folder of its series.
         labels: slices in the order in which `source` is read.
-        folder: where to write.
-        name: of the file, without suffix.
+        folder: folder of the new file.
+        name: name of the file, without suffix.
         plane: how `source` was sliced.
 
     Raises:
@@ -58,7 +58,7 @@ def write_labels(
     keeps = suffix_of(source) == ".bmp" and labels.dtype == np.uint8
     path = folder / f"{name}{'.bmp' if keeps else '.png'}"
     if len(labels) != 1:
-        raise PolysegError(f"{source}: is one picture; what was made of it has {len(labels)}")
+        raise PolysegError(f"{source}: is one picture, not {len(labels)} slices")
     with atomic_path(path) as temporary:
         Image.fromarray(labels[0]).save(temporary, format=path.suffix[1:].upper())
     return path
@@ -67,7 +67,7 @@ def write_labels(
 def write_map(
     source: Path, values: NDArray[np.float32], folder: Path, *, name: str, plane: Plane = "axial"
 ) -> Path:
-    """Write maps, (N, H, W) of float32, as their source where that can hold them, else as TIFF.
+    """Write maps, (N, H, W) float32, in the format of their source if it can hold them, or TIFF.
 
     All else is as in `write_labels`.
 

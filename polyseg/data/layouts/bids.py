@@ -6,7 +6,7 @@ from pathlib import Path
 
 from polyseg.data.layouts.cases import DEEPEST, Case, Findings, Layout, exists, stem_of
 from polyseg.data.layouts.names import is_mask_name
-from polyseg.data.layouts.source import Source, ask
+from polyseg.data.layouts.source import Source, ambiguity
 
 _ENTITIES = re.compile(r"(?:sub|ses|task|acq|run|sample|chunk|slice)-[A-Za-z0-9]+")
 """Parts of a name that a mask shares with its image, unlike space-, desc- and label-."""
@@ -16,7 +16,7 @@ def read_bids(source: Source) -> Layout | None:
     """Read images of sub-*/ and masks of derivatives/, paired by subject, session and run.
 
     Images and masks are distinguished by the end of their names after the last _: T1w, mask. Where
-    there are several, data.images and data.masks name one.
+    there are several, data.images and data.masks choose one.
     """
     folders, root = source.folders, source.path
     if not exists(root / "derivatives", "folder"):
@@ -57,7 +57,7 @@ def _kind(source: Source, side: str, kinds: Mapping[str, list[Path]]) -> str | N
     if chosen:
         return chosen[0] if chosen[0] in kinds and len(chosen) == 1 else None
     if len(kinds) > 1:
-        raise ask(source.path, side, sorted(kinds), "kinds of files")
+        raise ambiguity(source.path, side, sorted(kinds), "kinds of files")
     return next(iter(kinds), None)
 
 

@@ -18,7 +18,7 @@ from polyseg.data.layouts.cases import (
 )
 from polyseg.data.layouts.folders import items_of
 from polyseg.data.layouts.names import IMAGE_FOLDERS, MASK_FOLDERS, is_mask_name
-from polyseg.data.layouts.source import Source, ask
+from polyseg.data.layouts.source import Source, ambiguity
 
 _FEWEST = 2
 _MOST_NAMES = 12
@@ -26,11 +26,11 @@ _MOST_NAMES = 12
 
 @dataclass(frozen=True)
 class _Root:
-    """A folder of folders of cases, and the name of each file in these."""
+    """A folder that holds case folders, and the files of these."""
 
     folder: Path
     cases: dict[Path, dict[str, list[Path]]]
-    """Files of each case by name: without the case's name before it, or "images/" and "masks/"."""
+    """Files of each case by their name without the case's, or by "images/" and "masks/"."""
 
 
 def read_case_folders(source: Source) -> Layout | None:
@@ -65,7 +65,7 @@ def read_case_folders(source: Source) -> Layout | None:
 
 
 def _roots(folders: Folders, folder: Path, masks: Sequence[str], depth: int = 0) -> Iterable[_Root]:
-    """Yield the folders, this one or below it, whose folders are each of one case.
+    """Yield this folder, or those below it, if its sub-folders hold one case each.
 
     `masks` are the names that data.masks gives.
     """
@@ -81,7 +81,7 @@ def _roots(folders: Folders, folder: Path, masks: Sequence[str], depth: int = 0)
 
 
 def _files_of(folders: Folders, case: Path) -> dict[str, list[Path]]:
-    """Return the files of one case by what they are called in every case."""
+    """Return the files of one case by the name that they have in every case."""
     listing = folders.list(case)
     found: dict[str, list[Path]] = {}
     for each in listing.folders:
@@ -99,7 +99,7 @@ def _files_of(folders: Folders, case: Path) -> dict[str, list[Path]]:
 
 
 def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]], masks: Sequence[str]) -> bool:
-    """Return whether each folder is of one case, and not of a class, a part or a patient."""
+    """Return whether each folder holds one case, not a class, a part or a patient."""
     if all("images/" in files for files in cases.values()):
         return all(len(files["images/"]) == 1 for files in cases.values())
     counts = Counter(name for files in cases.values() for name in files)
@@ -110,7 +110,7 @@ def _is_of_cases(cases: Mapping[Path, Mapping[str, Sequence[Path]]], masks: Sequ
 
 
 def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[str]] | None:
-    """Return the names of the images' files and of the masks' in each case."""
+    """Return the names of the image files and of the mask files of a case."""
     names = Counter(name for root in roots for files in root.cases.values() for name in files)
     chosen = {side: list(getattr(source, side)) for side in ("images", "masks")}
     if not names.keys() >= {name for one in chosen.values() for name in one}:
@@ -122,7 +122,7 @@ def _names_of(roots: Sequence[_Root], source: Source) -> tuple[list[str], list[s
     images = chosen["images"] or others
     for side, found in (("images", images), ("masks", masks)):
         if len(found) > 1 and not chosen[side]:
-            raise ask(roots[0].folder, side, sorted(found), "files of each case")
+            raise ambiguity(roots[0].folder, side, sorted(found), "files of each case")
     return (images, masks) if images and masks else None
 
 

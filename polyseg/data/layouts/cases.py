@@ -33,7 +33,7 @@ _DOCUMENTS = {
     *("", ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".xls", ".xlsx"),
     *(".doc", ".docx", ".yaml", ".yml", ".ini", ".cfg", ".log", ".db", ".py", ".m", ".sh", ".zip"),
 }
-"""Suffixes of texts, tables and archives that come with data sets and are no images."""
+"""Suffixes of texts, tables and archives that data sets contain beside images."""
 _VOXELS = re.compile(r"\.z?raw(\.gz|\.bz2)?$", re.IGNORECASE)
 """Suffixes of files that hold the voxels of a header (.mhd, .nhdr) beside them."""
 _SHOWN = 5
@@ -65,29 +65,29 @@ class Layout:
     cases: list[Case]
     """Cases in order of their ids, which are unique and printable."""
     labels: Mapping[str, int]
-    """Names of label values where a dataset.json gives them, without the background."""
+    """Names of label values if a dataset.json gives them, without the background."""
     notes: tuple[str, ...] = ()
     """Lines for the log."""
     problems: tuple[str, ...] = ()
     """Lines about wrong names and missing files; the content of files is checked later."""
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Label values of each task that the data set declares; empty where it declares none."""
+    """Label values of each task that the data set declares; empty if it declares none."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of a folder that can be read, its sub-folders, and the names of what is left out."""
+    """Readable files and sub-folders of a folder, and the names of entries that are left out."""
 
     files: tuple[Path, ...]
     folders: tuple[Path, ...]
     broken: tuple[str, ...] = ()
     """Links to missing files."""
     unread: tuple[str, ...] = ()
-    """Files of kinds that are not read, without texts and tables."""
+    """Files of unsupported formats, without texts and tables."""
 
 
 class Folders:
-    """List folders, each once, up to the number of files that a data set has."""
+    """List folders, each once, up to the number of files that a data set may have."""
 
     def __init__(self) -> None:
         self._known: dict[Path, Listing] = {}
@@ -96,7 +96,7 @@ class Folders:
     def list(self, folder: Path) -> Listing:
         """List the readable files and the sub-folders, without hidden ones and junk.
 
-        A link to a folder that it lies in is left out, so no way through the folders is endless.
+        A link to a folder that contains it is left out, so no path through folders is endless.
 
         Raises:
             PolysegError: it cannot be listed, a name is not valid text, or there are too many.
@@ -115,14 +115,15 @@ class Folders:
     def series(self, folder: Path) -> Path | None:
         """Return the folder of a DICOM series, or None if `folder` holds anything else.
 
-        The series may be in sub-folders (patient/study/series); of one slice it is the file.
+        The series may be in sub-folders (patient/study/series); if it has one slice, return that
+        file.
         """
         for _ in range(_DEEPEST_SERIES):
             listing = self.list(folder)
             if listing.files or len(listing.folders) != 1:
                 break
             folder = listing.folders[0]
-        # No other kind has such suffixes, or none at all.
+        # No other format has these suffixes, or no suffix.
         named = all(suffix_of(file) in ("", ".dcm", ".ima") for file in listing.files)
         if not listing.files or listing.folders or not named:
             return None
@@ -144,7 +145,7 @@ class Folders:
                         )
                     if is_junk(entry.name):
                         continue
-                    if exists(entry, "folder") and not _leads_back(entry):
+                    if exists(entry, "folder") and not _links_to_parent(entry):
                         folders.append(entry.name)
                     elif exists(entry, "file"):
                         readable = is_readable(folder / entry.name)
@@ -177,9 +178,9 @@ class Findings:
     _cases: list[tuple[str, Case]] = field(default_factory=list)
 
     def add(self, where: str, cases: Sequence[Case], prefix: str = "") -> None:
-        """Add cases, those without a mask as `unmasked` says.
+        """Add cases, and treat those without a mask by `unmasked`.
 
-        The prefix precedes their ids where two ids would be equal without it.
+        The prefix precedes ids if two ids would be equal without it.
 
         >>> findings = Findings("empty")
         >>> findings.add("a/images", [Case("1", (Path("a/images/1.png"),), None)])
@@ -210,10 +211,10 @@ class Findings:
             self.problems.append(f"{where}: {some(noun, listed)} {what}")
 
     def finish(self, source: str, name: str, labels: Mapping[str, int] | None = None) -> Layout:
-        """Return what was found, ids made unique by their prefixes where they need them.
+        """Return the layout that was found, with prefixes where ids would not be unique.
 
         Raises:
-            PolysegError: nothing was found at all.
+            PolysegError: no case was found.
 
         >>> findings = Findings()
         >>> findings.add("set", [Case("1", (Path("a/1.png"),), ())], "a")
@@ -228,7 +229,7 @@ class Findings:
                 for prefix, case in self._cases
             ]
         twice = repeated(case.id for case in cases)
-        self.problem(source, "id", twice, "stand for two images; rename one")
+        self.problem(source, "id", twice, "belong to two images; rename one")
         if not cases:
             raise_problems(self.problems)
             raise PolysegError(f"{source}: has no image with a mask ({name})")
@@ -237,7 +238,7 @@ class Findings:
 
 
 def left_out(folders: Folders, places: Iterable[Path]) -> tuple[list[str], list[str]]:
-    """Return notes on what folders hold and cannot be read, and problems where that is most."""
+    """Return notes on unreadable files of folders, or problems where most are unreadable."""
     notes: list[str] = []
     problems: list[str] = []
     for folder in sorted(set(places)):
@@ -286,7 +287,7 @@ def is_junk(name: str) -> bool:
 
 
 def exists(path: Path | os.DirEntry[str], kind: Literal["file", "folder"]) -> bool:
-    """Return whether a file or folder exists; False where a path is too long or circular.
+    """Return whether a file or folder exists; False if a path is too long or circular.
 
     >>> exists(Path("x" * 5000), "file")
     False
@@ -377,7 +378,7 @@ def seen_in(folder: Path) -> str:
     return f"{', '.join(map(shown, names[:_SHOWN]))}{more}" if names else "nothing"
 
 
-def _leads_back(entry: os.DirEntry[str]) -> bool:
+def _links_to_parent(entry: os.DirEntry[str]) -> bool:
     if not entry.is_symlink():
         return False
     target, here = Path(entry.path).resolve(), Path(entry.path).parent.resolve()

@@ -12,11 +12,11 @@ from polyseg.system.files import csv_table
 
 
 def draft_of(path: Path, folder: Path) -> tuple[str, int, int]:
-    """Return a manifest as text, and how many images it lists and how many have no mask.
+    """Return a manifest as text, and the numbers of its images and of those without a mask.
 
-    Of a known layout it lists what is found. Otherwise it lists every file that can be read; files
-    whose name or folder is a mask's are put beside the image that fits best. Paths in `folder`,
-    where the manifest will be, are relative to it.
+    In a known layout it lists the images and masks that are found. Otherwise it lists every
+    readable file, and assigns masks, recognised by their name or folder, to the image that fits
+    best. Paths inside `folder`, where the manifest will be, are relative to it.
     """
     try:
         cases = find_cases(path, unmasked="skip").cases

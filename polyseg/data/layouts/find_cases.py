@@ -44,14 +44,14 @@ def find_cases(
     _check_settings(source)
     found = _first(source)
     if found is None:
-        raise PolysegError(*_unknown(source))
+        raise PolysegError(*_unknown_layout(source))
     files = [file for case in found.cases for file in (*case.images, *(case.masks or ()))]
     notes, problems = left_out(source.folders, (file.parent for file in files))
     return replace(found, notes=(*found.notes, *notes), problems=(*found.problems, *problems))
 
 
 def holds_masks(path: Path) -> bool:
-    """Return whether a folder or file is a data set of images with masks, or only of images."""
+    """Return whether a folder or file is a data set with masks, not one of images only."""
     source = Source(path, unmasked="skip")
     if exists(path, "file"):
         return path.suffix.lower() in MANIFEST_SUFFIXES
@@ -87,10 +87,10 @@ def _check_settings(source: Source) -> None:
         raise PolysegError(f"{path}: is a folder; data.layout=manifest takes a CSV file")
 
 
-def _unknown(source: Source) -> Sequence[str]:
-    """Return lines about what a folder without known layout lacks, and what to do."""
+def _unknown_layout(source: Source) -> Sequence[str]:
+    """Return the error lines about a folder without a known layout."""
     path, layout = source.path, source.layout
-    lacks = "is of no known layout" if not source.chosen else f"does not fit data.layout={layout}"
+    lacks = "has no known layout" if not source.chosen else f"does not fit data.layout={layout}"
     folder = path.resolve()
     if plain(folder.name) in IMAGE_FOLDERS and not source.chosen:
         beside = (one.name for one in source.folders.list(folder.parent).folders)
@@ -103,5 +103,5 @@ def _unknown(source: Source) -> Sequence[str]:
         "draft to edit"
     ]
     if said := source.settings():
-        lines.append(f"{path}: nothing was found by {' and '.join(said)}; name what exists")
+        lines.append(f"{path}: nothing matches {' and '.join(said)}; give existing names")
     return [*lines, *source.problems]

@@ -30,7 +30,7 @@ from polyseg.data.layouts.names import (
     without_mask_endings,
 )
 from polyseg.data.layouts.pairing import match, split_by_suffix
-from polyseg.data.layouts.source import Source, ask, several_sets
+from polyseg.data.layouts.source import Source, ambiguity, several_sets
 from polyseg.errors import PolysegError
 
 _FIELD_OF_VIEW = re.compile(r"\d+_(training|test)_mask")
@@ -59,22 +59,22 @@ def read_folders(source: Source) -> Layout | None:
 
 
 def read_suffixes(source: Source) -> Layout | None:
-    """Read masks beside their images where the user says so; `read_folders` finds them as well."""
+    """Read masks beside their images if the user asks for it; `read_folders` finds them too."""
     return read_folders(source) if source.chosen else None
 
 
 def _read_listed(source: Source) -> Layout:
     """Read the folders or patterns that the settings give, several masks of an image united."""
     search = _Search(source)
-    masks = _listed(source, "masks") or _found(search, "masks")
+    masks = _listed(source, "masks") or _files_of_side(search, "masks")
     used = [file for items in masks.values() for files in items.values() for file in files]
-    images = _listed(source, "images") or _found(search, "images", used)
+    images = _listed(source, "images") or _files_of_side(search, "images", used)
     pictures: dict[str, list[Path]] = {}
     for items in images.values():
         for stem, files in items.items():
             pictures.setdefault(stem, []).extend(files)
     findings = Findings(source.unmasked, search.problems, search.notes)
-    _refuse_twice(str(source.path), pictures, findings)
+    _report_repeated(str(source.path), pictures, findings)
     pairs = [match(pictures, items) for items in masks.values()]
     for name, pair in zip(masks, pairs, strict=True):
         findings.problem(name, "mask", pair.lost, "without an image")
@@ -107,13 +107,13 @@ def _listed(source: Source, side: str) -> dict[str, _Files]:
     return found
 
 
-def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[str, _Files]:
-    """Return the files of the one folder that holds this side by its name, else of all."""
+def _files_of_side(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[str, _Files]:
+    """Return the files of the folder named like this side, or of the data set's own folder."""
     root = search.source.path
     folders = search.candidates(root)[0 if side == "images" else 1]
     taken = {file.parent for file in without}
     folders = [each for each in folders if each not in taken]
-    place = _only(root, side, folders) if folders else next(iter(taken), root)
+    place = _single(root, side, folders) if folders else next(iter(taken), root)
     items = {
         stem: kept
         for stem, files in items_of(search.folders, place).items()
@@ -124,14 +124,14 @@ def _found(search: "_Search", side: str, without: Sequence[Path] = ()) -> dict[s
     return {f"{place.name}/": items}
 
 
-def _refuse_twice(where: str, items: Mapping[str, Sequence[Path]], findings: Findings) -> None:
+def _report_repeated(where: str, items: Mapping[str, Sequence[Path]], findings: Findings) -> None:
     twice = [stem for stem, files in items.items() if len(files) > 1]
-    findings.problem(where, "name", twice, "of two files each, but for the suffix; keep one")
+    findings.problem(where, "name", twice, "shared by two files that differ in suffix; keep one")
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Images in one folder, and their masks in another, or beside them (None)."""
+    """A folder of images, and the folder of their masks; None if masks lie beside the images."""
 
     images: Path
     masks: Path | None
@@ -198,7 +198,7 @@ class _Search:
         return [each for each in found if self.holds_files(each)] or found
 
     def _without_fields_of_view(self, masks: list[Path]) -> list[Path]:
-        """Leave out DRIVE's mask/, which shows where the retina is and no annotation."""
+        """Leave out DRIVE's mask/, which holds fields of view, not annotations."""
         manual = any(plain(each.name) == "1stmanual" for each in masks)
         kept = []
         for each in masks:
@@ -219,7 +219,7 @@ class _Search:
         for each in self.folders.list(folder).folders:
             if plain(each.name) == OTHER_OBSERVER and each not in masks:
                 self._note(f"{each}: holds a second observer's annotations: left out")
-        only_images, only_masks = _only(folder, "images", images), _only(folder, "masks", masks)
+        only_images, only_masks = _single(folder, "images", images), _single(folder, "masks", masks)
         return self._nested(only_images, only_masks, part, prefix)
 
     def _compounds(self, folder: Path, part: str | None, prefix: str) -> list[_Unit]:
@@ -232,8 +232,8 @@ class _Search:
         units = []
         for name, sides in found.items():
             if sides["images"] and sides["masks"]:
-                images = _only(folder, "images", sides["images"])
-                masks = _only(folder, "masks", sides["masks"])
+                images = _single(folder, "images", sides["images"])
+                masks = _single(folder, "masks", sides["masks"])
                 units += self._nested(images, masks, part or name, _joined(prefix, name))
         for name, sides in found.items() if units else ():
             if not sides["masks"]:
@@ -291,7 +291,7 @@ class _Search:
         items = items_of(self.folders, folder, series=False)
         _, masks = split_by_suffix(items)
         if not masks:
-            _refuse_two_kinds(folder, items)
+            _refuse_unclear_masks(folder, items)
         return [_Unit(folder, None, part, prefix)] if masks else []
 
     def _below(self, folder: Path, part: str | None, prefix: str, depth: int) -> list[_Unit]:
@@ -329,9 +329,9 @@ class _Search:
             self.notes.append(text)
 
 
-def _only(folder: Path, side: str, found: Sequence[Path]) -> Path:
+def _single(folder: Path, side: str, found: Sequence[Path]) -> Path:
     if len(found) > 1:
-        raise ask(folder, side, [each.name for each in found])
+        raise ambiguity(folder, side, [each.name for each in found])
     return found[0]
 
 
@@ -344,7 +344,7 @@ def _twin_key(folder: Path) -> str:
 
 
 def _groups(folders: Folders, folder: Path) -> list[Path]:
-    """Return the sub-folders that are no DICOM series, but parts or classes."""
+    """Return the sub-folders that are parts or classes, not DICOM series."""
     below = folders.list(folder).folders
     return [each for each in below if part_of(each.name) or folders.series(each) is None]
 
@@ -362,13 +362,13 @@ def items_of(folders: Folders, folder: Path, *, series: bool = True) -> dict[str
     return found
 
 
-def _refuse_two_kinds(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
-    """Raise where each name is of two files and their endings do not show which is the mask."""
+def _refuse_unclear_masks(folder: Path, items: Mapping[str, Sequence[Path]]) -> None:
+    """Raise if two files have each name and their suffixes do not show which is the mask."""
     kinds = {tuple(file.suffix for file in files) for files in items.values()}
     if len(items) > 1 and len(kinds) == 1 and len(pair := kinds.pop()) == 2:
         raise PolysegError(
-            f"{folder}: each name is of two files ({' and '.join(pair)}); name the masks "
-            f"by data.masks, such as data.masks='*{pair[1]}'"
+            f"{folder}: two files have each name ({' and '.join(pair)}); name the masks by "
+            f"data.masks, such as data.masks='*{pair[1]}'"
         )
 
 
@@ -386,12 +386,12 @@ def _add_unit(folders: Folders, unit: _Unit, findings: Findings) -> None:
         findings.problems.append(f"{where}: holds no image ({' '.join(readable_suffixes())})")
     if pictures and masks and not pairs.masks:
         findings.problems.append(
-            f"{where}: no name fits one in {mask_folder} (such as {next(iter(pictures))} and "
+            f"{where}: no name matches one in {mask_folder} (such as {next(iter(pictures))} and "
             f"{next(iter(masks))}); expected equal names, or _mask, _segmentation, ... after them"
         )
         return
-    _refuse_twice(where, pictures, findings)
-    _refuse_twice(str(mask_folder), masks, findings)
+    _report_repeated(where, pictures, findings)
+    _report_repeated(str(mask_folder), masks, findings)
     findings.problem(str(mask_folder), "mask", pairs.lost, f"without an image in {where}")
     if pairs.rule.name != "equal":
         image, files = next(iter(pairs.masks.items()))
@@ -420,7 +420,7 @@ def _without_second_observer(folder: Path, items: _Files, findings: Findings) ->
 
 
 def _with_lost_masks(images: _Files, masks: _Files) -> tuple[_Files, _Files]:
-    """Move images that are named as masks, and have no mask themselves, to the masks."""
+    """Move images that are named like masks, and have no mask themselves, to the masks."""
     found = match(images, masks).masks
     lost = {stem for stem in images if without_mask_endings(stem)[1:] and stem not in found}
     kept = {stem: files for stem, files in images.items() if stem not in lost}
@@ -432,7 +432,7 @@ def _name(units: Sequence[_Unit]) -> str:
     name = "images with masks beside them"
     if first.masks is not None:
         images, masks = first.images, first.masks
-        # In images/train/ and masks/train/ the upper folders have the names of the two sides.
+        # For images/train/ and masks/train/ use the names of the upper folders.
         while _twin_key(images) == _twin_key(masks) and images != masks:
             images, masks = images.parent, masks.parent
         name = f"{images.name}/ and {masks.name}/"

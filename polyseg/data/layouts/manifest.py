@@ -139,7 +139,7 @@ def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
     if not (row.cells["image"] + row.cells["mask"]).isprintable():
         problem("a path is not valid text")
     for file in (*images, *masks):
-        if what := _misfit(file, folders):
+        if what := _problem_with(file, folders):
             problem(f"{shown(file)}: {what}")
     split, group, own_id = (row.cells.get(name, "") for name in ("split", "group", "id"))
     part = part_of(split)
@@ -155,7 +155,7 @@ def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
     return Case(own_id, images, masks or None, part, group or None)
 
 
-def _misfit(path: Path, folders: Folders) -> str | None:
+def _problem_with(path: Path, folders: Folders) -> str | None:
     if exists(path, "folder"):
         try:
             return None if folders.series(path) else "is a folder, but holds no DICOM series"
@@ -164,7 +164,7 @@ def _misfit(path: Path, folders: Folders) -> str | None:
     if not exists(path, "file"):
         return "there is no such file"
     if not is_readable(path):
-        return f"is of no supported kind ({' '.join(readable_suffixes())})"
+        return f"is not a supported file ({' '.join(readable_suffixes())})"
     return None
 
 
@@ -208,5 +208,5 @@ def _refuse_repeated_ids(
         if len(places) > 1:
             findings.problems.append(
                 f"{path}: lines {', '.join(places[:5])} have the same id {shown(name)}; "
-                "list an image once, or tell them apart in a column id"
+                "list an image once, or give different ids in a column id"
             )

@@ -10,7 +10,7 @@ MASK_FOLDERS = (
     *("segmentations", "segmentation", "segmentationclass", "1stmanual"),
 )
 OTHER_OBSERVER = "2ndmanual"
-"""Folder of a second observer's annotations, which are read only where data.masks asks for them."""
+"""Folder of a second observer's annotations, which are read only if data.masks names it."""
 
 _MASK_ENDING = re.compile(
     r"[ _.-]+(masks?|segmentations?|segmented|seg|manual|gt|ground[ _-]?truth|labels?|annotations?"
@@ -31,7 +31,7 @@ DRAWING = re.compile(r"_superpixels$", re.IGNORECASE)
 
 
 def without_mask_endings(stem: str) -> list[str]:
-    """Return the stem, and what is left of it without the endings of masks.
+    """Return the stem, and the stem without the endings of masks.
 
     >>> without_mask_endings("21_manual1"), without_mask_endings("benign (1)_mask_1")
     (['21_manual1', '21'], ['benign (1)_mask_1', 'benign (1)'])
@@ -52,7 +52,7 @@ def without_image_ending(stem: str) -> str:
 
 
 def is_mask_name(name: str) -> bool:
-    """Return whether a name, such as of a file in a case's folder, is a mask's.
+    """Return whether a name, such as that of a file in a case's folder, means a mask.
 
     >>> is_mask_name("segmentation"), is_mask_name("lung_mask"), is_mask_name("imaging")
     (True, True, False)
@@ -80,7 +80,7 @@ def meaning_of(name: str) -> tuple[str, str] | None:
 
 
 def is_for_masks(name: str) -> bool:
-    """Return whether a folder is of masks by its name.
+    """Return whether a folder's name means masks.
 
     >>> is_for_masks("Ground Truth"), is_for_masks("train_masks"), is_for_masks("images")
     (True, True, False)

@@ -40,8 +40,8 @@ _Regions = dict[str, tuple[int, ...]]
 def read_if_nnunet(source: Source) -> Layout | None:
     """Read nnU-Net's raw layout, versions 1 and 2: imagesTr, labelsTr, imagesTs, labelsTs.
 
-    Cases of imagesTr are of no part, since nnU-Net leaves training and validation to splits;
-    those of imagesTs are the test part if labelsTs is there, else left out.
+    Cases of imagesTr have no part, since nnU-Net divides them by a separate split; those of
+    imagesTs are the test part if labelsTs exists, else they are left out.
     """
     root = _root_of_kind(source, "nnunet")
     if root is None:
@@ -63,7 +63,7 @@ def read_if_nnunet(source: Source) -> Layout | None:
     cases = by_channels(_files(folders, root / TRAINING_IMAGES))
     if isinstance(said, int) and cases is not None and len(cases) != said:
         findings.notes.append(
-            f"{DESCRIPTION} speaks of {shown(said)} training cases, imagesTr holds {len(cases)}"
+            f"{DESCRIPTION} declares {shown(said)} training cases, imagesTr holds {len(cases)}"
         )
     return replace(findings.finish(str(root), "nnU-Net raw", labels), regions=regions)
 
@@ -118,7 +118,7 @@ def _described_root(folders: Folders, path: Path) -> Path | None:
 
 
 def _kind_of(folders: Folders, root: Path) -> Literal["nnunet", "decathlon"]:
-    """Return which it is: nnU-Net's images carry a channel (_0000), the Decathlon's are listed."""
+    """Return the layout: nnU-Net's names end in a channel (_0000), the Decathlon lists files."""
     description = _read_description(root)
     images = {stem_of(file) for file in _files(folders, root / TRAINING_IMAGES)}
     labels = {stem_of(file) for file in _files(folders, root / "labelsTr")}
@@ -159,7 +159,7 @@ def _add_side(folders: Folders, side: _Side, findings: Findings) -> None:
         _of_ending(folders, folder, side.ending, findings) for folder in (side.images, side.masks)
     )
     odd = [file.name for file in images if not _CHANNEL.fullmatch(stem_of(file))]
-    what = f"carry no channel; expected CASE_0000{side.ending}"
+    what = f"without a channel in the name; expected CASE_0000{side.ending}"
     findings.problem(str(side.images), "image", odd, what)
     cases = by_channels([file for file in images if file.name not in set(odd)]) or {}
     _check_channels(side, cases, findings)
@@ -224,7 +224,7 @@ def _file_ending(root: Path, description: _Json) -> str:
 
 
 def _channels(root: Path, description: _Json) -> int | None:
-    """Return how many channels version 2 (channel_names) or 1 (modality) names, if it does."""
+    """Return the number of channels by channel_names (version 2) or modality (1), or None."""
     key = "channel_names" if "channel_names" in description else "modality"
     names = description.get(key)
     if names is None:
@@ -239,7 +239,7 @@ def _channels(root: Path, description: _Json) -> int | None:
 def _label_values(root: Path, description: _Json) -> tuple[dict[str, int], _Regions]:
     """Return labels, {"tumour": 1} of version 2 or {"1": "tumour"} of version 1, and regions.
 
-    A region is a task of several values; where there is one, each other label is a task too.
+    A region is a task of several values; if there is one, every other label is a task too.
     """
     where = f"{root / DESCRIPTION}: labels"
     said = description.get("labels", {})
@@ -297,7 +297,7 @@ def _listed_case(root: Path, where: str, entry: object, findings: Findings) -> C
 def _listed_file(root: Path, said: object) -> Path | str:
     """Return the named file, or a problem with it."""
     if not isinstance(said, str) or not said.strip():
-        return f"{shown(said)} is no path; expected a path such as ./imagesTr/a.nii.gz"
+        return f"{shown(said)} is not a path; expected a path such as ./imagesTr/a.nii.gz"
     relative = PurePosixPath(said)
     if relative.is_absolute() or ".." in relative.parts:
         return f"{shown(said)} leads out of the folder; expected a path such as ./imagesTr/a.nii.gz"
@@ -305,5 +305,5 @@ def _listed_file(root: Path, said: object) -> Path | str:
     if not exists(path, "file"):
         return f"{shown(said)}: there is no such file"
     if not path.name.isprintable() or not is_readable(path):
-        return f"{shown(said)} is of no supported kind ({' '.join(readable_suffixes())})"
+        return f"{shown(said)} is not a supported file ({' '.join(readable_suffixes())})"
     return path

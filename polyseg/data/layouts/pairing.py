@@ -21,21 +21,21 @@ _MODULE = "polyseg.data.layouts.pairing"
 
 RULES = Registry(
     "pairing rule",
-    Row("equal", "equal names, but for endings such as _mask", f"{_MODULE}:as_it_is"),
-    Row("case", "small and capital letters are the same", f"{_MODULE}:in_small_letters"),
-    Row("zeros", "zeros before a number do not count", f"{_MODULE}:without_zeros"),
-    Row("prefix", "image_ before one and mask_ before the other", f"{_MODULE}:without_prefix"),
-    Row("loose", "the three rules before, together", f"{_MODULE}:loosely"),
+    Row("equal", "equal names apart from endings such as _mask", f"{_MODULE}:unchanged"),
+    Row("case", "ignoring upper and lower case", f"{_MODULE}:in_lower_case"),
+    Row("zeros", "ignoring leading zeros of numbers", f"{_MODULE}:without_zeros"),
+    Row("prefix", "ignoring prefixes such as image_ and mask_", f"{_MODULE}:without_prefix"),
+    Row("loose", "ignoring case, leading zeros and prefixes", f"{_MODULE}:loosely"),
 )
-"""Each function maps a stem to what image and mask have in common."""
+"""Each function maps the stems of an image and its mask to the same text."""
 
 
-def as_it_is(stem: str) -> str:
-    """Return a stem."""
+def unchanged(stem: str) -> str:
+    """Return a stem unchanged."""
     return stem
 
 
-def in_small_letters(stem: str) -> str:
+def in_lower_case(stem: str) -> str:
     """Return a stem in lower case."""
     return stem.casefold()
 
@@ -77,7 +77,7 @@ class Pairs:
 
 
 def match(images: Iterable[str], masks: Files) -> Pairs:
-    """Return the masks of each image by the rule that pairs most, the first of equals.
+    """Return the masks of each image by the rule that pairs most, the first one on a tie.
 
     >>> pairs = match(["img_1", "img_2"], {"mask_01": [Path("m1")], "mask_02": [Path("m2")]})
     >>> pairs.rule.name, pairs.masks
@@ -106,8 +106,8 @@ def _matched_by(rule: Row, images: Sequence[str], masks: Files) -> Pairs:
     return Pairs(found, lost, rule)
 
 
-def image_keys(stems: Iterable[str], rule: Callable[[str], str] = as_it_is) -> dict[str, str]:
-    """Return images by what a rule makes of their stem, and of their stem without _test.
+def image_keys(stems: Iterable[str], rule: Callable[[str], str] = unchanged) -> dict[str, str]:
+    """Return images by their stem, with and without an ending such as _test, after a rule.
 
     A key that several images share is left out.
 
@@ -116,7 +116,7 @@ def image_keys(stems: Iterable[str], rule: Callable[[str], str] = as_it_is) -> d
     """
     stems = list(stems)
     by_key: dict[str, str] = {}
-    for shorten in (without_image_ending, as_it_is):
+    for shorten in (without_image_ending, unchanged):
         keys = {stem: rule(shorten(stem)) for stem in stems}
         shared = set(repeated(keys.values()))
         by_key |= {key: stem for stem, key in keys.items() if key not in shared}
@@ -126,10 +126,10 @@ def image_keys(stems: Iterable[str], rule: Callable[[str], str] = as_it_is) -> d
 def split_by_suffix(
     items: Files, *, by_kind: bool = True
 ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Return images and masks of one folder: a mask is named as an image with an ending.
+    """Return images and masks of one folder: a mask has the name of an image and an ending.
 
-    Of a JPEG and another picture of equal names the JPEG is the image (`by_kind`): masks are not
-    stored so. Names with mask_ before them are masks where another name fits.
+    Of a JPEG and another picture of equal names the JPEG is the image (`by_kind`), because masks
+    are not stored as JPEG. Names with mask_ before them are masks where another name fits.
 
     >>> images, masks = split_by_suffix({"a": [Path("a.jpg"), Path("a.png")]})
     >>> images, masks

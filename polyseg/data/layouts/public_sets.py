@@ -62,7 +62,7 @@ def read_public_set(source: Source) -> Layout | None:
 
 
 def _read(row: PublicSet, files: Sequence[Path], source: Source) -> Layout | None:
-    """Return the cases of a data set, or None where not both images and masks are there."""
+    """Return the cases of a data set, or None if images or masks are missing."""
     image, mask = _compiled(row.images), _compiled(row.masks)
     shared = sorted(image.groupindex.keys() & mask.groupindex.keys())
     masks: dict[tuple[str, ...], list[Path]] = {}
@@ -97,7 +97,7 @@ def _read(row: PublicSet, files: Sequence[Path], source: Source) -> Layout | Non
     findings.problem(where, "mask", lost, "without an image")
     findings.add(where, bare)
     if others:
-        findings.notes.append(f"{where}: {some('file', others)} of other names left out")
+        findings.notes.append(f"{where}: {some('file', others)} with other names left out")
     return findings.finish(where, row.name)
 
 

@@ -55,10 +55,10 @@ def as_names(value: Names) -> tuple[str, ...]:
 def several_sets(folder: Path, found: Sequence[Path]) -> PolysegError:
     """Return the error that a folder holds more than one data set."""
     names = some("data set", [f"{each.name}/" for each in found])
-    return PolysegError(f"{folder}: holds {names}; give the path of one of them, as {found[0]}")
+    return PolysegError(f"{folder}: holds {names}; give the path of one, such as {found[0]}")
 
 
-def ask(folder: Path, side: str, found: Sequence[str], what: str = "folders") -> PolysegError:
+def ambiguity(folder: Path, side: str, found: Sequence[str], what: str = "folders") -> PolysegError:
     """Return the error that several folders or files may hold the images or the masks."""
     name = min(found, key=lambda one: (plain(one), one)) if what != "folders" else found[0]
     return PolysegError(

@@ -32,16 +32,15 @@ log = logging.getLogger(__name__)
 def find_unlabelled(paths: Sequence[Path]) -> list[Case]:
     """Find images without masks.
 
-    Of a folder they are what its images/ holds (imagesTs/ too), else what it holds itself; masks
-    beside images are left out. A folder of DICOM files alone is one series, unless it is called
-    images/. In imagesTs/ and imagesTr/ the files CASE_0000, CASE_0001, ... are channels of one
-    image.
+    For a folder they are the files of its images/ or imagesTs/, else its own files; masks beside
+    images are left out. A folder of DICOM files alone is one series, unless it is called images/.
+    In imagesTs/ and imagesTr/ the files CASE_0000, CASE_0001, ... are channels of one image.
 
     Returns:
-        Cases in order of their ids, which have names of folders before them where they need it.
+        Cases in order of their ids; names of folders precede ids that would not be unique.
 
     Raises:
-        PolysegError: one cannot be read or holds no image; all of them are named, a line each.
+        PolysegError: one cannot be read or holds no image; the message names all, one per line.
     """
     folders = Folders()
     cases: list[Case] = []
@@ -64,7 +63,7 @@ def _unlabelled(folders: Folders, path: Path) -> list[Case]:
     if exists(path, "file"):
         if not is_readable(path) or not path.name.isprintable():
             suffixes = " ".join(readable_suffixes())
-            raise PolysegError(f"{path}: is of no supported kind ({suffixes})")
+            raise PolysegError(f"{path}: is not a supported file ({suffixes})")
         return [Case(stem_of(path), (path,), None)]
     if not exists(path, "folder"):
         what = "is neither file nor folder" if path.exists() else "there is no such file or folder"
@@ -109,7 +108,7 @@ def _images_in(folders: Folders, folder: Path) -> list[Case]:
 
 
 def _with_unique_ids(cases: Sequence[Case]) -> list[Case]:
-    """Return cases whose ids are unique by the names of the folders before them."""
+    """Return cases with ids made unique by the names of their folders."""
     once = {case.images: case for case in cases}
     for count in range(DEEPEST * 2):
         found = []
@@ -119,4 +118,4 @@ def _with_unique_ids(cases: Sequence[Case]) -> list[Case]:
             found.append(replace(case, id="/".join([*names, case.id])))
         if not (twice := repeated(case.id for case in found)):
             return sorted(found, key=lambda case: case.id)
-    raise PolysegError(f"{some('name', twice)} of two images each, but for the suffix; rename one")
+    raise PolysegError(f"{some('name', twice)} shared by images that differ in suffix; rename one")

@@ -87,7 +87,7 @@ def _draw_mucosa(rng: np.random.Generator, size: Size, outside: Field) -> Field:
 def _add_distractors(
     rng: np.random.Generator, height: Field, color: Field, polyp: Blob, factors: Factors
 ) -> None:
-    """Add bulges of the wall's own colour and flat red patches: each a half of a polyp."""
+    """Add bulges of the wall's colour and flat red patches; a polyp is both raised and red."""
     size = height.shape
     taken = [center_of(polyp)]
     likeness = (0.4 + 0.1 * factors.distractors) * factors.contrast

@@ -28,7 +28,7 @@ class Factors:
     noise: float  # standard deviation of the speckle
     area: float  # share of the image
     raggedness: float  # standard deviation of the contour's radius, as a share of its mean
-    distractors: float  # number of look-alikes outside the mask; the more, the more alike
+    distractors: float  # number of similar structures outside the mask; more are more similar
 
 
 def draw_factors(rng: np.random.Generator, difficulty: float) -> Factors:
@@ -100,7 +100,7 @@ def center_of(blob: Blob) -> Place:
 
 
 def smooth_noise(rng: np.random.Generator, size: Size, rows: float, columns: float) -> Field:
-    """Return noise of mean 0 and deviation about 1 with so many bumps down and across."""
+    """Return noise of mean 0 and deviation about 1, with `rows` by `columns` bumps."""
     grid = rng.standard_normal((max(round(rows), 2) + 2, max(round(columns), 2) + 2))
     y = np.linspace(0.5, grid.shape[0] - 1.5, size[0])
     x = np.linspace(0.5, grid.shape[1] - 1.5, size[1])
@@ -117,7 +117,7 @@ def soften(field: NDArray[np.generic], sigma: float | tuple[float, ...]) -> Fiel
 
 
 def pixel_unit(size: Size) -> float:
-    """Return the number of pixels per pixel of an image with a shorter side of 128."""
+    """Return the pixel size of an image with shorter side 128, in pixels of this size."""
     return min(size) / 128
 
 
@@ -133,7 +133,7 @@ def _keep_inside(center: Place, tall: float, wide: float) -> Place:
 
 
 def _radius(rng: np.random.Generator, angle: Field, raggedness: float) -> Field:
-    """Return a contour's radius, of mean 1, in every direction: waves that shorten as they fade."""
+    """Return a contour's radius, of mean 1, in every direction: a sum of random waves."""
     waves = np.arange(2, 10)
     swing = rng.uniform(0.3, 1, waves.size) / waves
     swing *= raggedness * np.sqrt(2 / np.sum(swing**2))
@@ -144,7 +144,7 @@ def _radius(rng: np.random.Generator, angle: Field, raggedness: float) -> Field:
 
 
 def _spline(knots: int, at: Field) -> Field:
-    """Return the weights of each knot at each place: a cubic B-spline's bell."""
+    """Return the weight of each knot at each place, by a cubic B-spline."""
     distance = np.abs(at[:, None] - np.arange(knots))
     return np.asarray(
         np.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, 0)

@@ -24,14 +24,14 @@ _PAINTERS = {"ultrasound": ultrasound.paint, "endoscopy": endoscopy.paint}
 
 @dataclass(frozen=True)
 class Phantom:
-    """An image of a lesion, where the lesion is, and what makes it hard to find.
+    """An image of a lesion, its mask, and its factors of difficulty.
 
     Attributes:
         id: such as "phantom_0007".
         image: (H, W) for ultrasound, (H, W, 3) for endoscopy.
         mask: (H, W), 0 or 1, never empty.
         difficulty: from 0, the easiest, to 1, the hardest.
-        factors: the values behind this image, of the fields of `lesions.Factors`.
+        factors: the values of the fields of `lesions.Factors` for this image.
     """
 
     id: str
@@ -52,14 +52,14 @@ def make_phantom(
     """Make one phantom; equal arguments give equal pixels.
 
     Args:
-        seed: of the set it belongs to, 0 or more.
-        index: in the set, 0 or more.
+        seed: random seed of the set, 0 or more.
+        index: position in the set, from 0.
         difficulty: in [0, 1]; contrast and area fall with it, the other factors rise.
         size: height and width in pixels, 32 to 512 each.
         modality: one of `MODALITIES`.
 
     Raises:
-        ValueError: the difficulty or the modality is none of these.
+        ValueError: the difficulty or the modality is invalid.
 
     >>> phantom = make_phantom(0, 7, difficulty=0.5)
     >>> phantom.id, phantom.image.shape, int(phantom.mask.sum())
@@ -77,7 +77,7 @@ def make_phantom(
         image=image,
         mask=lesion.astype(np.uint8),
         difficulty=float(difficulty),
-        # The area in whole pixels, which at small sizes is not quite the one drawn.
+        # The area in whole pixels, which at small sizes differs from the drawn one.
         factors=asdict(factors) | {"area": float(lesion.mean())},
     )
 
@@ -87,7 +87,7 @@ def make_phantoms(
 ) -> list[Phantom]:
     """Make a set of phantoms whose difficulties are spread evenly over [0, 1], in random order.
 
-    `seed` is that of the order too; all else is as in `make_phantom`.
+    `seed` also determines the order; all else is as in `make_phantom`.
 
     >>> [phantom.difficulty for phantom in make_phantoms(3, size=(32, 32))]
     [0.5, 1.0, 0.0]

@@ -120,7 +120,7 @@ def _add_shadow(
 
 
 def _add_lesion(rng: np.random.Generator, echo: Field, lesion: Blob, factors: Factors) -> None:
-    """Paint the lesion, and what lies behind it brighter (a cyst) or darker (a scirrhus)."""
+    """Paint the lesion, and the tissue below it brighter (a cyst) or darker (a scirrhus)."""
     size, unit = echo.shape, pixel_unit(echo.shape)
     inside = soften(lesion, factors.blur * unit)
     before = np.cumsum(inside, axis=0) / np.maximum(inside.sum(axis=0).max(), 1)
@@ -135,7 +135,7 @@ def _add_lesion(rng: np.random.Generator, echo: Field, lesion: Blob, factors: Fa
 
 def _draw_speckle(rng: np.random.Generator, size: Size) -> Field:
     """Return log-compressed Rayleigh speckle of mean 0 and deviation 1, coarser with depth."""
-    # A finer raster comes with a finer beam, but not in proportion.
+    # Images with smaller pixels have finer speckle, but not in proportion.
     unit = pixel_unit(size) ** 0.5
     depth = np.linspace(0, 1, size[0])[:, None]
     parts = []

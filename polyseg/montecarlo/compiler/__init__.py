@@ -1,1 +1,1 @@
-"""MC-Dropout passes that compute once what all passes have in common."""
+"""MC-Dropout passes that compute their common part once."""

@@ -166,9 +166,9 @@ def work_in_place(part: Part, kind: torch.dtype = torch.float32) -> None:
     network.graph.eliminate_dead_code()
     for node in calls_to(network, tuple(IN_PLACE)):
         swappable = node.target is ADD and arguments_of(node)["alpha"] == 1
-        if swappable and isinstance(node.args[1], Node) and not _is_spare(node.args[0], node):
+        if swappable and isinstance(node.args[1], Node) and not _is_unused(node.args[0], node):
             node.args = node.args[::-1]
-        if _is_spare(node.args[0], node):
+        if _is_unused(node.args[0], node):
             node.target = IN_PLACE[node.target]
     network.recompile()
 
@@ -186,7 +186,7 @@ def _add_product(node: Node) -> None:
             return
 
 
-def _is_spare(node: Any, user: Node) -> bool:
+def _is_unused(node: Any, user: Node) -> bool:
     """Return whether a tensor is new, has the shape of the user's result, and no later user."""
     return (
         isinstance(node, Node)

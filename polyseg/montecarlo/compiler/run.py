@@ -17,7 +17,7 @@ from polyseg.montecarlo.compiler.trace import MaskInput, UntraceableError
 from polyseg.montecarlo.compiler.window import Window, WindowedEnd
 
 _WORTHWHILE = 0.85
-"""Share of the cost of the shortest windowed end below which a longer one is used."""
+"""Largest cost at which a longer windowed end is used, as a share of that of the shortest."""
 
 Masks = Mapping[str, Tensor]
 """Dropout masks by the names of the graph's inputs."""

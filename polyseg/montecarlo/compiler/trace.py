@@ -113,7 +113,7 @@ def _export(core: nn.Module, images: Tensor) -> fx.GraphModule:
     if odd or len(results_of(network)) != 1:
         raise UntraceableError("it is not a graph of tensor operations with one output")
     _refuse_unknown_operations(network)
-    _refuse_jumps(network)
+    _refuse_discontinuities(network)
     _without_side_effects(network)
     for node in calls_to(network, (*_COPIES, *_PADS)):
         if node.target in _COPIES or not any(arguments_of(node)["pad"]):
@@ -149,7 +149,7 @@ def _refuse_unknown_operations(network: fx.GraphModule) -> None:
             raise UntraceableError(f"it contains {node.target}, which is not a tensor operation")
 
 
-def _refuse_jumps(network: fx.GraphModule) -> None:
+def _refuse_discontinuities(network: fx.GraphModule) -> None:
     """Raise if rounding of a computed value could change a result by more than rounding.
 
     An example is a comparison, whose result is not floating point. Comparisons of the images, or of
@@ -162,13 +162,13 @@ def _refuse_jumps(network: fx.GraphModule) -> None:
         given = node.op in ("placeholder", "get_attr")
         if given or (same_bits and exact.issuperset(node.all_input_nodes)):
             exact.add(node)
-        elif called and _jumps(node):
+        elif called and _is_discontinuous(node):
             raise UntraceableError(
                 f"it contains {node.target}, where rounding may change a decision"
             )
 
 
-def _jumps(node: Node) -> bool:
+def _is_discontinuous(node: Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not value.is_floating_point():
         return True

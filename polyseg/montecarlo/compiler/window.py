@@ -62,13 +62,13 @@ class WindowedEnd:
     def of(
         cls, whole: Part, width: int, frame: Frame, prepare: Callable[[Part], None]
     ) -> "WindowedEnd | None":
-        """Return a network with the end after its maps of at most this width; None without one.
+        """Return a network whose end follows its last map of at most this width, or None.
 
         `width` is in pixels, `frame` the size of the output; `prepare` is applied to both parts.
         """
         network = whole.function
         output = results_of(network)[0]
-        early = _closed(whole.up_to_width(width))
+        early = _with_dependencies(whole.up_to_width(width))
         calls = [node for node in network.graph.nodes if node.op == "call_function"]
         while True:
             late = [node for node in calls if node not in early]
@@ -78,7 +78,7 @@ class WindowedEnd:
             barred = {node for node in late if margins[node] is None}
             if not barred:
                 break
-            early |= _closed(barred)
+            early |= _with_dependencies(barred)
         steps = [_step(node, frame) for node in margins if sides_of(node) is not None]
         head, end = cut(network, early)
         for part in (head, end):
@@ -157,7 +157,7 @@ class WindowedEnd:
         return values
 
 
-def _closed(nodes: set[Node]) -> set[Node]:
+def _with_dependencies(nodes: set[Node]) -> set[Node]:
     """Return operations together with all operations that they depend on."""
     found, waiting = set(nodes), list(nodes)
     while waiting:
@@ -236,7 +236,7 @@ def _strided(size: int, stride: int, padding: int, dilation: int, margin: int) -
     """
     span = dilation * (size - 1)
     if not span + 1 - stride <= 2 * padding <= span:
-        return None  # The output has not 1 / stride of the input's size.
+        return None  # The output is not 1 / stride times the input's size.
     first = -(-(margin + padding) // stride)
     last = (margin + span - padding) // stride
     return max(first, last)
@@ -251,13 +251,13 @@ def _transposed(
     """
     span = dilation * (size - 1)
     if 2 * padding != span + 1 + more - stride:
-        return None  # The output has not stride times the input's size.
+        return None  # The output is not stride times the input's size.
     first = (margin - 1) * stride - padding + span + 1
     last = margin * stride + padding
     return max(first, last, 0)
 
 
-def _worst(margins: list[int | None]) -> int | None:
+def _largest(margins: list[int | None]) -> int | None:
     return None if None in margins else max(margins)
 
 
@@ -269,7 +269,7 @@ def _convolution(node: Node, margin: int) -> int | None:
     names = ("stride", "padding", "dilation", *(("output_padding",) if conv.transposed else ()))
     axes = zip(sizes, *(pair(given[name]) for name in names), strict=True)
     rule = _transposed if conv.transposed else _strided
-    return _worst([rule(*axis, margin) for axis in axes])
+    return _largest([rule(*axis, margin) for axis in axes])
 
 
 def _pooling(node: Node, margin: int) -> int | None:
@@ -278,7 +278,7 @@ def _pooling(node: Node, margin: int) -> int | None:
         return None
     stride = given["stride"] or given["kernel_size"]
     settings = (given["kernel_size"], stride, given["padding"], given.get("dilation", 1))
-    return _worst([_strided(*axis, margin) for axis in zip(*map(pair, settings), strict=True)])
+    return _largest([_strided(*axis, margin) for axis in zip(*map(pair, settings), strict=True)])
 
 
 def _upsampling(node: Node, margin: int) -> int | None:

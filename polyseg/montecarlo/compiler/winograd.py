@@ -1,4 +1,4 @@
-"""Convolutions with 3 x 3 kernels by a quarter of the multiplications (Winograd, 1980).
+"""Convolutions with 3 x 3 kernels in a quarter of the multiplications (Winograd, 1980).
 
 F(4 x 4, 3 x 3) of Lavin and Gray (2016, arXiv:1509.09308): tiles of 6 x 6 inputs are transformed to
 36 sums, the channels of each sum are multiplied by a matrix, and the results are transformed to 4 x
@@ -13,7 +13,7 @@ _OUTPUTS, _SUMS = 4, 6
 """Side of a tile of outputs, and of its sums."""
 
 _MOST_TRANSFORMS = 1 / 32
-"""Largest 1 / inputs + 1 / outputs, in channels, for which the transforms are worth their time."""
+"""Largest 1 / inputs + 1 / outputs, in channels, for which the algorithm saves time."""
 
 _INTO_SUMS = (
     (4, 0, -5, 0, 1, 0),
