@@ -193,7 +193,7 @@ def test_small_patches_of_large_images_give_a_warning(tmp_path, polyseg, folder)
     flags = ("--set", "data.fit=tile", "--set", "data.size=32", "--set", "data.foreground=1")
     answer = polyseg("train", "--data", tmp_path / "d", "--dry-run", *flags)
     assert answer.code == 0, answer.err
-    assert "an image of 440 x 520 takes over 238 windows of 32 x 32" in answer.err
+    assert "an image of 440 x 520 needs over 238 windows of 32 x 32" in answer.err
 
 
 def save_pair(root, name, pixels, mask, **options):
