@@ -314,7 +314,7 @@ def test_dry_run_shows_automatic_size_and_memory(tmp_path, polyseg):
     answer = polyseg("train", "--data", data, "--dry-run", *settings)
     megabytes = 12 * (64 * 96 + 64 * 96) / 1e6
     train_pixels = 8 * 64 * 96 / 1e6
-    assert json.loads(answer.out)["size that the network sees"] == (
+    assert json.loads(answer.out)["size of the network's input"] == (
         "64 x 96 (data.size=auto: the images' median, at most 256); images and masks take "
         f"{megabytes:.1f} MB in memory; a pass over the training images has {train_pixels:.2g} "
         "million pixels"

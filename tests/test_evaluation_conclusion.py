@@ -17,8 +17,8 @@ CLAUSES = {
     ("dice", "better"): "the adaptive loss was better than the Dice loss (",
     ("dice", "worse"): "the adaptive loss was worse than the Dice loss (",
     ("dice", "not shown"): "no difference between the adaptive loss and the Dice loss was shown (",
-    ("permuted", "better"): "adaptive arm being better than the permuted arm (",
-    ("permuted", "worse"): "adaptive arm being worse than the permuted arm (",
+    ("permuted", "better"): "adaptive arm was better than the permuted arm (",
+    ("permuted", "worse"): "adaptive arm was worse than the permuted arm (",
     ("permuted", "not shown"): "no difference was shown by which image got the steep loss",
 }
 GAINS = {"better": 0.05, "worse": -0.05, "not shown": 0.0}

@@ -156,7 +156,9 @@ def test_robustness_table_has_one_row_per_strength():
     rows = list(csv.DictReader(io.StringIO(robustness_csv(evaluation))))
     assert [row["strength"] for row in rows] == ["0", "1", "2"]
     assert float(rows[1]["dice"]) == pytest.approx(points[1].scores[0].values["dice"])
-    sheet = next(one for one in sheets(summary(evaluation)) if one.title == "Dice under damage")
+    sheet = next(
+        one for one in sheets(summary(evaluation)) if one.title == "Dice on corrupted images"
+    )
     assert len(sheet.rows[0]) == len(sheet.heads) == 5
 
 

@@ -60,9 +60,9 @@ def summary_of(outcome):
 
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
 def test_empty_list_of_corruptions_is_refused(text):
-    assert job.kinds_of_damage(None) == ()
+    assert job.corruption_names(None) == ()
     with pytest.raises(PolysegError, match=r"--corrupt: the list is empty; choose .*noise"):
-        job.kinds_of_damage(text)
+        job.corruption_names(text)
 
 
 @pytest.mark.slow

@@ -749,7 +749,7 @@ def test_bfloat16_trains_close_to_float32(tiny, finished):
 def test_dry_run_shows_the_assessments_and_passes_of_a_run(tiny, finished):
     planned, run = plan(tiny()), finished()
     assert planned["assessed after epochs"] == [1, 2, 3]
-    assert planned["only for the record, as no epoch follows"] == [3]
+    assert planned["recorded only, because no epoch follows"] == [3]
     assert planned["MC-Dropout passes, all images together"] == sum(
         assessment.samples * len(assessment.ids)
         for assessment in map(read_assessment, sorted((run.path / "uncertainty").iterdir()))

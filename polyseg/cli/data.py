@@ -10,7 +10,7 @@ from polyseg.cli import options
 from polyseg.cli.display import messages
 from polyseg.cli.printing import print_mapping
 
-data_app = options.App(help="Check, divide, preview and make data sets.")
+data_app = options.App(help="Check, split, preview and create data sets.")
 
 
 @data_app.command("check")
@@ -48,7 +48,7 @@ def data_split(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Divide a data set into training, validation and test images, for `train --split`.
+    """Split a data set into training, validation and test images, for `train --split`.
 
     Example: polyseg data split my/images --fold 0 --out fold_0.json --set data.folds=10
     """
@@ -69,12 +69,12 @@ def data_preview(
     out: options.FigureFile = Path("preview"),
     overwrite: options.Overwrite = False,
     images: Annotated[int, options.setting(help="Number of images, each in its own row.")] = 4,
-    samples: Annotated[int, options.setting(help="Number of augmented samples of each.")] = 5,
+    samples: Annotated[int, options.setting(help="Number of augmented samples per image.")] = 5,
     overrides: options.Overrides = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Draw training images with their masks, plain and as augmented in the first epochs.
+    """Draw training images with their masks, before and after augmentation in the first epochs.
 
     Example: polyseg data preview my/images --set data.augmentation=strong --out strong.png
     """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Display:
-    """Shows progress: bars on a terminal, elsewhere a plain line now and then."""
+    """Shows progress: bars on a terminal, otherwise a plain line from time to time."""
 
     seconds_between_lines = 30.0
 
@@ -25,7 +25,7 @@ class _Display:
         self.bars = _bars(console) if console.is_terminal and not console.quiet else None
         self.tasks: dict[str, Any] = {}
         if self.bars is not None:
-            # Imports take seconds, in which nothing else is shown.
+            # Show a task while modules are imported, which takes seconds.
             self.tasks["starting"] = self.bars.add_task("starting", total=None)
         self.last_line = time.monotonic()
 
@@ -74,7 +74,7 @@ class _PlainHandler(logging.Handler):
 def messages(quiet: bool, verbose: bool) -> Iterator[_Display]:
     """Print the package's log and progress to stderr during a command.
 
-    Of several processes only the leading one prints.
+    If there are several processes, only the leading one prints.
     """
     leads = rank_here() == 0
     console = Console(stderr=True, quiet=quiet or not leads, emoji=False)

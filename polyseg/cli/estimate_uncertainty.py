@@ -24,7 +24,7 @@ def estimate_uncertainty(
         list[str] | None,
         options.setting(
             metavar="NAME",
-            help=f"Measure this score of the whole image too; repeatable: "
+            help=f"Also compute this score of the whole image; repeatable:  "
             f"{options.help_of(image_scores())}",
         ),
     ] = None,

@@ -52,13 +52,15 @@ def evaluate(
         options.setting(
             metavar="RUN",
             help="Run, or arm, to compare the others with: paired differences, bootstrap "
-            "intervals, Wilcoxon's test with Holm's correction, and for an adaptive arm a sentence "
-            "that says whether it helped (default: no comparison).",
+            "intervals, Wilcoxon's test with Holm's correction, and, with an adaptive arm, a "
+            "sentence on whether adapting helped (default: no comparison).",
         ),
     ] = None,
     group: Annotated[
         bool,
-        options.setting("--group", help="Join runs that differ only by seed or fold into one arm."),
+        options.setting(
+            "--group", help="Combine runs that differ only by seed or fold into one arm."
+        ),
     ] = False,
     threshold: Annotated[
         str,
@@ -72,8 +74,8 @@ def evaluate(
         str,
         options.setting(
             metavar="SIZE",
-            help="original (compare masks at the size of their files) or network (at data.size, "
-            "as version 0.1 did).",
+            help="Size at which masks are compared: original (that of their files) or network "
+            "(data.size, as in version 0.1).",
         ),
     ] = "original",
     by: Annotated[
@@ -138,7 +140,7 @@ def evaluate(
                 at=_one_of("--at", at, "original", "network"),
                 uncertainty=uncertainty,
                 samples=samples,
-                corruptions=evaluate.kinds_of_damage(corrupt),
+                corruptions=evaluate.corruption_names(corrupt),
                 tolerance=tolerance,
                 failure=failure,
             ),
@@ -174,7 +176,7 @@ def _masks(
         raise PolysegError("--set: leave it out, because the runs define how masks are read")
     if names and len(set(names)) != len(folders):
         raise PolysegError("--name: give each --predictions its own name, or none")
-    # At data.size null nothing is resized, since no network sees these images.
+    # With data.size null nothing is resized, since no network uses these images.
     settings = ["data.size=null", *overrides, *([f"data.path={data}"] if data else [])]
     config = load_config(overrides=settings).data
     return OtherMasks(dict(zip(names or short_names(folders), folders, strict=True)), config)

@@ -65,7 +65,7 @@ def common(
         ),
     ] = False,
 ) -> None:
-    """Take the options that are given before a command."""
+    """Define the options of the program itself, such as --version."""
 
 
 def main() -> None:
@@ -85,12 +85,12 @@ def main() -> None:
 def _end_of(stop: StopRequest) -> int:
     """Run the command, print an error in one line, and return the exit code.
 
-    Once the code is known, no signal changes it.
+    A signal after the command has ended does not change the exit code.
     """
     try:
         code = app(standalone_mode=False)
         stop.done = True
-        sys.stdout.flush()  # So that results which cannot be written are an error too.
+        sys.stdout.flush()  # Report results that cannot be written as an error.
         return code if isinstance(code, int) else 0
     except (PolysegError, TyperException, OSError) as error:
         stop.done = True

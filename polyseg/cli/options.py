@@ -54,7 +54,7 @@ class _Group(_PlainTypes, TyperGroup):
 
 
 class App(typer.Typer):
-    """A group of commands, which without arguments prints its help."""
+    """A group of commands that prints its help if it gets no arguments."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(cls=_Group, no_args_is_help=True, **settings)
@@ -66,7 +66,7 @@ class App(typer.Typer):
 
 in_out = partial(typer.Option, rich_help_panel="Input and output")
 setting = partial(typer.Option, rich_help_panel="Settings")
-printed = partial(typer.Option, rich_help_panel="What is printed")
+printed = partial(typer.Option, rich_help_panel="Output on the terminal")
 
 
 def one_of(choices: Mapping[str, str], default: str = "", meaning: str = "") -> Any:
@@ -83,7 +83,7 @@ Trust = Annotated[
     bool,
     setting(
         "--trust",
-        help="Import and run a user's own code that a run names (package.module:function).",
+        help="Import and run code outside polyseg that a run names (package.module:function).",
     ),
 ]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")]
@@ -91,7 +91,7 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT|RUN",
-        help="A checkpoint, or the folder of a run, of which the best checkpoint is used.",
+        help="A checkpoint, or the folder of a run, whose best checkpoint is used.",
     ),
 ]
 Passes = Annotated[
@@ -137,9 +137,7 @@ FigureFile = Annotated[
         help="Figure to write: .png, .pdf or .svg; without suffix both PNG and PDF.",
     ),
 ]
-Overwrite = Annotated[
-    bool, in_out("--overwrite", help="Replace the folder of --out, if this command has written it.")
-]
+Overwrite = Annotated[bool, in_out("--overwrite", help="Replace --out if this command wrote it.")]
 Cache = Annotated[
     Path | None,
     in_out(
@@ -172,8 +170,8 @@ Fold = Annotated[
     setting(
         "--fold",
         metavar="K",
-        help="Fold to test on, counted from 0: of data.folds, or of the file of --split "
-        "(default: no folds).",
+        help="Fold to test on, counted from 0, of data.folds or of the --split file (default: no "
+        "cross-validation).",
     ),
 ]
 DataPath = Annotated[
@@ -188,7 +186,7 @@ ConfigFile = Annotated[
 
 
 def as_overrides(flags: Mapping[str, Any]) -> list[str]:
-    """Return flags that were given as settings.
+    """Return the flags that were given, as --set overrides.
 
     >>> as_overrides({"data.path": "images", "data.fold": None})
     ['data.path="images"']

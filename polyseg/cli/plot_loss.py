@@ -22,7 +22,7 @@ def plot_loss(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Draw the loss over the angle between prediction and mask, for several epsilon.
+    """Draw the loss over the angle between prediction and mask, for several values of epsilon.
 
     Example: polyseg plot-loss --epsilon=-0.4,0,1 --out fig2.pdf
     """

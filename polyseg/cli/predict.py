@@ -25,7 +25,7 @@ def predict(
         bool,
         options.setting(
             "--uncertainty",
-            help="Write maps of the uncertainty as well, and difficulties into the table.",
+            help="Also write uncertainty maps, and difficulties in the table.",
         ),
     ] = False,
     samples: options.Passes = None,
@@ -35,7 +35,7 @@ def predict(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Segment images: write a mask of the size, spacing, orientation and format of each.
+    """Segment images, and write masks with the size, spacing, orientation and format of the images.
 
     Example: polyseg predict runs/first new/images --out masks
     """

@@ -60,7 +60,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
 
 
 def print_sheet(console: Console, sheet: "Sheet") -> None:
-    """Print a table of an evaluation, the best of a row bold, in parts if it is too wide."""
+    """Print a table of an evaluation, the best of each row in bold, in parts if it is too wide."""
     console.print(sheet.title, style="italic", highlight=False, markup=False)
     for columns in _parts(sheet, console.width):
         table = Table()
@@ -75,7 +75,7 @@ def print_sheet(console: Console, sheet: "Sheet") -> None:
 
 
 def _parts(sheet: "Sheet", width: int) -> list[list[int]]:
-    """Return the columns of each part, the first one in all parts, so that no cell is cut."""
+    """Return the columns of each part; all parts include the first column, and no cell is cut."""
     words = [
         [*head.split(), *(row[column].text + row[column].marks for row in sheet.rows)]
         for column, head in enumerate(sheet.heads)

@@ -29,7 +29,7 @@ def report(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write one HTML file on runs: results, comparisons, settings, curves, images, provenance.
+    """Write one HTML file on runs: results, comparisons, settings, curves, images, versions.
 
     Example: polyseg report runs/dice runs/adaptive --evaluation results --out report.html
     """

@@ -25,14 +25,14 @@ schedule_app = options.App(
 )
 
 Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run; it may still be training.")
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, which may still be training.")
 ]
 AsCsv = Annotated[bool, options.printed("--csv", help="Print the results as CSV.")]
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 """Heading of a column, and a function that returns its cell of a row."""
-_ENDLESS = 100_000
-"""Width in characters at which no line is broken."""
+_NO_WRAPPING = 100_000
+"""Width in characters at which no line is wrapped."""
 _WORDS = ("score", "largest D", "smallest D", "fallback")
 
 
@@ -78,7 +78,7 @@ def schedule_plot(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Draw epsilon over the epochs, in all and by image, D against Dice, and rank stability.
+    """Draw epsilon over the epochs (quantiles and each image), Dice over D, and rank stability.
 
     Example: polyseg schedule plot runs/first runs/second --out figures
     """
@@ -115,7 +115,7 @@ def schedule_recompute(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Compute the epsilons that other settings would have made of the recorded difficulties.
+    """Compute the epsilons that other settings would give for the recorded difficulties.
 
     Example: polyseg schedule recompute runs/first --set control.sensitivity=2 --out new.h5
     """
@@ -127,14 +127,14 @@ def schedule_recompute(
         _print_rows(found.rows, as_json)
         return
     columns = [
-        ("epochs", lambda row: _stretch(row["from_epoch"], row["to_epoch"])),
+        ("epochs", lambda row: _epoch_range(row["from_epoch"], row["to_epoch"])),
         _quantiles("recorded", ".2f", "recorded ε\n5/50/95 %"),
         _quantiles("recomputed", ".2f", "recomputed ε\n5/50/95 %"),
         _number("largest_change", ".3f", "largest\nchange"),
         _number("spearman", ".3f", "Spearman"),
         ("went\nup", lambda row: _shown(100 * row["raised_share"], ".0f", " %")),
     ]
-    _print_table(f"{run}: epsilon from assessment to assessment", columns, found.rows, found.notes)
+    _print_table(f"{run}: epsilon between assessments", columns, found.rows, found.notes)
     if out is not None:
         print(out)
 
@@ -168,8 +168,8 @@ def schedule_validity(
         tuple[Path, Path] | None,
         options.in_out(
             metavar="RUN RUN",
-            help="Two runs, each trained on half of RUN's training images: also correlate with the "
-            "error of the one that did not see the image.",
+            help="Two runs, each trained on half of RUN's training images; also correlate scores "
+            "with the error of the run that was not trained on the image.",
         ),
     ] = None,
     out: options.Out = None,
@@ -201,10 +201,10 @@ def schedule_validity(
     summary = validity_summary(found.rows)
     columns = [
         ("score", lambda row: row["score"].replace("_", " ")),
-        _pair("with_error", "1 − Dice"),
-        _pair("with_size", "size of\nthe mask"),
-        _pair("with_error_given_size", "1 − Dice at\nequal size"),
-        _pair("with_previous", "assessment\nbefore"),
+        _last_and_mean("with_error", "1 − Dice"),
+        _last_and_mean("with_size", "size of\nthe mask"),
+        _last_and_mean("with_error_given_size", "1 − Dice at\nequal size"),
+        _last_and_mean("with_previous", "assessment\nbefore"),
     ]
     title = f"{run}: Spearman's correlations, in the last assessment and mean of all"
     _print_table(title, columns, summary, found.notes)
@@ -223,8 +223,11 @@ def _print_unseen(run: Path, rows: Sequence[Row]) -> None:
         ("95 % interval", _interval_of_unseen),
         _number("with_unseen_error_given_size", ".2f", "at equal\nsize"),
     ]
-    title = f"{run}: Spearman's correlation with 1 − Dice of the donor that did not see the image"
-    note = f"after epoch {last[0]['epoch']}; interval over the images"
+    title = f"{run}: Spearman's correlation with 1 − Dice on unseen images"
+    note = (
+        f"after epoch {last[0]['epoch']}; 1 − Dice of the run that was not trained on the image; "
+    )
+    note += "interval over the images"
     _print_table(title, columns, last, [note])
 
 
@@ -236,54 +239,55 @@ def _interval_of_unseen(row: Row) -> str:
 def _print_overview(run: Path, found: "TableWithNotes") -> None:
     """Print several tables, because one would be wider than a terminal."""
     spread = [
-        _whole("epoch"),
+        _integer("epoch"),
         _quantiles("difficulty", ".4f", "D at 5/50/95 %"),
         _number("difficulty_percentile", ".4f", "D_pct"),
         _number("sigma", ".4f"),
         _quantiles("epsilon", ".2f", "ε at 5/50/95 %"),
     ]
     lasting = [
-        _whole("epoch"),
+        _integer("epoch"),
         _number("spearman_previous", ".2f", "Spearman\n(previous)"),
         _number("rank_stability", ".2f", "rank\nstability"),
-        _whole("fallbacks", "fallbacks"),
+        _integer("fallbacks", "fallbacks"),
         ("wrong\nsign", lambda row: _shown(100 * row["wrong_sign_share"], ".1f", " %")),
     ]
     extreme = [
-        _whole("epoch"),
+        _integer("epoch"),
         ("largest D", lambda row: str(row["largest_1"])),
         ("smallest D", lambda row: str(row["smallest_1"])),
     ]
     last = found.rows[-1]
     notes = []
     if not math.isfinite(last["epsilon_q50"]):
-        notes = [
-            f"The assessment after epoch {last['epoch']} is a record: no epoch has followed it."
-        ]
-    _print_table(f"{run}: difficulty D, and ε in the epoch after", spread, found.rows, notes)
-    _print_table(f"{run}: how the order of the images lasts", lasting, found.rows)
-    title = f"{run}: the images of largest and smallest D"
+        notes = [f"The assessment after epoch {last['epoch']} is a record only: no epoch used it."]
+    _print_table(f"{run}: difficulty D, and ε in the next epoch", spread, found.rows, notes)
+    _print_table(f"{run}: stability of the order of the images", lasting, found.rows)
+    title = f"{run}: images with the largest and smallest D"
     _print_table(title, extreme, found.rows, found.notes, whole=True)
 
 
 def _print_image(title: str, found: "TableWithNotes") -> None:
     """Print the assessments of an image, and the numbers of eq. 11 and 12."""
     assessed = [
-        _whole("epoch"),
-        ("D ± its error", lambda row: _with_error(row["difficulty"], row["difficulty_se"])),
-        *(_whole("rank"), _number("percentile", ".1f"), _number("dice", ".3f", "Dice")),
+        _integer("epoch"),
+        (
+            "D ± standard error",
+            lambda row: _value_and_error(row["difficulty"], row["difficulty_se"]),
+        ),
+        *(_integer("rank"), _number("percentile", ".1f"), _number("dice", ".3f", "Dice")),
         ("fallback", lambda row: str(row["fallback"])),
     ]
     followed = [
-        ("epochs", lambda row: _stretch(row["from_epoch"], row["to_epoch"])),
+        ("epochs", lambda row: _epoch_range(row["from_epoch"], row["to_epoch"])),
         *(_number("difficulty", "#.6g", "D"), _number("difficulty_percentile", "#.6g", "D_pct")),
         *(_number("sigma", "#.6g"), _number("normalised", ".4f", "D_norm")),
         _number("epsilon", ".4f"),
     ]
     rows = {(row["epoch"], row.get("label")): row for row in found.rows}
-    _print_table(f"{title}: each assessment", assessed, list(rows.values()))
+    _print_table(f"{title}: assessments", assessed, list(rows.values()))
     met = [row for row in found.rows if math.isfinite(row["from_epoch"])]
-    _print_table(f"{title}: from D to epsilon", followed, met, found.notes)
+    _print_table(f"{title}: epsilon from D (eq. 11 and 12)", followed, met, found.notes)
 
 
 def _print_table(
@@ -296,10 +300,10 @@ def _print_table(
 ) -> None:
     """Print a table for each label, because another column would be too wide for a terminal.
 
-    With `whole` no cell is broken, however narrow the terminal, so that ids can be copied.
+    With `whole` no cell is wrapped in a narrow terminal, and ids can be copied.
     """
     console = Console(emoji=False)
-    canvas = Console(width=_ENDLESS, emoji=False) if whole else console
+    canvas = Console(width=_NO_WRAPPING, emoji=False) if whole else console
     for label in dict.fromkeys(row.get("label", "") for row in rows):
         named = ", ".join(filter(None, (title, label)))
         table = Table()
@@ -328,7 +332,7 @@ def _refuse_both(as_json: bool, as_csv: bool) -> None:
         raise PolysegError("--json --csv: choose one of them")
 
 
-def _whole(key: str, head: str = "") -> Column:
+def _integer(key: str, head: str = "") -> Column:
     return head or key, lambda row: str(row[key])
 
 
@@ -346,15 +350,15 @@ def _quantiles(key: str, form: str, head: str) -> Column:
     return head, cell
 
 
-def _pair(key: str, head: str) -> Column:
+def _last_and_mean(key: str, head: str) -> Column:
     return head, lambda row: f"{_shown(row[f'{key}_last'])}, {_shown(row[f'{key}_mean'])}"
 
 
-def _stretch(first: int, last: int) -> str:
+def _epoch_range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}–{last}"
 
 
-def _with_error(value: float, error: float) -> str:
+def _value_and_error(value: float, error: float) -> str:
     return _shown(value, ".4f") + (f" ± {error:.4f}" if math.isfinite(error) else "")
 
 

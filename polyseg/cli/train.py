@@ -16,7 +16,7 @@ _OF_THE_MACHINE = ("data.memory", "data.cache", "training.workers", "training.de
 
 
 def _refuse_data_set(config: Path | None) -> None:
-    """Refuse a data set, or a run, that is given in place of CONFIG.yaml, and name the option."""
+    """Raise if CONFIG.yaml is a data set or a run, and name the right option."""
     if config is None or not (config.is_dir() or config.suffix.lower() == ".csv"):
         return
     option, what = ("--data", "a data set")
@@ -84,8 +84,8 @@ def train(
         bool,
         options.in_out(
             "--resume",
-            help="Continue the run in --out from its last saved epoch. With more --epochs it "
-            "is continued for longer, and the learning rate follows the new number.",
+            help="Continue the run in --out from its last saved epoch. A larger --epochs extends "
+            "the run, and the learning-rate schedule then uses the new number.",
         ),
     ] = False,
     accept_changes: Annotated[
@@ -148,8 +148,8 @@ def train(
     if from_run is not None and settings.own_code and not trust:
         key, name = next(iter(settings.own_code.items()))
         raise PolysegError(
-            f"{from_run}: its {key} {name} is code outside polyseg; --trust imports and runs "
-            "it, if you know where it is from"
+            f"{from_run}: its {key} {name} is code outside polyseg; add --trust to import "
+            "and run it, if you trust its author"
         )
     how = {"resume": resume, "accept_changes": accept_changes}
     with messages(quiet, verbose) as display:

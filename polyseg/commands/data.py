@@ -50,7 +50,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
         **_parts_and_groups(items, data),
         "split": {part: len(ids) for part, ids in split.items()},
         "sizes": _most_common("{} x {}".format(*item.original_size) for item in items),
-        "size that the network sees": _input_size(images, data),
+        "size of the network's input": _input_size(images, data),
         "channels": sorted({item.channels for item in items}),
         "bits": sorted({item.bits for item in items}),
         **_spacing(items),

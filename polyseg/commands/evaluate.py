@@ -87,13 +87,13 @@ class _Found:
         return dataclasses.replace(found, comparisons=compared, conclusions=sentences)
 
 
-def kinds_of_damage(text: str | None) -> tuple[str, ...]:
+def corruption_names(text: str | None) -> tuple[str, ...]:
     """Return the corruptions in a list separated by commas, all for "all", none for None.
 
     Raises:
         PolysegError: the list is empty, as from an unset variable of a script.
 
-    >>> kinds_of_damage("noise, blur")
+    >>> corruption_names("noise, blur")
     ('noise', 'blur')
     """
     if text == "all":

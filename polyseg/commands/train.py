@@ -202,13 +202,13 @@ def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
     plain = epochs * (3 * len(split["train"]) + len(split["val"]))
     return {
         "images": {part: len(ids) for part, ids in split.items()},
-        "size that the network sees": size,
+        "size of the network's input": size,
         "channels": trainer.images.channels,
         **({"epochs done": done} if done >= 0 else {}),
         "epochs": epochs,
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
         "assessed after epochs": moments,
-        **({"only for the record, as no epoch follows": moments[-1:]} if idle else {}),
+        **({"recorded only, because no epoch follows": moments[-1:]} if idle else {}),
         "MC-Dropout passes, all images together": stochastic,
         "share of the computing that is MC Dropout, at most": round(
             stochastic / (stochastic + plain), 3

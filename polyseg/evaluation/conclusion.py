@@ -20,10 +20,10 @@ _ANSWERS = {
         "the Dice loss",
     },
     "permuted": {
-        "better": "it mattered which image got the steep loss, the adaptive arm being better than "
+        "better": "it mattered which image got the steep loss: the adaptive arm was better than "
         "the permuted arm",
-        "worse": "it mattered which image got the steep loss, the adaptive arm being worse than "
-        "the permuted arm",
+        "worse": "it mattered which image got the steep loss: the adaptive arm was worse than the "
+        "permuted arm",
         "not shown": "no difference was shown by which image got the steep loss, adaptive against "
         "permuted",
         "mixed": "it mattered which image got the steep loss, but the mean and most cases disagree "

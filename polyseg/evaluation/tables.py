@@ -22,14 +22,15 @@ from polyseg.evaluation.summary_records import (
 from polyseg.metrics.significance import stars
 
 RULE = (
-    "If mask and prediction are both empty, a metric has its best value; if only one is, its worst "
-    "(for distances the image's diagonal). Metrics that a mask leaves undefined are left out."
+    "If mask and prediction are both empty, a metric has its best value; if only one of them is, "
+    "its worst (for distances the image's diagonal). Metrics that a mask leaves undefined are left "
+    "out."
 )
 DASH = "–"
 """Text of a cell whose value is undefined."""
 PARTS = {"val": "Validation metrics", "train": "Training metrics", "all": "Metrics of all images"}
 """Title of metrics that are not of test images alone, by the tested part."""
-SIZES = {"original": "the images' own size", "network": "the size that the network sees"}
+SIZES = {"original": "the images' own size", "network": "the size of the network's input"}
 """Size at which masks were compared, in words."""
 
 _MARKS = (
@@ -142,8 +143,8 @@ def metrics_sheet(summary: Record) -> Sheet:
     spread += f"Mean ± standard deviation over the {cases}"
     if any(one.record.get("members") for one in found):
         spread += (
-            " (an image is its mean over an arm's runs that tested it); in brackets the standard "
-            "deviations of the means over seeds and over folds"
+            " (an image counts with its mean over the runs of the arm that tested it); in brackets "
+            "the standard deviations of the means over seeds and over folds"
         )
     lower = [
         metric.title.partition(" (")[0] for metric in metrics if metric.higher_is_better is False
@@ -316,8 +317,13 @@ def _robustness_sheet(summary: Record) -> Sheet:
         found = (points.get((*line, strength), {}) for strength in strengths)
         dice = (mapping(one, "metrics").get("dice") for one in found)
         rows.append([*map(Cell, line), *(Cell(number(one, 3)) for one in dice)])
-    note = "0: the images as they are; 5: severe damage."
-    return Sheet("Dice under damage", ["damage", "run", *strengths], rows, [note])
+    note = "0: unchanged images; 5: severe corruption."
+    return Sheet(
+        "Dice on corrupted images",
+        ["corruption", "run", *strengths],
+        rows,
+        [note],
+    )
 
 
 def _of_images(stratum: Record) -> str:
