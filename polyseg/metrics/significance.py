@@ -26,6 +26,8 @@ _ENUMERATED = 13
 """Largest number of differences whose signs are all enumerated, which is exact even with ties."""
 _NO_ORDER = 0.1
 """Upper end of an interval below which a correlation counts as none."""
+_NORMAL_975 = 1.959963984540054
+"""97.5 % quantile of the standard normal distribution."""
 _BATCH = 50_000
 """Number of values that the bootstrap draws at a time, to bound its memory."""
 
@@ -171,15 +173,13 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
     >>> round(found.value, 2), [round(end, 2) for end in found.interval]
     (0.46, [0.1, 0.71])
     """
-    from scipy.special import ndtri
-
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     r, images = spearman(x, y), int((np.isfinite(x) & np.isfinite(y)).sum())
     if images < 4 or not math.isfinite(r):
         return RankCorrelation(r, Interval(math.nan, math.nan), images)
     if abs(r) >= 1:
         return RankCorrelation(r, Interval(r, r), images)
-    half = float(ndtri((1 + 0.95) / 2)) * math.sqrt((1 + r**2 / 2) / (images - 3))
+    half = _NORMAL_975 * math.sqrt((1 + r**2 / 2) / (images - 3))
     z = math.atanh(r)
     return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
 
