@@ -21,7 +21,6 @@ from polyseg.metrics.calibration import (
     brier,
     calibration_error,
     excess_area,
-    failure_auroc,
     negative_log_likelihood,
     risk_coverage,
 )
@@ -291,26 +290,26 @@ def test_failure_measures_equal_closed_forms(n, failures):
     assert area_under_risk_coverage(failed, np.zeros(n)) == pytest.approx(failures / n)
     assert excess_area(failed, np.zeros(n)) == pytest.approx(failures / n - perfect)
     expected = 1.0 if 0 < failures < n else NAN
-    assert failure_auroc(failed, np.arange(n)) == expected
-    assert failure_auroc(failed, np.zeros(n)) == (0.5 if 0 < failures < n else NAN)
+    assert area_under_roc(np.arange(n), failed) == expected
+    assert area_under_roc(np.zeros(n), failed) == (0.5 if 0 < failures < n else NAN)
 
 
 @given(images)
 def test_failure_auroc_equals_scikit_learn(pairs):
     risk, uncertainty = columns(pairs)
     failed = risk > 5
-    value = failure_auroc(failed, uncertainty)
+    value = area_under_roc(uncertainty, failed)
     if failed.all() or not failed.any():
         assert math.isnan(value)
     else:
         assert value == pytest.approx(peer.roc_auc_score(failed, uncertainty))
-        assert failure_auroc(failed, np.exp(uncertainty)) == value
-        assert failure_auroc(failed, -uncertainty) == pytest.approx(1 - value)
+        assert area_under_roc(np.exp(uncertainty), failed) == value
+        assert area_under_roc(-uncertainty, failed) == pytest.approx(1 - value)
 
 
 def test_metrics_without_images_are_undefined():
     coverage, selective = risk_coverage([], [])
     assert coverage.size == selective.size == 0
-    for measure in (area_under_risk_coverage, excess_area, failure_auroc):
+    for measure in (area_under_risk_coverage, excess_area, area_under_roc):
         assert math.isnan(measure([], []))
     assert Ranking.of([], []).mean_outcome.size == 0

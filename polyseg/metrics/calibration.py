@@ -253,17 +253,6 @@ def excess_area(risk: ArrayLike, uncertainty: ArrayLike) -> float:
     return excess if math.isnan(excess) else max(excess, 0.0)
 
 
-def failure_auroc(failed: ArrayLike, uncertainty: ArrayLike) -> float:
-    """Return the probability that a failed image is less certain than one that did not fail.
-
-    1/2 is chance, equal uncertainties count half; NaN if all or none failed.
-
-    >>> failure_auroc([True, False, False], [0.3, 0.1, 0.4])
-    0.5
-    """
-    return area_under_roc(uncertainty, failed)
-
-
 def check_probability(probability: ArrayLike, truth: ArrayLike) -> tuple[Values, NDArray[np.bool_]]:
     """Return probabilities, clipped to [0, 1], and truths as flat arrays.
 

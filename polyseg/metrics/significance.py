@@ -97,20 +97,6 @@ class PairedDifference:
         return float(np.fmax(self.p_value, self.p_over_runs))
 
 
-@dataclass(frozen=True)
-class SeedSpread:
-    """The mean of a metric, and its spreads over seeds and over images."""
-
-    seeds: int
-    images: int
-    mean: float
-    """Mean of the images' means; NaN without any."""
-    deviation_over_seeds: float
-    """Standard deviation of the seeds' means; NaN below two."""
-    deviation_over_images: float
-    """Standard deviation of the images' means over the seeds; NaN below two."""
-
-
 def group_means(values: ArrayLike, groups: Groups = None) -> Values:
     """Return the mean of the defined values of each group of images, such as a patient's.
 
@@ -315,24 +301,18 @@ def terciles(values: ArrayLike) -> NDArray[np.int8]:
     return thirds
 
 
-def seed_spread(matrix: ArrayLike) -> SeedSpread:
-    """Return the mean of a metric, its spread over seeds and its spread over images.
+def deviation_over_seeds(matrix: ArrayLike) -> float:
+    """Return the standard deviation of the seeds' means over images; NaN below two seeds.
 
     `matrix` is (seeds, images), NaN where undefined; means are over the other values.
 
-    >>> spread = seed_spread([[0.5, 0.7], [0.7, 0.9]])
-    >>> [round(one, 3) for one in (spread.mean, spread.deviation_over_seeds)]
-    [0.7, 0.141]
+    >>> round(deviation_over_seeds([[0.5, 0.7], [0.7, 0.9]]), 3)
+    0.141
     """
     values = np.asarray(matrix, dtype=np.float64)
-    by_seed, by_image = _defined_means(values, axis=1), _defined_means(values, axis=0)
-    return SeedSpread(
-        seeds=by_seed.size,
-        images=by_image.size,
-        mean=float(by_image.mean()) if by_image.size else math.nan,
-        deviation_over_seeds=_deviation(by_seed),
-        deviation_over_images=_deviation(by_image),
-    )
+    defined = (~np.isnan(values)).sum(axis=1)
+    means = np.nansum(values, axis=1)[defined > 0] / defined[defined > 0]
+    return float(means.std(ddof=1)) if means.size > 1 else math.nan
 
 
 def _finite(values: ArrayLike) -> Values:
@@ -404,14 +384,3 @@ def _signed_rank(differences: Values) -> float:
             vectorized=True,
         ).pvalue
     )
-
-
-def _defined_means(values: Values, axis: int) -> Values:
-    """Return the means over the values that are not NaN, without slices of NaN alone."""
-    defined = (~np.isnan(values)).sum(axis=axis)
-    means: Values = np.nansum(values, axis=axis)[defined > 0] / defined[defined > 0]
-    return means
-
-
-def _deviation(values: Values) -> float:
-    return float(values.std(ddof=1)) if values.size > 1 else math.nan

@@ -157,14 +157,6 @@ def _writing(path: str | Path, kind: str) -> Iterator[Any]:
         temporary.write_bytes(image.getbuffer())
 
 
-def seal(path: str | Path) -> None:
-    """Write the sha256 of an HDF5 file into its user block."""
-    with Path(path).open("r+b") as stream:
-        block = _seal_of(stream)
-        stream.seek(0)
-        stream.write(block)
-
-
 def _seal_of(stream: BufferedIOBase) -> bytes:
     """Return the user block that a file must have."""
     stream.seek(_SEAL_BYTES)

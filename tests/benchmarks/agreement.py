@@ -27,8 +27,8 @@ from sklearn.calibration import calibration_curve
 from polyseg.metrics.calibration import (
     adaptive_calibration_error,
     area_under_risk_coverage,
+    area_under_roc,
     excess_area,
-    failure_auroc,
     risk_coverage,
 )
 from polyseg.metrics.image_metrics import METRICS, image_metrics
@@ -219,7 +219,7 @@ def compare_rankings(count, rows):
         uncertainty = generator.integers(0, 2 + i, 60)
         expected = peer.roc_auc_score(failed, uncertainty)
         rows.setdefault(("failure AUROC", f"scikit-learn {sklearn.__version__}"), []).append(
-            abs(failure_auroc(failed, uncertainty) - expected)
+            abs(area_under_roc(uncertainty, failed) - expected)
         )
 
 
