@@ -31,8 +31,8 @@ def read_case(case: Case, config: DataConfig) -> Iterator[tuple[str, Image, Mask
     for path, stack in zip(case.images, stacks, strict=True):
         if stack.pixels.shape[:3] != first[:3]:
             raise PolysegError(
-                f"{path}: is {_sides(stack.pixels.shape[:3])}, {case.images[0]} "
-                f"{_sides(first[:3])}; the channels of an image must have the same size"
+                f"{path}: is {_size_text(stack.pixels.shape[:3])}, {case.images[0]} "
+                f"{_size_text(first[:3])}; the channels of an image must have the same size"
             )
     pixels = np.concatenate([stack.pixels for stack in stacks], axis=3)
     if pixels.dtype.name not in DTYPES:
@@ -79,14 +79,14 @@ def _masks_of(
     for path, label in zip(case.masks, labels, strict=True):
         if label.pixels.shape != shape:
             raise PolysegError(
-                f"{path}: is {_sides(label.pixels.shape)}, its image {case.images[0].name} "
-                f"{_sides(shape)}; they must have the same size"
+                f"{path}: is {_size_text(label.pixels.shape)}, its image {case.images[0].name} "
+                f"{_size_text(shape)}; they must have the same size"
             )
         masks.append(to_masks(label.pixels, path, foreground))
     return masks[0] if len(masks) == 1 else unite(masks)
 
 
-def _sides(shape: Sequence[int]) -> str:
+def _size_text(shape: Sequence[int]) -> str:
     """Return "4 x 3" for one slice, "2 slices of 4 x 3" for several."""
     count, height, width = shape
     return f"{height} x {width}" if count == 1 else f"{count} slices of {height} x {width}"

@@ -13,7 +13,7 @@ from polyseg.system.memory import refuse_beyond_memory
 
 _WINDOWS_AT_ONCE = 4
 _BYTES_OF_TRAINING = 16
-"""Bytes for each parameter: itself, its gradient and two moments, in float32."""
+"""Bytes for a parameter, its gradient and two moments, in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SlidingWindow:
 
 
 class SegmentationNetwork(nn.Module):
-    """A network for images of any size: pads to a multiple of its stride, crops the logits back.
+    """A network for images of any size: it pads images to a multiple and crops the logits.
 
     With `window`, larger images are segmented window by window in evaluation mode; the logits of
     overlapping windows are averaged with Gaussian weights.
@@ -65,7 +65,7 @@ class SegmentationNetwork(nn.Module):
         return torch.cat(parts)
 
     def padded(self, images: Tensor) -> tuple[Tensor, int, int]:
-        """Return images padded for the core, and the numbers of rows and columns before them."""
+        """Return images padded for the core, and the numbers of padded rows and columns before."""
         rows, columns = (_padding(size, self.multiple) for size in images.shape[-2:])
         top, left = rows // 2, columns // 2
         if rows or columns:
@@ -83,7 +83,7 @@ class SegmentationNetwork(nn.Module):
 def refuse_untrainable(network: nn.Module, device: torch.device) -> None:
     """Raise if a device has too little memory for training a network.
 
-    Needed are weights, gradients and Adam's two moments. The network may be on torch's "meta"
+    Training needs weights, gradients and Adam's two moments. The network may be on torch's "meta"
     device, where it takes no memory.
 
     >>> network = nn.Linear(2**25, 2**25, bias=False, device="meta")
