@@ -14,12 +14,11 @@ from polyseg.errors import PolysegError
 from polyseg.metrics.calibration import (
     Ranking,
     ReliabilityCurve,
-    adaptive_calibration_error,
     area_under_risk_coverage,
     area_under_roc,
-    average_precision,
     brier,
     calibration_error,
+    check_probability,
     excess_area,
     negative_log_likelihood,
     risk_coverage,
@@ -29,6 +28,14 @@ from polyseg.metrics.calibration import (
 eighths = st.integers(0, 8).map(lambda value: value / 8)
 pixels = st.lists(st.tuples(eighths, st.booleans()), min_size=1, max_size=60)
 images = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 4)), min_size=1, max_size=6)
+
+
+def average_precision(score, truth):
+    return Ranking.of(score, truth).average_precision()
+
+
+def adaptive_calibration_error(probability, truth, bins=15):
+    return Ranking.of(*check_probability(probability, truth)).calibration_error(bins)
 
 
 def columns(pairs):

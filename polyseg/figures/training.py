@@ -123,7 +123,8 @@ def difficulty_distribution(
     logarithmic if all values are positive and the largest is above 30 times the smallest.
     """
     figure = Figure(figsize=(style.ONE_COLUMN, 2.6))
-    axes = figure.add_subplot(ylabel=_difficulty_label(metric))
+    name = f"\n{style.metric_name(metric)}" if metric else ""
+    axes = figure.add_subplot(ylabel=f"difficulty D{name}")
     samples = [style.finite_values(values) for values in difficulties]
     axes.set_title("box: quartiles; whiskers: 5 to 95 %", fontsize=8)
     width = 0.6 * min(np.diff(epochs), default=1)
@@ -152,7 +153,3 @@ def _plot(axes: Axes, x: Numbers, y: Numbers, **line: Any) -> None:
         left, right = np.append(False, finite[:-1]), np.append(finite[1:], False)
         alone = np.flatnonzero(finite & ~left & ~right)
         axes.plot(x, y, marker="." if alone.size else "", markevery=alone, **line)
-
-
-def _difficulty_label(metric: str | None) -> str:
-    return f"difficulty D\n{style.metric_name(metric)}" if metric else "difficulty D"

@@ -25,7 +25,7 @@ from sklearn import metrics as peer
 from sklearn.calibration import calibration_curve
 
 from polyseg.metrics.calibration import (
-    adaptive_calibration_error,
+    Ranking,
     area_under_risk_coverage,
     area_under_roc,
     excess_area,
@@ -184,7 +184,7 @@ def compare_quantile_bins(count, rows):
         y = generator.random(p.size) < generator.random()
         observed, predicted = calibration_curve(y, p, n_bins=15, strategy="quantile")
         expected = np.abs(observed - predicted).mean()
-        difference = abs(adaptive_calibration_error(p, y) - expected)
+        difference = abs(Ranking.of(p, y).calibration_error() - expected)
         rows.setdefault(("ace", f"scikit-learn {sklearn.__version__}, quantiles"), []).append(
             difference
         )
