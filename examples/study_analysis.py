@@ -196,7 +196,7 @@ def read(lines: Iterable[str]) -> Study:
 
 @dataclass(frozen=True)
 class Validity:
-    """What a measure of difficulty says on a set; statistics are means over seeds."""
+    """Statistics of a score on a set, as means over seeds."""
 
     set: str
     measure: str

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.choices import NETWORKS
+from polyseg.networks.networks_by_name import build_network
 from polyseg.training.activation_checkpointing import recompute_blocks
 
 
@@ -24,7 +25,7 @@ def bytes_kept(network, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_recomputation_saves_memory_and_keeps_gradients(name):
     images = torch.rand(2, 1, 64, 64)
     results = []

@@ -14,14 +14,12 @@ from polyseg.errors import PolysegError
 from polyseg.metrics.calibration import (
     Ranking,
     ReliabilityCurve,
-    adaptive_calibration_error,
     area_under_risk_coverage,
     area_under_roc,
-    average_precision,
     brier,
     calibration_error,
+    check_probability,
     excess_area,
-    failure_auroc,
     negative_log_likelihood,
     risk_coverage,
 )
@@ -30,6 +28,14 @@ from polyseg.metrics.calibration import (
 eighths = st.integers(0, 8).map(lambda value: value / 8)
 pixels = st.lists(st.tuples(eighths, st.booleans()), min_size=1, max_size=60)
 images = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 4)), min_size=1, max_size=6)
+
+
+def average_precision(score, truth):
+    return Ranking.of(score, truth).average_precision()
+
+
+def adaptive_calibration_error(probability, truth, bins=15):
+    return Ranking.of(*check_probability(probability, truth)).calibration_error(bins)
 
 
 def columns(pairs):
@@ -291,26 +297,26 @@ def test_failure_measures_equal_closed_forms(n, failures):
     assert area_under_risk_coverage(failed, np.zeros(n)) == pytest.approx(failures / n)
     assert excess_area(failed, np.zeros(n)) == pytest.approx(failures / n - perfect)
     expected = 1.0 if 0 < failures < n else NAN
-    assert failure_auroc(failed, np.arange(n)) == expected
-    assert failure_auroc(failed, np.zeros(n)) == (0.5 if 0 < failures < n else NAN)
+    assert area_under_roc(np.arange(n), failed) == expected
+    assert area_under_roc(np.zeros(n), failed) == (0.5 if 0 < failures < n else NAN)
 
 
 @given(images)
 def test_failure_auroc_equals_scikit_learn(pairs):
     risk, uncertainty = columns(pairs)
     failed = risk > 5
-    value = failure_auroc(failed, uncertainty)
+    value = area_under_roc(uncertainty, failed)
     if failed.all() or not failed.any():
         assert math.isnan(value)
     else:
         assert value == pytest.approx(peer.roc_auc_score(failed, uncertainty))
-        assert failure_auroc(failed, np.exp(uncertainty)) == value
-        assert failure_auroc(failed, -uncertainty) == pytest.approx(1 - value)
+        assert area_under_roc(np.exp(uncertainty), failed) == value
+        assert area_under_roc(-uncertainty, failed) == pytest.approx(1 - value)
 
 
 def test_metrics_without_images_are_undefined():
     coverage, selective = risk_coverage([], [])
     assert coverage.size == selective.size == 0
-    for measure in (area_under_risk_coverage, excess_area, failure_auroc):
+    for measure in (area_under_risk_coverage, excess_area, area_under_roc):
         assert math.isnan(measure([], []))
     assert Ranking.of([], []).mean_outcome.size == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from polyseg.choices import NETWORKS
 from polyseg.config import UncertaintyConfig
 from polyseg.data.dataset import Repeatable
 from polyseg.montecarlo import assessment, passes
@@ -19,7 +20,7 @@ from polyseg.montecarlo.compiler import operations, rewrite, window, winograd
 from polyseg.montecarlo.compiler.run import PreparedBatch, Program
 from polyseg.montecarlo.compiler.trace import UntraceableError
 from polyseg.networks.dropout import active_layers
-from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.networks.networks_by_name import build_network
 from polyseg.networks.segmentation_network import SlidingWindow
 from polyseg.records import Batch
 from polyseg.system.process_group import Processes
@@ -187,7 +188,7 @@ def check(network, batches, caplog, used=True, **how):
 @pytest.mark.parametrize(
     ("kind", "masks"), [CHANNELS, pytest.param(*ELEMENTS, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_program_scores_equal_plain_passes(name, kind, masks, caplog):
     network = build(name, dropout_kind=kind, dropout=0.3)
     check(network, [make_batch()], caplog, masks=masks)

@@ -85,6 +85,6 @@ def test_width_follows_panels_and_equal_data_give_equal_files(tmp_path):
     assert [figure.get_figwidth() for figure in figures] == [ONE_COLUMN, TWO_COLUMNS]
     contents = []
     for name in "xy":
-        figure = robustness_curves(STRENGTHS, curves("noise"), metric="IoU")
+        figure = robustness_curves(STRENGTHS, curves("noise"))
         contents.append(save_figure(figure, tmp_path / f"{name}.pdf")[0].read_bytes())
     assert contents[0] == contents[1]

@@ -142,14 +142,13 @@ def test_loss_curves_have_legend_title_and_labels():
         s=0.1,
         wrong_above=np.ones_like(THETA),
         ylabel="d loss / dθ",
-        title="gradient",
     )
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["ε = 1", "ε = −0.4", "true Dice", "loss rises with s"]
     assert legend.get_title().get_text() == "s = 0.1"
     (axes,) = figure.axes
-    assert (axes.get_ylabel(), axes.get_title()) == ("d loss / dθ", "gradient")
+    assert axes.get_ylabel() == "d loss / dθ"
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         "0",
         "π/8",

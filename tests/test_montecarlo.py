@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyseg.choices import UNCERTAINTIES
+from polyseg.choices import NETWORKS, UNCERTAINTIES
 from polyseg.config import UncertaintyConfig
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.errors import PolysegError
@@ -18,7 +18,7 @@ from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import stochastic_pass
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import images_of, predict
-from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.networks.networks_by_name import build_network
 from polyseg.networks.segmentation_network import hash_weights
 from polyseg.records import Batch
 from polyseg.runs.assessment_text import describe, describe_order
@@ -113,7 +113,7 @@ def test_scores_follow_the_equations_from_the_passes(network):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiled_or_plain")
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_assessment_changes_neither_network_nor_random_state(name):
     network = build_network(name, in_channels=1).train()
     for i, module in enumerate(network.modules()):

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from polyseg.choices import NETWORKS
 from polyseg.data.phantoms.phantom_sets import make_phantom
 from polyseg.errors import PolysegError
 from polyseg.losses import dice_loss
 from polyseg.networks import dropout
 from polyseg.networks.dropout import refuse_hidden_dropout, stochastic_layers
-from polyseg.networks.networks_by_name import build_network, network_names
+from polyseg.networks.networks_by_name import build_network
 from polyseg.networks.segmentation_network import (
     SegmentationNetwork,
     hash_weights,
@@ -62,7 +63,7 @@ def not_a_module(in_channels, out_channels):
     return "no network"
 
 
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_every_network_accepts_any_size_and_keeps_it(name):
     network = build_network(name, in_channels=3).eval()
     for size in ((64, 64), (33, 50), (16, 130)):
@@ -70,7 +71,7 @@ def test_every_network_accepts_any_size_and_keeps_it(name):
             assert network(torch.rand(1, 3, *size)).shape == (1, 1, *size)
 
 
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_default_dropout_begins_at_the_bottleneck_and_spares_the_output(name):
     """The first stochastic layer has the smallest feature map of all."""
     network = build_network(name, in_channels=1, dropout=0.3)
@@ -85,7 +86,7 @@ def test_default_dropout_begins_at_the_bottleneck_and_spares_the_output(name):
     assert min(channels for channels, _, _ in seen) > 1
 
 
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_dropout_kind_and_rate_are_applied(name):
     network = build_network(name, in_channels=1, dropout=0.1, dropout_kind="element")
     kinds = {type(layer) for layer in stochastic_layers(network).values()}
@@ -117,7 +118,7 @@ def test_dropout_on_a_single_channel_is_active_only_if_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_every_network_can_overfit_one_image(name):
     """A network that normalises or squashes its output could not: probabilities stay near 0.5."""
     torch.manual_seed(0)
@@ -302,7 +303,7 @@ def test_dropout_inside_attention_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["channel", "element"])
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_built_in_networks_are_random_by_dropout_layers_only(name, kind):
     network = build_network(name, in_channels=1, dropout_kind=kind)
     before = hash_weights(network)
@@ -418,7 +419,7 @@ def test_alpha_dropout_is_refused_with_its_reason(layer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_network_on_meta_device_has_the_same_shapes(name):
     state = torch.random.get_rng_state()
     with torch.device("meta"):

@@ -12,9 +12,9 @@ from polyseg.choices import UNCERTAINTIES, map_names
 from polyseg.errors import PolysegError
 from polyseg.records import Assessment, Schedule
 from polyseg.runs.record_files import (
+    _seal_of,
     read_assessment,
     read_schedule,
-    seal,
     write_assessment,
     write_schedule,
 )
@@ -27,6 +27,14 @@ EXPLAINED = dataclasses.replace(
     group=np.array([[-1, -1], [0, 1], [0, 0]], np.int32),
     statistics=np.array([[0.25, 1.5], [0.5, 0.0]]),
 )
+
+
+def seal(path):
+    """Write the sha256 of a changed HDF5 file into its user block."""
+    with path.open("r+b") as stream:
+        block = _seal_of(stream)
+        stream.seek(0)
+        stream.write(block)
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from polyseg.metrics.significance import (
     Interval,
     RankCorrelation,
     adjust_together,
+    deviation_over_seeds,
     holm,
     mean_interval,
     paired_difference,
     rank_correlation,
-    seed_spread,
     stars,
     terciles,
 )
@@ -404,48 +404,27 @@ def test_terciles_equal_cases_by_hand(values, expected):
 # Seeds.
 
 
-def test_spread_over_seeds_and_over_images_are_separate():
+def test_deviation_over_seeds_ignores_differences_between_images():
     seeds, images = np.array([-0.1, 0.0, 0.1]), np.array([0.4, 0.5, 0.6, 0.9])
-    spread = seed_spread(seeds[:, None] + images)
-    assert (spread.seeds, spread.images) == (3, 4)
-    assert spread.mean == pytest.approx(0.6)
-    assert spread.deviation_over_seeds == pytest.approx(0.1)
-    assert spread.deviation_over_images == pytest.approx(images.std(ddof=1))
-    turned = seed_spread((seeds[:, None] + images).T)
-    assert turned.deviation_over_images == pytest.approx(spread.deviation_over_seeds)
+    assert deviation_over_seeds(seeds[:, None] + images) == pytest.approx(0.1)
 
 
-def test_image_noise_averages_out_of_the_spread_over_seeds():
+def test_image_noise_averages_out_of_the_deviation_over_seeds():
     values = np.random.default_rng(0).normal(0.8, 0.1, size=(200, 400))
-    spread = seed_spread(values)
-    assert spread.deviation_over_seeds == pytest.approx(0.1 / math.sqrt(400), rel=0.2)
-    assert spread.deviation_over_images == pytest.approx(0.1 / math.sqrt(200), rel=0.2)
+    assert deviation_over_seeds(values) == pytest.approx(0.1 / math.sqrt(400), rel=0.2)
 
 
 def test_undefined_cells_are_excluded_from_means():
     nan = math.nan
-    spread = seed_spread([[0.2, nan, 0.9, nan], [0.4, 0.5, nan, nan], [nan, nan, nan, nan]])
-    assert (spread.seeds, spread.images) == (2, 3)
-    assert spread.mean == pytest.approx((0.3 + 0.5 + 0.9) / 3)
-    assert spread.deviation_over_seeds == pytest.approx(np.std([0.55, 0.45], ddof=1))
-    assert spread.deviation_over_images == pytest.approx(np.std([0.3, 0.5, 0.9], ddof=1))
-
-
-def test_spread_over_one_seed_is_undefined():
-    spread = seed_spread([[0.2, 0.4]])
-    assert spread.mean == pytest.approx(0.3)
-    assert math.isnan(spread.deviation_over_seeds)
-    assert spread.deviation_over_images == pytest.approx(math.sqrt(0.02))
+    matrix = [[0.2, nan, 0.9, nan], [0.4, 0.5, nan, nan], [nan, nan, nan, nan]]
+    assert deviation_over_seeds(matrix) == pytest.approx(np.std([0.55, 0.45], ddof=1))
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (2, 0), (2, 3)])
 @pytest.mark.filterwarnings("error")
-def test_undefined_inputs_give_undefined_results(shape):
-    spread = seed_spread(np.full(shape, math.nan))
-    assert (spread.seeds, spread.images) == (0, 0)
-    assert math.isnan(spread.mean)
-    assert math.isnan(spread.deviation_over_seeds)
-    assert math.isnan(spread.deviation_over_images)
+def test_deviation_over_fewer_than_two_seeds_is_undefined(shape):
+    assert math.isnan(deviation_over_seeds([[0.2, 0.4]]))
+    assert math.isnan(deviation_over_seeds(np.full(shape, math.nan)))
 
 
 # Rank correlations.

@@ -18,6 +18,7 @@ from polyseg.errors import PolysegError
 from polyseg.records import Assessment, Schedule
 from polyseg.system.seeds import derive_seed
 
+# Generators are quoted in annotations, because np.random is only imported when it is used.
 Epsilons = NDArray[np.float32]
 Values = NDArray[np.float64]
 
@@ -144,18 +145,18 @@ def _refuse_epochs(schedule: Schedule, epochs: int, source: str) -> None:
         )
 
 
-def shuffled(epsilon: Epsilons, generator: np.random.Generator) -> Epsilons:
+def shuffled(epsilon: Epsilons, generator: "np.random.Generator") -> Epsilons:
     """Return the epsilons permuted over the images, all labels of an image together."""
     return epsilon[generator.permutation(len(epsilon))]
 
 
-def mean(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
+def mean(epsilon: Epsilons, _: "np.random.Generator") -> Epsilons:
     """Return the mean of the epsilons of each label for all images."""
     means = epsilon.mean(axis=0, dtype=np.float64).astype(np.float32)
     return np.broadcast_to(means, epsilon.shape)
 
 
-def inverted(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
+def inverted(epsilon: Epsilons, _: "np.random.Generator") -> Epsilons:
     """Return the epsilons of each label with their order over the images reversed."""
     order = np.argsort(epsilon, axis=0, kind="stable")
     result = np.empty_like(epsilon)
@@ -163,14 +164,14 @@ def inverted(epsilon: Epsilons, _: np.random.Generator) -> Epsilons:
     return result
 
 
-def permuted(assessment: Assessment, generator: np.random.Generator) -> Values:
+def permuted(assessment: Assessment, generator: "np.random.Generator") -> Values:
     """Return D permuted over the images, all labels of an image together."""
     difficulty = assessment.difficulty.reshape(-1, len(assessment.label_names))
     chosen: Values = difficulty[generator.permutation(len(difficulty))].ravel()
     return chosen
 
 
-def by_size(assessment: Assessment, _: np.random.Generator) -> Values:
+def by_size(assessment: Assessment, _: "np.random.Generator") -> Values:
     """Return D by the size of each image's mask; PolysegError if sizes were not recorded."""
     pixels = mask_sizes(assessment)
     if np.isnan(pixels).any():
@@ -178,7 +179,7 @@ def by_size(assessment: Assessment, _: np.random.Generator) -> Values:
     return size_difficulty(pixels)
 
 
-def by_loss(assessment: Assessment, _: np.random.Generator) -> Values:
+def by_loss(assessment: Assessment, _: "np.random.Generator") -> Values:
     """Return D by the training loss of each image; PolysegError if it was not recorded."""
     if "training_loss" not in assessment.scores:
         raise PolysegError("control.replay_arm loss: the run did not record the training loss")

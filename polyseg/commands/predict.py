@@ -132,15 +132,11 @@ def _predict_share(
             yield _Predicted(*_predict_case(model, case, folder, passes))
         except PolysegError as error:
             message = str(error).replace(str(folder), str(out))
-            if _is_full_disk(error):
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _NO_SPACE:  # Every image would fail.
                 raise PolysegError(message) from error
             yield _Predicted([], [], message)
         progress("predicting", min(len(cases), processes.count * done), len(cases))
-
-
-def _is_full_disk(error: PolysegError) -> bool:
-    """Return whether the disk, not the image, caused the error, which would fail every image."""
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
 
 
 def _refusal(problems: Sequence[str], count: int, out: Path) -> PolysegError:

@@ -48,8 +48,3 @@ def at_size(
         return maps
     size = images.item(identity).original_size
     return np.stack([resize_map(one.astype(np.float32), size) for one in maps]).clip(0, 1)
-
-
-def masks_at(images: ImageSet, identity: str, at: At) -> NDArray[np.uint8] | None:
-    """Return the masks of an image, (K, H, W) in {0, 1}, at that size, or None without masks."""
-    return images.masks(identity) if at == "network" else images.original(identity)[1]

@@ -15,8 +15,8 @@ from polyseg.errors import PolysegError
 from polyseg.metrics.calibration import (
     ReliabilityCurve,
     area_under_risk_coverage,
+    area_under_roc,
     excess_area,
-    failure_auroc,
 )
 from polyseg.metrics.image_metrics import METRICS, Metric, image_metrics
 from polyseg.metrics.rank_stability import spearman
@@ -24,11 +24,11 @@ from polyseg.metrics.significance import (
     Interval,
     PairedDifference,
     adjust_together,
+    deviation_over_seeds,
     group_means,
     mean_interval,
     over_runs,
     paired_difference,
-    seed_spread,
     terciles,
 )
 
@@ -138,7 +138,7 @@ class RunScores:
         if any({one.id for run in part for one in run.scores} != set(ids) for part in parts):
             return math.nan
         table = [group_means(_by_id(pool("", part), key, ids), self.groups) for part in parts]
-        return seed_spread(table).deviation_over_seeds if table else math.nan
+        return deviation_over_seeds(table) if table else math.nan
 
     def fold_deviation(self, key: str) -> float:
         """Return the standard deviation of an arm's means over its folds; NaN below two."""
@@ -419,7 +419,7 @@ def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
             FailureDetection(
                 uncertainty=name,
                 failed=int((dice[known] < limit).sum()),
-                auroc=failure_auroc(dice[known] < limit, unsure),
+                auroc=area_under_roc(unsure, dice[known] < limit),
                 aurc=area_under_risk_coverage(risk, unsure),
                 excess_aurc=excess_area(risk, unsure),
                 spearman=spearman(unsure, risk),

@@ -21,7 +21,7 @@ from polyseg.data.corruptions import STRENGTHS, check_corruption, corrupted
 from polyseg.data.dataset import ImageSet
 from polyseg.data.splits import groups_by_id
 from polyseg.errors import PolysegError
-from polyseg.evaluation.predictions import At, at_size, masks_at, probabilities
+from polyseg.evaluation.predictions import At, at_size, probabilities
 from polyseg.evaluation.scores import (
     ImageScores,
     Prediction,
@@ -252,7 +252,8 @@ def _plain(
 
 def true_masks(test: ImageTest, identity: str) -> NDArray[np.uint8]:
     """Return the true masks of an image, (K, H, W) in {0, 1}, at the size of the test."""
-    masks = masks_at(test.images, identity, test.settings.at)
+    images, at = test.images, test.settings.at
+    masks = images.masks(identity) if at == "network" else images.original(identity)[1]
     if masks is None:
         raise PolysegError("evaluate: the images have no masks to compare with")
     return masks

@@ -37,11 +37,6 @@ def reliability_diagram(
 
     `mean_predicted` and `observed` (NaN in empty bins) and `counts` hold an array (bins,) for each
     run, for bins of equal width; `errors` are the expected calibration errors.
-
-    >>> predicted, observed, count = np.array([[0.2, 0.9], [0.1, 0.8], [300, 20]])
-    >>> figure = reliability_diagram(["adaptive"], [predicted], [observed], [count], [0.1])
-    >>> figure.legends[0].get_texts()[0].get_text()
-    '0.100  adaptive'
     """
     figure, panels = _panels(len(names), heights=(3.3, 2.4))
     curves = list(zip(mean_predicted, observed, strict=True))
@@ -76,10 +71,6 @@ def risk_coverage_curves(
     AURC; `best` the same in the order of the risk itself, drawn dotted. The dashed line is the mean
     risk of all images, which a random order has at any coverage. `uncertainty` is its name, if it
     is the same for all runs.
-
-    >>> curve = np.array([0.5, 1.0]), np.array([0.1, 0.2])
-    >>> risk_coverage_curves(["adaptive"], [curve]).legends[0].get_texts()[0].get_text()
-    '0.150  adaptive'
     """
     figure, panels = _panels(len(names), heights=(2.6, 1.9))
     percent = [(100 * coverage, risk) for coverage, risk in curves]

@@ -23,10 +23,6 @@ def comparison(names: Sequence[str], values: Mapping[str, Sequence[Numbers]]) ->
     `values` maps titles of metrics to an array (n_i,) for each run. Points are images, boxes the
     quartiles, whiskers 5 to 95 %, diamonds the means. The number of values that are not finite is
     written below.
-
-    >>> dice = [np.array([0.8, 0.9]), np.array([0.7, math.nan])]
-    >>> comparison(["adaptive", "fixed"], {"Dice": dice}).axes[0].get_xlabel()
-    '1 value not finite'
     """
     figure, panels = _panels(names, list(values), height=0.35)
     for axes, runs in zip(panels, values.values(), strict=True):
@@ -53,11 +49,6 @@ def differences(
 
     By title of the metric, `intervals` are (3, R) means, lower and upper ends, `stars` R texts such
     as `significance.stars` returns, and `higher_is_better` is the better side.
-
-    >>> found = {"Dice": np.array([[0.02], [0.01], [0.04]])}
-    >>> marks = {"stars": {"Dice": ["*"]}, "higher_is_better": {"Dice": True}}
-    >>> differences(["adaptive"], found, **marks, baseline="Dice loss").get_supxlabel()
-    'mean difference from Dice loss\\nand its 95 % interval'
     """
     figure, panels = _panels(names, list(intervals), height=0.85)
     for axes, (metric, found) in zip(panels, intervals.items(), strict=True):

@@ -19,22 +19,16 @@ def loss_curves(
     s: float,
     ylabel: str = "loss",
     wrong_above: Numbers | None = None,
-    title: str | None = None,
 ) -> Figure:
     """Draw the loss, or its gradient, over the angle for several epsilon, and that of true Dice.
 
     `theta`, (T,), rises within [0, pi/2] rad; `curves` maps epsilon to (T,) values with the ratio
     of norms `s`; `dice`, (T,), belongs to true Dice, 1 - s cos(theta), and is dashed. Above
     `wrong_above`, (T,), the loss rises with s, (1/2 + epsilon) theta^2 > 1, which is shaded.
-
-    >>> theta = np.linspace(0, np.pi / 2, 50)
-    >>> figure = loss_curves(theta, {0.0: 0.9 + 0.05 * theta**2}, 1 - 0.1 * np.cos(theta), s=0.1)
-    >>> [line.get_label() for line in figure.axes[0].lines]
-    ['ε = 0', 'true Dice']
     """
     legend_lines = math.ceil((len(curves) + 2) / 3)
     figure = Figure(figsize=(ONE_COLUMN, 2.8 + 0.17 * legend_lines))
-    axes = figure.add_subplot(xlabel="angle θ (rad)", ylabel=ylabel, title=title or "")
+    axes = figure.add_subplot(xlabel="angle θ (rad)", ylabel=ylabel)
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))  # without its light end
     for epsilon, colour in zip(sorted(curves, reverse=True), colours, strict=True):
         axes.plot(theta, curves[epsilon], color=colour, label=f"ε = {formatted(epsilon)}")

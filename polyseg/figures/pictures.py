@@ -89,12 +89,6 @@ def overlays(
         title: of the figure.
         highest: uncertainty at the upper end of the colours, which start at 0; by default
             `highest_uncertainty` of the cases. Figures with the same value can be compared.
-
-    >>> blank = np.zeros((4, 6))
-    >>> case = OverlayCase("a", blank, None, blank, blank, difficulty=0.1, dice=np.nan)
-    >>> figure = overlays([case], metric="entropy", title="largest D")
-    >>> [axes.get_title() for axes in figure.axes[:4]]
-    ['image', 'mask', 'mean prediction', 'uncertainty']
     """
     shapes = [case.mean.shape for case in cases]
     heights = [CELL * float(np.clip(height / width, 0.4, 2)) for height, width in shapes]

@@ -16,12 +16,9 @@ from polyseg.metrics.significance import mean_interval
 
 @styled
 def robustness_curves(
-    strengths: Sequence[int],
-    values: Mapping[str, Mapping[str, Numbers]],
-    *,
-    metric: str = "Dice",
+    strengths: Sequence[int], values: Mapping[str, Mapping[str, Numbers]]
 ) -> Figure:
-    """Draw the mean of a metric over the strength of corruptions, a panel for each corruption.
+    """Draw the mean Dice over the strength of corruptions, a panel for each corruption.
 
     `values` maps corruptions to names of runs to values, (S, n); all have the same runs and images.
     Bands are 95 % bootstrap intervals over at least two images. An image whose value is not finite
@@ -42,7 +39,7 @@ def robustness_curves(
     for axes, (corruption, runs) in zip(panels, values.items(), strict=False):
         _panel(axes, corruption, strengths, runs)
     figure.supxlabel("strength of the corruption", fontsize=9)
-    figure.supylabel(f"mean {metric}", fontsize=9)
+    figure.supylabel("mean Dice", fontsize=9)
     handles = panels[0].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside upper center", ncols=entries)
     return figure

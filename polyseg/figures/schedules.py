@@ -117,10 +117,6 @@ def difficulty_panels(panels: Sequence[Panel], *, metric: str) -> Figure:
     """Draw Dice over difficulty at several assessments, each with its own scale of D.
 
     `metric` is the name of the score that is D.
-
-    >>> panel = Panel(5, np.array([0.1, 0.3]), np.array([0.9, 0.7]), 1.0)
-    >>> difficulty_panels([panel], metric="variance").axes[0].get_title()
-    'epoch 5: 1.00'
     """
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)

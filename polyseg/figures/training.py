@@ -24,10 +24,6 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
             `train_loss_constant`, which compares with `validation_loss`, is drawn instead of
             `train_loss` if it exists. The first epoch with the highest Dice is marked, and
             the first assessment, E0, by a dashed line.
-
-    >>> figure = training_curves([{"epoch": 1, "train_loss": 0.6}, {"epoch": 2, "train_loss": 0.4}])
-    >>> figure.axes[0].lines[0].get_ydata().tolist()
-    [0.6, 0.4]
     """
 
     def column(name: str) -> Numbers:
@@ -72,10 +68,6 @@ def validation_curves(
     """Draw the validation Dice of several runs over the epochs, the best epoch of each marked.
 
     `epochs` and `dice` hold an array (E_r,) for each run; NaN leaves a gap.
-
-    >>> figure = validation_curves(["a"], [np.array([1, 2])], [np.array([0.6, 0.8])])
-    >>> figure.axes[0].lines[0].get_ydata().tolist()
-    [0.6, 0.8]
     """
     lines = math.ceil(len(names) / 3)
     figure = Figure(figsize=(style.TWO_COLUMNS, 2.6 + 0.17 * lines))
@@ -129,13 +121,10 @@ def difficulty_distribution(
 
     `difficulties` are arrays (n,), at least 0, of the score `metric`; NaN is left out. The axis is
     logarithmic if all values are positive and the largest is above 30 times the smallest.
-
-    >>> figure = difficulty_distribution([5, 10], [np.array([1.0, 2, 3]), np.array([1.0, 1, 2])])
-    >>> figure.axes[0].get_ylabel(), figure.axes[0].get_yscale()
-    ('difficulty D', 'linear')
     """
     figure = Figure(figsize=(style.ONE_COLUMN, 2.6))
-    axes = figure.add_subplot(ylabel=_difficulty_label(metric))
+    name = f"\n{style.metric_name(metric)}" if metric else ""
+    axes = figure.add_subplot(ylabel=f"difficulty D{name}")
     samples = [style.finite_values(values) for values in difficulties]
     axes.set_title("box: quartiles; whiskers: 5 to 95 %", fontsize=8)
     width = 0.6 * min(np.diff(epochs), default=1)
@@ -164,7 +153,3 @@ def _plot(axes: Axes, x: Numbers, y: Numbers, **line: Any) -> None:
         left, right = np.append(False, finite[:-1]), np.append(finite[1:], False)
         alone = np.flatnonzero(finite & ~left & ~right)
         axes.plot(x, y, marker="." if alone.size else "", markevery=alone, **line)
-
-
-def _difficulty_label(metric: str | None) -> str:
-    return f"difficulty D\n{style.metric_name(metric)}" if metric else "difficulty D"

@@ -59,19 +59,6 @@ def calibration_error(probability: ArrayLike, truth: ArrayLike, bins: int = 15) 
     return curve.calibration_error
 
 
-def adaptive_calibration_error(probability: ArrayLike, truth: ArrayLike, bins: int = 15) -> float:
-    """Return the calibration error of the foreground probability, over bins of equal mass.
-
-    ACE = 1/M sum_m |observed_m - predicted_m| (Nixon et al., CVPR Workshops 2019, of one class: the
-    background's bins mirror the foreground's); 0 is best. The sizes of the M = `bins` bins differ
-    by at most one element; there are no more bins than elements.
-
-    >>> round(adaptive_calibration_error([0.9, 0.9, 0.2, 0.2], [1, 1, 0, 1], bins=2), 4)
-    0.2
-    """
-    return Ranking.of(*check_probability(probability, truth)).calibration_error(bins)
-
-
 @dataclass
 class ReliabilityCurve:
     """Observed and predicted shares of foreground in equal-width bins, from one image at a time.
@@ -174,14 +161,30 @@ class Ranking:
         return float(self.outcome @ below / pairs) if pairs else math.nan
 
     def average_precision(self) -> float:
-        """Return `average_precision` of the score and a binary outcome."""
+        """Return the area under the precision-recall curve, by steps; NaN without foreground.
+
+        AP = sum_k (recall_k - recall_k-1) precision_k over the distinct thresholds, from the
+        highest down, without interpolation, as scikit-learn's `average_precision_score`. Chance is
+        the share of foreground.
+
+        >>> round(Ranking.of([0.9, 0.4, 0.4], [1, 0, 1]).average_precision(), 4)
+        0.8333
+        """
         count, positive = self.count[::-1], self.outcome[::-1]
         foreground = positive.sum()
         precision = positive.cumsum() / count.cumsum()
         return float(positive @ precision / foreground) if foreground else math.nan
 
     def calibration_error(self, bins: int = 15) -> float:
-        """Return `adaptive_calibration_error` of scores that are probabilities."""
+        """Return the calibration error of foreground probabilities, over bins of equal mass.
+
+        ACE = 1/M sum_m |observed_m - predicted_m| (Nixon et al., CVPR Workshops 2019, of one class:
+        the background's bins mirror the foreground's); 0 is best. The sizes of the M = `bins` bins
+        differ by at most one element; there are no more bins than elements.
+
+        >>> round(Ranking.of([0.9, 0.9, 0.2, 0.2], [1, 1, 0, 1]).calibration_error(bins=2), 4)
+        0.2
+        """
         gap = np.repeat(self.score - self.outcome / self.count, self.count)
         used = min(_checked_bins(bins), gap.size)
         starts = np.arange(used) * gap.size // used
@@ -199,19 +202,6 @@ def area_under_roc(score: ArrayLike, truth: ArrayLike) -> float:
     0.75
     """
     return Ranking.of(score, truth).area_under_roc()
-
-
-def average_precision(score: ArrayLike, truth: ArrayLike) -> float:
-    """Return the area under the precision-recall curve, by steps; NaN without foreground.
-
-    AP = sum_k (recall_k - recall_k-1) precision_k over the distinct thresholds, from the highest
-    down, without interpolation, as scikit-learn's `average_precision_score`. Chance is the share
-    of foreground.
-
-    >>> round(average_precision([0.9, 0.4, 0.4], [1, 0, 1]), 4)
-    0.8333
-    """
-    return Ranking.of(score, truth).average_precision()
 
 
 def risk_coverage(risk: ArrayLike, uncertainty: ArrayLike) -> tuple[Values, Values]:
@@ -251,17 +241,6 @@ def excess_area(risk: ArrayLike, uncertainty: ArrayLike) -> float:
     """
     excess = area_under_risk_coverage(risk, uncertainty) - area_under_risk_coverage(risk, risk)
     return excess if math.isnan(excess) else max(excess, 0.0)
-
-
-def failure_auroc(failed: ArrayLike, uncertainty: ArrayLike) -> float:
-    """Return the probability that a failed image is less certain than one that did not fail.
-
-    1/2 is chance, equal uncertainties count half; NaN if all or none failed.
-
-    >>> failure_auroc([True, False, False], [0.3, 0.1, 0.4])
-    0.5
-    """
-    return area_under_roc(uncertainty, failed)
 
 
 def check_probability(probability: ArrayLike, truth: ArrayLike) -> tuple[Values, NDArray[np.bool_]]:

@@ -26,6 +26,8 @@ _ENUMERATED = 13
 """Largest number of differences whose signs are all enumerated, which is exact even with ties."""
 _NO_ORDER = 0.1
 """Largest upper end of the interval of a correlation that counts as none."""
+_NORMAL_975 = 1.959963984540054
+"""97.5 % quantile of the standard normal distribution."""
 _BATCH = 50_000
 """Number of values that the bootstrap draws at a time, to bound its memory."""
 
@@ -97,20 +99,6 @@ class PairedDifference:
         return float(np.fmax(self.p_value, self.p_over_runs))
 
 
-@dataclass(frozen=True)
-class SeedSpread:
-    """The mean of a metric, and its spreads over seeds and over images."""
-
-    seeds: int
-    images: int
-    mean: float
-    """Mean of the images' means; NaN without any."""
-    deviation_over_seeds: float
-    """Standard deviation of the seeds' means; NaN below two."""
-    deviation_over_images: float
-    """Standard deviation of the images' means over the seeds; NaN below two."""
-
-
 def group_means(values: ArrayLike, groups: Groups = None) -> Values:
     """Return the mean of the defined values of each group of images, such as a patient's.
 
@@ -173,15 +161,13 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
     >>> round(found.value, 2), [round(end, 2) for end in found.interval]
     (0.46, [0.1, 0.71])
     """
-    from scipy.special import ndtri
-
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     r, images = spearman(x, y), int((np.isfinite(x) & np.isfinite(y)).sum())
     if images < 4 or not math.isfinite(r):
         return RankCorrelation(r, Interval(math.nan, math.nan), images)
     if abs(r) >= 1:
         return RankCorrelation(r, Interval(r, r), images)
-    half = float(ndtri((1 + 0.95) / 2)) * math.sqrt((1 + r**2 / 2) / (images - 3))
+    half = _NORMAL_975 * math.sqrt((1 + r**2 / 2) / (images - 3))
     z = math.atanh(r)
     return RankCorrelation(r, Interval(math.tanh(z - half), math.tanh(z + half)), images)
 
@@ -317,24 +303,18 @@ def terciles(values: ArrayLike) -> NDArray[np.int8]:
     return thirds
 
 
-def seed_spread(matrix: ArrayLike) -> SeedSpread:
-    """Return the mean of a metric, its spread over seeds and its spread over images.
+def deviation_over_seeds(matrix: ArrayLike) -> float:
+    """Return the standard deviation of the seeds' means over images; NaN below two seeds.
 
     `matrix` is (seeds, images), NaN where undefined; means are over the other values.
 
-    >>> spread = seed_spread([[0.5, 0.7], [0.7, 0.9]])
-    >>> [round(one, 3) for one in (spread.mean, spread.deviation_over_seeds)]
-    [0.7, 0.141]
+    >>> round(deviation_over_seeds([[0.5, 0.7], [0.7, 0.9]]), 3)
+    0.141
     """
     values = np.asarray(matrix, dtype=np.float64)
-    by_seed, by_image = _defined_means(values, axis=1), _defined_means(values, axis=0)
-    return SeedSpread(
-        seeds=by_seed.size,
-        images=by_image.size,
-        mean=float(by_image.mean()) if by_image.size else math.nan,
-        deviation_over_seeds=_deviation(by_seed),
-        deviation_over_images=_deviation(by_image),
-    )
+    defined = (~np.isnan(values)).sum(axis=1)
+    means = np.nansum(values, axis=1)[defined > 0] / defined[defined > 0]
+    return float(means.std(ddof=1)) if means.size > 1 else math.nan
 
 
 def _finite(values: ArrayLike) -> Values:
@@ -406,14 +386,3 @@ def _signed_rank(differences: Values) -> float:
             vectorized=True,
         ).pvalue
     )
-
-
-def _defined_means(values: Values, axis: int) -> Values:
-    """Return the means over the values that are not NaN, without slices that are all NaN."""
-    defined = (~np.isnan(values)).sum(axis=axis)
-    means: Values = np.nansum(values, axis=axis)[defined > 0] / defined[defined > 0]
-    return means
-
-
-def _deviation(values: Values) -> float:
-    return float(values.std(ddof=1)) if values.size > 1 else math.nan

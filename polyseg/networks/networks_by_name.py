@@ -95,11 +95,6 @@ def _remove_unused_biases(core: nn.Module) -> None:
             block.conv.register_parameter("bias", None)
 
 
-def network_names() -> list[str]:
-    """Return the names that `build_network` knows."""
-    return list(NETWORKS)
-
-
 @dataclass(frozen=True)
 class _Layer:
     """A dropout layer, with the shape of its output."""

@@ -82,7 +82,7 @@ def read_assessment(
     with _reading(path, _ASSESSMENT, sha256) as file:
         ids, labels = _rows(file)
         n, attributes = len(ids), _attributes(file)
-        names = _score_names(attributes["metric"])
+        names = list(dict.fromkeys([*score_names(), attributes["metric"]]))
         scores = _columns(file, "scores", n, names)
         if attributes["samples"] < FEWEST_PASSES:  # Version 0.1 wrote zeros here.
             judged = {*UNCERTAINTIES, *WHOLE_SCORES, *filter(is_own, scores)}
@@ -155,14 +155,6 @@ def _writing(path: str | Path, kind: str) -> Iterator[Any]:
     image.write(_seal(hashlib.sha256(image.getbuffer()[_SEAL_BYTES:]).hexdigest()))
     with atomic_path(path) as temporary:
         temporary.write_bytes(image.getbuffer())
-
-
-def seal(path: str | Path) -> None:
-    """Write the sha256 of an HDF5 file into its user block."""
-    with Path(path).open("r+b") as stream:
-        block = _seal_of(stream)
-        stream.seek(0)
-        stream.write(block)
 
 
 def _seal_of(stream: BufferedIOBase) -> bytes:
@@ -301,11 +293,6 @@ def _attributes(file: Any) -> dict[str, Any]:
 def _key(score: Metric) -> str:
     """Return the name of a score in a file, where / would begin a group."""
     return score.replace("/", "|")
-
-
-def _score_names(metric: Metric) -> list[Metric]:
-    """Return the scores that may be in a file: the known ones, and the one that was chosen."""
-    return list(dict.fromkeys([*score_names(), metric]))
 
 
 def _rank_stability(file: Any, scores: Iterable[Metric]) -> dict[Metric, float]:

@@ -25,10 +25,10 @@ from sklearn import metrics as peer
 from sklearn.calibration import calibration_curve
 
 from polyseg.metrics.calibration import (
-    adaptive_calibration_error,
+    Ranking,
     area_under_risk_coverage,
+    area_under_roc,
     excess_area,
-    failure_auroc,
     risk_coverage,
 )
 from polyseg.metrics.image_metrics import METRICS, image_metrics
@@ -184,7 +184,7 @@ def compare_quantile_bins(count, rows):
         y = generator.random(p.size) < generator.random()
         observed, predicted = calibration_curve(y, p, n_bins=15, strategy="quantile")
         expected = np.abs(observed - predicted).mean()
-        difference = abs(adaptive_calibration_error(p, y) - expected)
+        difference = abs(Ranking.of(p, y).calibration_error() - expected)
         rows.setdefault(("ace", f"scikit-learn {sklearn.__version__}, quantiles"), []).append(
             difference
         )
@@ -219,7 +219,7 @@ def compare_rankings(count, rows):
         uncertainty = generator.integers(0, 2 + i, 60)
         expected = peer.roc_auc_score(failed, uncertainty)
         rows.setdefault(("failure AUROC", f"scikit-learn {sklearn.__version__}"), []).append(
-            abs(failure_auroc(failed, uncertainty) - expected)
+            abs(area_under_roc(uncertainty, failed) - expected)
         )
 
 
