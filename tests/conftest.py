@@ -1,10 +1,12 @@
 """Fixtures that all tests share."""
 
 import functools
+import gc
 import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from polyseg.__main__ import shorten_waiting
@@ -15,6 +17,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from polyseg.cli.main import main  # noqa: E402
 from polyseg.commands.train import train  # noqa: E402
@@ -51,6 +54,11 @@ class Answer(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def pytest_collection_finish():
+    """Let the collector of garbage skip the many objects of imported modules and of pytest."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +101,12 @@ def finished(trained_once, tmp_path):
         return RunDirectory(tmp_path / name)
 
     return copy
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Save figures as empty files, in tests that look at none of them."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).touch())
 
 
 @pytest.fixture

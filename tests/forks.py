@@ -8,9 +8,11 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -71,6 +73,49 @@ def start(
     process = context().Process(target=_be_polyseg, args=arguments, daemon=True)
     process.start()
     return process
+
+
+_CLIENT = """#!/bin/sh
+exec "{python}" -SEc '
+import os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect(chr(0) + "{name}")
+server.sendall(chr(0).join([str(os.getpid()), *sys.argv[1:]]).encode())
+server.shutdown(socket.SHUT_WR)
+sys.exit(server.recv(1)[0])
+' "$@"
+"""
+
+
+@contextlib.contextmanager
+def program() -> Iterator[str]:
+    """Yield the text of a program `polyseg` for scripts, each call of which is a fork.
+
+    A fork has the output and the exit code of its call, but the variables and the working folder
+    of the server, and no signal that its call gets.
+    """
+    context()
+    name = f"polyseg-{os.getpid()}-{time.monotonic_ns()}"
+    with socket.socket(socket.AF_UNIX) as calls:
+        calls.bind(f"\0{name}")
+        calls.listen()
+        threading.Thread(target=_answer_calls, args=(calls,), daemon=True).start()
+        yield _CLIENT.format(python=sys.executable, name=name)
+        calls.shutdown(socket.SHUT_RDWR)
+
+
+def _answer_calls(calls: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # once it is closed
+        while True:
+            threading.Thread(target=_answer, args=(calls.accept()[0],), daemon=True).start()
+
+
+def _answer(call: socket.socket) -> None:
+    with call, call.makefile() as stream:
+        pid, *argv = stream.read().split("\0")
+        process = start(argv, Path(f"/proc/{pid}/fd/1"), Path(f"/proc/{pid}/fd/2"))
+        process.join()
+        call.sendall(bytes([(process.exitcode or 0) % 256]))
 
 
 def _be_polyseg(

@@ -82,6 +82,14 @@ def test_restricted_libraries_are_imported_in_one_module():
             assert f"{module}.".startswith(f"{place}."), f"{module} imports {package}"
 
 
+def test_scipy_is_imported_where_it_is_used():
+    """Its import takes more than a second, and most commands compute nothing with it."""
+    for module, tree in modules():
+        top = (node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        first = {name.split(".")[0] for name in imports(ast.Module([*top]))}
+        assert "scipy" not in first, module
+
+
 def test_each_equation_has_one_function():
     found = {equation: [] for equation in EQUATIONS}
     for module, tree in modules():

@@ -383,6 +383,7 @@ def test_evaluate_accepts_data_in_a_new_place(polyseg, tmp_path, images):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_file_names_like_formulas_are_escaped_in_all_csv_files(polyseg, tmp_path, images):
     """Only CSV cells are escaped; JSON files and HTML pages hold the names unchanged."""
     for kind in ("images", "masks"):

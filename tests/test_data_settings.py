@@ -17,13 +17,15 @@ from polyseg.runs.run_folder import RunDirectory
 from tests.test_train import Stop, assert_same_run, run_of, stop_after
 
 SETTINGS = {
-    "tiles": ("data.fit=tile",),
-    "labels": ("data.foreground={a: 1, b: [1, 2]}",),
+    "tiles of labels": ("data.foreground={a: 1, b: [1, 2]}", "data.fit=tile"),
     "levels of the data set": ("data.normalise=dataset",),
-    "percentiles": ("data.normalise=percentile", "data.augmentation=strong"),
-    "foreground only": ("data.foreground=2", "data.training_slices=foreground"),
-    "on disk": ("data.memory=0",),
-    "a fold": ("data.folds=3", "data.fold=2"),
+    "foreground only": (
+        "data.foreground=2",
+        "data.training_slices=foreground",
+        "data.normalise=percentile",
+        "data.augmentation=strong",
+    ),
+    "a fold on disk": ("data.folds=3", "data.fold=2", "data.memory=0"),
     "all at once": (
         "data.foreground=[1, 2]",
         "data.fit=tile",
@@ -59,10 +61,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def overrides(folder):
-    def of(kind):
-        first = () if any("foreground" in one for one in SETTINGS[kind]) else ("data.foreground=1",)
+    def of(*settings):
+        first = () if any("foreground" in one for one in settings) else ("data.foreground=1",)
         cache = f"data.cache={folder.parent / 'cache'}"
-        return f"data.path={folder}", cache, *first, *SETTINGS[kind]
+        return f"data.path={folder}", cache, *first, *settings
 
     return of
 
@@ -70,20 +72,21 @@ def overrides(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_resumed_run_equals_uninterrupted_run(tiny, finished, overrides, kind):
-    stopped = tiny("stopped", *overrides(kind))
+    stopped = tiny("stopped", *overrides(*SETTINGS[kind]))
     with pytest.raises(Stop):
         train(stopped, progress=stop_after(2))
     train(stopped, resume=True)
-    whole = finished("whole", *overrides(kind))
+    whole = finished("whole", *overrides(*SETTINGS[kind]))
     assert_same_run(whole, RunDirectory(whole.path.parent / "stopped"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.usefixtures("quick_figures")
 def test_evaluate_and_estimate_read_images_as_the_run_did(
     finished, overrides, polyseg, tmp_path, kind
 ):
-    run = finished("run", *overrides(kind))
+    run = finished("run", *overrides(*SETTINGS[kind]))
     expected = list(csv.DictReader((run.evaluation / "per_image.csv").open()))
     answer = polyseg("evaluate", run.path, "--out", tmp_path / "again", "--no-figures")
     assert answer.code == 0, answer.err
@@ -95,7 +98,7 @@ def test_evaluate_and_estimate_read_images_as_the_run_did(
 
 
 def test_checkpoint_holds_the_levels_of_the_training_images(finished, overrides, folder):
-    run = finished("run", *overrides("levels of the data set"))
+    run = finished("run", *overrides("data.normalise=dataset"))
     levels = read_checkpoint(run.best).levels
     split, _ = run.read_split()
     pixels = np.concatenate(
@@ -112,7 +115,7 @@ def test_checkpoint_holds_the_levels_of_the_training_images(finished, overrides,
 
 
 def test_images_without_foreground_are_removed_from_training_only(finished, overrides):
-    run = finished("run", *overrides("foreground only"))
+    run = finished("run", *overrides(*SETTINGS["foreground only"]))
     split, _ = run.read_split()
     odd = [identity for identity in split["train"] if int(identity[-2:]) % 2]
     assert split["train"] == odd
@@ -121,23 +124,26 @@ def test_images_without_foreground_are_removed_from_training_only(finished, over
 
 @pytest.mark.slow
 def test_data_split_writes_the_split_of_a_run(tiny, finished, overrides, polyseg, tmp_path, folder):
-    run = finished("run", *overrides("a fold"))
+    run = finished("run", *overrides(*SETTINGS["a fold on disk"]))
     flags = ("--fold", 2, "--set", "data.folds=3", "--set", "data.foreground=1")
     answer = polyseg("data", "split", folder, *flags, "--out", tmp_path / "s.json")
     assert answer.code == 0, answer.err
     assert json.loads((tmp_path / "s.json").read_text()) == json.loads(run.split.read_text())
-    other = run_of(tiny("other", *overrides("tiles"), f"data.split_file={tmp_path / 's.json'}"))
+    other = run_of(
+        tiny("other", *overrides("data.fit=tile"), f"data.split_file={tmp_path / 's.json'}")
+    )
     assert other.read_split()[0] == run.read_split()[0]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_checkpoint_outside_its_run_uses_all_images(tiny, overrides, polyseg, tmp_path, folder):
     """The split file that the checkpoint names is not read."""
     names = sorted(path.stem for path in (folder / "images").iterdir())
     folds = [{"train": names[:-4], "val": names[-4:]}] * 8
     (tmp_path / "s.json").write_text(json.dumps(folds))
     split = (f"data.split_file={tmp_path / 's.json'}", "data.fold=7")
-    run = run_of(tiny("run", *overrides("tiles"), *split))
+    run = run_of(tiny("run", *overrides("data.fit=tile"), *split))
     moved = tmp_path / "away" / "moved.safetensors"
     moved.parent.mkdir()
     moved.write_bytes(run.best.read_bytes())

@@ -18,9 +18,10 @@ from scipy import stats
 from polyseg.commands.train import train
 from polyseg.config import load_config
 
+from . import forks
 from .conftest import TINY
 from .test_schedule import partial_by_regression, two_labels
-from .test_sweeps import EXAMPLES, POLYSEG
+from .test_sweeps import EXAMPLES
 
 SETTINGS = (*TINY, "data.demo_images=32", "training.epochs=2", "output.figures=false")
 GROUPS = r"data.group=\d(\d)$"
@@ -151,17 +152,24 @@ def test_each_label_has_its_own_errors(tmp_path, polyseg):
 def test_script_makes_donors_and_shows_the_correlation(runs, tmp_path):
     program = tmp_path / "programs" / "polyseg"
     program.parent.mkdir()
-    program.write_text(POLYSEG)
-    program.chmod(0o755)
     # The script uses the Python of the tests.
     path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", EXAMPLES / "donors.sh", runs / "run", tmp_path / "out", "control.enabled=false"],
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    with forks.program() as text:
+        program.write_text(text)
+        program.chmod(0o755)
+        done = subprocess.run(
+            [
+                "bash",
+                EXAMPLES / "donors.sh",
+                runs / "run",
+                tmp_path / "out",
+                "control.enabled=false",
+            ],
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     assert "1 − Dice of the donor that did not see" in " ".join(done.stdout.split())
     for name in ("donor-a", "donor-b"):
         assert parts_of(tmp_path / "out" / name) == parts_of(runs / name)

@@ -51,6 +51,7 @@ def exported(tiny, tmp_path, polyseg):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("kind", ["non-square", "rotated", "tiled", "anisotropic"])
 def test_exported_masks_have_exactly_the_metrics_of_the_run(kind, exported, tmp_path, polyseg):
     data, masks, own, sets, _ = exported(kind)
@@ -101,6 +102,7 @@ def test_labels_are_read_from_label_maps_and_separate_folders(exported, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_masks_can_be_compared_with_runs_and_reported(exported, tmp_path, polyseg):
     _, masks, _, _, run = exported("anisotropic")
     answer = polyseg(

@@ -74,13 +74,9 @@ def test_means_and_tests_by_patient_equal_numpy_and_scipy(seed):
 def test_intervals_by_patient_equal_a_cluster_bootstrap(seed):
     """Patients are resampled with all their images, and each mean counts once."""
     _, second, groups = slices(seed, patients=40)
-    names = list(dict.fromkeys(groups))
-    images = {name: [v for v, g in zip(second, groups, strict=True) if g == name] for name in names}
+    means = means_by_patient(second, groups)
     rng = np.random.default_rng(1)
-    drawn = []
-    for _ in range(6000):
-        sample = [images[names[k]] for k in rng.integers(0, len(names), len(names))]
-        drawn.append(np.nanmean([np.nanmean(one) for one in sample]))
+    drawn = means[rng.integers(0, means.size, (6000, means.size))].mean(axis=1)
     low, high = np.percentile(drawn, (2.5, 97.5))
     interval = scored("b", second, groups).interval("dice")
     width = high - low
@@ -213,6 +209,7 @@ def test_patients_of_a_manifest_are_used_in_runs_and_comparisons(tiny, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_report_finds_the_comparison_of_its_runs(finished, tmp_path, polyseg):
     runs = [finished("a").path, finished("b").path, finished("c").path]
     asked = ("evaluate", *runs[:2], "--baseline", "a", "--no-figures", "--quiet")

@@ -171,6 +171,7 @@ def test_metrics_at_original_size_equal_an_independent_computation(kind, tiny, t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_mean_over_passes_and_threshold_apply_at_original_size(tiny, tmp_path, polyseg):
     write_pictures(tmp_path / "set")
     run = run_of(tiny("run", f"data.path={tmp_path / 'set'}", "loss.name=dice")).path
@@ -225,6 +226,7 @@ def test_metrics_of_different_sizes_are_not_compared():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_report_of_runs_tested_at_different_sizes_is_refused(tiny, tmp_path, polyseg):
     old = shutil.copytree(HELD, tmp_path / "old")
     new = run_of(tiny("new", "loss.name=dice")).path
@@ -236,6 +238,7 @@ def test_report_of_runs_tested_at_different_sizes_is_refused(tiny, tmp_path, pol
     assert polyseg("report", old, new, "--out", tmp_path / "report.html").code == 0
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_training_without_a_test_set_reports_validation_metrics(tiny, tmp_path, polyseg):
     for part, numbers in (("train", range(8)), ("val", range(8, 12))):
         for kind in ("images", "masks"):

@@ -2,11 +2,13 @@
 
 import csv
 import io
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -55,7 +57,9 @@ def run(folder, tmp_path_factory):
     """Return the folder of a short run with two labels, and the output of the command."""
     path = tmp_path_factory.mktemp("runs") / "run"
     settings = [TASKS, f"data.path={folder}", f"output.path={path}", "uncertainty.save_maps=true"]
-    return path, train(load_config(overrides=[*TINY, *settings]))
+    with pytest.MonkeyPatch.context() as patch:  # No test looks at the figures themselves.
+        patch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).touch())
+        return path, train(load_config(overrides=[*TINY, *settings]))
 
 
 def test_each_label_has_its_own_row(run):

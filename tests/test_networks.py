@@ -129,10 +129,12 @@ def test_every_network_can_overfit_one_image(name):
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in range(60):
         loss = dice_loss(network((image - image.mean()) / image.std()).sigmoid(), mask).mean()
+        if loss.item() < 0.15:
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.15
+    pytest.fail(f"the loss is {loss.item()} after 60 steps")
 
 
 def test_choosing_layers_does_not_change_the_initial_weights():

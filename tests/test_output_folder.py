@@ -374,6 +374,7 @@ def full_after(count, write=lambda path, pixels: Image.fromarray(pixels).save(pa
     return limited
 
 
+@pytest.mark.usefixtures("quick_figures")
 class TestCommands:
     @pytest.fixture(scope="class")
     @staticmethod

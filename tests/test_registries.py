@@ -265,6 +265,7 @@ def draw_nothing(*_):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_run_figure_is_added_by_one_row(monkeypatch, tiny, tmp_path):
     for name in list(RUN_FIGURES):
         monkeypatch.delitem(RUN_FIGURES, name)  # They take longer to draw.
@@ -378,8 +379,9 @@ def test_choice_is_added_by_one_row_and_its_run_resumes(
         tiny("run", f"{key}={row.name}")
     monkeypatch.setitem(registry, row.name, row)
     assert_listed(key, row.name, row.help)
+    settings = [f"{key}={row.name}", "control.start=1"]
     # The small network has no settings; those of `tiny` belong to another network.
-    settings = (f"{key}={row.name}", "network.kwargs={}", "control.start=1")
+    settings += ["network.kwargs={}"] if registry is NETWORKS else []
     train(tiny("run", *settings, "training.epochs=2"))
     train(tiny("run", *settings, "training.epochs=3"), resume=True, accept_changes=True)
     assert len(history_of(tmp_path / "run")) == 3

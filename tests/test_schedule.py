@@ -738,20 +738,6 @@ class TestRealRuns:
             assert ((record.wrong_sign >= 0) & (record.wrong_sign <= 1)).all()
 
 
-@pytest.fixture
-def quick_figures(monkeypatch):
-    """Write empty files in place of figures, which other tests draw."""
-
-    def save(_, path):
-        files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        return files
-
-    monkeypatch.setattr(figures_job, "save_figure", save)
-
-
 class TestCommands:
     def test_show_prints_table_json_and_csv(self, polyseg, runs):
         answer = polyseg("schedule", "show", runs / "batch")

@@ -6,7 +6,7 @@ import pytest
 
 SEED = 0
 FEW = [("kills", 2), ("signals", 4), ("access", 9), ("soak", 9)]
-FEW += [("damage", 20), ("configs", 46), ("checkpoints", 20), ("pickles", 5)]
+FEW += [("damage", 20), ("configs", 23), ("checkpoints", 20), ("pickles", 5)]
 FEW += [("faults", 9), ("disk_full", 2)]
 """Modules, and the number of their trials that run here."""
 

@@ -25,7 +25,7 @@ from .conftest import TINY
 EXAMPLES = Path(__file__).parent.parent / "examples"
 AT_ONCE = 3
 SETTINGS = (*TINY, "output.figures=false", "training.device=cpu")
-POLYSEG = f'#!/bin/sh\nexec "{sys.executable}" -m polyseg "$@"\n'
+GENUINE_POLYSEG = f'#!/bin/sh\nexec "{sys.executable}" -m polyseg "$@"\n'
 FAKE_POLYSEG = """#!/bin/bash
 echo "$CUDA_VISIBLE_DEVICES $*" >> "$NOTES"
 while [ $# -gt 0 ] && [ "$1" != --out ]; do shift; done
@@ -49,14 +49,21 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+@pytest.fixture(scope="module")
+def forked():
+    """Return the text of a program `polyseg` that forks."""
+    with forks.program() as text:
+        yield text
+
+
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, forked):
     """Return a function that starts an example script with given programs first in PATH."""
     place = tmp_path / "programs"
     place.mkdir()
 
     def start(name, *arguments, programs=(), **variables):
-        for program, text in {"polyseg": POLYSEG, **dict(programs)}.items():
+        for program, text in {"polyseg": forked, **dict(programs)}.items():
             (place / program).write_text(text)
             (place / program).chmod(0o755)
         path = f"{place}:{os.environ['PATH']}"
@@ -193,6 +200,7 @@ def test_failed_run_of_a_sweep_does_not_stop_the_others(tmp_path, script):
 def test_slurm_array_task_requeues_itself_and_resumes(tmp_path, script):
     out, number, notes = tmp_path / "array", tmp_path / "number", tmp_path / "notes"
     programs = {
+        "polyseg": GENUINE_POLYSEG,
         "srun": f'#!/bin/sh\necho $$ > "{number}.new"\nmv "{number}.new" "{number}"\nexec "$@"\n',
         "scontrol": f'#!/bin/sh\necho "$@" >> "{notes}"\n',
     }

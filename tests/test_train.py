@@ -368,7 +368,8 @@ def test_every_loss_trains(tiny, loss):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["basic-unet", "attention-unet", "dynunet", "segresnet"])
 def test_every_network_trains(tiny, name):
-    run = run_of(tiny("run", f"network.name={name}", "network.kwargs={}", "training.epochs=1"))
+    few = ("training.epochs=1", "data.demo_images=6")
+    run = run_of(tiny("run", f"network.name={name}", "network.kwargs={}", *few))
     assert run.assessment(1).is_file()
 
 

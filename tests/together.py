@@ -1,4 +1,7 @@
-"""Run commands in several processes, with the variables of `torchrun` or by `torchrun` itself."""
+"""Run commands in several processes, with the variables of `torchrun` or by `torchrun` itself.
+
+Those without `torchrun` are forks of a server that has one thread, as threads survive no fork.
+"""
 
 import contextlib
 import os
@@ -11,33 +14,10 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from tests import forks
+
 PATIENCE = 180
 """Seconds after which a process that should have ended counts as hanging."""
-
-
-class Process(subprocess.Popen):
-    """A `polyseg` process, started anew, because threads of libraries do not survive a fork."""
-
-    def __init__(self, arguments, log, environment):
-        with Path(log).open("ab") as stream:
-            super().__init__(
-                [sys.executable, "-m", "polyseg", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                start_new_session=True,
-            )
-
-    def join(self, seconds):
-        """Wait for its end, at most `seconds`."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(seconds)
-
-    @property
-    def exitcode(self):
-        """Return its exit code, None while it runs."""
-        return self.poll()
 
 
 class Group(list):
@@ -54,7 +34,7 @@ def begin(count, *arguments, log, environment=None):
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count)}
     for rank in range(count):
         mine = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
-        group.append(Process([*map(str, arguments)], log, mine))
+        group.append(forks.start([*map(str, arguments)], log, log, environment=mine))
     return group
 
 

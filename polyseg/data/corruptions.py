@@ -17,7 +17,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image as Picture
-from scipy import ndimage, signal
 
 from polyseg.config import DataConfig
 from polyseg.data.dataset import ImageSet
@@ -167,11 +166,15 @@ def _speckle(gray: Gray, deviation: float, generator: Generator, _: int) -> Gray
 
 
 def _blur(gray: Gray, share: float, _: Generator, side: int) -> Gray:
+    from scipy import ndimage
+
     return ndimage.gaussian_filter(gray, share * side, axes=(0, 1))
 
 
 def _motion(gray: Gray, share: float, generator: Generator, side: int) -> Gray:
     """Return the mean along a straight path in a random direction."""
+    from scipy import ndimage, signal
+
     length, angle = share * side, generator.uniform(0, math.pi)
     reach = math.ceil(length / 2) + 1
     still = np.zeros((2 * reach + 1, 2 * reach + 1))

@@ -25,7 +25,7 @@ READING = (
     "predict RUN IMAGE --out OUT/masks",
 )
 READS_A_PAIR = 4
-LONG = 60
+LONG = 30
 """Number of epochs of the run that is read."""
 _HEAD_START = 1.0
 """Seconds that two forks have to become ready before they start together."""
