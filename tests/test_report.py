@@ -29,6 +29,7 @@ from polyseg.report.document import Folded, Gallery, Page, PageSection, Picture,
 from polyseg.report.run_files import EvaluationFiles, RunFiles, read_run
 from polyseg.report.tables import (
     comparison_tables,
+    conclusions,
     dice_comparison,
     further_tables,
     metric_tables,
@@ -143,13 +144,16 @@ def _empty_drawings(request, monkeypatch):
 def make_run(tmp_path):
     """Return a function that writes a run's folder as training would, without training."""
 
-    def make(name="a", *, loss="polydice1", labels=(), **changes):
+    def make(name="a", *, loss="polydice1", start=0.2, labels=(), **changes):
         path = tmp_path / "runs" / name
         epsilon = np.random.default_rng(0).uniform(-0.4, 1, (3, IMAGES * (len(labels) or 1)))
         last = assessment(2, labels=labels, **changes)
         for folder in ("uncertainty", "figures", "evaluation"):
             (path / folder).mkdir(parents=True)
-        (path / "config.yaml").write_text(f"loss: {{name: {loss}}}\noutput: {{path: {name}}}\n")
+        settings = (
+            f"loss: {{name: {loss}}}\noutput: {{path: {name}}}\ncontrol: {{start: {start}}}\n"
+        )
+        (path / "config.yaml").write_text(settings)
         command = ["/usr/bin/polyseg", "train", "--set", "data.path=a b; rm"]
         environment = {"polyseg": "0.9", "device": "cpu", "started": "2026-01-02T03:04:05+0000"}
         (path / "environment.json").write_text(json.dumps(environment | {"command": command}))
@@ -275,7 +279,7 @@ def test_long_image_tables_are_shortened(make_run, evaluation, monkeypatch):
 
 
 def test_settings_table_shows_differences_between_runs(make_run):
-    page = written(make_run("a"), make_run("b", loss="dice"))
+    page = written(make_run("a", start=6), make_run("b", loss="dice"))
     (table,) = (
         one for one in re.findall(r"<table.*?</table>", page, flags=re.S) if "setting" in one
     )
@@ -286,6 +290,8 @@ def test_settings_table_shows_differences_between_runs(make_run):
     assert "Dice! 0.500 ± 0.250 0.400 to 0.600, n = 29 0.500" in Parser(page).text
     same = written(make_run("c"), make_run("d"), name="same.html")
     assert "The runs have the same settings." in same
+    other = written(make_run("e"), make_run("f", start=6), name="other.html")
+    assert "control.start 0.2 6" in Parser(other).text
 
 
 def test_each_label_has_its_own_tables_and_figures(make_run):
@@ -694,6 +700,16 @@ def compared(*differences, metrics=("dice",)):
         {"run": f"arm {k}", "baseline": "b", "metrics": dict.fromkeys(metrics, one)}
         for k, one in enumerate(differences)
     ]
+
+
+def test_conclusions_are_whole_paragraphs_and_not_in_captions():
+    sentence = f"No difference {'was shown ' * 40}."
+    record = summary("a") | {"comparisons": compared(DIFFERENCE), "conclusions": [sentence, 3]}
+    own = EvaluationFiles("cmp", summary=record)
+    assert [one.words for one in conclusions(own)] == [sentence]
+    assert conclusions(EvaluationFiles("cmp", summary=summary("a"))) == []
+    (table,) = comparison_tables(own)
+    assert "No difference" not in table.caption
 
 
 def test_further_tables_show_strata_failures_and_robustness():

@@ -59,6 +59,8 @@ _TEXT_COLUMNS = ("id", "at", "group", "label", "arm", "run", "prediction", "seed
 """Columns of per_image.csv that are text, or numbers that serve as names."""
 _MOST_ROWS = 2000
 _MOST_FACTS = 100
+_OF_ASSESSMENTS = ("control.start", "control.every")
+"""Settings that a run without assessments does not use."""
 _QUANTILES = (5, 25, 50, 75, 95)
 
 
@@ -249,7 +251,7 @@ def _differences(evaluation: EvaluationFiles) -> list[Block]:
     overview = list(tables.dice_comparison(evaluation))
     single: list[Block] = list(tables.comparison_tables(evaluation))
     folded = Folded("All metrics, comparison by comparison", single)
-    return [*overview, folded] if overview else single
+    return [*tables.conclusions(evaluation), *([*overview, folded] if overview else single)]
 
 
 def _figures_and_tables(evaluation: EvaluationFiles) -> list[Block]:
@@ -279,10 +281,14 @@ def _settings(runs: Sequence[RunFiles]) -> list[Block]:
 
 
 def _differing(runs: Sequence[RunFiles]) -> Block:
-    """Return the settings in which runs differ, without output.path."""
+    """Return the settings in which runs differ, without output.path, and a dash for unused ones."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key != "output.path")
     values = {key: [_value(run, key) for run in runs] for key in keys}
-    rows = [[key, *map(_without_folder, row)] for key, row in values.items() if len(set(row)) > 1]
+    rows = [
+        [key, *map(_without_folder, row)]
+        for key, row in values.items()
+        if len(set(row) - {DASH}) > 1
+    ]
     if not rows:
         return Text("The runs have the same settings.")
     head = ["setting", *(run.name for run in runs)]
@@ -290,6 +296,8 @@ def _differing(runs: Sequence[RunFiles]) -> Block:
 
 
 def _value(run: RunFiles, key: str) -> str:
+    if key in _OF_ASSESSMENTS and "adaptive" not in _loss(run.settings):
+        return DASH
     value = run.settings.get(key, DASH)
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
     return tables.brief(written)

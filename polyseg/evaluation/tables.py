@@ -166,8 +166,7 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
     ]
     by_patient = is_by_patient(summary)
     single = [_comparison_sheet(one, metrics, by_patient) for one, metrics in compared if metrics]
-    given = summary.get("conclusions")
-    found = [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
+    found = conclusions_of(summary)
     if len(in_dice) < 2:
         return [], [replace(one, notes=[*found, *one.notes]) for one in single]
     several = any(whole(metric_values(one, "dice").get("runs")) > 1 for one, _ in in_dice)
@@ -179,6 +178,12 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
     heads = ["run", *_comparison_heads(several)]
     notes = [*found, *_meaning(several, by_patient)]
     return [Sheet(f"Dice: difference from {against}", heads, rows, notes)], single
+
+
+def conclusions_of(summary: Record) -> list[str]:
+    """Return the sentences on whether the adaptive loss was better."""
+    given = summary.get("conclusions")
+    return [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
 
 
 def further_sheets(summary: Record) -> list[Sheet]:

@@ -8,11 +8,12 @@ from polyseg.errors import PolysegError
 from polyseg.evaluation import tables
 from polyseg.evaluation.summary_records import Network, Record, mapping, networks, records
 from polyseg.metrics.image_metrics import METRICS
-from polyseg.report.document import Table
+from polyseg.report.document import Table, Text
 from polyseg.report.run_files import EvaluationFiles
 
 _MOST = 200
 _LONGEST = 200
+_LONGEST_SENTENCE = 1000
 TEST = tables.metrics_title({})
 
 
@@ -57,6 +58,12 @@ def refuse_other_sizes(evaluations: Sequence[EvaluationFiles]) -> None:
             "at the images' own; run `polyseg evaluate` on both and give it by --evaluation, or "
             "report them separately"
         )
+
+
+def conclusions(evaluation: EvaluationFiles) -> list[Text]:
+    """Return the sentences on whether the adaptive loss was better, as paragraphs."""
+    given = tables.conclusions_of(evaluation.summary)
+    return [Text(sentence[:_LONGEST_SENTENCE]) for sentence in given[:_MOST]]
 
 
 def comparison_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
@@ -133,7 +140,9 @@ def _summary(evaluations: Sequence[EvaluationFiles]) -> Record:
     """Return one summary of several evaluations; a run's own network gets the run's name."""
     merged: dict[str, Any] = {"runs": [], "metrics": {}}
     for evaluation in evaluations:
-        found = {key: _shortened(value) for key, value in evaluation.summary.items()}
+        # The conclusions are paragraphs of their own.
+        given = {k: one for k, one in evaluation.summary.items() if k != "conclusions"}
+        found = {key: _shortened(value) for key, value in given.items()}
         entries = records(found, "runs")
         if not evaluation.compares:
             own, several = evaluation.name, len({Network(one).name for one in entries}) > 1
