@@ -7,9 +7,10 @@ import pytest
 
 from polyseg.config import load_config
 from polyseg.evaluation.arms import arms_of, roles_of
+from polyseg.evaluation.comparison import compare
 from polyseg.evaluation.conclusion import conclusions
 from polyseg.evaluation.export import markdown, summary
-from polyseg.evaluation.scores import Evaluation, RunScores, compare, pool
+from polyseg.evaluation.scores import Evaluation, RunScores, pool
 from tests.test_evaluation_patients import scored
 
 ROLES = {"adaptive": {"dice": "dice", "permuted": "permuted"}}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from polyseg.evaluation.comparison import compare
 from polyseg.evaluation.export import per_image_csv, summary
-from polyseg.evaluation.scores import Evaluation, ImageScores, RunScores, compare, pool
+from polyseg.evaluation.scores import Evaluation, ImageScores, RunScores, pool
 from polyseg.evaluation.tables import sheets
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import group_means, mean_interval, paired_difference

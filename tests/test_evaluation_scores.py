@@ -9,10 +9,10 @@ from scipy import stats
 from sklearn import metrics as peer
 
 from polyseg.errors import PolysegError
+from polyseg.evaluation.comparison import compare
 from polyseg.evaluation.scores import (
     ImageScores,
     RunScores,
-    compare,
     failure_detection,
     image_scores,
     pool,

@@ -13,7 +13,8 @@ from sklearn.metrics import brier_score_loss, f1_score
 
 from polyseg.data.loading import load_images
 from polyseg.errors import PolysegError
-from polyseg.evaluation.scores import ImageScores, RunScores, compare, pool
+from polyseg.evaluation.comparison import compare
+from polyseg.evaluation.scores import ImageScores, RunScores, pool
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.report.run_files import EvaluationFiles
 from polyseg.report.tables import refuse_other_sizes

@@ -10,15 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from polyseg.evaluation.comparison import compare
 from polyseg.evaluation.export import latex, markdown, per_image_csv, robustness_csv, summary
-from polyseg.evaluation.scores import (
-    Evaluation,
-    RobustnessPoint,
-    RunScores,
-    compare,
-    image_scores,
-    pool,
-)
+from polyseg.evaluation.scores import Evaluation, RobustnessPoint, RunScores, image_scores, pool
 from polyseg.evaluation.tables import sheets
 from polyseg.metrics.image_metrics import METRICS
 

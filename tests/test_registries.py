@@ -39,7 +39,8 @@ from polyseg.data.formats.stacks import Stack
 from polyseg.data.layouts.public_sets import PUBLIC_SETS, PublicSet
 from polyseg.data.preprocessing import Levels
 from polyseg.errors import PolysegError
-from polyseg.evaluation.scores import Evaluation, RunScores, compare, image_scores
+from polyseg.evaluation.comparison import compare
+from polyseg.evaluation.scores import Evaluation, RunScores, image_scores
 from polyseg.figures import evaluation_files
 from polyseg.figures.figures_by_name import (
     EVALUATION_FIGURES,

@@ -17,8 +17,9 @@ from polyseg.data.loading import load_images
 from polyseg.data.splits import PARTS, split_by_settings
 from polyseg.errors import PolysegError
 from polyseg.evaluation.arms import arms_of, pool_arms, pool_points, roles_of
+from polyseg.evaluation.comparison import compare
 from polyseg.evaluation.conclusion import conclusions
-from polyseg.evaluation.scores import Evaluation, RunScores, compare
+from polyseg.evaluation.scores import Evaluation, RunScores
 from polyseg.evaluation.testing_masks import OtherMasks, measure_masks
 from polyseg.evaluation.testing_networks import (
     EvaluationSettings,

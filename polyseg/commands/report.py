@@ -296,11 +296,18 @@ def _differing(runs: Sequence[RunFiles]) -> Block:
 
 
 def _value(run: RunFiles, key: str) -> str:
-    if key in _OF_ASSESSMENTS and "adaptive" not in _loss(run.settings):
-        return DASH
     value = run.settings.get(key, DASH)
+    if key in _OF_ASSESSMENTS and not _may_assess(run.settings):
+        value = DASH
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
     return tables.brief(written)
+
+
+def _may_assess(settings: Mapping[str, object]) -> bool:
+    name = settings.get("loss.name")
+    row = LOSSES.get(name) if isinstance(name, str) else None
+    off = settings.get("control.enabled") is False or settings.get("control.replay")
+    return not off and (row is None or row.has_epsilon)
 
 
 def _without_folder(value: str) -> str:

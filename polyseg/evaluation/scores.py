@@ -1,4 +1,4 @@
-"""The results of an evaluation: metrics by image, label and run, arms of several runs, comparisons.
+"""The results of an evaluation: metrics by image, label and run, arms of several runs.
 
 Only `image_scores` reads pixels; `tables` and `export` write the results.
 """
@@ -23,12 +23,9 @@ from polyseg.metrics.rank_stability import spearman
 from polyseg.metrics.significance import (
     Interval,
     PairedDifference,
-    adjust_together,
     deviation_over_seeds,
     group_means,
     mean_interval,
-    over_runs,
-    paired_difference,
     terciles,
 )
 
@@ -116,7 +113,7 @@ class RunScores:
 
     def mean(self, key: str) -> float:
         """Return the mean over the patients, or images, with a defined metric; NaN without any."""
-        return _mean(self.defined(key))
+        return mean_or_nan(self.defined(key))
 
     def deviation(self, key: str) -> float:
         """Return the standard deviation over the patients, or images, divisor n - 1."""
@@ -137,7 +134,7 @@ class RunScores:
         parts = [[run for run in self.members if run.seed == seed] for seed in seeds]
         if any({one.id for run in part for one in run.scores} != set(ids) for part in parts):
             return math.nan
-        table = [group_means(_by_id(pool("", part), key, ids), self.groups) for part in parts]
+        table = [group_means(values_by_id(pool("", part), key, ids), self.groups) for part in parts]
         return deviation_over_seeds(table) if table else math.nan
 
     def fold_deviation(self, key: str) -> float:
@@ -350,32 +347,6 @@ def mean_scores(runs: Sequence[Sequence[ImageScores]]) -> list[ImageScores]:
     return [_mean_of_image(images) for images in found.values()]
 
 
-def compare(runs: Sequence[RunScores], baseline: str) -> list[Comparison]:
-    """Compare all runs with the baseline on the same images, for each label.
-
-    Means over passes of MC Dropout are compared with such means. For arms, runs with equal seed and
-    fold are compared, or all runs if there are none. The p-values of a metric are adjusted by
-    Holm's method over the compared runs.
-
-    Raises:
-        PolysegError: there is no such run, or masks were compared at different sizes.
-    """
-    refuse_other_sizes(runs)
-    titles = {run.name for run in runs}
-    if baseline not in titles:
-        raise PolysegError(
-            f"--baseline {baseline}: is not one of the runs; choose {', '.join(sorted(titles))}"
-        )
-    found = []
-    for kind in dict.fromkeys((run.label, run.prediction) for run in runs):
-        of_kind = [run for run in runs if (run.label, run.prediction) == kind]
-        reference = next((run for run in of_kind if run.name == baseline), None)
-        if reference is None:
-            raise PolysegError(f"--baseline {baseline}: has no results for {kind[0] or kind[1]}")
-        found += _compared(reference, [run for run in of_kind if run is not reference])
-    return found
-
-
 def strata(run: RunScores, difficulty: ArrayLike | None = None) -> Iterator[Stratum]:
     """Yield the thirds of a run's images by size of the mask, and by difficulty if it is known.
 
@@ -428,53 +399,8 @@ def failure_detection(run: RunScores, limit: float) -> list[FailureDetection]:
     return found
 
 
-def _compared(reference: RunScores, others: Sequence[RunScores]) -> list[Comparison]:
-    differences = {
-        name: adjust_together([_difference(reference, run, metric) for run in others])
-        for name, metric in METRICS.items()
-    }
-    return [
-        Comparison(
-            baseline=reference.title,
-            run=run.title,
-            label=run.label,
-            differences={key: found[i] for key, found in differences.items()},
-        )
-        for i, run in enumerate(others)
-    ]
-
-
-def _difference(reference: RunScores, run: RunScores, metric: Metric) -> PairedDifference:
-    """Compare two runs, or the runs of two arms with equal seed and fold."""
-    pairs = _pairs(reference, run)
-    if pairs:
-        reference, run = (pool("", list(members)) for members in zip(*pairs, strict=True))
-    ids = [image.id for image in reference.scores]
-    found = paired_difference(
-        reference.column(metric.name),
-        _by_id(run, metric.name, ids),
-        groups=reference.groups,
-        higher_is_better=metric.higher_is_better,
-    )
-    return over_runs(found, [_mean_difference(*pair, metric.name) for pair in pairs])
-
-
-def _pairs(reference: RunScores, run: RunScores) -> list[tuple[RunScores, RunScores]]:
-    return [
-        (one, other)
-        for one in reference.members
-        for other in run.members
-        if (one.seed, one.fold) == (other.seed, other.fold)
-    ]
-
-
-def _mean_difference(one: RunScores, other: RunScores, key: str) -> float:
-    ids = [image.id for image in one.scores]
-    differences = group_means(_by_id(other, key, ids) - _by_id(one, key, ids), one.groups)
-    return _mean(differences[np.isfinite(differences)])
-
-
-def _mean(values: Values) -> float:
+def mean_or_nan(values: Values) -> float:
+    """Return the mean of values, NaN without any."""
     return float(values.mean()) if values.size else math.nan
 
 
@@ -482,7 +408,7 @@ def _deviation(values: Values) -> float:
     return float(values.std(ddof=1)) if values.size > 1 else math.nan
 
 
-def _by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
+def values_by_id(run: RunScores, key: str, ids: Sequence[str]) -> Values:
     """Return a metric of some images, NaN for images that the run has not tested."""
     values = {image.id: image.values[key] for image in run.scores}
     return np.array([values.get(identity, math.nan) for identity in ids])
