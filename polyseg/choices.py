@@ -242,13 +242,23 @@ def map_names() -> tuple[str, ...]:
 
 _DIFFICULTY = "polyseg.difficulty"
 
+
+@dataclass(frozen=True)
+class Reduction(Row):
+    """A normalisation of difficulties."""
+
+    statistics: str = "D_pct and sigma"
+    """The numbers of the images normalised together that it uses, in words."""
+
+
 REDUCTIONS = Registry(
     "reduction",
-    Row("sigma", "(D - D_pct) / (sigma_D + delta), eq. 11", f"{_DIFFICULTY}:normalise_by"),
-    Row(
+    Reduction("sigma", "(D - D_pct) / (sigma_D + delta), eq. 11", f"{_DIFFICULTY}:normalise_by"),
+    Reduction(
         "rank",
         "normal score of the rank, Phi^-1((rank - 1/2) / n), average ranks for ties",
         f"{_DIFFICULTY}:normalise_by_rank",
+        "ranks",
     ),
 )
 """Normalisations of difficulties.

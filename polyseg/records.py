@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-Metric = str
+ScoreName = str
 """Name of a row of `choices.UNCERTAINTIES` or `choices.FREE_SCORES`."""
 
 Progress = Callable[[str, int, int], None]
@@ -56,16 +56,16 @@ class Assessment:
     """Number of passes N; 0 for a difficulty that takes none."""
     rate: float
     """Largest dropout rate of the layers."""
-    metric: Metric
+    metric: ScoreName
     """Name of the score that is the difficulty."""
     region: str
     masks: str
     """Whether images share dropout masks: "consistent" or "independent"."""
     seed: int
     ids: list[str]
-    scores: Mapping[Metric, NDArray[np.float64]]
+    scores: Mapping[ScoreName, NDArray[np.float64]]
     """The measured scores, (n,) each, before eq. 11."""
-    scores_se: Mapping[Metric, NDArray[np.float64]]
+    scores_se: Mapping[ScoreName, NDArray[np.float64]]
     """Standard errors of `UNCERTAINTIES` over the passes, (n,) each; NaN below 4 passes."""
     foreground_pixels: NDArray[np.int64]
     """(n,) number of pixels in the region."""
@@ -73,7 +73,7 @@ class Assessment:
     """(n,) indices into `difficulty.FALLBACKS`."""
     dice: NDArray[np.float64]
     """(n,) Dice of the prediction without dropout at 0.5; NaN without a mask."""
-    rank_stability: Mapping[Metric, float] = field(default_factory=dict)
+    rank_stability: Mapping[ScoreName, float] = field(default_factory=dict)
     """Expected rank correlation of each of `UNCERTAINTIES` with its value from infinitely many
     passes; NaN below 4 passes, and where all values are equal."""
     mask_pixels: NDArray[np.int64] | None = None

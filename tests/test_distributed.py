@@ -11,7 +11,7 @@ import torch
 from torch import distributed, nn
 from torch.multiprocessing import start_processes
 
-from polyseg.montecarlo.scores import ScoreTable, Wanted
+from polyseg.montecarlo.measurement import ScoreTable, Wanted
 from polyseg.runs.checkpoints import read_checkpoint
 from polyseg.runs.record_files import read_assessment
 from polyseg.runs.run_folder import RunDirectory

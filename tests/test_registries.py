@@ -53,7 +53,12 @@ from polyseg.figures.style import metric_name
 from polyseg.metrics.image_metrics import METRICS, Metric
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import stochastic_pass
-from polyseg.networks.dropout import DROPOUT_LAYERS, DropoutLayer, stochastic_layers
+from polyseg.networks.dropout import (
+    DROPOUT_LAYERS,
+    DropoutLayer,
+    dropout_types,
+    stochastic_layers,
+)
 from polyseg.registry import Registry, Row
 from polyseg.report.document import Gallery
 from polyseg.report.run_files import read_evaluation, read_run
@@ -73,6 +78,7 @@ REGISTRIES |= {
     "COLUMNS": COLUMNS,
     "FORMATS": FORMATS,
     "DROPOUT_LAYERS": DROPOUT_LAYERS,
+    "PUBLIC_SETS": PUBLIC_SETS,
     "METRICS": METRICS,
     "RUN_FIGURES": RUN_FIGURES,
     "EVALUATION_FIGURES": EVALUATION_FIGURES,
@@ -85,6 +91,11 @@ def test_every_row_names_an_existing_function_and_has_help(name):
     for row in REGISTRIES[name].values():
         assert row.help and not row.help.endswith(".")
         assert not row.function or callable(row.resolve())
+
+
+def test_mc_dropout_supports_every_kind_of_dropout_of_the_settings():
+    for kind in choices.DROPOUT_KINDS.values():
+        assert issubclass(kind.resolve(), dropout_types())
 
 
 def choices_of(key):

@@ -74,7 +74,7 @@ class EpsilonControl:
             [percentile_and_sigma(column, self.config.percentile) for column in columns.T]
         )
         epsilon = [
-            epsilon_of(normalised_by(column, found, self.config), self.config)
+            epsilon_of(normalised_by_setting(column, found, self.config), self.config)
             for column, found in zip(columns.T, statistics, strict=True)
         ]
         return Adapted(np.stack(epsilon, axis=1).ravel(), statistics)
@@ -87,14 +87,15 @@ class EpsilonControl:
         return rows
 
 
-def normalised_by(
+def normalised_by_setting(
     difficulty: NDArray[np.float64], statistics: NDArray[np.float64], config: ControlConfig
 ) -> NDArray[np.float64]:
     """Return the normalised difficulties, (n,), of images that are normalised together.
 
     `statistics` are their D_pct and sigma_D; `config.reduction` names the normalisation.
 
-    >>> normalised_by(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0]), ControlConfig(delta=1e-12))
+    >>> config = ControlConfig(delta=1e-12)
+    >>> normalised_by_setting(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0]), config)
     array([-1.,  0.,  1.])
     """
     normalised: NDArray[np.float64] = REDUCTIONS[config.reduction].resolve()(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyseg.adaptive.controller import EpsilonControl, Recorder, normalised_by
+from polyseg.adaptive.controller import EpsilonControl, Recorder, normalised_by_setting
 from polyseg.adaptive.replay import arm_of_difficulty, replay_arm
 from polyseg.config import Config, build_config
 from polyseg.data.order import epoch_order
@@ -100,7 +100,9 @@ class RunRecord:
         for found in set(group[row].tolist()) - {-1}:
             together = group[row] == found
             difficulty = self.assessments[k].difficulty[together]
-            normalised[together] = normalised_by(difficulty, statistics[found], self.config.control)
+            normalised[together] = normalised_by_setting(
+                difficulty, statistics[found], self.config.control
+            )
         return normalised
 
 

@@ -9,7 +9,7 @@ from polyseg.adaptive.recorded_schedule import Row, RunRecord, Values
 from polyseg.adaptive.replay import mask_sizes
 from polyseg.metrics.rank_stability import partial_spearman, spearman
 from polyseg.metrics.significance import rank_correlation
-from polyseg.records import Metric
+from polyseg.records import ScoreName
 
 MEASURES = ("with_error", "with_size", "with_error_given_size", "with_previous")
 """Spearman's correlations that `validity` returns for each score."""
@@ -113,7 +113,7 @@ def correlation(first: Values, second: Values) -> float:
     return spearman(first[known], second[known]) if known.sum() >= _FEWEST else math.nan
 
 
-def _validity(part: RunRecord, k: int, name: Metric) -> Row:
+def _validity(part: RunRecord, k: int, name: ScoreName) -> Row:
     assessment = part.assessments[k]
     score, error, size = assessment.scores[name], 1 - assessment.dice, mask_sizes(assessment)
     before = part.assessments[k - 1].scores.get(name) if k else None
@@ -128,7 +128,7 @@ def _validity(part: RunRecord, k: int, name: Metric) -> Row:
 
 
 def _unseen_validity(
-    part: RunRecord, k: int, name: Metric, unseen: Mapping[tuple[str, str], float], label: str
+    part: RunRecord, k: int, name: ScoreName, unseen: Mapping[tuple[str, str], float], label: str
 ) -> Row:
     assessment = part.assessments[k]
     score = assessment.scores[name]

@@ -287,7 +287,7 @@ def _print_image(title: str, found: "TableWithNotes") -> None:
     rows = {(row["epoch"], row.get("label")): row for row in found.rows}
     _print_table(f"{title}: assessments", assessed, list(rows.values()))
     met = [row for row in found.rows if math.isfinite(row["from_epoch"])]
-    _print_table(f"{title}: epsilon from D (eq. 11 and 12)", followed, met, found.notes)
+    _print_table(f"{title}: epsilon from D", followed, met, found.notes)
 
 
 def _print_table(

@@ -150,9 +150,12 @@ def _committed_schedule(
 def _notes_on_equations(record: RunRecord) -> list[str]:
     """Return eq. 11 and 12 with the settings of a run, and which statistics they used."""
     control = record.config.control
-    statistics = "D_pct and sigma" if control.reduction == "sigma" else "D_pct, sigma and ranks"
+    reduction = REDUCTIONS[control.reduction]
+    statistics, numbers = reduction.statistics, ""
+    if "D_pct" in statistics:
+        numbers = f", pct = {control.percentile:g}, delta = {control.delta:g}"
     notes = [
-        _reduction_note(control),
+        f"D_norm: {reduction.help} (control.reduction={reduction.name}{numbers})",
         _map_note(control),
         f"{statistics}: of the batch of the image (control.statistics=batch), so epsilon differs "
         "from epoch to epoch"
@@ -168,16 +171,6 @@ def _notes_on_equations(record: RunRecord) -> list[str]:
             "older polyseg; epsilon there is that of the first epoch of the row"
         )
     return notes
-
-
-def _reduction_note(control: ControlConfig) -> str:
-    """Return a sentence about the normalisation of D."""
-    if control.reduction == "sigma":
-        return (
-            f"eq. 11: D_norm = (D - D_pct) / (sigma + {control.delta:g}), "
-            f"pct = {control.percentile:g}"
-        )
-    return f"D_norm: {REDUCTIONS[control.reduction].help} (control.reduction={control.reduction})"
 
 
 def _map_note(control: ControlConfig) -> str:

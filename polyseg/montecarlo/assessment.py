@@ -24,8 +24,8 @@ from polyseg.config import UncertaintyConfig
 from polyseg.errors import PolysegError
 from polyseg.montecarlo.choose_samples import MOST, choose_samples
 from polyseg.montecarlo.dropout_masks import MaskStreams
+from polyseg.montecarlo.measurement import Measurement, ScoreTable, Wanted, extended
 from polyseg.montecarlo.passes import Passes, ProgramFailedError
-from polyseg.montecarlo.scores import Measurement, ScoreTable, Wanted, extended
 from polyseg.networks.dropout import active_layers
 from polyseg.networks.inference import LESS_MEMORY, held_in_mode, images_of
 from polyseg.networks.segmentation_network import hash_weights

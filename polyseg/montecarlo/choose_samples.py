@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from polyseg.metrics.rank_stability import passes_needed
-from polyseg.montecarlo.scores import Measurement, Results, join_halves, stability_of
+from polyseg.montecarlo.measurement import Measurement, Results, join_halves, stability_of
 
 FEWEST, MOST = 6, 100
 """Bounds of N."""

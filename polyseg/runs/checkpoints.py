@@ -91,7 +91,9 @@ class Checkpoint:
     losses: NDArray[np.float64] | None = None
     """Last loss of each column of the schedule."""
     best_epoch: int = 0
+    """Epoch of the best validation Dice; 0 before the first."""
     best_dice: float = -1.0
+    """Best validation Dice; -1 before the first epoch, NaN without validation images."""
     assessments: Mapping[str, str] = field(default_factory=dict)
     """sha256 of the assessment files written so far, by file name."""
     replay: str = ""

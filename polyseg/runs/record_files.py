@@ -22,7 +22,7 @@ from polyseg.choices import UNCERTAINTIES, WHOLE_SCORES, map_names, score_names
 from polyseg.difficulty import FALLBACKS
 from polyseg.errors import PolysegError
 from polyseg.metrics.rank_stability import FEWEST_PASSES
-from polyseg.records import Assessment, Metric, Schedule
+from polyseg.records import Assessment, Schedule, ScoreName
 from polyseg.registry import is_own
 from polyseg.system.files import atomic_path, sha256_of_file
 
@@ -290,12 +290,12 @@ def _attributes(file: Any) -> dict[str, Any]:
     return found
 
 
-def _key(score: Metric) -> str:
+def _key(score: ScoreName) -> str:
     """Return the name of a score in a file, where / would begin a group."""
     return score.replace("/", "|")
 
 
-def _rank_stability(file: Any, scores: Iterable[Metric]) -> dict[Metric, float]:
+def _rank_stability(file: Any, scores: Iterable[ScoreName]) -> dict[ScoreName, float]:
     held = {name: file[f"scores/{_key(name)}"] for name in scores}
     judged = {name: one for name, one in held.items() if "rank_stability" in one.attrs}
     return {name: float(_attribute(one, "rank_stability")) for name, one in judged.items()}
@@ -332,8 +332,8 @@ def _finite(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _columns(
-    file: Any, group: str, n: int, names: list[Metric]
-) -> dict[Metric, NDArray[np.float64]]:
+    file: Any, group: str, n: int, names: list[ScoreName]
+) -> dict[ScoreName, NDArray[np.float64]]:
     return {
         name: _finite(_column(file, f"{group}/{_key(name)}", n, "f8"))
         for name in names

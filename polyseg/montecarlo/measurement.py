@@ -21,7 +21,7 @@ from polyseg.metrics.rank_stability import FEWEST_PASSES, jackknife_error, rank_
 from polyseg.montecarlo.passes import Passes
 from polyseg.montecarlo.regions import select_region
 from polyseg.networks.inference import images_of, size_text
-from polyseg.records import Batch, Metric
+from polyseg.records import Batch, ScoreName
 from polyseg.registry import is_own
 from polyseg.system.memory import Portions
 from polyseg.uncertainty import UncertaintyAccumulator
@@ -41,12 +41,12 @@ class Wanted:
     """Names of scores to compute in addition to `UNCERTAINTIES` and those without passes."""
 
     @property
-    def streamed(self) -> tuple[Metric, ...]:
+    def streamed(self) -> tuple[ScoreName, ...]:
         """The scores that have standard errors, computed from parts of the passes."""
         whole = (name for name in self.also if score_of(name).of in ("moments", "pass"))
         return (*UNCERTAINTIES, *whole)
 
-    def also_of(self, kind: str) -> dict[Metric, Score]:
+    def also_of(self, kind: str) -> dict[ScoreName, Score]:
         """Return the rows of the additional scores that are functions of `kind`."""
         return {name: score_of(name) for name in self.also if score_of(name).of == kind}
 
@@ -64,7 +64,7 @@ class Group:
     """Record of the pixels over which scores are averaged."""
     frame: UncertaintyAccumulator | None = None
     """Record of all pixels, if a score needs them."""
-    sums: dict[Metric, Tensor] = field(default_factory=dict)
+    sums: dict[ScoreName, Tensor] = field(default_factory=dict)
     """Sums over the passes of scores of a pass, (rows,) each."""
 
     @property
@@ -347,7 +347,7 @@ class ScoreTable:
             **found,
         }
 
-    def _stability(self) -> dict[Metric, float]:
+    def _stability(self) -> dict[ScoreName, float]:
         if not self.halves:
             return {}
         by_score = np.moveaxis(join_halves(self.halves), 2, 0)
@@ -355,7 +355,7 @@ class ScoreTable:
         return {name: stability_of(halves, len(self.labels)) for name, halves in each}
 
     @property
-    def _names(self) -> list[Metric]:
+    def _names(self) -> list[ScoreName]:
         """The names of all scores that may have been computed."""
         return list(dict.fromkeys([*score_names(), *self.wanted.also]))
 
