@@ -31,6 +31,9 @@ settings.load_profile("polyseg")
 # Background jobs of a shell inherit that this signal is ignored, and polyseg respects that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# No test cuts the power, and a run would wait dozens of times for the disk.
+os.fsync = lambda _: None
+
 # Tensors of tests are tiny, so several threads would only wait for one another.
 torch.set_num_threads(1)
 

@@ -114,6 +114,7 @@ def test_train_estimate_and_evaluate_write_readable_files(polyseg, tmp_path, ima
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_estimate_uncertainty_accepts_images_without_masks(polyseg, tmp_path, images):
     polyseg("train", "--data", images, "--out", tmp_path / "run", *SET, "--quiet")
     answer = polyseg(
@@ -352,6 +353,7 @@ def test_resume_refuses_changed_data(polyseg, tmp_path, images, change):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_evaluate_accepts_data_in_a_new_place(polyseg, tmp_path, images):
     run, new, others = tmp_path / "run", tmp_path / "new", tmp_path / "others"
     polyseg("train", "--data", images, "--out", run, *SET, "-q")

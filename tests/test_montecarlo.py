@@ -113,7 +113,11 @@ def test_scores_follow_the_equations_from_the_passes(network):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiled_or_plain")
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize(
+    ("_compiled_or_plain", "name"),
+    [*((0, name) for name in NETWORKS), (np.inf, "unet")],
+    indirect=["_compiled_or_plain"],
+)
 def test_assessment_changes_neither_network_nor_random_state(name):
     network = build_network(name, in_channels=1).train()
     for i, module in enumerate(network.modules()):
@@ -130,8 +134,16 @@ def test_assessment_changes_neither_network_nor_random_state(name):
 
 
 @pytest.mark.usefixtures("_compiled_or_plain")
-@pytest.mark.parametrize("masks", ["consistent", "independent"])
-@pytest.mark.parametrize("kind", ["channel", "element"])
+@pytest.mark.parametrize(
+    ("_compiled_or_plain", "kind", "masks"),
+    [
+        (0, "channel", "consistent"),
+        (0, "element", "independent"),
+        (np.inf, "channel", "independent"),
+        (np.inf, "element", "consistent"),
+    ],
+    indirect=["_compiled_or_plain"],
+)
 def test_difficulty_does_not_depend_on_batches_or_order(masks, kind):
     network = build_network("unet", in_channels=1, dropout=0.3, dropout_kind=kind, settings=SMALL)
     batch = make_batch(6)

@@ -20,6 +20,7 @@ MAP = f"control.map={EXAMPLES / 'own_difficulty.py'}:steps"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_example_functions_train_and_are_recorded(tiny, tmp_path, polyseg):
     train(tiny("run", LOSS, METRIC, MAP))
     run = tmp_path / "run"

@@ -38,7 +38,7 @@ def replay_of(run, tiny, *more, name="replayed"):
     return run_of(tiny(name, *FIVE_EPOCHS, f"control.replay={run.path}", *more))
 
 
-@pytest.mark.parametrize("statistics", ["batch", "dataset"])
+@pytest.mark.parametrize("statistics", ["batch", pytest.param("dataset", marks=pytest.mark.slow)])
 def test_replay_equals_its_original_bit_for_bit(tiny, finished, statistics):
     settings = (f"control.statistics={statistics}", "training.seed=3")
     original = finished("original", *FIVE_EPOCHS, *settings)

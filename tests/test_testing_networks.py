@@ -358,6 +358,7 @@ def test_runs_on_the_same_images_read_them_once(two_runs, tiny, tmp_path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_commands_read_each_checkpoint_once(two_runs, tmp_path, monkeypatch):
     read, content = [], checkpoints._content
 

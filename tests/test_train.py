@@ -300,8 +300,10 @@ def test_resume_uses_the_older_checkpoint_if_the_last_is_damaged(tiny, finished)
     assert run.last.with_suffix(".damaged").read_bytes() == bytes(content)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("damage", ["all", "name", "shape", "index", "dtype"])
+@pytest.mark.parametrize(
+    ("damage", "optimizer"),
+    [*((one, "adamw") for one in ("all", "name", "shape", "index", "dtype")), ("all", "sgd")],
+)
 def test_restore_optimizer_refuses_tensors_that_do_not_fit(tiny, finished, optimizer, damage):
     run = finished("run", f"training.optimizer={optimizer}", "training.epochs=1")
     checkpoint = read_checkpoint(run.last)
@@ -368,7 +370,7 @@ def test_every_loss_trains(tiny, loss):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["basic-unet", "attention-unet", "dynunet", "segresnet"])
 def test_every_network_trains(tiny, name):
-    few = ("training.epochs=1", "data.demo_images=6")
+    few = ("training.epochs=1", "data.demo_images=10")
     run = run_of(tiny("run", f"network.name={name}", "network.kwargs={}", *few))
     assert run.assessment(1).is_file()
 
@@ -982,7 +984,8 @@ def test_run_prints_a_summary_of_the_data(tiny, tmp_path):
     ],
 )
 def test_log_begins_with_a_summary_of_the_data(tiny, settings, told):
-    log = run_of(tiny("run", "training.epochs=1", *settings)).log.read_text()
+    few = ("training.epochs=1", "control.enabled=false", *settings)
+    log = run_of(tiny("run", *few)).log.read_text()
     assert log.count(told) == 1
 
 

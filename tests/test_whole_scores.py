@@ -185,6 +185,7 @@ def test_training_refuses_pairwise_dice_and_names_the_command(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_commands_measure_whole_scores(polyseg, finished, tmp_path):
     run = finished("run")
     answer = polyseg(
