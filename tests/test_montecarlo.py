@@ -12,7 +12,7 @@ from polyseg.choices import NETWORKS, UNCERTAINTIES
 from polyseg.config import UncertaintyConfig
 from polyseg.difficulty import FALLBACKS, foreground_mean
 from polyseg.errors import PolysegError
-from polyseg.montecarlo import assessment, choose_samples, passes, scores
+from polyseg.montecarlo import assessment, choose_samples, measurement, passes
 from polyseg.montecarlo.assessment import assess
 from polyseg.montecarlo.dropout_masks import MaskStreams
 from polyseg.montecarlo.passes import stochastic_pass
@@ -429,14 +429,14 @@ def test_out_of_memory_after_the_first_passes_keeps_scores(network, monkeypatch)
     how = {"samples": "auto", "rank_target": 0.9999}
     expected = assess(network, batches, UncertaintyConfig(**how))
     assert expected.samples > choose_samples.FEWEST
-    extend = scores.Measurement.extend
+    extend = measurement.Measurement.extend
 
     def later(self, samples, tell):
         if samples > choose_samples.FEWEST and len(self.batch.ids) > 2:
             raise MemoryError
         extend(self, samples, tell)
 
-    monkeypatch.setattr(scores.Measurement, "extend", later)
+    monkeypatch.setattr(measurement.Measurement, "extend", later)
     found = assess(network, batches, UncertaintyConfig(**how))
     assert_alike(found, expected)
 
