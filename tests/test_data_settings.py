@@ -342,6 +342,7 @@ def test_data_check_shows_the_groups(tmp_path, polyseg):
     answer = polyseg("data", "check", data, "--json", "--set", "data.duplicates=allow")
     found = json.loads(answer.out)
     assert found["groups"] == "3 (p1, p2, p3)"
+    assert sum(found["groups in the split"].values()) == 3
     assert "36 images form 3 groups by the first number in their names" in found["notes"][0]
     flags = ("--json", "--set", "data.duplicates=allow", "--set")
     none = json.loads(polyseg("data", "check", data, *flags, "data.group=none").out)

@@ -15,6 +15,7 @@ from polyseg.evaluation.export import latex, markdown, per_image_csv, robustness
 from polyseg.evaluation.scores import Evaluation, RobustnessPoint, RunScores, image_scores, pool
 from polyseg.evaluation.tables import sheets
 from polyseg.metrics.image_metrics import METRICS
+from tests.test_evaluation_patients import scored
 
 EMPTY, PIXEL = np.zeros((3, 4)), np.eye(3, 4) * np.array([1, 0, 0, 0])
 
@@ -50,6 +51,24 @@ def compared():
     ]
     found = [RunScores("plain", worse), RunScores("new", better)]
     return Evaluation(found, compare(found, "plain"))
+
+
+def test_stars_and_the_advice_on_seeds_are_noted_where_they_apply():
+    rng = np.random.default_rng(0)
+    low, high = (
+        scored(name, rng.uniform(0, 0.1, 30) + k / 2, [None] * 30)
+        for k, name in enumerate(("low", "high"))
+    )
+
+    def notes(*runs):
+        found = Evaluation(runs, compare(runs, runs[0].name))
+        return " ".join(sheets(summary(found))[0].notes)
+
+    assert "*** p < 0.001" in notes(low, high) and "train several seeds" in notes(low, high)
+    same = replace(low, name="same")
+    assert "p < 0.05" not in notes(low, same) and "train several seeds" in notes(low, same)
+    arms = [pool(one.name, [one, replace(one, seed=1)]) for one in (low, same)]
+    assert "train several seeds" not in notes(*arms)
 
 
 def test_notes_report_empty_masks_and_undefined_metrics(runs):

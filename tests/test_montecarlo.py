@@ -22,6 +22,7 @@ from polyseg.networks.networks_by_name import build_network
 from polyseg.networks.segmentation_network import hash_weights
 from polyseg.records import Batch
 from polyseg.runs.assessment_text import describe, describe_order
+from polyseg.training.log_lines import log_assessment
 from polyseg.uncertainty import mutual_information, prediction_variance, predictive_entropy
 
 SMALL = {"channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 2}
@@ -474,6 +475,13 @@ def test_out_of_memory_for_one_prediction_is_one_line(network):
     refuse_more(network, 0)
     with pytest.raises(PolysegError, match="prediction: ran out of memory on an image of 32 x 32"):
         list(predict(network, [make_batch(2)]))
+
+
+@pytest.mark.parametrize(("dice", "warned"), [(0.05, True), (0.5, False), (np.nan, False)])
+def test_difficulty_of_a_network_that_hardly_segments_is_warned_of(network, dice, warned, caplog):
+    found = assess(network, [make_batch(4)], UncertaintyConfig(samples=2))
+    log_assessment(dataclasses.replace(found, dice=np.full(4, dice)), is_last=False)
+    assert ("raise control.start" in caplog.text) == warned
 
 
 def test_correlation_with_error_is_described_for_each_label(network):

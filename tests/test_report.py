@@ -755,7 +755,7 @@ def test_comparison_tables_show_tests_over_images_and_over_runs():
     record["comparisons"] = compared(DIFFERENCE, DIFFERENCE | OVER_RUNS)
     _, over_runs = comparison_tables(evaluation)
     assert "3 pairs of runs" in over_runs.caption
-    assert over_runs.head[3:] == ["p", "over runs", "p runs", "Holm"]
+    assert over_runs.head[3:] == ["p", "SD runs", "p runs", "Holm"]
     assert over_runs.rows == [["Dice!*", *CELLS, "± 0.0046", "0.031", "0.040"]]
     (dice,) = dice_comparison(evaluation)
     assert dice.rows == [

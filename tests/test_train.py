@@ -969,10 +969,11 @@ def test_run_prints_a_summary_of_the_data(tiny, tmp_path):
     images = dataclasses.replace(images, items=items)
     split = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
     config = tiny("run", f"data.path={tmp_path}").data
-    told = "4 images of 30 x 30 to 64 x 64 -> 8 x 8: 2 train, 1 val, 1 test; 2 groups"
+    told = "4 images of 30 x 30 to 64 x 64 -> 8 x 8: 2 train, 1 val, 1 test; "
+    told += "groups: 1 train, 1 val, 1 test"
     assert _describe_data(images, split, config) == told
     single = config.model_copy(update={"group": "(.)"})
-    assert _describe_data(images, split, single).endswith("; 4 groups")
+    assert _describe_data(images, split, single).endswith("; groups: 2 train, 1 val, 1 test")
 
 
 @pytest.mark.usefixtures("_with_log")

@@ -62,7 +62,11 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
 def print_sheet(console: Console, sheet: "Sheet") -> None:
     """Print a table of an evaluation, the best of each row in bold, in parts if it is too wide."""
     console.print(sheet.title, style="italic", highlight=False, markup=False)
-    for columns in _parts(sheet, console.width):
+    for number, columns in enumerate(_parts(sheet, console.width)):
+        if number:
+            console.print(
+                f"{sheet.title}, continued", style="italic", highlight=False, markup=False
+            )
         table = Table()
         for column in columns:
             side: Literal["left", "right"] = "right" if column else "left"

@@ -22,7 +22,7 @@ from polyseg.data.loading import (
 )
 from polyseg.data.new_split import new_split
 from polyseg.data.pixel_store import MemoryStore
-from polyseg.data.splits import PARTS, group_names, split_json
+from polyseg.data.splits import PARTS, group_names, groups_of_parts, split_json
 from polyseg.errors import PolysegError
 from polyseg.records import Progress, no_progress
 from polyseg.system.files import write_text
@@ -41,6 +41,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
     items = scan_cases(cases, data, progress, problems=layout.problems)
     images = image_set(items, MemoryStore([], []), data)
     split = new_split(config.model_copy(update={"data": data}), images)
+    in_split = groups_of_parts(split, [member_of(item) for item in items], data)
     notes = [*layout.notes, groups, lost_foreground(items)]
     return {
         "layout": layout.name,
@@ -49,6 +50,7 @@ def check_data(config: Config, progress: Progress = no_progress) -> dict[str, An
         **({"labels": dict(layout.labels)} if layout.labels else {}),
         **_parts_and_groups(items, data),
         "split": {part: len(ids) for part, ids in split.items()},
+        **({"groups in the split": in_split} if in_split else {}),
         "sizes": _most_common("{} x {}".format(*item.original_size) for item in items),
         "size of the network's input": _input_size(images, data),
         "channels": sorted({item.channels for item in items}),

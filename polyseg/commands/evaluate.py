@@ -31,6 +31,7 @@ from polyseg.evaluation.testing_networks import (
 from polyseg.figures import evaluation_files
 from polyseg.networks.inference import choose_device
 from polyseg.records import Progress, no_progress
+from polyseg.registry import not_among
 from polyseg.runs.run_folder import results_beside
 from polyseg.runs.trained_model import Inputs, LastImages, Model, Trained, images_for, read_trained
 from polyseg.system.files import short_names
@@ -358,11 +359,14 @@ def _baseline_name(baseline: str, sources: Sequence[Path], names: Sequence[str],
     """Return the name in tables of the baseline that the user named."""
     if len(arms) < 2:
         what = "one arm" if len(sources) > 1 else "one run"
-        raise PolysegError(f"--baseline: there is only {what} to test; also name those to compare")
+        raise PolysegError(
+            f"--baseline: there is only {what} to test; name the baseline and the others, as in "
+            "polyseg evaluate A B --baseline A"
+        )
     if baseline in arms:
         return baseline
     wanted = Path(baseline).resolve()
     for source, name in zip(sources, names, strict=True):
         if source.resolve() == wanted or name == baseline:
             return next(arm for arm, members in arms.items() if name in members)
-    raise PolysegError(f"--baseline {baseline}: is not one of the arms; choose {', '.join(arms)}")
+    raise PolysegError(f"--baseline {not_among(baseline, tuple(arms), 'tested run or arm')}")

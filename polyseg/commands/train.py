@@ -24,7 +24,7 @@ from polyseg.data.layouts.cases import counted
 from polyseg.data.loading import load_images, settled
 from polyseg.data.new_split import new_split
 from polyseg.data.pixel_store import MemoryStore
-from polyseg.data.splits import PARTS, Split, group_names, split_json
+from polyseg.data.splits import PARTS, Split, groups_of_parts, split_json
 from polyseg.errors import Interrupted, PolysegError
 from polyseg.evaluation.scores import Evaluation
 from polyseg.evaluation.testing_networks import ImageTest, patients_of, score
@@ -192,6 +192,8 @@ def plan(
 def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
     """Return the work that is left after `done` epochs; -1 for a new run."""
     config, split = trainer.config, trainer.split
+    members = [member_of(item) for item in trainer.images.items]
+    groups = groups_of_parts(split, members, config.data)
     epochs = config.training.epochs - max(done, 0)
     moments = config.control.assessment_epochs(config.training.epochs) if config.assesses else []
     moments = [epoch for epoch in moments if epoch > done]
@@ -202,6 +204,7 @@ def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
     plain = epochs * (3 * len(split["train"]) + len(split["val"]))
     return {
         "images": {part: len(ids) for part, ids in split.items()},
+        **({"groups": groups} if groups else {}),
         "size of the network's input": size,
         "channels": trainer.images.channels,
         **({"epochs done": done} if done >= 0 else {}),
@@ -339,8 +342,9 @@ def _describe_data(images: ImageSet, split: Split, config: DataConfig) -> str:
     elif any(item.size != item.original_size for item in items):
         size += f" -> {_range_of([item.size for item in items])}"
     counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
-    groups = len(group_names([member_of(item) for item in items], config))
-    return f"{what} of {size}: {counts}" + (f"; {counted(groups, 'group')}" if groups else "")
+    groups = groups_of_parts(split, [member_of(item) for item in items], config)
+    shares = ", ".join(f"{number} {part}" for part, number in groups.items())
+    return f"{what} of {size}: {counts}" + (f"; groups: {shares}" if groups else "")
 
 
 def _range_of(sizes: Sequence[tuple[int, int]]) -> str:
@@ -378,7 +382,9 @@ def _report(trainer: Trainer, progress: Progress) -> Outcome:
                 "there is no test set: the metrics are those of the validation images, on which "
                 "the best epoch was chosen"
             )
-        best = network_of(_best_of(trainer), trust=True).to(trainer.device)
+        checkpoint = _best_of(trainer)
+        log.info("testing the weights of epoch %d on the %s images", checkpoint.epoch, part)
+        best = network_of(checkpoint, trust=True).to(trainer.device)
         ids, size = trainer.split[part], config.training.batch_size
         groups = patients_of(images, config.data)
         test = ImageTest(run.path.name, images, ids, size, progress=progress, groups=groups)

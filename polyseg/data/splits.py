@@ -129,6 +129,26 @@ def group_names(members: Sequence[Member], config: DataConfig) -> list[str]:
     return sorted({group for group in groups_by_id(members, config).values() if group is not None})
 
 
+def groups_of_parts(
+    split: Mapping[str, Sequence[str]], members: Sequence[Member], config: DataConfig
+) -> dict[str, int]:
+    """Return the number of groups in each part of a split; {} where no image has a group.
+
+    An image without a group is its own.
+
+    >>> members = [Member("a", group="x"), Member("b", group="x"), Member("c", group="y")]
+    >>> groups_of_parts({"train": ["a", "b"], "test": ["c"]}, members, DataConfig())
+    {'train': 1, 'test': 1}
+    """
+    groups = groups_by_id(members, config)
+    if not any(groups.values()):
+        return {}
+    return {
+        part: len({(groups[one] is None, groups[one] or one) for one in ids})
+        for part, ids in split.items()
+    }
+
+
 def divide(
     members: Sequence[Member], shares: Sequence[float], config: DataConfig
 ) -> list[list[str]]:

@@ -16,6 +16,7 @@ _ANSWERS = {
         "better": "the adaptive loss was better than the Dice loss",
         "worse": "the adaptive loss was worse than the Dice loss",
         "not shown": "no difference between the adaptive loss and the Dice loss was shown",
+        "open": "whether the adaptive loss was better or worse than the Dice loss remains open",
         "mixed": "the mean and most cases disagree on whether the adaptive loss was better than "
         "the Dice loss",
     },
@@ -24,8 +25,8 @@ _ANSWERS = {
         "the permuted arm",
         "worse": "it mattered which image got the steep loss: the adaptive arm was worse than the "
         "permuted arm",
-        "not shown": "no difference was shown by which image got the steep loss, adaptive against "
-        "permuted",
+        "not shown": "which image got the steep loss made no demonstrable difference",
+        "open": "whether it mattered which image got the steep loss remains open",
         "mixed": "it mattered which image got the steep loss, but the mean and most cases disagree "
         "on whether the adaptive arm was better than the permuted arm",
     },
@@ -59,12 +60,13 @@ def conclusions(
 
 
 def outcome(gain: PairedDifference) -> str:
-    """Return "better", "worse", "mixed" or "not shown": the adaptive arm against the other.
+    """Return "better", "worse", "mixed", "open" or "not shown": the adaptive arm against the other.
 
-    It is "mixed" where the mean says better and most cases say worse, or the other way round.
+    It is "mixed" where the mean says better and most cases say worse, or the other way round, and
+    "open" where the interval excludes 0, which is over cases only, but p does not confirm it.
     """
     if math.isnan(gain.adjusted) or gain.adjusted >= LEVEL:
-        return "not shown"
+        return "open" if gain.interval.low > 0 or gain.interval.high < 0 else "not shown"
     if gain.mean > 0 and gain.better > gain.worse:
         return "better"
     return "worse" if gain.mean < 0 and gain.worse > gain.better else "mixed"
@@ -103,6 +105,8 @@ def _sentence(name: str, gains: Mapping[str, PairedDifference], comparisons: int
     ]
     text = ", and ".join(clauses)
     text = f"{name}: {text}" if name else text[0].upper() + text[1:]
+    if any(outcome(one) == "open" for one in gains.values()):
+        text += "; an interval that excludes 0 is not confirmed by p"
     return f"{text}; {_basis(list(gains.values()), comparisons)}."
 
 
@@ -124,7 +128,7 @@ def _basis(differences: Sequence[PairedDifference], comparisons: int) -> str:
     what = "patients" if differences[0].patients else "images"
     text = f"{cases} {what}, {runs} pairs of runs"
     if runs < 2:
-        text = f"{cases} {what}, fewer than two pairs of runs, so that other seeds may differ"
+        text = f"{cases} {what}, one run of each, which says nothing about other seeds"
     # Wilcoxon's smallest p, of differences with one sign, times Holm's largest factor.
     if 2 * comparisons / 2**cases >= LEVEL:
         text += f"; {cases} {what} are too few for an adjusted p below {LEVEL} in {comparisons} "

@@ -33,12 +33,12 @@ PARTS = {"val": "Validation metrics", "train": "Training metrics", "all": "Metri
 SIZES = {"original": "the images' own size", "network": "the size of the network's input"}
 """Size at which masks were compared, in words."""
 
-_MARKS = (
-    "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction. These "
-    "tests compare these trained networks; to compare losses, train several seeds of each."
+_STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001 against the baseline, after Holm's correction."
+_ONE_SEED = (
+    "The tests compare these trained networks; to compare losses, train several seeds of each."
 )
 _OVER_RUNS = (
-    "Over runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
+    "SD runs: standard deviation of the differences between runs of equal seed and fold. p runs: "
     "their paired t-test, for other seeds or folds (which share training images)."
 )
 
@@ -150,7 +150,9 @@ def metrics_sheet(summary: Record) -> Sheet:
         metric.title.partition(" (")[0] for metric in metrics if metric.higher_is_better is False
     ]
     better = [f"Lower is better: {', '.join(lower)}."] if lower else []
-    marks = [_MARKS] if records(summary, "comparisons") else []
+    marks = [_STARS] if any(cell.marks for row in rows for cell in row) else []
+    if records(summary, "comparisons") and not any(one.record.get("members") for one in found):
+        marks.append(_ONE_SEED)
     notes = [f"{spread}. {summary.get('rule', RULE)}", *better, *marks, *_notes(found, metrics)]
     return Sheet(metrics_title(summary), heads, rows, notes)
 
@@ -175,7 +177,7 @@ def comparison_sheets(summary: Record) -> tuple[list[Sheet], list[Sheet]]:
         named, *cells = _comparison_row(one, dice, several)
         rows.append([Cell(str(one.get("run", DASH)), marks=named.marks), *cells])
     against = " and ".join(dict.fromkeys(str(one.get("baseline", DASH)) for one, _ in compared))
-    heads = ["run", *_comparison_heads(several)]
+    heads = ["arm" if several else "run", *_comparison_heads(several)]
     notes = [*found, *_meaning(several, by_patient)]
     return [Sheet(f"Dice: difference from {against}", heads, rows, notes)], single
 
@@ -209,7 +211,7 @@ def _notes(found: Sequence[Network], metrics: Sequence[SummaryMetric]) -> Iterat
 
 
 def _comparison_heads(several: bool) -> list[str]:
-    over_runs = ["over runs", "p runs"] if several else []
+    over_runs = ["SD runs", "p runs"] if several else []
     return ["difference [95 % interval]", "+/-/=", "p", *over_runs, "Holm"]
 
 

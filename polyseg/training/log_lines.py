@@ -3,10 +3,15 @@
 import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from polyseg.records import Assessment
 from polyseg.runs.assessment_text import describe, describe_order
 
 log = logging.getLogger(__name__)
+
+_HARDLY_SEGMENTS = 0.1
+"""Median Dice of the training images below which D is warned of."""
 
 
 def epoch_line(
@@ -32,6 +37,13 @@ def log_assessment(assessment: Assessment, *, is_last: bool) -> None:
     """Log the difficulties, their order, and whether an epoch uses them."""
     for line in (describe(assessment), *describe_order(assessment)):
         log.info("%s", line)
+    dice = assessment.dice[np.isfinite(assessment.dice)]
+    if dice.size and np.median(dice) < _HARDLY_SEGMENTS:
+        log.warning(
+            "the network hardly segments the training images yet (median Dice %.3f), so D says "
+            "little: raise control.start",
+            np.median(dice),
+        )
     if is_last:
         log.info("this assessment only records the final weights, because no epoch follows it")
 
