@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         predictive_entropy,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 INTENDED_USE = "For research use only. Not a medical device."
 
 _PUBLIC = {
