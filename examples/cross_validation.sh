@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Cross-validation of one loss (of several: parallel_sweep.sh with FOLDS): train one run for each fold, each tested on images that no other fold is tested on.
+# Cross-validation of one loss (parallel_sweep.sh with FOLDS compares several): train one run for each fold,
+# each tested on images that no other fold is tested on.
 #
 #   bash examples/cross_validation.sh DATA OUT [FOLDS] [KEY=VALUE ...]
 #
