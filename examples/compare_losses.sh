@@ -4,10 +4,18 @@
 #
 #   bash examples/compare_losses.sh DATA OUT SEEDS [KEY=VALUE ...]
 #
+# Example with settings, of which those with spaces are in quotes:
+#
+#   bash examples/compare_losses.sh nuclei runs/compare "0 1 2" data.size=128 training.epochs=50 \
+#     "network.kwargs={channels: [12, 24, 48, 96], strides: [2, 2, 2], num_res_units: 2}"
+#
 # DATA is a data set or "demo", OUT a folder for the runs, SEEDS are in quotes, such as "0 1 2", and
 # settings are those of all runs. Take several seeds: differences between losses are often smaller
-# than those between seeds. Time: that of three trainings for each seed. Result: OUT/comparison, with
-# means over images and seeds, and each loss against Dice. Finished runs are kept, and others resumed.
+# than those between seeds. The adaptive loss differs from epsilon 0 also in its mean steepness: with the
+# default range, -0.4 to 1, and percentile, 50, the median image of a batch has epsilon 0.3. The arm "mean"
+# of control_arms.sh separates the two. Time: that of three trainings for each seed, of which the adaptive
+# one also makes assessments. Result: OUT/comparison, with means over patients (images where patients are
+# unknown) and seeds, and each loss against Dice. Finished runs are kept, and others resumed.
 set -euo pipefail
 usage() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2

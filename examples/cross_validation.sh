@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Cross-validation: train one run for each fold, each tested on images that no other fold is tested on.
+# Cross-validation of one loss (parallel_sweep.sh with FOLDS compares several): train one run for each fold,
+# each tested on images that no other fold is tested on.
 #
 #   bash examples/cross_validation.sh DATA OUT [FOLDS] [KEY=VALUE ...]
+#
+# Example with settings, of which those with spaces are in quotes:
+#
+#   bash examples/cross_validation.sh nuclei runs/folds 5 data.size=128 training.epochs=50 \
+#     "network.kwargs={channels: [12, 24, 48, 96], strides: [2, 2, 2], num_res_units: 2}"
 #
 # DATA is a data set or "demo", OUT a folder for the runs, FOLDS is 5 unless given. Settings are those
 # of all runs, such as 'data.group=^(patient\d+)_' to keep the images of a patient together. Time: that

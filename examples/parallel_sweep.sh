@@ -3,6 +3,12 @@
 #
 #   JOBS=4 bash examples/parallel_sweep.sh DATA OUT SEEDS [KEY=VALUE ...]
 #
+# Example, two losses in five folds, with settings, of which those with spaces are in quotes:
+#
+#   FOLDS=5 ARMS="dice adaptive" bash examples/parallel_sweep.sh nuclei runs/sweep "0 1 2" \
+#     data.size=128 training.epochs=50 \
+#     "network.kwargs={channels: [12, 24, 48, 96], strides: [2, 2, 2], num_res_units: 2}"
+#
 # DATA is a data set or "demo", OUT a folder for the runs, SEEDS are in quotes, such as "0 1 2", and
 # settings are those of all runs. The arms and their own settings are below. From the environment come
 #

@@ -300,33 +300,33 @@ _REPLAY = "polyseg.adaptive.replay"
 
 REPLAY_ARMS = Registry(
     "replay arm",
-    Arm("recorded", "the epsilons as recorded"),
+    Arm("recorded", "as recorded"),
     Arm(
         "shuffled",
-        "the recorded epsilons given to other images, drawn anew after each assessment",
+        "that of another image, drawn anew after each assessment",
         f"{_REPLAY}:shuffled",
     ),
-    Arm("mean", "the mean epsilon of the epoch for all images", f"{_REPLAY}:mean"),
+    Arm("mean", "the mean of the epoch", f"{_REPLAY}:mean"),
     Arm(
         "inverted",
-        "the recorded epsilons in reverse order: the largest for the image that had the smallest",
+        "in reverse order: the largest for the image that had the smallest",
         f"{_REPLAY}:inverted",
     ),
     Arm(
         "permuted",
-        "epsilons from D of other images, drawn once for the whole run",
+        "computed from D of another image, drawn once for the whole run",
         f"{_REPLAY}:permuted",
         of_difficulty=True,
     ),
     Arm(
         "size",
-        "epsilons from the size of the mask in place of D: -log(max(foreground pixels, 1))",
+        "computed with D = -log(max(foreground pixels of the mask, 1))",
         f"{_REPLAY}:by_size",
         of_difficulty=True,
     ),
     Arm(
         "loss",
-        "epsilons from the recorded training loss in place of D",
+        "computed with D = recorded training loss",
         f"{_REPLAY}:by_loss",
         of_difficulty=True,
     ),

@@ -112,8 +112,8 @@ def test_terminal_shows_the_interval_of_the_last_assessment(runs, polyseg, tmp_p
     answer = polyseg("schedule", "validity", runs / "run", *donors, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     shown = " ".join(answer.out.split())
-    assert "1 − Dice of the donor that did not see the image" in shown
-    assert "after epoch 2; interval over the images" in shown
+    error = "1 - Dice of the run that was not trained on the image"
+    assert f"after epoch 2; {error}; interval over the images" in shown
     rows = json.loads(polyseg("schedule", "validity", runs / "run", *donors, "--json").out)
     low, high = (rows[-1][f"with_unseen_error_{end}"] for end in ("low", "high"))
     assert f"{low:.2f} to {high:.2f}" in shown
@@ -170,7 +170,7 @@ def test_script_makes_donors_and_shows_the_correlation(runs, tmp_path):
             text=True,
             check=True,
         )
-    assert "1 − Dice of the donor that did not see" in " ".join(done.stdout.split())
+    assert "1 - Dice of the run that was not trained" in " ".join(done.stdout.split())
     for name in ("donor-a", "donor-b"):
         assert parts_of(tmp_path / "out" / name) == parts_of(runs / name)
         assert dice_of(tmp_path / "out" / name) == dice_of(runs / name)

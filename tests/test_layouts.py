@@ -991,3 +991,17 @@ def test_unused_manifest_columns_are_noted(tmp_path):
     layout = find_cases(tmp_path / "l.csv")
     assert layout.cases[0].masks == (tmp_path / "a_m.png",)
     assert layout.notes == (f"{tmp_path / 'l.csv'}: columns that are not used: age, site",)
+
+
+@pytest.mark.parametrize("column", ["patient", "Patient_ID", "subject", "case"])
+def test_manifest_column_of_patients_without_group_is_noted_in_its_own_line(tmp_path, column):
+    for name in ("a.png", "a_m.png"):
+        (tmp_path / name).touch()
+    path, name = tmp_path / "l.csv", column.lower()
+    advice = f"{path}: {name}: name the column group to keep the images of a "
+    path.write_text(f"image,mask,age,{column}\na.png,a_m.png,63,p1\n")
+    first, second = find_cases(path).notes
+    assert first.startswith(advice) and first.endswith(" in one part of the split")
+    assert second == f"{path}: columns that are not used: age"
+    path.write_text(f"image,mask,group,{column}\na.png,a_m.png,7,p1\n")
+    assert find_cases(path).notes == (f"{path}: columns that are not used: {name}",)

@@ -241,6 +241,17 @@ def test_unknown_colours_are_refused_with_their_shares(tmp_path):
         assert "data.foreground='#FF0000'" in line
 
 
+@pytest.mark.parametrize(("values", "swapped"), [(1500, True), (900, False)])
+def test_masks_like_photographs_raise_the_suspicion_of_swapped_folders_first(values, swapped):
+    labels = np.arange(values, dtype=np.uint16).reshape(1, 30, -1)
+    with pytest.raises(UnclearValuesError) as caught:
+        to_masks(labels, PATH, None)
+    (line,) = lines_about_unclear([caught.value])
+    start = f"{PATH}: are the folders of images and masks swapped?"
+    assert line.startswith(start if swapped else f"{PATH}: masks contain the values")
+    assert line.endswith(" such as data.foreground=nonzero or data.foreground=1")
+
+
 @pytest.mark.parametrize("text", ["5-2", "a", "1-99999", "'#12345'", "-2", "70000"])
 def test_invalid_foreground_values_are_refused(text):
     with pytest.raises(PolysegError, match=r"data\.foreground"):

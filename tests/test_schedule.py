@@ -207,6 +207,18 @@ class TestImageHistory:
         with pytest.raises(PolysegError, match="not a training image of made"):
             schedule_tables.image_history(make_record(TWO_RANKINGS, 3), "%%%")
 
+    def test_beginning_of_ids_is_refused_with_the_ids(self):
+        record = make_record(TWO_RANKINGS, 3)
+        ids = ["p02-1", "p01-1", "p01-2", "p01-3", "p01-4"]
+        renamed = replace(record, schedule=replace(record.schedule, ids=ids))
+        for text, expected in (
+            ("p01", r"; 4 images begin with it: p01-1, p01-2, p01-3, \.\.\.$"),
+            ("p02", "; 1 image begins with it: p02-1$"),
+            ("p03-1", r"; did you mean p0[12]-1\?$"),
+        ):
+            with pytest.raises(PolysegError, match=expected):
+                schedule_tables.image_history(renamed, text)
+
     def test_image_history_has_one_row_per_label(self):
         record = make_record(random_difficulties((1, 2), 6), 3, labels=["a", "b"] * 3)
         rows = schedule_tables.image_history(record, "i1")
@@ -692,7 +704,9 @@ class TestRealRuns:
         train(recorded.model_copy(update={"control": control, "output": output}))
         replayed = read_schedule(place / "schedule.h5")
         assert np.array_equal(replayed.epsilon, read_schedule(new).epsilon)
-        with pytest.raises(PolysegError, match="it replayed another run"):
+        with pytest.raises(
+            PolysegError, match=r"it replayed another run; .* are in its schedule\.h5"
+        ):
             job.show(place)
 
     def test_replaced_assessment_is_refused(self, runs, tmp_path):

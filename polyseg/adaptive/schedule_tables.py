@@ -21,6 +21,8 @@ from polyseg.system.files import csv_table
 
 QUANTILES = (5, 50, 95)
 _EXTREMES = 3
+_MOST_NAMED = 3
+"""Largest number of ids that an error names."""
 
 
 def overview(record: RunRecord) -> list[Row]:
@@ -50,8 +52,7 @@ def image_history(record: RunRecord, identity: str) -> list[Row]:
     PolysegError.
     """
     if identity not in record.schedule.ids:
-        near = difflib.get_close_matches(identity, dict.fromkeys(record.schedule.ids), n=1)
-        hint = f"did you mean {near[0]}?" if near else "`polyseg schedule export` lists them"
+        hint = _ids_like(identity, list(dict.fromkeys(record.schedule.ids)))
         raise PolysegError(f"--image {identity}: not a training image of {record.name}; {hint}")
     rows = []
     parts = list(record.by_label())
@@ -111,6 +112,22 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     c,
     """
     return csv_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+
+
+def _ids_like(text: str, ids: Sequence[str]) -> str:
+    """Return which ids begin with a text, or else the nearest one, as advice.
+
+    >>> _ids_like("a-", ["a-1", "a-2", "a-3", "a-4", "b-1"])
+    '4 images begin with it: a-1, a-2, a-3, ...'
+    >>> _ids_like("b", ["a-1", "b-1"])
+    '1 image begins with it: b-1'
+    """
+    if found := [identity for identity in ids if text and identity.startswith(text)]:
+        counted = "1 image begins" if len(found) == 1 else f"{len(found)} images begin"
+        more = ", ..." if len(found) > _MOST_NAMED else ""
+        return f"{counted} with it: {', '.join(found[:_MOST_NAMED])}{more}"
+    near = difflib.get_close_matches(text, ids, n=1)
+    return f"did you mean {near[0]}?" if near else "`polyseg schedule export` lists them"
 
 
 def _quantiles(name: str, values: NDArray[Any]) -> Row:

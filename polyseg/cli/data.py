@@ -42,7 +42,7 @@ def data_split(
         "split.json"
     ),
     overwrite: options.Overwrite = False,
-    fold: options.Fold = None,
+    fold: Annotated[int | None, options.fold("data.folds")] = None,
     overrides: options.Overrides = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,

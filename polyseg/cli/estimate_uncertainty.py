@@ -11,12 +11,12 @@ from polyseg.cli.printing import print_outcome
 def estimate_uncertainty(
     source: options.Source,
     data: options.OtherData = None,
-    part: options.Part = None,
+    part: Annotated[str | None, options.part("all")] = None,
     samples: Annotated[
         int | None,
         options.setting(
             metavar="N",
-            help="Number of MC-Dropout passes (default: uncertainty.samples of the run).",
+            help="Number of MC Dropout passes (default: uncertainty.samples of the run).",
         ),
     ] = None,
     maps: Annotated[bool, options.setting("--maps", help="Keep the pixel maps as well.")] = False,
@@ -24,7 +24,7 @@ def estimate_uncertainty(
         list[str] | None,
         options.setting(
             metavar="NAME",
-            help=f"Also compute this score of the whole image; repeatable:  "
+            help=f"Also compute this score of the whole image; repeatable: "
             f"{options.help_of(image_scores())}",
         ),
     ] = None,

@@ -29,23 +29,24 @@ def evaluate(
     ] = None,
     name: Annotated[
         list[str] | None,
-        options.in_out(
-            metavar="NAME", help="Name of the masks in tables, one for each --predictions."
-        ),
+        options.in_out(metavar="NAME", help="Name in tables for each --predictions; repeatable."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         options.setting(
             "--set",
             metavar="KEY=VALUE",
-            help="Setting of how --predictions without runs are read, such as data.foreground=2; "
+            help="How to read --predictions if no run is given, such as data.foreground=2; "
             "repeatable.",
             autocompletion=completion.setting,
         ),
     ] = None,
     data: options.OtherData = None,
-    part: options.Part = None,
-    out: options.Out = None,
+    part: Annotated[str | None, options.part("test, or all of other images")] = None,
+    out: Annotated[
+        Path | None,
+        options.out_in("the folder of the run, or in the folder that several runs share"),
+    ] = None,
     overwrite: options.Overwrite = False,
     baseline: Annotated[
         str | None,
@@ -82,15 +83,15 @@ def evaluate(
         str,
         options.setting(
             metavar="CASE",
-            help="One case of means, intervals and tests: patient (all of its images; an image "
-            "where patients are not known) or image.",
+            help="What counts as one case in means, intervals and tests: patient (all of its "
+            "images together; each image where patients are unknown) or image.",
         ),
     ] = "patient",
     uncertainty: Annotated[
         bool,
         options.setting(
             "--uncertainty",
-            help="Test the mean of the MC-Dropout passes as well, and whether D finds failures.",
+            help="Test the mean of the MC Dropout passes as well, and whether D finds failures.",
         ),
     ] = False,
     samples: options.Passes = None,

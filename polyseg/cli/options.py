@@ -75,6 +75,33 @@ def one_of(choices: Mapping[str, str], default: str = "", meaning: str = "") -> 
     return setting(metavar="NAME", help=f"{text}.", autocompletion=completion.names(choices))
 
 
+def fold(of: str) -> Any:
+    """Return the option --fold of a command that takes folds of some origin."""
+    return setting(
+        "--fold",
+        metavar="K",
+        help=f"Fold to test on, counted from 0, of {of} (default: no cross-validation).",
+    )
+
+
+def part(default: str) -> Any:
+    """Return the option --split of a command that uses a part of a run's images by default."""
+    return in_out(
+        "--split",
+        metavar="PART",
+        help="Images to use: the run's train, val or test part, or all of them (default: "
+        f"{default}).",
+        autocompletion=completion.names(("train", "val", "test", "all")),
+    )
+
+
+def out_in(place: str) -> Any:
+    """Return the option --out of a command that makes a new folder in a place by default."""
+    return in_out(
+        "--out", metavar="DIR", help=f"Folder for the results (default: a new one in {place})."
+    )
+
+
 Quiet = Annotated[bool, printed("--quiet", "-q", help="Print only results and warnings.")]
 Verbose = Annotated[bool, printed("--verbose", "-v", help="Print more details.")]
 AsJson = Annotated[bool, printed("--json", help="Print the results as JSON.")]
@@ -83,7 +110,8 @@ Trust = Annotated[
     bool,
     setting(
         "--trust",
-        help="Import and run code outside polyseg that a run names (package.module:function).",
+        help="Import and run code outside polyseg that the settings of a run or checkpoint name "
+        "(package.module:function); only if you trust its author.",
     ),
 ]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")]
@@ -99,7 +127,7 @@ Passes = Annotated[
     setting(
         "--samples",
         metavar="N",
-        help="Number of MC-Dropout passes for --uncertainty (default: uncertainty.samples of the "
+        help="Number of MC Dropout passes for --uncertainty (default: uncertainty.samples of the "
         "run).",
     ),
 ]
@@ -109,24 +137,6 @@ OtherData = Annotated[
         "--data",
         metavar="PATH",
         help="Other images: a folder or a CSV manifest (default: the data set of the run).",
-    ),
-]
-Part = Annotated[
-    str | None,
-    in_out(
-        "--split",
-        metavar="PART",
-        help="Images to use: the run's train, val or test part, or all of them (default: test for "
-        "evaluate, else all).",
-        autocompletion=completion.names(("train", "val", "test", "all")),
-    ),
-]
-Out = Annotated[
-    Path | None,
-    in_out(
-        "--out",
-        metavar="DIR",
-        help="Folder for the results (default: a new one in the folder of the run).",
     ),
 ]
 FigureFile = Annotated[
@@ -165,15 +175,7 @@ PresetName = Annotated[
         f"{help_of(PRESETS.choices())}",
     ),
 ]
-Fold = Annotated[
-    int | None,
-    setting(
-        "--fold",
-        metavar="K",
-        help="Fold to test on, counted from 0, of data.folds or of the --split file (default: no "
-        "cross-validation).",
-    ),
-]
+Out = Annotated[Path | None, out_in("the folder of the run")]
 DataPath = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder of a data set, or CSV manifest.")
 ]

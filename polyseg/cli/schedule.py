@@ -72,7 +72,7 @@ def schedule_show(
 @schedule_app.command("plot")
 def schedule_plot(
     runs: options.Runs,
-    out: options.Out = None,
+    out: Annotated[Path | None, options.out_in("the folder of the first run")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -201,9 +201,9 @@ def schedule_validity(
     summary = validity_summary(found.rows)
     columns = [
         ("score", lambda row: row["score"].replace("_", " ")),
-        _last_and_mean("with_error", "1 − Dice"),
+        _last_and_mean("with_error", "1 - Dice"),
         _last_and_mean("with_size", "size of\nthe mask"),
-        _last_and_mean("with_error_given_size", "1 − Dice at\nequal size"),
+        _last_and_mean("with_error_given_size", "1 - Dice at\nequal size"),
         _last_and_mean("with_previous", "assessment\nbefore"),
     ]
     title = f"{run}: Spearman's correlations, in the last assessment and mean of all"
@@ -219,15 +219,15 @@ def _print_unseen(run: Path, rows: Sequence[Row]) -> None:
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     columns = [
         ("score", lambda row: row["score"].replace("_", " ")),
-        _number("with_unseen_error", ".2f", "1 − Dice"),
+        _number("with_unseen_error", ".2f", "1 - Dice"),
         ("95 % interval", _interval_of_unseen),
         _number("with_unseen_error_given_size", ".2f", "at equal\nsize"),
     ]
-    title = f"{run}: Spearman's correlation with 1 − Dice on unseen images"
+    title = f"{run}: Spearman's correlation with 1 - Dice on unseen images"
     note = (
-        f"after epoch {last[0]['epoch']}; 1 − Dice of the run that was not trained on the image; "
+        f"after epoch {last[0]['epoch']}; 1 - Dice of the run that was not trained on the image; "
+        "interval over the images"
     )
-    note += "interval over the images"
     _print_table(title, columns, last, [note])
 
 

@@ -33,7 +33,8 @@ def train(
         str | None,
         options.in_out(
             metavar="PATH",
-            help="Data set: a folder, a CSV manifest or demo, built-in images (default: demo).",
+            help="Data set: a folder, a CSV manifest, or `demo` for built-in images (default: "
+            "demo).",
         ),
     ] = None,
     out: Annotated[
@@ -53,10 +54,15 @@ def train(
             help="Random seed for weights, data order, augmentation and dropout (default: 0).",
         ),
     ] = None,
-    loss: Annotated[str | None, options.one_of(LOSSES.choices(), "polydice1")] = None,
+    loss: Annotated[
+        str | None,
+        options.one_of(
+            LOSSES.choices(), "polydice1", "Loss, with equations of the method (docs/method.md): "
+        ),
+    ] = None,
     device: Annotated[str | None, options.one_of(DEVICES, "auto")] = None,
     preset: options.PresetName = None,
-    fold: options.Fold = None,
+    fold: Annotated[int | None, options.fold("data.folds or of the --split file")] = None,
     split: Annotated[
         Path | None,
         options.in_out(
@@ -75,9 +81,7 @@ def train(
     ] = None,
     replay_arm: Annotated[
         str | None,
-        options.one_of(
-            REPLAY_ARMS.choices(), "recorded", "Which of the replayed epsilons an image gets: "
-        ),
+        options.one_of(REPLAY_ARMS.choices(), "recorded", "Epsilon of an image in a --replay: "),
     ] = None,
     overrides: options.Overrides = None,
     resume: Annotated[
@@ -92,8 +96,8 @@ def train(
         bool,
         options.in_out(
             "--accept-changes",
-            help="Resume although versions, device, threads or learning rate differ; the result "
-            "may then differ from an uninterrupted run.",
+            help="With --resume: resume although versions, device, threads or learning rate "
+            "differ; the result may then differ from an uninterrupted run.",
         ),
     ] = False,
     trust: options.Trust = False,

@@ -198,7 +198,10 @@ def _warn_of_another_origin(record: RunRecord) -> None:
 
 def _why_not_assessed(config: Config) -> str:
     if config.control.replay is not None:
-        return "has no assessments, because it replayed another run; give that run"
+        return (
+            "has no assessments, because it replayed another run; give that run; the epsilons that "
+            "this one used are in its schedule.h5, their percentiles in its history.csv"
+        )
     if not config.adaptive:
         return f"has no assessments, because its loss ({config.loss.name}) had no adaptive epsilon"
     first = config.control.assessment_epochs(config.training.epochs)[0]

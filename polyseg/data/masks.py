@@ -29,7 +29,7 @@ _MOST_VALUES = 2**16
 _FEW_VALUES = 8
 _PHOTOGRAPH = 1000
 """Number of different values above which masks are probably images."""
-_SWAPPED = "; so many values look like photographs: are the folders of images and masks swapped?"
+_SWAPPED = "are the folders of images and masks swapped? So many values look like photographs; "
 _MOST_SHOWN = 6
 _BLOCK = 2**20
 
@@ -114,9 +114,9 @@ def lines_about_unclear(unclear: Sequence[UnclearValuesError]) -> list[str]:
         example = next((value for value, _ in common if value not in (0, COLOUR)), common[0][0])
         names = f"{found[0].path}" + (f" and {len(found) - 1} more" if found[1:] else "")
         lines.append(
-            f"{names}: masks contain the {'colours' if coloured else 'values'} {shares}{more}; say "
-            f"which are foreground, such as data.foreground=nonzero or data.foreground="
-            f"{_shown(example)}{_SWAPPED if len(counts) > _PHOTOGRAPH else ''}"
+            f"{names}: {_SWAPPED if len(counts) > _PHOTOGRAPH else ''}masks contain the "
+            f"{'colours' if coloured else 'values'} {shares}{more}; say which are foreground, such "
+            f"as data.foreground=nonzero or data.foreground={_shown(example)}"
         )
     return lines
 

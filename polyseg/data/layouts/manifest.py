@@ -32,6 +32,9 @@ MANIFEST_SUFFIXES = (".csv", ".tsv")
 
 COLUMNS = ("image", "mask", "split", "group", "id")
 
+_PATIENT_COLUMNS = {"patient", "patient_id", "subject", "subject_id", "case", "case_id"}
+"""Names of columns that probably name the patient of an image."""
+
 _LONGEST_ID = 200
 
 
@@ -61,9 +64,7 @@ def read_manifest(path: str | Path, unmasked: Unmasked = "refuse") -> Layout:
     _refuse_repeated_ids(path, cases, rows, findings)
     raise_problems(findings.problems)
     findings.add(str(path), cases)
-    others = [shown(name) for name in (rows[0].cells if rows else ()) if name not in COLUMNS]
-    if others:
-        findings.notes.append(f"{path}: columns that are not used: {', '.join(others)}")
+    findings.notes += _notes_on_columns(path, list(rows[0].cells) if rows else [])
     return findings.finish(str(path), "CSV manifest")
 
 
@@ -120,10 +121,28 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     elif missing := [name for name in ("image", "mask") if name not in columns]:
         problems.append(
             f"{path}: has no column {' and no column '.join(missing)}; the first line names the "
-            "columns: image,mask and, if you like, split, group and id"
+            "columns: image,mask and optionally split, group and id"
         )
     problems.extend(f"{path}: two columns are called {shown(name)}" for name in repeated(columns))
     raise_problems(problems)
+
+
+def _notes_on_columns(path: Path, columns: Sequence[str]) -> list[str]:
+    """Return a line on each column that probably names patients, and one on the others not used.
+
+    >>> _notes_on_columns(Path("a.csv"), ["image", "mask", "patient"])
+    ['a.csv: patient: name the column group to keep the images of a patient in one part of the split']
+    """  # noqa: E501
+    others = [name for name in columns if name not in COLUMNS]
+    patients = [name for name in others if name in _PATIENT_COLUMNS and "group" not in columns]
+    lines = [
+        f"{path}: {name}: name the column group to keep the images of a {name.split('_')[0]} in "
+        "one part of the split"
+        for name in patients
+    ]
+    if rest := [shown(name) for name in others if name not in patients]:
+        lines.append(f"{path}: columns that are not used: {', '.join(rest)}")
+    return lines
 
 
 def _case(path: Path, row: _Row, folders: Folders, findings: Findings) -> Case:
