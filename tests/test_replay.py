@@ -142,7 +142,7 @@ def test_missing_epochs_and_images_of_a_schedule_are_named(tiny, finished):
 def test_dry_run_of_a_replay_has_no_passes(tiny, finished):
     original = finished("original", *FIVE_EPOCHS)
     found = plan(tiny("next", *FIVE_EPOCHS, f"control.replay={original.path}"))
-    assert found["MC-Dropout passes, all images together"] == 0
+    assert found["MC Dropout passes, all images together"] == 0
     assert found["assessed after epochs"] == []
 
 

@@ -327,7 +327,7 @@ def test_restore_optimizer_refuses_tensors_that_do_not_fit(tiny, finished, optim
 
 def test_folder_of_a_run_needs_resume(tiny, finished):
     finished()
-    with pytest.raises(PolysegError, match="is not empty; --resume continues"):
+    with pytest.raises(PolysegError, match="is not empty; add --resume to continue"):
         train(tiny("run"))
     with pytest.raises(PolysegError, match="holds no run to resume"):
         train(tiny("another"), resume=True)
@@ -753,7 +753,7 @@ def test_dry_run_shows_the_assessments_and_passes_of_a_run(tiny, finished):
     planned, run = plan(tiny()), finished()
     assert planned["assessed after epochs"] == [1, 2, 3]
     assert planned["recorded only, because no epoch follows"] == [3]
-    assert planned["MC-Dropout passes, all images together"] == sum(
+    assert planned["MC Dropout passes, all images together"] == sum(
         assessment.samples * len(assessment.ids)
         for assessment in map(read_assessment, sorted((run.path / "uncertainty").iterdir()))
     )

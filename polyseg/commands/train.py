@@ -212,7 +212,7 @@ def _amount_of_work(trainer: Trainer, done: int, size: str) -> dict[str, Any]:
         "training steps": epochs * -(-len(split["train"]) // config.training.batch_size),
         "assessed after epochs": moments,
         **({"recorded only, because no epoch follows": moments[-1:]} if idle else {}),
-        "MC-Dropout passes, all images together": stochastic,
+        "MC Dropout passes, all images together": stochastic,
         "share of the computing that is MC Dropout, at most": round(
             stochastic / (stochastic + plain), 3
         ),

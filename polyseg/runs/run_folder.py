@@ -86,7 +86,8 @@ class RunDirectory:
             raise PolysegError(f"{str(self.path)!r}: is not text; choose another --out")
         if self.path.is_dir() and not self._holds_nothing():
             raise PolysegError(
-                f"{self.path}: is not empty; --resume continues a run, another --out starts one"
+                f"{self.path}: is not empty; add --resume to continue its run, or choose "
+                "another --out for a new one"
             )
 
     def _holds_nothing(self) -> bool:
@@ -101,7 +102,7 @@ class RunDirectory:
         if not self.last.is_file() and not self.previous.is_file():
             raise PolysegError(
                 f"{self.path}: holds no run to resume (no {self.last.relative_to(self.path)}); "
-                "leave --resume out to start one"
+                "without --resume a new run starts"
             )
 
     def checkpoint_to_resume(self) -> Checkpoint:
