@@ -449,6 +449,12 @@ def test_evaluation_figures_have_captions_order_and_grid(make_run, evaluation):
     assert captions["own"] == "cmp: own.png."
     assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images with the lowest")
     assert all(".png" not in caption for name, caption in captions.items() if name != "own")
+    # What is a patient in the tables is an image in some figures.
+    assert "over patients if the evaluation is by patient" in captions["differences"]
+    assert "stars, if any" in captions["differences"]
+    assert "over the images, even where tables and tests are by patient" in captions["comparison"]
+    assert "for an arm the mean over its runs" in captions["comparison"]
+    assert "the one in the tables is the mean over single images" in captions["reliability"]
     assert found.count('class="gallery"') == 2
 
 
