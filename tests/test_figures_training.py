@@ -13,8 +13,10 @@ from PIL import Image
 
 from polyseg.errors import PolysegError
 from polyseg.figures.evaluation import comparison
+from polyseg.figures.figures_by_name import RunRecords
 from polyseg.figures.losses import loss_curves
 from polyseg.figures.pictures import OverlayCase, overlays
+from polyseg.figures.run_figures import curves
 from polyseg.figures.style import save_figure
 from polyseg.figures.training import (
     difficulty_distribution,
@@ -181,6 +183,9 @@ def test_training_curves_compare_the_losses_at_one_epsilon():
     # Histories of version 0.1 have no such column.
     older = training_curves(history(12)).axes[0]
     assert older.get_ylabel() == "loss"
+    # Without epsilon both losses are equal, and the label names none.
+    equal = [{**row, "train_loss_constant": row["train_loss"]} for row in history(12)]
+    assert training_curves(equal).axes[0].get_ylabel() == "loss"
     assert older.lines[0].get_ydata().tolist() == [row["train_loss"] for row in history(12)]
 
 
@@ -190,6 +195,32 @@ def test_training_curves_mark_the_first_assessment():
         assert list(mark.get_xdata()) == [5, 5]
     for axes in training_curves(history(4)).axes:
         assert "E0" not in [line.get_label() for line in axes.lines]
+
+
+def replayed(spread):
+    """Return the history of a replay: without assessments, with other epsilons after epoch 3."""
+    rows = [{**row, "assessed": 0.0, "epsilon_q05": 0.1, "epsilon_q95": 0.1} for row in history(6)]
+    for row in rows[3:]:
+        row |= {"epsilon_q05": 0.3 - spread, "epsilon_q95": 0.3 + spread}
+        row["train_loss_constant"] = 0.9 * row["train_loss"]
+    return rows
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.0])  # of each image, or of the mean arm
+def test_curves_of_a_replay_name_the_constant_epsilon_and_mark_e0_of_the_recorded_run(spread):
+    drawn = curves(RunRecords(replayed(spread)), "")
+    assert drawn.figure.axes[0].get_ylabel() == "loss at constant ε"
+    for axes in drawn.figure.axes[:2]:
+        (mark,) = [line for line in axes.lines if line.get_label() == "E0"]
+        assert list(mark.get_xdata()) == [3, 3]
+    assert "The dashed line is E0 of the recorded run" in drawn.caption
+    assert "Ticks" not in drawn.caption
+
+
+def test_training_curves_mark_no_e0_at_constant_epsilon():
+    drawn = curves(RunRecords(replayed(0.2)[3:]), "")
+    assert "E0" not in [line.get_label() for line in drawn.figure.axes[0].lines]
+    assert drawn.caption == "loss, validation Dice and IoU, and learning rate."
 
 
 def test_training_curves_mark_the_first_best_epoch():

@@ -20,6 +20,7 @@ from polyseg.figures.style import formatted, headed, save_figure
 from polyseg.figures.training import (
     difficulty_distribution,
     epsilon_quantiles,
+    first_assessment,
     training_curves,
 )
 from polyseg.metrics.rank_stability import spearman
@@ -52,16 +53,18 @@ def draw_run(records: RunRecords, folder: Path, names: Collection[str] = RUN_FIG
 
 
 def curves(records: RunRecords, _: str) -> Drawn:
-    """Draw losses, validation overlap and learning rate over the epochs."""
+    """Draw losses, validation Dice and IoU, and learning rate over the epochs."""
     first, last = records.history[0], records.history[-1]
     name = "train_loss_constant" if "train_loss_constant" in first else "train_loss"
     losses = [formatted(row.get(name, math.nan), ".3f") for row in (first, last)]
-    caption = "loss, overlap with the validation masks, and learning rate."
+    caption = "loss, validation Dice and IoU, and learning rate."
     if any(row.get("assessed") == 1 for row in records.history):
         caption += (
             " Ticks at the bottom are assessments of the uncertainty; the dashed line is E0, the "
             "first of them, after which each image has its own epsilon."
         )
+    elif first_assessment(records.history) is not None:
+        caption += " The dashed line is E0 of the recorded run, after which epsilon first changes."
     return Drawn(
         training_curves(records.history),
         caption,
