@@ -23,6 +23,7 @@ from polyseg.commands import report as page_job
 from polyseg.commands.report import make_page, page_of
 from polyseg.errors import PolysegError
 from polyseg.figures.training import training_curves, validation_curves
+from polyseg.metrics.image_metrics import METRICS
 from polyseg.records import Assessment, Schedule
 from polyseg.report import figures, run_files
 from polyseg.report.document import Folded, Gallery, Page, PageSection, Picture, Table, Text, render
@@ -278,6 +279,23 @@ def test_long_image_tables_are_shortened(make_run, evaluation, monkeypatch):
     assert "case undefined" not in page  # undefined values come last
 
 
+def test_worst_images_have_the_main_metrics_and_all_images_have_all(make_run):
+    run = make_run()
+    keys = [name for name in METRICS if name != "dice"]
+    rows = [",".join([f"case{i}", "p1", str(i / 9), *["0.5"] * len(keys), "7"]) for i in range(9)]
+    head = ",".join(["id", "group", "dice", *keys, "mask_pixels"])
+    (run / "evaluation/per_image.csv").write_text("\n".join([head, *rows]) + "\n")
+    page = written(run)
+    main, everything = re.findall(r'<table[^>]*class="sortable">(.*?)</table>', page, flags=re.S)
+    of_table = [re.findall(r"<th scope=\"col\"[^>]*>([^<]*)<", one) for one in (main, everything)]
+    shown = [metric.title for metric in METRICS.values() if metric.in_figures]
+    assert of_table[0] == ["id", "group", *shown, "mask pixels"]
+    assert set(of_table[1]) == {one.title for one in METRICS.values()} | set(of_table[0])
+    text = Parser(page).text
+    assert "Main metrics of 9 test images of a by Dice, the worst first." in text
+    assert "<summary>All metrics of 9 test images of a</summary>" in page
+
+
 def test_settings_table_shows_differences_between_runs(make_run):
     page = written(make_run("a", start=6), make_run("b", loss="dice"))
     (table,) = (
@@ -444,7 +462,8 @@ def test_evaluation_figures_have_captions_order_and_grid(make_run, evaluation):
     names = [alt.partition(".png")[0] for _, alt, _ in figures_]
     numbers = ["differences", "comparison", "reliability", "risk_coverage", "robustness", "own"]
     assert names == [*numbers, "predictions_1_cyst_worst", "predictions_best"]
-    assert wide == {"differences", "comparison"}
+    # Texts in figures of images are too small at half the width.
+    assert wide == {"differences", "comparison", "predictions_1_cyst_worst", "predictions_best"}
     captions = dict(zip(names, (caption for *_, caption in figures_), strict=True))
     assert captions["own"] == "cmp: own.png."
     assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images with the lowest")
@@ -845,3 +864,25 @@ def test_in_a_browser_tables_sort_figures_enlarge_and_injected_scripts_do_not_ru
     path.write_text(page.replace("</body>", "<script>document.title = 'owned'</script></body>"))
     done = browse(path, tmp_path / "profile")
     assert "owned</title>" not in done.stdout and "Content Security Policy" in done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser")
+def test_ids_stay_in_one_line_unless_they_are_very_long(tmp_path):
+    ids = ["SC-HYP-03-IM-0001-0128", "-".join(["very-long"] * 30)]
+    head = ["id", "group", *map(str, range(30))]
+    rows = [[name, "SC-HYP-03", *["0.123"] * 30] for name in ids]
+    page = render(Page("", [], [], [PageSection("", [Table("", head, rows, sortable=True)])]))
+    measure = (
+        "const size = (one) => one.getClientRects()[0];"
+        "const [one, many] = document.querySelectorAll('tbody th');"
+        "const lines = (cell) => { const range = document.createRange();"
+        "range.selectNodeContents(cell); return range.getClientRects().length; };"
+        "const scroll = document.querySelector('.scroll');"
+        "document.title = [lines(one), lines(one.nextSibling), lines(many) > 2,"
+        "size(many).width < 400, scroll.scrollWidth > scroll.clientWidth].join();"
+    )
+    allowed = base64.b64encode(hashlib.sha256(measure.encode()).digest()).decode()
+    page = page.replace("script-src ", f"script-src 'sha256-{allowed}' ")
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</body>", f"<script>{measure}</script></body>"))
+    assert "<title>1,1,true,true,true</title>" in browse(path, tmp_path / "profile").stdout

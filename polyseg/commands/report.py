@@ -16,6 +16,7 @@ from polyseg.choices import LOSSES
 from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import DASH, size_of
 from polyseg.figures.style import formatted
+from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report import tables
@@ -387,19 +388,22 @@ def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
 
 
 def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
-    """Return the worst images, with all images folded."""
+    """Return the main metrics of the worst images, with all metrics of all images folded."""
     head, cells, order = _image_rows(evaluation)
     if not cells:
         return []
     rows = len(evaluation.per_image) - 1
     total = f"{rows:,} test images of {evaluation.name}"
-    if rows <= _WORST + 5:
-        return [Table(f"Test images of {evaluation.name} {order}.", head, cells, sortable=True)]
+    shown = rows if rows <= _WORST + 5 else _WORST
     some = f"The first {_MOST_ROWS:,} of " if rows > _MOST_ROWS else ""
+    least = {metric.title for metric in METRICS.values() if not metric.in_figures}
+    main = [k for k, name in enumerate(head) if name not in least]
+    worst, *others = ([row[k] for k in main] for row in (head, *cells[:shown]))
+    counted = total if shown == rows else f"{shown} of {total}"
     all_images = Table(f"{some}{total} {order}.", head, cells, sortable=True)
     return [
-        Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
-        Folded(f"{some or 'All '}{total}", [all_images]),
+        Table(f"Main metrics of {counted} {order}.", worst, others, sortable=True),
+        Folded(f"All metrics of {some.lower()}{total}", [all_images]),
     ]
 
 
