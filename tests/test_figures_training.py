@@ -303,24 +303,38 @@ def test_overlays_show_the_arrays_with_shared_colour_limits():
 
 
 def test_overlay_labels_show_name_difficulty_dice_and_notes():
-    name = "a_very_long_name_of_an_image_slice_0042"
+    name = "SC-HYP-03-IM-0001-0128"
     figure = show(case(name), case("$a$", masked=False), case(mask=np.zeros((24, 32))))
     first, second = (figure.axes[index].texts[0] for index in (0, 4))
-    assert first.get_text() == "a_very_…ice_0042\nD = 0.0123\nDice = 0.900"
+    assert first.get_text() == "SC-HYP-03-\nIM-0001-0128\nD = 0.0123\nDice = 0.900"
     assert second.get_text() == "$a$\nD = 0.0123\nDice = –"
     notes = [figure.axes[index].texts[0].get_text() for index in (5, 9)]
     assert notes == ["no mask", "empty mask"]
 
 
+def test_long_ids_of_overlays_lose_their_common_start_first():
+    start = "trial_of_the_hospital_in_2020_"
+    figure = show(case(f"{start}SC-HYP-03-IM-0001-0128"), case(f"{start}SC-N-05-IM-0001-0128"))
+    labels = [figure.axes[index].texts[0].get_text().split("\nD")[0] for index in (0, 4)]
+    assert labels == ["…HYP-03-IM-\n0001-0128", "…N-05-IM-\n0001-0128"]
+
+
 @pytest.mark.parametrize("shape", [(10, 90), (30, 30), (90, 10)])
 def test_overlays_keep_proportions_and_do_not_overlap(shape):
-    figure = show(case(shape=shape), case(shape=(20, 30)))
+    figure = show(
+        case("SC-HF-NI-03-IM-0001-0089", shape=shape),
+        case("patient_0042_of_the_hospital_slice_17", shape=(20, 30)),
+    )
     figure.draw_without_rendering()
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     for index, box in enumerate(boxes):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+    for axes in (figure.axes[0], figure.axes[4]):
+        for text in axes.texts:
+            label = text.get_window_extent()
+            assert label.x0 >= 0 and label.x1 <= axes.get_window_extent().x0
     place = figure.axes[0].get_window_extent()
     assert place.height / place.width == pytest.approx(shape[0] / shape[1])
 
