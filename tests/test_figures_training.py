@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -12,10 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from polyseg.errors import PolysegError
+from polyseg.figures import run_figures
 from polyseg.figures.evaluation import comparison
 from polyseg.figures.figures_by_name import RunRecords
 from polyseg.figures.losses import loss_curves
-from polyseg.figures.pictures import OverlayCase, overlays
+from polyseg.figures.pictures import OutlinedImage, OverlayCase, overlays, samples_sheet
 from polyseg.figures.run_figures import curves
 from polyseg.figures.style import save_figure
 from polyseg.figures.training import (
@@ -23,6 +25,7 @@ from polyseg.figures.training import (
     epsilon_quantiles,
     training_curves,
 )
+from polyseg.networks import segmentation_network
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -317,6 +320,42 @@ def test_long_ids_of_overlays_lose_their_common_start_first():
     figure = show(case(f"{start}SC-HYP-03-IM-0001-0128"), case(f"{start}SC-N-05-IM-0001-0128"))
     labels = [figure.axes[index].texts[0].get_text().split("\nD")[0] for index in (0, 4)]
     assert labels == ["…HYP-03-IM-\n0001-0128", "…N-05-IM-\n0001-0128"]
+
+
+def assessed(epoch, weights):
+    return SimpleNamespace(
+        metric="entropy",
+        difficulty=np.arange(30.0),
+        epoch=epoch,
+        weights_sha256=weights,
+        maps={"entropy": np.zeros((30, 2, 2))},
+    )
+
+
+@pytest.mark.parametrize("weights", ["then", "now"])
+def test_title_of_overlays_names_the_network_of_d_and_dice_and_fits(monkeypatch, weights):
+    titles = []
+    monkeypatch.setattr(segmentation_network, "hash_weights", lambda _: "now")
+    monkeypatch.setattr(run_figures, "_measured_again", lambda *given: (given[3], [0]))
+    monkeypatch.setattr(run_figures, "_draw_overlays", lambda *given: [titles.append(given[4])])
+    config = SimpleNamespace(output=SimpleNamespace(overlays=12))
+    run_figures.draw_extremes(None, config, None, assessed(1000, weights), Path())
+    then = " at epoch 1000; D and Dice shown are of the final network"
+    since = "" if weights == "now" else then
+    assert titles == [f"The 12 images of {which} D{since}" for which in ("largest", "smallest")]
+    figure = overlays([case()], metric="entropy", title=titles[1])
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().x0 >= 0
+
+
+@pytest.mark.parametrize("columns", [2, 21])
+def test_titles_of_samples_keep_the_number_of_the_patient_and_stay_in_the_figure(columns):
+    sample = OutlinedImage("SC-HF-NI-03-IM-0001-0089", np.ones((8, 8)), np.zeros((0, 8, 8)))
+    figure = samples_sheet([[sample] * columns] * 2, title="x")
+    figure.draw_without_rendering()
+    title = figure.axes[0].title
+    assert title.get_text() == "SC-HF-NI-03-\nIM-0001-0089"
+    assert title.get_window_extent().x0 >= 0
 
 
 @pytest.mark.parametrize("shape", [(10, 90), (30, 30), (90, 10)])

@@ -219,6 +219,29 @@ def test_report_shows_all_records_of_a_run(make_run):
     assert [one["class"] for one in page.all("figure")].count("png") == 3
 
 
+@pytest.mark.parametrize(
+    ("arm", "shown"), [("", "replayed"), (", replay_arm: permuted", "permuted")]
+)
+def test_first_table_names_the_arm_of_a_replay(make_run, arm, shown):
+    run = make_run()
+    (run / "config.yaml").write_text(
+        f"loss: {{name: polydice1}}\ncontrol: {{replay: x{arm}}}\n"  # 0.1 had no arms
+    )
+    assert f"a polydice1, {shown} ε 3 2" in Parser(written(run)).text
+
+
+def test_first_table_has_the_number_of_patients_only_if_metrics_are_by_patient(make_run):
+    run = make_run()
+    record = summary("a") | {"by": "patient"}
+    record["runs"][0]["patients"] = 7
+    (run / "evaluation/summary.json").write_text(json.dumps(record))
+    text = Parser(written(run)).text
+    assert "0.700 30 (7 patients) 0.500 ± 0.250" in text
+    assert "over the patients if their number is given" in text
+    (run / "evaluation/summary.json").write_text(json.dumps(record | {"by": "image"}))
+    assert "0.700 30 0.500 ± 0.250" in Parser(written(run, name="again.html")).text
+
+
 def test_page_ends_with_the_intended_use(make_run):
     page = written(make_run())
     assert f"<footer><p>{INTENDED_USE}</p></footer>" in page.partition("</main>")[2]
@@ -828,6 +851,17 @@ def test_report_command_writes_the_page(polyseg, make_run, evaluation, tmp_path)
     assert (answer.code, answer.out) == (0, f"{tmp_path}/new/page.html\n")
     assert "<h1>T</h1>" in out.read_text() and "<h2>Comparison</h2>" in out.read_text()
     assert polyseg("report", tmp_path).code == 2
+
+
+def test_report_without_a_comparison_names_the_command_that_makes_one(
+    polyseg, make_run, evaluation, monkeypatch
+):
+    one, other = make_run("a b"), make_run("c")
+    monkeypatch.chdir(one.parent)
+    wanted = "`polyseg evaluate 'a b' c --baseline 'a b'` makes one"
+    assert wanted in " ".join(polyseg("report", one.name, other.name).err.split())
+    for asked in ((one,), (one, other, "--evaluation", evaluation)):
+        assert "makes one" not in polyseg("report", *asked, "--out", f"{len(asked)}.html").err
 
 
 def browse(path, folder):

@@ -116,6 +116,9 @@ def comparison_of(sources: Sequence[Path]) -> list[Path]:
         except (OSError, ValueError, TypeError):
             continue
     if not found:
+        runs = [str(one) for one in sources]
+        asked = shlex.join(["polyseg", "evaluate", *runs, "--baseline", runs[0]])
+        log.info("no comparison of exactly these runs was found; `%s` makes one", asked)
         return []
     newest = max(found)[1]
     log.info("the report includes the comparison in %s", newest)
@@ -208,7 +211,11 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
             ]
         )
     head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
-    overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
+    caption = (
+        "The runs; the best epoch is that of the highest validation Dice. ± is the standard "
+        "deviation over the patients if their number is given, otherwise over the images."
+    )
+    overview = Table(caption, head, rows)
     own = [run.evaluation for run in runs]
     if not evaluations:
         tables.refuse_other_sizes(own)
@@ -228,7 +235,7 @@ def _loss(settings: Mapping[str, object]) -> str:
     if row is None or not row.has_epsilon:
         return tables.brief(name)
     if settings.get("control.replay"):
-        return f"{name}, replayed ε"
+        return f"{name}, {tables.brief(settings.get('control.replay_arm') or 'replayed')} ε"
     kind = {True: ", adaptive ε", "auto": ", adaptive ε", False: ", constant ε"}
     return f"{name}{kind.get(enabled, '')}" if isinstance(enabled, bool | str) else str(name)
 

@@ -123,7 +123,10 @@ EVALUATION_FIGURES = Registry(
 The help is the caption in the report.
 """
 
-_OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
+_OVERLAYS = (
+    "difficulty D in the last assessment; mean prediction, uncertainty, D and Dice shown are of "
+    "the network after the last epoch"
+)
 _OUTLINED = "mean Dice, with the outlines of mask and prediction"
 
 IMAGE_FIGURES = Registry(

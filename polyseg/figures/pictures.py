@@ -16,8 +16,8 @@ from polyseg.figures.style import Numbers, styled
 
 LABELS, CELL, GAP = 1.2, 1.39, 0.07
 """Widths of the parts of a row of `overlays`, in inches."""
-_LONGEST_OF_OVERLAYS, _LONGEST_OF_PREDICTIONS = 28, 40
-"""Largest length of an id, which is shown in two lines."""
+_LONGEST_OF_OVERLAYS, _LONGEST_OF_PREDICTIONS, _LONGEST_OF_SAMPLES = 28, 40, 26
+"""Largest lengths of an id, which is shown in two lines."""
 
 _OVERLAY_NOTE = (
     "Yellow outline: mask. Colours of the uncertainty\n"
@@ -48,7 +48,7 @@ def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Fig
     """Draw rows of images, at least one and of equal length, with the outlines of their masks."""
     columns = len(rows[0])
     cell = max(style.TWO_COLUMNS / columns, 0.9)
-    figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
+    figure = Figure(figsize=(cell * columns, (cell + 0.32) * len(rows) + 0.3))
     figure.suptitle(title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for axes, sample in zip(panels.ravel(), (one for row in rows for one in row), strict=True):
@@ -57,7 +57,7 @@ def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Fig
             _outline(
                 axes, mask, (style.YELLOW, *style.RUN_COLOURS)[k % (len(style.RUN_COLOURS) + 1)]
             )
-        axes.set_title(style.shorten(sample.title, 16), fontsize=7)
+        axes.set_title(style.wrapped(sample.title, _LONGEST_OF_SAMPLES), fontsize=7)
     return figure
 
 

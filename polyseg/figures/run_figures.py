@@ -132,7 +132,7 @@ def draw_extremes(
 ) -> list[Path]:
     """Draw the images with the largest and the smallest D of an assessment.
 
-    The maps are computed again with the network as it is now, possibly trained further.
+    Maps, D and Dice are computed again with the network as it is now, possibly trained further.
     """
     if assessment.metric not in UNCERTAINTIES:
         return []  # Other scores have no maps.
@@ -141,7 +141,8 @@ def draw_extremes(
 
     order = np.argsort(-assessment.difficulty, kind="stable")
     moved = hash_weights(network) != assessment.weights_sha256
-    since = f" at epoch {assessment.epoch}, measured with the trained network" if moved else ""
+    then = f" at epoch {assessment.epoch}; D and Dice shown are of the final network"
+    since = then if moved else ""
     shown = min(config.output.overlays, len(order))
     if shown == 0:
         return []
