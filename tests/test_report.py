@@ -149,8 +149,9 @@ def make_run(tmp_path):
         path = tmp_path / "runs" / name
         epsilon = np.random.default_rng(0).uniform(-0.4, 1, (3, IMAGES * (len(labels) or 1)))
         last = assessment(2, labels=labels, **changes)
-        for folder in ("uncertainty", "figures", "evaluation"):
+        for folder in ("uncertainty", "figures", "evaluation", "checkpoints"):
             (path / folder).mkdir(parents=True)
+        (path / "checkpoints/best.safetensors").touch()  # the report does not read it
         settings = (
             f"loss: {{name: {loss}}}\noutput: {{path: {name}}}\ncontrol: {{start: {start}}}\n"
         )
@@ -355,6 +356,14 @@ def test_missing_files_of_a_run_give_no_remark(make_run, gone):
     assert not page.all("aside")
     links = [one["href"].removeprefix("#") for one in page.all("a")]
     assert links == [one for one in page.ids if one.startswith("part-")]
+
+
+def test_run_without_checkpoints_gives_a_remark(polyseg, make_run):
+    run = make_run()
+    shutil.rmtree(run / "checkpoints")
+    assert "a: checkpoints/ has no checkpoint: the network cannot" in remarks(written(run))
+    said = polyseg("report", run, "--out", run.parent / "other.html").err
+    assert "1 remark on files that are missing" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.choices import LOSSES
+from polyseg.data.layouts.cases import counted
 from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import DASH, size_of
 from polyseg.figures.style import formatted
@@ -96,7 +97,8 @@ def make_page(
         progress("reading runs", k, len(sources))
     page = page_of(runs, compared, title)
     if page.warnings:
-        log.warning("%d files could not be read; the page names them", len(page.warnings))
+        remarks = counted(len(page.warnings), "remark")
+        log.warning("the page begins with %s on files that are missing or unreadable", remarks)
     write_text(out, render(page))
     return out
 
@@ -406,10 +408,10 @@ def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
     least = {metric.title for metric in METRICS.values() if not metric.in_figures}
     main = [k for k, name in enumerate(head) if name not in least]
     worst, *others = ([row[k] for k in main] for row in (head, *cells[:shown]))
-    counted = total if shown == rows else f"{shown} of {total}"
+    of_them = total if shown == rows else f"{shown} of {total}"
     all_images = Table(f"{some}{total} {order}.", head, cells, sortable=True)
     return [
-        Table(f"Main metrics of {counted} {order}.", worst, others, sortable=True),
+        Table(f"Main metrics of {of_them} {order}.", worst, others, sortable=True),
         Folded(f"All metrics of {some.lower()}{total}", [all_images]),
     ]
 
