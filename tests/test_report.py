@@ -505,6 +505,7 @@ def test_evaluation_figures_have_captions_order_and_grid(make_run, evaluation):
     assert "stars, if any" in captions["differences"]
     assert "over the images, even where tables and tests are by patient" in captions["comparison"]
     assert "for an arm the mean over its runs" in captions["comparison"]
+    assert "bands are 95 % bootstrap intervals over the images" in captions["robustness"]
     assert "the one in the tables is the mean over single images" in captions["reliability"]
     assert found.count('class="gallery"') == 2
 

@@ -114,7 +114,8 @@ EVALUATION_FIGURES = Registry(
     ),
     Row(
         "robustness",
-        "Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe)",
+        "mean Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe); bands "
+        "are 95 % bootstrap intervals over the images",
         f"{_EVALUATION}:draw_robustness",
     ),
 )
