@@ -189,7 +189,7 @@ def test_predictions_are_outlined_over_the_mask():
     figure = predictions([given], ["adaptive", "Dice"], title="The worst")
     assert [axes.get_title() for axes in figure.axes] == ["mask", "adaptive", "Dice"]
     labels = [axes.get_xlabel() for axes in figure.axes]
-    assert labels == ["image_with…_slice_0042", "Dice 0.500", "Dice 0.510"]
+    assert labels == ["image_with_a_very_\nlong_name_slice_0042", "Dice 0.500", "Dice 0.510"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mask", "prediction"]
     for axes, predicted in zip(figure.axes, [None, *given.predictions], strict=True):
         assert np.array_equal(axes.images[0].get_array(), given.image)

@@ -117,6 +117,19 @@ def test_rows_of_the_epsilon_map_have_the_ids_of_their_images():
         assert all(text == names[count - row] for row, text in shown.items())
 
 
+def test_ids_of_the_epsilon_map_keep_the_number_of_the_patient():
+    names = [f"{'AB'[k % 2]}C-HYP-{k:02d}-IM-0001-0128" for k in range(9)]
+    for start in ("", "a_long_name_of_a_study_"):
+        ids = [f"{start}{name}" for name in names]
+        figure = epsilon_map(np.array([1]), noise(1, 9), -np.arange(9), limits=(0, 1), ids=ids)
+        shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        assert shown == [f"…{name}" if start else name for name in names]
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+        assert all(box.x0 >= 0 for box in boxes)
+        assert figure.axes[0].get_window_extent().width > 0.4 * figure.bbox.width
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_validity_panels_share_an_axis_that_holds_all_values(order):
     panels = {"low": {"a": np.array([-1.0, 1.0])}, "high": {"a": np.array([0.9, math.nan])}}

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -12,15 +13,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from polyseg.errors import PolysegError
+from polyseg.figures import run_figures
 from polyseg.figures.evaluation import comparison
+from polyseg.figures.figures_by_name import RunRecords
 from polyseg.figures.losses import loss_curves
-from polyseg.figures.pictures import OverlayCase, overlays
+from polyseg.figures.pictures import OutlinedImage, OverlayCase, overlays, samples_sheet
+from polyseg.figures.run_figures import curves
 from polyseg.figures.style import save_figure
 from polyseg.figures.training import (
     difficulty_distribution,
     epsilon_quantiles,
     training_curves,
 )
+from polyseg.networks import segmentation_network
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -181,6 +186,9 @@ def test_training_curves_compare_the_losses_at_one_epsilon():
     # Histories of version 0.1 have no such column.
     older = training_curves(history(12)).axes[0]
     assert older.get_ylabel() == "loss"
+    # Without epsilon both losses are equal, and the label names none.
+    equal = [{**row, "train_loss_constant": row["train_loss"]} for row in history(12)]
+    assert training_curves(equal).axes[0].get_ylabel() == "loss"
     assert older.lines[0].get_ydata().tolist() == [row["train_loss"] for row in history(12)]
 
 
@@ -190,6 +198,32 @@ def test_training_curves_mark_the_first_assessment():
         assert list(mark.get_xdata()) == [5, 5]
     for axes in training_curves(history(4)).axes:
         assert "E0" not in [line.get_label() for line in axes.lines]
+
+
+def replayed(spread):
+    """Return the history of a replay: without assessments, with other epsilons after epoch 3."""
+    rows = [{**row, "assessed": 0.0, "epsilon_q05": 0.1, "epsilon_q95": 0.1} for row in history(6)]
+    for row in rows[3:]:
+        row |= {"epsilon_q05": 0.3 - spread, "epsilon_q95": 0.3 + spread}
+        row["train_loss_constant"] = 0.9 * row["train_loss"]
+    return rows
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.0])  # of each image, or of the mean arm
+def test_curves_of_a_replay_name_the_constant_epsilon_and_mark_e0_of_the_recorded_run(spread):
+    drawn = curves(RunRecords(replayed(spread)), "")
+    assert drawn.figure.axes[0].get_ylabel() == "loss at constant ε"
+    for axes in drawn.figure.axes[:2]:
+        (mark,) = [line for line in axes.lines if line.get_label() == "E0"]
+        assert list(mark.get_xdata()) == [3, 3]
+    assert "The dashed line is E0 of the recorded run" in drawn.caption
+    assert "Ticks" not in drawn.caption
+
+
+def test_training_curves_mark_no_e0_at_constant_epsilon():
+    drawn = curves(RunRecords(replayed(0.2)[3:]), "")
+    assert "E0" not in [line.get_label() for line in drawn.figure.axes[0].lines]
+    assert drawn.caption == "loss, validation Dice and IoU, and learning rate."
 
 
 def test_training_curves_mark_the_first_best_epoch():
@@ -272,24 +306,74 @@ def test_overlays_show_the_arrays_with_shared_colour_limits():
 
 
 def test_overlay_labels_show_name_difficulty_dice_and_notes():
-    name = "a_very_long_name_of_an_image_slice_0042"
+    name = "SC-HYP-03-IM-0001-0128"
     figure = show(case(name), case("$a$", masked=False), case(mask=np.zeros((24, 32))))
     first, second = (figure.axes[index].texts[0] for index in (0, 4))
-    assert first.get_text() == "a_very_…ice_0042\nD = 0.0123\nDice = 0.900"
+    assert first.get_text() == "SC-HYP-03-\nIM-0001-0128\nD = 0.0123\nDice = 0.900"
     assert second.get_text() == "$a$\nD = 0.0123\nDice = –"
     notes = [figure.axes[index].texts[0].get_text() for index in (5, 9)]
     assert notes == ["no mask", "empty mask"]
 
 
+def test_long_ids_of_overlays_lose_their_common_start_first():
+    start = "trial_of_the_hospital_in_2020_"
+    figure = show(case(f"{start}SC-HYP-03-IM-0001-0128"), case(f"{start}SC-N-05-IM-0001-0128"))
+    labels = [figure.axes[index].texts[0].get_text().split("\nD")[0] for index in (0, 4)]
+    assert labels == ["…HYP-03-IM-\n0001-0128", "…N-05-IM-\n0001-0128"]
+
+
+def assessed(epoch, weights):
+    return SimpleNamespace(
+        metric="entropy",
+        difficulty=np.arange(30.0),
+        epoch=epoch,
+        weights_sha256=weights,
+        maps={"entropy": np.zeros((30, 2, 2))},
+    )
+
+
+@pytest.mark.parametrize("weights", ["then", "now"])
+def test_title_of_overlays_names_the_network_of_d_and_dice_and_fits(monkeypatch, weights):
+    titles = []
+    monkeypatch.setattr(segmentation_network, "hash_weights", lambda _: "now")
+    monkeypatch.setattr(run_figures, "_measured_again", lambda *given: (given[3], [0]))
+    monkeypatch.setattr(run_figures, "_draw_overlays", lambda *given: [titles.append(given[4])])
+    config = SimpleNamespace(output=SimpleNamespace(overlays=12))
+    run_figures.draw_extremes(None, config, None, assessed(1000, weights), Path())
+    then = " at epoch 1000; D and Dice shown are of the final network"
+    since = "" if weights == "now" else then
+    assert titles == [f"The 12 images of {which} D{since}" for which in ("largest", "smallest")]
+    figure = overlays([case()], metric="entropy", title=titles[1])
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().x0 >= 0
+
+
+@pytest.mark.parametrize("columns", [2, 21])
+def test_titles_of_samples_keep_the_number_of_the_patient_and_stay_in_the_figure(columns):
+    sample = OutlinedImage("SC-HF-NI-03-IM-0001-0089", np.ones((8, 8)), np.zeros((0, 8, 8)))
+    figure = samples_sheet([[sample] * columns] * 2, title="x")
+    figure.draw_without_rendering()
+    title = figure.axes[0].title
+    assert title.get_text() == "SC-HF-NI-03-\nIM-0001-0089"
+    assert title.get_window_extent().x0 >= 0
+
+
 @pytest.mark.parametrize("shape", [(10, 90), (30, 30), (90, 10)])
 def test_overlays_keep_proportions_and_do_not_overlap(shape):
-    figure = show(case(shape=shape), case(shape=(20, 30)))
+    figure = show(
+        case("SC-HF-NI-03-IM-0001-0089", shape=shape),
+        case("patient_0042_of_the_hospital_slice_17", shape=(20, 30)),
+    )
     figure.draw_without_rendering()
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     for index, box in enumerate(boxes):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+    for axes in (figure.axes[0], figure.axes[4]):
+        for text in axes.texts:
+            label = text.get_window_extent()
+            assert label.x0 >= 0 and label.x1 <= axes.get_window_extent().x0
     place = figure.axes[0].get_window_extent()
     assert place.height / place.width == pytest.approx(shape[0] / shape[1])
 

@@ -23,6 +23,7 @@ from polyseg.commands import report as page_job
 from polyseg.commands.report import make_page, page_of
 from polyseg.errors import PolysegError
 from polyseg.figures.training import training_curves, validation_curves
+from polyseg.metrics.image_metrics import METRICS
 from polyseg.records import Assessment, Schedule
 from polyseg.report import figures, run_files
 from polyseg.report.document import Folded, Gallery, Page, PageSection, Picture, Table, Text, render
@@ -148,8 +149,9 @@ def make_run(tmp_path):
         path = tmp_path / "runs" / name
         epsilon = np.random.default_rng(0).uniform(-0.4, 1, (3, IMAGES * (len(labels) or 1)))
         last = assessment(2, labels=labels, **changes)
-        for folder in ("uncertainty", "figures", "evaluation"):
+        for folder in ("uncertainty", "figures", "evaluation", "checkpoints"):
             (path / folder).mkdir(parents=True)
+        (path / "checkpoints/best.safetensors").touch()  # the report does not read it
         settings = (
             f"loss: {{name: {loss}}}\noutput: {{path: {name}}}\ncontrol: {{start: {start}}}\n"
         )
@@ -218,6 +220,29 @@ def test_report_shows_all_records_of_a_run(make_run):
     assert [one["class"] for one in page.all("figure")].count("png") == 3
 
 
+@pytest.mark.parametrize(
+    ("arm", "shown"), [("", "replayed"), (", replay_arm: permuted", "permuted")]
+)
+def test_first_table_names_the_arm_of_a_replay(make_run, arm, shown):
+    run = make_run()
+    (run / "config.yaml").write_text(
+        f"loss: {{name: polydice1}}\ncontrol: {{replay: x{arm}}}\n"  # 0.1 had no arms
+    )
+    assert f"a polydice1, {shown} ε 3 2" in Parser(written(run)).text
+
+
+def test_first_table_has_the_number_of_patients_only_if_metrics_are_by_patient(make_run):
+    run = make_run()
+    record = summary("a") | {"by": "patient"}
+    record["runs"][0]["patients"] = 7
+    (run / "evaluation/summary.json").write_text(json.dumps(record))
+    text = Parser(written(run)).text
+    assert "0.700 30 (7 patients) 0.500 ± 0.250" in text
+    assert "over the patients if their number is given" in text
+    (run / "evaluation/summary.json").write_text(json.dumps(record | {"by": "image"}))
+    assert "0.700 30 0.500 ± 0.250" in Parser(written(run, name="again.html")).text
+
+
 def test_page_ends_with_the_intended_use(make_run):
     page = written(make_run())
     assert f"<footer><p>{INTENDED_USE}</p></footer>" in page.partition("</main>")[2]
@@ -278,6 +303,23 @@ def test_long_image_tables_are_shortened(make_run, evaluation, monkeypatch):
     assert "case undefined" not in page  # undefined values come last
 
 
+def test_worst_images_have_the_main_metrics_and_all_images_have_all(make_run):
+    run = make_run()
+    keys = [name for name in METRICS if name != "dice"]
+    rows = [",".join([f"case{i}", "p1", str(i / 9), *["0.5"] * len(keys), "7"]) for i in range(9)]
+    head = ",".join(["id", "group", "dice", *keys, "mask_pixels"])
+    (run / "evaluation/per_image.csv").write_text("\n".join([head, *rows]) + "\n")
+    page = written(run)
+    main, everything = re.findall(r'<table[^>]*class="sortable">(.*?)</table>', page, flags=re.S)
+    of_table = [re.findall(r"<th scope=\"col\"[^>]*>([^<]*)<", one) for one in (main, everything)]
+    shown = [metric.title for metric in METRICS.values() if metric.in_figures]
+    assert of_table[0] == ["id", "group", *shown, "mask pixels"]
+    assert set(of_table[1]) == {one.title for one in METRICS.values()} | set(of_table[0])
+    text = Parser(page).text
+    assert "Main metrics of 9 test images of a by Dice, the worst first." in text
+    assert "<summary>All metrics of 9 test images of a</summary>" in page
+
+
 def test_settings_table_shows_differences_between_runs(make_run):
     page = written(make_run("a", start=6), make_run("b", loss="dice"))
     (table,) = (
@@ -314,6 +356,14 @@ def test_missing_files_of_a_run_give_no_remark(make_run, gone):
     assert not page.all("aside")
     links = [one["href"].removeprefix("#") for one in page.all("a")]
     assert links == [one for one in page.ids if one.startswith("part-")]
+
+
+def test_run_without_checkpoints_gives_a_remark(polyseg, make_run):
+    run = make_run()
+    shutil.rmtree(run / "checkpoints")
+    assert "a: checkpoints/ has no checkpoint: the network cannot" in remarks(written(run))
+    said = polyseg("report", run, "--out", run.parent / "other.html").err
+    assert "1 remark on files that are missing" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -444,11 +494,19 @@ def test_evaluation_figures_have_captions_order_and_grid(make_run, evaluation):
     names = [alt.partition(".png")[0] for _, alt, _ in figures_]
     numbers = ["differences", "comparison", "reliability", "risk_coverage", "robustness", "own"]
     assert names == [*numbers, "predictions_1_cyst_worst", "predictions_best"]
-    assert wide == {"differences", "comparison"}
+    # Texts in figures of images are too small at half the width.
+    assert wide == {"differences", "comparison", "predictions_1_cyst_worst", "predictions_best"}
     captions = dict(zip(names, (caption for *_, caption in figures_), strict=True))
     assert captions["own"] == "cmp: own.png."
     assert captions["predictions_1_cyst_worst"].startswith("cmp, cyst: the images with the lowest")
     assert all(".png" not in caption for name, caption in captions.items() if name != "own")
+    # What is a patient in the tables is an image in some figures.
+    assert "over patients if the evaluation is by patient" in captions["differences"]
+    assert "stars, if any" in captions["differences"]
+    assert "over the images, even where tables and tests are by patient" in captions["comparison"]
+    assert "for an arm the mean over its runs" in captions["comparison"]
+    assert "bands are 95 % bootstrap intervals over the images" in captions["robustness"]
+    assert "the one in the tables is the mean over single images" in captions["reliability"]
     assert found.count('class="gallery"') == 2
 
 
@@ -805,6 +863,17 @@ def test_report_command_writes_the_page(polyseg, make_run, evaluation, tmp_path)
     assert polyseg("report", tmp_path).code == 2
 
 
+def test_report_without_a_comparison_names_the_command_that_makes_one(
+    polyseg, make_run, evaluation, monkeypatch
+):
+    one, other = make_run("a b"), make_run("c")
+    monkeypatch.chdir(one.parent)
+    wanted = "`polyseg evaluate 'a b' c --baseline 'a b'` makes one"
+    assert wanted in " ".join(polyseg("report", one.name, other.name).err.split())
+    for asked in ((one,), (one, other, "--evaluation", evaluation)):
+        assert "makes one" not in polyseg("report", *asked, "--out", f"{len(asked)}.html").err
+
+
 def browse(path, folder):
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
     flags += " --disable-background-networking --disable-component-update --disable-sync"
@@ -839,3 +908,25 @@ def test_in_a_browser_tables_sort_figures_enlarge_and_injected_scripts_do_not_ru
     path.write_text(page.replace("</body>", "<script>document.title = 'owned'</script></body>"))
     done = browse(path, tmp_path / "profile")
     assert "owned</title>" not in done.stdout and "Content Security Policy" in done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser")
+def test_ids_stay_in_one_line_unless_they_are_very_long(tmp_path):
+    ids = ["SC-HYP-03-IM-0001-0128", "-".join(["very-long"] * 30)]
+    head = ["id", "group", *map(str, range(30))]
+    rows = [[name, "SC-HYP-03", *["0.123"] * 30] for name in ids]
+    page = render(Page("", [], [], [PageSection("", [Table("", head, rows, sortable=True)])]))
+    measure = (
+        "const size = (one) => one.getClientRects()[0];"
+        "const [one, many] = document.querySelectorAll('tbody th');"
+        "const lines = (cell) => { const range = document.createRange();"
+        "range.selectNodeContents(cell); return range.getClientRects().length; };"
+        "const scroll = document.querySelector('.scroll');"
+        "document.title = [lines(one), lines(one.nextSibling), lines(many) > 2,"
+        "size(many).width < 400, scroll.scrollWidth > scroll.clientWidth].join();"
+    )
+    allowed = base64.b64encode(hashlib.sha256(measure.encode()).digest()).decode()
+    page = page.replace("script-src ", f"script-src 'sha256-{allowed}' ")
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</body>", f"<script>{measure}</script></body>"))
+    assert "<title>1,1,true,true,true</title>" in browse(path, tmp_path / "profile").stdout

@@ -13,9 +13,11 @@ import numpy as np
 
 from polyseg import __version__
 from polyseg.choices import LOSSES
+from polyseg.data.layouts.cases import counted
 from polyseg.errors import PolysegError
 from polyseg.evaluation.tables import DASH, size_of
 from polyseg.figures.style import formatted
+from polyseg.metrics.image_metrics import METRICS
 from polyseg.metrics.significance import RankCorrelation, rank_correlation
 from polyseg.records import Assessment, Progress, no_progress
 from polyseg.report import tables
@@ -95,7 +97,8 @@ def make_page(
         progress("reading runs", k, len(sources))
     page = page_of(runs, compared, title)
     if page.warnings:
-        log.warning("%d files could not be read; the page names them", len(page.warnings))
+        remarks = counted(len(page.warnings), "remark")
+        log.warning("the page begins with %s on files that are missing or unreadable", remarks)
     write_text(out, render(page))
     return out
 
@@ -115,6 +118,9 @@ def comparison_of(sources: Sequence[Path]) -> list[Path]:
         except (OSError, ValueError, TypeError):
             continue
     if not found:
+        runs = [str(one) for one in sources]
+        asked = shlex.join(["polyseg", "evaluate", *runs, "--baseline", runs[0]])
+        log.info("no comparison of exactly these runs was found; `%s` makes one", asked)
         return []
     newest = max(found)[1]
     log.info("the report includes the comparison in %s", newest)
@@ -207,7 +213,11 @@ def _summary(runs: Sequence[RunFiles], evaluations: Sequence[EvaluationFiles]) -
             ]
         )
     head = ["run", "loss", "epochs", "best epoch", "validation Dice", "test images", "test Dice"]
-    overview = Table("The runs; the best epoch is that of the highest validation Dice.", head, rows)
+    caption = (
+        "The runs; the best epoch is that of the highest validation Dice. ± is the standard "
+        "deviation over the patients if their number is given, otherwise over the images."
+    )
+    overview = Table(caption, head, rows)
     own = [run.evaluation for run in runs]
     if not evaluations:
         tables.refuse_other_sizes(own)
@@ -227,7 +237,7 @@ def _loss(settings: Mapping[str, object]) -> str:
     if row is None or not row.has_epsilon:
         return tables.brief(name)
     if settings.get("control.replay"):
-        return f"{name}, replayed ε"
+        return f"{name}, {tables.brief(settings.get('control.replay_arm') or 'replayed')} ε"
     kind = {True: ", adaptive ε", "auto": ", adaptive ε", False: ", constant ε"}
     return f"{name}{kind.get(enabled, '')}" if isinstance(enabled, bool | str) else str(name)
 
@@ -387,19 +397,22 @@ def _percentiles(values: Any, which: Sequence[int], form: str) -> list[str]:
 
 
 def _worst_images(evaluation: EvaluationFiles) -> list[Block]:
-    """Return the worst images, with all images folded."""
+    """Return the main metrics of the worst images, with all metrics of all images folded."""
     head, cells, order = _image_rows(evaluation)
     if not cells:
         return []
     rows = len(evaluation.per_image) - 1
     total = f"{rows:,} test images of {evaluation.name}"
-    if rows <= _WORST + 5:
-        return [Table(f"Test images of {evaluation.name} {order}.", head, cells, sortable=True)]
+    shown = rows if rows <= _WORST + 5 else _WORST
     some = f"The first {_MOST_ROWS:,} of " if rows > _MOST_ROWS else ""
+    least = {metric.title for metric in METRICS.values() if not metric.in_figures}
+    main = [k for k, name in enumerate(head) if name not in least]
+    worst, *others = ([row[k] for k in main] for row in (head, *cells[:shown]))
+    of_them = total if shown == rows else f"{shown} of {total}"
     all_images = Table(f"{some}{total} {order}.", head, cells, sortable=True)
     return [
-        Table(f"{_WORST} of {total} {order}.", head, cells[:_WORST], sortable=True),
-        Folded(f"{some or 'All '}{total}", [all_images]),
+        Table(f"Main metrics of {of_them} {order}.", worst, others, sortable=True),
+        Folded(f"All metrics of {some.lower()}{total}", [all_images]),
     ]
 
 

@@ -61,7 +61,7 @@ _RUN = "polyseg.figures.run_figures"
 
 RUN_FIGURES = Registry(
     "figure of a run",
-    RunFigure("curves", "losses, validation overlap and learning rate", f"{_RUN}:curves"),
+    RunFigure("curves", "losses, validation Dice and IoU, and learning rate", f"{_RUN}:curves"),
     RunFigure(
         "epsilon",
         "quantiles of epsilon over the training images",
@@ -88,20 +88,23 @@ EVALUATION_FIGURES = Registry(
     "figure of an evaluation",
     Row(
         "differences",
-        "mean differences from the baseline with 95 % bootstrap intervals over images; stars show "
-        "p after Holm's method",
+        "mean differences from the baseline with 95 % bootstrap intervals, over patients if the "
+        "evaluation is by patient and otherwise over images; stars, if any, show p after Holm's "
+        "method",
         f"{_EVALUATION}:draw_differences",
     ),
     Row(
         "comparison",
-        "one point for each test image; boxes show the quartiles, whiskers reach from 5 to 95 %, "
-        "diamonds are means",
+        "one point for each image, for an arm the mean over its runs that tested it; boxes show "
+        "the quartiles, whiskers reach from 5 to 95 %, diamonds are means over the images, even "
+        "where tables and tests are by patient",
         f"{_EVALUATION}:draw_comparison",
     ),
     Row(
         "reliability",
         "observed share of foreground over its predicted probability, and numbers of pixels; the "
-        "diagonal is perfect calibration",
+        "diagonal is perfect calibration; the ECE above is that of all pixels together, and the "
+        "one in the tables is the mean over single images or patients",
         f"{_EVALUATION}:draw_reliability",
     ),
     Row(
@@ -111,7 +114,8 @@ EVALUATION_FIGURES = Registry(
     ),
     Row(
         "robustness",
-        "Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe)",
+        "mean Dice over the strength of corruption, from 0 (unchanged images) to 5 (severe); bands "
+        "are 95 % bootstrap intervals over the images",
         f"{_EVALUATION}:draw_robustness",
     ),
 )
@@ -120,7 +124,10 @@ EVALUATION_FIGURES = Registry(
 The help is the caption in the report.
 """
 
-_OVERLAYS = "difficulty D in the last assessment, with mask, mean prediction and uncertainty"
+_OVERLAYS = (
+    "difficulty D in the last assessment; mean prediction, uncertainty, D and Dice shown are of "
+    "the network after the last epoch"
+)
 _OUTLINED = "mean Dice, with the outlines of mask and prediction"
 
 IMAGE_FIGURES = Registry(

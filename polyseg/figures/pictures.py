@@ -16,6 +16,8 @@ from polyseg.figures.style import Numbers, styled
 
 LABELS, CELL, GAP = 1.2, 1.39, 0.07
 """Widths of the parts of a row of `overlays`, in inches."""
+_LONGEST_OF_OVERLAYS, _LONGEST_OF_PREDICTIONS, _LONGEST_OF_SAMPLES = 28, 40, 26
+"""Largest lengths of an id, which is shown in two lines."""
 
 _OVERLAY_NOTE = (
     "Yellow outline: mask. Colours of the uncertainty\n"
@@ -46,7 +48,7 @@ def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Fig
     """Draw rows of images, at least one and of equal length, with the outlines of their masks."""
     columns = len(rows[0])
     cell = max(style.TWO_COLUMNS / columns, 0.9)
-    figure = Figure(figsize=(cell * columns, (cell + 0.2) * len(rows) + 0.3))
+    figure = Figure(figsize=(cell * columns, (cell + 0.32) * len(rows) + 0.3))
     figure.suptitle(title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for axes, sample in zip(panels.ravel(), (one for row in rows for one in row), strict=True):
@@ -55,7 +57,7 @@ def samples_sheet(rows: Sequence[Sequence[OutlinedImage]], *, title: str) -> Fig
             _outline(
                 axes, mask, (style.YELLOW, *style.RUN_COLOURS)[k % (len(style.RUN_COLOURS) + 1)]
             )
-        axes.set_title(style.shorten(sample.title, 16), fontsize=7)
+        axes.set_title(style.wrapped(sample.title, _LONGEST_OF_SAMPLES), fontsize=7)
     return figure
 
 
@@ -99,13 +101,14 @@ def overlays(
     figure = Figure(figsize=(style.TWO_COLUMNS, top + sum(heights) + GAP * len(cases) + 0.75))
     figure.set_layout_engine("none")
     figure.suptitle(title, y=1 - 0.08 / figure.get_figheight(), va="top")
-    for case, height in zip(cases, heights, strict=True):
+    names = style.without_common_start([case.id for case in cases], _LONGEST_OF_OVERLAYS)
+    for case, name, height in zip(cases, names, heights, strict=True):
         row = [style.place_axes(figure, left, top, CELL, height) for left in lefts]
-        mean, uncertainty = _overlay_row(row, case, highest)
+        mean, uncertainty = _overlay_row(row, case, name, highest)
         top += height + GAP
-    names = ("image", "mask", "mean prediction", "uncertainty")
-    for axes, name in zip(figure.axes[:4], names, strict=True):
-        axes.set_title(name)
+    heads = ("image", "mask", "mean prediction", "uncertainty")
+    for axes, head in zip(figure.axes[:4], heads, strict=True):
+        axes.set_title(head)
     for left, shown, label in (
         (lefts[2], mean, "probability"),
         (lefts[3], uncertainty, style.metric_name(metric).replace(" (", "\n(")),
@@ -156,15 +159,17 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
     shapes = [case.mask.shape for case in cases]
     heights = [cell * float(np.clip(height / width, 0.4, 1.25)) for height, width in shapes]
     heads = ["mask", *(style.wrapped(name) for name in names)]
-    top, below, bottom = 0.6, 0.24, 0.25
+    ids = style.without_common_start([case.id for case in cases], _LONGEST_OF_PREDICTIONS)
+    ids = [style.wrapped(one, _LONGEST_OF_PREDICTIONS) for one in ids]
+    top, below, bottom = 0.6, 0.36 if any("\n" in one for one in ids) else 0.24, 0.25
     size = cell * columns, top + sum(heights) + below * len(cases) + bottom
     figure = Figure(figsize=size)
     figure.set_layout_engine("none")
     figure.suptitle(title, y=1 - 0.08 / size[1], va="top")
-    for case, height in zip(cases, heights, strict=True):
+    for case, name, height in zip(cases, ids, heights, strict=True):
         lefts = cell * np.arange(columns) + GAP / 2
         row = [style.place_axes(figure, left, top, cell - GAP, height) for left in lefts]
-        _prediction_row(row, case)
+        _prediction_row(row, case, name)
         top += height + below
     for axes, head in zip(figure.axes, heads, strict=False):
         axes.set_title(head, fontsize=7)
@@ -176,10 +181,12 @@ def predictions(cases: Sequence[PredictionCase], names: Sequence[str], *, title:
     return figure
 
 
-def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> list[AxesImage]:
+def _overlay_row(
+    axes: Sequence[Axes], case: OverlayCase, name: str, highest: float
+) -> list[AxesImage]:
     """Draw one row, and return the images for the two colour bars."""
     scores = f"D = {case.difficulty:.3g}\nDice = {case.dice:.3f}".replace("nan", "–")
-    label = f"{style.shorten(case.id, 16)}\n{scores}"
+    label = f"{style.wrapped(name, _LONGEST_OF_OVERLAYS)}\n{scores}"
     axes[0].annotate(
         label, (0, 0.5), (-82, 0), "axes fraction", "offset points", va="center", fontsize=8
     )
@@ -195,11 +202,8 @@ def _overlay_row(axes: Sequence[Axes], case: OverlayCase, highest: float) -> lis
     ]
 
 
-def _prediction_row(axes: Sequence[Axes], case: PredictionCase) -> None:
-    texts = [
-        style.shorten(case.id, 22),
-        *(f"Dice {dice:.3f}".replace("nan", "–") for dice in case.dice),
-    ]
+def _prediction_row(axes: Sequence[Axes], case: PredictionCase, name: str) -> None:
+    texts = [name, *(f"Dice {dice:.3f}".replace("nan", "–") for dice in case.dice)]
     for panel, predicted, text in zip(axes, [None, *case.predictions], texts, strict=True):
         _show(panel, case.image)
         _edge(panel, case.mask, *_LINES["mask"])

@@ -20,6 +20,7 @@ from polyseg.figures.style import formatted, headed, save_figure
 from polyseg.figures.training import (
     difficulty_distribution,
     epsilon_quantiles,
+    first_assessment,
     training_curves,
 )
 from polyseg.metrics.rank_stability import spearman
@@ -52,16 +53,18 @@ def draw_run(records: RunRecords, folder: Path, names: Collection[str] = RUN_FIG
 
 
 def curves(records: RunRecords, _: str) -> Drawn:
-    """Draw losses, validation overlap and learning rate over the epochs."""
+    """Draw losses, validation Dice and IoU, and learning rate over the epochs."""
     first, last = records.history[0], records.history[-1]
     name = "train_loss_constant" if "train_loss_constant" in first else "train_loss"
     losses = [formatted(row.get(name, math.nan), ".3f") for row in (first, last)]
-    caption = "loss, overlap with the validation masks, and learning rate."
+    caption = "loss, validation Dice and IoU, and learning rate."
     if any(row.get("assessed") == 1 for row in records.history):
         caption += (
             " Ticks at the bottom are assessments of the uncertainty; the dashed line is E0, the "
             "first of them, after which each image has its own epsilon."
         )
+    elif first_assessment(records.history) is not None:
+        caption += " The dashed line is E0 of the recorded run, after which epsilon first changes."
     return Drawn(
         training_curves(records.history),
         caption,
@@ -129,7 +132,7 @@ def draw_extremes(
 ) -> list[Path]:
     """Draw the images with the largest and the smallest D of an assessment.
 
-    The maps are computed again with the network as it is now, possibly trained further.
+    Maps, D and Dice are computed again with the network as it is now, possibly trained further.
     """
     if assessment.metric not in UNCERTAINTIES:
         return []  # Other scores have no maps.
@@ -138,7 +141,8 @@ def draw_extremes(
 
     order = np.argsort(-assessment.difficulty, kind="stable")
     moved = hash_weights(network) != assessment.weights_sha256
-    since = f" at epoch {assessment.epoch}, measured with the trained network" if moved else ""
+    then = f" at epoch {assessment.epoch}; D and Dice shown are of the final network"
+    since = then if moved else ""
     shown = min(config.output.overlays, len(order))
     if shown == 0:
         return []

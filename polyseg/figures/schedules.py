@@ -17,7 +17,7 @@ _MARKERS = "osD^vP"
 _COLUMNS = 3
 _LONGEST_OF_TWO = 16
 """Largest length of a name with which two names fit side by side into a legend."""
-_MOST_IDS = 40
+_MOST_IDS, _LONGEST_ID = 40, 32
 
 
 @styled
@@ -77,7 +77,10 @@ def epsilon_map(
     """
     order = np.argsort(-difficulty, kind="stable")
     named = range(0, len(ids), math.ceil(len(ids) / _MOST_IDS) or 1)
-    figure = Figure(figsize=(style.ONE_COLUMN + 0.8 * bool(ids), max(3.2, 1 + 0.11 * len(named))))
+    names = style.without_common_start([ids[order[row]] for row in named], _LONGEST_ID)
+    names = [style.shorten(name, _LONGEST_ID) for name in names]
+    width = style.ONE_COLUMN + 0.05 * max(map(len, names), default=0)
+    figure = Figure(figsize=(width, max(3.2, 1 + 0.11 * len(named))))
     axes = figure.add_subplot(ylabel="image (largest D at the end on top)")
     shown = axes.imshow(
         epsilon[:, order].T,
@@ -93,7 +96,6 @@ def epsilon_map(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     if ids:
-        names = [style.shorten(ids[order[row]], 20) for row in named]
         axes.set_yticks([row + 1 for row in named], names, fontsize=6)
     marks = [epoch + 0.5 for epoch in assessed if epochs[0] - 1 <= epoch <= epochs[-1]]
     axes.secondary_xaxis("top", xlabel="assessments").set_xticks(marks, [""] * len(marks))

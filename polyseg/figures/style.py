@@ -7,6 +7,7 @@ user's matplotlibrc. Equal data give equal files, byte for byte.
 import functools
 import re
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -184,21 +185,37 @@ def shorten(name: str, length: int = 20) -> str:
     return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def wrapped(name: str) -> str:
-    """Return up to 40 characters of a name, in two lines if there are more than 22.
+def wrapped(name: str, longest: int = 40) -> str:
+    """Return up to `longest` characters of a name, in two lines if there are more than 55 %.
 
     >>> wrapped("adaptive"), wrapped("adaptive_polydice_entropy_seed_3")
     ('adaptive', 'adaptive_polydice_\\nentropy_seed_3')
     """
-    name = shorten(name, 40)
-    if len(name) <= 22:
+    name = shorten(name, longest)
+    if len(name) <= 0.55 * longest:
         return name
     middle = len(name) // 2
     ends = [match.end() for match in re.finditer(r"[\s_,-]", name)]
     # Between words, unless the lines would differ much in length.
-    ends = [end for end in ends if abs(end - middle) <= 6] or [middle]
+    ends = [end for end in ends if abs(end - middle) <= 0.15 * longest] or [middle]
     cut = min(ends, key=lambda end: abs(end - middle))
     return f"{name[:cut].rstrip()}\n{name[cut:]}"
+
+
+def without_common_start(names: Sequence[str], longest: int) -> list[str]:
+    """Return names without the words with which all begin, if one is longer than `longest`.
+
+    >>> without_common_start(["trial_of_2020_p1_left", "trial_of_2020_p2_left"], 20)
+    ['…p1_left', '…p2_left']
+    >>> without_common_start(["p1", "p2"], 20), without_common_start(["a_long_name"], 5)
+    (['p1', 'p2'], ['a_long_name'])
+    """
+    if len(set(names)) < 2 or max(map(len, names)) <= longest:
+        return list(names)
+    words = [re.findall(r"[^\s_,-]*[\s_,-]?", name) for name in names]
+    equal = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    start = len("".join(column[0] for column in equal))
+    return [f"…{name[start:]}" if start else name for name in names]
 
 
 def metric_name(metric: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,24 @@ _LINES = ("-", "--", ":", "-.")
 
 @styled
 def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw the losses, the validation overlap and the learning rate over the epochs.
+    """Draw the losses, validation Dice and IoU, and the learning rate over the epochs.
 
     Args:
         rows: one for each epoch, with `epoch` and other columns of history.csv; NaN leaves a gap.
             `train_loss_constant`, which compares with `validation_loss`, is drawn instead of
             `train_loss` if it exists. The first epoch with the highest Dice is marked, and
-            the first assessment, E0, by a dashed line.
+            `first_assessment`, E0, by a dashed line.
     """
 
-    def column(name: str) -> Numbers:
-        return np.array([row.get(name, math.nan) for row in rows], dtype=float)
+    column = partial(_column, rows)
 
     figure = Figure(figsize=(style.TWO_COLUMNS, 2.4))
     losses, overlap, rate = figure.subplots(1, 3)
     epochs, dice = column("epoch"), column("validation_dice")
     constant = column("train_loss_constant")
-    comparable = bool(np.isfinite(constant).any())
-    training = constant if comparable else column("train_loss")
+    training = constant if np.isfinite(constant).any() else column("train_loss")
+    # Without epsilon, or before it changes, both columns are equal.
+    other = bool(np.any(np.isfinite(training) & (training != column("train_loss"))))
     _plot(losses, epochs, training, color=style.BLUE, label="training")
     _plot(losses, epochs, column("validation_loss"), color=style.RED, label="validation")
     _plot(overlap, epochs, dice, color=style.RED, label="Dice")
@@ -50,15 +51,35 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     if assessed.size:
         foot = {"ymin": 0, "ymax": 0.04, "transform": losses.get_xaxis_transform()}
         losses.vlines(assessed, **foot, color=style.GRAY, linewidth=0.8, label="assessment")
+    if (start := first_assessment(rows)) is not None:
         for axes in (losses, overlap):
-            axes.axvline(assessed[0], color=style.GRAY, linestyle="--", linewidth=0.8, label="E0")
-    loss = "loss at constant ε" if comparable and assessed.size else "loss"
+            axes.axvline(start, color=style.GRAY, linestyle="--", linewidth=0.8, label="E0")
+    loss = "loss at constant ε" if other else "loss"
     for axes, ylabel in ((losses, loss), (overlap, "validation"), (rate, "learning rate")):
         axes.set_ylabel(ylabel)
         style.epochs_axis(axes, epochs, legend=False)
         _legend_above(axes)
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
+
+
+def first_assessment(rows: Sequence[Mapping[str, float]]) -> float | None:
+    """Return E0, the epoch of the first assessment, from the rows of history.csv.
+
+    A replay has no assessments: E0 is then the last epoch before the epsilons change. None if there
+    is none, or no change.
+
+    >>> [first_assessment([{"epoch": 1, "assessed": k}, {"epoch": 2}]) for k in (0, 1)]
+    [None, 1.0]
+    """
+    epochs = _column(rows, "epoch")
+    assessed = epochs[_column(rows, "assessed") == 1]
+    if assessed.size:
+        return float(assessed[0])
+    names = [name for name in (rows[0] if rows else ()) if name.startswith("epsilon_q")]
+    quantiles = np.array([_column(rows, name) for name in names]).reshape(len(names), len(rows))
+    changed = np.any(np.isfinite(quantiles) & (quantiles != quantiles[:, :1]), axis=0)
+    return float(epochs[np.argmax(changed) - 1]) if changed.any() else None
 
 
 @styled
@@ -136,6 +157,11 @@ def difficulty_distribution(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
+
+
+def _column(rows: Sequence[Mapping[str, float]], name: str) -> Numbers:
+    """Return a column of the history, (E,), NaN where it is missing."""
+    return np.array([row.get(name, math.nan) for row in rows], dtype=float)
 
 
 def _legend_above(axes: Axes) -> None:

@@ -24,6 +24,8 @@ _NUMBER = re.compile(
     rf"(< |± )?{_PLAIN}(( ±| to) {_PLAIN})?( \({_PLAIN}\)| \[{_PLAIN}, {_PLAIN}\]| –)?\**"
     r"|[\d–]+/[\d–]+/[\d–]+|(– ?)*|± –"
 )
+_LONGEST_LINE = 40
+"""Largest length of a name that a table does not break into lines."""
 _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
 
 
@@ -242,9 +244,13 @@ def _table(table: Table, number: int) -> str:
 
 
 def _row(row: Sequence[str], style: Sequence[str]) -> str:
-    first, *others = row
-    cells = (f"<td{kind}>{_cell(one)}</td>" for one, kind in zip(others, style[1:], strict=True))
-    return f'<tr><th scope="row">{_cell(first)}</th>{"".join(cells)}</tr>'
+    kinds = [
+        kind or (' class="long"' if len(cell) > _LONGEST_LINE else "")
+        for cell, kind in zip(row, style, strict=True)
+    ]
+    first, *others = (f"{kind}>{_cell(cell)}" for cell, kind in zip(row, kinds, strict=True))
+    cells = "".join(f"<td{one}</td>" for one in others)
+    return f'<tr><th scope="row"{first}</th>{cells}</tr>'
 
 
 def _cell(words: str) -> str:

@@ -115,11 +115,11 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG is wider than one column, and not a stack of images."""
+    """Return whether a PNG is wider than one column."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return image.width > max(_ONE_COLUMN, image.height)
+            return image.width > _ONE_COLUMN
 
 
 def _column(run: RunFiles, name: str) -> Any:

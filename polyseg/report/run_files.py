@@ -70,7 +70,7 @@ class RunFiles:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     """PNG files of figures/ by their path in the run."""
     remarks: Sequence[str] = ()
-    """Sentences on files that were unreadable or left out."""
+    """Sentences on files that were missing, unreadable or left out."""
 
 
 def read_run(path: Path, name: str) -> RunFiles:
@@ -86,6 +86,11 @@ def read_run(path: Path, name: str) -> RunFiles:
     config_text = folder.read("config.yaml", _text, "")
     # A run's checkpoint names the hashes of its HDF5 files.
     checkpoint = folder.read("checkpoints/last.safetensors", _checkpoint, None)
+    if not folder.names("checkpoints", ".safetensors"):
+        folder.remarks.append(
+            "checkpoints/ has no checkpoint: the network cannot be evaluated again, and the files "
+            "of assessments and epsilons are shown unchecked"
+        )
     return RunFiles(
         name=name,
         config_text=config_text,

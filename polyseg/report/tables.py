@@ -4,9 +4,17 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from polyseg.data.layouts.cases import counted
 from polyseg.errors import PolysegError
 from polyseg.evaluation import tables
-from polyseg.evaluation.summary_records import Network, Record, mapping, networks, records
+from polyseg.evaluation.summary_records import (
+    Network,
+    Record,
+    is_by_patient,
+    mapping,
+    networks,
+    records,
+)
 from polyseg.metrics.image_metrics import METRICS
 from polyseg.report.document import Table, Text
 from polyseg.report.run_files import EvaluationFiles
@@ -85,11 +93,16 @@ def further_tables(evaluation: EvaluationFiles) -> Iterator[Table]:
 
 
 def images_tested(evaluation: EvaluationFiles) -> str:
-    """Return the number of test images."""
+    """Return the number of test images, and that of the patients if these are the cases."""
     if tables.metrics_title(evaluation.summary) != TEST:
         return tables.DASH
-    counts = (mapping(one.record, "counts").get("images") for one in tested(evaluation))
-    return ", ".join(dict.fromkeys(number(count, 0) for count in counts)) or tables.DASH
+    by_patient = is_by_patient(evaluation.summary)
+    counts = []
+    for one in tested(evaluation):
+        images = number(mapping(one.record, "counts").get("images"), 0)
+        patients = f" ({counted(one.patients, 'patient')})" if by_patient and one.patients else ""
+        counts.append(images + patients)
+    return ", ".join(dict.fromkeys(counts)) or tables.DASH
 
 
 def dice_tested(evaluation: EvaluationFiles) -> str:
