@@ -301,7 +301,9 @@ def test_evaluate_command_prints_its_tables(polyseg, two_runs, tmp_path):
         assert text in answer.out
     assert polyseg("evaluate", two_runs[0], "--baseline", "x", "--out", tmp_path / "b").code == 2
     wrong = polyseg("evaluate", *two_runs, "--baseline", "x", "--out", tmp_path / "b")
-    assert "error: --baseline 'x' is not a tested run or arm: choose dice_s0 or dice_s1" in wrong.err
+    assert (
+        "error: --baseline 'x' is not a tested run or arm: choose dice_s0 or dice_s1" in wrong.err
+    )
 
 
 def test_arms_differ_by_relevant_settings_only():
