@@ -12,13 +12,13 @@ from polyseg.choices import UNCERTAINTIES, map_names
 from polyseg.errors import PolysegError
 from polyseg.records import Assessment, Schedule
 from polyseg.runs.record_files import (
-    _seal_of,
     read_assessment,
     read_schedule,
     write_assessment,
     write_schedule,
 )
 from polyseg.system.files import sha256_of_file
+from tests.hostile import seal
 
 SCHEDULE = Schedule(["a", "b"], np.arange(1, 4), np.linspace(0, 1, 6, dtype="f4").reshape(3, 2))
 
@@ -27,14 +27,6 @@ EXPLAINED = dataclasses.replace(
     group=np.array([[-1, -1], [0, 1], [0, 0]], np.int32),
     statistics=np.array([[0.25, 1.5], [0.5, 0.0]]),
 )
-
-
-def seal(path):
-    """Write the sha256 of a changed HDF5 file into its user block."""
-    with path.open("r+b") as stream:
-        block = _seal_of(stream)
-        stream.seek(0)
-        stream.write(block)
 
 
 @pytest.fixture

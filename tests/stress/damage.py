@@ -23,12 +23,11 @@ from polyseg.records import Assessment, Schedule
 from polyseg.runs.record_files import (
     read_assessment,
     read_schedule,
-    seal,
     write_assessment,
     write_schedule,
 )
 from tests.children import faults_in_child, faults_of_reading
-from tests.hostile import DAMAGE, Random
+from tests.hostile import DAMAGE, Random, seal
 
 MOST_IMAGES = 12
 _VIRTUAL = 2**40
