@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-SAVE = Figure.savefig
 TOLERANCE = 1.0
 """Pixels by which the box of a text may leave the figure, because boxes are wider than letters."""
 
@@ -40,7 +39,7 @@ def saved(monkeypatch):
     found = {}
 
     def save(figure, path, **how):
-        SAVE(figure, path, **how)
+        path.write_bytes(b"")  # Only the drawing matters.
         if str(how.get("format")) == "png":
             found[f"{len(found)}: {path.name}"] = cut_off(figure)
 
