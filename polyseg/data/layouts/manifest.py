@@ -130,9 +130,9 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
 def _notes_on_columns(path: Path, columns: Sequence[str]) -> list[str]:
     """Return a line on each column that probably names patients, and one on the others not used.
 
-    >>> _notes_on_columns(Path("a.csv"), ["image", "mask", "patient"])
-    ['a.csv: patient: name the column group to keep the images of a patient in one part of the split']
-    """  # noqa: E501
+    >>> _notes_on_columns(Path("a.csv"), ["image", "mask", "stain"])
+    ['a.csv: columns that are not used: stain']
+    """
     others = [name for name in columns if name not in COLUMNS]
     patients = [name for name in others if name in _PATIENT_COLUMNS and "group" not in columns]
     lines = [
