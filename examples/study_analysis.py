@@ -613,7 +613,11 @@ def _runs_table(study: Study) -> list[str]:
         ]
         rows.append([name, *map(str, cells)])
     heads = ["set", "runs", "failed", "missing", "images", "groups", "processor hours"]
-    return [*_table(heads, rows), "", "Missing: runs of a gate that has begun, without a row."]
+    return [
+        *_table(heads, rows),
+        "",
+        "Missing: planned runs of a section that has begun and that have no result.",
+    ]
 
 
 def missing(study: Study, name: str) -> int:

@@ -73,7 +73,7 @@ def test_means_and_tests_by_patient_equal_numpy_and_scipy(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_by_patient_equal_a_cluster_bootstrap(seed):
-    """Patients are resampled with all their images, and each mean counts once."""
+    """The means of patients are resampled, and each counts once."""
     _, second, groups = slices(seed, patients=40)
     means = means_by_patient(second, groups)
     rng = np.random.default_rng(1)

@@ -220,3 +220,12 @@ def test_public_functions_accept_paths_as_strings(tmp_path):
         assert (tmp_path / f"{number}").is_file(), write
     save_figure(Figure(), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").is_file()
+
+
+def test_flush_waits_for_files_and_folders(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda one: flushed.append(os.fstat(one).st_ino))
+    (tmp_path / "file").write_text("a")
+    for place in (tmp_path / "file", tmp_path):
+        files.disk.flush(place)
+    assert flushed == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
